@@ -1,1 +1,33 @@
-//! Stub.
+//! Tells a virtual machine's guest of the memory errors that the host kernel reports to its VMM.
+//!
+//! Memory goes bad. Linux then unmaps the page and signals whoever used it: SIGBUS with
+//! `BUS_MCEERR_AO` ("a page of yours is gone, act if you like") or `BUS_MCEERR_AR` ("you touched it,
+//! you cannot go on"). Where that process is a virtual machine monitor, only it can tell the guest,
+//! by a virtual machine check; a guest that is told drops one page or one process instead of dying.
+//!
+//! This crate is that part of a VMM, and no other part: no KVM, no device, no loader, no async
+//! runtime. A VMM gives it guest RAM as intervals ([`RamMap`]), what the guest was shown of its
+//! machine-check architecture ([`mca::Caps`]), and per vCPU a way to read and set that state
+//! ([`Mca`]). It starts the [`Relay`] before its other threads, attaches each vCPU thread, and calls
+//! [`VcpuPort::before_run`] before each KVM_RUN.
+//!
+//! The way of one error, by names: [`signal`] stores it, [`RamMap::pages`] translates it,
+//! [`ledger::Ledger::enter`] merges it, [`delivery::Delivery::next`] decides, [`mca::record`] makes
+//! the record, [`Mca::inject`] hands it to the hypervisor, and every step is an [`Event`].
+
+pub mod delivery;
+pub mod event;
+pub mod ledger;
+pub mod mca;
+mod policy;
+mod port;
+mod ram;
+mod relay;
+pub mod signal;
+
+pub use event::Event;
+pub use ledger::Page;
+pub use policy::KillPolicy;
+pub use port::{Mca, VcpuPort, Verdict};
+pub use ram::{RamError, RamMap, RamRegion};
+pub use relay::{Config, LedgerReader, Relay, StartError};

@@ -1,0 +1,258 @@
+//! What happened, as data. "Injected" is said only of what was injected and read back.
+
+use std::fmt;
+
+use crate::delivery::{Cannot, Wait};
+use crate::mca::{Form, Kind};
+
+/// Who took a signal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
+pub enum Thread {
+    /// The relay's own thread.
+    Relay,
+    /// The thread of this vCPU.
+    Vcpu(usize),
+    /// Some other thread of the process.
+    Other,
+}
+
+impl fmt::Display for Thread {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Relay => f.write_str("the relay's thread"),
+            Self::Vcpu(vcpu) => write!(f, "the thread of vCPU {vcpu}"),
+            Self::Other => f.write_str("a thread outside the relay"),
+        }
+    }
+}
+
+/// How a machine check reached the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+pub enum Reach {
+    /// On this vCPU alone, as the vendor's architecture has it.
+    Local,
+    /// On this vCPU alone, as LMCE.
+    Lmce,
+    /// On every online vCPU at once.
+    Rendezvous,
+    /// Logged in the bank, without a machine check.
+    Logged,
+}
+
+impl fmt::Display for Reach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Local => "local",
+            Self::Lmce => "LMCE",
+            Self::Rendezvous => "rendezvous",
+            Self::Logged => "logged",
+        })
+    }
+}
+
+/// One step on the way of an error.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(
+    feature = "serde",
+    serde(rename_all = "kebab-case", tag = "event", content = "properties")
+)]
+pub enum Event {
+    /// The kernel signalled a memory failure.
+    Caught {
+        /// AO or AR.
+        kind: Kind,
+        /// `si_addr`.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        hva: u64,
+        /// `si_addr_lsb`.
+        lsb: u8,
+        /// Who took it.
+        thread: Thread,
+    },
+    /// The address is not guest RAM.
+    Outside {
+        /// AO or AR.
+        kind: Kind,
+        /// `si_addr`.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        hva: u64,
+        /// `si_addr_lsb`.
+        lsb: u8,
+    },
+    /// A page entered the ledger.
+    Seen {
+        /// Guest-physical address of the page.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+        /// Host virtual address of the page.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        hva: u64,
+        /// AO or AR.
+        kind: Kind,
+    },
+    /// A page of the ledger was signalled again.
+    Again {
+        /// Guest-physical address of the page.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+        /// AO or AR.
+        kind: Kind,
+    },
+    /// The page waits to be told.
+    Waiting {
+        /// Guest-physical address of the page.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+        /// AO or AR.
+        kind: Kind,
+        /// For what.
+        wait: Wait,
+    },
+    /// The record is in the guest's bank; it was read back from there.
+    Injected {
+        /// Guest-physical address of the page.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+        /// The vCPU that was given it.
+        vcpu: usize,
+        /// The bank it lies in.
+        bank: u8,
+        /// The form it was told in.
+        form: Form,
+        /// How it reached the guest.
+        reach: Reach,
+        /// MCi_STATUS as read back.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        status: u64,
+        /// MCG_STATUS as read back.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        mcg_status: u64,
+    },
+    /// The guest cleared the bank and MCIP.
+    Acknowledged {
+        /// Guest-physical address of the page.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+        /// The vCPU that was given it.
+        vcpu: usize,
+        /// The bank it lay in.
+        bank: u8,
+    },
+    /// The guest cannot be told.
+    Undeliverable {
+        /// Guest-physical address of the page.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+        /// AO or AR.
+        kind: Kind,
+        /// The vCPU that touched it, or was to be told.
+        vcpu: usize,
+        /// Why not.
+        why: Cannot,
+    },
+    /// Signals arrived faster than they were taken; their addresses are not known.
+    Overrun {
+        /// How many.
+        signals: u32,
+    },
+}
+
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Caught { kind, hva, lsb, thread } => {
+                write!(f, "caught: SIGBUS BUS_MCEERR_{kind}, HVA {hva:#x}, lsb {lsb}, on {thread}")
+            }
+            Self::Outside { kind, hva, lsb } => {
+                write!(f, "outside: {kind} at HVA {hva:#x} (lsb {lsb}) is not guest RAM")
+            }
+            Self::Seen { gpa, hva, kind } => {
+                write!(f, "seen: {kind}, HVA {hva:#x} is GPA {gpa:#x} (pfn {:#x})", gpa >> 12)
+            }
+            Self::Again { gpa, kind } => write!(f, "again: {kind} for GPA {gpa:#x}, known"),
+            Self::Waiting { gpa, kind, wait } => {
+                write!(f, "waiting: {kind} for GPA {gpa:#x}: {wait}")
+            }
+            Self::Injected { gpa, vcpu, bank, form, reach, status, mcg_status } => write!(
+                f,
+                "injected: {form} for GPA {gpa:#x} in bank {bank} of vCPU {vcpu}, {reach}, \
+                 status {status:#018x}, MCG_STATUS {mcg_status:#x}"
+            ),
+            Self::Acknowledged { gpa, vcpu, bank } => {
+                write!(
+                    f,
+                    "acknowledged: GPA {gpa:#x}, the guest cleared bank {bank} of vCPU {vcpu}"
+                )
+            }
+            Self::Undeliverable { gpa, kind, vcpu, why } => {
+                write!(f, "undeliverable: {kind} for GPA {gpa:#x} on vCPU {vcpu}: {why}")
+            }
+            Self::Overrun { signals } => write!(f, "overrun: {signals} signals were not stored"),
+        }
+    }
+}
+
+/// Addresses and registers as `"0x…"`: 64 bits do not fit the numbers of common JSON readers.
+#[cfg(feature = "serde")]
+pub(crate) mod hex {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(crate) fn serialize<S: Serializer>(value: &u64, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(&format_args!("{value:#x}"))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+        let text = String::deserialize(from)?;
+        text.strip_prefix("0x")
+            .and_then(|digits| u64::from_str_radix(digits, 16).ok())
+            .ok_or_else(|| D::Error::custom(format!("expected \"0x…\", got {text:?}")))
+    }
+}
+
+/// Times as seconds since 1970, with a fraction.
+#[cfg(feature = "serde")]
+pub(crate) mod unix_time {
+    use std::time::{Duration, SystemTime};
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(crate) fn serialize<S: Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+        to.serialize_f64(since.as_secs_f64())
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<SystemTime, D::Error> {
+        let since =
+            Duration::try_from_secs_f64(f64::deserialize(from)?).map_err(D::Error::custom)?;
+        Ok(SystemTime::UNIX_EPOCH + since)
+    }
+}
+
+#[cfg(all(test, feature = "serde"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn json_names_what_people_look_for() {
+        let event = Event::Injected {
+            gpa: 0x1_0000_2000,
+            vcpu: 0,
+            bank: 9,
+            form: Form::Srao,
+            reach: Reach::Rendezvous,
+            status: 0xBD00_0000_0000_00C0,
+            mcg_status: 5,
+        };
+        let json = serde_json::to_value(&event).unwrap();
+        assert_eq!(json["event"], "injected");
+        assert_eq!(json["properties"]["gpa"], "0x100002000");
+        assert_eq!(json["properties"]["form"], "SRAO");
+        assert_eq!(json["properties"]["status"], "0xbd000000000000c0");
+        assert_eq!(serde_json::from_value::<Event>(json).unwrap(), event);
+    }
+}

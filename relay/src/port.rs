@@ -1,0 +1,364 @@
+//! A vCPU thread's door to the relay, and the gathering of all of them for one machine check.
+//!
+//! Injection happens here, on the vCPU's own thread, between two KVM_RUNs. Where a machine check
+//! has to reach every processor at once, the vCPU threads gather in a [`Round`]: all stop, all show
+//! their state, and either all inject or none, so no guest waits in its handler for a processor
+//! that was never called.
+
+use std::io;
+use std::marker::PhantomData;
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::warn;
+
+use crate::delivery::{Cannot, Step, Told, Wait};
+use crate::event::{Event, Reach, Thread};
+use crate::ledger::State;
+use crate::mca::{Form, Kind, McaState, PAGE_SHIFT, Record, mcg};
+use crate::relay::{IDLE_TICK, Inner, RETRY_FIRST, Shared};
+use crate::signal::{Caught, ThreadSlot};
+
+/// How long a vCPU that touched a bad page is held back while other processors leave their
+/// machine-check handlers. A guest that takes longer has given up on its own one-second limit.
+const AR_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it looks meanwhile.
+const AR_LOOK: Duration = Duration::from_millis(1);
+
+/// What the relay needs of a hypervisor: one vCPU's machine-check state, and a way to set it.
+///
+/// Both calls are made on the thread that runs the vCPU, while it is not running, by
+/// [`VcpuPort::before_run`]. They may block briefly (an ioctl), never for another vCPU.
+pub trait Mca {
+    /// The vCPU's machine-check state now.
+    ///
+    /// # Errors
+    /// The hypervisor does not say. Nothing is told on this vCPU until it does.
+    fn state(&mut self) -> io::Result<McaState>;
+
+    /// Puts `record` into its bank and raises what it raises. Called only when `state` has just
+    /// shown that the guest can take it.
+    ///
+    /// # Errors
+    /// The hypervisor refuses the record.
+    fn inject(&mut self, record: &Record) -> io::Result<()>;
+}
+
+/// What a vCPU thread is to do after [`VcpuPort::before_run`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Enter the guest.
+    Run,
+    /// Do not enter the guest: it would touch a bad page it cannot be told of. What to do instead
+    /// (reset, pause, stop) is the user's policy.
+    Undeliverable {
+        /// Guest-physical address of the page.
+        gpa: u64,
+        /// Why the guest cannot be told.
+        why: Cannot,
+    },
+}
+
+/// A gathering of all vCPUs for one machine check.
+pub(crate) struct Round {
+    /// The vCPU that asked for it.
+    leader: usize,
+    /// The vCPUs that have to stop before it is settled.
+    asked: Vec<usize>,
+    /// The state of each of them that has stopped.
+    states: Vec<Option<McaState>>,
+    /// Set once everybody has stopped: what each is to inject, or why nobody does.
+    outcome: Option<Result<Vec<Told>, Wait>>,
+    /// vCPUs that have not acted on the outcome yet.
+    leaving: Vec<usize>,
+}
+
+/// A vCPU thread's door to the relay. Made on that thread, used there, dropped there.
+pub struct VcpuPort {
+    pub(crate) vcpu: usize,
+    pub(crate) slot: ThreadSlot,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) not_send: PhantomData<*const ()>,
+}
+
+impl VcpuPort {
+    /// Call before every KVM_RUN, after the last exit's I/O has been completed and after
+    /// `immediate_exit` has been cleared.
+    #[inline]
+    pub fn before_run<M: Mca>(&mut self, mca: &mut M) -> Verdict {
+        if self.slot.attention() { self.attend(mca) } else { Verdict::Run }
+    }
+
+    /// An MMIO exit at `gpa`: true when that is guest RAM, which means that KVM emulated an
+    /// instruction that met poison. The page is then taken for touched (AR).
+    pub fn mmio_hit(&mut self, gpa: u64) -> bool {
+        let Some(hva) = self.shared.ram.hva(gpa) else {
+            return false;
+        };
+        let mut inner = self.shared.lock();
+        let caught = Caught { kind: Kind::ActionRequired, hva, lsb: PAGE_SHIFT };
+        self.shared.enter(&mut inner, caught, Thread::Vcpu(self.vcpu));
+        self.slot.shared().ask_attention();
+        true
+    }
+
+    #[cold]
+    fn attend<M: Mca>(&mut self, mca: &mut M) -> Verdict {
+        let shared = Arc::clone(&self.shared);
+        let me = self.vcpu;
+        let mut inner = shared.lock();
+        let mut held_since = None;
+        loop {
+            self.slot.clear_attention();
+            while let Some(caught) = self.slot.take() {
+                shared.enter(&mut inner, caught, Thread::Vcpu(me));
+            }
+            let state = match mca.state() {
+                Ok(state) => state,
+                Err(error) => {
+                    // Nobody may be kept waiting in a round by a vCPU that cannot take part.
+                    warn!("vCPU {me}: cannot read its machine-check state: {error}");
+                    shared.absent(&mut inner, me);
+                    return Verdict::Run;
+                }
+            };
+            for (gpa, bank) in inner.delivery.acknowledged(me, &state) {
+                inner.retry = RETRY_FIRST;
+                if shared.set(&mut inner, gpa, State::Acknowledged { vcpu: me, bank }) {
+                    shared.emit(&Event::Acknowledged { gpa, vcpu: me, bank });
+                }
+            }
+            let gathering = inner.round.is_some();
+            let step = if gathering { None } else { Some(inner.delivery.next(me, &state)) };
+            match step {
+                Some(Step::Idle) => return Verdict::Run,
+                Some(Step::Inject(told)) => {
+                    if let Err(verdict) = shared.inject(&mut inner, mca, &told, Reach::Local) {
+                        return verdict;
+                    }
+                }
+                Some(Step::Wait(error, wait)) => {
+                    shared.waiting(&mut inner, error, wait);
+                    return Verdict::Run;
+                }
+                Some(Step::Cannot(error, why)) => {
+                    shared.undeliverable(&mut inner, me, error, why);
+                    if error.kind == Kind::ActionRequired {
+                        return Verdict::Undeliverable { gpa: error.gpa, why };
+                    }
+                }
+                Some(Step::Rendezvous(_)) | None => {
+                    if step.is_some() {
+                        shared.call_round(&mut inner, me);
+                    }
+                    let error = step.and_then(|step| match step {
+                        Step::Rendezvous(error) => Some(error),
+                        _ => None,
+                    });
+                    let (guard, part) = shared.take_part(inner, me, state, mca);
+                    inner = guard;
+                    match (part, error) {
+                        (Part::Refused(verdict), _) => return verdict,
+                        // Somebody else's round, or ours and it is done.
+                        (Part::Told, _) | (Part::Postponed(_), None) => {}
+                        (Part::Postponed(wait), Some(error)) => {
+                            shared.waiting(&mut inner, error, wait);
+                            if error.kind == Kind::ActionOptional {
+                                return Verdict::Run;
+                            }
+                            let since: Instant = *held_since.get_or_insert_with(Instant::now);
+                            if since.elapsed() > AR_PATIENCE {
+                                let why = Cannot::Blocked { by: wait };
+                                shared.undeliverable(&mut inner, me, error, why);
+                                return Verdict::Undeliverable { gpa: error.gpa, why };
+                            }
+                            inner = shared.pause(inner, AR_LOOK);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Drop for VcpuPort {
+    fn drop(&mut self) {
+        let mut inner = self.shared.lock();
+        inner.vcpus[self.vcpu] = None;
+        self.shared.absent(&mut inner, self.vcpu);
+    }
+}
+
+/// How a round ended for one vCPU.
+enum Part {
+    /// Everybody who takes part was given a record.
+    Told,
+    /// Nobody was.
+    Postponed(Wait),
+    /// This vCPU's own record was refused.
+    Refused(Verdict),
+}
+
+/// The gathering of all vCPUs, and the injection itself.
+impl Shared {
+    /// Lets go of the lock for `time` at most, or until a round takes a step.
+    fn pause<'a>(&self, inner: MutexGuard<'a, Inner>, time: Duration) -> MutexGuard<'a, Inner> {
+        self.gathered.wait_timeout(inner, time).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// `leader` wants every vCPU to stop.
+    fn call_round(&self, inner: &mut Inner, leader: usize) {
+        let count = inner.vcpus.len();
+        let asked: Vec<usize> = (0..count).filter(|vcpu| inner.vcpus[*vcpu].is_some()).collect();
+        for vcpu in asked.iter().filter(|vcpu| **vcpu != leader) {
+            inner.call(*vcpu);
+        }
+        inner.round = Some(Round {
+            leader,
+            asked,
+            states: vec![None; count],
+            outcome: None,
+            leaving: Vec::new(),
+        });
+    }
+
+    /// Shows `state` to the round, waits until everybody has, and does this vCPU's part of it.
+    fn take_part<'a, M: Mca>(
+        &self,
+        mut inner: MutexGuard<'a, Inner>,
+        me: usize,
+        state: McaState,
+        mca: &mut M,
+    ) -> (MutexGuard<'a, Inner>, Part) {
+        if let Some(round) = inner.round.as_mut()
+            && round.outcome.is_none()
+            && round.asked.contains(&me)
+        {
+            round.states[me] = Some(state);
+        }
+        self.decide(&mut inner);
+        loop {
+            let outcome = match inner.round.as_ref() {
+                // The last one out has closed it: this vCPU came late and has no part in it.
+                None => return (inner, Part::Told),
+                Some(round) if round.leaving.contains(&me) => round.outcome.clone(),
+                Some(_) => None,
+            };
+            match outcome {
+                None => inner = self.pause(inner, IDLE_TICK),
+                Some(outcome) => {
+                    let part = match outcome {
+                        Err(wait) => Part::Postponed(wait),
+                        Ok(records) => match records.iter().find(|told| told.vcpu == me) {
+                            None => Part::Told,
+                            Some(told) => {
+                                match self.inject(&mut inner, mca, told, Reach::Rendezvous) {
+                                    Ok(()) => Part::Told,
+                                    Err(verdict) => Part::Refused(verdict),
+                                }
+                            }
+                        },
+                    };
+                    self.leave(&mut inner, me);
+                    return (inner, part);
+                }
+            }
+        }
+    }
+
+    /// Settles the round once every vCPU that was asked has shown its state.
+    fn decide(&self, inner: &mut Inner) {
+        let Some(round) = inner.round.as_mut().filter(|round| round.outcome.is_none()) else {
+            return;
+        };
+        if round.asked.iter().all(|vcpu| round.states[*vcpu].is_some()) {
+            round.outcome = Some(inner.delivery.rendezvous(round.leader, &round.states));
+            round.leaving = round.asked.clone();
+            self.gathered.notify_all();
+        }
+    }
+
+    fn leave(&self, inner: &mut Inner, me: usize) {
+        if let Some(round) = inner.round.as_mut() {
+            round.leaving.retain(|vcpu| *vcpu != me);
+            if round.leaving.is_empty() && round.outcome.is_some() {
+                inner.round = None;
+                self.gathered.notify_all();
+            }
+        }
+    }
+
+    /// `me` takes no further part: its thread has ended, or cannot say what state it is in.
+    fn absent(&self, inner: &mut Inner, me: usize) {
+        let Some(round) = inner.round.as_mut() else {
+            return;
+        };
+        if round.outcome.is_some() {
+            self.leave(inner, me);
+        } else if round.leader == me {
+            inner.round = None;
+            self.gathered.notify_all();
+        } else {
+            round.asked.retain(|vcpu| *vcpu != me);
+            self.decide(inner);
+        }
+    }
+
+    /// Injects one record on the calling vCPU's thread and reads back what became of it.
+    fn inject<M: Mca>(
+        &self,
+        inner: &mut Inner,
+        mca: &mut M,
+        told: &Told,
+        reach: Reach,
+    ) -> Result<(), Verdict> {
+        let Told { vcpu, error, record } = *told;
+        let done = mca.inject(&record).and_then(|()| mca.state());
+        let bank = match done {
+            Ok(state) => {
+                // A return of 0 from KVM is not a delivery; what the bank holds is.
+                let held = state.banks[usize::from(record.bank)].status;
+                let raised = record.mcg_status == 0 || state.mcg_status == record.mcg_status;
+                (held == record.status && raised).then_some((held, state.mcg_status))
+            }
+            Err(error) => {
+                warn!("vCPU {vcpu}: cannot inject into bank {}: {error}", record.bank);
+                None
+            }
+        };
+        let Some((pending, form)) = error else {
+            if bank.is_none() {
+                warn!("vCPU {vcpu}: was not given its part of a rendezvous");
+            }
+            return Ok(());
+        };
+        let Some((status, mcg_status)) = bank else {
+            self.undeliverable(inner, vcpu, pending, Cannot::Refused);
+            return match pending.kind {
+                Kind::ActionOptional => Ok(()),
+                Kind::ActionRequired => {
+                    Err(Verdict::Undeliverable { gpa: pending.gpa, why: Cannot::Refused })
+                }
+            };
+        };
+        inner.delivery.told(told);
+        inner.retry = RETRY_FIRST;
+        // It may be asleep, and it is the one who looks for the acknowledgement.
+        self.wake();
+        self.set(inner, pending.gpa, State::Injected { vcpu, bank: record.bank, form });
+        self.emit(&Event::Injected {
+            gpa: pending.gpa,
+            vcpu,
+            bank: record.bank,
+            form,
+            reach: match form {
+                Form::Deferred => Reach::Logged,
+                _ if record.mcg_status & mcg::LMCES != 0 => Reach::Lmce,
+                _ => reach,
+            },
+            status,
+            mcg_status,
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,244 @@
+//! Guest RAM as intervals: host virtual address to every guest-physical address that shows it,
+//! and back.
+//!
+//! One host page may appear in the guest more than once (an alias): a guest that loses the page
+//! loses it at each of those addresses, and has to be told of each. So a lookup gives a list.
+
+use std::ops::Range;
+
+use crate::mca::PAGE_SIZE;
+
+/// [`PAGE_SIZE`] as the standard library's iterators want it; 4096 fits any usize.
+const PAGE_STEP: usize = 1 << crate::mca::PAGE_SHIFT;
+
+/// One stretch of guest RAM: `len` bytes at guest-physical `gpa`, mapped by this process at `hva`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamRegion {
+    /// Host virtual address of its first byte; a multiple of 4 KiB.
+    pub hva: u64,
+    /// Guest-physical address of its first byte; a multiple of 4 KiB.
+    pub gpa: u64,
+    /// Length in bytes; a multiple of 4 KiB, not 0.
+    pub len: u64,
+}
+
+impl RamRegion {
+    fn hvas(&self) -> Range<u64> {
+        self.hva..self.hva + self.len
+    }
+}
+
+/// Why a list of regions is not a description of guest RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RamError {
+    /// An address or length is not a multiple of the page size.
+    #[error("guest RAM region at GPA {gpa:#x} (HVA {hva:#x}, {len:#x} bytes): expected multiples of 4 KiB", gpa = .0.gpa, hva = .0.hva, len = .0.len)]
+    Misaligned(RamRegion),
+    /// The region is empty, or runs past the end of an address space.
+    #[error("guest RAM region at GPA {gpa:#x} (HVA {hva:#x}) has an impossible length of {len:#x} bytes", gpa = .0.gpa, hva = .0.hva, len = .0.len)]
+    BadLength(RamRegion),
+    /// Two regions claim the same guest-physical address.
+    #[error("guest RAM regions at GPA {:#x} and GPA {:#x} overlap", .0.gpa, .1.gpa)]
+    Overlap(RamRegion, RamRegion),
+}
+
+/// A stretch of host addresses over which the set of regions that show it does not change.
+#[derive(Debug)]
+struct Segment {
+    hva: Range<u64>,
+    /// The guest-physical address of the segment's first byte in each region, ascending.
+    gpas: Vec<u64>,
+}
+
+/// Guest RAM, indexed both ways. Lookups are binary searches.
+#[derive(Debug)]
+pub struct RamMap {
+    segments: Vec<Segment>,
+    by_gpa: Vec<RamRegion>,
+}
+
+impl RamMap {
+    /// Indexes `regions`, in any order. Host addresses may overlap (aliases), guest ones may not.
+    ///
+    /// # Errors
+    /// See [`RamError`].
+    pub fn new(regions: &[RamRegion]) -> Result<Self, RamError> {
+        for region in regions {
+            if (region.hva | region.gpa | region.len) % PAGE_SIZE != 0 {
+                return Err(RamError::Misaligned(*region));
+            }
+            let fits = |start: u64| start.checked_add(region.len).is_some();
+            if region.len == 0 || !fits(region.hva) || !fits(region.gpa) {
+                return Err(RamError::BadLength(*region));
+            }
+        }
+        let mut by_gpa = regions.to_vec();
+        by_gpa.sort_unstable_by_key(|region| region.gpa);
+        for pair in by_gpa.windows(2) {
+            if pair[0].gpa + pair[0].len > pair[1].gpa {
+                return Err(RamError::Overlap(pair[0], pair[1]));
+            }
+        }
+        Ok(Self { segments: Self::segments(&by_gpa), by_gpa })
+    }
+
+    /// Cuts the host addresses at every start and end of a region.
+    fn segments(by_gpa: &[RamRegion]) -> Vec<Segment> {
+        let mut by_hva = by_gpa.to_vec();
+        by_hva.sort_by_key(|region| region.hva);
+        let mut cuts: Vec<u64> =
+            by_hva.iter().flat_map(|region| [region.hva, region.hva + region.len]).collect();
+        cuts.sort_unstable();
+        cuts.dedup();
+
+        let mut segments = Vec::with_capacity(cuts.len());
+        let mut starting = by_hva.iter().peekable();
+        let mut open: Vec<&RamRegion> = Vec::new();
+        for cut in cuts.windows(2) {
+            let hva = cut[0]..cut[1];
+            open.retain(|region| region.hvas().end > hva.start);
+            while let Some(region) = starting.next_if(|region| region.hva <= hva.start) {
+                open.push(region);
+            }
+            if open.is_empty() {
+                continue;
+            }
+            let mut gpas: Vec<u64> =
+                open.iter().map(|region| region.gpa + (hva.start - region.hva)).collect();
+            gpas.sort_unstable();
+            segments.push(Segment { hva, gpas });
+        }
+        segments
+    }
+
+    /// Every guest-physical address that shows the byte at host address `hva`, ascending; empty
+    /// when it is not guest RAM.
+    pub fn gpas(&self, hva: u64) -> Vec<u64> {
+        let at = self.segments.partition_point(|segment| segment.hva.end <= hva);
+        match self.segments.get(at) {
+            Some(segment) if segment.hva.contains(&hva) => {
+                segment.gpas.iter().map(|gpa| gpa + (hva - segment.hva.start)).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The host address of the byte at guest-physical `gpa`, or `None` when it is not guest RAM.
+    pub fn hva(&self, gpa: u64) -> Option<u64> {
+        let at = self.by_gpa.partition_point(|region| region.gpa + region.len <= gpa);
+        let region = self.by_gpa.get(at).filter(|region| region.gpa <= gpa)?;
+        Some(region.hva + (gpa - region.gpa))
+    }
+
+    /// The (HVA, GPA) of every 4 KiB page of guest RAM in the extent of `1 << lsb` bytes that holds
+    /// `hva`. An `lsb` below 12 means the one page; the extent is clipped to guest RAM.
+    pub fn pages(&self, hva: u64, lsb: u8) -> Vec<(u64, u64)> {
+        let size = 1u64.checked_shl(u32::from(lsb)).unwrap_or(PAGE_SIZE).max(PAGE_SIZE);
+        let start = hva & !(size - 1);
+        let end = start.saturating_add(size);
+        let first = self.segments.partition_point(|segment| segment.hva.end <= start);
+        let mut pages = Vec::new();
+        for segment in self.segments[first..].iter().take_while(|s| s.hva.start < end) {
+            let clipped = segment.hva.start.max(start)..segment.hva.end.min(end);
+            for page in clipped.step_by(PAGE_STEP) {
+                let offset = page - segment.hva.start;
+                pages.extend(segment.gpas.iter().map(|gpa| (page, gpa + offset)));
+            }
+        }
+        pages
+    }
+
+    /// The regions, by guest-physical address.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.by_gpa
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const G: u64 = 1 << 30;
+
+    fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+        RamRegion { hva, gpa, len }
+    }
+
+    #[test]
+    fn ram_on_both_sides_of_the_hole() {
+        let map = RamMap::new(&[
+            region(0x7000_0000_0000, 0, 3 * G),
+            region(0x7000_c000_0000, 4 * G, 2 * G),
+        ])
+        .unwrap();
+        assert_eq!(map.gpas(0x7000_0000_1234), [0x1234]);
+        assert_eq!(map.gpas(0x7000_c000_1000), [4 * G + 0x1000]);
+        assert_eq!(map.hva(4 * G + 0x1000), Some(0x7000_c000_1000));
+        assert_eq!(map.hva(3 * G), None, "the hole");
+        assert_eq!(map.hva(6 * G), None);
+        assert!(map.gpas(0x6fff_ffff_ffff).is_empty());
+        assert!(map.gpas(0x7001_4000_0000).is_empty());
+    }
+
+    #[test]
+    fn an_alias_is_found_at_each_of_its_addresses() {
+        let map = RamMap::new(&[region(0x10_0000, 0, 0x4000), region(0x10_2000, 0x8000, 0x2000)])
+            .unwrap();
+        assert_eq!(map.gpas(0x10_1000), [0x1000]);
+        assert_eq!(map.gpas(0x10_2010), [0x2010, 0x8010]);
+        assert_eq!(map.pages(0x10_3000, 12), [(0x10_3000, 0x3000), (0x10_3000, 0x9000)]);
+    }
+
+    #[test]
+    fn an_extent_is_told_page_by_page_and_clipped() {
+        let map = RamMap::new(&[region(0x20_0000, 0x40_0000, 0x3000)]).unwrap();
+        assert_eq!(
+            map.pages(0x20_1000, 21),
+            [(0x20_0000, 0x40_0000), (0x20_1000, 0x40_1000), (0x20_2000, 0x40_2000)]
+        );
+        assert_eq!(map.pages(0x20_1fff, 0), [(0x20_1000, 0x40_1000)]);
+        assert!(map.pages(0x90_0000, 21).is_empty());
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        assert!(matches!(RamMap::new(&[region(1, 0, 4096)]), Err(RamError::Misaligned(_))));
+        assert!(matches!(RamMap::new(&[region(0, 0, 0)]), Err(RamError::BadLength(_))));
+        assert!(matches!(
+            RamMap::new(&[region(u64::MAX - 4095, 0, 4096 * 2)]),
+            Err(RamError::BadLength(_))
+        ));
+        assert!(matches!(
+            RamMap::new(&[region(0, 0, 0x2000), region(0x10000, 0x1000, 0x1000)]),
+            Err(RamError::Overlap(..))
+        ));
+    }
+
+    proptest! {
+        /// Against the obvious way: look at every region.
+        #[test]
+        fn lookup_agrees_with_a_linear_search(
+            raw in prop::collection::vec((0u64..64, 1u64..8), 0..12),
+            probe in 0u64..80 * 4096,
+        ) {
+            let mut gpa = 0;
+            let mut regions = Vec::new();
+            for (hva, pages) in raw {
+                regions.push(region(hva * 4096, gpa, pages * 4096));
+                gpa += (pages + 1) * 4096;
+            }
+            let map = RamMap::new(&regions).unwrap();
+            let expect: Vec<u64> = regions
+                .iter()
+                .filter(|r| r.hvas().contains(&probe))
+                .map(|r| r.gpa + (probe - r.hva))
+                .collect();
+            prop_assert_eq!(map.gpas(probe), expect.clone());
+            for gpa in expect {
+                prop_assert_eq!(map.hva(gpa), Some(probe));
+            }
+        }
+    }
+}

@@ -1,0 +1,372 @@
+//! The relay of one virtual machine: takes signals, keeps the ledger, and brings every error to
+//! the vCPU that has to be told, on that vCPU's own thread.
+//!
+//! Two parties meet under one lock. The relay's thread takes AOs and wakes whoever has to act. A
+//! vCPU thread comes round before each KVM_RUN ([`VcpuPort::before_run`]); while nothing is wrong
+//! that costs one relaxed load.
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime};
+
+use log::warn;
+
+use crate::delivery::{Cannot, Delivery, Pending, Wait};
+use crate::event::{Event, Thread};
+use crate::ledger::{Ledger, Page, State};
+use crate::mca::{Caps, Kind};
+use crate::policy::KillPolicy;
+use crate::port::{Round, VcpuPort};
+use crate::ram::RamMap;
+use crate::signal::{self, Caught, Slot, ThreadSlot};
+
+/// First pause before a vCPU that could not be told is looked at again.
+pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(5);
+/// Longest such pause. A guest may take minutes (an AMD guest polls its banks every five).
+const RETRY_LAST: Duration = Duration::from_millis(500);
+/// How often the relay's thread looks for AOs that reached a thread outside the relay.
+pub(crate) const IDLE_TICK: Duration = Duration::from_secs(1);
+/// What a relay is made of.
+pub struct Config {
+    /// Number of vCPUs, at least 1.
+    pub vcpus: usize,
+    /// What the guest was shown.
+    pub caps: Caps,
+    /// Guest RAM.
+    pub ram: RamMap,
+    /// Take errors as soon as the kernel knows of them (AO), or only when a vCPU touches them.
+    /// [`KillPolicy::Default`] is taken as early.
+    pub policy: KillPolicy,
+    /// Called with every event, in order, under the relay's lock: it must be quick, must not block
+    /// and must not call the relay.
+    pub observer: Box<dyn Fn(&Event) + Send + Sync>,
+}
+
+pub(crate) struct Attached {
+    slot: Arc<Slot>,
+    kick: Box<dyn Fn() + Send>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) delivery: Delivery,
+    pub(crate) ledger: Ledger,
+    pub(crate) vcpus: Vec<Option<Attached>>,
+    pub(crate) round: Option<Round>,
+    pub(crate) retry: Duration,
+}
+
+impl Inner {
+    /// Asks for `vcpu`'s attention and makes it leave the guest.
+    pub(crate) fn call(&self, vcpu: usize) {
+        if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
+            attached.slot.ask_attention();
+            (attached.kick)();
+        }
+    }
+}
+
+pub(crate) struct Shared {
+    inner: Mutex<Inner>,
+    /// Woken at every step of a [`Round`].
+    pub(crate) gathered: Condvar,
+    pub(crate) ram: RamMap,
+    observer: Box<dyn Fn(&Event) + Send + Sync>,
+    stop: AtomicBool,
+    wake: OwnedFd,
+}
+
+impl Shared {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Nothing that panics while it holds the lock leaves the data half-changed in a way that
+        // would be worse than a VMM that no longer relays.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes the relay's thread.
+    pub(crate) fn wake(&self) {
+        let one = 1u64;
+        // SAFETY: writes eight bytes from a live u64 to a descriptor we own. It can only fail on a
+        // full counter, and then the thread is being woken already.
+        unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
+    }
+
+    pub(crate) fn emit(&self, event: &Event) {
+        (self.observer)(event);
+    }
+
+    /// One signal: translation, ledger, and the queue of the vCPU concerned.
+    pub(crate) fn enter(&self, inner: &mut Inner, caught: Caught, thread: Thread) {
+        let Caught { kind, hva, lsb } = caught;
+        self.emit(&Event::Caught { kind, hva, lsb, thread });
+        let pages = self.ram.pages(hva, lsb);
+        if pages.is_empty() {
+            self.emit(&Event::Outside { kind, hva, lsb });
+            return;
+        }
+        let now = SystemTime::now();
+        for (page_hva, gpa) in pages {
+            // Of a larger extent only the page that was touched stops anybody.
+            let touched = page_hva <= hva && hva - page_hva < crate::mca::PAGE_SIZE;
+            let kind = if touched { kind } else { Kind::ActionOptional };
+            let new = inner.ledger.enter(gpa, page_hva, lsb, kind, now);
+            if new {
+                self.emit(&Event::Seen { gpa, hva: page_hva, kind });
+            } else {
+                self.emit(&Event::Again { gpa, kind });
+            }
+            match (kind, thread) {
+                // A vCPU that touches a page cannot go on, however often it was told.
+                (Kind::ActionRequired, Thread::Vcpu(vcpu)) => inner.delivery.push_ar(vcpu, gpa),
+                _ if new => inner.delivery.push_ao(gpa),
+                _ => {}
+            }
+        }
+        inner.retry = RETRY_FIRST;
+    }
+
+    pub(crate) fn set(&self, inner: &mut Inner, gpa: u64, state: State) -> bool {
+        inner.ledger.set(gpa, state, SystemTime::now())
+    }
+
+    pub(crate) fn waiting(&self, inner: &mut Inner, error: Pending, wait: Wait) {
+        if self.set(inner, error.gpa, State::Waiting { wait }) {
+            self.emit(&Event::Waiting { gpa: error.gpa, kind: error.kind, wait });
+        }
+    }
+
+    pub(crate) fn undeliverable(
+        &self,
+        inner: &mut Inner,
+        vcpu: usize,
+        error: Pending,
+        why: Cannot,
+    ) {
+        inner.delivery.forget(vcpu, &error);
+        self.set(inner, error.gpa, State::Undeliverable { why });
+        let Pending { gpa, kind } = error;
+        self.emit(&Event::Undeliverable { gpa, kind, vcpu, why });
+    }
+}
+
+/// The relay of one virtual machine. Dropping it ends its thread.
+pub struct Relay {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Why a relay could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// There is nobody to tell.
+    #[error("a relay needs at least one vCPU")]
+    NoVcpu,
+    /// The SIGBUS handler could not be installed.
+    #[error("cannot install the SIGBUS handler")]
+    Handler(#[source] io::Error),
+    /// The memory-failure policy could not be set.
+    #[error("cannot set the memory-failure policy (prctl PR_MCE_KILL)")]
+    Policy(#[source] io::Error),
+    /// The relay's thread could not be set up.
+    #[error("cannot start the relay's thread")]
+    Thread(#[source] io::Error),
+}
+
+impl Relay {
+    /// Installs the SIGBUS handler, sets late kill on the calling thread, and starts the relay's
+    /// own thread, with early kill unless `config` says late.
+    ///
+    /// Call it before other threads are started: they inherit the policy, and the kernel tells one
+    /// thread only.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn start(config: Config) -> Result<Self, StartError> {
+        if config.vcpus == 0 {
+            return Err(StartError::NoVcpu);
+        }
+        signal::install().map_err(StartError::Handler)?;
+        KillPolicy::Late.set().map_err(StartError::Policy)?;
+        // SAFETY: eventfd takes no pointer; the result is checked below.
+        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
+        if wake < 0 {
+            return Err(StartError::Thread(io::Error::last_os_error()));
+        }
+        let shared = Arc::new(Shared {
+            inner: Mutex::new(Inner {
+                delivery: Delivery::new(config.caps, config.vcpus),
+                ledger: Ledger::default(),
+                vcpus: (0..config.vcpus).map(|_| None).collect(),
+                round: None,
+                retry: RETRY_FIRST,
+            }),
+            gathered: Condvar::new(),
+            ram: config.ram,
+            observer: config.observer,
+            stop: AtomicBool::new(false),
+            // SAFETY: a descriptor that eventfd has just made, owned by nobody else.
+            wake: unsafe { OwnedFd::from_raw_fd(wake) },
+        });
+        let (ready, started) = std::sync::mpsc::sync_channel(1);
+        let for_thread = Arc::clone(&shared);
+        let policy = config.policy;
+        let thread = std::thread::Builder::new()
+            .name("mce-relay".into())
+            .spawn(move || relay_thread(&for_thread, policy, &ready))
+            .map_err(StartError::Thread)?;
+        let relay = Self { shared, thread: Some(thread) };
+        started
+            .recv()
+            .map_err(|_| StartError::Thread(io::Error::other("it ended before it was ready")))??;
+        Ok(relay)
+    }
+
+    /// Attaches the calling thread as the one that runs `vcpu`. `kick` makes that vCPU leave
+    /// KVM_RUN; it may be called from any thread. A signal whose handler calls
+    /// [`signal::request_exit`] does it without a race.
+    ///
+    /// # Safety
+    /// `immediate_exit` is null or points to `kvm_run.immediate_exit` of the vCPU, and stays mapped
+    /// until the port is dropped.
+    ///
+    /// # Errors
+    /// There is no such vCPU, or the vCPU or the thread is attached already.
+    pub unsafe fn attach(
+        &self,
+        vcpu: usize,
+        immediate_exit: *mut u8,
+        kick: Box<dyn Fn() + Send>,
+    ) -> io::Result<VcpuPort> {
+        let mut inner = self.shared.lock();
+        match inner.vcpus.get(vcpu) {
+            None => return Err(io::Error::other(format!("there is no vCPU {vcpu}"))),
+            Some(Some(_)) => {
+                return Err(io::Error::other(format!("vCPU {vcpu} is attached already")));
+            }
+            Some(None) => {}
+        }
+        // SAFETY: this function's contract is that of `ThreadSlot::attach`.
+        let slot = unsafe { ThreadSlot::attach(immediate_exit)? };
+        // Errors may have arrived before the thread did.
+        slot.shared().ask_attention();
+        inner.vcpus[vcpu] = Some(Attached { slot: slot.shared(), kick });
+        drop(inner);
+        Ok(VcpuPort { vcpu, slot, shared: Arc::clone(&self.shared), not_send: PhantomData })
+    }
+
+    /// The pages of the ledger, by guest-physical address.
+    pub fn pages(&self) -> Vec<Page> {
+        self.shared.lock().ledger.pages().cloned().collect()
+    }
+
+    /// A handle for other threads to read the ledger with.
+    pub fn reader(&self) -> LedgerReader {
+        LedgerReader(Arc::clone(&self.shared))
+    }
+}
+
+/// Reads a relay's ledger from any thread.
+#[derive(Clone)]
+pub struct LedgerReader(Arc<Shared>);
+
+impl LedgerReader {
+    /// The pages of the ledger, by guest-physical address.
+    pub fn pages(&self) -> Vec<Page> {
+        self.0.lock().ledger.pages().cloned().collect()
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        self.shared.wake();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            warn!("the relay's thread had panicked");
+        }
+    }
+}
+
+/// The relay's thread: takes AOs, and sees to it that whatever waits is looked at again.
+fn relay_thread(
+    shared: &Shared,
+    policy: KillPolicy,
+    ready: &std::sync::mpsc::SyncSender<Result<(), StartError>>,
+) {
+    let policy = if policy == KillPolicy::Late { policy } else { KillPolicy::Early };
+    let set_up = || {
+        // SAFETY: a null `immediate_exit` is always allowed.
+        let slot = unsafe { ThreadSlot::attach(ptr::null_mut()) }.map_err(StartError::Thread)?;
+        policy.set().map_err(StartError::Policy)?;
+        Ok(slot)
+    };
+    let slot = match set_up() {
+        Ok(slot) => slot,
+        Err(error) => {
+            // The starter waits for exactly this message; if it is gone there is nobody to tell.
+            let _ = ready.send(Err(error));
+            return;
+        }
+    };
+    let _ = ready.send(Ok(()));
+    while !shared.stop.load(Ordering::Acquire) {
+        let mut inner = shared.lock();
+        slot.clear_attention();
+        while let Some(caught) = slot.take() {
+            shared.enter(&mut inner, caught, Thread::Relay);
+        }
+        while let Some(caught) = signal::take_orphan() {
+            shared.enter(&mut inner, caught, Thread::Other);
+        }
+        let signals = slot.take_overrun();
+        if signals > 0 {
+            shared.emit(&Event::Overrun { signals });
+        }
+        let pause = if inner.delivery.is_idle() {
+            IDLE_TICK
+        } else {
+            for vcpu in inner.delivery.waiting_vcpus() {
+                inner.call(vcpu);
+            }
+            let pause = inner.retry;
+            inner.retry = (pause * 2).min(RETRY_LAST);
+            pause
+        };
+        drop(inner);
+        sleep_until_signal(&slot, &shared.wake, pause);
+    }
+}
+
+/// Sleeps until a signal is stored in `slot`, `wake` is written, or `pause` is over. SIGBUS is
+/// blocked only between the look and the sleep, so that no signal falls into the gap.
+fn sleep_until_signal(slot: &ThreadSlot, wake: &OwnedFd, pause: Duration) {
+    let timeout = libc::timespec {
+        // At most IDLE_TICK.
+        tv_sec: libc::time_t::try_from(pause.as_secs()).unwrap_or(1),
+        tv_nsec: libc::c_long::from(pause.subsec_nanos()),
+    };
+    let mut fd = libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: the sets are initialised by sigemptyset before they are read; every pointer is to a
+    // live local; ppoll restores the mask it replaced.
+    unsafe {
+        let mut bus = std::mem::zeroed::<libc::sigset_t>();
+        let mut before = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigemptyset(&raw mut bus);
+        libc::sigaddset(&raw mut bus, libc::SIGBUS);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const bus, &raw mut before);
+        if slot.is_empty() {
+            libc::sigdelset(&raw mut before, libc::SIGBUS);
+            libc::ppoll(&raw mut fd, 1, &raw const timeout, &raw const before);
+        }
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const bus, ptr::null_mut());
+    }
+    let mut count = 0u64;
+    // SAFETY: reads eight bytes into a live u64 from a descriptor we own; it does not block, and
+    // whether there was anything to read does not matter.
+    unsafe { libc::read(wake.as_raw_fd(), (&raw mut count).cast(), 8) };
+}

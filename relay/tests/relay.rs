@@ -1,0 +1,284 @@
+//! The relay as a VMM uses it, with forged signals and a model of a vCPU in place of KVM.
+//!
+//! `rt_tgsigqueueinfo(2)` lets a thread send itself any siginfo, so the whole way from the handler
+//! to the injection runs here without privileges and without a bad page.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test says what it saw by panicking")]
+
+use std::io;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use mce_relay::event::{Event, Reach};
+use mce_relay::ledger::State;
+use mce_relay::mca::{
+    BANKS, Bank, Caps, Form, MAX_BANKS, McaState, Record, Vendor, cap, mcg, status,
+};
+use mce_relay::{Config, KillPolicy, Mca, RamMap, RamRegion, Relay, Verdict, signal};
+
+const HVA: u64 = 0x7f00_0000_0000;
+const BUS_MCEERR_AR: i32 = 4;
+const BUS_MCEERR_AO: i32 = 5;
+
+/// What KVM keeps of one vCPU, with the parts of `KVM_X86_SET_MCE` that matter.
+#[derive(Clone)]
+struct Model(Arc<Mutex<McaState>>);
+
+impl Model {
+    fn new() -> Self {
+        Self(Arc::new(Mutex::new(McaState {
+            waits_for_sipi: false,
+            cr4_mce: true,
+            mcg_status: 0,
+            mcg_ctl: u64::MAX,
+            lmce: false,
+            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
+        })))
+    }
+
+    /// The guest's handler: clears the banks, then MCG_STATUS.
+    fn handle(&self) {
+        let mut state = self.0.lock().unwrap();
+        state.banks.iter_mut().for_each(|bank| bank.status = 0);
+        state.mcg_status = 0;
+    }
+}
+
+impl Mca for Model {
+    fn state(&mut self) -> io::Result<McaState> {
+        Ok(*self.0.lock().unwrap())
+    }
+
+    fn inject(&mut self, record: &Record) -> io::Result<()> {
+        let mut state = self.0.lock().unwrap();
+        assert!(!state.mcip() && state.cr4_mce, "KVM would shut the guest down");
+        let bank = &mut state.banks[usize::from(record.bank)];
+        assert!(!bank.valid(), "KVM would mark an overflow");
+        bank.status = record.status;
+        if record.status & status::UC != 0 {
+            state.mcg_status = record.mcg_status;
+        }
+        Ok(())
+    }
+}
+
+/// Sends the calling thread a SIGBUS with this code, address and lsb.
+fn forge(code: i32, hva: u64, lsb: i16) {
+    #[repr(C)]
+    struct Info {
+        signo: i32,
+        errno: i32,
+        code: i32,
+        addr: u64,
+        lsb: i16,
+        rest: [u8; 102],
+    }
+    let info = Info { signo: libc::SIGBUS, errno: 0, code, addr: hva, lsb, rest: [0; 102] };
+    // SAFETY: `info` is a siginfo_t of full size (128 bytes), sent to this very thread.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_rt_tgsigqueueinfo,
+            libc::getpid(),
+            libc::gettid(),
+            libc::SIGBUS,
+            &raw const info,
+        )
+    };
+    assert_eq!(sent, 0, "{}", io::Error::last_os_error());
+}
+
+fn start(caps: Caps, vcpus: usize) -> (Relay, Receiver<Event>) {
+    let (tx, rx) = channel();
+    let ram = RamMap::new(&[RamRegion { hva: HVA, gpa: 0x10_0000, len: 0x10_0000 }]).unwrap();
+    let relay = Relay::start(Config {
+        vcpus,
+        caps,
+        ram,
+        policy: KillPolicy::Early,
+        observer: Box::new(move |event| drop(tx.send(event.clone()))),
+    })
+    .unwrap();
+    (relay, rx)
+}
+
+fn intel() -> Caps {
+    let mcg_cap = u64::from(BANKS) | cap::CTL_P | cap::SER_P;
+    Caps { vendor: Vendor::Intel, mcg_cap, succor: false }
+}
+
+fn amd() -> Caps {
+    Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS) | cap::CTL_P, succor: true }
+}
+
+fn attach(relay: &Relay, vcpu: usize) -> mce_relay::VcpuPort {
+    // SAFETY: a null `immediate_exit` is always allowed.
+    unsafe { relay.attach(vcpu, std::ptr::null_mut(), Box::new(|| {})) }.unwrap()
+}
+
+/// Runs `body` on a thread of its own: a policy and a slot belong to a thread.
+fn on_own_thread(body: impl FnOnce() + Send + 'static) {
+    std::thread::spawn(body).join().unwrap();
+}
+
+#[test]
+fn an_ar_is_told_on_the_thread_that_met_it() {
+    on_own_thread(|| {
+        let (relay, events) = start(amd(), 1);
+        let model = Model::new();
+        let mut port = attach(&relay, 0);
+        forge(BUS_MCEERR_AR, HVA + 0x3000, 12);
+        assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        let state = *model.0.lock().unwrap();
+        assert_eq!(state.mcg_status, mcg::MCIP | mcg::RIPV | mcg::EIPV);
+
+        model.handle();
+        let mut acknowledged = |events: &Receiver<Event>| loop {
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+            match events.recv_timeout(Duration::from_secs(5)).expect("an acknowledgement") {
+                Event::Acknowledged { gpa, .. } => break gpa,
+                Event::Injected { form, reach, .. } => {
+                    assert_eq!((form, reach), (Form::AmdAr, Reach::Local));
+                }
+                _ => {}
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        assert_eq!(acknowledged(&events), 0x10_3000);
+        assert!(matches!(relay.pages()[0].state, State::Acknowledged { .. }));
+    });
+}
+
+#[test]
+fn an_ao_waits_for_the_handler_and_is_told_then() {
+    on_own_thread(|| {
+        let (relay, events) = start(amd(), 1);
+        let model = Model::new();
+        model.0.lock().unwrap().mcg_status = mcg::MCIP;
+        let mut port = attach(&relay, 0);
+        forge(BUS_MCEERR_AO, HVA + 0x5000, 12);
+        assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        assert!(matches!(relay.pages()[0].state, State::Waiting { .. }));
+        assert!(!events.try_iter().any(|event| matches!(event, Event::Injected { .. })));
+
+        model.handle();
+        for _ in 0..500 {
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+            if matches!(relay.pages()[0].state, State::Injected { .. }) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("not told: {:?}", relay.pages());
+    });
+}
+
+#[test]
+fn a_page_signalled_again_is_not_a_new_page() {
+    on_own_thread(|| {
+        let (relay, events) = start(amd(), 1);
+        let model = Model::new();
+        let mut port = attach(&relay, 0);
+        for _ in 0..3 {
+            forge(BUS_MCEERR_AO, HVA, 12);
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        }
+        let injected = events.try_iter().filter(|e| matches!(e, Event::Injected { .. })).count();
+        assert_eq!((injected, relay.pages().len(), relay.pages()[0].signals), (1, 1, 3));
+    });
+}
+
+#[test]
+fn an_address_outside_guest_ram_is_reported_and_told_to_nobody() {
+    on_own_thread(|| {
+        let (relay, events) = start(amd(), 1);
+        let model = Model::new();
+        let mut port = attach(&relay, 0);
+        forge(BUS_MCEERR_AO, 0x1000, 12);
+        assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        assert!(events.try_iter().any(|e| matches!(e, Event::Outside { hva: 0x1000, .. })));
+        assert!(relay.pages().is_empty());
+    });
+}
+
+#[test]
+fn an_ar_in_a_guest_that_cannot_be_told_stops_the_vcpu() {
+    on_own_thread(|| {
+        let (relay, _events) = start(amd(), 1);
+        let model = Model::new();
+        model.0.lock().unwrap().cr4_mce = false;
+        let mut port = attach(&relay, 0);
+        forge(BUS_MCEERR_AR, HVA, 12);
+        let verdict = port.before_run(&mut model.clone());
+        assert!(matches!(verdict, Verdict::Undeliverable { gpa: 0x10_0000, .. }), "{verdict:?}");
+        assert!(matches!(relay.pages()[0].state, State::Undeliverable { .. }));
+    });
+}
+
+#[test]
+fn a_rendezvous_reaches_all_threads_or_none() {
+    on_own_thread(|| {
+        let (relay, events) = start(intel(), 2);
+        let relay = Arc::new(relay);
+        let models = [Model::new(), Model::new()];
+        // The second vCPU is in its handler: nobody may be given anything.
+        models[1].0.lock().unwrap().mcg_status = mcg::MCIP;
+        let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        // A vCPU whose thread is not there yet takes no part, so both have to be.
+        let attached = Arc::new(std::sync::Barrier::new(2));
+        let threads: Vec<_> = (0..2)
+            .map(|vcpu| {
+                let (relay, model, done) =
+                    (Arc::clone(&relay), models[vcpu].clone(), Arc::clone(&done));
+                let attached = Arc::clone(&attached);
+                std::thread::spawn(move || {
+                    let mut port = attach(&relay, vcpu);
+                    attached.wait();
+                    if vcpu == 0 {
+                        forge(BUS_MCEERR_AO, HVA + 0x8000, 12);
+                    }
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                })
+            })
+            .collect();
+        let wait_for = |what: fn(&Event) -> bool| {
+            while !what(&events.recv_timeout(Duration::from_secs(10)).expect("an event")) {}
+        };
+        wait_for(|event| matches!(event, Event::Waiting { .. }));
+        assert_eq!(models[0].0.lock().unwrap().mcg_status, 0, "not the first one alone");
+        models[1].handle();
+        wait_for(|event| matches!(event, Event::Injected { reach: Reach::Rendezvous, .. }));
+        let both_in = || models.iter().all(|model| model.0.lock().unwrap().mcip());
+        for _ in 0..500 {
+            if both_in() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(both_in(), "both vCPUs were given a machine check");
+        models.iter().for_each(Model::handle);
+        wait_for(|event| matches!(event, Event::Acknowledged { .. }));
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    });
+}
+
+#[test]
+fn attaching_twice_is_refused() {
+    on_own_thread(|| {
+        let (relay, _events) = start(amd(), 1);
+        let port = attach(&relay, 0);
+        // SAFETY: a null `immediate_exit` is always allowed.
+        let again = unsafe { relay.attach(0, std::ptr::null_mut(), Box::new(|| {})) };
+        assert!(again.is_err());
+        drop(port);
+        drop(attach(&relay, 0));
+        // SAFETY: as above.
+        assert!(unsafe { relay.attach(1, std::ptr::null_mut(), Box::new(|| {})) }.is_err());
+        signal::request_exit();
+    });
+}
