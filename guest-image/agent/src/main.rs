@@ -1,2 +1,298 @@
-//! Stub.
-fn main() {}
+//! The guest side of mce-relay's tests.
+//!
+//! Runs as root in the guest, owns pages whose guest-physical addresses it tells, touches them
+//! when asked to, survives the SIGBUS of those that are poisoned, and reports every signal and
+//! every line of the kernel's log. `agent PORT [log=off]`: PORT is a serial port, or `-` for
+//! stdin and stdout. See `proto` for the language.
+
+mod kmsg;
+mod pages;
+mod port;
+mod proto;
+mod touch;
+
+use std::fs;
+use std::io;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use pages::Pages;
+use port::{Lines, Port};
+use proto::{Body, Event, Reply, Request};
+
+const CHECK_INTERVAL: &str = "/sys/devices/system/machinecheck/machinecheck0/check_interval";
+/// Most lines that `dmesg` answers with; the port is slow.
+const MAX_DMESG: usize = 100;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let (path, log) = match words[..] {
+        [path] => (path, true),
+        [path, "log=off"] => (path, false),
+        _ => {
+            eprintln!("agent: got {words:?}, expected PORT [log=off], PORT a serial port or -");
+            return ExitCode::from(2);
+        }
+    };
+    match port::open(path).and_then(|(lines, port)| run(lines, Arc::new(port), log)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("agent: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(mut lines: Lines, port: Arc<Port>, log: bool) -> Result<(), String> {
+    let wake = touch::install(port.fd()).map_err(|e| format!("SIGBUS handler: {e}"))?;
+    let early_kill = early(true).is_ok();
+    let lost = |e: io::Error| format!("port: {e}");
+    port.send(&hello(early_kill)).map_err(lost)?;
+    let mut agent = Agent { port, pages: Pages::default(), log: Arc::new(AtomicBool::new(log)) };
+    agent.start_log()?;
+    loop {
+        wait(lines.fd(), wake).map_err(|e| format!("poll: {e}"))?;
+        agent.report_signals().map_err(lost)?;
+        if !readable(lines.fd()) {
+            continue;
+        }
+        match lines.read().map_err(lost)? {
+            Some(requests) => {
+                for line in requests {
+                    agent.answer(&line).map_err(lost)?;
+                }
+            }
+            None if agent.port.serial => thread::sleep(Duration::from_millis(100)),
+            None => return Ok(()),
+        }
+    }
+}
+
+fn hello(early_kill: bool) -> Event {
+    let read = |path| fs::read_to_string(path).unwrap_or_default();
+    let cpuinfo = read("/proc/cpuinfo");
+    let vendor = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("vendor_id")?.split_once(": "))
+        .map_or("unknown", |(_, vendor)| vendor);
+    // SAFETY: sysconf takes no pointers.
+    let cpus = unsafe { libc::sysconf(libc::_SC_NPROCESSORS_ONLN) };
+    Event::Hello {
+        version: env!("CARGO_PKG_VERSION"),
+        kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+        cpus: u32::try_from(cpus).unwrap_or(0),
+        vendor: vendor.to_owned(),
+        early_kill,
+    }
+}
+
+/// Waits for a request or a signal.
+fn wait(port: i32, wake: i32) -> io::Result<()> {
+    let entry = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let mut fds = [entry(port), entry(wake)];
+    // SAFETY: two valid entries; the eventfd is emptied into 8 bytes of our own.
+    unsafe {
+        if libc::poll(fds.as_mut_ptr(), 2, -1) < 0 {
+            let error = io::Error::last_os_error();
+            return match error.kind() {
+                io::ErrorKind::Interrupted => Ok(()),
+                _ => Err(error),
+            };
+        }
+        if fds[1].revents != 0 {
+            let mut count = 0u64;
+            libc::read(wake, (&raw mut count).cast(), 8);
+        }
+    }
+    Ok(())
+}
+
+fn readable(fd: i32) -> bool {
+    let mut entry = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid entry.
+    unsafe { libc::poll(&raw mut entry, 1, 0) > 0 }
+}
+
+/// Sets when this thread is told of poison: at once, or when it runs into it.
+fn early(on: bool) -> Result<bool, String> {
+    let policy = match on {
+        true => libc::PR_MCE_KILL_EARLY,
+        false => libc::PR_MCE_KILL_LATE,
+    };
+    // SAFETY: prctl takes numbers here.
+    let now = unsafe {
+        if libc::prctl(libc::PR_MCE_KILL, libc::PR_MCE_KILL_SET, policy, 0, 0) < 0 {
+            return Err(format!("PR_MCE_KILL: {}", io::Error::last_os_error()));
+        }
+        libc::prctl(libc::PR_MCE_KILL_GET, 0, 0, 0, 0)
+    };
+    Ok(now == libc::PR_MCE_KILL_EARLY)
+}
+
+struct Agent {
+    port: Arc<Port>,
+    pages: Pages,
+    log: Arc<AtomicBool>,
+}
+
+impl Agent {
+    fn start_log(&self) -> Result<(), String> {
+        let (port, on) = (Arc::clone(&self.port), Arc::clone(&self.log));
+        let body = move || {
+            // The policy is inherited, and the kernel tells the first early thread it finds.
+            let result = early(false).and_then(|_| {
+                kmsg::stream(&port, &on).map_err(|e| format!("/dev/kmsg: {e}; the log ends here"))
+            });
+            if let Err(error) = result {
+                let _ = port.send(&Event::Error { error });
+            }
+        };
+        thread::Builder::new()
+            .name("kmsg".into())
+            .spawn(body)
+            .map(drop)
+            .map_err(|e| format!("log thread: {e}"))
+    }
+
+    fn report_signals(&mut self) -> io::Result<()> {
+        while let Some(fault) = touch::next_ao() {
+            let page = self.pages.hit(fault.addr);
+            let sigbus = fault.into();
+            self.port.send(&Event::Sigbus { sigbus, page })?;
+        }
+        match touch::lost_aos() {
+            0 => Ok(()),
+            count => self.port.send(&Event::SigbusLost { count }),
+        }
+    }
+
+    fn answer(&mut self, line: &str) -> io::Result<()> {
+        // First, so that `check` leaves alone what is known to be lost.
+        self.report_signals()?;
+        let request = proto::parse(line);
+        let end = match request {
+            Ok(Request::Reboot) if self.port.serial => Some(libc::LINUX_REBOOT_CMD_RESTART),
+            Ok(Request::Poweroff) if self.port.serial => Some(libc::LINUX_REBOOT_CMD_POWER_OFF),
+            _ => None,
+        };
+        let result = match end {
+            Some(_) => Ok(Body::None {}),
+            None => request.and_then(|request| self.perform(request)),
+        };
+        // What a request set off is told before its reply, so that a test that has the reply
+        // need not wait for more.
+        self.report_signals()?;
+        self.port.send(&Reply::new(proto::verb(line), result))?;
+        if let Some(command) = end {
+            self.log.store(false, Ordering::Relaxed);
+            self.port.drain();
+            // SAFETY: reboot takes no pointers.
+            unsafe { libc::reboot(command) };
+            let error = format!("reboot: {}", io::Error::last_os_error());
+            self.port.send(&Event::Error { error })?;
+        }
+        Ok(())
+    }
+
+    fn perform(&mut self, request: Request) -> Result<Body, String> {
+        match request {
+            Request::Ping => Ok(Body::None {}),
+            Request::Alloc { kind, count } => self.pages.alloc(kind, count),
+            Request::Gpa { page, offset } => self.pages.gpa(page, offset),
+            Request::Touch { page, how, offset } => self.pages.touch(page, how, offset),
+            Request::Check { except } => Ok(self.pages.check(&except)),
+            Request::Free { page } => self.pages.free(page),
+            Request::Interval { seconds } => interval(seconds),
+            Request::Log { on } => {
+                self.log.store(on, Ordering::Relaxed);
+                Ok(Body::Switch { on })
+            }
+            Request::Dmesg { pattern } => dmesg(&pattern),
+            Request::Early { on } => early(on).map(|on| Body::Switch { on }),
+            Request::Cpu { cpu } => pin(cpu),
+            Request::Meminfo => {
+                Ok(Body::Meminfo { hardware_corrupted_kb: pages::meminfo("HardwareCorrupted")? })
+            }
+            Request::Reboot | Request::Poweroff => {
+                Err("refused: only over a serial port, because - may be your own machine".into())
+            }
+        }
+    }
+}
+
+fn interval(seconds: u32) -> Result<Body, String> {
+    let named = |e| format!("{CHECK_INTERVAL}: {e}");
+    fs::write(CHECK_INTERVAL, seconds.to_string()).map_err(named)?;
+    let interval = fs::read_to_string(CHECK_INTERVAL).map_err(named)?;
+    let interval = interval.trim().to_owned();
+    Ok(Body::Interval { interval })
+}
+
+fn dmesg(pattern: &str) -> Result<Body, String> {
+    let mut lines = kmsg::grep(pattern).map_err(|e| format!("/dev/kmsg: {e}"))?;
+    let count = lines.len();
+    lines.drain(..count.saturating_sub(MAX_DMESG));
+    Ok(Body::Dmesg { count, lines })
+}
+
+/// Pins this thread, which does all touches, to a CPU.
+fn pin(cpu: usize) -> Result<Body, String> {
+    // SAFETY: all-zero is an empty cpu_set_t, and `cpu` is below its 1024.
+    let result = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        libc::CPU_SET(cpu, &mut set);
+        libc::sched_setaffinity(0, size_of_val(&set), &raw const set)
+    };
+    if result < 0 {
+        let error = io::Error::last_os_error();
+        return Err(format!("cpu {cpu}: {error}; expected a CPU that is online"));
+    }
+    // SAFETY: no arguments.
+    let cpu = unsafe { libc::sched_getcpu() };
+    Ok(Body::Cpu { cpu })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+
+    #[test]
+    fn an_ao_is_an_event_that_names_the_page_and_comes_before_the_reply() {
+        touch::install(2).unwrap();
+        let (mut from, to) = io::pipe().unwrap();
+        let mut agent = Agent {
+            port: Arc::new(Port::new(File::from(OwnedFd::from(to)), false)),
+            pages: Pages::default(),
+            log: Arc::new(AtomicBool::new(false)),
+        };
+        let Body::Alloc { pages } = agent.pages.alloc(proto::Kind::Anon, 2).unwrap() else {
+            panic!("no alloc")
+        };
+        touch::tests::forge(touch::BUS_MCEERR_AO, pages[1].va.0, 12);
+        touch::tests::forge(touch::BUS_MCEERR_AO, 0x1000, 21);
+        agent.answer("check").unwrap();
+        agent.answer("reboot").unwrap();
+        agent.answer("meminfo now").unwrap();
+        drop(agent);
+        let mut text = String::new();
+        from.read_to_string(&mut text).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        let va = pages[1].va.0;
+        assert_eq!(lines.len(), 5, "{text}");
+        assert_eq!(
+            lines[0],
+            format!(r#"{{"event":"sigbus","code":"AO","addr":"{va:#x}","lsb":12,"page":1}}"#)
+        );
+        assert_eq!(lines[1], r#"{"event":"sigbus","code":"AO","addr":"0x1000","lsb":21}"#);
+        assert_eq!(lines[2], r#"{"reply":"check","ok":true,"intact":1,"bad":[],"skipped":[1]}"#);
+        assert!(lines[3].starts_with(r#"{"reply":"reboot","ok":false,"#));
+        assert!(lines[4].starts_with(r#"{"reply":"meminfo","ok":false,"#));
+    }
+}

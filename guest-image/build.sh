@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Builds the guest: target/guest-image/{vmlinuz,vmlinux,initramfs.cpio,version}.
+#
+# KERNEL=   the guest's kernel: a package, or the path of a vmlinuz or vmlinux
+#           (unset: what linux-image-amd64 depends on)
+#
+# Cheap when nothing has changed, so that every run of the tests can begin with it.
+set -euo pipefail
+
+me=guest-image/build.sh
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+top=$(dirname "$here")
+out=$top/target/guest-image
+
+say() { printf '%s: %s\n' "$me" "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+"$top/tests/lab/setup.sh"
+command -v cargo >/dev/null || die "cargo is missing; install Rust (https://rustup.rs) and put cargo on the path"
+
+# Static, as the image has no C library; stripped, as every byte is unpacked by an emulated CPU.
+# A target directory of its own keeps these flags from rebuilding the workspace back and forth.
+(
+    cd "$top"
+    unset CARGO_ENCODED_RUSTFLAGS # would silently win over RUSTFLAGS
+    RUSTFLAGS='-C target-feature=+crt-static -C strip=symbols' cargo build --quiet --release --locked \
+        -p mce-relay-agent --target x86_64-unknown-linux-gnu --target-dir "$top/target/agent" >&2
+) || die "the guest agent does not build (see above)"
+agent=$top/target/agent/x86_64-unknown-linux-gnu/release/agent
+busybox=$(command -v busybox)
+
+kernel=$("$here/kernel.sh" "${KERNEL:-default}")
+
+# The stamp goes first and comes back last: an interrupted run is then seen as out of date.
+stamp=$({ echo "$kernel"; cat "$here/build.sh" "$here/init" "$busybox" "$agent"; } | sha256sum)
+if [ "$(cat "$out/.stamp" 2>/dev/null)" = "$stamp" ]; then
+    exit 0
+fi
+mkdir -p "$out"
+rm -f "$out/.stamp"
+tmp=$(mktemp -d "$out/.new.XXXXXX")
+trap 'rm -rf "$tmp"' EXIT
+
+root=$tmp/root
+mkdir -p "$root"/{bin,sbin,proc,sys,dev,tmp}
+install -m 755 "$here/init" "$root/init"
+install -m 755 "$agent" "$root/sbin/agent"
+install -m 755 "$busybox" "$root/bin/busybox"
+"$busybox" --list | while read -r applet; do
+    [ "$applet" = busybox ] || ln -s busybox "$root/bin/$applet"
+done
+# Not compressed: an emulated CPU copies faster than it decompresses. Same input, same bytes.
+find "$root" -exec touch -h -d @0 {} +
+(cd "$root" && find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 --reproducible) >"$tmp/initramfs.cpio"
+
+# Each file is moved into place whole, so a virtual machine started meanwhile never reads half of one.
+for file in vmlinuz vmlinux version; do
+    [ ! "$kernel/$file" -ef "$out/$file" ] || continue # linked there by an earlier build
+    if [ -e "$kernel/$file" ]; then
+        cp -l "$kernel/$file" "$tmp/" 2>/dev/null || cp "$kernel/$file" "$tmp/"
+        mv "$tmp/$file" "$out/"
+    else
+        rm -f "$out/$file" # a kernel given as vmlinux has no vmlinuz
+    fi
+done
+mv "$tmp/initramfs.cpio" "$out/"
+printf '%s\n' "$stamp" >"$out/.stamp"
+say "target/guest-image is ready: Linux $(cat "$out/version"), initramfs of $(($(stat -c %s "$out/initramfs.cpio") / 1024)) KiB"

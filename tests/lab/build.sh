@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Builds the emulated host of the lab: target/lab/{vmlinuz,vmlinux,initramfs.cpio,version}.
+#
+# LAB_KERNEL=   its kernel package (unset: the newest full-flavour image that is offered; it has
+#               to be a package, as the lab needs the modules that go with the kernel)
+#
+# Cheap when nothing has changed, so that every lab run can begin with it.
+set -euo pipefail
+
+me=tests/lab/build.sh
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+top=$(cd "$here/../.." && pwd)
+out=$top/target/lab
+PATH=$PATH:/usr/sbin:/sbin # depmod and modprobe, off an ordinary user's path
+
+# What the lab's root file system, its channels and the tests need; modprobe adds what these need.
+wanted=(virtio_pci virtio_console 9pnet_virtio 9p kvm-amd hwpoison-inject mce-inject)
+
+say() { printf '%s: %s\n' "$me" "$*" >&2; }
+die() { say "error: $*"; exit 1; }
+
+"$here/setup.sh"
+kernel=$("$top/guest-image/kernel.sh" "${LAB_KERNEL:-newest}")
+version=$(cat "$kernel/version")
+busybox=$(command -v busybox)
+
+# The stamp goes first and comes back last: an interrupted run is then seen as out of date.
+stamp=$({ echo "$kernel"; cat "$here/build.sh" "$here/init" "$here/main" "$busybox"; } | sha256sum)
+if [ "$(cat "$out/.stamp" 2>/dev/null)" = "$stamp" ]; then
+    exit 0
+fi
+mkdir -p "$out"
+rm -f "$out/.stamp"
+tmp=$(mktemp -d "$out/.new.XXXXXX")
+trap 'rm -rf "$tmp"' EXIT
+
+# A base directory whose lib/modules is the package's, wherever that has it (/usr/lib in newer ones).
+modules=$(find "$kernel/root" -maxdepth 4 -type d -path "*/lib/modules/$version" -print -quit)
+[ -n "$modules" ] || die "$kernel has no modules; LAB_KERNEL must name a kernel package"
+mkdir -p "$tmp/base/lib/modules"
+cp -rl "$modules" "$tmp/base/lib/modules/" 2>/dev/null || cp -r "$modules" "$tmp/base/lib/modules/"
+depmod -b "$tmp/base" "$version"
+
+root=$tmp/root
+mkdir -p "$root"/{bin,proc,sys,dev,job,checkout,newroot,modules}
+install -m 755 "$here/init" "$root/init"
+install -m 755 "$here/main" "$root/bin/main"
+install -m 755 "$busybox" "$root/bin/busybox"
+for module in "${wanted[@]}"; do
+    # Debian's own modprobe.d has nothing to say about the lab's kernel, hence -C.
+    modprobe -C /dev/null -d "$tmp/base" -S "$version" --show-depends "$module" ||
+        die "Linux $version has no module $module; give another package in LAB_KERNEL"
+done | sed -n 's/^insmod \(.*\.ko[.a-z]*\).*/\1/p' | awk '!seen[$0]++' >"$tmp/order"
+while read -r file; do
+    name=$(basename "$file" | sed 's/\.ko.*/.ko/')
+    case $file in # busybox's insmod takes plain files only
+    *.xz) xz -dc "$file" ;;
+    *.zst) zstd -dcq "$file" ;;
+    *.gz) gzip -dc "$file" ;;
+    *) cat "$file" ;;
+    esac >"$root/modules/$name"
+    printf '%s\n' "$name" >>"$root/modules/order"
+done <"$tmp/order"
+
+find "$root" -exec touch -h -d @0 {} +
+(cd "$root" && find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 --reproducible) >"$tmp/initramfs.cpio"
+
+for file in vmlinuz vmlinux version; do
+    [ ! "$kernel/$file" -ef "$out/$file" ] || continue # linked there by an earlier build
+    cp -l "$kernel/$file" "$tmp/" 2>/dev/null || cp "$kernel/$file" "$tmp/"
+    mv "$tmp/$file" "$out/"
+done
+mv "$tmp/initramfs.cpio" "$out/"
+printf '%s\n' "$stamp" >"$out/.stamp"
+say "target/lab is ready: Linux $version, $(wc -l <"$root/modules/order") modules"
