@@ -89,6 +89,13 @@ impl VcpuPort {
         if self.slot.attention() { self.attend(mca) } else { Verdict::Run }
     }
 
+    /// Whether [`Self::before_run`] has something to do. For a VMM that completes the last exit's I/O
+    /// only when it has to. One relaxed load.
+    #[inline]
+    pub fn wants_attention(&self) -> bool {
+        self.slot.attention()
+    }
+
     /// An MMIO exit at `gpa`: true when that is guest RAM, which means that KVM emulated an
     /// instruction that met poison. The page is then taken for touched (AR).
     pub fn mmio_hit(&mut self, gpa: u64) -> bool {

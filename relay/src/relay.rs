@@ -136,6 +136,8 @@ impl Shared {
     pub(crate) fn waiting(&self, inner: &mut Inner, error: Pending, wait: Wait) {
         if self.set(inner, error.gpa, State::Waiting { wait }) {
             self.emit(&Event::Waiting { gpa: error.gpa, kind: error.kind, wait });
+            // It may be asleep, and it is the one who has the vCPU look again.
+            self.wake();
         }
     }
 

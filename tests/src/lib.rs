@@ -1,1 +1,9 @@
-//! Stub.
+//! What the end-to-end tests share: a guest under `mce-relay run`, the agent in it, and the lab.
+//!
+//! A test says what it saw by panicking; the runner turns that into a failure with its words.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
+
+pub mod agent;
+pub mod guest;
+pub mod lab;
+pub mod suite;

@@ -1,0 +1,65 @@
+# Everything is kept below target/. `make` without a target says what there is.
+SHELL := /bin/bash
+CARGO ?= cargo
+# Written to the terminal or a log while something takes its time.
+SAY = @printf '\n==== %s\n' >&2
+
+help:
+	@echo 'make run            boot a guest in the lab, poison a page of it, watch the relay'
+	@echo '                    VENDOR=intel|amd; NATIVE=1 uses this host, and says what that does'
+	@echo 'make test           all three tiers of tests'
+	@echo 'make lab            a shell in the lab;  make lab CMD="…"  runs a command there'
+	@echo 'make soak           the scenarios over and over (SOAK_ROUNDS, 10)'
+	@echo 'make build          target/release/mce-relay'
+	@echo 'make guest-image    the guest (KERNEL=package or file)'
+	@echo 'make check          formatting, lints, documentation, licences'
+	@echo 'make clean          remove target/'
+
+setup:
+	@tests/lab/setup.sh
+
+build:
+	$(SAY) 'building mce-relay and its tests'
+	$(CARGO) build --release --locked --workspace --bins --tests
+
+guest-image: setup
+	$(SAY) 'guest image'
+	guest-image/build.sh
+
+lab-image: setup
+	$(SAY) 'lab image'
+	tests/lab/build.sh
+
+ifeq ($(NATIVE),1)
+run: build guest-image
+	MCE_RELAY_NATIVE=1 MCE_RELAY_VENDOR=$(or $(VENDOR),intel) target/release/show
+else
+run: build guest-image lab-image
+	MCE_RELAY_VENDOR=$(or $(VENDOR),intel) tests/lab/run.sh target/release/show
+endif
+
+test: build guest-image lab-image
+	NATIVE=$(NATIVE) tests/run.sh
+
+soak: build guest-image lab-image
+	tests/soak.sh
+
+# CMD is one line for a shell, so that pipes and quotes in it mean what they say.
+lab: lab-image
+	@tests/lab/run.sh $(if $(CMD),sh -c "$$CMD")
+export CMD
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --locked --workspace --all-targets --all-features -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --locked --workspace --no-deps
+	@if $(CARGO) deny --version >/dev/null 2>&1; then \
+		$(CARGO) deny --offline check bans licenses sources; \
+	else \
+		echo 'SKIPPED licences and duplicate crates: cargo-deny is not installed (cargo install cargo-deny)'; \
+	fi
+
+clean:
+	rm -rf target
+
+.PHONY: help setup build guest-image lab-image run test soak lab check clean

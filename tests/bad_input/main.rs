@@ -1,0 +1,100 @@
+//! What a user gets for what cannot work: a clear error on stderr, a status that is not 0, nothing
+//! lost, and a terminal that is as it was.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
+
+mod host;
+mod terminal;
+mod values;
+
+use std::path::Path;
+use std::process::{ExitCode, Output};
+
+use mce_relay_tests::lab::has_kvm;
+use mce_relay_tests::suite::{self, Test};
+
+/// Sees that `out` is a failure with `status`, whose words name all of `named`, and no panic.
+fn refused(out: &Output, status: i32, named: &[&str]) {
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    println!("    {}", stderr.trim_end());
+    assert_eq!(out.status.code(), Some(status), "{stderr}");
+    for name in named {
+        assert!(stderr.contains(name), "{name:?} is not named: {stderr}");
+    }
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    assert!(out.stdout.is_empty(), "an error goes to stderr only");
+}
+
+fn anywhere() -> Result<(), String> {
+    Ok(())
+}
+
+fn as_root() -> Result<(), String> {
+    // SAFETY: geteuid cannot fail and takes nothing.
+    match unsafe { libc::geteuid() } {
+        0 => Ok(()),
+        _ => Err("needs root, to take things away from the program under test".to_owned()),
+    }
+}
+
+fn as_root_with_kvm() -> Result<(), String> {
+    as_root().and_then(|()| has_kvm())
+}
+
+/// A guest kernel and /dev/kvm, for a VM that has to be there but need not get anywhere.
+fn has_vm() -> Result<(), String> {
+    has_kvm()?;
+    match mce_relay_tests::guest::image("vmlinux").try_exists() {
+        Ok(true) => Ok(()),
+        _ => Err("needs the guest image (make guest-image)".to_owned()),
+    }
+}
+
+fn has_vm_but_no_memory_failure() -> Result<(), String> {
+    has_vm()?;
+    if Path::new("/proc/sys/vm/memory_failure_early_kill").exists() {
+        return Err("this host's kernel has memory failure handling".to_owned());
+    }
+    Ok(())
+}
+
+fn no_memory_failure() -> Result<(), String> {
+    if Path::new("/proc/sys/vm/memory_failure_early_kill").exists() {
+        return Err("this host's kernel has memory failure handling".to_owned());
+    }
+    Ok(())
+}
+
+macro_rules! tests {
+    ($($module:ident :: $test:ident needs $needs:expr),* $(,)?) => {
+        &[$(Test {
+            name: concat!(stringify!($module), "::", stringify!($test)),
+            needs: $needs,
+            run: $module::$test,
+        }),*]
+    };
+}
+
+fn main() -> ExitCode {
+    suite::run(tests![
+        host::no_dev_kvm needs as_root,
+        host::no_permission_for_dev_kvm needs as_root_with_kvm,
+        host::check_without_memory_failure needs no_memory_failure,
+        host::poison_without_memory_failure needs has_vm_but_no_memory_failure,
+        values::memory_of_zero needs has_kvm,
+        values::more_memory_than_there_is needs has_kvm,
+        values::memory_that_is_not_a_size needs anywhere,
+        values::a_kernel_that_is_not_one needs has_kvm,
+        values::a_kernel_that_is_not_there needs has_kvm,
+        values::an_initramfs_that_is_not_there needs has_vm,
+        values::no_vcpus needs anywhere,
+        values::a_serial_mode_that_is_none needs anywhere,
+        values::an_api_socket_path_that_exists needs anywhere,
+        values::an_event_monitor_that_cannot_be_written needs anywhere,
+        values::a_vm_that_is_not_there needs anywhere,
+        values::a_gpa_outside_ram needs has_vm,
+        values::a_gpa_that_is_not_a_number needs anywhere,
+        terminal::is_restored_after_sigterm needs has_vm,
+        terminal::is_restored_after_ctrl_a_x needs has_vm,
+        terminal::is_untouched_by_a_failed_start needs has_kvm,
+    ])
+}

@@ -1,0 +1,104 @@
+//! The terminal of a VM whose first serial port it is: raw while the VM runs, as it was after.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::ptr;
+use std::time::{Duration, Instant};
+
+use mce_relay_tests::guest::{binary, image};
+
+/// A pseudo-terminal with a program on it.
+struct Terminal {
+    master: OwnedFd,
+    slave: OwnedFd,
+}
+
+impl Terminal {
+    fn new() -> Self {
+        let (mut master, mut slave) = (-1, -1);
+        // SAFETY: two descriptors are written to the two integers; the rest is optional.
+        let made = unsafe {
+            libc::openpty(
+                &raw mut master,
+                &raw mut slave,
+                ptr::null_mut(),
+                ptr::null(),
+                ptr::null(),
+            )
+        };
+        assert_eq!(made, 0);
+        // SAFETY: descriptors that openpty has just made, owned by nobody else.
+        unsafe { Self { master: OwnedFd::from_raw_fd(master), slave: OwnedFd::from_raw_fd(slave) } }
+    }
+
+    /// Input, output, control and local modes.
+    fn modes(&self) -> [libc::tcflag_t; 4] {
+        // SAFETY: termios is plain data, and tcgetattr fills it.
+        let modes = unsafe {
+            let mut modes: libc::termios = std::mem::zeroed();
+            assert_eq!(libc::tcgetattr(self.slave.as_raw_fd(), &raw mut modes), 0);
+            modes
+        };
+        [modes.c_iflag, modes.c_oflag, modes.c_cflag, modes.c_lflag]
+    }
+
+    fn start(&self, kernel: &std::path::Path) -> Child {
+        let slave = || Stdio::from(self.slave.try_clone().unwrap());
+        Command::new(binary())
+            .args(["run", "--serial", "tty", "--memory", "size=128M", "--kernel"])
+            .arg(kernel)
+            .stdin(slave())
+            .stdout(slave())
+            .stderr(slave())
+            .spawn()
+            .unwrap()
+    }
+
+    fn type_in(&self, keys: &[u8]) {
+        File::from(self.master.try_clone().unwrap()).write_all(keys).unwrap();
+    }
+
+    fn wait_for(&self, what: impl Fn([libc::tcflag_t; 4]) -> bool) {
+        let start = Instant::now();
+        while !what(self.modes()) {
+            assert!(start.elapsed() < Duration::from_secs(60), "the modes stay {:?}", self.modes());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// Starts a VM, waits until the terminal is raw, ends the VM, and looks at the terminal.
+fn restored_after(end: impl Fn(&Terminal, &Child), status: i32) {
+    let terminal = Terminal::new();
+    let before = terminal.modes();
+    let mut child = terminal.start(&image("vmlinux"));
+    // The guest's console may fill the terminal; somebody has to read it.
+    let mut drain = File::from(terminal.master.try_clone().unwrap());
+    std::thread::spawn(move || std::io::copy(&mut drain, &mut std::io::sink()));
+    terminal.wait_for(|modes| modes != before);
+    end(&terminal, &child);
+    assert_eq!(child.wait().unwrap().code(), Some(status));
+    assert_eq!(terminal.modes(), before);
+}
+
+pub fn is_restored_after_sigterm() {
+    let end = |_: &Terminal, child: &Child| {
+        // SAFETY: sends a signal to a child that has not been waited for.
+        unsafe { libc::kill(child.id().cast_signed(), libc::SIGTERM) };
+    };
+    restored_after(end, 128 + libc::SIGTERM);
+}
+
+pub fn is_restored_after_ctrl_a_x() {
+    restored_after(|terminal, _| terminal.type_in(b"\x01x"), 0);
+}
+
+pub fn is_untouched_by_a_failed_start() {
+    let terminal = Terminal::new();
+    let before = terminal.modes();
+    let mut child = terminal.start(std::path::Path::new("/nowhere/vmlinux"));
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(terminal.modes(), before);
+}

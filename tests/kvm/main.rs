@@ -1,0 +1,45 @@
+//! Tier 2: the real KVM, with payloads of a few instructions. Milliseconds each, no privileges, and
+//! no memory failure needed; the same binary runs again in the lab.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
+
+mod bare;
+mod payload;
+mod relayed;
+mod uffd;
+
+use std::process::ExitCode;
+
+use mce_relay_tests::lab::has_kvm;
+use mce_relay_tests::suite::{self, Test};
+
+fn has_kvm_and_uffd_poison() -> Result<(), String> {
+    has_kvm().and_then(|()| uffd::available())
+}
+
+macro_rules! tests {
+    ($($module:ident :: $test:ident needs $needs:expr),* $(,)?) => {
+        &[$(Test {
+            name: concat!(stringify!($module), "::", stringify!($test)),
+            needs: $needs,
+            run: $module::$test,
+        }),*]
+    };
+}
+
+fn main() -> ExitCode {
+    suite::run(tests![
+        bare::a_record_reaches_the_handler_as_it_was_written needs has_kvm,
+        bare::a_second_record_while_mcip_shuts_the_guest_down needs has_kvm,
+        bare::a_record_with_cr4_mce_clear_shuts_the_guest_down needs has_kvm,
+        bare::a_record_for_a_disabled_bank_is_swallowed needs has_kvm,
+        bare::a_deferred_record_is_logged_without_a_machine_check needs has_kvm,
+        bare::a_bank_that_is_not_there_is_refused needs has_kvm,
+        relayed::a_forged_ar_is_told_by_machine_check needs has_kvm,
+        relayed::a_forged_ao_to_oneself_is_logged needs has_kvm,
+        relayed::an_ao_waits_while_mcip needs has_kvm,
+        relayed::an_ao_waits_for_cr4_mce needs has_kvm,
+        relayed::an_ao_waits_for_its_bank_to_be_enabled needs has_kvm,
+        relayed::an_ar_before_cr4_mce_stops_the_vcpu_and_harms_nobody needs has_kvm,
+        uffd::a_real_ar_from_guest_user_mode needs has_kvm_and_uffd_poison,
+    ])
+}

@@ -1,0 +1,119 @@
+//! A page that is really bad for this process, made by UFFDIO_POISON: no privileges, and no
+//! CONFIG_MEMORY_FAILURE. The kernel raises the AR itself when the guest touches the page.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use mce_relay::Event;
+use mce_relay::event::Thread;
+use mce_relay::ledger::State;
+use mce_relay::mca::{Form, Kind, record};
+use vmm_sys_util::ioctl::ioctl_with_mut_ref;
+
+use crate::payload::{Did, Start, TARGET, handled};
+use crate::relayed::{AR_MCG_STATUS, Relayed};
+
+// include/uapi/linux/userfaultfd.h
+const UFFDIO: u32 = 0xaa;
+const UFFD_API: u64 = 0xaa;
+const UFFD_USER_MODE_ONLY: libc::c_int = 1;
+const UFFD_FEATURE_POISON: u64 = 1 << 14;
+const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+
+#[repr(C)]
+struct Api {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct Register {
+    start: u64,
+    len: u64,
+    mode: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct PoisonPage {
+    start: u64,
+    len: u64,
+    mode: u64,
+    updated: i64,
+}
+
+mod ioctls {
+    use super::{Api, PoisonPage, Register, UFFDIO};
+    use vmm_sys_util::ioctl_iowr_nr;
+
+    ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, 0x00, Register);
+    ioctl_iowr_nr!(UFFDIO_POISON, UFFDIO, 0x08, PoisonPage);
+    ioctl_iowr_nr!(UFFDIO_API, UFFDIO, 0x3f, Api);
+}
+use ioctls::{UFFDIO_API, UFFDIO_POISON, UFFDIO_REGISTER};
+
+struct Uffd(OwnedFd);
+
+impl Uffd {
+    fn open() -> io::Result<Self> {
+        // SAFETY: takes flags only.
+        let fd =
+            unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: a descriptor that the kernel has just made, owned by nobody else.
+        let uffd = Self(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap()) });
+        let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_POISON, ioctls: 0 };
+        // SAFETY: the ioctl reads and writes one uffdio_api.
+        check(unsafe { ioctl_with_mut_ref(&uffd.0, UFFDIO_API(), &mut api) })?;
+        Ok(uffd)
+    }
+
+    /// Marks the page at `hva` as bad. What it held is gone.
+    fn poison(&self, hva: u64) -> io::Result<()> {
+        let len = 4096;
+        let mut register =
+            Register { start: hva, len, mode: UFFDIO_REGISTER_MODE_MISSING, ioctls: 0 };
+        let mut poison = PoisonPage { start: hva, len, mode: 0, updated: 0 };
+        // SAFETY: each ioctl reads and writes one structure of its own; the page is guest RAM, into
+        // which no reference exists.
+        unsafe {
+            check(ioctl_with_mut_ref(&self.0, UFFDIO_REGISTER(), &mut register))?;
+            let page = std::ptr::with_exposed_provenance_mut(usize::try_from(hva).unwrap());
+            check(libc::madvise(page, 4096, libc::MADV_DONTNEED))?;
+            check(ioctl_with_mut_ref(&self.0, UFFDIO_POISON(), &mut poison))
+        }
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether this kernel has UFFDIO_POISON (Linux 6.6).
+pub fn available() -> Result<(), String> {
+    Uffd::open().map(drop).map_err(|error| format!("needs UFFDIO_POISON (Linux 6.6): {error}"))
+}
+
+pub fn a_real_ar_from_guest_user_mode() {
+    let mut relayed = Relayed::new(Start::LoadAsUser, true);
+    let uffd = Uffd::open().unwrap();
+    let hva = relayed.payload.ram.hva() + TARGET;
+    uffd.poison(hva).unwrap();
+
+    let expected = record(Form::AmdAr, TARGET, 8, false);
+    assert_eq!(expected.mcg_status, AR_MCG_STATUS);
+    let did = relayed.run_to(|did| matches!(did, Did::Handled { .. }));
+    assert_eq!(did, handled(&expected));
+    assert_eq!(relayed.run_to(|did| did == Did::UserDone), Did::UserDone, "the guest goes on");
+
+    let caught: Vec<Event> = relayed.events.try_iter().collect();
+    let by_kernel =
+        Event::Caught { kind: Kind::ActionRequired, hva, lsb: 12, thread: Thread::Vcpu(0) };
+    assert!(caught.contains(&by_kernel), "{caught:?}");
+    let state = relayed.relay.pages()[0].state;
+    assert!(matches!(state, State::Injected { .. } | State::Acknowledged { .. }), "{state:?}");
+    assert_eq!(uffd.0.as_raw_fd() >= 0, true, "kept open: closing it would forget the mark");
+}

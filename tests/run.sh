@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# All three tiers, and at the end what was run and what was not.
+#   tier 1  pure: units, properties, the relay with forged signals
+#   tier 2  this machine's /dev/kvm, with payloads of a few instructions; bad input
+#   tier 3  the lab: tiers 1 and 2 again, then real poison under real guests
+# NATIVE=1 runs tier 3 on this host instead: it poisons this host's memory.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+passed=0 failed=0 skipped=0 summary=''
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# Runs a command, shows its output, and counts what its runners' closing lines say.
+tier() { # name command...
+    local name=$1 status p f s
+    shift
+    printf '\n==== %s\n' "$name" >&2
+    "$@" 2>&1 | tee "$log"
+    status=${PIPESTATUS[0]}
+    count() { grep -E '^test result: ' "$log" | grep -oE "[0-9]+ $1" | awk '{ n += $1 } END { print n + 0 }'; }
+    p=$(count passed) f=$(count failed) s=$(count ignored)
+    if [ "$status" != 0 ] && [ "$f" = 0 ]; then
+        f=1 # it died before it could count
+    elif [ "$status" = 0 ] && [ $((p + s)) = 0 ]; then
+        f=1 # it ran nothing at all
+    fi
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    summary+=$(printf '%-46s %4d passed %4d failed %4d skipped   exit status %d' "$name" "$p" "$f" "$s" "$status")$'\n'
+}
+
+# The test binaries, as cargo names them.
+executables() { # cargo-arguments...
+    cargo test --release --locked --no-run "$@" 2>&1 |
+        sed -n 's/^ *Executable .*(\(.*\))$/\1/p'
+}
+
+mapfile -t pure < <(executables --workspace --all-features --lib --bins; executables -p mce-relay --all-features --test '*'; executables -p mce-relay-agent --test '*')
+mapfile -t kvm < <(executables -p mce-relay-tests --test kvm --test bad_input)
+mapfile -t scenarios < <(executables -p mce-relay-tests --test scenarios)
+if [ ${#pure[@]} = 0 ] || [ ${#kvm[@]} != 2 ] || [ ${#scenarios[@]} != 1 ]; then
+    echo "the test binaries are not there: cargo test --no-run failed" >&2
+    exit 1
+fi
+
+# One after the other; the status of the worst.
+all() {
+    local worst=0 binary
+    for binary in "$@"; do
+        "$binary" || worst=$?
+    done
+    return "$worst"
+}
+# The same in the lab, as one command there.
+in_lab() {
+    # shellcheck disable=SC2016 # expanded inside
+    tests/lab/run.sh sh -c 'worst=0; for binary; do "$binary" || worst=$?; done; exit $worst' sh "$@"
+}
+
+tier 'tier 1: pure' all "${pure[@]}"
+tier 'tier 2: KVM and bad input, on this machine' all "${kvm[@]}"
+if [ "${NATIVE:-}" = 1 ]; then
+    echo 'NATIVE=1: this poisons pages of this host; they are out of use until it reboots' >&2
+    modprobe hwpoison-inject
+    MCE_RELAY_NATIVE=1 tier 'tier 3: real poison, on this machine' all "${scenarios[@]}"
+else
+    tier 'tiers 1 and 2 again, in the lab' in_lab "${pure[@]}" "${kvm[@]}"
+    tier 'tier 3: real poison, in the lab' in_lab "${scenarios[@]}"
+fi
+
+printf '\n%s' "$summary"
+echo "$passed passed, $failed failed, $skipped skipped"
+[ "$failed" = 0 ]

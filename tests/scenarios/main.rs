@@ -1,0 +1,55 @@
+//! Tier 3: real poison under real guests, in the lab. Each scenario is a page long and says first
+//! what it shows.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
+
+mod ao;
+mod ar;
+mod hardware;
+mod mce_test;
+mod means;
+mod placement;
+
+use std::process::ExitCode;
+
+use mce_relay_tests::lab::{has_hardware, may_poison};
+use mce_relay_tests::suite::{self, Test};
+
+macro_rules! scenarios {
+    ($($module:ident :: $test:ident needs $needs:expr),* $(,)?) => {
+        &[$(Test {
+            name: concat!(stringify!($module), "::", stringify!($test)),
+            needs: $needs,
+            run: $module::$test,
+        }),*]
+    };
+}
+
+fn in_lab_with_hardware() -> Result<(), String> {
+    may_poison().and_then(|()| has_hardware())
+}
+
+fn main() -> ExitCode {
+    suite::run(scenarios![
+        ao::amd_one_vcpu needs may_poison,
+        ao::amd_two_vcpus needs may_poison,
+        ao::intel_one_vcpu needs may_poison,
+        ao::intel_two_vcpus_by_rendezvous needs may_poison,
+        ao::intel_one_vcpu_by_lmce needs may_poison,
+        ao::intel_two_vcpus_by_lmce needs may_poison,
+        ar::amd_one_vcpu needs may_poison,
+        ar::amd_two_vcpus needs may_poison,
+        ar::intel_one_vcpu needs may_poison,
+        ar::intel_two_vcpus_by_rendezvous needs may_poison,
+        ar::intel_one_vcpu_by_lmce needs may_poison,
+        ar::intel_two_vcpus_by_lmce needs may_poison,
+        ar::amd_kernel_copy needs may_poison,
+        ar::intel_kernel_copy needs may_poison,
+        ar::while_the_ao_waits_to_be_polled needs may_poison,
+        means::madvise needs may_poison,
+        means::late_kill_says_nothing_until_a_touch needs may_poison,
+        mce_test::kvm_suite needs may_poison,
+        placement::a_page_above_4_gib needs may_poison,
+        // Last: after a hardware error the kernel refuses to heal pages until it reboots.
+        hardware::from_the_bank_to_the_guests_process needs in_lab_with_hardware,
+    ])
+}

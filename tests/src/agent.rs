@@ -1,0 +1,162 @@
+//! Talks to the agent inside a guest, over the guest's second serial port.
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long an emulated guest may take for anything.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// A page that the agent owns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Page {
+    /// The agent's number for it.
+    pub number: u64,
+    /// Guest-physical address.
+    pub gpa: u64,
+}
+
+/// The agent. Replies and events come on one stream; events wait here until they are asked for.
+#[derive(Debug)]
+pub struct Agent {
+    lines: BufReader<UnixStream>,
+    out: UnixStream,
+    events: VecDeque<Value>,
+    /// Print every line of the guest's kernel log as it comes.
+    pub echo: bool,
+}
+
+impl Agent {
+    /// Connects to the socket of the second serial port and waits for the agent's first words.
+    pub fn connect(socket: &Path, echo: bool) -> Result<Self, String> {
+        let start = Instant::now();
+        let out = loop {
+            match UnixStream::connect(socket) {
+                Ok(stream) => break stream,
+                Err(error) if start.elapsed() > PATIENCE => return Err(error.to_string()),
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        };
+        let lines = BufReader::new(out.try_clone().map_err(|error| error.to_string())?);
+        let mut agent = Self { lines, out, events: VecDeque::new(), echo };
+        agent.event(|event| event["event"] == "hello")?;
+        // From here on; the lines of the boot are not worth their time on an emulated port.
+        agent.ask("log on");
+        Ok(agent)
+    }
+
+    /// The next line, or why there is none before `deadline`.
+    fn line(&mut self, deadline: Instant) -> Result<Value, String> {
+        let mut line = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(format!("the guest's agent was silent for {PATIENCE:?}"));
+            }
+            self.out.set_read_timeout(Some(left)).map_err(|error| error.to_string())?;
+            match self.lines.read_until(b'\n', &mut line) {
+                Ok(0) => return Err("the VMM closed the agent's serial port".to_owned()),
+                Ok(_) if line.ends_with(b"\n") => break,
+                Ok(_) => {}
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted
+                    ) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        let value: Value = serde_json::from_slice(&line)
+            .map_err(|error| format!("{error}: {:?}", String::from_utf8_lossy(&line)))?;
+        if self.echo && value["event"] == "kmsg" {
+            println!("  guest | {}", value["line"].as_str().unwrap_or_default());
+        }
+        Ok(value)
+    }
+
+    /// Sends one request and waits for its reply; events that come first are kept.
+    pub fn ask(&mut self, request: &str) -> Value {
+        writeln!(self.out, "{request}").unwrap();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let value = self.line(deadline).unwrap_or_else(|error| panic!("{request}: {error}"));
+            if value.get("reply").is_some() {
+                assert_eq!(value["ok"], true, "{request}: {value}");
+                return value;
+            }
+            self.events.push_back(value);
+        }
+    }
+
+    /// Waits for an event that `wanted` accepts. Events are used up by being found.
+    pub fn event(&mut self, wanted: impl Fn(&Value) -> bool) -> Result<Value, String> {
+        if let Some(at) = self.events.iter().position(&wanted) {
+            return Ok(self.events.remove(at).unwrap_or_default());
+        }
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let value = self.line(deadline)?;
+            if wanted(&value) {
+                return Ok(value);
+            }
+            self.events.push_back(value);
+        }
+    }
+
+    /// Allocates `count` pages of `kind`.
+    pub fn alloc(&mut self, kind: &str, count: usize) -> Vec<Page> {
+        let reply = self.ask(&format!("alloc {kind} {count}"));
+        let pages: Vec<Page> = reply["pages"]
+            .as_array()
+            .expect("a list of pages")
+            .iter()
+            .map(|page| Page { number: page["page"].as_u64().unwrap(), gpa: hex(&page["gpa"]) })
+            .collect();
+        assert_eq!(pages.len(), count);
+        pages
+    }
+
+    /// Touches a page; `how` is read, write or kernel-copy.
+    pub fn touch(&mut self, page: Page, how: &str) -> Value {
+        self.ask(&format!("touch {} {how}", page.number))
+    }
+
+    /// Waits for the line of the guest's own kernel log that names `page` as failed memory.
+    pub fn memory_failure(&mut self, page: Page) -> String {
+        let start = format!("Memory failure: {:#x}: ", page.gpa >> 12);
+        let found = self.event(|event| {
+            event["event"] == "kmsg"
+                && event["line"].as_str().is_some_and(|line| line.contains(&start))
+        });
+        let event = found.unwrap_or_else(|error| panic!("no line {start:?}: {error}"));
+        event["line"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Waits until the guest's kernel has told the agent, by SIGBUS AO, that `page` is gone.
+    pub fn sigbus_ao(&mut self, page: Page) -> Value {
+        let found = self.event(|event| event["event"] == "sigbus" && event["page"] == page.number);
+        let event = found.unwrap_or_else(|error| panic!("no SIGBUS for {page:?}: {error}"));
+        assert_eq!(event["code"], "AO", "{event}");
+        event
+    }
+
+    /// Reads all pages but `gone`, and sees that each holds what it should.
+    pub fn others_intact(&mut self, all: &[Page], gone: &[Page]) {
+        let except: Vec<String> = gone.iter().map(|page| page.number.to_string()).collect();
+        let reply = self.ask(format!("check except {}", except.join(" ")).trim_end());
+        let intact = reply["intact"].as_u64().unwrap();
+        assert_eq!(intact, (all.len() - gone.len()) as u64, "{reply}");
+        assert!(reply["bad"].as_array().is_none_or(Vec::is_empty), "{reply}");
+    }
+}
+
+/// The number behind `"0x…"`.
+pub fn hex(value: &Value) -> u64 {
+    let digits = value.as_str().and_then(|text| text.strip_prefix("0x"));
+    let number = digits.and_then(|digits| u64::from_str_radix(digits, 16).ok());
+    number.unwrap_or_else(|| panic!("{value} is not an address"))
+}

@@ -1,0 +1,92 @@
+//! `make run`: the main job, for a person to watch. A guest boots, a page of its RAM goes bad on the
+//! host, the relay tells the guest, and the guest's own kernel names that very page and goes on.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a step that fails ends the show")]
+
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use mce_relay_tests::agent::hex;
+use mce_relay_tests::guest::{Guest, Options, binary, mce_relay};
+
+fn main() -> ExitCode {
+    let native = std::env::var("MCE_RELAY_NATIVE").is_ok_and(|value| value == "1");
+    if native {
+        println!(
+            "This poisons one page (4 KiB) of this host's own memory, under a guest that is started\n\
+             for it. The host's kernel takes the page out of use and logs a memory failure; afterwards\n\
+             it is asked to take it back (unpoison), which it refuses once it has seen a real hardware\n\
+             error. Needs root and the hwpoison-inject module.\n"
+        );
+        // It is in most distributions' kernels, but loaded by nobody. What is missing after that is
+        // said by the check below.
+        let _ = Command::new("modprobe").arg("hwpoison-inject").status();
+    }
+    let check = mce_relay(&["check"]);
+    if !check.status.success() {
+        print!("{}", String::from_utf8_lossy(&check.stdout));
+        return ExitCode::FAILURE;
+    }
+
+    let vendor = std::env::var("MCE_RELAY_VENDOR").unwrap_or_else(|_| "intel".to_owned());
+    let options = match vendor.as_str() {
+        "intel" => Options::intel(2, true),
+        "amd" => Options::amd(2),
+        other => {
+            eprintln!("VENDOR={other} is not a vendor; expected intel or amd");
+            return ExitCode::from(2);
+        }
+    };
+    let start = Instant::now();
+    println!(
+        "== A Linux guest boots: {vendor}-style, 2 vCPUs, 256 MiB. Some seconds without a word."
+    );
+    let mut guest = Guest::boot(&Options { echo: true, ..options });
+    println!("== Its agent is there after {:.0} s.", start.elapsed().as_secs_f64());
+    guest.agent.ask("interval 1");
+    let pages = guest.agent.alloc("anon", 8);
+    let bad = pages[3];
+    println!(
+        "== The agent owns 8 pages. One of them, at guest-physical {:#x} (pfn {:#x}), goes bad now.",
+        bad.gpa,
+        bad.gpa >> 12
+    );
+    let poisoned = guest.poison(bad.gpa, "hwpoison-inject");
+    println!(
+        "== Poisoned on the host: GPA {} = HVA {} of the VMM = host pfn {}.",
+        poisoned["gpa"].as_str().unwrap(),
+        poisoned["hva"].as_str().unwrap(),
+        poisoned["pfn"].as_str().unwrap()
+    );
+    let line = guest.agent.memory_failure(bad);
+    let sigbus = guest.agent.sigbus_ao(bad);
+    guest.event("acknowledged", bad);
+    guest.agent.others_intact(&pages, &[bad]);
+    println!("\n== The guest's own kernel log, with pfn {:#x} in it:", bad.gpa >> 12);
+    println!("   {line}");
+    println!(
+        "== The process that owns the page: SIGBUS BUS_MCEERR_{} at {}, lsb {}; its 7 other pages are intact.",
+        sigbus["code"].as_str().unwrap(),
+        sigbus["addr"].as_str().unwrap(),
+        sigbus["lsb"]
+    );
+    println!("== The relay's ledger (mce-relay status):");
+    let status = guest.command("status", &[]);
+    print!("{}", String::from_utf8_lossy(&status.stdout));
+    assert!(line.contains(&format!("{:#x}", bad.gpa >> 12)));
+    guest.power_off();
+    println!(
+        "== The guest has powered off by itself. {:.0} s in all.",
+        start.elapsed().as_secs_f64()
+    );
+
+    if native {
+        let pfn = format!("{:#x}", hex(&poisoned["pfn"]));
+        let status = Command::new(binary()).args(["unpoison", "--pfn", &pfn]).status().unwrap();
+        if !status.success() {
+            eprintln!("host pfn {pfn} is still out of use");
+            return ExitCode::FAILURE;
+        }
+        println!("== Host pfn {pfn} is back in use.");
+    }
+    ExitCode::SUCCESS
+}

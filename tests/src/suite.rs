@@ -1,0 +1,43 @@
+//! Runs a list of tests, one after the other; what cannot run here is skipped with its reason.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+
+/// One test: its name, what it needs of this machine, and itself.
+pub struct Test {
+    /// Its name.
+    pub name: &'static str,
+    /// `Err` with the reason when it cannot run here.
+    pub needs: fn() -> Result<(), String>,
+    /// Panics when it fails.
+    pub run: fn(),
+}
+
+/// Runs `tests` as the command line says (the options of Rust's own runner) and prints its summary.
+pub fn run(tests: &'static [Test]) -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    // Guests share two emulated processors, and a rendezvous has a time limit.
+    arguments.test_threads = Some(1);
+    let trials = tests
+        .iter()
+        .map(|test| match (test.needs)() {
+            Ok(()) => Trial::test(test.name, || {
+                let start = Instant::now();
+                // A test prints its own failure; what it left behind is in its output.
+                std::panic::catch_unwind(test.run).map_err(|_| Failed::from("see above"))?;
+                println!("    {} took {:.1} s", test.name, start.elapsed().as_secs_f64());
+                Ok(())
+            }),
+            Err(reason) => {
+                if !arguments.list {
+                    println!("SKIPPED {}: {reason}", test.name);
+                }
+                // Asked for all the same (--ignored), it says so instead of passing.
+                Trial::test(test.name, || Err(Failed::from(reason))).with_ignored_flag(true)
+            }
+        })
+        .collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

@@ -1,0 +1,66 @@
+//! Boots a kernel with nothing else around it: `boot KERNEL INITRAMFS [CPUS [MIB [VENDOR [CMDLINE [COM2]]]]]`.
+//!
+//! VENDOR is host, intel or amd; COM2 is the path of a socket to make. A guest that resets itself is started over, as often as it likes.
+
+use std::{error::Error, process::ExitCode, time::Instant};
+
+use mce_relay_vmm::{
+    config::{CpuVendor, PageSize, SerialMode, VmConfig},
+    control::ExitReason,
+    vm::{NoHooks, Vm},
+};
+
+fn main() -> ExitCode {
+    env_logger::init();
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            let mut cause = error.source();
+            while let Some(error) = cause {
+                eprintln!("  caused by: {error}");
+                cause = error.source();
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let mut args = std::env::args().skip(1);
+    let kernel =
+        args.next().ok_or("usage: boot KERNEL INITRAMFS [CPUS [MIB [VENDOR [CMDLINE [COM2]]]]]")?;
+    let initramfs = args.next();
+    let cpus = args.next().map_or(Ok(2), |text| text.parse())?;
+    let mib: u64 = args.next().map_or(Ok(512), |text| text.parse())?;
+    let cpu_vendor = match args.next().as_deref() {
+        None | Some("host") => CpuVendor::Host,
+        Some("intel") => CpuVendor::Intel,
+        Some("amd") => CpuVendor::Amd,
+        Some(other) => return Err(format!("vendor {other:?} is not host, intel or amd").into()),
+    };
+    let cmdline = args.next().unwrap_or_else(|| "console=ttyS0 reboot=a panic=-1".into());
+    let com2 = args.next().map_or(SerialMode::Off, |path| SerialMode::Socket(path.into()));
+    let config = VmConfig {
+        kernel: kernel.into(),
+        initramfs: initramfs.filter(|path| path != "-").map(Into::into),
+        cmdline,
+        cpus,
+        memory_bytes: mib << 20,
+        page_size: PageSize::Size4K,
+        serial: [SerialMode::Tty, com2],
+        cpu_vendor,
+    };
+    loop {
+        let start = Instant::now();
+        let vm = Vm::new(&config, &mut NoHooks)?;
+        eprintln!("[boot] built in {:?}, guest vendor {:?}", start.elapsed(), vm.vendor());
+        let reason = vm.run();
+        eprintln!("[boot] {reason} after {:?}", start.elapsed());
+        match reason {
+            ExitReason::Reset => {}
+            ExitReason::PowerOff => return Ok(()),
+            other => return Err(other.to_string().into()),
+        }
+    }
+}

@@ -1,0 +1,271 @@
+//! The API: JSON over HTTP/1.1 on a unix socket that only its owner can open.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /api/v1/vmm.ping` | version and pid |
+//! | `GET /api/v1/vm.info` | [`VmInfo`] |
+//! | `GET /api/v1/relay.status` | [`Status`] |
+//! | `PUT /api/v1/vm.shutdown` | 204; the VM ends |
+//!
+//! Errors are `{"error": "…"}` with a status of 4xx or 5xx. It runs on threads of its own and can
+//! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy it.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use log::debug;
+use mce_relay::mca::Vendor;
+use mce_relay::{KillPolicy, LedgerReader, Page};
+use serde::{Deserialize, Serialize};
+use tiny_http::{Header, Method, Request, Response, Server};
+
+/// Why there is no API.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// Something is at the path already.
+    #[error(
+        "the API socket's path {path} exists; if no VM uses it any more, remove it, or choose another path",
+        path = .0.display()
+    )]
+    Exists(PathBuf),
+    /// The socket could not be made.
+    #[error("cannot make the API socket {path}", path = .path.display())]
+    Bind {
+        /// The path asked for.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// One stretch of guest RAM. Addresses and lengths in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryBlock {
+    /// Guest-physical address of its first byte.
+    pub gpa: u64,
+    /// Length.
+    pub len: u64,
+    /// Where the VMM has mapped it.
+    pub hva: u64,
+    /// Offset of its first byte in [`VmInfo::memory_fd`].
+    pub fd_offset: u64,
+}
+
+/// What runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// The VMM's version.
+    pub version: String,
+    /// The VMM's process.
+    pub pid: u32,
+    /// 1 for the first boot of this process, one more after each reset of the guest.
+    pub boot: u32,
+    /// Number of vCPUs.
+    pub vcpus: usize,
+    /// Whose machine-check architecture the guest sees.
+    pub vendor: Vendor,
+    /// IA32_MCG_CAP as the guest sees it, `0x…`.
+    pub mcg_cap: String,
+    /// When the kernel tells the VMM of a bad page.
+    pub mce_kill: KillPolicy,
+    /// Guest RAM, by guest-physical address.
+    pub memory: Vec<MemoryBlock>,
+    /// The descriptor of the memfd behind it, in the VMM's process.
+    pub memory_fd: i32,
+}
+
+impl VmInfo {
+    /// The block of guest RAM that holds `gpa`.
+    pub fn block(&self, gpa: u64) -> Option<&MemoryBlock> {
+        self.memory.iter().find(|block| gpa >= block.gpa && gpa - block.gpa < block.len)
+    }
+}
+
+/// What runs, and what became of every bad page of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// What runs.
+    pub vm: VmInfo,
+    /// The ledger, by guest-physical address.
+    pub pages: Vec<Page>,
+}
+
+#[derive(Serialize)]
+struct Ping {
+    version: &'static str,
+    pid: u32,
+}
+
+#[derive(Serialize)]
+struct Problem {
+    error: String,
+}
+
+/// The virtual machine as the API sees it; it changes with every boot.
+#[derive(Clone)]
+pub struct Running {
+    /// What runs.
+    pub info: VmInfo,
+    /// Its ledger.
+    pub ledger: LedgerReader,
+    /// Ends it.
+    pub stop: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// Shared between the VM's owner and the API's threads; `None` between two boots.
+#[derive(Clone, Default)]
+pub struct Current(Arc<Mutex<Option<Running>>>);
+
+impl Current {
+    /// Says what runs now.
+    pub fn set(&self, running: Option<Running>) {
+        *self.lock() = running;
+    }
+
+    fn get(&self) -> Option<Running> {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
+        // A plain assignment is all that ever happens under the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The API's server. Dropping it ends its thread and removes the socket.
+pub struct Api {
+    server: Arc<Server>,
+    thread: Option<JoinHandle<()>>,
+    path: PathBuf,
+}
+
+impl Api {
+    /// Makes the socket at `path`, with mode 0600, and serves it.
+    ///
+    /// # Errors
+    /// See [`ApiError`].
+    pub fn start(path: &Path, current: Current) -> Result<Self, ApiError> {
+        if path.symlink_metadata().is_ok() {
+            return Err(ApiError::Exists(path.to_owned()));
+        }
+        let bind_error = |source| ApiError::Bind { path: path.to_owned(), source };
+        let listener = {
+            // SAFETY: umask takes no pointer. It is the process's, so this is done before the VM
+            // makes any other file.
+            let before = unsafe { libc::umask(0o177) };
+            let listener = UnixListener::bind(path);
+            // SAFETY: as above.
+            unsafe { libc::umask(before) };
+            listener.map_err(bind_error)?
+        };
+        let server = Server::from_listener(listener, None)
+            .map_err(|error| bind_error(io::Error::other(error.to_string())))?;
+        let server = Arc::new(server);
+        let serving = Arc::clone(&server);
+        let thread = std::thread::Builder::new()
+            .name("api".into())
+            .spawn(move || {
+                for request in serving.incoming_requests() {
+                    answer(request, &current);
+                }
+            })
+            .map_err(bind_error)?;
+        Ok(Self { server, thread: Some(thread), path: path.to_owned() })
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        self.server.unblock();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            debug!("cannot remove {}: {error}", self.path.display());
+        }
+    }
+}
+
+fn answer(request: Request, current: &Current) {
+    let path = request.url().split('?').next().unwrap_or_default().to_owned();
+    let none = || problem(503, "the guest is between two boots; ask again".to_owned());
+    let response = match (request.method(), path.as_str()) {
+        (Method::Get, "/api/v1/vmm.ping") => {
+            json(200, &Ping { version: env!("CARGO_PKG_VERSION"), pid: std::process::id() })
+        }
+        (Method::Get, "/api/v1/vm.info") => {
+            current.get().map_or_else(none, |running| json(200, &running.info))
+        }
+        (Method::Get, "/api/v1/relay.status") => current.get().map_or_else(none, |running| {
+            json(200, &Status { pages: running.ledger.pages(), vm: running.info })
+        }),
+        (Method::Put, "/api/v1/vm.shutdown") => current.get().map_or_else(none, |running| {
+            (running.stop)();
+            Response::from_data(Vec::new()).with_status_code(204)
+        }),
+        (
+            _,
+            "/api/v1/vmm.ping" | "/api/v1/vm.info" | "/api/v1/relay.status" | "/api/v1/vm.shutdown",
+        ) => problem(405, format!("{path} does not take the method {}", request.method())),
+        _ => problem(404, format!("there is nothing at {path}")),
+    };
+    if let Err(error) = request.respond(response) {
+        debug!("API client went away: {error}");
+    }
+}
+
+fn problem(status: u16, error: String) -> Response<io::Cursor<Vec<u8>>> {
+    json(status, &Problem { error })
+}
+
+fn json(status: u16, body: &impl Serialize) -> Response<io::Cursor<Vec<u8>>> {
+    // Plain structs of strings and numbers: their serialisation cannot fail.
+    let body = serde_json::to_vec(body).unwrap_or_default();
+    let response = Response::from_data(body).with_status_code(status);
+    match Header::from_bytes("Content-Type", "application/json") {
+        Ok(header) => response.with_header(header),
+        Err(()) => response,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::client;
+
+    #[test]
+    fn a_path_that_exists_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api");
+        std::fs::write(&path, "mine").unwrap();
+        let error = Api::start(&path, Current::default()).err().unwrap();
+        assert!(matches!(error, ApiError::Exists(_)), "{error}");
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
+    }
+
+    #[test]
+    fn the_socket_is_its_owners_and_goes_with_the_server() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api");
+        let api = Api::start(&path, Current::default()).unwrap();
+        let mode = path.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+
+        let ping: serde_json::Value = client::get(&path, "vmm.ping").unwrap();
+        assert_eq!(ping["pid"], std::process::id());
+        let error = client::get::<VmInfo>(&path, "vm.info").unwrap_err().to_string();
+        assert!(error.contains("between two boots"), "{error}");
+        let error = client::get::<VmInfo>(&path, "nothing").unwrap_err().to_string();
+        assert!(error.contains("/api/v1/nothing"), "{error}");
+        let error = client::put(&path, "vmm.ping").unwrap_err().to_string();
+        assert!(error.contains("PUT"), "{error}");
+        drop(api);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,309 @@
+//! The command line. Its forms are Cloud Hypervisor's, since its users are ours.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::{CpuVendor, SerialMode};
+use crate::poison::Means;
+
+/// Runs Linux guests on KVM and tells them of the host's memory errors.
+#[derive(Debug, Parser)]
+#[command(name = "mce-relay", version, max_term_width = 100)]
+pub struct Cli {
+    /// Say more on stderr: each step of each error (-v), and how (-vv). RUST_LOG overrides it.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Boot a guest and relay memory errors to it.
+    ///
+    /// Exit status: 0 the guest powered off, or the API ended it; 1 it could not be started, or this
+    /// program failed; 2 the command line is wrong; 3 the guest reset itself (with --no-reboot);
+    /// 4 triple fault; 5 KVM failed; 6 the guest touched a bad page and could not be told;
+    /// 128+N ended by signal N.
+    Run(Box<RunArgs>),
+    /// Make a page of a running guest go bad, on the host.
+    ///
+    /// Needs root, and a host kernel with memory failure handling. It really takes the page out of
+    /// use on this host: use the lab (make lab) unless the host is meant for it.
+    Poison {
+        /// API socket of the VM (path=PATH or PATH).
+        #[arg(long, value_name = "path=PATH")]
+        api_socket: ApiPath,
+        /// Guest-physical address in the page: 0x…, or decimal with K, M or G.
+        #[arg(long, value_parser = parse_number)]
+        gpa: u64,
+        /// By what means.
+        #[arg(long, value_enum)]
+        via: Means,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take a host page that software poisoned back into use.
+    ///
+    /// Needs root and the hwpoison-inject module. The kernel refuses it from the first real
+    /// hardware error on.
+    Unpoison {
+        /// The host's page frame number, as `poison` prints it.
+        #[arg(long, value_parser = parse_number)]
+        pfn: u64,
+    },
+    /// Show a running VM's bad pages, and what became of each.
+    Status {
+        /// API socket of the VM (path=PATH or PATH).
+        #[arg(long, value_name = "path=PATH")]
+        api_socket: ApiPath,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what this host and its kernel offer, and what to do about what is missing.
+    ///
+    /// Exit status 1 when something is missing without which no error can be relayed.
+    Check {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What to boot, and how.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// Linux kernel: vmlinux (ELF) or bzImage.
+    #[arg(long, value_name = "PATH")]
+    pub kernel: PathBuf,
+    /// Initial ram file system.
+    #[arg(long, value_name = "PATH")]
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, default_value = "console=ttyS0", value_name = "TEXT")]
+    pub cmdline: String,
+    /// Number of vCPUs (boot=N or N).
+    #[arg(long, default_value = "1", value_name = "N")]
+    pub cpus: Cpus,
+    /// Guest RAM: size=SIZE with K, M or G (or SIZE alone).
+    #[arg(long, default_value = "size=512M", value_name = "size=SIZE")]
+    pub memory: Memory,
+    /// First serial port: tty (Ctrl-A x quits), file=PATH, socket=PATH or off.
+    #[arg(long, default_value = "tty", value_name = "MODE")]
+    pub serial: Serial,
+    /// Second serial port, where the guest image's agent listens; forms as for --serial.
+    #[arg(long, default_value = "off", value_name = "MODE")]
+    pub serial2: Serial,
+    /// Make an API socket (mode 0600) at this path, which must not exist.
+    #[arg(long, value_name = "path=PATH")]
+    pub api_socket: Option<ApiPath>,
+    /// Write every event to this file, one line of JSON each.
+    #[arg(long, value_name = "path=PATH")]
+    pub event_monitor: Option<ApiPath>,
+    /// Whose processor, and so whose machine-check architecture, the guest sees.
+    #[arg(long, default_value = "host", value_enum)]
+    pub cpu_vendor: VendorArg,
+    /// Offer local machine checks to Intel-style guests; off, every vCPU is called for each error.
+    #[arg(long, default_value = "on", value_enum)]
+    pub lmce: Switch,
+    /// When to take errors: as soon as the host knows of them, or when the guest touches them.
+    #[arg(long, default_value = "early", value_enum)]
+    pub mce_kill: Kill,
+    /// End when the guest resets itself, instead of starting it again.
+    #[arg(long)]
+    pub no_reboot: bool,
+}
+
+/// `on` or `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "the words say it, and clap would show the comments as help")]
+pub enum Switch {
+    On,
+    Off,
+}
+
+/// A guest's processor vendor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum VendorArg {
+    /// The host's own.
+    Host,
+    /// Intel: SRAO and SRAR, LMCE or rendezvous.
+    Intel,
+    /// AMD: deferred errors and SUCCOR.
+    Amd,
+}
+
+impl From<VendorArg> for CpuVendor {
+    fn from(arg: VendorArg) -> Self {
+        match arg {
+            VendorArg::Host => Self::Host,
+            VendorArg::Intel => Self::Intel,
+            VendorArg::Amd => Self::Amd,
+        }
+    }
+}
+
+/// Early or late kill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Kill {
+    /// AO: the guest is told before it touches the page.
+    Early,
+    /// AR only.
+    Late,
+}
+
+impl From<Kill> for mce_relay::KillPolicy {
+    fn from(arg: Kill) -> Self {
+        match arg {
+            Kill::Early => Self::Early,
+            Kill::Late => Self::Late,
+        }
+    }
+}
+
+/// `path=PATH` or `PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApiPath(pub PathBuf);
+
+impl FromStr for ApiPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("path=").unwrap_or(text) {
+            "" => Err("the path is empty; expected path=PATH".to_owned()),
+            path => Ok(Self(path.into())),
+        }
+    }
+}
+
+/// `boot=N` or `N`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cpus(pub u8);
+
+impl FromStr for Cpus {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = text.strip_prefix("boot=").unwrap_or(text);
+        match number.parse() {
+            Ok(0) | Err(_) => Err(format!(
+                "{number:?} is not a number of vCPUs; expected 1 to {}",
+                crate::config::MAX_CPUS
+            )),
+            Ok(cpus) => Ok(Self(cpus)),
+        }
+    }
+}
+
+/// `size=SIZE` or `SIZE`, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory(pub u64);
+
+impl FromStr for Memory {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            None => parse_number(text).map(Self),
+            Some(("size", size)) => parse_number(size).map(Self),
+            Some(_) => Err(format!("{text:?} is not understood; expected size=SIZE")),
+        }
+    }
+}
+
+/// `tty`, `file=PATH`, `socket=PATH` or `off`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Serial(pub SerialMode);
+
+impl FromStr for Serial {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mode = match text.split_once('=') {
+            None if text == "tty" => SerialMode::Tty,
+            None if text == "off" => SerialMode::Off,
+            Some(("file", path)) if !path.is_empty() => SerialMode::File(path.into()),
+            Some(("socket", path)) if !path.is_empty() => SerialMode::Socket(path.into()),
+            _ => {
+                return Err(format!(
+                    "{text:?} is not understood; expected tty, file=PATH, socket=PATH or off"
+                ));
+            }
+        };
+        Ok(Self(mode))
+    }
+}
+
+/// A number of bytes or an address: `0x…` or decimal, with K, M, G or T for powers of 1024.
+///
+/// # Errors
+/// Words for the user.
+pub fn parse_number(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is not a number; expected e.g. 512M, 4G, 4096 or 0x1000");
+    if let Some(digits) = text.strip_prefix("0x") {
+        return u64::from_str_radix(digits, 16).map_err(|_| wrong());
+    }
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} does not fit into 64 bits"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn numbers() {
+        assert_eq!(parse_number("512M"), Ok(512 << 20));
+        assert_eq!(parse_number("0x1000"), Ok(4096));
+        assert_eq!(parse_number("4g"), Ok(4 << 30));
+        for bad in ["", "M", "0x", "-1", "1.5G", "99999999T", "0xg", "é"] {
+            assert!(parse_number(bad).unwrap_err().contains(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn memory_forms() {
+        assert_eq!("size=1G".parse(), Ok(Memory(1 << 30)));
+        assert_eq!("64M".parse(), Ok(Memory(64 << 20)));
+        for bad in ["", "size=", "size=1G,shared=on", "hugepages=on"] {
+            assert!(bad.parse::<Memory>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn serial_forms() {
+        assert_eq!("tty".parse(), Ok(Serial(SerialMode::Tty)));
+        assert_eq!("file=/x".parse(), Ok(Serial(SerialMode::File("/x".into()))));
+        for bad in ["", "file", "file=", "pty"] {
+            assert!(bad.parse::<Serial>().unwrap_err().contains("expected tty"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn cpus_and_paths() {
+        assert_eq!("boot=2".parse(), Ok(Cpus(2)));
+        assert!("0".parse::<Cpus>().is_err() && "256".parse::<Cpus>().is_err());
+        assert_eq!("path=/a".parse(), Ok(ApiPath("/a".into())));
+        assert!("path=".parse::<ApiPath>().is_err());
+    }
+}

@@ -1,0 +1,145 @@
+//! What a VM is made of, as plain data, and the checks that need nothing but the data.
+
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// The largest number of vCPUs: xAPIC ids are 8 bits wide and 255 is the broadcast id.
+pub const MAX_CPUS: u8 = 254;
+
+/// Where one serial port of the guest leads.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SerialMode {
+    /// The port does not exist.
+    Off,
+    /// Standard output and input of this process; raw mode while the VM runs.
+    Tty,
+    /// Output goes to this file, which is created or truncated; there is no input.
+    File(PathBuf),
+    /// A unix stream socket is made at this path, which must not exist; one client at a time.
+    Socket(PathBuf),
+}
+
+/// Whose processor the guest is to see.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CpuVendor {
+    /// The host's own.
+    #[default]
+    Host,
+    /// An Intel processor, on any host.
+    Intel,
+    /// An AMD processor, on any host.
+    Amd,
+}
+
+/// The pages that guest RAM is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PageSize {
+    /// Ordinary shared memory.
+    #[default]
+    Size4K,
+    /// hugetlb pages of 2 MiB.
+    Size2M,
+    /// hugetlb pages of 1 GiB.
+    Size1G,
+}
+
+impl PageSize {
+    /// The size in bytes.
+    #[must_use]
+    pub const fn bytes(self) -> u64 {
+        match self {
+            Self::Size4K => 4 << 10,
+            Self::Size2M => 2 << 20,
+            Self::Size1G => 1 << 30,
+        }
+    }
+}
+
+/// A whole VM.
+#[derive(Clone, Debug)]
+pub struct VmConfig {
+    /// A Linux kernel: vmlinux (ELF, x86-64) or bzImage.
+    pub kernel: PathBuf,
+    /// An initramfs, in any form the kernel takes.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line; at most 2047 bytes, no control characters.
+    pub cmdline: String,
+    /// Number of vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u8,
+    /// Guest RAM in bytes; see [`crate::memory`] for the limits.
+    pub memory_bytes: u64,
+    /// The pages that RAM is made of; RAM is a whole number of them.
+    pub page_size: PageSize,
+    /// COM1 and COM2.
+    pub serial: [SerialMode; 2],
+    /// Whose processor the guest sees.
+    pub cpu_vendor: CpuVendor,
+}
+
+/// Why a configuration cannot be a VM.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum ConfigError {
+    /// No vCPU, or more than can be addressed.
+    #[error("{asked} vCPUs asked for, but a VM has 1 to {max}")]
+    Cpus {
+        /// What was asked for.
+        asked: u8,
+        /// The most that this host allows.
+        max: u8,
+    },
+    /// Two serial ports on one terminal.
+    #[error(
+        "both serial ports are set to the terminal, which only one of them can have; set one to off, file=PATH or socket=PATH"
+    )]
+    TwoTerminals,
+}
+
+impl VmConfig {
+    /// Checks what can be checked without a host.
+    ///
+    /// # Errors
+    /// A number of vCPUs outside 1 to [`MAX_CPUS`], or both serial ports on the terminal.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.cpus == 0 || self.cpus > MAX_CPUS {
+            return Err(ConfigError::Cpus { asked: self.cpus, max: MAX_CPUS });
+        }
+        if self.serial.iter().filter(|mode| **mode == SerialMode::Tty).count() > 1 {
+            return Err(ConfigError::TwoTerminals);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig {
+            kernel: "vmlinux".into(),
+            initramfs: None,
+            cmdline: String::new(),
+            cpus: 1,
+            memory_bytes: 64 << 20,
+            page_size: PageSize::Size4K,
+            serial: [SerialMode::Tty, SerialMode::Off],
+            cpu_vendor: CpuVendor::Host,
+        }
+    }
+
+    #[test]
+    fn refuses_impossible_cpu_counts() {
+        for cpus in [0, 255] {
+            let bad = VmConfig { cpus, ..config() };
+            assert_eq!(bad.validate(), Err(ConfigError::Cpus { asked: cpus, max: MAX_CPUS }));
+        }
+        assert_eq!(VmConfig { cpus: MAX_CPUS, ..config() }.validate(), Ok(()));
+    }
+
+    #[test]
+    fn one_terminal_only() {
+        let bad = VmConfig { serial: [SerialMode::Tty, SerialMode::Tty], ..config() };
+        assert_eq!(bad.validate(), Err(ConfigError::TwoTerminals));
+    }
+}

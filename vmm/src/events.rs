@@ -1,0 +1,186 @@
+//! What happened, for people and programs: a line on the log, and a line of JSON in the event
+//! monitor's file.
+//!
+//! The shape is Cloud Hypervisor's: `{"timestamp":{"secs":…,"nanos":…},"source":…,"event":…,
+//! "properties":{…}}`, the timestamp counted from the start of the VMM. Writing happens on a thread
+//! of its own, because a slow disk must not hold up a vCPU.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use log::{info, warn};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// The event monitor's file could not be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot create the event monitor's file {path}", path = .path.display())]
+pub struct MonitorError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// Something that happened to the virtual machine itself.
+#[derive(Debug, Clone, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "event", content = "properties")]
+pub enum VmEvent {
+    /// A boot begins.
+    Booting {
+        /// 1 for the first boot of this process.
+        boot: u32,
+        /// Seconds since 1970, to place the other timestamps by.
+        unix_time: f64,
+        /// What the guest was shown as IA32_MCG_CAP.
+        mcg_cap: String,
+        /// The guest's vendor.
+        vendor: mce_relay::mca::Vendor,
+    },
+    /// The guest has ended, or was ended.
+    Ended {
+        /// How.
+        how: String,
+        /// The exit status that stands for it.
+        status: u8,
+    },
+    /// The guest has reset itself and is started again, with whole memory.
+    Reset,
+}
+
+impl std::fmt::Display for VmEvent {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Booting { boot, mcg_cap, vendor, .. } => {
+                write!(f, "boot {boot}: {vendor:?}-style guest, MCG_CAP {mcg_cap}")
+            }
+            Self::Ended { how, status } => write!(f, "ended: {how} (exit status {status})"),
+            Self::Reset => f.write_str("the guest reset itself; starting it again"),
+        }
+    }
+}
+
+enum Message {
+    Relay(Duration, mce_relay::Event),
+    Vm(Duration, VmEvent),
+    End,
+}
+
+/// The thread that writes events down. Dropping it writes what is left.
+#[derive(Debug)]
+pub struct Monitor {
+    start: Instant,
+    send: Sender<Message>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Monitor {
+    /// Starts writing to the log, and to `path` if there is one; an existing file is replaced.
+    ///
+    /// # Errors
+    /// The file cannot be created.
+    pub fn start(path: Option<&Path>) -> Result<Self, MonitorError> {
+        let file = path.map(File::create).transpose().map_err(|source| MonitorError {
+            path: path.unwrap_or(Path::new("")).to_owned(),
+            source,
+        })?;
+        let (send, receive) = channel();
+        let thread = std::thread::spawn(move || write_down(&receive, file));
+        Ok(Self { start: Instant::now(), send, thread: Some(thread) })
+    }
+
+    /// A sink for the relay: quick, does not block.
+    pub fn for_relay(&self) -> Box<dyn Fn(&mce_relay::Event) + Send + Sync> {
+        let (start, send) = (self.start, self.send.clone());
+        Box::new(move |event| {
+            // The receiver outlives every relay; without it there is nobody to tell.
+            let _ = send.send(Message::Relay(start.elapsed(), event.clone()));
+        })
+    }
+
+    /// Reports an event of the VM.
+    pub fn emit(&self, event: VmEvent) {
+        let _ = self.send.send(Message::Vm(self.start.elapsed(), event));
+    }
+}
+
+impl Drop for Monitor {
+    fn drop(&mut self) {
+        let _ = self.send.send(Message::End);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn write_down(messages: &Receiver<Message>, mut file: Option<File>) {
+    for message in messages {
+        let (line, result) = match message {
+            Message::Relay(time, event) => {
+                info!(target: "relay", "{event}");
+                (time, line(time, "relay", &event))
+            }
+            Message::Vm(time, event) => {
+                info!(target: "vm", "{event}");
+                (time, line(time, "vm", &event))
+            }
+            Message::End => return,
+        };
+        let Some(out) = file.as_mut() else { continue };
+        if let Err(error) = out.write_all(result.as_bytes()) {
+            warn!("event monitor: {error}; no more events are written (since {line:?})");
+            file = None;
+        }
+    }
+}
+
+/// One event as a line of JSON, with its line feed.
+fn line(time: Duration, source: &str, event: &impl Serialize) -> String {
+    let mut value = json!({
+        "timestamp": { "secs": time.as_secs(), "nanos": time.subsec_nanos() },
+        "source": source,
+    });
+    // Events are enums tagged with "event" and "properties", so they always are objects.
+    if let (Some(line), Ok(Value::Object(event))) =
+        (value.as_object_mut(), serde_json::to_value(event))
+    {
+        line.extend(event);
+    }
+    format!("{value}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_has_the_four_fields() {
+        let event = mce_relay::Event::Acknowledged { gpa: 0x1000, vcpu: 0, bank: 9 };
+        let line = line(Duration::new(2, 5), "relay", &event);
+        let value: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(value["timestamp"]["secs"], 2);
+        assert_eq!(value["event"], "acknowledged");
+        assert_eq!(value["properties"]["gpa"], "0x1000");
+        assert!(line.ends_with('\n'));
+    }
+
+    #[test]
+    fn the_file_holds_everything_when_the_monitor_is_gone() {
+        let path = tempfile::tempdir().unwrap().keep().join("events");
+        let monitor = Monitor::start(Some(&path)).unwrap();
+        for _ in 0..100 {
+            monitor.emit(VmEvent::Reset);
+        }
+        drop(monitor);
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 100);
+    }
+
+    #[test]
+    fn a_path_that_cannot_be_written_is_named() {
+        let error = Monitor::start(Some(Path::new("/nowhere/events"))).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/events"));
+    }
+}

@@ -1,0 +1,33 @@
+//! A minimal virtual machine monitor for KVM that relays memory errors to its guest.
+//!
+//! Boot side: [`memory`] holds the guest's RAM, [`boot`] puts a Linux kernel into it, [`acpi`]
+//! describes the machine, [`cpuid`] and [`msr`] shape the processors, [`devices`] answers port
+//! I/O, [`vcpu`] runs the processors and [`vm`] puts all of it together. Whoever relays errors
+//! plugs in by the traits [`vm::VmHooks`], [`vcpu::VcpuSetup`] and [`vcpu::VcpuHook`].
+//!
+//! Relay side: [`mce_inject`] is the back end that the relay asks for, and [`run`] is where the VM
+//! and the relay meet. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
+//! programs see it; [`host`], [`poison`] and [`check`] are about the host.
+
+pub mod acpi;
+pub mod api;
+pub mod boot;
+pub mod check;
+pub mod cli;
+pub mod client;
+pub mod config;
+pub mod control;
+pub mod cpuid;
+pub mod devices;
+pub mod events;
+pub mod host;
+pub mod mce_inject;
+pub mod memory;
+pub mod msr;
+pub mod poison;
+pub mod run;
+pub mod serial;
+pub mod show;
+pub mod terminal;
+pub mod vcpu;
+pub mod vm;

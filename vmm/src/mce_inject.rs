@@ -1,0 +1,371 @@
+//! The KVM side of the relay: a vCPU's machine-check state, and `KVM_X86_SET_MCE`.
+//!
+//! This is the back end that the relay asks for by its [`Mca`] trait, and all that a VMM on
+//! kvm-ioctls has to write. Three things here are not obvious:
+//!
+//! * Without `KVM_X86_SETUP_MCE` every MCi_CTL is 0, and KVM swallows uncorrected errors.
+//! * KVM drops capability bits without a word (SER_P on AMD hosts). What MCG_CAP reads back as is
+//!   what the guest has; a guest that is shown more, because its CPUID is of another vendor than
+//!   the host's processor, gets those reads answered by us ([`GuestMca::read_msr`]).
+//! * `KVM_X86_SET_MCE` returns 0 for errors it ignores and for errors it turns into a triple fault.
+//!   The relay asks only when the state says that neither will happen, and reads back afterwards.
+
+use std::io;
+
+use kvm_bindings::{
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
+    KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry, kvm_x86_mce,
+};
+use kvm_ioctls::{
+    Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
+};
+use mce_relay::Mca;
+use mce_relay::mca::{BANKS, Bank, CR4_MCE, Caps, MAX_BANKS, McaState, Record, Vendor, cap, msr};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
+
+use ioctls::{KVM_X86_GET_MCE_CAP_SUPPORTED, KVM_X86_SET_MCE, KVM_X86_SETUP_MCE};
+
+/// include/uapi/linux/kvm.h; kvm-ioctls has no wrappers for these three.
+mod ioctls {
+    use kvm_bindings::{KVMIO, kvm_x86_mce};
+    use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
+
+    ioctl_iow_nr!(KVM_X86_SETUP_MCE, KVMIO, 0x9c, u64);
+    ioctl_ior_nr!(KVM_X86_GET_MCE_CAP_SUPPORTED, KVMIO, 0x9d, u64);
+    ioctl_iow_nr!(KVM_X86_SET_MCE, KVMIO, 0x9e, kvm_x86_mce);
+}
+
+/// Why a vCPU could not be given a machine-check architecture.
+#[derive(Debug, thiserror::Error)]
+pub enum MceError {
+    /// The kernel's KVM has no machine checks to give.
+    #[error("this host's KVM has no machine-check support (KVM_CAP_MCE)")]
+    NoMce,
+    /// The supported capabilities could not be read.
+    #[error("cannot read KVM's machine-check capabilities (KVM_X86_GET_MCE_CAP_SUPPORTED)")]
+    Supported(#[source] io::Error),
+    /// A vCPU could not be set up.
+    #[error("cannot set up machine checks with MCG_CAP {mcg_cap:#x} (KVM_X86_SETUP_MCE)")]
+    Setup {
+        /// What was asked for.
+        mcg_cap: u64,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// What KVM makes of a setup could not be tried.
+    #[error("cannot make a vCPU to try machine checks on")]
+    Probe(#[source] io::Error),
+    /// The registers that KVM does not have cannot be shown.
+    #[error(
+        "cannot show this guest its machine-check registers: KVM does not send MSR accesses to user space \
+         (KVM_CAP_X86_USER_SPACE_MSR, Linux 5.10)"
+    )]
+    MsrExits(#[source] io::Error),
+    /// An MSR that the setup needs could not be read or written.
+    #[error("cannot access MSR {index:#x} of a vCPU")]
+    Msr {
+        /// The register.
+        index: u32,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// The bits of MCG_CAP that this host's KVM says it supports; not all of them survive
+/// [`MceSetup::prepare_vcpu`].
+///
+/// # Errors
+/// KVM has no machine checks, or does not answer.
+pub fn supported(kvm: &Kvm) -> Result<u64, MceError> {
+    if kvm.check_extension_int(Cap::Mce) <= 0 {
+        return Err(MceError::NoMce);
+    }
+    let mut supported = 0u64;
+    // SAFETY: the ioctl writes one u64 to the reference, and `kvm` is an open /dev/kvm.
+    let result =
+        unsafe { ioctl_with_mut_ref(kvm, KVM_X86_GET_MCE_CAP_SUPPORTED(), &mut supported) };
+    if result == 0 { Ok(supported) } else { Err(MceError::Supported(io::Error::last_os_error())) }
+}
+
+/// The MSRs whose accesses have to come to user space for a guest that is shown more than KVM
+/// has: see [`GuestMca::read_msr`].
+const SHOWN_MSRS: [u32; 3] = [msr::FEAT_CTL, msr::MCG_CAP, msr::MCG_EXT_CTL];
+
+/// The machine-check architecture that all vCPUs of a VM are to have.
+#[derive(Debug, Clone, Copy)]
+pub struct MceSetup {
+    caps: Caps,
+    /// What KVM is asked for: what the guest is shown, as far as KVM says it supports it.
+    asked: u64,
+    /// Some of what the guest sees is not KVM's: [`SHOWN_MSRS`] are ours.
+    shown_by_us: bool,
+}
+
+impl MceSetup {
+    /// Ten banks and what belongs to `vendor`: for Intel software error recovery, and local machine
+    /// checks if `lmce`; for AMD containment (`succor`, which its CPUID must show).
+    ///
+    /// What KVM makes of that is tried on a vCPU that is made for it and thrown away.
+    ///
+    /// # Errors
+    /// See [`MceError`].
+    pub fn new(kvm: &Kvm, vendor: Vendor, lmce: bool, succor: bool) -> Result<Self, MceError> {
+        let wanted = u64::from(BANKS)
+            | cap::CTL_P
+            | match vendor {
+                Vendor::Intel => cap::SER_P | if lmce { cap::LMCE_P } else { 0 },
+                Vendor::Amd => 0,
+            };
+        let asked = wanted & (supported(kvm)? | cap::COUNT_MASK);
+        let shown_by_us = held(kvm, asked)? != wanted;
+        Ok(Self { caps: Caps { vendor, mcg_cap: wanted, succor }, asked, shown_by_us })
+    }
+
+    /// What the guest is shown.
+    pub fn caps(&self) -> Caps {
+        self.caps
+    }
+
+    /// Has accesses to the MSRs that are not KVM's sent to user space, if there are any.
+    ///
+    /// # Errors
+    /// KVM cannot do that (Linux 5.10 can).
+    pub fn prepare_vm(&self, vm: &VmFd) -> Result<(), MceError> {
+        if !self.shown_by_us {
+            return Ok(());
+        }
+        let exits = kvm_enable_cap {
+            cap: KVM_CAP_X86_USER_SPACE_MSR,
+            args: [u64::from(KVM_MSR_EXIT_REASON_FILTER), 0, 0, 0],
+            ..Default::default()
+        };
+        let failed = |error: kvm_ioctls::Error| MceError::MsrExits(error.into());
+        vm.enable_cap(&exits).map_err(failed)?;
+        // A clear bit sends the access to user space; one range of one register each.
+        let denied = [0u8];
+        let ranges = SHOWN_MSRS.map(|base| MsrFilterRange {
+            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
+            base,
+            msr_count: 1,
+            bitmap: &denied,
+        });
+        vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges).map_err(failed)
+    }
+
+    /// Sets up `vcpu`.
+    ///
+    /// # Errors
+    /// See [`MceError`].
+    pub fn prepare_vcpu(&self, vcpu: &VcpuFd) -> Result<GuestMca, MceError> {
+        setup_mce(vcpu, self.asked)?;
+        if !self.shown_by_us && self.caps.has(cap::LMCE_P) {
+            write_msr(vcpu, msr::FEAT_CTL, msr::FEAT_CTL_LOCKED | msr::FEAT_CTL_LMCE)?;
+        }
+        Ok(GuestMca { caps: self.caps, shown_by_us: self.shown_by_us, mcg_ext_ctl: 0 })
+    }
+}
+
+/// What MCG_CAP reads back as on this host after `asked` was set up.
+///
+/// # Errors
+/// See [`MceError`].
+pub fn held(kvm: &Kvm, asked: u64) -> Result<u64, MceError> {
+    let failed = |error: kvm_ioctls::Error| MceError::Probe(error.into());
+    let vm = kvm.create_vm().map_err(failed)?;
+    let vcpu = vm.create_vcpu(0).map_err(failed)?;
+    setup_mce(&vcpu, asked)?;
+    read_msr(&vcpu, msr::MCG_CAP)
+}
+
+fn setup_mce(vcpu: &VcpuFd, mcg_cap: u64) -> Result<(), MceError> {
+    // SAFETY: the ioctl reads one u64 from the reference, and `vcpu` is an open vCPU.
+    if unsafe { ioctl_with_ref(vcpu, KVM_X86_SETUP_MCE(), &mcg_cap) } == 0 {
+        Ok(())
+    } else {
+        Err(MceError::Setup { mcg_cap, source: io::Error::last_os_error() })
+    }
+}
+
+/// One vCPU's machine-check architecture as its guest sees it.
+#[derive(Debug, Clone)]
+pub struct GuestMca {
+    caps: Caps,
+    /// Some of what the guest sees is not KVM's: [`SHOWN_MSRS`] are ours.
+    shown_by_us: bool,
+    /// MCG_EXT_CTL, where it is ours.
+    mcg_ext_ctl: u64,
+}
+
+impl GuestMca {
+    /// What the guest is shown.
+    pub fn caps(&self) -> Caps {
+        self.caps
+    }
+
+    /// The guest reads MSR `index`: its value, or `None` for one that is not ours (#GP).
+    pub fn read_msr(&self, index: u32) -> Option<u64> {
+        let lmce = self.caps.has(cap::LMCE_P);
+        match index {
+            msr::MCG_CAP => Some(self.caps.mcg_cap),
+            msr::FEAT_CTL if lmce => Some(msr::FEAT_CTL_LOCKED | msr::FEAT_CTL_LMCE),
+            msr::FEAT_CTL => Some(msr::FEAT_CTL_LOCKED),
+            msr::MCG_EXT_CTL if lmce => Some(self.mcg_ext_ctl),
+            _ => None,
+        }
+    }
+
+    /// The guest writes `value` to MSR `index`: false when that is not allowed (#GP).
+    pub fn write_msr(&mut self, index: u32, value: u64) -> bool {
+        let allowed = index == msr::MCG_EXT_CTL
+            && self.caps.has(cap::LMCE_P)
+            && value & !msr::MCG_EXT_CTL_LMCE == 0;
+        if allowed {
+            self.mcg_ext_ctl = value;
+        }
+        allowed
+    }
+
+    /// The view of `vcpu` that the relay works with.
+    pub fn on<'a>(&'a self, vcpu: &'a VcpuFd) -> VcpuMca<'a> {
+        VcpuMca { guest: self, vcpu }
+    }
+}
+
+/// A vCPU and what its guest was shown, for one visit of the relay.
+#[derive(Debug)]
+pub struct VcpuMca<'a> {
+    guest: &'a GuestMca,
+    vcpu: &'a VcpuFd,
+}
+
+impl Mca for VcpuMca<'_> {
+    fn state(&mut self) -> io::Result<McaState> {
+        let caps = &self.guest.caps;
+        let banks = caps.banks();
+        let lmce_in_kvm = caps.has(cap::LMCE_P) && !self.guest.shown_by_us;
+        let mut indices = vec![msr::MCG_STATUS, msr::MCG_CTL];
+        if lmce_in_kvm {
+            indices.push(msr::MCG_EXT_CTL);
+        }
+        let first_bank = indices.len();
+        indices.extend((0..banks).flat_map(|bank| [msr::mc_ctl(bank), msr::mc_status(bank)]));
+        let values = read_msrs(self.vcpu, &indices).map_err(|(_, error)| error)?;
+
+        let mut state = McaState {
+            waits_for_sipi: matches!(
+                self.vcpu.get_mp_state()?.mp_state,
+                KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED
+            ),
+            cr4_mce: self.vcpu.get_sregs()?.cr4 & CR4_MCE != 0,
+            mcg_status: values[0],
+            mcg_ctl: values[1],
+            lmce: if lmce_in_kvm { values[2] } else { self.guest.mcg_ext_ctl }
+                & msr::MCG_EXT_CTL_LMCE
+                != 0,
+            banks: [Bank::default(); MAX_BANKS],
+        };
+        for (bank, pair) in state.banks.iter_mut().zip(values[first_bank..].chunks_exact(2)) {
+            *bank = Bank { ctl: pair[0], status: pair[1] };
+        }
+        Ok(state)
+    }
+
+    fn inject(&mut self, record: &Record) -> io::Result<()> {
+        set_mce(self.vcpu, record)
+    }
+}
+
+/// `KVM_X86_SET_MCE`, as bare as it is: a return of `Ok` says only that KVM took the call.
+///
+/// # Errors
+/// EINVAL for a bank the vCPU does not have or a record without VAL.
+pub fn set_mce(vcpu: &VcpuFd, record: &Record) -> io::Result<()> {
+    let mce = kvm_x86_mce {
+        status: record.status,
+        addr: record.addr,
+        misc: record.misc,
+        mcg_status: record.mcg_status,
+        bank: record.bank,
+        ..Default::default()
+    };
+    // SAFETY: the ioctl reads one kvm_x86_mce from the reference, and `vcpu` is an open vCPU.
+    if unsafe { ioctl_with_ref(vcpu, KVM_X86_SET_MCE(), &mce) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The values of `indices`, in order.
+fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<u64>, (u32, io::Error)> {
+    let entries: Vec<kvm_msr_entry> =
+        indices.iter().map(|index| kvm_msr_entry { index: *index, ..Default::default() }).collect();
+    let first = indices.first().copied().unwrap_or_default();
+    let mut msrs = Msrs::from_entries(&entries)
+        .map_err(|error| (first, io::Error::other(format!("{error:?}"))))?;
+    let read = vcpu.get_msrs(&mut msrs).map_err(|error| (first, error.into()))?;
+    // KVM stops at the first one it does not know, and says how far it came.
+    match indices.get(read) {
+        Some(index) => Err((*index, io::Error::from_raw_os_error(libc::EINVAL))),
+        None => Ok(msrs.as_slice().iter().map(|entry| entry.data).collect()),
+    }
+}
+
+fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<u64, MceError> {
+    let values =
+        read_msrs(vcpu, &[index]).map_err(|(index, source)| MceError::Msr { index, source })?;
+    Ok(values[0])
+}
+
+fn write_msr(vcpu: &VcpuFd, index: u32, data: u64) -> Result<(), MceError> {
+    let entry = kvm_msr_entry { index, data, ..Default::default() };
+    let failed = |source| MceError::Msr { index, source };
+    let msrs = Msrs::from_entries(&[entry])
+        .map_err(|error| failed(io::Error::other(format!("{error:?}"))))?;
+    match vcpu.set_msrs(&msrs) {
+        Ok(1) => Ok(()),
+        Ok(_) => Err(failed(io::Error::from_raw_os_error(libc::EINVAL))),
+        Err(error) => Err(failed(error.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shown(lmce: bool) -> GuestMca {
+        let mcg_cap = u64::from(BANKS) | cap::SER_P | if lmce { cap::LMCE_P } else { 0 };
+        let caps = Caps { vendor: Vendor::Intel, mcg_cap, succor: false };
+        GuestMca { caps, shown_by_us: true, mcg_ext_ctl: 0 }
+    }
+
+    /// The numbers of include/uapi/linux/kvm.h, as literals on purpose.
+    #[test]
+    fn ioctl_numbers() {
+        assert_eq!(KVM_X86_SETUP_MCE(), 0x4008_ae9c);
+        assert_eq!(KVM_X86_GET_MCE_CAP_SUPPORTED(), 0x8008_ae9d);
+        assert_eq!(KVM_X86_SET_MCE(), 0x4040_ae9e);
+    }
+
+    #[test]
+    fn a_guest_turns_lmce_on_where_it_is_shown() {
+        let mut guest = shown(true);
+        assert_eq!(guest.read_msr(msr::MCG_EXT_CTL), Some(0));
+        assert!(!guest.write_msr(msr::MCG_EXT_CTL, 2), "a reserved bit");
+        assert!(guest.write_msr(msr::MCG_EXT_CTL, 1));
+        assert_eq!(guest.read_msr(msr::MCG_EXT_CTL), Some(1));
+        assert_eq!(guest.read_msr(msr::FEAT_CTL), Some(0x10_0001));
+    }
+
+    #[test]
+    fn without_lmce_its_registers_do_not_exist() {
+        let mut guest = shown(false);
+        assert_eq!(guest.read_msr(msr::MCG_EXT_CTL), None);
+        assert!(!guest.write_msr(msr::MCG_EXT_CTL, 1));
+        assert_eq!(guest.read_msr(msr::FEAT_CTL), Some(1), "locked, and nothing offered");
+        assert!(!guest.write_msr(msr::MCG_CAP, 0));
+        assert_eq!(guest.read_msr(0x10), None);
+    }
+}
