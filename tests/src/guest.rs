@@ -85,7 +85,7 @@ impl Guest {
             .arg("run")
             .args(["--kernel".as_ref(), image("vmlinux").as_os_str()])
             .args(["--initramfs".as_ref(), image("initramfs.cpio").as_os_str()])
-            .args(["--cmdline", "console=ttyS0,115200 loglevel=4 panic=-1"])
+            .args(["--cmdline", &format!("console=ttyS0,115200 loglevel=4 panic=-1 {}", std::env::var("MCE_RELAY_CMDLINE").unwrap_or_default())])
             .args(["--cpus", &options.cpus.to_string(), "--memory", options.memory])
             .args(["--cpu-vendor", options.vendor, "--lmce", options.lmce])
             .args(["--mce-kill", options.kill, "--no-reboot"])
