@@ -129,15 +129,25 @@ impl Link {
     }
 }
 
-/// The UART's interrupt line.
-#[derive(Debug)]
-struct Irq(EventFd);
+/// Raises a serial port's interrupt: an edge.
+pub type IrqLine = Arc<dyn Fn() + Send + Sync>;
+
+/// Called by the UART, most often on the vCPU's own thread in the middle of its port access. An
+/// irqfd would have a kernel worker on another processor do it, and kick the vCPU for each byte.
+struct Irq(IrqLine);
+
+impl std::fmt::Debug for Irq {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Irq")
+    }
+}
 
 impl Trigger for Irq {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+        (self.0)();
+        Ok(())
     }
 }
 
@@ -177,7 +187,6 @@ type Uart = Serial<Irq, Events, Output>;
 #[derive(Debug)]
 pub struct SerialPort {
     uart: Arc<Mutex<Uart>>,
-    irq: EventFd,
     link: Arc<Link>,
     thread: Option<JoinHandle<()>>,
     number: u8,
@@ -185,7 +194,7 @@ pub struct SerialPort {
 }
 
 impl SerialPort {
-    /// Port `number` (0 is COM1), or `None` if it is off.
+    /// Port `number` (0 is COM1) that interrupts the guest by `irq`, or `None` if it is off.
     ///
     /// # Errors
     /// See [`SerialError`].
@@ -193,12 +202,12 @@ impl SerialPort {
         number: u8,
         mode: &SerialMode,
         control: &VmControl,
+        irq: IrqLine,
     ) -> Result<Option<Self>, SerialError> {
         let Some(endpoint) = Endpoint::open(mode)? else {
             return Ok(None);
         };
         let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(SerialError::EventFd);
-        let irq = event()?;
         let link = Arc::new(Link {
             queue: Mutex::default(),
             wake: event()?,
@@ -206,7 +215,7 @@ impl SerialPort {
             ending: AtomicBool::new(false),
         });
         let uart = Arc::new(Mutex::new(Serial::with_events(
-            Irq(irq.try_clone().map_err(SerialError::EventFd)?),
+            Irq(irq),
             Events(Arc::clone(&link)),
             Output(Arc::clone(&link)),
         )));
@@ -227,13 +236,7 @@ impl SerialPort {
             .name(format!("serial{number}"))
             .spawn(move || mover.run())
             .map_err(SerialError::Thread)?;
-        Ok(Some(Self { uart, irq, link, thread: Some(thread), number, _raw: raw }))
-    }
-
-    /// Written to when the guest is to be interrupted.
-    #[must_use]
-    pub fn irq(&self) -> &EventFd {
-        &self.irq
+        Ok(Some(Self { uart, link, thread: Some(thread), number, _raw: raw }))
     }
 
     /// Bytes of output that were dropped, because nobody took them.
@@ -577,7 +580,7 @@ mod tests {
     const LINE_STATUS: u8 = 5;
 
     fn port(mode: &SerialMode) -> SerialPort {
-        SerialPort::new(1, mode, &VmControl::new(1).unwrap()).unwrap().unwrap()
+        SerialPort::new(1, mode, &VmControl::new(1).unwrap(), Arc::new(|| {})).unwrap().unwrap()
     }
 
     fn print(port: &SerialPort, text: &[u8]) {
@@ -600,7 +603,9 @@ mod tests {
     #[test]
     fn off_is_no_port() {
         assert!(
-            SerialPort::new(0, &SerialMode::Off, &VmControl::new(1).unwrap()).unwrap().is_none()
+            SerialPort::new(0, &SerialMode::Off, &VmControl::new(1).unwrap(), Arc::new(|| {}))
+                .unwrap()
+                .is_none()
         );
     }
 
@@ -619,7 +624,8 @@ mod tests {
     fn unusable_paths_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let control = VmControl::new(1).unwrap();
-        let try_open = |mode| SerialPort::new(1, &mode, &control).unwrap_err().to_string();
+        let try_open =
+            |mode| SerialPort::new(1, &mode, &control, Arc::new(|| {})).unwrap_err().to_string();
         let absent = dir.path().join("no/such/dir");
         assert!(try_open(SerialMode::File(absent.clone())).contains("no/such/dir"));
         assert!(try_open(SerialMode::Socket(absent)).contains("no/such/dir"));

@@ -10,8 +10,8 @@ use std::{
 };
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_lapic_state,
-    kvm_pit_config,
+    CpuId, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
+    KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irqchip, kvm_lapic_state, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -26,7 +26,7 @@ use crate::{
     devices::{PortBus, UARTS},
     memory::{GuestRam, MemoryError, RamBlock},
     msr::{self, MsrError},
-    serial::{SerialError, SerialPort},
+    serial::{IrqLine, SerialError, SerialPort},
     vcpu::{HookError, NoHook, Ready, Vcpu, VcpuSetup, install_kick_handler},
 };
 
@@ -199,7 +199,7 @@ pub struct Vm {
     vcpus: Vec<Vcpu>,
     /// Kept so that the serial ports go on the main thread, after the vCPUs that share them.
     _bus: Arc<PortBus>,
-    fd: VmFd,
+    fd: Arc<VmFd>,
     ram: GuestRam,
     control: VmControl,
     vendor: Vendor,
@@ -221,7 +221,7 @@ impl Vm {
         termination_pipes().map_err(os_error("watch for termination signals"))?;
 
         let ram = GuestRam::new(config.memory_bytes, config.page_size)?;
-        let fd = create_vm(&kvm)?;
+        let fd = Arc::new(create_vm(&kvm)?);
         ram.register(&fd)?;
         let supported = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
@@ -249,11 +249,7 @@ impl Vm {
 
         let mut ports = [None, None];
         for (((number, mode), at), port) in (0..).zip(&config.serial).zip(&UARTS).zip(&mut ports) {
-            *port = SerialPort::new(number, mode, &control)?.map(Arc::new);
-            if let Some(port) = port {
-                fd.register_irqfd(port.irq(), at.irq)
-                    .map_err(kvm_error("connect a serial port's interrupt"))?;
-            }
+            *port = SerialPort::new(number, mode, &control, irq_line(&fd, at.irq))?.map(Arc::new);
         }
         let bus = Arc::new(PortBus::new(ports));
 
@@ -373,7 +369,6 @@ fn open_kvm() -> Result<Kvm, VmError> {
     let needed = [
         (Cap::Irqchip, "an in-kernel interrupt controller (KVM_CAP_IRQCHIP)"),
         (Cap::Pit2, "an in-kernel timer (KVM_CAP_PIT2)"),
-        (Cap::Irqfd, "interrupts by eventfd (KVM_CAP_IRQFD)"),
         (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
     ];
     match needed.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
@@ -393,10 +388,35 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
         .map_err(kvm_error("set the identity map address"))?;
     vm.set_tss_address(layout::KVM_TSS).map_err(kvm_error("set the TSS address"))?;
     vm.create_irq_chip().map_err(kvm_error("create the interrupt controllers"))?;
+    mask_pics(&vm).map_err(kvm_error("mask the legacy interrupt controllers"))?;
     // The speaker's port is read in delay loops; KVM answers it itself.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(kvm_error("create the timer"))?;
     Ok(vm)
+}
+
+/// A line of the interrupt controllers, raised as an edge by the thread that calls.
+fn irq_line(vm: &Arc<VmFd>, gsi: u32) -> IrqLine {
+    let vm = Arc::clone(vm);
+    Arc::new(move || {
+        let edge = vm.set_irq_line(gsi, true).and_then(|()| vm.set_irq_line(gsi, false));
+        if let Err(error) = edge {
+            log::warn!("cannot raise interrupt {gsi}: {error}");
+        }
+    })
+}
+
+/// Masks every line of the two 8259s, as firmware does. KVM starts them unmasked and with vector
+/// base 0, and every ISA interrupt reaches them as well as the I/O APIC: a guest that is described
+/// by hardware-reduced ACPI, and so never looks at them, would take interrupts as exceptions.
+fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
+        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+        vm.get_irqchip(&mut chip)?;
+        chip.chip.pic.imr = 0xff;
+        vm.set_irqchip(&chip)?;
+    }
+    Ok(())
 }
 
 fn prepare_vcpu(
