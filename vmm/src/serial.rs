@@ -39,6 +39,9 @@ pub const QUEUE_LEN: usize = 1 << 20;
 const CHUNK: usize = 4096;
 /// How long the end of the VM waits for a reader to take what is left.
 const DRAIN: Duration = Duration::from_secs(1);
+/// How long the thread gathers output after it has written some. Output comes byte by byte, and to
+/// be woken for each would cost more than the byte.
+const LINGER_MS: i32 = 5;
 /// How often input is offered again to a guest that does not take it.
 const RETRY_MS: i32 = 100;
 
@@ -97,6 +100,8 @@ struct Queue {
 struct Link {
     queue: Mutex<Queue>,
     wake: EventFd,
+    /// The thread will look at the queue by itself within [`LINGER_MS`].
+    looking: AtomicBool,
     /// The thread has input that the UART had no room for.
     input_waits: AtomicBool,
     ending: AtomicBool,
@@ -123,7 +128,8 @@ impl Link {
             queue.bytes.push_back(*byte);
         }
         drop(queue);
-        if was_empty {
+        // The thread clears the flag before it looks a last time, so one of the two sees the other.
+        if was_empty && !self.looking.load(Ordering::SeqCst) {
             self.wake();
         }
     }
@@ -211,6 +217,7 @@ impl SerialPort {
         let link = Arc::new(Link {
             queue: Mutex::default(),
             wake: event()?,
+            looking: AtomicBool::new(false),
             input_waits: AtomicBool::new(false),
             ending: AtomicBool::new(false),
         });
@@ -433,8 +440,19 @@ impl Mover {
                     return;
                 }
             }
-            let timeout = if deadline.is_some() || !self.input.is_empty() { RETRY_MS } else { -1 };
+            if has_output {
+                self.link.looking.store(true, Ordering::SeqCst);
+            }
+            let linger = !has_output && self.link.looking.load(Ordering::SeqCst);
+            let timeout = match linger {
+                true => LINGER_MS,
+                false if deadline.is_some() || !self.input.is_empty() => RETRY_MS,
+                false => -1,
+            };
             self.wait_and_move(has_output, timeout);
+            if linger {
+                self.link.looking.store(false, Ordering::SeqCst);
+            }
         }
     }
 
