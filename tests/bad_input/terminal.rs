@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::ptr;
 use std::time::{Duration, Instant};
@@ -46,14 +47,24 @@ impl Terminal {
 
     fn start(&self, kernel: &std::path::Path) -> Child {
         let slave = || Stdio::from(self.slave.try_clone().unwrap());
-        Command::new(binary())
+        let mut command = Command::new(binary());
+        command
             .args(["run", "--serial", "tty", "--memory", "size=128M", "--kernel"])
             .arg(kernel)
             .stdin(slave())
             .stdout(slave())
-            .stderr(slave())
-            .spawn()
-            .unwrap()
+            .stderr(slave());
+        // Its controlling terminal, as a shell would have it.
+        // SAFETY: both calls are async-signal-safe, and take no pointer.
+        unsafe {
+            command.pre_exec(|| {
+                if libc::setsid() < 0 || libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        command.spawn().unwrap()
     }
 
     fn type_in(&self, keys: &[u8]) {

@@ -4,7 +4,7 @@
 //! may be off or busy, /dev/kmsg has every line with its number and time.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -43,13 +43,17 @@ pub fn parse(record: &str) -> Option<Record> {
     })
 }
 
-/// Sends the log from its start and then every new line, as long as `on` is set; lines that
+/// Sends the log from its start (from its end if `on` is not set) and then every new line, as long as `on` is set; lines that
 /// come while it is not are dropped. Ends only when the log or the port fails.
 ///
 /// # Errors
 /// What /dev/kmsg or the port said.
 pub fn stream(port: &Port, on: &AtomicBool) -> io::Result<()> {
     let mut log = File::open(PATH)?;
+    if !on.load(Ordering::Relaxed) {
+        // Not even read: whoever turns the log on may do so before all of it had been dropped.
+        log.seek(SeekFrom::End(0))?;
+    }
     let mut buffer = [0; RECORD];
     loop {
         let event = match log.read(&mut buffer) {
