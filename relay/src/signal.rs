@@ -1,7 +1,7 @@
 //! The SIGBUS handler, the per-thread slots it writes, and the handing-on of what is not ours.
 //!
 //! The handler of a memory failure does plain atomic stores and returns. Each thread that takes
-//! part has a [`Slot`]; the handler finds it by a const-initialised thread-local pointer, copies
+//! part has a slot; the handler finds it by a const-initialised thread-local pointer, copies
 //! (code, address, lsb) into it, sets the thread's `immediate_exit` byte so that a KVM_RUN that is
 //! about to start ends at once, and is done. Writer and reader of a slot are the same thread, the
 //! writer being the handler that interrupts it, so a slot is a single-producer ring.

@@ -1,5 +1,6 @@
 //! A guest under `mce-relay run`, started and watched as a user would.
 
+use std::cell::RefCell;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -73,6 +74,8 @@ pub fn mce_relay(args: &[&str]) -> Output {
 pub struct Guest {
     child: Child,
     dir: TempDir,
+    /// The host's page frames that were poisoned for it, `0x…`.
+    poisoned: RefCell<Vec<String>>,
     /// The agent in it.
     pub agent: Agent,
 }
@@ -110,7 +113,7 @@ impl Guest {
             });
         }
         match Agent::connect(&at("agent"), options.echo) {
-            Ok(agent) => Self { child, dir, agent },
+            Ok(agent) => Self { child, dir, poisoned: RefCell::default(), agent },
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -137,7 +140,9 @@ impl Guest {
     pub fn poison(&self, gpa: u64, via: &str) -> Value {
         let out = self.command("poison", &["--gpa", &format!("{gpa:#x}"), "--via", via, "--json"]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        serde_json::from_slice(&out.stdout).unwrap()
+        let done: Value = serde_json::from_slice(&out.stdout).unwrap();
+        self.poisoned.borrow_mut().push(done["pfn"].as_str().unwrap().to_owned());
+        done
     }
 
     /// What `mce-relay status --json` says.
@@ -198,9 +203,25 @@ impl Drop for Guest {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        if std::env::var("MCE_RELAY_NATIVE").is_ok_and(|value| value == "1") {
+            for pfn in self.poisoned.borrow().iter() {
+                give_back(pfn);
+            }
+        }
         if std::thread::panicking() {
             tell(&self.dir);
         }
+    }
+}
+
+/// Has this host take a page frame back into use, now that nobody has it mapped any more.
+fn give_back(pfn: &str) {
+    let out = mce_relay(&["unpoison", "--pfn", pfn]);
+    if out.status.success() {
+        println!("== Host pfn {pfn} is back in use.");
+    } else {
+        let why = String::from_utf8_lossy(&out.stderr);
+        println!("== Host pfn {pfn} stays out of use: {}", why.trim_end());
     }
 }
 
