@@ -61,8 +61,8 @@ all() {
 # The same in the lab, as one command there.
 in_lab() {
     # shellcheck disable=SC2016 # expanded inside
-    tests/lab/run.sh sh -c 'target/release/hold & hold=$! worst=0
-        for binary; do "$binary" || worst=$?; done; kill $hold; exit $worst' sh "$@"
+    tests/lab/run.sh target/release/hold sh -c \
+        'worst=0; for binary; do "$binary" || worst=$?; done; exit $worst' sh "$@"
 }
 # A few scenarios to a lab: when its emulator dies, little has to be done again.
 in_labs() {
@@ -70,7 +70,7 @@ in_labs() {
     mapfile -t names < <("$1" --list | sed -n 's/: test$//p')
     while [ ${#names[@]} != 0 ]; do
         # shellcheck disable=SC2016 # expanded inside
-        tests/lab/run.sh sh -c 'worst=0 binary=$1; shift
+        tests/lab/run.sh target/release/hold sh -c 'worst=0 binary=$1; shift
             for name; do "$binary" --exact "$name" || worst=$?; done; exit $worst' \
             sh "$1" "${names[@]:0:3}" || worst=$?
         names=("${names[@]:3}")

@@ -11,7 +11,7 @@ binary=$(cargo test --release --locked --no-run -p mce-relay-tests --test scenar
 failed=0
 for ((round = 1; round <= rounds; round++)); do
     echo "==== round $round of $rounds" >&2
-    tests/lab/run.sh "$binary" || failed=$((failed + 1))
+    tests/lab/run.sh target/release/hold "$binary" || failed=$((failed + 1))
 done
 echo "$((rounds - failed)) rounds passed, $failed failed"
 [ "$failed" = 0 ]

@@ -51,31 +51,3 @@ pub fn host_physical(pid: u32, hva: u64) -> u64 {
     assert!(entry >> 63 == 1 && pfn != 0, "no page behind HVA {hva:#x}: {entry:#x}");
     pfn << 12
 }
-
-/// Keeps two idle virtual machines for the life of this process, if this is the lab.
-///
-/// KVM patches its own code when the first vCPU of a kind appears and when the last one goes
-/// (static keys). The lab's emulator does not always survive that, so in the lab it is done once
-/// for all guests of a run.
-pub fn hold_kvm() {
-    static HELD: std::sync::OnceLock<Vec<(kvm_ioctls::VmFd, kvm_ioctls::VcpuFd)>> =
-        std::sync::OnceLock::new();
-    if std::env::var_os("MCE_RELAY_LAB").is_none() {
-        return;
-    }
-    HELD.get_or_init(|| {
-        let kvm = kvm_ioctls::Kvm::new().unwrap();
-        // One with interrupt controllers, one without.
-        [true, false]
-            .into_iter()
-            .map(|with_controllers| {
-                let vm = kvm.create_vm().unwrap();
-                if with_controllers {
-                    vm.create_irq_chip().unwrap();
-                }
-                let vcpu = vm.create_vcpu(0).unwrap();
-                (vm, vcpu)
-            })
-            .collect()
-    });
-}

@@ -20,9 +20,6 @@ pub fn run(tests: &'static [Test]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Guests share two emulated processors, and a rendezvous has a time limit.
     arguments.test_threads = Some(1);
-    if !arguments.list && tests.iter().any(|test| (test.needs)().is_ok()) {
-        crate::lab::hold_kvm();
-    }
     let trials = tests
         .iter()
         .map(|test| match (test.needs)() {
