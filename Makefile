@@ -35,7 +35,7 @@ run: build guest-image
 	MCE_RELAY_NATIVE=1 MCE_RELAY_VENDOR=$(or $(VENDOR),intel) target/release/show
 else
 run: build guest-image lab-image
-	MCE_RELAY_VENDOR=$(or $(VENDOR),intel) tests/lab/run.sh target/release/show
+	MCE_RELAY_VENDOR=$(or $(VENDOR),intel) tests/lab/run.sh target/release/hold target/release/show
 endif
 
 test: build guest-image lab-image
