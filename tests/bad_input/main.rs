@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{ExitCode, Output};
 
 use mce_relay_tests::lab::has_kvm;
-use mce_relay_tests::suite::{self, Test};
+use mce_relay_tests::suite;
 
 /// Sees that `out` is a failure with `status`, whose words name all of `named`, and no panic.
 fn refused(out: &Output, status: i32, named: &[&str]) {
@@ -64,18 +64,8 @@ fn no_memory_failure() -> Result<(), String> {
     Ok(())
 }
 
-macro_rules! tests {
-    ($($module:ident :: $test:ident needs $needs:expr),* $(,)?) => {
-        &[$(Test {
-            name: concat!(stringify!($module), "::", stringify!($test)),
-            needs: $needs,
-            run: $module::$test,
-        }),*]
-    };
-}
-
 fn main() -> ExitCode {
-    suite::run(tests![
+    suite::run(mce_relay_tests::tests![
         host::no_dev_kvm needs as_root,
         host::no_permission_for_dev_kvm needs as_root_with_kvm,
         host::check_without_memory_failure needs no_memory_failure,

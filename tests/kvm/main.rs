@@ -10,24 +10,14 @@ mod uffd;
 use std::process::ExitCode;
 
 use mce_relay_tests::lab::has_kvm;
-use mce_relay_tests::suite::{self, Test};
+use mce_relay_tests::suite;
 
 fn has_kvm_and_uffd_poison() -> Result<(), String> {
     has_kvm().and_then(|()| uffd::available())
 }
 
-macro_rules! tests {
-    ($($module:ident :: $test:ident needs $needs:expr),* $(,)?) => {
-        &[$(Test {
-            name: concat!(stringify!($module), "::", stringify!($test)),
-            needs: $needs,
-            run: $module::$test,
-        }),*]
-    };
-}
-
 fn main() -> ExitCode {
-    suite::run(tests![
+    suite::run(mce_relay_tests::tests![
         bare::a_record_reaches_the_handler_as_it_was_written needs has_kvm,
         bare::a_second_record_while_mcip_shuts_the_guest_down needs has_kvm,
         bare::a_record_with_cr4_mce_clear_shuts_the_guest_down needs has_kvm,

@@ -12,24 +12,14 @@ mod placement;
 use std::process::ExitCode;
 
 use mce_relay_tests::lab::{has_hardware, may_poison};
-use mce_relay_tests::suite::{self, Test};
-
-macro_rules! scenarios {
-    ($($module:ident :: $test:ident needs $needs:expr),* $(,)?) => {
-        &[$(Test {
-            name: concat!(stringify!($module), "::", stringify!($test)),
-            needs: $needs,
-            run: $module::$test,
-        }),*]
-    };
-}
+use mce_relay_tests::suite;
 
 fn in_lab_with_hardware() -> Result<(), String> {
     may_poison().and_then(|()| has_hardware())
 }
 
 fn main() -> ExitCode {
-    suite::run(scenarios![
+    suite::run(mce_relay_tests::tests![
         ao::amd_one_vcpu needs may_poison,
         ao::amd_two_vcpus needs may_poison,
         ao::intel_one_vcpu needs may_poison,

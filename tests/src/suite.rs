@@ -41,3 +41,15 @@ pub fn run(tests: &'static [Test]) -> ExitCode {
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
+
+/// A list of tests, `module::function needs condition`, each a function of this program.
+#[macro_export]
+macro_rules! tests {
+    ($($module:ident :: $test:ident needs $needs:expr),* $(,)?) => {
+        &[$($crate::suite::Test {
+            name: concat!(stringify!($module), "::", stringify!($test)),
+            needs: $needs,
+            run: $module::$test,
+        }),*]
+    };
+}
