@@ -147,6 +147,10 @@ give_up() {
     exit 0
 }
 
+# Lists that came with a machine's image may be years old, and miss whole kernels.
+if [ -z "$(find /var/lib/apt/lists -maxdepth 0 -mtime -7 2>/dev/null)" ]; then
+    update_lists "the package lists are more than a week old" || say "going on with the old ones"
+fi
 image=$(resolve "$1") || true # apt-cache fails where it knows nothing
 if [ -z "$image" ]; then
     update_lists "the package lists have no kernel for '$1'" || give_up "the package lists cannot be fetched (see above)"
