@@ -11,13 +11,21 @@
 
 use std::collections::VecDeque;
 use std::fmt;
+use std::time::Duration;
 
 use crate::mca::{
-    self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Caps, Form, Kind, McaState, Record, Vendor,
+    self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Caps, DEFERRED_BANKS, Form, Kind, McaState, Record,
+    Vendor,
 };
+use crate::pace::{Pace, Queue};
 
-/// The vCPU that is told of action-optional errors: the boot processor, which is always online.
+/// The vCPU that takes action-optional machine checks: the boot processor, which is always online.
 pub const AO_VCPU: usize = 0;
+
+/// How long CR4.MCE has to have been set before a record is only laid into a bank. Linux sets CR4.MCE
+/// first and wipes the banks unread after that (`__mcheck_cpu_init_clear_banks`,
+/// `arch/x86/kernel/cpu/mce/core.c`), once per processor that it starts.
+const SETTLE: Duration = Duration::from_secs(1);
 
 /// Why an error cannot be told now, though it may be later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,6 +71,24 @@ pub enum Wait {
         /// The vCPU in question.
         vcpu: usize,
     },
+    /// CR4.MCE has only just been set: the guest may be about to wipe its banks.
+    JustOpened {
+        /// The vCPU in question.
+        vcpu: usize,
+    },
+    /// The guest started over on the vCPU before it took the record out of its bank; it will be
+    /// told again.
+    Restarted {
+        /// The vCPU in question.
+        vcpu: usize,
+    },
+    /// The vCPU is held by a pause of the virtual machine.
+    Paused {
+        /// The vCPU in question.
+        vcpu: usize,
+    },
+    /// The guest has as many records on its hands as its own queue is trusted to hold ([`Pace`]).
+    Pace,
 }
 
 impl fmt::Display for Wait {
@@ -77,6 +103,14 @@ impl fmt::Display for Wait {
                 write!(f, "bank {bank} of vCPU {vcpu} still holds an error (VAL)")
             }
             Self::NoBank { vcpu } => write!(f, "vCPU {vcpu} has no bank for it"),
+            Self::JustOpened { vcpu } => {
+                write!(f, "CR4.MCE has only just been set on vCPU {vcpu}, which may wipe its banks")
+            }
+            Self::Restarted { vcpu } => {
+                write!(f, "the guest started over on vCPU {vcpu} before it took the record")
+            }
+            Self::Paused { vcpu } => write!(f, "vCPU {vcpu} is paused"),
+            Self::Pace => f.write_str("the guest has its share of errors to work off (pace)"),
         }
     }
 }
@@ -145,31 +179,58 @@ pub enum Step {
     Cannot(Pending, Cannot),
 }
 
+/// What became of a record that lay in a bank.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Taken {
+    /// The guest has cleared the bank, and MCG_STATUS.MCIP, which Linux clears last.
+    Acknowledged {
+        /// Guest-physical address of the page.
+        gpa: u64,
+        /// The bank it lay in.
+        bank: u8,
+    },
+    /// The guest started over in between, so nobody can say whether it read the bank before it was
+    /// wiped. The page waits to be told again.
+    Lost {
+        /// Guest-physical address of the page.
+        gpa: u64,
+    },
+}
+
 /// A record in a bank that the guest has not cleared yet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Unacknowledged {
+struct InBank {
     vcpu: usize,
     bank: u8,
-    gpa: u64,
+    error: Pending,
+    /// The vCPU was seen with its handler closed since.
+    restarted: bool,
 }
 
 /// The errors of one virtual machine that wait to be told or to be acknowledged.
+///
+/// Times are those since a moment of the caller's choice, the same for all calls.
 #[derive(Debug)]
 pub struct Delivery {
     caps: Caps,
     ao: VecDeque<u64>,
     ar: Vec<VecDeque<u64>>,
-    unacknowledged: Vec<Unacknowledged>,
+    in_banks: Vec<InBank>,
+    queue: Queue,
+    /// Since when each vCPU has been seen with CR4.MCE set and started.
+    open_since: Vec<Option<Duration>>,
 }
 
 impl Delivery {
     /// For a guest with `vcpus` processors that was shown `caps`.
-    pub fn new(caps: Caps, vcpus: usize) -> Self {
+    pub fn new(caps: Caps, vcpus: usize, pace: Pace) -> Self {
         Self {
             caps,
             ao: VecDeque::new(),
             ar: vec![VecDeque::new(); vcpus],
-            unacknowledged: Vec::new(),
+            in_banks: Vec::new(),
+            queue: Queue::new(pace),
+            open_since: vec![None; vcpus],
         }
     }
 
@@ -192,36 +253,42 @@ impl Delivery {
 
     /// Whether nothing waits, neither to be told nor to be acknowledged.
     pub fn is_idle(&self) -> bool {
-        self.ao.is_empty()
-            && self.unacknowledged.is_empty()
-            && self.ar.iter().all(VecDeque::is_empty)
+        self.ao.is_empty() && self.in_banks.is_empty() && self.ar.iter().all(VecDeque::is_empty)
     }
 
-    /// The vCPUs that have to look at their state for something to go on, without duplicates.
-    pub fn waiting_vcpus(&self) -> Vec<usize> {
-        let ao = (!self.ao.is_empty()).then_some(AO_VCPU);
-        let ar = self.ar.iter().enumerate().filter(|(_, queue)| !queue.is_empty());
-        let mut all: Vec<usize> = ao
-            .into_iter()
-            .chain(ar.map(|(vcpu, _)| vcpu))
-            .chain(self.unacknowledged.iter().map(|u| u.vcpu))
-            .collect();
-        all.sort_unstable();
-        all.dedup();
-        all
+    /// The vCPUs that have to look at their state for something to go on, ascending.
+    pub fn waiting_vcpus(&self, now: Duration) -> Vec<usize> {
+        let paced = self.room_at().is_some_and(|at| at <= now);
+        (0..self.ar.len())
+            .filter(|vcpu| {
+                !self.ar[*vcpu].is_empty()
+                    || (paced && self.takes_aos(*vcpu))
+                    || self.in_banks.iter().any(|record| record.vcpu == *vcpu)
+            })
+            .collect()
+    }
+
+    /// When the pace lets the next AO go, if one waits and only time is needed.
+    pub fn room_at(&self) -> Option<Duration> {
+        if self.ao.is_empty() { None } else { self.queue.room_at(self.aos_in_banks()) }
     }
 
     /// The next step for `vcpu`, whose state is `state`.
-    pub fn next(&self, vcpu: usize, state: &McaState) -> Step {
+    pub fn next(&mut self, vcpu: usize, state: &McaState, now: Duration) -> Step {
+        self.watch(vcpu, state, now);
         let Some(error) = self.first(vcpu) else {
             return Step::Idle;
         };
         let Some(form) = mca::form(error.kind, &self.caps) else {
             return Step::Cannot(error, Cannot::NoForm);
         };
+        let placed = self.place(vcpu, state, form).and_then(|bank| match error.kind {
+            Kind::ActionOptional => self.may_go(vcpu, form, now).map(|()| bank),
+            Kind::ActionRequired => Ok(bank),
+        });
         let lmce = state.lmce && self.caps.has(mca::cap::LMCE_P);
-        match self.place(vcpu, state, form) {
-            Err(wait) => self.blocked(error, wait),
+        match placed {
+            Err(wait) => self.blocked(vcpu, error, wait),
             Ok(_) if self.caps.vendor == Vendor::Intel && !lmce => Step::Rendezvous(error),
             Ok(bank) => Step::Inject(Told {
                 vcpu,
@@ -234,9 +301,9 @@ impl Delivery {
     /// With every vCPU stopped: the records of one rendezvous that `leader` asked for, or why it
     /// has to wait. `states[vcpu]` is `None` for a vCPU that no longer exists.
     ///
-    /// vCPUs that could not take a machine check (not started, CR4.MCE clear, MCG_CTL off) are left out: Linux
-    /// opens its handler before it counts a processor as online, so it does not wait for them. A
-    /// vCPU with an AR of its own takes part with that.
+    /// vCPUs that could not take a machine check (not started, CR4.MCE clear, MCG_CTL off) are left
+    /// out: Linux opens its handler before it counts a processor as online, so it does not wait for
+    /// them. A vCPU with an AR of its own takes part with that.
     ///
     /// # Errors
     /// A vCPU is still in its handler, or a bank has not been cleared.
@@ -248,7 +315,7 @@ impl Delivery {
         let mut all = Vec::new();
         for (vcpu, state) in states.iter().enumerate() {
             let Some(state) = state else { continue };
-            let closed = state.waits_for_sipi || !state.cr4_mce || state.mcg_ctl != u64::MAX;
+            let closed = is_closed(state) || state.mcg_ctl != u64::MAX;
             if closed && vcpu != leader {
                 continue;
             }
@@ -265,7 +332,7 @@ impl Delivery {
                 None => Told {
                     vcpu,
                     error: None,
-                    record: mca::bystander(Self::free_bank(vcpu, state, &BYSTANDER_BANKS)?),
+                    record: mca::bystander(free_bank(vcpu, state, &BYSTANDER_BANKS)?),
                 },
             });
         }
@@ -276,38 +343,72 @@ impl Delivery {
     pub fn told(&mut self, told: &Told) {
         let Some((error, _)) = told.error else { return };
         self.forget(told.vcpu, &error);
-        self.unacknowledged.push(Unacknowledged {
-            vcpu: told.vcpu,
-            bank: told.record.bank,
-            gpa: error.gpa,
-        });
+        let (vcpu, bank) = (told.vcpu, told.record.bank);
+        self.in_banks.push(InBank { vcpu, bank, error, restarted: false });
     }
 
     /// The error will not be told: drop it from the queue it waits in.
     pub fn forget(&mut self, vcpu: usize, error: &Pending) {
-        match error.kind {
-            Kind::ActionOptional => self.ao.retain(|gpa| *gpa != error.gpa),
-            Kind::ActionRequired => {
-                if let Some(queue) = self.ar.get_mut(vcpu) {
-                    queue.retain(|gpa| *gpa != error.gpa);
-                }
-            }
+        let queue = match error.kind {
+            Kind::ActionOptional => Some(&mut self.ao),
+            Kind::ActionRequired => self.ar.get_mut(vcpu),
+        };
+        // It is the first nearly always, and a burst makes these queues long.
+        if let Some(queue) = queue
+            && let Some(at) = queue.iter().position(|gpa| *gpa == error.gpa)
+        {
+            queue.remove(at);
         }
     }
 
-    /// The pages (guest-physical address and bank) that `state` shows to be acknowledged: the guest
-    /// has cleared the bank, and MCG_STATUS.MCIP, which Linux clears last. Each is returned once.
-    pub fn acknowledged(&mut self, vcpu: usize, state: &McaState) -> Vec<(u64, u8)> {
-        let mut done = Vec::new();
-        self.unacknowledged.retain(|u| {
-            let taken =
-                u.vcpu == vcpu && !state.mcip() && !state.banks[usize::from(u.bank)].valid();
-            if taken {
-                done.push((u.gpa, u.bank));
+    /// What `state` shows to have become of the records in `vcpu`'s banks. Each is returned once.
+    pub fn taken(&mut self, vcpu: usize, state: &McaState, now: Duration) -> Vec<Taken> {
+        self.watch(vcpu, state, now);
+        let mut taken = Vec::new();
+        let mut again = Vec::new();
+        let closed = is_closed(state);
+        self.in_banks.retain_mut(|record| {
+            if record.vcpu != vcpu {
+                return true;
             }
-            !taken
+            record.restarted |= closed;
+            if closed || state.mcip() || state.banks[usize::from(record.bank)].valid() {
+                return true;
+            }
+            let gpa = record.error.gpa;
+            if record.restarted {
+                again.push(gpa);
+                taken.push(Taken::Lost { gpa });
+            } else {
+                taken.push(Taken::Acknowledged { gpa, bank: record.bank });
+            }
+            false
         });
-        done
+        for gpa in again.into_iter().rev() {
+            self.ao.push_front(gpa);
+        }
+        for _ in taken.iter().filter(|taken| matches!(taken, Taken::Acknowledged { .. })) {
+            self.queue.taken(now);
+        }
+        taken
+    }
+
+    /// Takes note of whether `vcpu`'s handler is open.
+    fn watch(&mut self, vcpu: usize, state: &McaState, now: Duration) {
+        if let Some(since) = self.open_since.get_mut(vcpu) {
+            *since = if is_closed(state) { None } else { since.or(Some(now)) };
+        }
+    }
+
+    /// Whether AOs may be told on `vcpu`. Deferred records may lie anywhere; a machine check for an
+    /// error that concerns no processor goes to the one that is always there.
+    fn takes_aos(&self, vcpu: usize) -> bool {
+        vcpu == AO_VCPU || self.caps.vendor == Vendor::Amd
+    }
+
+    fn aos_in_banks(&self) -> usize {
+        let aos = self.in_banks.iter().filter(|r| r.error.kind == Kind::ActionOptional);
+        aos.count()
     }
 
     /// The error `vcpu` is to be told of next.
@@ -315,7 +416,7 @@ impl Delivery {
         let ar = self.ar.get(vcpu).and_then(VecDeque::front);
         match ar {
             Some(gpa) => Some(Pending { gpa: *gpa, kind: Kind::ActionRequired }),
-            None if vcpu == AO_VCPU => {
+            None if self.takes_aos(vcpu) => {
                 self.ao.front().map(|gpa| Pending { gpa: *gpa, kind: Kind::ActionOptional })
             }
             None => None,
@@ -339,38 +440,61 @@ impl Delivery {
             return Err(Wait::McgCtlOff { vcpu });
         }
         let banks: &[u8] = match form {
-            Form::Srao | Form::Deferred => &[AO_BANK],
+            Form::Srao => &[AO_BANK],
+            Form::Deferred => &DEFERRED_BANKS,
             Form::Srar | Form::AmdAr => &AR_BANKS,
         };
         let have = self.caps.banks();
         let shown: Vec<u8> = banks.iter().copied().filter(|bank| *bank < have).collect();
-        Self::free_bank(vcpu, state, &shown)
+        free_bank(vcpu, state, &shown)
     }
 
-    /// The first of `banks` that is enabled and empty, or why the last one is not.
-    fn free_bank(vcpu: usize, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
-        if state.mcip() {
-            return Err(Wait::Mcip { vcpu });
+    /// What holds back an AO that has a place.
+    fn may_go(&self, vcpu: usize, form: Form, now: Duration) -> Result<(), Wait> {
+        let since = self.open_since.get(vcpu).copied().flatten();
+        let settled = since.is_some_and(|since| now.saturating_sub(since) >= SETTLE);
+        if !form.raises_mc() && !settled {
+            return Err(Wait::JustOpened { vcpu });
         }
-        let mut why = Wait::NoBank { vcpu };
-        for &bank in banks {
-            let now = state.banks[usize::from(bank)];
-            if now.ctl != u64::MAX {
-                why = Wait::BankCtlOff { vcpu, bank };
-            } else if now.valid() {
-                why = Wait::BankValid { vcpu, bank };
-            } else {
-                return Ok(bank);
-            }
+        match self.room_at() {
+            Some(at) if at <= now => Ok(()),
+            _ => Err(Wait::Pace),
         }
-        Err(why)
     }
 
-    fn blocked(&self, error: Pending, wait: Wait) -> Step {
+    fn blocked(&self, vcpu: usize, error: Pending, wait: Wait) -> Step {
         match error.kind {
-            Kind::ActionOptional => Step::Wait(error, wait),
             Kind::ActionRequired => Step::Cannot(error, Cannot::Blocked { by: wait }),
+            // Where any vCPU will do, one of them says what all wait for.
+            Kind::ActionOptional if vcpu != AO_VCPU => Step::Idle,
+            Kind::ActionOptional => Step::Wait(error, wait),
         }
+    }
+}
+
+/// Whether a machine check would shut the vCPU down, whatever is in its banks.
+fn is_closed(state: &McaState) -> bool {
+    state.waits_for_sipi || !state.cr4_mce
+}
+
+/// The first of `banks` that is enabled and empty, or why the first one is not.
+fn free_bank(vcpu: usize, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
+    if state.mcip() {
+        return Err(Wait::Mcip { vcpu });
+    }
+    let why_not = |bank: u8| {
+        let now = state.banks[usize::from(bank)];
+        if now.ctl != u64::MAX {
+            Some(Wait::BankCtlOff { vcpu, bank })
+        } else if now.valid() {
+            Some(Wait::BankValid { vcpu, bank })
+        } else {
+            None
+        }
+    };
+    match banks.iter().copied().find(|bank| why_not(*bank).is_none()) {
+        Some(bank) => Ok(bank),
+        None => Err(banks.first().and_then(|bank| why_not(*bank)).unwrap_or(Wait::NoBank { vcpu })),
     }
 }
 
@@ -408,87 +532,117 @@ mod tests {
         state
     }
 
+    /// Long after the guest has set up its machine checks.
+    const LATER: Duration = Duration::from_secs(100);
+
+    /// For a guest whose vCPUs have all been seen to be ready at time zero.
+    fn open(caps: Caps, vcpus: usize) -> Delivery {
+        let mut delivery = Delivery::new(caps, vcpus, Pace::default());
+        for vcpu in 0..vcpus {
+            assert_eq!(delivery.next(vcpu, &ready(), Duration::ZERO), Step::Idle);
+        }
+        delivery
+    }
+
+    fn inject(delivery: &mut Delivery, vcpu: usize, state: &mut McaState, now: Duration) -> Told {
+        let Step::Inject(told) = delivery.next(vcpu, state, now) else { panic!("an injection") };
+        state.banks[usize::from(told.record.bank)].status = told.record.status;
+        if told.record.mcg_status != 0 {
+            state.mcg_status = told.record.mcg_status;
+        }
+        delivery.told(&told);
+        told
+    }
+
     #[test]
     fn nothing_pending_is_idle() {
-        let delivery = Delivery::new(amd(), 2);
-        assert_eq!(delivery.next(0, &ready()), Step::Idle);
+        let mut delivery = open(amd(), 2);
+        assert_eq!(delivery.next(0, &ready(), LATER), Step::Idle);
         assert!(delivery.is_idle());
     }
 
     #[test]
     fn an_ao_waits_for_everything_that_would_harm_the_guest() {
         for (caps, name) in [(amd(), "AMD"), (intel(0), "Intel")] {
-            let mut delivery = Delivery::new(caps, 1);
+            let mut delivery = open(caps, 1);
             delivery.push_ao(PAGE);
             let cases = [
                 (with(|s| s.waits_for_sipi = true), Wait::NotStarted { vcpu: 0 }),
                 (with(|s| s.cr4_mce = false), Wait::Cr4MceClear { vcpu: 0 }),
                 (with(|s| s.mcg_status = mcg::MCIP), Wait::Mcip { vcpu: 0 }),
                 (with(|s| s.mcg_ctl = 0), Wait::McgCtlOff { vcpu: 0 }),
-                (with(|s| s.banks[9].ctl = 0), Wait::BankCtlOff { vcpu: 0, bank: 9 }),
-                (with(|s| s.banks[9].status = status::VAL), Wait::BankValid { vcpu: 0, bank: 9 }),
+                (
+                    with(|s| s.banks.iter_mut().for_each(|bank| bank.ctl = 0)),
+                    Wait::BankCtlOff { vcpu: 0, bank: 9 },
+                ),
+                (
+                    with(|s| s.banks.iter_mut().for_each(|bank| bank.status = status::VAL)),
+                    Wait::BankValid { vcpu: 0, bank: 9 },
+                ),
             ];
             for (state, why) in cases {
                 let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
-                assert_eq!(delivery.next(0, &state), Step::Wait(error, why), "{name}");
+                assert_eq!(delivery.next(0, &state, LATER), Step::Wait(error, why), "{name}");
             }
         }
     }
 
     #[test]
     fn an_ar_that_would_harm_the_guest_cannot_be_told() {
-        let mut delivery = Delivery::new(amd(), 2);
+        let mut delivery = open(amd(), 2);
         delivery.push_ar(1, PAGE);
         let state = with(|s| s.mcg_status = mcg::MCIP);
         let error = Pending { gpa: PAGE, kind: Kind::ActionRequired };
         let by = Wait::Mcip { vcpu: 1 };
-        assert_eq!(delivery.next(1, &state), Step::Cannot(error, Cannot::Blocked { by }));
+        assert_eq!(delivery.next(1, &state, LATER), Step::Cannot(error, Cannot::Blocked { by }));
     }
 
     #[test]
     fn an_ar_goes_to_its_vcpu_and_before_an_ao() {
-        let mut delivery = Delivery::new(amd(), 2);
-        delivery.push_ao(0x1000);
+        let mut delivery = open(amd(), 2);
         delivery.push_ar(0, 0x2000);
-        let Step::Inject(told) = delivery.next(0, &ready()) else { panic!("AR first") };
+        assert_eq!(delivery.next(1, &ready(), LATER), Step::Idle);
+        delivery.push_ao(0x1000);
+        let Step::Inject(told) = delivery.next(0, &ready(), LATER) else { panic!("AR first") };
         assert_eq!((told.record.addr, told.record.bank), (0x2000, AR_BANKS[0]));
-        assert_eq!(delivery.next(1, &ready()), Step::Idle);
         delivery.told(&told);
-        let Step::Inject(told) = delivery.next(0, &ready()) else { panic!("then the AO") };
+        let Step::Inject(told) = delivery.next(0, &ready(), LATER) else { panic!("then the AO") };
         assert_eq!((told.record.addr, told.record.bank), (0x1000, AO_BANK));
     }
 
     #[test]
     fn an_ar_takes_the_place_of_its_pages_ao() {
-        let mut delivery = Delivery::new(amd(), 1);
+        let mut delivery = open(amd(), 1);
         delivery.push_ao(PAGE);
         delivery.push_ar(0, PAGE);
         delivery.push_ar(0, PAGE);
-        let Step::Inject(told) = delivery.next(0, &ready()) else { panic!() };
+        let Step::Inject(told) = delivery.next(0, &ready(), LATER) else { panic!() };
         delivery.told(&told);
-        assert_eq!(delivery.next(0, &ready()), Step::Idle, "told once");
+        assert_eq!(delivery.next(0, &ready(), LATER), Step::Idle, "told once");
     }
 
     #[test]
     fn a_deferred_record_in_its_bank_does_not_hold_up_an_ar() {
-        let mut delivery = Delivery::new(amd(), 1);
+        let mut delivery = open(amd(), 1);
         delivery.push_ar(0, PAGE);
         let state = with(|s| s.banks[9].status = status::VAL);
-        assert!(matches!(delivery.next(0, &state), Step::Inject(_)));
+        assert!(matches!(delivery.next(0, &state, LATER), Step::Inject(_)));
     }
 
     #[test]
     fn intel_gathers_unless_the_guest_has_lmce() {
-        let mut delivery = Delivery::new(intel(cap::LMCE_P), 2);
+        let mut delivery = open(intel(cap::LMCE_P), 2);
         delivery.push_ao(PAGE);
-        assert!(matches!(delivery.next(0, &ready()), Step::Rendezvous(_)));
-        let Step::Inject(told) = delivery.next(0, &with(|s| s.lmce = true)) else { panic!() };
+        assert!(matches!(delivery.next(0, &ready(), LATER), Step::Rendezvous(_)));
+        let Step::Inject(told) = delivery.next(0, &with(|s| s.lmce = true), LATER) else {
+            panic!()
+        };
         assert_ne!(told.record.mcg_status & mcg::LMCES, 0);
     }
 
     #[test]
     fn a_rendezvous_reaches_every_open_vcpu_and_no_other() {
-        let mut delivery = Delivery::new(intel(0), 4);
+        let mut delivery = open(intel(0), 4);
         delivery.push_ao(PAGE);
         let states = [
             Some(ready()),
@@ -504,16 +658,19 @@ mod tests {
 
     #[test]
     fn a_rendezvous_waits_for_a_vcpu_in_its_handler() {
-        let mut delivery = Delivery::new(intel(0), 2);
+        let mut delivery = open(intel(0), 2);
         delivery.push_ao(PAGE);
         let states = [Some(ready()), Some(with(|s| s.mcg_status = mcg::MCIP))];
         assert_eq!(delivery.rendezvous(0, &states), Err(Wait::Mcip { vcpu: 1 }));
-        assert!(matches!(delivery.next(0, &ready()), Step::Rendezvous(_)), "nothing is lost");
+        assert!(
+            matches!(delivery.next(0, &ready(), LATER), Step::Rendezvous(_)),
+            "nothing is lost"
+        );
     }
 
     #[test]
     fn two_ars_share_one_rendezvous() {
-        let mut delivery = Delivery::new(intel(0), 2);
+        let mut delivery = open(intel(0), 2);
         delivery.push_ar(0, 0x1000);
         delivery.push_ar(1, 0x2000);
         let told = delivery.rendezvous(0, &[Some(ready()), Some(ready())]).unwrap();
@@ -522,25 +679,110 @@ mod tests {
 
     #[test]
     fn acknowledged_means_bank_and_mcip_clear() {
-        let mut delivery = Delivery::new(amd(), 1);
+        let mut delivery = open(amd(), 1);
         delivery.push_ar(0, PAGE);
-        let Step::Inject(told) = delivery.next(0, &ready()) else { panic!() };
-        delivery.told(&told);
-        let bank = usize::from(told.record.bank);
-        assert!(delivery.acknowledged(0, &with(|s| s.mcg_status = mcg::MCIP)).is_empty());
-        assert!(delivery.acknowledged(0, &with(|s| s.banks[bank].status = status::VAL)).is_empty());
-        assert_eq!(delivery.waiting_vcpus(), [0]);
-        assert_eq!(delivery.acknowledged(0, &ready()), [(PAGE, told.record.bank)]);
-        assert!(delivery.acknowledged(0, &ready()).is_empty(), "once");
+        let told = inject(&mut delivery, 0, &mut ready(), LATER);
+        let bank = told.record.bank;
+        let mut taken = |state: &McaState| delivery.taken(0, state, LATER);
+        assert!(taken(&with(|s| s.mcg_status = mcg::MCIP)).is_empty());
+        assert!(taken(&with(|s| s.banks[usize::from(bank)].status = status::VAL)).is_empty());
+        assert_eq!(taken(&ready()), [Taken::Acknowledged { gpa: PAGE, bank }]);
+        assert!(taken(&ready()).is_empty(), "once");
         assert!(delivery.is_idle());
     }
 
     #[test]
-    fn a_guest_with_too_few_banks_is_not_written_beyond_them() {
-        let caps = Caps { vendor: Vendor::Amd, mcg_cap: 4 | cap::CTL_P, succor: true };
-        let mut delivery = Delivery::new(caps, 1);
+    fn an_amd_guest_is_given_deferred_records_in_every_bank_of_every_vcpu() {
+        let mut delivery = Delivery::new(amd(), 2, Pace { burst: 100, rate: 1000 });
+        let mut states = [ready(), ready()];
+        delivery.next(0, &states[0], Duration::ZERO);
+        delivery.next(1, &states[1], Duration::ZERO);
+        (0..20).for_each(|page| delivery.push_ao(page << 12));
+        let mut given = Vec::new();
+        for (vcpu, state) in states.iter_mut().enumerate() {
+            for _ in DEFERRED_BANKS {
+                let told = inject(&mut delivery, vcpu, state, LATER);
+                given.push((told.record.addr, told.record.bank));
+            }
+        }
+        let banks = DEFERRED_BANKS.iter().chain(&DEFERRED_BANKS);
+        let expected: Vec<_> = (0..14).map(|page| page << 12).zip(banks.copied()).collect();
+        assert_eq!(given, expected);
+        let full = Wait::BankValid { vcpu: 0, bank: AO_BANK };
+        let error = Pending { gpa: 14 << 12, kind: Kind::ActionOptional };
+        assert_eq!(delivery.next(0, &states[0], LATER), Step::Wait(error, full));
+        assert_eq!(delivery.next(1, &states[1], LATER), Step::Idle, "one says what all wait for");
+
+        states[1].banks[2].status = 0;
+        let taken = delivery.taken(1, &states[1], LATER);
+        assert_eq!(taken, [Taken::Acknowledged { gpa: 10 << 12, bank: 2 }]);
+        assert_eq!(inject(&mut delivery, 1, &mut states[1], LATER).record.bank, 2, "refilled");
+    }
+
+    #[test]
+    fn the_pace_counts_what_lies_in_banks_and_what_was_taken() {
+        let pace = Pace { burst: 3, rate: 1 };
+        let mut delivery = Delivery::new(amd(), 1, pace);
+        let mut state = ready();
+        delivery.next(0, &state, Duration::ZERO);
+        (0..5).for_each(|page| delivery.push_ao(page << 12));
+        (0..3).for_each(|_| {
+            inject(&mut delivery, 0, &mut state, LATER);
+        });
+        let paced = |gpa| Step::Wait(Pending { gpa, kind: Kind::ActionOptional }, Wait::Pace);
+        assert_eq!(delivery.next(0, &state, LATER), paced(3 << 12));
+        assert_eq!(delivery.room_at(), None, "time alone makes no room");
+        assert_eq!(delivery.waiting_vcpus(LATER), [0], "to see what the guest takes");
+
+        state = ready();
+        assert_eq!(delivery.taken(0, &state, LATER).len(), 3);
+        assert_eq!(delivery.next(0, &state, LATER), paced(3 << 12));
+        assert!(delivery.waiting_vcpus(LATER).is_empty());
+        let then = LATER + Duration::from_secs(1);
+        assert_eq!(delivery.room_at(), Some(then));
+        assert_eq!(delivery.waiting_vcpus(then), [0]);
+        inject(&mut delivery, 0, &mut state, then);
+
+        delivery.push_ar(0, 0x9000);
+        inject(&mut delivery, 0, &mut state, then);
+    }
+
+    #[test]
+    fn a_record_is_not_laid_into_a_bank_that_may_be_wiped() {
+        let mut delivery = Delivery::new(amd(), 1, Pace::default());
         delivery.push_ao(PAGE);
         let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
-        assert_eq!(delivery.next(0, &ready()), Step::Wait(error, Wait::NoBank { vcpu: 0 }));
+        let just = Step::Wait(error, Wait::JustOpened { vcpu: 0 });
+        let at = Duration::from_millis;
+        assert_eq!(delivery.next(0, &ready(), at(5000)), just);
+        assert_eq!(delivery.next(0, &ready(), at(5999)), just);
+        delivery.next(0, &with(|s| s.cr4_mce = false), at(6000));
+        assert_eq!(delivery.next(0, &ready(), at(6001)), just, "counted anew");
+        assert!(matches!(delivery.next(0, &ready(), at(7001)), Step::Inject(_)));
+    }
+
+    #[test]
+    fn a_guest_that_starts_over_is_told_again() {
+        let mut delivery = open(amd(), 1);
+        delivery.push_ao(0x1000);
+        delivery.push_ao(0x2000);
+        let mut state = ready();
+        inject(&mut delivery, 0, &mut state, LATER);
+        let mut off = state;
+        off.cr4_mce = false;
+        assert!(delivery.taken(0, &off, LATER).is_empty());
+        assert_eq!(delivery.taken(0, &ready(), LATER), [Taken::Lost { gpa: 0x1000 }]);
+        let told = inject(&mut delivery, 0, &mut ready(), 2 * LATER);
+        assert_eq!(told.record.addr, 0x1000, "and in its old turn");
+    }
+
+    #[test]
+    fn a_guest_with_too_few_banks_is_not_written_beyond_them() {
+        let mcg_cap = 4 | cap::CTL_P | cap::SER_P;
+        let caps = Caps { vendor: Vendor::Intel, mcg_cap, succor: false };
+        let mut delivery = open(caps, 1);
+        delivery.push_ao(PAGE);
+        let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
+        assert_eq!(delivery.next(0, &ready(), LATER), Step::Wait(error, Wait::NoBank { vcpu: 0 }));
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::delivery::{Cannot, Wait};
+use crate::ledger::FoundBy;
 use crate::mca::{Form, Kind};
 
 /// Who took a signal.
@@ -94,6 +95,8 @@ pub enum Event {
         hva: u64,
         /// AO or AR.
         kind: Kind,
+        /// How it became known.
+        found_by: FoundBy,
     },
     /// A page of the ledger was signalled again.
     Again {
@@ -160,6 +163,13 @@ pub enum Event {
         /// How many.
         signals: u32,
     },
+    /// Guest RAM was looked through for pages that no signal named, and there were some.
+    Scanned {
+        /// How many.
+        pages: usize,
+        /// How long it took, in microseconds.
+        micros: u64,
+    },
 }
 
 impl fmt::Display for Event {
@@ -171,9 +181,11 @@ impl fmt::Display for Event {
             Self::Outside { kind, hva, lsb } => {
                 write!(f, "outside: {kind} at HVA {hva:#x} (lsb {lsb}) is not guest RAM")
             }
-            Self::Seen { gpa, hva, kind } => {
-                write!(f, "seen: {kind}, HVA {hva:#x} is GPA {gpa:#x} (pfn {:#x})", gpa >> 12)
-            }
+            Self::Seen { gpa, hva, kind, found_by } => write!(
+                f,
+                "seen: {kind}, by {found_by}, HVA {hva:#x} is GPA {gpa:#x} (pfn {:#x})",
+                gpa >> 12
+            ),
             Self::Again { gpa, kind } => write!(f, "again: {kind} for GPA {gpa:#x}, known"),
             Self::Waiting { gpa, kind, wait } => {
                 write!(f, "waiting: {kind} for GPA {gpa:#x}: {wait}")
@@ -193,6 +205,9 @@ impl fmt::Display for Event {
                 write!(f, "undeliverable: {kind} for GPA {gpa:#x} on vCPU {vcpu}: {why}")
             }
             Self::Overrun { signals } => write!(f, "overrun: {signals} signals were not stored"),
+            Self::Scanned { pages, micros } => {
+                write!(f, "scanned: found {pages} pages that no signal named, in {micros} us")
+            }
         }
     }
 }
@@ -230,6 +245,30 @@ pub(crate) mod unix_time {
         let since =
             Duration::try_from_secs_f64(f64::deserialize(from)?).map_err(D::Error::custom)?;
         Ok(SystemTime::UNIX_EPOCH + since)
+    }
+}
+
+/// As [`unix_time`], or null.
+#[cfg(feature = "serde")]
+pub(crate) mod unix_time_option {
+    use std::time::SystemTime;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Time(#[serde(with = "super::unix_time")] SystemTime);
+
+    pub(crate) fn serialize<S: Serializer>(
+        time: &Option<SystemTime>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        time.map(Time).serialize(to)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<SystemTime>, D::Error> {
+        Ok(Option::<Time>::deserialize(from)?.map(|Time(time)| time))
     }
 }
 

@@ -73,6 +73,13 @@ pub(crate) struct Round {
     leaving: Vec<usize>,
 }
 
+impl Round {
+    fn settle(&mut self, outcome: Result<Vec<Told>, Wait>) {
+        self.outcome = Some(outcome);
+        self.leaving = self.asked.clone();
+    }
+}
+
 /// A vCPU thread's door to the relay. Made on that thread, used there, dropped there.
 pub struct VcpuPort {
     pub(crate) vcpu: usize,
@@ -109,6 +116,17 @@ impl VcpuPort {
         true
     }
 
+    /// Runs `wait`, which blocks while the virtual machine is paused. Meanwhile nobody waits for this
+    /// vCPU: machine checks that have to reach every processor are put off.
+    pub fn park(&mut self, wait: impl FnOnce()) {
+        self.shared.set_parked(self.vcpu, true);
+        wait();
+        self.shared.set_parked(self.vcpu, false);
+        // What came in the meantime, and whatever was put off.
+        self.slot.shared().ask_attention();
+        self.shared.wake();
+    }
+
     #[cold]
     fn attend<M: Mca>(&mut self, mca: &mut M) -> Verdict {
         let shared = Arc::clone(&self.shared);
@@ -129,14 +147,11 @@ impl VcpuPort {
                     return Verdict::Run;
                 }
             };
-            for (gpa, bank) in inner.delivery.acknowledged(me, &state) {
-                inner.retry = RETRY_FIRST;
-                if shared.set(&mut inner, gpa, State::Acknowledged { vcpu: me, bank }) {
-                    shared.emit(&Event::Acknowledged { gpa, vcpu: me, bank });
-                }
-            }
+            let now = shared.now();
+            let taken = inner.delivery.taken(me, &state, now);
+            shared.taken(&mut inner, me, &taken);
             let gathering = inner.round.is_some();
-            let step = if gathering { None } else { Some(inner.delivery.next(me, &state)) };
+            let step = if gathering { None } else { Some(inner.delivery.next(me, &state, now)) };
             match step {
                 Some(Step::Idle) => return Verdict::Run,
                 Some(Step::Inject(told)) => {
@@ -170,7 +185,10 @@ impl VcpuPort {
                         (Part::Told, _) | (Part::Postponed(_), None) => {}
                         (Part::Postponed(wait), Some(error)) => {
                             shared.waiting(&mut inner, error, wait);
-                            if error.kind == Kind::ActionOptional {
+                            // A vCPU that is paused will not come, and this one is to pause, too: an
+                            // AR is met again after that.
+                            let paused = matches!(wait, Wait::Paused { .. });
+                            if error.kind == Kind::ActionOptional || paused {
                                 return Verdict::Run;
                             }
                             let since: Instant = *held_since.get_or_insert_with(Instant::now);
@@ -213,10 +231,38 @@ impl Shared {
         self.gathered.wait_timeout(inner, time).unwrap_or_else(PoisonError::into_inner).0
     }
 
+    /// Says whether `vcpu` is held by a pause. A round that waits for it is put off.
+    fn set_parked(&self, vcpu: usize, parked: bool) {
+        let mut inner = self.lock();
+        if let Some(attached) = inner.vcpus[vcpu].as_mut() {
+            attached.parked = parked;
+        }
+        // A vCPU that has shown its state is in the round, not here.
+        if parked && let Some(round) = inner.round.as_mut().filter(|r| r.asked.contains(&vcpu)) {
+            if round.outcome.is_none() {
+                round.settle(Err(Wait::Paused { vcpu }));
+            }
+            self.leave(&mut inner, vcpu);
+            self.gathered.notify_all();
+        }
+    }
+
     /// `leader` wants every vCPU to stop.
     fn call_round(&self, inner: &mut Inner, leader: usize) {
         let count = inner.vcpus.len();
         let asked: Vec<usize> = (0..count).filter(|vcpu| inner.vcpus[*vcpu].is_some()).collect();
+        let is_parked = |vcpu: &&usize| inner.vcpus[**vcpu].as_ref().is_some_and(|v| v.parked);
+        let parked = asked.iter().find(is_parked).copied();
+        if let Some(vcpu) = parked {
+            inner.round = Some(Round {
+                leader,
+                asked: vec![leader],
+                states: vec![None; count],
+                outcome: Some(Err(Wait::Paused { vcpu })),
+                leaving: vec![leader],
+            });
+            return;
+        }
         for vcpu in asked.iter().filter(|vcpu| **vcpu != leader) {
             inner.call(*vcpu);
         }
@@ -279,8 +325,8 @@ impl Shared {
             return;
         };
         if round.asked.iter().all(|vcpu| round.states[*vcpu].is_some()) {
-            round.outcome = Some(inner.delivery.rendezvous(round.leader, &round.states));
-            round.leaving = round.asked.clone();
+            let outcome = inner.delivery.rendezvous(round.leader, &round.states);
+            round.settle(outcome);
             self.gathered.notify_all();
         }
     }

@@ -148,6 +148,11 @@ impl RamMap {
         pages
     }
 
+    /// The host addresses of guest RAM: ranges that do not overlap, ascending.
+    pub fn hvas(&self) -> impl Iterator<Item = Range<u64>> {
+        self.segments.iter().map(|segment| segment.hva.clone())
+    }
+
     /// The regions, by guest-physical address.
     pub fn regions(&self) -> &[RamRegion] {
         &self.by_gpa

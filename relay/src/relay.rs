@@ -12,17 +12,19 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use log::warn;
 
-use crate::delivery::{Cannot, Delivery, Pending, Wait};
+use crate::delivery::{Cannot, Delivery, Pending, Taken, Wait};
 use crate::event::{Event, Thread};
-use crate::ledger::{Ledger, Page, State};
+use crate::ledger::{FoundBy, Ledger, Page, State};
 use crate::mca::{Caps, Kind};
+use crate::pace::Pace;
 use crate::policy::KillPolicy;
 use crate::port::{Round, VcpuPort};
 use crate::ram::RamMap;
+use crate::search::Search;
 use crate::signal::{self, Caught, Slot, ThreadSlot};
 
 /// First pause before a vCPU that could not be told is looked at again.
@@ -31,6 +33,7 @@ pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(5);
 const RETRY_LAST: Duration = Duration::from_millis(500);
 /// How often the relay's thread looks for AOs that reached a thread outside the relay.
 pub(crate) const IDLE_TICK: Duration = Duration::from_secs(1);
+
 /// What a relay is made of.
 pub struct Config {
     /// Number of vCPUs, at least 1.
@@ -42,6 +45,8 @@ pub struct Config {
     /// Take errors as soon as the kernel knows of them (AO), or only when a vCPU touches them.
     /// [`KillPolicy::Default`] is taken as early.
     pub policy: KillPolicy,
+    /// How fast the guest is told of AOs.
+    pub pace: Pace,
     /// Called with every event, in order, under the relay's lock: it must be quick, must not block
     /// and must not call the relay.
     pub observer: Box<dyn Fn(&Event) + Send + Sync>,
@@ -50,6 +55,8 @@ pub struct Config {
 pub(crate) struct Attached {
     slot: Arc<Slot>,
     kick: Box<dyn Fn() + Send>,
+    /// Held by a pause of the virtual machine.
+    pub(crate) parked: bool,
 }
 
 pub(crate) struct Inner {
@@ -57,10 +64,19 @@ pub(crate) struct Inner {
     pub(crate) ledger: Ledger,
     pub(crate) vcpus: Vec<Option<Attached>>,
     pub(crate) round: Option<Round>,
+    /// The pause before whoever something waits for is called again.
     pub(crate) retry: Duration,
+    /// Something new waits: call at once.
+    pub(crate) news: bool,
 }
 
 impl Inner {
+    /// An AO for the page at `gpa`, which nobody has heard of.
+    pub(crate) fn push_ao(&mut self, gpa: u64) {
+        self.delivery.push_ao(gpa);
+        self.news = true;
+    }
+
     /// Asks for `vcpu`'s attention and makes it leave the guest.
     pub(crate) fn call(&self, vcpu: usize) {
         if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
@@ -75,6 +91,8 @@ pub(crate) struct Shared {
     /// Woken at every step of a [`Round`].
     pub(crate) gathered: Condvar,
     pub(crate) ram: RamMap,
+    /// What [`Delivery`] counts its times from.
+    start: Instant,
     observer: Box<dyn Fn(&Event) + Send + Sync>,
     stop: AtomicBool,
     wake: OwnedFd,
@@ -95,6 +113,11 @@ impl Shared {
         unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
     }
 
+    /// The time since the relay was started, as [`Delivery`] wants it.
+    pub(crate) fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
     pub(crate) fn emit(&self, event: &Event) {
         (self.observer)(event);
     }
@@ -113,20 +136,24 @@ impl Shared {
             // Of a larger extent only the page that was touched stops anybody.
             let touched = page_hva <= hva && hva - page_hva < crate::mca::PAGE_SIZE;
             let kind = if touched { kind } else { Kind::ActionOptional };
-            let new = inner.ledger.enter(gpa, page_hva, lsb, kind, now);
+            let found_by = FoundBy::Signal;
+            let new = inner.ledger.enter(gpa, page_hva, lsb, kind, found_by, now);
             if new {
-                self.emit(&Event::Seen { gpa, hva: page_hva, kind });
+                self.emit(&Event::Seen { gpa, hva: page_hva, kind, found_by });
             } else {
                 self.emit(&Event::Again { gpa, kind });
             }
             match (kind, thread) {
                 // A vCPU that touches a page cannot go on, however often it was told.
                 (Kind::ActionRequired, Thread::Vcpu(vcpu)) => inner.delivery.push_ar(vcpu, gpa),
-                _ if new => inner.delivery.push_ao(gpa),
+                _ if new => inner.push_ao(gpa),
                 _ => {}
             }
         }
         inner.retry = RETRY_FIRST;
+        if inner.news && thread != Thread::Relay {
+            self.wake();
+        }
     }
 
     pub(crate) fn set(&self, inner: &mut Inner, gpa: u64, state: State) -> bool {
@@ -138,6 +165,24 @@ impl Shared {
             self.emit(&Event::Waiting { gpa: error.gpa, kind: error.kind, wait });
             // It may be asleep, and it is the one who has the vCPU look again.
             self.wake();
+        }
+    }
+
+    /// What has become of records that lay in `vcpu`'s banks.
+    pub(crate) fn taken(&self, inner: &mut Inner, vcpu: usize, taken: &[Taken]) {
+        for taken in taken {
+            inner.retry = RETRY_FIRST;
+            match *taken {
+                Taken::Acknowledged { gpa, bank } => {
+                    if self.set(inner, gpa, State::Acknowledged { vcpu, bank }) {
+                        self.emit(&Event::Acknowledged { gpa, vcpu, bank });
+                    }
+                }
+                Taken::Lost { gpa } => {
+                    let error = Pending { gpa, kind: Kind::ActionOptional };
+                    self.waiting(inner, error, Wait::Restarted { vcpu });
+                }
+            }
         }
     }
 
@@ -200,14 +245,16 @@ impl Relay {
         }
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner {
-                delivery: Delivery::new(config.caps, config.vcpus),
+                delivery: Delivery::new(config.caps, config.vcpus, config.pace),
                 ledger: Ledger::default(),
                 vcpus: (0..config.vcpus).map(|_| None).collect(),
                 round: None,
                 retry: RETRY_FIRST,
+                news: false,
             }),
             gathered: Condvar::new(),
             ram: config.ram,
+            start: Instant::now(),
             observer: config.observer,
             stop: AtomicBool::new(false),
             // SAFETY: a descriptor that eventfd has just made, owned by nobody else.
@@ -255,7 +302,7 @@ impl Relay {
         let slot = unsafe { ThreadSlot::attach(immediate_exit)? };
         // Errors may have arrived before the thread did.
         slot.shared().ask_attention();
-        inner.vcpus[vcpu] = Some(Attached { slot: slot.shared(), kick });
+        inner.vcpus[vcpu] = Some(Attached { slot: slot.shared(), kick, parked: false });
         drop(inner);
         Ok(VcpuPort { vcpu, slot, shared: Arc::clone(&self.shared), not_send: PhantomData })
     }
@@ -316,32 +363,70 @@ fn relay_thread(
         }
     };
     let _ = ready.send(Ok(()));
+    // With late kill the user wants to hear of a page when it is touched, not before.
+    let mut search = if policy == KillPolicy::Late { None } else { Search::new() };
+    let mut call_at = None;
     while !shared.stop.load(Ordering::Acquire) {
-        let mut inner = shared.lock();
-        slot.clear_attention();
-        while let Some(caught) = slot.take() {
-            shared.enter(&mut inner, caught, Thread::Relay);
-        }
-        while let Some(caught) = signal::take_orphan() {
-            shared.enter(&mut inner, caught, Thread::Other);
-        }
-        let signals = slot.take_overrun();
-        if signals > 0 {
-            shared.emit(&Event::Overrun { signals });
-        }
-        let pause = if inner.delivery.is_idle() {
-            IDLE_TICK
-        } else {
-            for vcpu in inner.delivery.waiting_vcpus() {
-                inner.call(vcpu);
+        let hint = take_signals(shared, &slot);
+        if let Some(search) = search.as_mut() {
+            if hint {
+                search.hint();
             }
-            let pause = inner.retry;
-            inner.retry = (pause * 2).min(RETRY_LAST);
-            pause
-        };
-        drop(inner);
+            search.look(shared);
+        }
+        let pause = call_those_who_wait(shared, &mut call_at);
+        let pause = search.as_ref().map_or(pause, |search| pause.min(search.pause()));
         sleep_until_signal(&slot, &shared.wake, pause);
     }
+}
+
+/// Enters what the handler has stored for this thread and for threads outside the relay. True when
+/// there was anything: there may be pages whose signals were swallowed.
+fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
+    let mut any = false;
+    let mut inner = shared.lock();
+    slot.clear_attention();
+    while let Some(caught) = slot.take() {
+        any = true;
+        shared.enter(&mut inner, caught, Thread::Relay);
+    }
+    while let Some(caught) = signal::take_orphan() {
+        any = true;
+        shared.enter(&mut inner, caught, Thread::Other);
+    }
+    let signals = slot.take_overrun();
+    if signals > 0 {
+        any = true;
+        shared.emit(&Event::Overrun { signals });
+    }
+    any
+}
+
+/// Has every vCPU that something waits for come round, at once for what is new and else when its time
+/// (`call_at`) has come; how long it may be until the next time.
+fn call_those_who_wait(shared: &Shared, call_at: &mut Option<Instant>) -> Duration {
+    let mut inner = shared.lock();
+    let news = std::mem::take(&mut inner.news);
+    if inner.delivery.is_idle() {
+        *call_at = None;
+        return IDLE_TICK;
+    }
+    let (clock, now) = (Instant::now(), shared.now());
+    if news || call_at.is_some_and(|at| at <= clock) {
+        for vcpu in inner.delivery.waiting_vcpus(now) {
+            inner.call(vcpu);
+        }
+        if !news {
+            inner.retry = (inner.retry * 2).min(RETRY_LAST);
+        }
+        *call_at = None;
+    }
+    // Sooner than planned when something has happened since, or when the pace lets one more go.
+    let room = inner.delivery.room_at().filter(|at| *at > now).map(|at| at - now);
+    let next = room.map_or(inner.retry, |room| room.clamp(RETRY_FIRST, inner.retry));
+    let at = call_at.map_or(clock + next, |at| at.min(clock + next));
+    *call_at = Some(at);
+    at - clock
 }
 
 /// Sleeps until a signal is stored in `slot`, `wake` is written, or `pause` is over. SIGBUS is

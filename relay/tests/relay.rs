@@ -9,12 +9,13 @@ use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use mce_relay::delivery::Wait;
 use mce_relay::event::{Event, Reach};
 use mce_relay::ledger::State;
 use mce_relay::mca::{
     BANKS, Bank, Caps, Form, MAX_BANKS, McaState, Record, Vendor, cap, mcg, status,
 };
-use mce_relay::{Config, KillPolicy, Mca, RamMap, RamRegion, Relay, Verdict, signal};
+use mce_relay::{Config, KillPolicy, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal};
 
 const HVA: u64 = 0x7f00_0000_0000;
 const BUS_MCEERR_AR: i32 = 4;
@@ -95,6 +96,7 @@ fn start(caps: Caps, vcpus: usize) -> (Relay, Receiver<Event>) {
         caps,
         ram,
         policy: KillPolicy::Early,
+        pace: Pace::default(),
         observer: Box::new(move |event| drop(tx.send(event.clone()))),
     })
     .unwrap();
@@ -175,7 +177,7 @@ fn an_ao_waits_for_the_handler_and_is_told_then() {
 #[test]
 fn a_page_signalled_again_is_not_a_new_page() {
     on_own_thread(|| {
-        let (relay, events) = start(amd(), 1);
+        let (relay, events) = start(intel(), 1);
         let model = Model::new();
         let mut port = attach(&relay, 0);
         for _ in 0..3 {
@@ -264,6 +266,51 @@ fn a_rendezvous_reaches_all_threads_or_none() {
         for thread in threads {
             thread.join().unwrap();
         }
+    });
+}
+
+/// A vCPU that is paused is not waited for, and the error is told when it goes on.
+#[test]
+fn a_rendezvous_is_put_off_while_a_vcpu_is_paused() {
+    on_own_thread(|| {
+        let (relay, events) = start(intel(), 2);
+        let relay = Arc::new(relay);
+        let (resume, paused) = channel::<()>();
+        let parked = Arc::new(std::sync::Barrier::new(2));
+        let other = {
+            let (relay, parked) = (Arc::clone(&relay), Arc::clone(&parked));
+            std::thread::spawn(move || {
+                let mut port = attach(&relay, 1);
+                let mut model = Model::new();
+                port.park(|| {
+                    parked.wait();
+                    paused.recv().unwrap();
+                });
+                for _ in 0..1000 {
+                    assert_eq!(port.before_run(&mut model), Verdict::Run);
+                    if model.0.lock().unwrap().mcip() {
+                        return;
+                    }
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                panic!("not called");
+            })
+        };
+        parked.wait();
+        let mut port = attach(&relay, 0);
+        let mut model = Model::new();
+        forge(BUS_MCEERR_AO, HVA, 12);
+        assert_eq!(port.before_run(&mut model), Verdict::Run);
+        let waits = State::Waiting { wait: Wait::Paused { vcpu: 1 } };
+        assert_eq!(relay.pages()[0].state, waits);
+
+        resume.send(()).unwrap();
+        while !model.0.lock().unwrap().mcip() {
+            assert_eq!(port.before_run(&mut model), Verdict::Run);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        other.join().unwrap();
+        drop(events);
     });
 }
 

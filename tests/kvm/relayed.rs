@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use mce_relay::ledger::State;
 use mce_relay::mca::{Form, mcg, record};
-use mce_relay::{Config, Event, KillPolicy, RamMap, RamRegion, Relay, VcpuPort, Verdict};
+use mce_relay::{Config, Event, KillPolicy, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict};
 
 use crate::payload::{Did, Payload, Ram, Start, TARGET, handled};
 
@@ -31,6 +31,7 @@ impl Relayed {
             caps: payload.guest.caps(),
             ram: RamMap::new(&[region]).unwrap(),
             policy: KillPolicy::Early,
+            pace: Pace::default(),
             observer: Box::new(move |event| drop(send.send(event.clone()))),
         })
         .unwrap();

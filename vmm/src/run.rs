@@ -193,6 +193,7 @@ impl RelayHooks<'_> {
             caps: setup.caps(),
             ram: RamMap::new(&regions)?,
             policy: self.policy,
+            pace: mce_relay::Pace::default(),
             observer: self.monitor.for_relay(),
         })?;
         Ok(Made { setup, relay: Arc::new(relay), control: vm.control.clone() })

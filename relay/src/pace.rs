@@ -1,0 +1,101 @@
+//! How fast a guest is told of errors it has not met yet.
+//!
+//! Linux keeps what its machine-check handler or its poll has found in a pool of its own, until a
+//! worker has taken each page out of use. The pool is short (6.1: 8 KiB, 32 records; 6.12: 80
+//! records; `arch/x86/kernel/cpu/mce/genpool.c`), and what does not fit is lost in the guest without
+//! a word to anybody outside. Nothing tells a VMM how far that worker is. So the relay keeps an
+//! estimate: each record that the guest has taken counts for a fixed time, and no record is given
+//! that would make more than [`Pace::burst`] of them.
+
+use std::time::Duration;
+
+/// How many AOs the guest may have on its hands, and how fast it works them off.
+///
+/// The default is 16 records at 20 a second: half of what the shortest pool holds (the other half is
+/// left to the guest's own errors and to ARs, which are never held back), and twice the time that a
+/// guest with a slow console was seen to take for a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Pace {
+    /// Records that the guest's own queue is trusted to hold; at least 1, 0 is taken as 1.
+    pub burst: u32,
+    /// Records a second that the guest works off; at least 1, 0 is taken as 1.
+    pub rate: u32,
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self { burst: 16, rate: 20 }
+    }
+}
+
+/// The estimate of what is in the guest's queue.
+#[derive(Debug)]
+pub(crate) struct Queue {
+    burst: u32,
+    /// Time that one record counts for.
+    each: Duration,
+    /// When the queue will be empty.
+    empty_at: Duration,
+}
+
+impl Queue {
+    pub(crate) fn new(pace: Pace) -> Self {
+        Self {
+            burst: pace.burst.max(1),
+            each: Duration::from_secs(1) / pace.rate.max(1),
+            empty_at: Duration::ZERO,
+        }
+    }
+
+    /// The guest has taken a record out of a bank and into its queue.
+    pub(crate) fn taken(&mut self, now: Duration) {
+        self.empty_at = self.empty_at.max(now).saturating_add(self.each);
+    }
+
+    /// When there is room for one more record beside `in_banks` that the guest has not taken yet;
+    /// `None` when they fill the queue by themselves.
+    pub(crate) fn room_at(&self, in_banks: usize) -> Option<Duration> {
+        let in_banks = u32::try_from(in_banks).unwrap_or(u32::MAX);
+        let spare = self.burst.checked_sub(in_banks)?.checked_sub(1)?;
+        Some(self.empty_at.saturating_sub(self.each.saturating_mul(spare)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_burst_goes_at_once_and_the_rest_at_the_rate() {
+        let mut queue = Queue::new(Pace { burst: 4, rate: 2 });
+        let mut now = SECOND;
+        for _ in 0..4 {
+            assert!(queue.room_at(0).unwrap() <= now);
+            queue.taken(now);
+        }
+        assert_eq!(queue.room_at(0), Some(now + SECOND / 2));
+        now += SECOND / 2;
+        queue.taken(now);
+        assert_eq!(queue.room_at(0), Some(now + SECOND / 2));
+        assert!(queue.room_at(0).unwrap() <= now + 10 * SECOND);
+    }
+
+    #[test]
+    fn what_lies_in_banks_will_be_in_the_queue() {
+        let mut queue = Queue::new(Pace { burst: 2, rate: 1 });
+        assert_eq!(queue.room_at(1), Some(Duration::ZERO));
+        assert_eq!(queue.room_at(2), None);
+        queue.taken(SECOND);
+        assert_eq!(queue.room_at(1), Some(2 * SECOND));
+    }
+
+    #[test]
+    fn nonsense_is_taken_for_the_least() {
+        let queue = Queue::new(Pace { burst: 0, rate: 0 });
+        assert_eq!(queue.room_at(0), Some(Duration::ZERO));
+        assert_eq!(queue.room_at(1), None);
+    }
+}

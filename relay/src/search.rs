@@ -1,0 +1,140 @@
+//! When to look for bad pages that no signal named.
+//!
+//! SIGBUS does not queue: of several failures close together a thread sees one. So every AO is also
+//! a hint that there may be more. The kernel marks a page before it signals it, so a look that
+//! begins after a signal was taken sees every page whose own signal was swallowed by that one.
+//! Failures that raise no signal at all (a page that is clean and could be dropped) show in the
+//! kernel's count of failures.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use log::{debug, warn};
+
+use crate::event::Event;
+use crate::ledger::FoundBy;
+use crate::mca::{Kind, PAGE_SHIFT};
+use crate::relay::{IDLE_TICK, RETRY_FIRST, Shared};
+use crate::scan::{FailureCounter, Scanner};
+
+/// A look may take this share of the time until the next one may begin: during a burst no more than
+/// a tenth of a processor goes into looking.
+const REST: u32 = 9;
+/// The least time between two looks; a burst fills it with many pages for one look.
+const REST_LEAST: Duration = Duration::from_millis(5);
+
+/// The looking of one relay's thread.
+pub(crate) struct Search {
+    scanner: Scanner,
+    counter: Option<FailureCounter>,
+    /// Something hinted that there may be pages to find.
+    wanted: bool,
+    /// No look begins before this.
+    not_before: Instant,
+    /// When the kernel's count is read next.
+    count_at: Instant,
+    /// The last look failed; said once.
+    failing: bool,
+}
+
+impl Search {
+    /// `None` (with a warning) where this process may not look at its own page tables; pages whose
+    /// signals are swallowed then stay unknown until the guest touches them.
+    pub(crate) fn new() -> Option<Self> {
+        let scanner = match Scanner::new() {
+            Ok(scanner) => scanner,
+            Err(error) => {
+                warn!("cannot look for bad pages that no signal names: {error}");
+                return None;
+            }
+        };
+        let counter = FailureCounter::new();
+        if counter.is_none() {
+            debug!("the kernel's count of memory failures cannot be read");
+        }
+        let now = Instant::now();
+        // Once at the start, for what went bad before there was anybody to signal.
+        Some(Self {
+            scanner,
+            counter,
+            wanted: true,
+            not_before: now,
+            count_at: now,
+            failing: false,
+        })
+    }
+
+    /// There may be pages to find.
+    pub(crate) fn hint(&mut self) {
+        self.wanted = true;
+    }
+
+    /// Looks, if there is a reason to and it is not too soon.
+    pub(crate) fn look(&mut self, shared: &Shared) {
+        let begin = Instant::now();
+        if begin >= self.count_at {
+            self.count_at = begin + IDLE_TICK;
+            self.wanted |= self.counter.as_mut().is_some_and(FailureCounter::changed);
+        }
+        if !self.wanted || begin < self.not_before {
+            return;
+        }
+        // Cleared first: a hint that comes during the look is for the next one.
+        self.wanted = false;
+        let found = self.scanner.scan(shared.ram.hvas(), |hva| shared.knows(hva));
+        let took = begin.elapsed();
+        self.not_before = begin + took + (took * REST).max(REST_LEAST);
+        match found {
+            Ok(found) => {
+                self.failing = false;
+                shared.enter_found(&found, took);
+            }
+            Err(error) if self.failing => debug!("looking for bad pages: {error}"),
+            Err(error) => {
+                self.failing = true;
+                warn!("cannot look for bad pages that no signal names: {error}");
+            }
+        }
+    }
+
+    /// How long the thread may sleep at most.
+    pub(crate) fn pause(&self) -> Duration {
+        let now = Instant::now();
+        let count = self.count_at.saturating_duration_since(now);
+        if self.wanted { count.min(self.not_before.saturating_duration_since(now)) } else { count }
+    }
+}
+
+impl Shared {
+    /// Whether the page at `hva` is in the ledger, at every guest address that shows it.
+    fn knows(&self, hva: u64) -> bool {
+        let inner = self.lock();
+        self.ram.gpas(hva).iter().all(|gpa| inner.ledger.get(*gpa).is_some())
+    }
+
+    /// Enters pages that were found by looking.
+    fn enter_found(&self, hvas: &[u64], took: Duration) {
+        if hvas.is_empty() {
+            return;
+        }
+        let mut inner = self.lock();
+        let now = SystemTime::now();
+        let mut pages = 0;
+        for &hva in hvas {
+            for gpa in self.ram.gpas(hva) {
+                let (kind, found_by) = (Kind::ActionOptional, FoundBy::Scan);
+                // A vCPU may have met it in the meantime.
+                if inner.ledger.enter(gpa, hva, PAGE_SHIFT, kind, found_by, now) {
+                    pages += 1;
+                    self.emit(&Event::Seen { gpa, hva, kind, found_by });
+                    inner.push_ao(gpa);
+                }
+            }
+        }
+        if pages > 0 {
+            inner.retry = RETRY_FIRST;
+            // More than 500,000 years do not fit.
+            let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+            self.emit(&Event::Scanned { pages, micros });
+        }
+    }
+}
