@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use crate::mca::{
     self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Caps, DEFERRED_BANKS, Form, Kind, McaState, Record,
-    Vendor,
+    Vendor, mcg,
 };
 use crate::pace::{Pace, Queue};
 
@@ -26,6 +26,11 @@ pub const AO_VCPU: usize = 0;
 /// first and wipes the banks unread after that (`__mcheck_cpu_init_clear_banks`,
 /// `arch/x86/kernel/cpu/mce/core.c`), once per processor that it starts.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// How long after MCG_STATUS.MCIP was seen clear a vCPU has surely left its handler, though it was
+/// never seen with interrupts on (a guest may idle with them off). The rest of Linux' handler is some
+/// hundred instructions.
+const LEAVE: Duration = Duration::from_secs(1);
 
 /// Why an error cannot be told now, though it may be later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +76,18 @@ pub enum Wait {
         /// The vCPU in question.
         vcpu: usize,
     },
+    /// The guest has cleared MCG_STATUS.MCIP, but may not have left its handler yet. Linux returns
+    /// from it on the stack that the next machine check begins to fill from the top.
+    InHandler {
+        /// The vCPU in question.
+        vcpu: usize,
+    },
+    /// An interrupt or exception is on its way into the guest; a machine check on top of it would
+    /// make the hypervisor forget it.
+    EventInFlight {
+        /// The vCPU in question.
+        vcpu: usize,
+    },
     /// CR4.MCE has only just been set: the guest may be about to wipe its banks.
     JustOpened {
         /// The vCPU in question.
@@ -103,6 +120,12 @@ impl fmt::Display for Wait {
                 write!(f, "bank {bank} of vCPU {vcpu} still holds an error (VAL)")
             }
             Self::NoBank { vcpu } => write!(f, "vCPU {vcpu} has no bank for it"),
+            Self::InHandler { vcpu } => {
+                write!(f, "vCPU {vcpu} may not have left its machine-check handler")
+            }
+            Self::EventInFlight { vcpu } => {
+                write!(f, "an interrupt or exception is being delivered on vCPU {vcpu}")
+            }
             Self::JustOpened { vcpu } => {
                 write!(f, "CR4.MCE has only just been set on vCPU {vcpu}, which may wipe its banks")
             }
@@ -217,8 +240,18 @@ pub struct Delivery {
     ar: Vec<VecDeque<u64>>,
     in_banks: Vec<InBank>,
     queue: Queue,
-    /// Since when each vCPU has been seen with CR4.MCE set and started.
-    open_since: Vec<Option<Duration>>,
+    vcpus: Vec<Seen>,
+}
+
+/// What has been seen of a vCPU over time.
+#[derive(Debug, Clone, Copy, Default)]
+struct Seen {
+    /// Since when it has been started and had CR4.MCE set.
+    open_since: Option<Duration>,
+    /// It was given a machine check and has not been seen out of its handler since.
+    in_handler: bool,
+    /// Since when it has been seen in that handler with MCG_STATUS.MCIP clear.
+    leaving_since: Option<Duration>,
 }
 
 impl Delivery {
@@ -230,7 +263,7 @@ impl Delivery {
             ar: vec![VecDeque::new(); vcpus],
             in_banks: Vec::new(),
             queue: Queue::new(pace),
-            open_since: vec![None; vcpus],
+            vcpus: vec![Seen::default(); vcpus],
         }
     }
 
@@ -332,15 +365,21 @@ impl Delivery {
                 None => Told {
                     vcpu,
                     error: None,
-                    record: mca::bystander(free_bank(vcpu, state, &BYSTANDER_BANKS)?),
+                    record: mca::bystander(self.bystander_bank(vcpu, state)?),
                 },
             });
         }
         Ok(all)
     }
 
-    /// The record was put into the bank: the error no longer waits to be told.
+    /// The record was put into the bank: its error, if it has one, no longer waits to be told.
     pub fn told(&mut self, told: &Told) {
+        if told.record.mcg_status & mcg::MCIP != 0
+            && let Some(seen) = self.vcpus.get_mut(told.vcpu)
+        {
+            seen.in_handler = true;
+            seen.leaving_since = None;
+        }
         let Some((error, _)) = told.error else { return };
         self.forget(told.vcpu, &error);
         let (vcpu, bank) = (told.vcpu, told.record.bank);
@@ -393,10 +432,17 @@ impl Delivery {
         taken
     }
 
-    /// Takes note of whether `vcpu`'s handler is open.
+    /// Takes note of what can only be told from a vCPU's states over time.
     fn watch(&mut self, vcpu: usize, state: &McaState, now: Duration) {
-        if let Some(since) = self.open_since.get_mut(vcpu) {
-            *since = if is_closed(state) { None } else { since.or(Some(now)) };
+        let Some(seen) = self.vcpus.get_mut(vcpu) else { return };
+        if is_closed(state) {
+            *seen = Seen::default();
+            return;
+        }
+        seen.open_since = seen.open_since.or(Some(now));
+        if seen.in_handler && !state.mcip() {
+            let since = *seen.leaving_since.get_or_insert(now);
+            seen.in_handler = !state.interrupts_on && now.saturating_sub(since) < LEAVE;
         }
     }
 
@@ -439,6 +485,10 @@ impl Delivery {
         if state.mcg_ctl != u64::MAX {
             return Err(Wait::McgCtlOff { vcpu });
         }
+        // An AR was met by what the vCPU was doing when it was stopped; it cannot be put off.
+        if form == Form::Srao {
+            self.may_be_interrupted(vcpu, state)?;
+        }
         let banks: &[u8] = match form {
             Form::Srao => &[AO_BANK],
             Form::Deferred => &DEFERRED_BANKS,
@@ -449,9 +499,27 @@ impl Delivery {
         free_bank(vcpu, state, &shown)
     }
 
+    /// The bank in which `vcpu`, which did nothing, can take part in a rendezvous now.
+    fn bystander_bank(&self, vcpu: usize, state: &McaState) -> Result<u8, Wait> {
+        let bank = free_bank(vcpu, state, &BYSTANDER_BANKS)?;
+        self.may_be_interrupted(vcpu, state)?;
+        Ok(bank)
+    }
+
+    /// Whether a machine check that `vcpu` did not call for would harm what it is doing.
+    fn may_be_interrupted(&self, vcpu: usize, state: &McaState) -> Result<(), Wait> {
+        if self.vcpus.get(vcpu).is_some_and(|seen| seen.in_handler) {
+            return Err(Wait::InHandler { vcpu });
+        }
+        if state.event_in_flight {
+            return Err(Wait::EventInFlight { vcpu });
+        }
+        Ok(())
+    }
+
     /// What holds back an AO that has a place.
     fn may_go(&self, vcpu: usize, form: Form, now: Duration) -> Result<(), Wait> {
-        let since = self.open_since.get(vcpu).copied().flatten();
+        let since = self.vcpus.get(vcpu).and_then(|seen| seen.open_since);
         let settled = since.is_some_and(|since| now.saturating_sub(since) >= SETTLE);
         if !form.raises_mc() && !settled {
             return Err(Wait::JustOpened { vcpu });
@@ -501,7 +569,7 @@ fn free_bank(vcpu: usize, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mca::{BANKS, Bank, MAX_BANKS, cap, mcg, status};
+    use crate::mca::{BANKS, Bank, MAX_BANKS, cap, status};
 
     const PAGE: u64 = 0x1234_5000;
 
@@ -522,6 +590,8 @@ mod tests {
             mcg_status: 0,
             mcg_ctl: u64::MAX,
             lmce: false,
+            event_in_flight: false,
+            interrupts_on: true,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         }
     }
@@ -666,6 +736,67 @@ mod tests {
             matches!(delivery.next(0, &ready(), LATER), Step::Rendezvous(_)),
             "nothing is lost"
         );
+    }
+
+    #[test]
+    fn an_interrupt_on_its_way_is_not_run_over() {
+        let busy = || with(|s| s.event_in_flight = true);
+        let mut delivery = open(intel(0), 2);
+        delivery.push_ao(PAGE);
+        let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
+        let wait = |vcpu| Wait::EventInFlight { vcpu };
+        assert_eq!(delivery.next(0, &busy(), LATER), Step::Wait(error, wait(0)));
+        assert_eq!(delivery.rendezvous(0, &[Some(ready()), Some(busy())]), Err(wait(1)));
+        // A deferred record interrupts nothing, and an AR has to be told.
+        let mut delivery = open(amd(), 1);
+        delivery.push_ao(PAGE);
+        assert!(matches!(delivery.next(0, &busy(), LATER), Step::Inject(_)));
+        delivery.push_ar(0, PAGE);
+        assert!(matches!(delivery.next(0, &busy(), LATER), Step::Inject(_)));
+    }
+
+    /// Between clearing MCIP and its return Linux' handler is on a stack that the next machine check
+    /// would overwrite.
+    #[test]
+    fn a_handler_is_left_before_the_next_machine_check() {
+        let mut delivery = open(intel(cap::LMCE_P), 2);
+        delivery.push_ao(0x1000);
+        delivery.push_ao(0x2000);
+        let lmce = |interrupts_on| {
+            with(|s| {
+                s.lmce = true;
+                s.interrupts_on = interrupts_on;
+            })
+        };
+        inject(&mut delivery, 0, &mut lmce(true), LATER);
+        let next = Pending { gpa: 0x2000, kind: Kind::ActionOptional };
+        let waits = Step::Wait(next, Wait::InHandler { vcpu: 0 });
+        let leaving = lmce(false);
+        assert_eq!(delivery.taken(0, &leaving, LATER).len(), 1, "acknowledged all the same");
+        assert_eq!(delivery.next(0, &leaving, LATER), waits);
+        assert!(matches!(delivery.next(0, &lmce(true), LATER), Step::Inject(_)));
+        // A guest that idles with interrupts off is given a second.
+        inject(&mut delivery, 0, &mut lmce(true), LATER);
+        delivery.push_ao(0x3000);
+        assert!(matches!(delivery.next(0, &leaving, LATER), Step::Wait(..)));
+        assert!(matches!(delivery.next(0, &leaving, LATER + LEAVE), Step::Inject(_)));
+    }
+
+    #[test]
+    fn a_bystander_leaves_its_handler_first_too() {
+        let mut delivery = open(intel(0), 2);
+        delivery.push_ao(0x1000);
+        delivery.push_ao(0x2000);
+        for told in delivery.rendezvous(0, &[Some(ready()), Some(ready())]).unwrap() {
+            delivery.told(&told);
+        }
+        let leaving = with(|s| s.interrupts_on = false);
+        delivery.taken(0, &ready(), LATER);
+        delivery.taken(1, &leaving, LATER);
+        let refused = delivery.rendezvous(0, &[Some(ready()), Some(leaving)]);
+        assert_eq!(refused, Err(Wait::InHandler { vcpu: 1 }));
+        delivery.taken(1, &ready(), LATER);
+        assert!(delivery.rendezvous(0, &[Some(ready()), Some(ready())]).is_ok());
     }
 
     #[test]

@@ -312,6 +312,14 @@ pub struct McaState {
     pub mcg_ctl: u64,
     /// IA32_MCG_EXT_CTL bit 0: the guest takes local machine checks.
     pub lmce: bool,
+    /// An interrupt, NMI or exception is on its way into the guest: the hypervisor has begun to
+    /// deliver it and will go on when the vCPU runs. KVM forgets such an interrupt when a machine
+    /// check is queued on top of it (`kvm_check_and_inject_events` in `arch/x86/kvm/x86.c` of 6.12
+    /// injects the exception, and the exit after that clears both), and the guest's local APIC then
+    /// waits for ever for its end.
+    pub event_in_flight: bool,
+    /// RFLAGS.IF: the vCPU takes interrupts, so it is not in its machine-check handler.
+    pub interrupts_on: bool,
     /// The banks; only the first [`Caps::banks`] mean anything.
     pub banks: [Bank; MAX_BANKS],
 }

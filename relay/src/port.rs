@@ -61,6 +61,8 @@ pub enum Verdict {
 
 /// A gathering of all vCPUs for one machine check.
 pub(crate) struct Round {
+    /// Tells it from those before and after it.
+    number: u64,
     /// The vCPU that asked for it.
     leader: usize,
     /// The vCPUs that have to stop before it is settled.
@@ -251,10 +253,13 @@ impl Shared {
     fn call_round(&self, inner: &mut Inner, leader: usize) {
         let count = inner.vcpus.len();
         let asked: Vec<usize> = (0..count).filter(|vcpu| inner.vcpus[*vcpu].is_some()).collect();
+        inner.rounds += 1;
+        let number = inner.rounds;
         let is_parked = |vcpu: &&usize| inner.vcpus[**vcpu].as_ref().is_some_and(|v| v.parked);
         let parked = asked.iter().find(is_parked).copied();
         if let Some(vcpu) = parked {
             inner.round = Some(Round {
+                number,
                 leader,
                 asked: vec![leader],
                 states: vec![None; count],
@@ -267,6 +272,7 @@ impl Shared {
             inner.call(*vcpu);
         }
         inner.round = Some(Round {
+            number,
             leader,
             asked,
             states: vec![None; count],
@@ -283,16 +289,18 @@ impl Shared {
         state: McaState,
         mca: &mut M,
     ) -> (MutexGuard<'a, Inner>, Part) {
-        if let Some(round) = inner.round.as_mut()
-            && round.outcome.is_none()
-            && round.asked.contains(&me)
-        {
-            round.states[me] = Some(state);
+        let mut number = None;
+        if let Some(round) = inner.round.as_mut() {
+            number = Some(round.number);
+            if round.outcome.is_none() && round.asked.contains(&me) {
+                round.states[me] = Some(state);
+            }
         }
         self.decide(&mut inner);
         loop {
-            let outcome = match inner.round.as_ref() {
-                // The last one out has closed it: this vCPU came late and has no part in it.
+            let outcome = match inner.round.as_ref().filter(|r| Some(r.number) == number) {
+                // The last one out has closed it, and this vCPU had no part in it. If there is a
+                // new one, that one wants this vCPU's state as it is now.
                 None => return (inner, Part::Told),
                 Some(round) if round.leaving.contains(&me) => round.outcome.clone(),
                 Some(_) => None,
@@ -380,8 +388,9 @@ impl Shared {
             }
         };
         let Some((pending, form)) = error else {
-            if bank.is_none() {
-                warn!("vCPU {vcpu}: was not given its part of a rendezvous");
+            match bank {
+                Some(_) => inner.delivery.told(told),
+                None => warn!("vCPU {vcpu}: was not given its part of a rendezvous"),
             }
             return Ok(());
         };

@@ -64,6 +64,8 @@ pub(crate) struct Inner {
     pub(crate) ledger: Ledger,
     pub(crate) vcpus: Vec<Option<Attached>>,
     pub(crate) round: Option<Round>,
+    /// Rounds called so far.
+    pub(crate) rounds: u64,
     /// The pause before whoever something waits for is called again.
     pub(crate) retry: Duration,
     /// Something new waits: call at once.
@@ -249,6 +251,7 @@ impl Relay {
                 ledger: Ledger::default(),
                 vcpus: (0..config.vcpus).map(|_| None).collect(),
                 round: None,
+                rounds: 0,
                 retry: RETRY_FIRST,
                 news: false,
             }),

@@ -33,6 +33,8 @@ impl Model {
             mcg_status: 0,
             mcg_ctl: u64::MAX,
             lmce: false,
+            event_in_flight: false,
+            interrupts_on: true,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         })))
     }

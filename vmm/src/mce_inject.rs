@@ -35,6 +35,9 @@ mod ioctls {
     ioctl_iow_nr!(KVM_X86_SET_MCE, KVMIO, 0x9e, kvm_x86_mce);
 }
 
+/// RFLAGS.IF (SDM vol. 1, 3.4.3).
+const RFLAGS_IF: u64 = 1 << 9;
+
 /// Why a vCPU could not be given a machine-check architecture.
 #[derive(Debug, thiserror::Error)]
 pub enum MceError {
@@ -253,6 +256,7 @@ impl Mca for VcpuMca<'_> {
         indices.extend((0..banks).flat_map(|bank| [msr::mc_ctl(bank), msr::mc_status(bank)]));
         let values = read_msrs(self.vcpu, &indices).map_err(|(_, error)| error)?;
 
+        let events = self.vcpu.get_vcpu_events()?;
         let mut state = McaState {
             waits_for_sipi: matches!(
                 self.vcpu.get_mp_state()?.mp_state,
@@ -264,6 +268,11 @@ impl Mca for VcpuMca<'_> {
             lmce: if lmce_in_kvm { values[2] } else { self.guest.mcg_ext_ctl }
                 & msr::MCG_EXT_CTL_LMCE
                 != 0,
+            event_in_flight: events.interrupt.injected != 0
+                || events.nmi.injected != 0
+                || events.exception.injected != 0
+                || events.exception.pending != 0,
+            interrupts_on: self.vcpu.get_regs()?.rflags & RFLAGS_IF != 0,
             banks: [Bank::default(); MAX_BANKS],
         };
         for (bank, pair) in state.banks.iter_mut().zip(values[first_bank..].chunks_exact(2)) {
