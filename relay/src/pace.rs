@@ -11,9 +11,10 @@ use std::time::Duration;
 
 /// How many AOs the guest may have on its hands, and how fast it works them off.
 ///
-/// The default is 16 records at 20 a second: half of what the shortest pool holds (the other half is
-/// left to the guest's own errors and to ARs, which are never held back), and twice the time that a
-/// guest with a slow console was seen to take for a page.
+/// The default is 16 records at 10 a second: half of what the shortest pool holds (the other half is
+/// left to the guest's own errors and to ARs, which are never held back), and more than twice the
+/// 40 ms that a 6.1 guest was seen to take for a page on an emulated processor, printing all it has
+/// to say to a serial console.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Pace {
@@ -25,7 +26,7 @@ pub struct Pace {
 
 impl Default for Pace {
     fn default() -> Self {
-        Self { burst: 16, rate: 20 }
+        Self { burst: 16, rate: 10 }
     }
 }
 

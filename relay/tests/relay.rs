@@ -91,6 +91,10 @@ fn forge(code: i32, hva: u64, lsb: i16) {
 }
 
 fn start(caps: Caps, vcpus: usize) -> (Relay, Receiver<Event>) {
+    start_paced(caps, vcpus, Pace::default())
+}
+
+fn start_paced(caps: Caps, vcpus: usize, pace: Pace) -> (Relay, Receiver<Event>) {
     let (tx, rx) = channel();
     let ram = RamMap::new(&[RamRegion { hva: HVA, gpa: 0x10_0000, len: 0x10_0000 }]).unwrap();
     let relay = Relay::start(Config {
@@ -98,7 +102,7 @@ fn start(caps: Caps, vcpus: usize) -> (Relay, Receiver<Event>) {
         caps,
         ram,
         policy: KillPolicy::Early,
-        pace: Pace::default(),
+        pace,
         observer: Box::new(move |event| drop(tx.send(event.clone()))),
     })
     .unwrap();
@@ -264,6 +268,67 @@ fn a_rendezvous_reaches_all_threads_or_none() {
         assert!(both_in(), "both vCPUs were given a machine check");
         models.iter().for_each(Model::handle);
         wait_for(|event| matches!(event, Event::Acknowledged { .. }));
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+        for thread in threads {
+            thread.join().unwrap();
+        }
+    });
+}
+
+/// Gatherings follow each other closely, vCPUs come late to some and are in their handlers at
+/// others: each ends, and every page is told and acknowledged.
+#[test]
+fn hundreds_of_rendezvous_of_eight_vcpus_all_end() {
+    on_own_thread(|| {
+        const PAGES: u64 = 100;
+        const ARS: u64 = 200;
+        const VCPUS: usize = 8;
+        let pace = Pace { burst: 1000, rate: 100_000 };
+        let (relay, _events) = start_paced(intel(), VCPUS, pace);
+        let relay = Arc::new(relay);
+        let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let attached = Arc::new(std::sync::Barrier::new(VCPUS + 1));
+        let threads: Vec<_> = (0..VCPUS as u64)
+            .map(|vcpu| {
+                let (relay, done) = (Arc::clone(&relay), Arc::clone(&done));
+                let attached = Arc::clone(&attached);
+                std::thread::spawn(move || {
+                    let mut port = attach(&relay, usize::try_from(vcpu).unwrap());
+                    let mut model = Model::new();
+                    attached.wait();
+                    if vcpu == 0 {
+                        for page in 0..PAGES {
+                            forge(BUS_MCEERR_AO, HVA + page * 4096, 12);
+                            assert_eq!(port.before_run(&mut model), Verdict::Run);
+                        }
+                    }
+                    let mut turn = 0u64;
+                    while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                        turn += 1;
+                        // Some vCPUs touch bad pages, and gather again and again until the
+                        // others have left their handlers.
+                        if vcpu >= 2 && turn <= ARS && !model.0.lock().unwrap().mcip() {
+                            forge(BUS_MCEERR_AR, HVA + (PAGES + (turn % 100)) * 4096, 12);
+                        }
+                        assert_eq!(port.before_run(&mut model), Verdict::Run);
+                        if turn.is_multiple_of(3 + 4 * vcpu) {
+                            model.handle();
+                        }
+                        std::thread::sleep(Duration::from_micros(100 * (vcpu + 1)));
+                    }
+                })
+            })
+            .collect();
+        attached.wait();
+        let acknowledged = || {
+            let is = |page: &mce_relay::Page| matches!(page.state, State::Acknowledged { .. });
+            relay.pages().iter().filter(|page| is(page)).count()
+        };
+        let start = std::time::Instant::now();
+        while acknowledged() < 100 || acknowledged() < relay.pages().len() {
+            assert!(start.elapsed() < Duration::from_secs(60), "{} acknowledged", acknowledged());
+            std::thread::sleep(Duration::from_millis(20));
+        }
         done.store(true, std::sync::atomic::Ordering::Relaxed);
         for thread in threads {
             thread.join().unwrap();
