@@ -5,6 +5,7 @@
 //! every line of the kernel's log. `agent PORT [log=off]`: PORT is a serial port, or `-` for
 //! stdin and stdout. See `proto` for the language.
 
+mod failures;
 mod kmsg;
 mod pages;
 mod port;
@@ -13,15 +14,19 @@ mod touch;
 
 use std::fs;
 use std::io;
+use std::ops::RangeInclusive;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use failures::Failures;
+use kmsg::Log;
 use pages::Pages;
 use port::{Lines, Port};
-use proto::{Body, Event, Reply, Request};
+use proto::{Account, Body, Event, Reply, Request};
 
 const CHECK_INTERVAL: &str = "/sys/devices/system/machinecheck/machinecheck0/check_interval";
 /// Most lines that `dmesg` answers with; the port is slow.
@@ -51,9 +56,21 @@ fn run(mut lines: Lines, port: Arc<Port>, log: bool) -> Result<(), String> {
     let wake = touch::install(port.fd()).map_err(|e| format!("SIGBUS handler: {e}"))?;
     let early_kill = early(true).is_ok();
     let lost = |e: io::Error| format!("port: {e}");
+    // Before anybody can ask for the log, so that `log on` means from then on.
+    let log_on = Arc::new(AtomicBool::new(log));
+    let opened = Log::open(&log_on).map_err(|e| format!("/dev/kmsg: {e}"));
     port.send(&hello(early_kill)).map_err(lost)?;
-    let mut agent = Agent { port, pages: Pages::default(), log: Arc::new(AtomicBool::new(log)) };
-    agent.start_log()?;
+    let (log, lines_of_log) = match opened {
+        Ok((log, lines)) => (Ok(Arc::new(Mutex::new(log))), Some(lines)),
+        Err(error) => {
+            port.send(&Event::Error { error: error.clone() }).map_err(lost)?;
+            (Err(error), None)
+        }
+    };
+    let mut agent = Agent { port, pages: Pages::default(), log, log_on };
+    if let Some(lines) = lines_of_log {
+        agent.start_log(lines)?;
+    }
     loop {
         wait(lines.fd(), wake).map_err(|e| format!("poll: {e}"))?;
         agent.report_signals().map_err(lost)?;
@@ -136,26 +153,68 @@ fn early(on: bool) -> Result<bool, String> {
 struct Agent {
     port: Arc<Port>,
     pages: Pages,
-    log: Arc<AtomicBool>,
+    /// The kernel's log, or why there is none.
+    log: Result<Arc<Mutex<Log>>, String>,
+    log_on: Arc<AtomicBool>,
 }
 
 impl Agent {
-    fn start_log(&self) -> Result<(), String> {
-        let (port, on) = (Arc::clone(&self.port), Arc::clone(&self.log));
+    /// Starts a thread that keeps the log read, and one that sends its lines: reading must not wait
+    /// for a slow port, or the kernel overwrites what was not read.
+    fn start_log(&self, lines: Receiver<Event>) -> Result<(), String> {
+        let Ok(log) = self.log.clone() else { return Ok(()) };
+        let (port, on) = (Arc::clone(&self.port), Arc::clone(&self.log_on));
+        self.start("log", move || {
+            kmsg::follow(&log).map_err(|e| format!("/dev/kmsg: {e}; the log ends here"))
+        })?;
+        self.start("log lines", move || {
+            kmsg::send(&lines, &port, &on).map_err(|e| format!("port: {e}; the log ends here"))
+        })
+    }
+
+    fn start(
+        &self,
+        name: &str,
+        work: impl FnOnce() -> Result<(), String> + Send + 'static,
+    ) -> Result<(), String> {
+        let port = Arc::clone(&self.port);
         let body = move || {
             // The policy is inherited, and the kernel tells the first early thread it finds.
-            let result = early(false).and_then(|_| {
-                kmsg::stream(&port, &on).map_err(|e| format!("/dev/kmsg: {e}; the log ends here"))
-            });
-            if let Err(error) = result {
+            if let Err(error) = early(false).and_then(|_| work()) {
                 let _ = port.send(&Event::Error { error });
             }
         };
         thread::Builder::new()
-            .name("kmsg".into())
+            .name(name.into())
             .spawn(body)
             .map(drop)
-            .map_err(|e| format!("log thread: {e}"))
+            .map_err(|e| format!("{name} thread: {e}"))
+    }
+
+    /// The log, with all that the kernel has written by now.
+    fn log(&self) -> Result<MutexGuard<'_, Log>, String> {
+        let mut log = self.log.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        log.catch_up().map_err(|e| format!("/dev/kmsg: {e}"))?;
+        Ok(log)
+    }
+
+    fn failures(&self, what: Account) -> Result<Body, String> {
+        let mut log = self.log()?;
+        let account = log.failures.account(what == Account::Full);
+        if what == Account::Reset {
+            log.failures = Failures::default();
+        }
+        Ok(account)
+    }
+
+    fn check(&mut self, except: &[RangeInclusive<u32>]) -> Body {
+        // A log that cannot be read names no pages.
+        if let Ok(log) = self.log.clone() {
+            let mut log = log.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = log.catch_up();
+            self.pages.learn(&log.failures);
+        }
+        self.pages.check(except)
     }
 
     fn report_signals(&mut self) -> io::Result<()> {
@@ -188,7 +247,7 @@ impl Agent {
         self.report_signals()?;
         self.port.send(&Reply::new(proto::verb(line), result))?;
         if let Some(command) = end {
-            self.log.store(false, Ordering::Relaxed);
+            self.log_on.store(false, Ordering::Relaxed);
             self.port.drain();
             // SAFETY: reboot takes no pointers.
             unsafe { libc::reboot(command) };
@@ -201,15 +260,23 @@ impl Agent {
     fn perform(&mut self, request: Request) -> Result<Body, String> {
         match request {
             Request::Ping => Ok(Body::None {}),
-            Request::Alloc { kind, count } => self.pages.alloc(kind, count),
+            Request::Alloc { kind, count, runs } => self.pages.alloc(kind, count, runs),
             Request::Gpa { page, offset } => self.pages.gpa(page, offset),
             Request::Touch { page, how, offset } => self.pages.touch(page, how, offset),
-            Request::Check { except } => Ok(self.pages.check(&except)),
+            Request::Check { except } => Ok(self.check(&except)),
             Request::Free { page } => self.pages.free(page),
             Request::Interval { seconds } => interval(seconds),
             Request::Log { on } => {
-                self.log.store(on, Ordering::Relaxed);
+                self.log_on.store(on, Ordering::Relaxed);
                 Ok(Body::Switch { on })
+            }
+            Request::Failures { what } => self.failures(what),
+            Request::Sigbus { quiet } => {
+                if let Some(quiet) = quiet {
+                    touch::set_quiet(quiet);
+                }
+                let (quiet, ao) = touch::aos();
+                Ok(Body::Sigbus { quiet, ao })
             }
             Request::Dmesg { pattern } => dmesg(&pattern),
             Request::Early { on } => early(on).map(|on| Body::Switch { on }),
@@ -270,9 +337,10 @@ mod tests {
         let mut agent = Agent {
             port: Arc::new(Port::new(File::from(OwnedFd::from(to)), false)),
             pages: Pages::default(),
-            log: Arc::new(AtomicBool::new(false)),
+            log: Err("no log".into()),
+            log_on: Arc::default(),
         };
-        let Body::Alloc { pages } = agent.pages.alloc(proto::Kind::Anon, 2).unwrap() else {
+        let Body::Alloc { pages } = agent.pages.alloc(proto::Kind::Anon, 2, false).unwrap() else {
             panic!("no alloc")
         };
         touch::tests::forge(touch::BUS_MCEERR_AO, pages[1].va.0, 12);
@@ -280,19 +348,31 @@ mod tests {
         agent.answer("check").unwrap();
         agent.answer("reboot").unwrap();
         agent.answer("meminfo now").unwrap();
+        agent.answer("sigbus count").unwrap();
+        touch::tests::forge(touch::BUS_MCEERR_AO, 0x2000, 12);
+        agent.answer("sigbus events").unwrap();
+        touch::tests::forge(touch::BUS_MCEERR_AO, 0x3000, 12);
+        agent.answer("failures").unwrap();
         drop(agent);
         let mut text = String::new();
         from.read_to_string(&mut text).unwrap();
         let lines: Vec<&str> = text.lines().collect();
         let va = pages[1].va.0;
-        assert_eq!(lines.len(), 5, "{text}");
+        assert_eq!(lines.len(), 9, "{text}");
         assert_eq!(
             lines[0],
             format!(r#"{{"event":"sigbus","code":"AO","addr":"{va:#x}","lsb":12,"page":1}}"#)
         );
         assert_eq!(lines[1], r#"{"event":"sigbus","code":"AO","addr":"0x1000","lsb":21}"#);
-        assert_eq!(lines[2], r#"{"reply":"check","ok":true,"intact":1,"bad":[],"skipped":[1]}"#);
+        assert_eq!(
+            lines[2],
+            r#"{"reply":"check","ok":true,"intact":1,"bad":[],"skipped":[[1,1]]}"#
+        );
         assert!(lines[3].starts_with(r#"{"reply":"reboot","ok":false,"#));
         assert!(lines[4].starts_with(r#"{"reply":"meminfo","ok":false,"#));
+        assert_eq!(lines[5], r#"{"reply":"sigbus","ok":true,"quiet":true,"ao":2}"#);
+        assert_eq!(lines[6], r#"{"reply":"sigbus","ok":true,"quiet":false,"ao":3}"#);
+        assert!(lines[7].contains(r#""addr":"0x3000""#), "{}", lines[7]);
+        assert_eq!(lines[8], r#"{"reply":"failures","ok":false,"error":"no log"}"#);
     }
 }

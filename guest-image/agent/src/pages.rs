@@ -6,10 +6,12 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::ptr;
 
+use crate::failures::{self, Failures};
 use crate::proto::{Body, Hex, How, Kind, Outcome, PageInfo, State};
 use crate::touch::{self, Fault};
 
@@ -163,7 +165,7 @@ impl Pages {
     ///
     /// # Errors
     /// What could not be had, and what may help.
-    pub fn alloc(&mut self, kind: Kind, count: u32) -> Result<Body, String> {
+    pub fn alloc(&mut self, kind: Kind, count: u32, runs: bool) -> Result<Body, String> {
         let kib = kind.bytes() as u64 / 1024 * u64::from(count);
         match kind {
             Kind::Hugetlb => fill_pool(u64::from(count))?,
@@ -186,6 +188,11 @@ impl Pages {
                 }
             };
             self.next = page + 1;
+        }
+        if runs {
+            let gpas = self.pages.range(first..).filter_map(|(_, page)| page.gpa);
+            let (bytes, runs) = (kind.bytes(), failures::runs(gpas, kind.bytes() as u64));
+            return Ok(Body::AllocRuns { kind, bytes, first, runs });
         }
         let info = |(number, page): (&u32, &Page)| PageInfo {
             page: *number,
@@ -283,15 +290,28 @@ impl Pages {
         Ok(Body::Touch { page: number, how, result: outcome, errno, intact, sigbus })
     }
 
+    /// Takes those pages for bad that the kernel's log names.
+    pub fn learn(&mut self, failures: &Failures) {
+        for page in self.pages.values_mut() {
+            let frames = (page.kind.bytes() / FRAME) as u64;
+            page.bad |= page.gpa.is_some_and(|gpa| failures.holds(gpa / FRAME as u64, frames));
+        }
+    }
+
     /// Reads all pages in full but those in `except` and those known to be bad.
-    pub fn check(&mut self, except: &[u32]) -> Body {
-        let (mut intact, mut bad, mut changed, mut skipped) = (0, vec![], vec![], vec![]);
+    pub fn check(&mut self, except: &[RangeInclusive<u32>]) -> Body {
+        let (mut intact, mut bad, mut changed) = (0, vec![], vec![]);
+        let mut skipped: Vec<(u32, u32)> = Vec::new();
+        let mut words = Vec::new();
         for (&number, page) in &mut self.pages {
-            if page.bad || except.contains(&number) {
-                skipped.push(number);
+            if page.bad || except.iter().any(|pages| pages.contains(&number)) {
+                match skipped.last_mut() {
+                    Some((first, count)) if *first + *count == number => *count += 1,
+                    _ => skipped.push((number, 1)),
+                }
                 continue;
             }
-            let mut words = vec![0u64; page.kind.bytes() / 8];
+            words.resize(page.kind.bytes() / 8, 0u64);
             let to = words.as_mut_ptr().expose_provenance();
             // SAFETY: `words` is as long as the page, and both are ours alone.
             match unsafe { touch::copy(to, page.mapping.va(), words.len()) } {
@@ -508,7 +528,7 @@ mod tests {
         assert_eq!(decode(1 << 62 | 0x12345 << 5 | 23), Entry::Swap(23, 0x12345));
     }
 
-    fn check(pages: &mut Pages, except: &[u32]) -> String {
+    fn check(pages: &mut Pages, except: &[RangeInclusive<u32>]) -> String {
         serde_json::to_string(&pages.check(except)).unwrap()
     }
 
@@ -518,7 +538,7 @@ mod tests {
         let mut pages = Pages::default();
         let kinds = [Kind::Anon, Kind::Shared, Kind::Mlocked, Kind::FileClean, Kind::FileDirty];
         for kind in kinds {
-            pages.alloc(kind, 2).unwrap();
+            pages.alloc(kind, 2, false).unwrap();
         }
         for page in 0..10 {
             for how in [How::Read, How::Write, How::KernelCopy] {
@@ -540,13 +560,13 @@ mod tests {
         assert_eq!(pages.hit(16), None);
         pages.pages.get_mut(&3).unwrap().bad = false;
         assert_eq!(
-            check(&mut pages, &[5]),
-            r#"{"intact":8,"bad":[3],"changed":[3],"skipped":[5]}"#
+            check(&mut pages, &[5..=5, 7..=8]),
+            r#"{"intact":6,"bad":[3],"changed":[3],"skipped":[[5,1],[7,2]]}"#
         );
         pages.free(3).unwrap();
         assert!(pages.free(3).unwrap_err().contains("no page 3"));
         assert!(pages.touch(0, How::Read, 4096).unwrap_err().contains("4095"));
-        let Body::Alloc { pages: next } = pages.alloc(Kind::Anon, 1).unwrap() else {
+        let Body::Alloc { pages: next } = pages.alloc(Kind::Anon, 1, false).unwrap() else {
             panic!("no alloc")
         };
         assert_eq!(next[0].page, 10);
@@ -556,7 +576,7 @@ mod tests {
     fn a_page_that_is_lost_is_found_by_touch_and_check() {
         touch::install(2).unwrap();
         let mut pages = Pages::default();
-        pages.alloc(Kind::Anon, 3).unwrap();
+        pages.alloc(Kind::Anon, 3, false).unwrap();
         for lost in 0..2 {
             // An empty file mapped in place of the page: SIGBUS, as poison would give.
             let file = page_file(1000 + lost, &[]).unwrap();
@@ -569,6 +589,25 @@ mod tests {
         let reply = pages.touch(0, How::KernelCopy, 0).unwrap();
         let json = serde_json::to_string(&reply).unwrap();
         assert!(json.contains(r#""result":"errno","errno":"EFAULT"}"#), "{json}");
-        assert_eq!(check(&mut pages, &[]), r#"{"intact":1,"bad":[1],"skipped":[0]}"#);
+        assert_eq!(check(&mut pages, &[]), r#"{"intact":1,"bad":[1],"skipped":[[0,1]]}"#);
+    }
+
+    #[test]
+    fn what_the_kernels_log_calls_bad_is_not_touched() {
+        touch::install(2).unwrap();
+        let mut pages = Pages::default();
+        let Body::AllocRuns { first, .. } = pages.alloc(Kind::Anon, 4, true).unwrap() else {
+            panic!("no runs")
+        };
+        assert_eq!(first, 0);
+        // Frames of our own choice: who is not root does not see the real ones.
+        for (number, page) in &mut pages.pages {
+            page.gpa = Some(0x7000_0000 + u64::from(*number) * FRAME as u64);
+        }
+        let mut failures = Failures::default();
+        failures.line("Memory failure: 0x70001: recovery action for dirty LRU page: Recovered");
+        failures.line("Memory failure: 0x70002: recovery action for dirty LRU page: Recovered");
+        pages.learn(&failures);
+        assert_eq!(check(&mut pages, &[]), r#"{"intact":2,"bad":[],"skipped":[[1,2]]}"#);
     }
 }

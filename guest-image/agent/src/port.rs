@@ -16,7 +16,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 /// Longest request; a longer line is noise and is dropped.
-const MAX_LINE: usize = 4096;
+const MAX_LINE: usize = 16 << 10;
 /// Most bytes of log that may wait in the driver, so that a reply is never far behind.
 const LOG_AHEAD: i32 = 512;
 

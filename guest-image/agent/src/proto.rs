@@ -5,6 +5,8 @@
 //! guess. Addresses are strings, because a JSON number is a double to many readers and loses
 //! the low bits of a 64-bit one.
 
+use std::ops::RangeInclusive;
+
 use serde::{Serialize, Serializer};
 
 /// Most pages that one `alloc` may ask for: more would make a reply that blocks the port.
@@ -72,16 +74,29 @@ pub enum How {
     KernelCopy,
 }
 
+/// What `failures` is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Account {
+    /// Give all of the account.
+    Full,
+    /// Give its numbers only: short, so that it can be asked for again and again.
+    Count,
+    /// Give its numbers and begin a new one.
+    Reset,
+}
+
 /// One request, checked.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Request {
     Ping,
-    Alloc { kind: Kind, count: u32 },
+    Alloc { kind: Kind, count: u32, runs: bool },
     Gpa { page: u32, offset: usize },
     Touch { page: u32, how: How, offset: usize },
-    Check { except: Vec<u32> },
+    Check { except: Vec<RangeInclusive<u32>> },
     Interval { seconds: u32 },
     Log { on: bool },
+    Failures { what: Account },
+    Sigbus { quiet: Option<bool> },
     Dmesg { pattern: String },
     Early { on: bool },
     Cpu { cpu: usize },
@@ -91,8 +106,8 @@ pub enum Request {
     Poweroff,
 }
 
-const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, dmesg, early, cpu, free, \
-                     meminfo, reboot or poweroff";
+const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
+                     early, cpu, free, meminfo, reboot or poweroff";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -110,14 +125,16 @@ pub fn parse(line: &str) -> Result<Request, String> {
     let request = match verb {
         "ping" => Request::Ping,
         "alloc" => {
-            let usage = "alloc KIND COUNT, KIND one of anon, shared, mlocked, file-clean, \
+            let usage = "alloc KIND COUNT [runs], KIND one of anon, shared, mlocked, file-clean, \
                          file-dirty, thp, hugetlb; COUNT 1 to 4096";
             let kind = choice(words.next(), &Kind::NAMES, usage)?;
             let count = number(words.next(), usage)?;
-            match u32::try_from(count) {
-                Ok(count @ 1..=MAX_ALLOC) => Request::Alloc { kind, count },
+            let count = match u32::try_from(count) {
+                Ok(count @ 1..=MAX_ALLOC) => count,
                 _ => return Err(wrong(&count.to_string(), usage)),
-            }
+            };
+            let runs = optional(words.next(), |w| choice(Some(w), &[("runs", true)], usage))?;
+            Request::Alloc { kind, count, runs: runs.unwrap_or(false) }
         }
         "gpa" => {
             let usage = "gpa PAGE [OFFSET], OFFSET in bytes";
@@ -134,12 +151,12 @@ pub fn parse(line: &str) -> Result<Request, String> {
             }
         }
         "check" => {
-            let usage = "check [except PAGE...]";
+            let usage = "check [except PAGE...], each a page or FIRST-LAST";
             match words.next() {
                 None => Request::Check { except: Vec::new() },
                 Some("except") => {
                     let except: Result<Vec<_>, _> =
-                        words.by_ref().map(|w| page(Some(w), usage)).collect();
+                        words.by_ref().map(|w| pages(w, usage)).collect();
                     let except = except?;
                     if except.is_empty() {
                         return Err(wrong("nothing", usage));
@@ -158,6 +175,16 @@ pub fn parse(line: &str) -> Result<Request, String> {
             }
         }
         "log" => Request::Log { on: on_off(words.next(), "log on|off")? },
+        "failures" => {
+            let all = [("count", Account::Count), ("reset", Account::Reset)];
+            let what = optional(words.next(), |w| choice(Some(w), &all, "failures [count|reset]"))?;
+            Request::Failures { what: what.unwrap_or(Account::Full) }
+        }
+        "sigbus" => {
+            let all = [("events", false), ("count", true)];
+            let quiet = |w| choice(Some(w), &all, "sigbus [events|count]");
+            Request::Sigbus { quiet: optional(words.next(), quiet)? }
+        }
         "early" => Request::Early { on: on_off(words.next(), "early on|off")? },
         "dmesg" => {
             // The rest of the line, blanks and all: kernel messages are looked for by phrases.
@@ -217,8 +244,26 @@ fn page(word: Option<&str>, usage: &str) -> Result<u32, String> {
     u32::try_from(value).map_err(|_| wrong(&value.to_string(), usage))
 }
 
+/// A page, or `FIRST-LAST`.
+fn pages(word: &str, usage: &str) -> Result<RangeInclusive<u32>, String> {
+    match word.split_once('-') {
+        None => page(Some(word), usage).map(|page| page..=page),
+        Some((first, last)) => match (page(Some(first), usage)?, page(Some(last), usage)?) {
+            (first, last) if first <= last => Ok(first..=last),
+            _ => Err(wrong(word, usage)),
+        },
+    }
+}
+
 fn offset(word: Option<&str>, usage: &str) -> Result<usize, String> {
-    word.map_or(Ok(0), |w| number(Some(w), usage))
+    Ok(optional(word, |w| number(Some(w), usage))?.unwrap_or(0))
+}
+
+fn optional<'w, T>(
+    word: Option<&'w str>,
+    read: impl FnOnce(&'w str) -> Result<T, String>,
+) -> Result<Option<T>, String> {
+    word.map(read).transpose()
 }
 
 /// `si_code` of a SIGBUS: the two of memory errors by name, any other as its number.
@@ -259,6 +304,30 @@ pub struct PageInfo {
     pub bytes: usize,
 }
 
+/// How many page frames ended how, as the kernel's log says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Outcomes {
+    /// Isolated.
+    pub recovered: usize,
+    /// Left as they were, in use by the kernel for instance.
+    pub ignored: usize,
+    /// To be isolated when they are next allocated.
+    pub delayed: usize,
+    /// Not isolated.
+    pub failed: usize,
+}
+
+/// How many lines of the kernel's log say that something was lost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Losses {
+    /// "MCE records pool full": at least one machine check was not kept.
+    pub pool_full: u64,
+    /// "buffer overflow when queuing memory failure": a page was not isolated.
+    pub overflow: u64,
+    /// Lines that the log itself lost before they were read, so any of these.
+    pub kmsg_lost: u64,
+}
+
 /// What a page's entry in the page table holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -293,6 +362,17 @@ pub enum Body {
     Alloc {
         pages: Vec<PageInfo>,
     },
+    /// The compact form of the same.
+    AllocRuns {
+        kind: Kind,
+        /// Size of each.
+        bytes: usize,
+        /// The number of the first; the others follow without a gap.
+        first: u32,
+        /// Where they are, in the order of their numbers: an address, and how many pages lie there
+        /// one behind the other. Empty where the kernel hides it (not root).
+        runs: Vec<(Hex, u32)>,
+    },
     Gpa {
         page: u32,
         state: State,
@@ -322,8 +402,29 @@ pub enum Body {
         /// Those of `bad` that could be read and held something else.
         #[serde(skip_serializing_if = "Vec::is_empty")]
         changed: Vec<u32>,
-        /// Pages not read: named in the request, or known to be bad.
-        skipped: Vec<u32>,
+        /// Pages not read, because the request named them or they are known to be bad: first page
+        /// and number of pages of each run.
+        skipped: Vec<(u32, u32)>,
+    },
+    Failures {
+        /// Page frames that the kernel's log names as failed.
+        pfns: usize,
+        #[serde(flatten)]
+        outcomes: Outcomes,
+        #[serde(flatten)]
+        losses: Losses,
+        /// Lines "Machine check events logged", of which the kernel writes a few a minute at most.
+        mce_logged: u64,
+        /// The page frames in ascending order: the first of each run, and its length.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        runs: Option<Vec<(Hex, u32)>>,
+    },
+    Sigbus {
+        /// Whether AOs are only counted.
+        quiet: bool,
+        /// AOs that this process has been sent so far. Signals coalesce, so there may be fewer than
+        /// pages.
+        ao: u32,
     },
     Interval {
         /// Seconds, read back from the kernel.
@@ -415,16 +516,24 @@ mod tests {
     fn requests_are_understood() {
         let table = [
             ("ping", Request::Ping),
-            ("alloc file-dirty 3", Request::Alloc { kind: Kind::FileDirty, count: 3 }),
+            ("alloc file-dirty 3", Request::Alloc { kind: Kind::FileDirty, count: 3, runs: false }),
+            ("alloc anon 4096 runs", Request::Alloc { kind: Kind::Anon, count: 4096, runs: true }),
             ("gpa 7", Request::Gpa { page: 7, offset: 0 }),
             (
                 "  touch 0   kernel-copy 0x1000 ",
                 Request::Touch { page: 0, how: How::KernelCopy, offset: 4096 },
             ),
             ("check", Request::Check { except: vec![] }),
-            ("check except 3 5", Request::Check { except: vec![3, 5] }),
+            ("check except 3 5", Request::Check { except: vec![3..=3, 5..=5] }),
+            ("check except 0-4095 7", Request::Check { except: vec![0..=4095, 7..=7] }),
             ("interval 1", Request::Interval { seconds: 1 }),
             ("log off", Request::Log { on: false }),
+            ("failures", Request::Failures { what: Account::Full }),
+            ("failures count", Request::Failures { what: Account::Count }),
+            ("failures reset", Request::Failures { what: Account::Reset }),
+            ("sigbus", Request::Sigbus { quiet: None }),
+            ("sigbus events", Request::Sigbus { quiet: Some(false) }),
+            ("sigbus count", Request::Sigbus { quiet: Some(true) }),
             (
                 "dmesg Memory failure: 0x12",
                 Request::Dmesg { pattern: "Memory failure: 0x12".into() },
@@ -441,7 +550,7 @@ mod tests {
         }
         for (name, kind) in Kind::NAMES {
             let line = format!("alloc {name} 1");
-            assert_eq!(parse(&line), Ok(Request::Alloc { kind, count: 1 }));
+            assert_eq!(parse(&line), Ok(Request::Alloc { kind, count: 1, runs: false }));
             assert_eq!(json(&kind), format!("{name:?}"));
         }
     }
@@ -463,6 +572,11 @@ mod tests {
             ("touch 0 read here", "\"here\"", "OFFSET"),
             ("check 3", "\"3\"", "except PAGE"),
             ("check except", "\"nothing\"", "except PAGE"),
+            ("check except 1-", "\"\"", "FIRST-LAST"),
+            ("check except 7-3", "\"7-3\"", "FIRST-LAST"),
+            ("alloc anon 1 run", "\"run\"", "[runs]"),
+            ("failures all", "\"all\"", "count|reset"),
+            ("sigbus on", "\"on\"", "events|count"),
             ("interval 0.5", "\"0.5\"", "whole seconds"),
             ("log", "\"nothing\"", "log on|off"),
             ("early maybe", "\"maybe\"", "early on|off"),
@@ -504,6 +618,12 @@ mod tests {
         assert_eq!(
             json(&Reply::new("touch".into(), Ok(touch))),
             r#"{"reply":"touch","ok":true,"page":1,"how":"read","result":"sigbus","sigbus":{"code":"AR","addr":"0x1234","lsb":12}}"#
+        );
+        let runs = vec![(Hex(0x1234000), 3), (Hex(0x1000), 1)];
+        let body = Body::AllocRuns { kind: Kind::Anon, bytes: 4096, first: 17, runs };
+        assert_eq!(
+            json(&Reply::new("alloc".into(), Ok(body))),
+            r#"{"reply":"alloc","ok":true,"kind":"anon","bytes":4096,"first":17,"runs":[["0x1234000",3],["0x1000",1]]}"#
         );
         let page = PageInfo {
             page: 0,

@@ -8,7 +8,7 @@
 use std::io;
 use std::mem;
 use std::ptr;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::proto::{Code, Hex, Sigbus};
@@ -139,6 +139,10 @@ static AO: [Slot; RING as usize] = [const { Slot::new() }; RING as usize];
 static AO_HEAD: AtomicU32 = AtomicU32::new(0);
 static AO_TAIL: AtomicU32 = AtomicU32::new(0);
 static AO_LOST: AtomicU32 = AtomicU32::new(0);
+/// All AOs so far.
+static AO_COUNT: AtomicU32 = AtomicU32::new(0);
+/// Whether AOs are only counted.
+static QUIET: AtomicBool = AtomicBool::new(false);
 static TOUCHED: Slot = Slot::new();
 /// Held across every touch: there is one slot for its fault.
 static TOUCHING: Mutex<()> = Mutex::new(());
@@ -151,7 +155,10 @@ extern "C" fn on_sigbus(_: i32, info: *mut libc::siginfo_t, context: *mut libc::
     let bus = unsafe { &*info.cast::<BusInfo>() };
     let fault = Fault { code: bus.code, addr: bus.addr, lsb: bus.lsb };
     if fault.code == BUS_MCEERR_AO {
-        keep_ao(fault);
+        AO_COUNT.fetch_add(1, Ordering::Relaxed);
+        if !QUIET.load(Ordering::Relaxed) {
+            keep_ao(fault);
+        }
         return;
     }
     // SAFETY: with SA_SIGINFO the third argument is this thread's ucontext_t, ours to change
@@ -241,6 +248,16 @@ pub fn next_ao() -> Option<Fault> {
     let fault = AO[(tail % RING) as usize].take()?;
     AO_TAIL.store(tail.wrapping_add(1), Ordering::Release);
     Some(fault)
+}
+
+/// Has AOs only counted, or kept for [`next_ao`] again.
+pub fn set_quiet(quiet: bool) {
+    QUIET.store(quiet, Ordering::Relaxed);
+}
+
+/// Whether AOs are only counted, and how many there were so far.
+pub fn aos() -> (bool, u32) {
+    (QUIET.load(Ordering::Relaxed), AO_COUNT.load(Ordering::Relaxed))
 }
 
 /// How many AOs found the ring full since the last call.

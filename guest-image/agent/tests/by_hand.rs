@@ -33,8 +33,12 @@ fn talk(arguments: &[&str], requests: &str) -> Vec<Value> {
 #[test]
 fn every_request_has_one_reply_in_order() {
     let requests = "ping\r\n\n\ralloc anon 3\ntouch 1 read\ntouch 1 kernel-copy\nfree 1\n\
-                    check except 0\nlog off\nearly off\nearly on\ncpu 0\njump\ngpa 77\npoweroff\n";
-    let lines = talk(&["-", "log=off"], requests);
+                    check except 0\nlog off\nearly off\nearly on\ncpu 0\njump\ngpa 77\npoweroff\n\
+                    alloc anon 2 runs\nsigbus count\nfailures count\n";
+    let has_log = std::fs::File::open("/dev/kmsg").is_ok();
+    let mut lines = talk(&["-", "log=off"], requests);
+    // Where there is no log, that is said once.
+    lines.retain(|line| line["event"] != "error");
     assert_eq!(lines[0]["event"], "hello", "{:?}", lines[0]);
     assert_eq!(lines[0]["early_kill"], true);
     let seen: Vec<String> = lines[1..]
@@ -55,15 +59,20 @@ fn every_request_has_one_reply_in_order() {
         "jump false",
         "gpa false",
         "poweroff false",
+        "alloc true",
+        "sigbus true",
+        if has_log { "failures true" } else { "failures false" },
     ];
     assert_eq!(seen, expected);
     assert_eq!(lines[2]["pages"].as_array().unwrap().len(), 3);
     assert_eq!(lines[3]["intact"], true);
     assert_eq!(lines[4]["result"], "ok");
     assert_eq!(lines[6]["intact"], 1);
-    assert_eq!(lines[6]["skipped"], serde_json::json!([0]));
+    assert_eq!(lines[6]["skipped"], serde_json::json!([[0, 1]]));
     assert_eq!(lines[8]["on"], false);
     assert_eq!(lines[9]["on"], true);
+    assert_eq!(lines[14]["first"], 3);
+    assert_eq!(lines[15]["quiet"], true);
 }
 
 #[test]
