@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds the guest: target/guest-image/{vmlinuz,vmlinux,initramfs.cpio,version}.
 #
-# KERNEL=   the guest's kernel: a package, or the path of a vmlinuz or vmlinux
-#           (unset: what linux-image-amd64 depends on)
+# KERNEL=            the guest's kernel: a package, or the path of a vmlinuz or vmlinux
+#                    (unset: what linux-image-amd64 depends on)
+# GUEST_IMAGE_DIR=   where to put it instead, for a second guest beside the first
 #
 # Cheap when nothing has changed, so that every run of the tests can begin with it.
 set -euo pipefail
@@ -10,7 +11,7 @@ set -euo pipefail
 me=guest-image/build.sh
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 top=$(dirname "$here")
-out=$top/target/guest-image
+out=${GUEST_IMAGE_DIR:-$top/target/guest-image}
 
 say() { printf '%s: %s\n' "$me" "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -65,4 +66,4 @@ for file in vmlinuz vmlinux version; do
 done
 mv "$tmp/initramfs.cpio" "$out/"
 printf '%s\n' "$stamp" >"$out/.stamp"
-say "target/guest-image is ready: Linux $(cat "$out/version"), initramfs of $(($(stat -c %s "$out/initramfs.cpio") / 1024)) KiB"
+say "${out#"$top"/} is ready: Linux $(cat "$out/version"), initramfs of $(($(stat -c %s "$out/initramfs.cpio") / 1024)) KiB"
