@@ -1,6 +1,6 @@
 //! Talks to the agent inside a guest, over the guest's second serial port.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -10,6 +10,8 @@ use serde_json::Value;
 
 /// How long an emulated guest may take for anything.
 pub const PATIENCE: Duration = Duration::from_secs(90);
+
+const PAGE_SIZE: u64 = 4096;
 
 /// A page that the agent owns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +33,9 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Connects to the socket of the second serial port and waits for the agent's first words.
-    pub fn connect(socket: &Path, echo: bool) -> Result<Self, String> {
+    /// Connects to the socket of the second serial port and waits for the agent's first words; with
+    /// `log`, has it send the guest's kernel log from then on.
+    pub fn connect(socket: &Path, log: bool, echo: bool) -> Result<Self, String> {
         let start = Instant::now();
         let out = loop {
             match UnixStream::connect(socket) {
@@ -45,7 +48,9 @@ impl Agent {
         let mut agent = Self { lines, out, events: VecDeque::new(), echo };
         agent.event(|event| event["event"] == "hello")?;
         // From here on; the lines of the boot are not worth their time on an emulated port.
-        agent.ask("log on");
+        if log {
+            agent.ask("log on");
+        }
         Ok(agent)
     }
 
@@ -120,6 +125,31 @@ impl Agent {
         pages
     }
 
+    /// Allocates `count` pages of 4 KiB; for many, as the reply is short.
+    pub fn alloc_many(&mut self, kind: &str, count: usize) -> Vec<Page> {
+        let reply = self.ask(&format!("alloc {kind} {count} runs"));
+        assert_eq!(reply["bytes"], PAGE_SIZE, "{reply}");
+        let gpas = runs(&reply["runs"], PAGE_SIZE);
+        let first = reply["first"].as_u64().unwrap();
+        let pages: Vec<Page> =
+            (first..).zip(gpas).map(|(number, gpa)| Page { number, gpa }).collect();
+        assert_eq!(pages.len(), count);
+        pages
+    }
+
+    /// What the guest's kernel has logged of failed memory since its boot, in numbers.
+    pub fn failures_count(&mut self) -> Value {
+        self.ask("failures count")
+    }
+
+    /// The same, and the page frames it named.
+    pub fn failures(&mut self) -> (BTreeSet<u64>, Value) {
+        let mut reply = self.ask("failures");
+        let pfns: BTreeSet<u64> = runs(&reply["runs"].take(), 1).into_iter().collect();
+        assert_eq!(reply["pfns"], pfns.len(), "{reply}");
+        (pfns, reply)
+    }
+
     /// Touches a page; `how` is read, write or kernel-copy.
     pub fn touch(&mut self, page: Page, how: &str) -> Value {
         self.ask(&format!("touch {} {how}", page.number))
@@ -146,12 +176,33 @@ impl Agent {
 
     /// Reads all pages but `gone`, and sees that each holds what it should.
     pub fn others_intact(&mut self, all: &[Page], gone: &[Page]) {
-        let except: Vec<String> = gone.iter().map(|page| page.number.to_string()).collect();
+        let except = spans(gone.iter().map(|page| page.number));
         let reply = self.ask(format!("check except {}", except.join(" ")).trim_end());
         let intact = reply["intact"].as_u64().unwrap();
         assert_eq!(intact, (all.len() - gone.len()) as u64, "{reply}");
         assert!(reply["bad"].as_array().is_none_or(Vec::is_empty), "{reply}");
     }
+}
+
+/// The numbers of `[["0x…", count], …]`, each run's in steps of `step`.
+fn runs(value: &Value, step: u64) -> Vec<u64> {
+    let run = |run: &Value| {
+        let (first, count) = (hex(&run[0]), run[1].as_u64().unwrap());
+        (0..count).map(move |index| first + index * step)
+    };
+    value.as_array().expect("a list of runs").iter().flat_map(run).collect()
+}
+
+/// Numbers as `check except` takes them: `3`, `17-4112`.
+fn spans(numbers: impl Iterator<Item = u64>) -> Vec<String> {
+    let mut spans: Vec<(u64, u64)> = Vec::new();
+    for number in numbers {
+        match spans.last_mut() {
+            Some((_, last)) if *last + 1 == number => *last = number,
+            _ => spans.push((number, number)),
+        }
+    }
+    spans.iter().map(|(first, last)| format!("{first}-{last}")).collect()
 }
 
 /// The number behind `"0x…"`.

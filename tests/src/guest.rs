@@ -1,19 +1,30 @@
 //! A guest under `mce-relay run`, started and watched as a user would.
 
 use std::cell::RefCell;
-use std::io::{BufRead, BufReader};
+use std::fs::OpenOptions;
+use std::io::{BufRead, BufReader, Write};
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use mce_relay_vmm::api::VmInfo;
+use mce_relay_vmm::{client, host};
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::agent::{Agent, PATIENCE, Page, hex};
+use crate::lab;
 
 /// The guest kernel's command line. A slow console makes a machine check slow, so it says little.
 /// noxsave: the emulated host lets guests change XCR0 without KVM noticing.
 const CMDLINE: &str = "console=ttyS0,115200 loglevel=4 panic=-1 noxsave";
+/// For bursts: each line on the console costs the guest milliseconds, and its log has to hold three
+/// lines a page. The last `loglevel` counts.
+const QUIET: &str = "loglevel=0 log_buf_len=4M";
+
+/// Where guest-image/build.sh puts the guest's image, below `target/`.
+const IMAGE: &str = "guest-image";
 
 /// What to boot.
 #[derive(Debug, Clone)]
@@ -28,6 +39,19 @@ pub struct Options {
     pub memory: &'static str,
     /// `--mce-kill`.
     pub kill: &'static str,
+    /// `--on-undeliverable`, if it is to be given.
+    pub on_undeliverable: Option<&'static str>,
+    /// `--ao-pace`, if it is to be given.
+    pub pace: Option<&'static str>,
+    /// Start the guest again when it resets itself (without `--no-reboot`).
+    pub reboot: bool,
+    /// More words for the guest kernel's command line.
+    pub cmdline: &'static str,
+    /// Nothing on the guest's console, a large log in it, and no line of that on the agent's port:
+    /// for bursts.
+    pub quiet: bool,
+    /// The directory of the guest's image below `target/` (`GUEST_IMAGE_DIR` of guest-image/build.sh).
+    pub image: &'static str,
     /// Pass the guest's kernel log and the relay's account on, for people to watch.
     pub echo: bool,
 }
@@ -35,7 +59,20 @@ pub struct Options {
 impl Options {
     /// An AMD guest.
     pub fn amd(cpus: usize) -> Self {
-        Self { vendor: "amd", cpus, lmce: "on", memory: "size=256M", kill: "early", echo: false }
+        Self {
+            vendor: "amd",
+            cpus,
+            lmce: "on",
+            memory: "size=256M",
+            kill: "early",
+            on_undeliverable: None,
+            pace: None,
+            reboot: false,
+            cmdline: "",
+            quiet: false,
+            image: IMAGE,
+            echo: false,
+        }
     }
 
     /// An Intel-style guest that has every vCPU called for each error, or, with `lmce`, one.
@@ -46,6 +83,20 @@ impl Options {
     /// The same, with errors taken only when the guest touches them.
     pub fn late(self) -> Self {
         Self { kill: "late", ..self }
+    }
+
+    /// The same, for bursts.
+    pub fn quiet(self) -> Self {
+        Self { quiet: true, ..self }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        below_target(self.image).join(name)
+    }
+
+    fn kernel_words(&self) -> String {
+        let quiet = if self.quiet { QUIET } else { "" };
+        format!("{CMDLINE} {quiet} {}", self.cmdline)
     }
 }
 
@@ -59,9 +110,13 @@ pub fn binary() -> PathBuf {
     near.take(3).find(|path| path.is_file()).expect("target/release/mce-relay; run `make build`")
 }
 
+fn below_target(dir: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target").join(dir)
+}
+
 /// A file of the guest image.
 pub fn image(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/guest-image").join(name)
+    below_target(IMAGE).join(name)
 }
 
 /// Runs `mce-relay` with `args` to its end.
@@ -69,37 +124,46 @@ pub fn mce_relay(args: &[&str]) -> Output {
     Command::new(binary()).args(args).stdin(Stdio::null()).output().unwrap()
 }
 
-/// A running guest. Dropping it kills it, and prints what is known if a test is failing.
+/// A VMM with its guest. Dropping it kills it, and prints what is known if a test is failing.
 #[derive(Debug)]
-pub struct Guest {
+pub struct Vmm {
     child: Child,
     dir: TempDir,
-    /// The host's page frames that were poisoned for it, `0x…`.
-    poisoned: RefCell<Vec<String>>,
-    /// The agent in it.
-    pub agent: Agent,
+    /// The host's page frames that were poisoned for it.
+    poisoned: RefCell<Vec<u64>>,
+    options: Options,
 }
 
-impl Guest {
-    /// Boots a guest and waits for its agent.
-    pub fn boot(options: &Options) -> Self {
+impl Vmm {
+    /// Starts it, and waits only until its API answers: the guest is at the beginning of its boot.
+    pub fn start(options: &Options) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         let argument = |form: &str, name: &str| format!("{form}={}", at(name).display());
         let log = std::fs::File::create(at("log")).unwrap();
-        let mut child = Command::new(binary())
+        let mut command = Command::new(binary());
+        command
             .arg("-v")
             .arg("run")
-            .args(["--kernel".as_ref(), image("vmlinux").as_os_str()])
-            .args(["--initramfs".as_ref(), image("initramfs.cpio").as_os_str()])
-            .args(["--cmdline", CMDLINE])
+            .args(["--kernel".as_ref(), options.file("vmlinux").as_os_str()])
+            .args(["--initramfs".as_ref(), options.file("initramfs.cpio").as_os_str()])
+            .args(["--cmdline", &options.kernel_words()])
             .args(["--cpus", &options.cpus.to_string(), "--memory", options.memory])
             .args(["--cpu-vendor", options.vendor, "--lmce", options.lmce])
-            .args(["--mce-kill", options.kill, "--no-reboot"])
+            .args(["--mce-kill", options.kill])
             .args(["--serial", &argument("file", "console")])
             .args(["--serial2", &argument("socket", "agent")])
             .args(["--api-socket", &argument("path", "api")])
-            .args(["--event-monitor", &argument("path", "events")])
+            .args(["--event-monitor", &argument("path", "events")]);
+        if !options.reboot {
+            command.arg("--no-reboot");
+        }
+        for (option, value) in
+            [("--on-undeliverable", options.on_undeliverable), ("--ao-pace", options.pace)]
+        {
+            command.args(value.map(|value| [option, value]).into_iter().flatten());
+        }
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(if options.echo { Stdio::piped() } else { log.into() })
@@ -112,15 +176,33 @@ impl Guest {
                 }
             });
         }
-        match Agent::connect(&at("agent"), options.echo) {
-            Ok(agent) => Self { child, dir, poisoned: RefCell::default(), agent },
-            Err(error) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                tell(&dir);
-                panic!("the guest did not come up: {error}");
-            }
+        let mut vmm = Self { child, dir, poisoned: RefCell::default(), options: options.clone() };
+        let start = Instant::now();
+        while let Err(error) = client::get::<VmInfo>(&vmm.at("api"), "vm.info") {
+            let ended = vmm.child.try_wait().unwrap();
+            assert!(
+                ended.is_none() && start.elapsed() < PATIENCE,
+                "the VMM does not answer: {error}, exit status {ended:?}"
+            );
+            std::thread::sleep(Duration::from_millis(10));
         }
+        vmm
+    }
+
+    /// Waits for the guest's agent.
+    pub fn up(self) -> Guest {
+        match self.agent() {
+            Ok(agent) => Guest { vmm: self, agent },
+            Err(error) => panic!("the guest did not come up: {error}"),
+        }
+    }
+
+    fn agent(&self) -> Result<Agent, String> {
+        Agent::connect(&self.at("agent"), !self.options.quiet, self.options.echo)
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
     }
 
     /// The VMM's process.
@@ -128,9 +210,14 @@ impl Guest {
         self.child.id()
     }
 
+    /// What runs, as the API says.
+    pub fn info(&self) -> VmInfo {
+        client::get(&self.at("api"), "vm.info").unwrap()
+    }
+
     /// Runs `mce-relay <command> --api-socket … args`.
     pub fn command(&self, command: &str, args: &[&str]) -> Output {
-        let socket = format!("path={}", self.dir.path().join("api").display());
+        let socket = format!("path={}", self.at("api").display());
         let mut all = vec![command, "--api-socket", &socket];
         all.extend(args);
         mce_relay(&all)
@@ -141,8 +228,29 @@ impl Guest {
         let out = self.command("poison", &["--gpa", &format!("{gpa:#x}"), "--via", via, "--json"]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         let done: Value = serde_json::from_slice(&out.stdout).unwrap();
-        self.poisoned.borrow_mut().push(done["pfn"].as_str().unwrap().to_owned());
+        self.poisoned.borrow_mut().push(hex(&done["pfn"]));
         done
+    }
+
+    /// Poisons the host's pages behind `gpas` as fast as the kernel takes them, and sees that it is
+    /// done; how long the kernel took, on the host's clock.
+    pub fn poison_many(&self, gpas: &[u64]) -> Duration {
+        let vm = self.info();
+        let pages = lab::Pagemap::of(vm.pid);
+        let pfns: Vec<u64> = gpas.iter().map(|gpa| pages.physical(hva(&vm, *gpa)) >> 12).collect();
+        let words: Vec<String> = pfns.iter().map(|pfn| format!("{pfn:#x}")).collect();
+        self.poisoned.borrow_mut().extend(&pfns);
+        let mut corrupt = OpenOptions::new().write(true).open(host::CORRUPT_PFN).unwrap();
+        let start = Instant::now();
+        for word in &words {
+            // Each write is a command of its own, wherever in the file it goes.
+            corrupt.write_all(word.as_bytes()).unwrap_or_else(|error| panic!("{word}: {error}"));
+        }
+        let took = start.elapsed();
+        for pfn in pfns {
+            assert!(host::is_poisoned(pfn).unwrap(), "host pfn {pfn:#x} is not marked as poisoned");
+        }
+        took
     }
 
     /// What `mce-relay status --json` says.
@@ -152,60 +260,120 @@ impl Guest {
         serde_json::from_slice(&out.stdout).unwrap()
     }
 
+    /// The ledger's pages.
+    pub fn pages(&self) -> Vec<Value> {
+        match self.status()["pages"].take() {
+            Value::Array(pages) => pages,
+            other => panic!("{other} is not a list of pages"),
+        }
+    }
+
     /// The ledger's entry for `page`.
     pub fn ledger(&self, page: Page) -> Option<Value> {
-        let status = self.status();
-        status["pages"].as_array()?.iter().find(|entry| hex(&entry["gpa"]) == page.gpa).cloned()
+        self.pages().into_iter().find(|entry| hex(&entry["gpa"]) == page.gpa)
     }
 
     /// The VMM's events so far.
     pub fn events(&self) -> Vec<Value> {
-        let text = std::fs::read_to_string(self.dir.path().join("events")).unwrap();
+        let text = std::fs::read_to_string(self.at("events")).unwrap();
         // The last line may be half written.
         text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
     /// Waits for the event `name` about `page`; its properties.
     pub fn event(&self, name: &str, page: Page) -> Value {
+        self.event_where(name, &format!("{:#x}", page.gpa), |properties| {
+            properties.get("gpa").is_some_and(|gpa| hex(gpa) == page.gpa)
+        })
+    }
+
+    /// Waits for an event `name` that `wanted` accepts (`what` says what that is); its properties.
+    pub fn event_where(&self, name: &str, what: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let start = Instant::now();
         loop {
-            let found = self.events().into_iter().find(|event| {
-                let properties = &event["properties"];
-                event["event"] == name
-                    && properties.get("gpa").is_some_and(|gpa| hex(gpa) == page.gpa)
-            });
+            let found = self
+                .events()
+                .into_iter()
+                .find(|event| event["event"] == name && wanted(&event["properties"]));
             match found {
                 Some(event) => return event["properties"].clone(),
                 None if start.elapsed() > PATIENCE => {
-                    panic!("no event {name:?} for {:#x}: {:#?}", page.gpa, self.events())
+                    panic!("no event {name:?} for {what}: {:#?}", self.events())
                 }
                 None => std::thread::sleep(Duration::from_millis(50)),
             }
         }
     }
 
-    /// Asks the guest to power off, and sees that the VMM ends well.
-    pub fn power_off(mut self) {
-        self.agent.ask("poweroff");
+    /// Waits for the VMM's end; its exit status.
+    pub fn ended(&mut self) -> ExitStatus {
         let start = Instant::now();
-        let status = loop {
+        loop {
             match self.child.try_wait().unwrap() {
-                Some(status) => break status,
-                None if start.elapsed() > PATIENCE => panic!("the guest does not power off"),
+                Some(status) => return status,
+                None if start.elapsed() > PATIENCE => panic!("the VMM does not end"),
                 None => std::thread::sleep(Duration::from_millis(20)),
             }
-        };
-        assert_eq!(status.code(), Some(0), "the VMM's exit status after power-off");
+        }
     }
 }
 
-impl Drop for Guest {
+/// Where the VMM has `gpa` mapped.
+pub fn hva(vm: &VmInfo, gpa: u64) -> u64 {
+    let block = vm.block(gpa).unwrap_or_else(|| panic!("{gpa:#x} is not guest RAM: {vm:?}"));
+    block.hva + (gpa - block.gpa)
+}
+
+/// A running guest whose agent answers.
+#[derive(Debug)]
+pub struct Guest {
+    vmm: Vmm,
+    /// The agent in it.
+    pub agent: Agent,
+}
+
+impl Deref for Guest {
+    type Target = Vmm;
+
+    fn deref(&self) -> &Vmm {
+        &self.vmm
+    }
+}
+
+impl DerefMut for Guest {
+    fn deref_mut(&mut self) -> &mut Vmm {
+        &mut self.vmm
+    }
+}
+
+impl Guest {
+    /// Boots a guest and waits for its agent.
+    pub fn boot(options: &Options) -> Self {
+        Vmm::start(options).up()
+    }
+
+    /// Waits for the agent of the next boot.
+    pub fn up_again(&mut self) {
+        match self.vmm.agent() {
+            Ok(agent) => self.agent = agent,
+            Err(error) => panic!("the guest did not come up again: {error}"),
+        }
+    }
+
+    /// Asks the guest to power off, and sees that the VMM ends well.
+    pub fn power_off(mut self) {
+        self.agent.ask("poweroff");
+        assert_eq!(self.ended().code(), Some(0), "the VMM's exit status after power-off");
+    }
+}
+
+impl Drop for Vmm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::env::var("MCE_RELAY_NATIVE").is_ok_and(|value| value == "1") {
             for pfn in self.poisoned.borrow().iter() {
-                give_back(pfn);
+                give_back(&format!("{pfn:#x}"));
             }
         }
         if std::thread::panicking() {

@@ -1,6 +1,6 @@
 //! The lab as seen from inside, and what tests ask of the host they run on.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::FileExt;
 
@@ -40,14 +40,30 @@ pub fn poll_banks(seconds: u32) {
     std::fs::write(path, seconds.to_string()).unwrap();
 }
 
+/// The page tables of a process, as the kernel shows them.
+#[derive(Debug)]
+pub struct Pagemap(File);
+
+impl Pagemap {
+    /// Those of `pid`.
+    pub fn of(pid: u32) -> Self {
+        let path = format!("/proc/{pid}/pagemap");
+        Self(File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}")))
+    }
+
+    /// The host-physical address behind `hva`.
+    pub fn physical(&self, hva: u64) -> u64 {
+        // Documentation/admin-guide/mm/pagemap.rst: bit 63 present, bits 54:0 page frame number.
+        let mut entry = [0; 8];
+        self.0.read_exact_at(&mut entry, (hva >> 12) * 8).unwrap();
+        let entry = u64::from_ne_bytes(entry);
+        let pfn = entry & ((1 << 55) - 1);
+        assert!(entry >> 63 == 1 && pfn != 0, "no page behind HVA {hva:#x}: {entry:#x}");
+        pfn << 12
+    }
+}
+
 /// The host-physical address behind `hva` of process `pid`.
 pub fn host_physical(pid: u32, hva: u64) -> u64 {
-    // Documentation/admin-guide/mm/pagemap.rst: bit 63 present, bits 54:0 page frame number.
-    let pagemap = std::fs::File::open(format!("/proc/{pid}/pagemap")).unwrap();
-    let mut entry = [0; 8];
-    pagemap.read_exact_at(&mut entry, (hva >> 12) * 8).unwrap();
-    let entry = u64::from_ne_bytes(entry);
-    let pfn = entry & ((1 << 55) - 1);
-    assert!(entry >> 63 == 1 && pfn != 0, "no page behind HVA {hva:#x}: {entry:#x}");
-    pfn << 12
+    Pagemap::of(pid).physical(hva)
 }
