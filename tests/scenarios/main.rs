@@ -4,6 +4,7 @@
 
 mod ao;
 mod ar;
+mod burst;
 mod hardware;
 mod mce_test;
 mod means;
@@ -35,6 +36,9 @@ fn main() -> ExitCode {
         ar::amd_kernel_copy needs may_poison,
         ar::intel_kernel_copy needs may_poison,
         ar::while_the_ao_waits_to_be_polled needs may_poison,
+        burst::amd needs may_poison,
+        burst::intel_by_rendezvous needs may_poison,
+        burst::intel_by_lmce needs may_poison,
         means::madvise needs may_poison,
         means::late_kill_says_nothing_until_a_touch needs may_poison,
         mce_test::kvm_suite needs may_poison,

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
 pub mod agent;
+pub mod burst;
 pub mod guest;
 pub mod lab;
 pub mod suite;

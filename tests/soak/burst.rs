@@ -1,0 +1,18 @@
+//! What the scenarios show with 64 pages, with 4,096: more than any queue on the way can hold.
+
+use mce_relay_tests::burst::bursts;
+use mce_relay_tests::guest::Options;
+
+const SIZES: &[usize] = &[512, 4096];
+
+pub fn amd() {
+    bursts(Options::amd(2), SIZES);
+}
+
+pub fn intel_by_rendezvous() {
+    bursts(Options::intel(2, false), SIZES);
+}
+
+pub fn intel_by_lmce() {
+    bursts(Options::intel(2, true), SIZES);
+}

@@ -1,0 +1,17 @@
+//! Tier 3 for longer than anybody wants to wait for `make test`: `make soak` runs it in the lab.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
+
+mod burst;
+
+use std::process::ExitCode;
+
+use mce_relay_tests::lab::may_poison;
+use mce_relay_tests::suite;
+
+fn main() -> ExitCode {
+    suite::run(mce_relay_tests::tests![
+        burst::amd needs may_poison,
+        burst::intel_by_rendezvous needs may_poison,
+        burst::intel_by_lmce needs may_poison,
+    ])
+}
