@@ -27,6 +27,17 @@ mod relay;
 pub mod scan;
 mod search;
 pub mod signal;
+mod slot;
+
+/// Where [`slot`] gets its atomics; `tests/loom.rs` gives it loom's.
+mod sync {
+    pub(crate) use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+    #[cfg(test)]
+    pub(crate) fn model(test: impl Fn()) {
+        test();
+    }
+}
 
 pub use event::Event;
 pub use ledger::{FoundBy, Page};

@@ -267,7 +267,7 @@ impl Relay {
         let for_thread = Arc::clone(&shared);
         let policy = config.policy;
         let thread = std::thread::Builder::new()
-            .name("mce-relay".into())
+            .name("mce-relay-ao".into())
             .spawn(move || relay_thread(&for_thread, policy, &ready))
             .map_err(StartError::Thread)?;
         let relay = Self { shared, thread: Some(thread) };
@@ -397,7 +397,7 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
         any = true;
         shared.enter(&mut inner, caught, Thread::Other);
     }
-    let signals = slot.take_overrun();
+    let signals = slot.take_overrun().saturating_add(signal::take_orphan_overrun());
     if signals > 0 {
         any = true;
         shared.emit(&Event::Overrun { signals });

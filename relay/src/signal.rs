@@ -1,187 +1,68 @@
-//! The SIGBUS handler, the per-thread slots it writes, and the handing-on of what is not ours.
+//! The SIGBUS handler, and the handing-on of what is not ours.
 //!
 //! The handler of a memory failure does plain atomic stores and returns. Each thread that takes
 //! part has a slot; the handler finds it by a const-initialised thread-local pointer, copies
 //! (code, address, lsb) into it, sets the thread's `immediate_exit` byte so that a KVM_RUN that is
-//! about to start ends at once, and is done. Writer and reader of a slot are the same thread, the
-//! writer being the handler that interrupts it, so a slot is a single-producer ring.
+//! about to start ends at once, and is done.
 //!
 //! Everything else (other codes, an AR where nobody can act) goes to the handler that was there
-//! before, or to the default action with the true `siginfo`.
+//! before, or to the default action with the true `siginfo`. Nobody but this process itself can
+//! forge a memory failure: the kernel lets another one send codes of 0 and below only.
 
-use std::cell::{Cell, UnsafeCell};
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::Arc;
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libc::{c_int, c_void, sigaction, siginfo_t};
 
 use crate::mca::Kind;
+pub use crate::slot::Caught;
+use crate::slot::Orphans;
+pub(crate) use crate::slot::Slot;
 
 /// `si_code` of an action-required memory failure (`include/uapi/asm-generic/siginfo.h`).
 pub const BUS_MCEERR_AR: c_int = 4;
 /// `si_code` of an action-optional memory failure.
 pub const BUS_MCEERR_AO: c_int = 5;
 
-/// Signals a slot holds between two looks. SIGBUS does not queue, so one look follows few signals.
-const RING: usize = 16;
-
-/// A memory failure as the kernel signalled it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Caught {
-    /// AO or AR.
-    pub kind: Kind,
-    /// `si_addr`, a host virtual address; not necessarily page-aligned.
-    pub hva: u64,
-    /// `si_addr_lsb`, `log2` of the extent that is gone.
-    pub lsb: u8,
-}
-
-impl Caught {
-    fn pack(code: c_int, lsb: i16) -> u32 {
-        let kind = if code == BUS_MCEERR_AR { 0x100 } else { 0 };
-        // An lsb is at most 63; a nonsensical one is kept to its low byte.
-        kind | (u32::from(lsb.cast_unsigned()) & 0xff)
-    }
-
-    fn unpack(hva: u64, packed: u32) -> Self {
-        let kind = if packed & 0x100 != 0 { Kind::ActionRequired } else { Kind::ActionOptional };
-        Self { kind, hva, lsb: (packed & 0xff).to_le_bytes()[0] }
-    }
-}
-
-#[derive(Debug, Default)]
-struct Entry {
-    hva: AtomicU64,
-    packed: AtomicU32,
-}
-
-/// What the handler of one thread writes, and that thread (and whoever kicks it) reads.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    /// Something wants this thread's attention: a signal was stored, or another thread asks.
-    /// The one load the run loop pays while nothing is wrong.
-    attention: AtomicBool,
-    /// Entries written; only the handler adds.
-    written: AtomicU32,
-    /// Entries taken; only the thread adds, outside the handler.
-    taken: AtomicU32,
-    /// Signals that found the ring full.
-    overrun: AtomicU32,
-    ring: [Entry; RING],
-    /// `kvm_run.immediate_exit` of the thread's vCPU, or null.
-    immediate_exit: AtomicPtr<u8>,
-}
-
-impl Slot {
-    fn new(immediate_exit: *mut u8) -> Self {
-        Self {
-            attention: AtomicBool::new(false),
-            written: AtomicU32::new(0),
-            taken: AtomicU32::new(0),
-            overrun: AtomicU32::new(0),
-            ring: Default::default(),
-            immediate_exit: AtomicPtr::new(immediate_exit),
-        }
-    }
-
-    /// Stores one signal; false when the ring is full. Async-signal-safe: atomic stores only.
-    fn store(&self, hva: u64, packed: u32) -> bool {
-        let written = self.written.load(Ordering::Relaxed);
-        let full = written.wrapping_sub(self.taken.load(Ordering::Acquire)) as usize >= RING;
-        if full {
-            self.overrun.fetch_add(1, Ordering::Relaxed);
-        } else {
-            let entry = &self.ring[written as usize % RING];
-            entry.hva.store(hva, Ordering::Relaxed);
-            entry.packed.store(packed, Ordering::Relaxed);
-            self.written.store(written.wrapping_add(1), Ordering::Release);
-        }
-        self.attention.store(true, Ordering::Release);
-        self.request_exit();
-        !full
-    }
-
-    /// Async-signal-safe.
-    fn request_exit(&self) {
-        let exit = self.immediate_exit.load(Ordering::Relaxed);
-        if !exit.is_null() {
-            // SAFETY: `ThreadSlot::attach`'s caller keeps the byte mapped for as long as the slot
-            // is attached, and every access to it from Rust is atomic or by the kernel.
-            unsafe { AtomicU8::from_ptr(exit) }.store(1, Ordering::Relaxed);
-        }
-    }
-
-    fn take(&self) -> Option<Caught> {
-        let taken = self.taken.load(Ordering::Relaxed);
-        if taken == self.written.load(Ordering::Acquire) {
-            return None;
-        }
-        let entry = &self.ring[taken as usize % RING];
-        let caught =
-            Caught::unpack(entry.hva.load(Ordering::Relaxed), entry.packed.load(Ordering::Relaxed));
-        self.taken.store(taken.wrapping_add(1), Ordering::Release);
-        Some(caught)
-    }
-
-    pub(crate) fn ask_attention(&self) {
-        self.attention.store(true, Ordering::Release);
-    }
-}
-
 thread_local! {
-    /// The calling thread's slot. Const-initialised and without a destructor, so that the handler
-    /// reads it without running any code of the thread-local machinery.
-    static SLOT: Cell<*const Slot> = const { Cell::new(ptr::null()) };
+    // Const-initialised and without destructors, so that the handler reads them without running any
+    // code of the thread-local machinery. Atomic, because the handler may run between any two
+    // instructions of this thread.
+
+    /// The calling thread's slot, or null.
+    static SLOT: AtomicPtr<Slot> = const { AtomicPtr::new(ptr::null_mut()) };
+    /// `kvm_run.immediate_exit` of the vCPU that the calling thread runs, or null.
+    static IMMEDIATE_EXIT: AtomicPtr<u8> = const { AtomicPtr::new(ptr::null_mut()) };
 }
 
-/// AOs that reached a thread without a slot (one that set early kill for itself). Any thread may
-/// write here, so a place is claimed first and published by its `ready` flag.
-static ORPHANS: Orphans = Orphans {
-    claimed: AtomicU32::new(0),
-    ready: [const { AtomicBool::new(false) }; RING],
-    hva: [const { AtomicU64::new(0) }; RING],
-    packed: [const { AtomicU32::new(0) }; RING],
-};
-
-struct Orphans {
-    claimed: AtomicU32,
-    ready: [AtomicBool; RING],
-    hva: [AtomicU64; RING],
-    packed: [AtomicU32; RING],
+/// The calling thread's slot, or null. Async-signal-safe.
+fn own_slot() -> *const Slot {
+    SLOT.with(|slot| slot.load(Ordering::Acquire))
 }
 
-impl Orphans {
-    /// Async-signal-safe. A place still in use is overwritten by nobody: the signal is dropped, and
-    /// the page stays to be found by its next touch.
-    fn store(&self, hva: u64, packed: u32) {
-        let place = self.claimed.fetch_add(1, Ordering::Relaxed) as usize % RING;
-        if !self.ready[place].load(Ordering::Acquire) {
-            self.hva[place].store(hva, Ordering::Relaxed);
-            self.packed[place].store(packed, Ordering::Relaxed);
-            self.ready[place].store(true, Ordering::Release);
-        }
-    }
-
-    fn take(&self) -> Option<Caught> {
-        (0..RING).find(|place| self.ready[*place].load(Ordering::Acquire)).map(|place| {
-            let caught = Caught::unpack(
-                self.hva[place].load(Ordering::Relaxed),
-                self.packed[place].load(Ordering::Relaxed),
-            );
-            self.ready[place].store(false, Ordering::Release);
-            caught
-        })
+/// Makes the calling thread's KVM_RUN end at once. For the handler of the signal a VMM kicks its
+/// vCPU threads with: async-signal-safe, and without effect on a thread that is not attached.
+pub fn request_exit() {
+    let exit = IMMEDIATE_EXIT.with(|exit| exit.load(Ordering::Acquire));
+    if !exit.is_null() {
+        // SAFETY: `ThreadSlot::attach`'s caller keeps the byte mapped for as long as this thread is
+        // attached, and every access to it from Rust is atomic or by the kernel.
+        unsafe { AtomicU8::from_ptr(exit) }.store(1, Ordering::Relaxed);
     }
 }
 
 /// Takes an AO that reached a thread outside the relay.
 pub(crate) fn take_orphan() -> Option<Caught> {
-    ORPHANS.take()
+    PROCESS.get().and_then(|process| process.orphans.take())
+}
+
+/// Takes the number of such AOs that were dropped because too many came at once.
+pub(crate) fn take_orphan_overrun() -> u32 {
+    PROCESS.get().map_or(0, |process| process.orphans.take_dropped())
 }
 
 /// The calling thread's membership: while it lives, memory failures signalled to this thread are
@@ -202,26 +83,27 @@ impl ThreadSlot {
     /// # Errors
     /// The handler is not installed, or the thread is attached already.
     pub(crate) unsafe fn attach(immediate_exit: *mut u8) -> io::Result<Self> {
-        if PREVIOUS.get().is_none() {
+        if !*installed() {
             return Err(io::Error::other("the SIGBUS handler is not installed"));
         }
-        if !SLOT.get().is_null() {
+        if !own_slot().is_null() {
             return Err(io::Error::other("this thread takes memory failures already"));
         }
-        let slot = Arc::new(Slot::new(immediate_exit));
-        SLOT.set(Arc::as_ptr(&slot));
+        let slot = Arc::new(Slot::new());
+        IMMEDIATE_EXIT.with(|exit| exit.store(immediate_exit, Ordering::Release));
+        SLOT.with(|own| own.store(Arc::as_ptr(&slot).cast_mut(), Ordering::Release));
         Ok(Self { slot, not_send: PhantomData })
     }
 
     /// Whether a signal was stored or another thread asked. One relaxed load.
     #[inline]
     pub(crate) fn attention(&self) -> bool {
-        self.slot.attention.load(Ordering::Relaxed)
+        self.slot.attention()
     }
 
     /// Lowers the attention flag; call before [`Self::take`], so that what comes later raises it again.
     pub(crate) fn clear_attention(&self) {
-        self.slot.attention.swap(false, Ordering::AcqRel);
+        self.slot.clear_attention();
     }
 
     /// Takes the oldest stored signal.
@@ -229,14 +111,14 @@ impl ThreadSlot {
         self.slot.take()
     }
 
-    /// Whether a signal is stored.
+    /// Whether no signal is stored.
     pub(crate) fn is_empty(&self) -> bool {
-        self.slot.taken.load(Ordering::Relaxed) == self.slot.written.load(Ordering::Acquire)
+        self.slot.is_empty()
     }
 
     /// Takes the number of signals that found the ring full.
     pub(crate) fn take_overrun(&self) -> u32 {
-        self.slot.overrun.swap(0, Ordering::Relaxed)
+        self.slot.take_overrun()
     }
 
     /// The slot, for threads that want this one's attention.
@@ -247,53 +129,41 @@ impl ThreadSlot {
 
 impl Drop for ThreadSlot {
     fn drop(&mut self) {
-        // The handler runs on this very thread, so after this store it cannot find the slot, and
-        // the memory behind it may go.
-        SLOT.set(ptr::null());
-        self.slot.immediate_exit.store(ptr::null_mut(), Ordering::Relaxed);
+        // The handler runs on this very thread, so after these stores it can find neither, and the
+        // memory behind them may go.
+        SLOT.with(|own| own.store(ptr::null_mut(), Ordering::Release));
+        IMMEDIATE_EXIT.with(|exit| exit.store(ptr::null_mut(), Ordering::Release));
     }
 }
 
-/// Makes the calling thread's KVM_RUN end at once. For the handler of the signal a VMM kicks its
-/// vCPU threads with: async-signal-safe, and without effect on a thread that is not attached.
-pub fn request_exit() {
-    let slot = SLOT.get();
-    if !slot.is_null() {
-        // SAFETY: the pointer is that of this thread's own `ThreadSlot`, which resets it before the
-        // slot can be freed.
-        unsafe { &*slot }.request_exit();
-    }
+/// What the handler needs besides the thread's slot; there before the handler can run.
+static PROCESS: OnceLock<Process> = OnceLock::new();
+
+struct Process {
+    /// The disposition that was there before ours.
+    previous: sigaction,
+    orphans: Orphans,
 }
 
-/// The disposition that was there before ours, written once before the handler can run.
-static PREVIOUS: OnceLock<Previous> = OnceLock::new();
-
-struct Previous(UnsafeCell<sigaction>);
-
-// SAFETY: written before it is published by the OnceLock, only read afterwards.
-unsafe impl Send for Previous {}
-// SAFETY: as above; there is no mutable access after publication.
-unsafe impl Sync for Previous {}
+/// Whether the handler is installed. Not for the handler: it locks.
+fn installed() -> MutexGuard<'static, bool> {
+    static INSTALLED: Mutex<bool> = Mutex::new(false);
+    INSTALLED.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Installs the SIGBUS handler for this process, once; later calls do nothing.
 ///
 /// # Errors
 /// `sigaction(2)` fails.
 pub fn install() -> io::Result<()> {
-    static INSTALLING: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _one_at_a_time = INSTALLING.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if PREVIOUS.get().is_some() {
+    let mut installed = installed();
+    if *installed {
         return Ok(());
     }
-    let mut old = MaybeUninit::<sigaction>::uninit();
-    // SAFETY: a null new action only reads the old one into `old`.
-    if unsafe { sigaction(libc::SIGBUS, ptr::null(), old.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call succeeded, so the kernel has filled `old`.
-    let old = unsafe { old.assume_init() };
-    // The handler needs the old action from its first run on, so it is published first.
-    let _ = PREVIOUS.set(Previous(UnsafeCell::new(old)));
+    let previous = in_force(libc::SIGBUS).ok_or_else(io::Error::last_os_error)?;
+    // The handler needs it from its first run on. One that is there already is from an attempt that
+    // failed below.
+    PROCESS.get_or_init(|| Process { previous, orphans: Orphans::new() });
 
     // SAFETY: sigaction is plain data; all zero is a valid value to start from.
     let mut new: sigaction = unsafe { std::mem::zeroed() };
@@ -305,6 +175,7 @@ pub fn install() -> io::Result<()> {
     if unsafe { sigaction(libc::SIGBUS, &raw const new, ptr::null_mut()) } != 0 {
         return Err(io::Error::last_os_error());
     }
+    *installed = true;
     Ok(())
 }
 
@@ -329,35 +200,37 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
 
 /// Whether the signal was a memory failure that somebody will take care of.
 fn store(mce: &MceInfo) -> bool {
-    let ours = mce.code == BUS_MCEERR_AR || mce.code == BUS_MCEERR_AO;
-    if !ours {
-        return false;
-    }
-    let hva = mce.addr as u64;
-    let packed = Caught::pack(mce.code, mce.addr_lsb);
-    let slot = SLOT.get();
-    if !slot.is_null() {
-        // SAFETY: the pointer is that of this thread's own `ThreadSlot`, which resets it before
-        // the slot can be freed.
-        let stored = unsafe { &*slot }.store(hva, packed);
+    let kind = match mce.code {
+        BUS_MCEERR_AR => Kind::ActionRequired,
+        BUS_MCEERR_AO => Kind::ActionOptional,
+        _ => return false,
+    };
+    // An lsb is at most 63; a nonsensical one is kept to its low byte.
+    let lsb = mce.addr_lsb.to_le_bytes()[0];
+    let caught = Caught { kind, hva: mce.addr as u64, lsb };
+    // SAFETY: the pointer is that of this thread's own `ThreadSlot`, which resets it before the slot
+    // can be freed; that is not before this handler has returned.
+    if let Some(slot) = unsafe { own_slot().as_ref() } {
+        let stored = slot.store(caught);
+        request_exit();
         // A thread that takes AR after AR without coming round to look is not in KVM_RUN: its own
         // code loads from the bad page, over and over. Nothing here can mend that.
-        return stored || mce.code == BUS_MCEERR_AO;
+        return stored || kind == Kind::ActionOptional;
     }
-    if mce.code == BUS_MCEERR_AO {
-        ORPHANS.store(hva, packed);
-        return true;
+    match (kind, PROCESS.get()) {
+        (Kind::ActionOptional, Some(process)) => {
+            process.orphans.store(caught);
+            true
+        }
+        _ => false,
     }
-    false
 }
 
 /// Gives the signal to the previous handler, or to the default action.
 fn hand_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-    let Some(previous) = PREVIOUS.get() else {
+    let Some(Process { previous, .. }) = PROCESS.get() else {
         return;
     };
-    // SAFETY: published before the handler was installed and never written since.
-    let previous = unsafe { &*previous.0.get() };
     // SAFETY: the kernel passes a valid siginfo with SA_SIGINFO.
     let sent = unsafe { (*info).si_code } <= 0;
     match previous.sa_sigaction {
@@ -394,56 +267,92 @@ fn set_default(signal: c_int) {
 }
 
 fn is_default(signal: c_int) -> bool {
-    let mut now = MaybeUninit::<sigaction>::uninit();
-    // SAFETY: only reads the action in force into `now`; async-signal-safe.
-    let read = unsafe { sigaction(signal, ptr::null(), now.as_mut_ptr()) } == 0;
-    // SAFETY: filled by the successful call.
-    read && unsafe { now.assume_init() }.sa_sigaction == libc::SIG_DFL
+    in_force(signal).is_some_and(|action| action.sa_sigaction == libc::SIG_DFL)
+}
+
+/// The action in force for `signal`; `None` when `sigaction(2)` fails. Async-signal-safe.
+fn in_force(signal: c_int) -> Option<sigaction> {
+    let mut action = MaybeUninit::<sigaction>::uninit();
+    // SAFETY: a null new action only reads the one in force into `action`.
+    let read = unsafe { sigaction(signal, ptr::null(), action.as_mut_ptr()) } == 0;
+    // SAFETY: the kernel has filled it where the call succeeded.
+    read.then(|| unsafe { action.assume_init() })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn packed(code: c_int) -> u32 {
-        Caught::pack(code, 12)
-    }
-
-    #[test]
-    fn a_slot_keeps_order_and_counts_what_it_cannot_hold() {
-        let slot = Slot::new(ptr::null_mut());
-        assert_eq!(slot.take(), None);
-        for hva in 0..RING as u64 {
-            assert!(slot.store(hva << 12, packed(BUS_MCEERR_AO)));
-        }
-        assert!(!slot.store(0xbad, packed(BUS_MCEERR_AO)), "full");
-        assert_eq!(slot.overrun.load(Ordering::Relaxed), 1);
-        for hva in 0..RING as u64 {
-            let caught = slot.take().unwrap();
-            assert_eq!(caught, Caught { kind: Kind::ActionOptional, hva: hva << 12, lsb: 12 });
-        }
-        assert_eq!(slot.take(), None);
-        assert!(slot.store(0x1000, packed(BUS_MCEERR_AR)), "room again");
-        assert_eq!(slot.take().unwrap().kind, Kind::ActionRequired);
-    }
+    const AO: MceInfo = MceInfo {
+        signo: libc::SIGBUS,
+        errno: 0,
+        code: BUS_MCEERR_AO,
+        addr: ptr::without_provenance_mut(0x1000),
+        addr_lsb: 12,
+    };
 
     #[test]
     fn a_stored_signal_asks_for_an_exit() {
-        let mut exit = 0u8;
-        let slot = Slot::new(&raw mut exit);
-        slot.store(0x1000, packed(BUS_MCEERR_AO));
-        assert!(slot.attention.load(Ordering::Relaxed));
-        assert_eq!(exit, 1);
+        install().unwrap();
+        let mut exit = 0_u8;
+        let exit = &raw mut exit;
+        // SAFETY: the byte outlives the slot.
+        let slot = unsafe { ThreadSlot::attach(exit) }.unwrap();
+        assert!(store(&AO));
+        assert!(slot.attention());
+        // SAFETY: a local of this function.
+        assert_eq!(unsafe { exit.read_volatile() }, 1);
+        let caught = Caught { kind: Kind::ActionOptional, hva: 0x1000, lsb: 12 };
+        assert_eq!(slot.take(), Some(caught));
+        drop(slot);
+        // SAFETY: as above.
+        unsafe { exit.write_volatile(0) };
+        request_exit();
+        // SAFETY: as above.
+        assert_eq!(unsafe { exit.read_volatile() }, 0, "not after the end");
     }
 
     #[test]
-    fn the_counters_may_wrap() {
-        let slot = Slot::new(ptr::null_mut());
-        slot.written.store(u32::MAX, Ordering::Relaxed);
-        slot.taken.store(u32::MAX, Ordering::Relaxed);
-        assert!(slot.store(0x1000, packed(BUS_MCEERR_AO)));
-        assert!(slot.store(0x2000, packed(BUS_MCEERR_AO)));
-        assert_eq!(slot.take().unwrap().hva, 0x1000);
-        assert_eq!(slot.take().unwrap().hva, 0x2000);
+    fn a_full_slot_keeps_an_ao_and_hands_an_ar_on() {
+        install().unwrap();
+        // SAFETY: a null `immediate_exit` is always allowed.
+        let slot = unsafe { ThreadSlot::attach(ptr::null_mut()) }.unwrap();
+        let ar = MceInfo { code: BUS_MCEERR_AR, ..AO };
+        while slot.take_overrun() == 0 {
+            assert!(store(&AO));
+        }
+        assert!(!store(&ar), "an AR that would loop for ever");
+        assert!(slot.take().is_some());
+        assert!(store(&ar), "room again");
+    }
+
+    #[test]
+    fn only_memory_failures_are_ours() {
+        install().unwrap();
+        // SAFETY: a null `immediate_exit` is always allowed.
+        let slot = unsafe { ThreadSlot::attach(ptr::null_mut()) }.unwrap();
+        let codes = [libc::SI_USER, libc::SI_QUEUE, libc::SI_TKILL, libc::BUS_ADRERR, 0x80];
+        for code in codes.into_iter().chain([-BUS_MCEERR_AO, BUS_MCEERR_AO + 1, i32::MIN]) {
+            assert!(!store(&MceInfo { code, ..AO }), "si_code {code}");
+        }
+        assert_eq!(slot.take(), None);
+    }
+
+    #[test]
+    fn an_ao_without_a_slot_is_kept_or_counted_and_an_ar_handed_on() {
+        install().unwrap();
+        let mut stored = 0;
+        let dropped = loop {
+            assert!(store(&AO));
+            stored += 1;
+            match take_orphan_overrun() {
+                0 => {}
+                dropped => break dropped,
+            }
+        };
+        assert!(!store(&MceInfo { code: BUS_MCEERR_AR, ..AO }));
+        let caught = Caught { kind: Kind::ActionOptional, hva: 0x1000, lsb: 12 };
+        let taken: Vec<_> = std::iter::from_fn(take_orphan).collect();
+        assert_eq!((dropped, taken), (1, vec![caught; stored - 1]));
     }
 }
