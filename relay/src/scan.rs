@@ -1,27 +1,25 @@
 //! Finds poisoned pages that no signal told of, and notices failures that raised none.
 //!
 //! SIGBUS does not queue: of thousands of pages poisoned in a burst most signals are lost, and a
-//! clean page raises none at all. What is never lost is the page-table entry: the kernel puts a
-//! hwpoison entry in place of each poisoned page that this process had mapped, before it signals
-//! and before it counts. So every signal, and every step of the kernel's count ([`FailureCounter`]),
-//! is a reason to scan.
+//! clean page raises none at all. The page tables lose nothing: the kernel puts a hwpoison entry in
+//! place of each poisoned page that this process has mapped, and only then signals and counts. So
+//! every signal, and every step of the kernel's count ([`FailureCounter`]), is a reason to scan.
 //!
 //! A scan has two steps. The page tables are asked for entries that are neither empty nor present
 //! ([`Method`]); such a candidate may be poison, but also swap, a page under migration or a marker
 //! of userfaultfd. Each candidate is then asked about by madvise(MADV_POPULATE_READ), which answers
-//! EHWPOISON for poison and nothing else, and raises no signal. As it would fill a hole, or bring
-//! in a page that is swapped out, it is done only where mincore(2) finds memory (it finds some
-//! behind each hwpoison entry), or where this process has nothing swapped out.
+//! EHWPOISON for poison and for nothing else, and raises no signal. It would also fill a hole, or
+//! bring in what is swapped out. So it is asked only where mincore(2) finds memory, as it does behind
+//! each hwpoison entry; and behind markers if this process has nothing swapped out.
 //!
-//! What a scan does not find:
-//! - A page that this process has not mapped, such as one that lies in the memfd's page cache only:
-//!   it has no entry. Whoever touches it gets an AR.
-//! - Before Linux 6.7, a poisoned page of hugetlbfs: /proc/self/pagemap shows nothing there.
-//! - A marker of UFFDIO_POISON with no memory behind it while this process has something swapped
-//!   out. It is the process itself that set it.
+//! What a scan does not find; whoever touches the page gets an AR:
+//! - A page that this process has not mapped, such as one that lies in the memfd's page cache only,
+//!   and an anonymous page that failed while it was in the swap cache: neither has a hwpoison entry.
+//! - Before Linux 6.7, a page of hugetlbfs: /proc/self/pagemap shows nothing there.
+//! - A page that this process itself has marked by UFFDIO_POISON, with no memory behind it, while
+//!   something is swapped out.
 //!
-//! Read in `fs/proc/task_mmu.c`, `mm/mincore.c`, `mm/madvise.c` and `mm/memory-failure.c` of 6.1 to
-//! 6.15.
+//! The kernel's side is in `fs/proc/task_mmu.c`, `mm/mincore.c`, `mm/gup.c` and `mm/memory-failure.c`.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -316,19 +314,20 @@ fn in_core(batch: &Range<u64>) -> impl Iterator<Item = bool> + use<> {
     vec.into_iter().map(|byte| byte & 1 != 0)
 }
 
+/// Maps the page for reading; where there is no memory behind it, it gets some.
 fn populate_read(page: u64) -> io::Result<()> {
     // SAFETY: MADV_POPULATE_READ changes no contents; at an address that is not mapped it fails.
     let result = unsafe { libc::madvise(address(page), PAGE_LEN, libc::MADV_POPULATE_READ) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The kernel's word on one page. Where that has neither an entry nor memory, it gets memory.
+/// The kernel's word on one page.
 fn is_poisoned(page: u64) -> bool {
     populate_read(page).is_err_and(|error| error.raw_os_error() == Some(libc::EHWPOISON))
 }
 
-/// Whether this process has anything swapped out, asked once per scan at most. From Linux 6.2 to
-/// 6.16 the kernel's count may be off by some pages per processor: as many may be brought in.
+/// Whether this process has anything swapped out, asked once per scan at most. The kernel's count
+/// may be off by some pages per processor (percpu_counter, Linux 6.2); as many may be brought in.
 #[derive(Default)]
 struct Swap {
     is_empty: Option<bool>,
@@ -355,8 +354,9 @@ const COUNT_LEN: usize = 4096;
 /// The kernel's count of memory failures on this host, cheap to ask again and again: it moves for
 /// those that raise no signal, too.
 ///
-/// It counts a page after its page-table entries are in place. So a scan that follows a change finds
-/// the page, if it is one of this process.
+/// A page is counted when its page-table entries are in place (`action_result`, Linux 5.19), so the
+/// scan that follows a change finds it if it is one of this process. Older kernels count first: scan
+/// once more a moment later.
 #[derive(Debug)]
 pub struct FailureCounter {
     /// One per node, or the one that is /proc/meminfo.

@@ -2,6 +2,7 @@
 //! CONFIG_MEMORY_FAILURE. The kernel raises the AR itself when the guest touches the page.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use mce_relay::Event;
@@ -17,8 +18,11 @@ use crate::relayed::{AR_MCG_STATUS, Relayed};
 const UFFDIO: u32 = 0xaa;
 const UFFD_API: u64 = 0xaa;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
-const UFFD_FEATURE_POISON: u64 = 1 << 14;
-const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+pub const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
+pub const UFFD_FEATURE_POISON: u64 = 1 << 14;
+pub const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
+pub const UFFDIO_REGISTER_MODE_WP: u64 = 2;
+const UFFDIO_WRITEPROTECT_MODE_WP: u64 = 1;
 
 #[repr(C)]
 struct Api {
@@ -43,20 +47,32 @@ struct PoisonPage {
     updated: i64,
 }
 
+#[repr(C)]
+struct WriteProtect {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
 mod ioctls {
-    use super::{Api, PoisonPage, Register, UFFDIO};
+    use super::{Api, PoisonPage, Register, UFFDIO, WriteProtect};
     use vmm_sys_util::ioctl_iowr_nr;
 
     ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, 0x00, Register);
+    ioctl_iowr_nr!(UFFDIO_WRITEPROTECT, UFFDIO, 0x06, WriteProtect);
     ioctl_iowr_nr!(UFFDIO_POISON, UFFDIO, 0x08, PoisonPage);
     ioctl_iowr_nr!(UFFDIO_API, UFFDIO, 0x3f, Api);
 }
-use ioctls::{UFFDIO_API, UFFDIO_POISON, UFFDIO_REGISTER};
+use ioctls::{UFFDIO_API, UFFDIO_POISON, UFFDIO_REGISTER, UFFDIO_WRITEPROTECT};
 
-struct Uffd(OwnedFd);
+pub struct Uffd(OwnedFd);
 
 impl Uffd {
-    fn open() -> io::Result<Self> {
+    pub fn open() -> io::Result<Self> {
+        Self::with_features(UFFD_FEATURE_POISON)
+    }
+
+    pub fn with_features(features: u64) -> io::Result<Self> {
         // SAFETY: takes flags only.
         let fd =
             unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | UFFD_USER_MODE_ONLY) };
@@ -65,25 +81,48 @@ impl Uffd {
         }
         // SAFETY: a descriptor that the kernel has just made, owned by nobody else.
         let uffd = Self(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap()) });
-        let mut api = Api { api: UFFD_API, features: UFFD_FEATURE_POISON, ioctls: 0 };
+        let mut api = Api { api: UFFD_API, features, ioctls: 0 };
         // SAFETY: the ioctl reads and writes one uffdio_api.
         check(unsafe { ioctl_with_mut_ref(&uffd.0, UFFDIO_API(), &mut api) })?;
         Ok(uffd)
     }
 
+    /// Puts `range` into the care of this userfaultfd.
+    pub fn register(&self, range: Range<u64>, mode: u64) -> io::Result<()> {
+        let len = range.end - range.start;
+        let mut register = Register { start: range.start, len, mode, ioctls: 0 };
+        // SAFETY: the ioctl reads and writes one uffdio_register.
+        check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_REGISTER(), &mut register) })
+    }
+
+    /// Marks the empty page at `hva`, in a range that is registered, as bad.
+    pub fn mark(&self, hva: u64) -> io::Result<()> {
+        let mut poison = PoisonPage { start: hva, len: 4096, mode: 0, updated: 0 };
+        // SAFETY: the ioctl reads and writes one uffdio_poison.
+        check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_POISON(), &mut poison) })
+    }
+
+    /// Write-protects `range`, holes and all.
+    pub fn write_protect(&self, range: Range<u64>) -> io::Result<()> {
+        let len = range.end - range.start;
+        let mode = UFFDIO_WRITEPROTECT_MODE_WP;
+        let mut protect = WriteProtect { start: range.start, len, mode };
+        // SAFETY: the ioctl reads one uffdio_writeprotect.
+        check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_WRITEPROTECT(), &mut protect) })
+    }
+
     /// Marks the page at `hva` as bad. What it held is gone.
-    fn poison(&self, hva: u64) -> io::Result<()> {
-        let len = 4096;
-        let mut register =
-            Register { start: hva, len, mode: UFFDIO_REGISTER_MODE_MISSING, ioctls: 0 };
-        let mut poison = PoisonPage { start: hva, len, mode: 0, updated: 0 };
-        // SAFETY: each ioctl reads and writes one structure of its own; the page is guest RAM, into
-        // which no reference exists.
-        unsafe {
-            check(ioctl_with_mut_ref(&self.0, UFFDIO_REGISTER(), &mut register))?;
-            let page = std::ptr::with_exposed_provenance_mut(usize::try_from(hva).unwrap());
-            check(libc::madvise(page, 4096, libc::MADV_DONTNEED))?;
-            check(ioctl_with_mut_ref(&self.0, UFFDIO_POISON(), &mut poison))
+    pub fn poison(&self, hva: u64) -> io::Result<()> {
+        self.register(hva..hva + 4096, UFFDIO_REGISTER_MODE_MISSING)?;
+        let page = std::ptr::with_exposed_provenance_mut(usize::try_from(hva).unwrap());
+        loop {
+            // SAFETY: the page is guest RAM, into which no reference exists.
+            check(unsafe { libc::madvise(page, 4096, libc::MADV_DONTNEED) })?;
+            match self.mark(hva) {
+                // A guest that runs has touched it in between.
+                Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
+                done => return done,
+            }
         }
     }
 }

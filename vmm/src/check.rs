@@ -6,6 +6,7 @@ use comfy_table::{Cell, Color};
 use kvm_ioctls::Kvm;
 use mce_relay::KillPolicy;
 use mce_relay::mca::{BANKS, cap};
+use mce_relay::scan::{FailureCounter, Scanner};
 use serde::Serialize;
 
 use crate::{host, mce_inject, show};
@@ -146,6 +147,21 @@ pub fn check() -> Report {
         early_kill().map(|()| "a thread can ask for it".to_owned()),
         Missing,
         "allow prctl(PR_MCE_KILL) in the seccomp filter; without it only AR arrive",
+    );
+    report.add(
+        "poison without a signal",
+        match (Scanner::new(), FailureCounter::new()) {
+            (Ok(scanner), Some(counter)) => {
+                Ok(format!("found by {}, noticed by {}", scanner.method(), counter.source()))
+            }
+            (Ok(scanner), None) => Err(format!(
+                "found by {}, but there is no count of failures to notice it by",
+                scanner.method()
+            )),
+            (Err(error), _) => Err(error.to_string()),
+        },
+        Missing,
+        "use Linux 5.14 or newer with CONFIG_MEMORY_FAILURE and CONFIG_PROC_PAGE_MONITOR",
     );
     report.add(
         "page frame numbers",
