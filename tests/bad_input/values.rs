@@ -80,6 +80,49 @@ pub fn a_gpa_that_is_not_a_number() {
     refused(&mce_relay(&args), 2, &["0xyz", "0x1000"]);
 }
 
+pub fn a_gpa_list_that_is_not_one() {
+    for (list, named) in [
+        ("0x8000..0x3000", ["0x8000..0x3000", "ends before it starts"]),
+        ("0x1000,0x3000..0x3000", ["0x3000..0x3000", "is empty"]),
+        ("0x3000..", ["\"\" is not a number", "0x3000..0x8000"]),
+        ("0x1000,,0x2000", ["\"\" is not a number", "0x1000"]),
+        ("0x1000 0x2000", ["0x1000 0x2000", "is not a number"]),
+        ("", ["\"\" is not a number", "0x1000"]),
+    ] {
+        let args = ["poison", "--api-socket", "/x", "--via", "madvise", "--gpa", list];
+        refused(&mce_relay(&args), 2, &named);
+    }
+    refused(&mce_relay(&["poison", "--api-socket", "/x", "--via", "madvise"]), 2, &["--gpa"]);
+}
+
+pub fn a_pace_that_is_none() {
+    for (pace, named) in [
+        ("burst=0", ["burst is \"0\"", "from 1 to 4294967295"]),
+        ("burst=1,rate=-1", ["rate is \"-1\"", "from 1 to 4294967295"]),
+        ("rate=4294967296", ["rate is \"4294967296\"", "from 1 to 4294967295"]),
+        ("burst", ["burst is \"\"", "from 1"]),
+        ("speed=3", ["speed=3", "burst=N"]),
+        ("burst=1,burst=2", ["burst", "twice"]),
+        ("burst=1;rate=2", ["burst is \"1;rate=2\"", "from 1"]),
+        ("", ["\"\" is not understood", "burst=N,rate=N"]),
+    ] {
+        refused(&run(&["--kernel", "x", "--ao-pace", pace]), 2, &named);
+    }
+}
+
+pub fn a_policy_that_is_none() {
+    let out = run(&["--kernel", "x", "--on-undeliverable", "panic"]);
+    refused(&out, 2, &["panic", "stop, pause, reset"]);
+}
+
+pub fn a_pause_of_a_vm_that_is_not_there() {
+    for command in ["pause", "resume"] {
+        let out = mce_relay(&[command, "--api-socket", "/nowhere/api"]);
+        refused(&out, 1, &["/nowhere/api", "--api-socket"]);
+        refused(&mce_relay(&[command]), 2, &["--api-socket"]);
+    }
+}
+
 /// A VM that is only there to be asked.
 pub struct Vm {
     pub child: Child,
@@ -121,5 +164,39 @@ pub fn a_gpa_outside_ram() {
         let args = ["poison", "--api-socket", &vm.api, "--via", "hwpoison-inject", "--gpa", gpa];
         refused(&mce_relay(&args), 1, &["is not guest RAM", "0x0 to 0x7ffffff"]);
     }
+    // One bad address among good ones, and a range that runs out of RAM or could not be written down
+    // page by page.
+    for (list, bad) in [
+        ("16M,3G,0x1001000", "GPA 0xc0000000 "),
+        ("0x7fff000..0x8001000", "GPA 0x8000000 "),
+        ("0..0xffffffffffffffff", "GPA 0x8000000 "),
+    ] {
+        let args = ["poison", "--api-socket", &vm.api, "--via", "madvise", "--gpa", list];
+        refused(&mce_relay(&args), 1, &[bad, "is not guest RAM"]);
+    }
     assert!(mce_relay(&["status", "--api-socket", &vm.api]).status.success(), "the VM runs on");
+}
+
+pub fn a_pause_too_many() {
+    let vm = Vm::start();
+    let asked = |command: &str| mce_relay(&[command, "--api-socket", &vm.api]).status.success();
+    let is_paused = || {
+        let out = mce_relay(&["status", "--api-socket", &vm.api, "--json"]);
+        let status: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        status["vm"]["paused"].as_bool().unwrap()
+    };
+    assert!(asked("resume") && !is_paused(), "it was not paused");
+    assert!(asked("pause") && asked("pause") && is_paused());
+    assert!(asked("resume") && asked("resume") && !is_paused());
+    assert!(asked("pause") && is_paused());
+    // A paused VM ends like any other.
+    let mut vm = vm;
+    // SAFETY: sends a signal to a child that has not been waited for.
+    unsafe { libc::kill(vm.child.id().cast_signed(), libc::SIGTERM) };
+    let start = Instant::now();
+    while vm.child.try_wait().unwrap().is_none() {
+        assert!(start.elapsed() < Duration::from_secs(30), "it stays paused");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(vm.child.wait().unwrap().code(), Some(128 + libc::SIGTERM));
 }

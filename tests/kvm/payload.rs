@@ -127,14 +127,16 @@ const PT: usize = 0x4000;
 const GDT: usize = 0x5000;
 const TSS: usize = 0x5800;
 const IDT: usize = 0x6000;
-const CODE: usize = 0x8000;
+/// Where the code lies.
+pub const CODE: usize = 0x8000;
 const STACK: u64 = 0x2_0000;
 /// The page that [`Start::LoadAsUser`] loads from.
 pub const TARGET: u64 = 0x3_0000;
 
 const PRESENT_WRITABLE_USER: u64 = 7;
 const VECTOR_UD: usize = 6;
-const VECTOR_MC: usize = 18;
+/// Machine check.
+pub const VECTOR_MC: usize = 18;
 
 /// Where the payload starts: offsets into the assembly above.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,7 +174,8 @@ pub enum Did {
 pub struct Ram(pub *mut u8);
 
 impl Ram {
-    fn new() -> Self {
+    /// [`Ram::LEN`] bytes that nobody has touched.
+    pub fn new() -> Self {
         // SAFETY: a new private mapping at an address of the kernel's choice.
         let ram = unsafe {
             let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -185,7 +188,8 @@ impl Ram {
         Self(ram.cast())
     }
 
-    fn write(&self, at: usize, bytes: &[u8]) {
+    /// Writes guest memory.
+    pub fn write(&self, at: usize, bytes: &[u8]) {
         assert!(at + bytes.len() <= RAM);
         // SAFETY: inside the mapping, as just checked; no vCPU runs while a test writes.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.0.add(at), bytes.len()) };
@@ -193,6 +197,31 @@ impl Ram {
 
     fn write_u64(&self, at: usize, value: u64) {
         self.write(at, &value.to_le_bytes());
+    }
+
+    /// Reads guest memory.
+    pub fn read<const N: usize>(&self, at: usize) -> [u8; N] {
+        assert!(at + N <= RAM);
+        let mut bytes = [0; N];
+        // SAFETY: inside the mapping, as just checked; no vCPU runs while a test reads.
+        unsafe { ptr::copy_nonoverlapping(self.0.add(at), bytes.as_mut_ptr(), N) };
+        bytes
+    }
+
+    /// Makes it the memory of `vm`, from guest-physical address 0.
+    ///
+    /// # Safety
+    /// It outlives `vm` and its vCPUs.
+    pub unsafe fn give_to(&self, vm: &VmFd) {
+        let region = kvm_userspace_memory_region {
+            slot: 0,
+            guest_phys_addr: 0,
+            memory_size: RAM as u64,
+            userspace_addr: self.hva(),
+            flags: 0,
+        };
+        // SAFETY: the mapping outlives the VM, by this function's contract.
+        unsafe { vm.set_user_memory_region(region).unwrap() };
     }
 
     /// Its first byte's host virtual address.
@@ -214,7 +243,7 @@ impl Drop for Ram {
 pub struct Payload {
     pub vcpu: VcpuFd,
     pub guest: GuestMca,
-    _vm: VmFd,
+    pub vm: VmFd,
     pub ram: Ram,
 }
 
@@ -225,16 +254,13 @@ impl Payload {
         let kvm = Kvm::new().unwrap();
         let vm = kvm.create_vm().unwrap();
         let ram = Ram::new();
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            guest_phys_addr: 0,
-            memory_size: RAM as u64,
-            userspace_addr: ram.hva(),
-            flags: 0,
-        };
-        // SAFETY: the mapping outlives the VM (field order).
-        unsafe { vm.set_user_memory_region(region).unwrap() };
-        fill(&ram);
+        // SAFETY: it outlives the VM (field order).
+        unsafe { ram.give_to(&vm) };
+        // SAFETY: the two symbols delimit the read-only bytes assembled above.
+        let code =
+            unsafe { code_between(&raw const kvm_payload_start, &raw const kvm_payload_end) };
+        fill(&ram, code, &[(VECTOR_UD, UD_HANDLER), (VECTOR_MC, MC_HANDLER)]);
+        ram.write_u64(usize::try_from(TARGET).unwrap(), 0x600d);
 
         let vcpu = vm.create_vcpu(0).unwrap();
         let cpuid = kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
@@ -244,7 +270,7 @@ impl Payload {
         vcpu.set_sregs(&long_mode(vcpu.get_sregs().unwrap(), cr4_mce)).unwrap();
         let rip = CODE as u64 + start as u64;
         vcpu.set_regs(&kvm_regs { rip, rsp: STACK, rflags: 2, ..Default::default() }).unwrap();
-        Self { vcpu, guest, _vm: vm, ram }
+        Self { vcpu, guest, vm, ram }
     }
 
     /// Goes on at `start`.
@@ -258,10 +284,7 @@ impl Payload {
 
     /// Has KVM finish the last exit's I/O, without running the guest.
     pub fn finish_io(&mut self) {
-        self.vcpu.set_kvm_immediate_exit(1);
-        let interrupted = self.vcpu.run().is_err_and(|error| error.errno() == libc::EINTR);
-        assert!(interrupted, "KVM_RUN with immediate_exit set");
-        self.vcpu.set_kvm_immediate_exit(0);
+        finish_io(&mut self.vcpu);
     }
 
     /// Runs to the payload's next word.
@@ -294,14 +317,31 @@ impl Payload {
     }
 }
 
+/// Has KVM finish the I/O of `vcpu`'s last exit, without running the guest.
+pub fn finish_io(vcpu: &mut VcpuFd) {
+    vcpu.set_kvm_immediate_exit(1);
+    let interrupted = vcpu.run().is_err_and(|error| error.errno() == libc::EINTR);
+    assert!(interrupted, "KVM_RUN with immediate_exit set");
+    vcpu.set_kvm_immediate_exit(0);
+}
+
 /// What the payload reports of `record` when it has come through its handler.
 pub fn handled(record: &Record) -> Did {
     let Record { bank, status, addr, mcg_status, .. } = *record;
     Did::Handled { mcg_status, bank, status, addr }
 }
 
-/// Page tables, descriptor tables and code.
-fn fill(ram: &Ram) {
+/// The bytes from `start` to `end`.
+///
+/// # Safety
+/// They delimit memory that is never written.
+pub unsafe fn code_between(start: *const u8, end: *const u8) -> &'static [u8] {
+    // SAFETY: by this function's contract.
+    unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) }
+}
+
+/// Page tables, descriptor tables, and `code` at [`CODE`] with the offsets of its handlers by vector.
+pub fn fill(ram: &Ram, code: &[u8], handlers: &[(usize, u64)]) {
     ram.write_u64(PML4, PDPT as u64 | PRESENT_WRITABLE_USER);
     ram.write_u64(PDPT, PD as u64 | PRESENT_WRITABLE_USER);
     ram.write_u64(PD, PT as u64 | PRESENT_WRITABLE_USER);
@@ -323,22 +363,17 @@ fn fill(ram: &Ram) {
     }
     // SDM vol. 3A, 8.7: RSP0, the stack for handlers that interrupt user mode.
     ram.write_u64(TSS + 4, STACK);
-    for (vector, offset) in [(VECTOR_UD, UD_HANDLER), (VECTOR_MC, MC_HANDLER)] {
+    for (vector, offset) in handlers {
         let handler = CODE as u64 + offset;
         // SDM vol. 3A, 6.14.1: an interrupt gate to the kernel's code segment.
         let gate = handler & 0xffff | 0x8 << 16 | 0x8e00 << 32 | (handler >> 16 & 0xffff) << 48;
         ram.write_u64(IDT + vector * 16, gate);
     }
-    // SAFETY: the two symbols delimit the read-only bytes assembled above.
-    let code = unsafe {
-        let start = &raw const kvm_payload_start;
-        std::slice::from_raw_parts(start, (&raw const kvm_payload_end).addr() - start.addr())
-    };
     ram.write(CODE, code);
-    ram.write_u64(usize::try_from(TARGET).unwrap(), 0x600d);
 }
 
-fn long_mode(mut sregs: kvm_sregs, cr4_mce: bool) -> kvm_sregs {
+/// In long mode on the tables that [`fill`] writes.
+pub fn long_mode(mut sregs: kvm_sregs, cr4_mce: bool) -> kvm_sregs {
     let segment = |selector, type_| kvm_segment {
         base: 0,
         limit: u32::MAX,
@@ -361,7 +396,7 @@ fn long_mode(mut sregs: kvm_sregs, cr4_mce: bool) -> kvm_sregs {
         ..Default::default()
     };
     (sregs.gdt.base, sregs.gdt.limit) = (GDT as u64, 7 * 8 - 1);
-    (sregs.idt.base, sregs.idt.limit) = (IDT as u64, 19 * 16 - 1);
+    (sregs.idt.base, sregs.idt.limit) = (IDT as u64, 256 * 16 - 1);
     sregs.cr0 = 0x8000_0031; // PG, NE, ET, PE (SDM vol. 3A, 2.5)
     sregs.cr3 = PML4 as u64;
     sregs.cr4 = 0x20 | if cr4_mce { CR4_MCE } else { 0 }; // PAE

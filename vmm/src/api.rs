@@ -5,7 +5,13 @@
 //! | `GET /api/v1/vmm.ping` | version and pid |
 //! | `GET /api/v1/vm.info` | [`VmInfo`] |
 //! | `GET /api/v1/relay.status` | [`Status`] |
-//! | `PUT /api/v1/vm.shutdown` | 204; the VM ends |
+//! | `PUT /api/v1/vm.pause` | 204 when no vCPU is in the guest any more; also if that is so already |
+//! | `PUT /api/v1/vm.resume` | 204; the vCPUs go on, whatever they were paused for |
+//! | `PUT /api/v1/vm.shutdown` | 204; the VM ends, paused or not |
+//!
+//! A VM that was paused because a vCPU touched a bad page and cannot be told (`--on-undeliverable
+//! pause`) can be resumed like any other. The vCPU touches the page again, and if the guest still
+//! cannot be told, the VM is paused again.
 //!
 //! Errors are `{"error": "…"}` with a status of 4xx or 5xx. It runs on threads of its own and can
 //! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy it.
@@ -15,12 +21,20 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use log::debug;
 use mce_relay::mca::Vendor;
-use mce_relay::{KillPolicy, LedgerReader, Page};
+use mce_relay::{KillPolicy, LedgerReader, Pace, Page};
 use serde::{Deserialize, Serialize};
 use tiny_http::{Header, Method, Request, Response, Server};
+
+use crate::config::OnUndeliverable;
+use crate::control::{ExitReason, Parked, PauseReason, StopCause, VmControl};
+
+/// How long an answer waits for the vCPUs to leave the guest. More than a vCPU may be held back by a
+/// machine check that other processors have to take part in (five seconds).
+const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why there is no API.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +86,14 @@ pub struct VmInfo {
     pub mcg_cap: String,
     /// When the kernel tells the VMM of a bad page.
     pub mce_kill: KillPolicy,
+    /// How fast the guest is told of AOs.
+    pub ao_pace: Pace,
+    /// What is done about an AR that the guest cannot be told of.
+    pub on_undeliverable: OnUndeliverable,
+    /// Whether the vCPUs are held, or are about to be.
+    pub paused: bool,
+    /// Why, if they are.
+    pub pause_reason: Option<PauseReason>,
     /// Guest RAM, by guest-physical address.
     pub memory: Vec<MemoryBlock>,
     /// The descriptor of the memfd behind it, in the VMM's process.
@@ -108,12 +130,19 @@ struct Problem {
 /// The virtual machine as the API sees it; it changes with every boot.
 #[derive(Clone)]
 pub struct Running {
-    /// What runs.
+    /// What runs; whether it is paused is looked up when somebody asks.
     pub info: VmInfo,
     /// Its ledger.
     pub ledger: LedgerReader,
-    /// Ends it.
-    pub stop: Arc<dyn Fn() + Send + Sync>,
+    /// Its reins.
+    pub control: VmControl,
+}
+
+impl Running {
+    fn info(&self) -> VmInfo {
+        let pause_reason = self.control.paused();
+        VmInfo { paused: pause_reason.is_some(), pause_reason, ..self.info.clone() }
+    }
 }
 
 /// Shared between the VM's owner and the API's threads; `None` between two boots.
@@ -198,24 +227,58 @@ fn answer(request: Request, current: &Current) {
             json(200, &Ping { version: env!("CARGO_PKG_VERSION"), pid: std::process::id() })
         }
         (Method::Get, "/api/v1/vm.info") => {
-            current.get().map_or_else(none, |running| json(200, &running.info))
+            current.get().map_or_else(none, |running| json(200, &running.info()))
         }
         (Method::Get, "/api/v1/relay.status") => current.get().map_or_else(none, |running| {
-            json(200, &Status { pages: running.ledger.pages(), vm: running.info })
+            json(200, &Status { pages: running.ledger.pages(), vm: running.info() })
         }),
         (Method::Put, "/api/v1/vm.shutdown") => current.get().map_or_else(none, |running| {
-            (running.stop)();
-            Response::from_data(Vec::new()).with_status_code(204)
+            let cause = StopCause::Request("the API".to_owned());
+            running.control.stop(ExitReason::Stopped(cause));
+            done()
+        }),
+        (Method::Put, "/api/v1/vm.pause") => {
+            current.get().map_or_else(none, |running| pause(&running.control, PAUSE_PATIENCE))
+        }
+        (Method::Put, "/api/v1/vm.resume") => current.get().map_or_else(none, |running| {
+            running.control.resume();
+            done()
         }),
         (
             _,
-            "/api/v1/vmm.ping" | "/api/v1/vm.info" | "/api/v1/relay.status" | "/api/v1/vm.shutdown",
+            "/api/v1/vmm.ping"
+            | "/api/v1/vm.info"
+            | "/api/v1/relay.status"
+            | "/api/v1/vm.pause"
+            | "/api/v1/vm.resume"
+            | "/api/v1/vm.shutdown",
         ) => problem(405, format!("{path} does not take the method {}", request.method())),
         _ => problem(404, format!("there is nothing at {path}")),
     };
     if let Err(error) = request.respond(response) {
         debug!("API client went away: {error}");
     }
+}
+
+fn pause(control: &VmControl, patience: Duration) -> Response<io::Cursor<Vec<u8>>> {
+    control.request_pause(PauseReason::Request);
+    match control.wait_parked(patience) {
+        Parked::All => done(),
+        Parked::Not(vcpus) => problem(
+            503,
+            format!(
+                "the pause is on its way, but {vcpus} of the vCPUs have not stopped yet; ask again"
+            ),
+        ),
+        Parked::Unpaused => {
+            problem(503, "the VM ended or was resumed before it had paused; ask again".to_owned())
+        }
+    }
+}
+
+/// There is nothing to say but that it is done.
+fn done() -> Response<io::Cursor<Vec<u8>>> {
+    Response::from_data(Vec::new()).with_status_code(204)
 }
 
 fn problem(status: u16, error: String) -> Response<io::Cursor<Vec<u8>>> {
@@ -229,6 +292,26 @@ fn json(status: u16, body: &impl Serialize) -> Response<io::Cursor<Vec<u8>>> {
     match Header::from_bytes("Content-Type", "application/json") {
         Ok(header) => response.with_header(header),
         Err(()) => response,
+    }
+}
+
+/// For tests: a VM without RAM.
+#[cfg(test)]
+pub(crate) fn an_info() -> VmInfo {
+    VmInfo {
+        version: String::new(),
+        pid: 1,
+        boot: 1,
+        vcpus: 1,
+        vendor: Vendor::Amd,
+        mcg_cap: "0x10a".into(),
+        mce_kill: KillPolicy::Early,
+        ao_pace: Pace::default(),
+        on_undeliverable: OnUndeliverable::Stop,
+        paused: false,
+        pause_reason: None,
+        memory: Vec::new(),
+        memory_fd: 3,
     }
 }
 
@@ -265,7 +348,27 @@ mod tests {
         assert!(error.contains("/api/v1/nothing"), "{error}");
         let error = client::put(&path, "vmm.ping").unwrap_err().to_string();
         assert!(error.contains("PUT"), "{error}");
+        for what in ["vm.pause", "vm.resume", "vm.shutdown"] {
+            let error = client::put(&path, what).unwrap_err().to_string();
+            assert!(error.contains("between two boots"), "{what}: {error}");
+            let error = client::get::<()>(&path, what).unwrap_err().to_string();
+            assert!(error.contains("GET"), "{what}: {error}");
+        }
         drop(api);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_pause_that_does_not_come_about_is_no_success() {
+        crate::vcpu::install_kick_handler();
+        let control = VmControl::new(1).unwrap();
+        // A vCPU that does not stop.
+        control.enrol(0);
+        assert_eq!(pause(&control, Duration::from_millis(5)).status_code(), 503);
+        assert!(control.paused().is_some(), "it is asked for all the same");
+        control.leave(0);
+        assert_eq!(pause(&control, Duration::from_millis(5)).status_code(), 204);
+        control.stop(ExitReason::PowerOff);
+        assert_eq!(pause(&control, Duration::from_millis(5)).status_code(), 503);
     }
 }

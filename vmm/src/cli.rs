@@ -4,9 +4,10 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use mce_relay::Pace;
 
-use crate::config::{CpuVendor, SerialMode};
-use crate::poison::Means;
+use crate::config::{CpuVendor, OnUndeliverable, SerialMode};
+use crate::poison::{Means, PageRange};
 
 /// Runs Linux guests on KVM and tells them of the host's memory errors.
 #[derive(Debug, Parser)]
@@ -27,10 +28,13 @@ pub enum Command {
     ///
     /// Exit status: 0 the guest powered off, or the API ended it; 1 it could not be started, or this
     /// program failed; 2 the command line is wrong; 3 the guest reset itself (with --no-reboot);
-    /// 4 triple fault; 5 KVM failed; 6 the guest touched a bad page and could not be told;
-    /// 128+N ended by signal N.
+    /// 4 triple fault; 5 KVM failed; 6 the guest touched a bad page and could not be told (with
+    /// --on-undeliverable stop, or reset and --no-reboot); 128+N ended by signal N.
     Run(Box<RunArgs>),
-    /// Make a page of a running guest go bad, on the host.
+    /// Make pages of a running guest go bad, on the host.
+    ///
+    /// All addresses are checked before the first page is poisoned; then the pages are poisoned as
+    /// fast as the kernel takes them, and looked at. Exit status 1 when not all of them are bad.
     ///
     /// Needs root, and a host kernel with memory failure handling. It really takes the page out of
     /// use on this host: use the lab (make lab) unless the host is meant for it.
@@ -38,9 +42,10 @@ pub enum Command {
         /// API socket of the VM (path=PATH or PATH).
         #[arg(long, value_name = "path=PATH")]
         api_socket: ApiPath,
-        /// Guest-physical address in the page: 0x…, or decimal with K, M or G.
-        #[arg(long, value_parser = parse_number)]
-        gpa: u64,
+        /// Guest-physical addresses and ranges, e.g. 0x1000,0x3000..0x8000: 0x…, or decimal with K,
+        /// M or G; a range is all pages from its start to before its end. May be given repeatedly.
+        #[arg(long, value_name = "LIST", required = true, value_delimiter = ',')]
+        gpa: Vec<PageRange>,
         /// By what means.
         #[arg(long, value_enum)]
         via: Means,
@@ -65,6 +70,24 @@ pub enum Command {
         /// Print JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Hold all vCPUs of a running VM; returns when none of them is in the guest any more.
+    ///
+    /// Memory errors are still taken meanwhile, and told when the VM goes on.
+    Pause {
+        /// API socket of the VM (path=PATH or PATH).
+        #[arg(long, value_name = "path=PATH")]
+        api_socket: ApiPath,
+    },
+    /// Let a paused VM go on.
+    ///
+    /// If it was paused because the guest touched a bad page and could not be told
+    /// (--on-undeliverable pause), the vCPU touches the page again, and if the guest still cannot be
+    /// told, the VM is paused again.
+    Resume {
+        /// API socket of the VM (path=PATH or PATH).
+        #[arg(long, value_name = "path=PATH")]
+        api_socket: ApiPath,
     },
     /// Show what this host and its kernel offer, and what to do about what is missing.
     ///
@@ -115,7 +138,18 @@ pub struct RunArgs {
     /// When to take errors: as soon as the host knows of them, or when the guest touches them.
     #[arg(long, default_value = "early", value_enum)]
     pub mce_kill: Kill,
-    /// End when the guest resets itself, instead of starting it again.
+    /// What to do when the guest touched a bad page and cannot be told.
+    #[arg(long, default_value = "stop", value_enum)]
+    pub on_undeliverable: OnUndeliverable,
+    /// How fast the guest is told of AOs: burst=N at once, then rate=N a second, or one of the two.
+    ///
+    /// Linux keeps the errors it is told of in a short queue until it has taken each page out of
+    /// use (6.1: about 32 records), and what does not fit there is lost without a word; nothing
+    /// tells the VMM how full it is. The default uses half of that, at a rate that a guest with a
+    /// slow console keeps up with. An AR never waits for this.
+    #[arg(long, default_value_t, value_name = "burst=N,rate=N")]
+    pub ao_pace: AoPace,
+    /// End when the guest resets itself or would be reset, instead of starting it again.
     #[arg(long)]
     pub no_reboot: bool,
 }
@@ -240,6 +274,66 @@ impl FromStr for Serial {
     }
 }
 
+/// `burst=N`, `rate=N`, or both with a comma between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct AoPace(pub Pace);
+
+impl FromStr for AoPace {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (mut burst, mut rate) = (None, None);
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            let number = match key {
+                "burst" => &mut burst,
+                "rate" => &mut rate,
+                _ => {
+                    return Err(format!(
+                        "{part:?} is not understood; expected burst=N, rate=N or burst=N,rate=N"
+                    ));
+                }
+            };
+            let parsed = value.parse().ok().filter(|number| *number > 0);
+            let Some(parsed) = parsed else {
+                return Err(format!(
+                    "{key} is {value:?}; expected a number from 1 to {}",
+                    u32::MAX
+                ));
+            };
+            if number.replace(parsed).is_some() {
+                return Err(format!("{key} is given twice"));
+            }
+        }
+        let default = Pace::default();
+        Ok(Self(Pace { burst: burst.unwrap_or(default.burst), rate: rate.unwrap_or(default.rate) }))
+    }
+}
+
+impl std::fmt::Display for AoPace {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Pace { burst, rate } = self.0;
+        write!(f, "burst={burst},rate={rate}")
+    }
+}
+
+impl FromStr for PageRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some((start, end)) = text.split_once("..") else {
+            return parse_number(text).map(Self::page);
+        };
+        let number =
+            |text| parse_number(text).map_err(|error| format!("{error}, as in 0x3000..0x8000"));
+        let (start, end) = (number(start)?, number(end)?);
+        Self::new(start, end).ok_or_else(|| match start == end {
+            true => format!("{text} is empty: the end of a range is not part of it"),
+            false => format!("{text} ends before it starts"),
+        })
+    }
+}
+
 /// A number of bytes or an address: `0x…` or decimal, with K, M, G or T for powers of 1024.
 ///
 /// # Errors
@@ -288,6 +382,55 @@ mod tests {
         for bad in ["", "size=", "size=1G,shared=on", "hugepages=on"] {
             assert!(bad.parse::<Memory>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn paces() {
+        let default = Pace::default();
+        assert_eq!("burst=8,rate=2".parse(), Ok(AoPace(Pace { burst: 8, rate: 2 })));
+        assert_eq!("rate=2,burst=8".parse(), Ok(AoPace(Pace { burst: 8, rate: 2 })));
+        assert_eq!("burst=8".parse(), Ok(AoPace(Pace { burst: 8, ..default })));
+        assert_eq!("rate=2".parse(), Ok(AoPace(Pace { rate: 2, ..default })));
+        assert_eq!(AoPace::default().to_string().parse(), Ok(AoPace(default)));
+        for (bad, named) in [
+            ("", "\"\" is not understood"),
+            ("8", "\"8\""),
+            ("burst", "burst is \"\""),
+            ("burst=", "1 to 4294967295"),
+            ("burst=0", "burst is \"0\""),
+            ("rate=-1", "rate is \"-1\""),
+            ("rate=4294967296", "4294967296"),
+            ("burst=1,burst=2", "twice"),
+            ("burst=1,", "\"\" is not understood"),
+            ("speed=1", "speed=1"),
+        ] {
+            let error = bad.parse::<AoPace>().unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn pages_and_ranges() {
+        assert_eq!("0x1000".parse(), Ok(PageRange::page(0x1000)));
+        assert_eq!("0x3000..0x8000".parse(), Ok(PageRange::new(0x3000, 0x8000).unwrap()));
+        assert_eq!("16M..17M".parse(), Ok(PageRange::new(16 << 20, 17 << 20).unwrap()));
+        for (bad, named) in [
+            ("", "\"\""),
+            ("0x3000..", "\"\""),
+            ("..0x3000", "\"\""),
+            ("0x3000...0x8000", ".0x8000"),
+            ("0x3000-0x8000", "0x3000-0x8000"),
+            ("0x8000..0x3000", "0x8000..0x3000 ends before it starts"),
+            ("0x3000..0x3000", "0x3000..0x3000 is empty"),
+        ] {
+            let error = bad.parse::<PageRange>().unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+        let list = ["mce-relay", "poison", "--api-socket", "/x", "--via", "madvise"];
+        let list = list.iter().copied().chain(["--gpa", "0x1000,0x3000..0x5000", "--gpa", "1M"]);
+        let Command::Poison { gpa, .. } = Cli::parse_from(list).command else { unreachable!() };
+        let expected = ["0x1000", "0x3000..0x5000", "1M"].map(|text| text.parse().unwrap());
+        assert_eq!(gpa, expected);
     }
 
     #[test]

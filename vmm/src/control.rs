@@ -5,11 +5,13 @@
 use std::{
     fmt, io,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicU8, Ordering},
     },
+    time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::{
     eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
     signal::SIGRTMIN,
@@ -36,6 +38,55 @@ impl fmt::Display for StopCause {
     }
 }
 
+/// A vCPU touched a bad page, and the guest cannot be told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Undeliverable {
+    /// The vCPU's index.
+    pub vcpu: u8,
+    /// Guest-physical address of the page.
+    #[serde(with = "crate::hex")]
+    pub gpa: u64,
+    /// Why the guest cannot be told.
+    pub why: String,
+}
+
+impl fmt::Display for Undeliverable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { vcpu, gpa, why } = self;
+        write!(f, "vCPU {vcpu} touched the bad page at {gpa:#x} and cannot be told: {why}")
+    }
+}
+
+/// Why a VM is paused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "reason")]
+pub enum PauseReason {
+    /// Asked for from outside.
+    Request,
+    /// The user's policy for what cannot be told.
+    Undeliverable(Undeliverable),
+}
+
+impl fmt::Display for PauseReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Request => f.write_str("on request"),
+            Self::Undeliverable(what) => what.fmt(f),
+        }
+    }
+}
+
+/// How far a pause has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parked {
+    /// No vCPU is in the guest, and none will enter it.
+    All,
+    /// So many vCPUs have not come to their parking place yet.
+    Not(usize),
+    /// The VM is not paused (any more): it was resumed, or it ends.
+    Unpaused,
+}
+
 /// Why a VM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExitReason {
@@ -55,15 +106,8 @@ pub enum ExitReason {
         /// What happened.
         what: String,
     },
-    /// The guest cannot be told of a bad page that this vCPU touched.
-    Undeliverable {
-        /// Its index.
-        vcpu: u8,
-        /// Guest-physical address of the page.
-        gpa: u64,
-        /// Why it cannot be told.
-        why: String,
-    },
+    /// The guest cannot be told of a bad page that a vCPU touched.
+    Undeliverable(Undeliverable),
     /// Stopped from outside.
     Stopped(StopCause),
     /// This program could not go on.
@@ -77,9 +121,7 @@ impl fmt::Display for ExitReason {
             Self::Reset => f.write_str("the guest reset itself"),
             Self::TripleFault { vcpu } => write!(f, "triple fault on vCPU {vcpu}"),
             Self::KvmError { vcpu, what } => write!(f, "KVM error on vCPU {vcpu}: {what}"),
-            Self::Undeliverable { vcpu, gpa, why } => {
-                write!(f, "vCPU {vcpu} touched the bad page at {gpa:#x} and cannot be told: {why}")
-            }
+            Self::Undeliverable(what) => what.fmt(f),
             Self::Stopped(cause) => write!(f, "stopped by {cause}"),
             Self::Fatal(what) => write!(f, "fatal: {what}"),
         }
@@ -98,23 +140,41 @@ pub(crate) enum State {
 #[derive(Debug, Default)]
 struct Inner {
     reason: Option<ExitReason>,
+    /// Set as long as the state is [`State::Paused`].
+    pause: Option<PauseReason>,
     /// Thread ids of the vCPUs that are alive.
     threads: Vec<Option<libc::pid_t>>,
     parked: usize,
 }
 
-#[derive(Debug)]
+impl Inner {
+    /// vCPUs that are alive and not parked.
+    fn afoot(&self) -> usize {
+        self.threads.iter().flatten().count().saturating_sub(self.parked)
+    }
+}
+
+/// Called when a VM is paused, with the reason, and when it is resumed, with `None`.
+type PauseObserver = dyn Fn(Option<&PauseReason>) + Send + Sync;
+
 struct Shared {
     /// A copy of what `inner` protects, so that the run loop need not lock.
     state: AtomicU8,
     inner: Mutex<Inner>,
     changed: Condvar,
     ended: EventFd,
+    observer: OnceLock<Box<PauseObserver>>,
 }
 
 /// A handle to a VM.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct VmControl(Arc<Shared>);
+
+impl fmt::Debug for VmControl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VmControl").field("state", &self.state()).finish_non_exhaustive()
+    }
+}
 
 impl VmControl {
     /// Reins for so many vCPUs, none of which runs yet.
@@ -127,6 +187,7 @@ impl VmControl {
             inner: Mutex::new(Inner { threads: vec![None; usize::from(cpus)], ..Inner::default() }),
             changed: Condvar::new(),
             ended: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            observer: OnceLock::new(),
         })))
     }
 
@@ -142,6 +203,7 @@ impl VmControl {
             return;
         }
         inner.reason = Some(reason);
+        inner.pause = None;
         self.0.state.store(State::Ending as u8, Ordering::Release);
         kick_threads(&inner);
         self.0.changed.notify_all();
@@ -156,34 +218,82 @@ impl VmControl {
         self.lock().reason.clone()
     }
 
-    /// Makes every vCPU leave the guest and wait. Returns when all of them do, or the VM ends.
-    ///
-    /// Not to be called on a vCPU's own thread, which would wait for itself.
-    pub fn pause(&self) {
-        let mut inner = self.lock();
-        if self.state() == State::Running {
-            self.0.state.store(State::Paused as u8, Ordering::Release);
-        }
-        kick_threads(&inner);
-        while self.state() == State::Paused && inner.parked < inner.threads.iter().flatten().count()
-        {
-            inner = self.0.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+    /// Has `observer` called with the reason whenever the VM is paused, and with `None` when it is
+    /// resumed, in the order in which that happens. It is called with a lock held: it must be quick,
+    /// must not block and must not use this handle. The first observer stays.
+    pub fn observe_pauses(&self, observer: impl Fn(Option<&PauseReason>) + Send + Sync + 'static) {
+        if self.0.observer.set(Box::new(observer)).is_err() {
+            log::error!("the VM's pauses have an observer already");
         }
     }
 
-    /// Lets paused vCPUs go on.
+    /// Makes every vCPU leave the guest and wait, and returns at once; [`Self::wait_parked`] tells
+    /// when they do. May be called on a vCPU's own thread, which then has to go round its loop.
+    ///
+    /// A VM that ends stays ending. Of several reasons the first is kept, except that a page that
+    /// cannot be told of counts more than a request.
+    pub fn request_pause(&self, reason: PauseReason) {
+        let mut inner = self.lock();
+        let news = match self.state() {
+            State::Running => true,
+            State::Paused => {
+                inner.pause == Some(PauseReason::Request) && reason != PauseReason::Request
+            }
+            State::Ending => return,
+        };
+        if news {
+            self.0.state.store(State::Paused as u8, Ordering::Release);
+            self.tell_observer(Some(&reason));
+            inner.pause = Some(reason);
+        }
+        kick_threads(&inner);
+    }
+
+    /// Waits until all vCPUs of a paused VM are parked, the VM is resumed or ends, or `patience` is
+    /// over.
+    ///
+    /// Not to be called on a vCPU's own thread, which would wait for itself.
+    #[must_use]
+    pub fn wait_parked(&self, patience: Duration) -> Parked {
+        let is_under_way = |inner: &mut Inner| self.state() == State::Paused && inner.afoot() > 0;
+        let waited = self.0.changed.wait_timeout_while(self.lock(), patience, is_under_way);
+        let (inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match inner.afoot() {
+            _ if self.state() != State::Paused => Parked::Unpaused,
+            0 => Parked::All,
+            afoot => Parked::Not(afoot),
+        }
+    }
+
+    /// [`Self::request_pause`] and [`Self::wait_parked`], however long it takes. Not to be called on
+    /// a vCPU's own thread either.
+    pub fn pause(&self) -> Parked {
+        self.request_pause(PauseReason::Request);
+        self.wait_parked(Duration::MAX)
+    }
+
+    /// Lets paused vCPUs go on, whatever they were paused for.
     pub fn resume(&self) {
-        let _inner = self.lock();
+        let mut inner = self.lock();
         if self.state() == State::Paused {
             self.0.state.store(State::Running as u8, Ordering::Release);
+            inner.pause = None;
+            self.tell_observer(None);
         }
         self.0.changed.notify_all();
     }
 
-    /// Whether the VM is paused.
+    /// Why the VM is paused, if it is.
     #[must_use]
-    pub fn is_paused(&self) -> bool {
-        self.state() == State::Paused
+    pub fn paused(&self) -> Option<PauseReason> {
+        self.lock().pause.clone()
+    }
+
+    /// Tells the observer, in the order of what happens because the caller holds the lock.
+    fn tell_observer(&self, reason: Option<&PauseReason>) {
+        if let Some(observer) = self.0.observer.get() {
+            observer(reason);
+        }
     }
 
     /// Makes one vCPU leave the guest and pass its hook before it enters again.
@@ -253,7 +363,20 @@ fn kick_thread(thread: libc::pid_t) {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::{
+            atomic::{AtomicBool, AtomicU64},
+            mpsc::channel,
+        },
+        thread::{self, JoinHandle, sleep},
+        time::Instant,
+    };
+
     use super::*;
+
+    fn untold(vcpu: u8) -> PauseReason {
+        PauseReason::Undeliverable(Undeliverable { vcpu, gpa: 0x1000, why: "test".into() })
+    }
 
     #[test]
     fn first_reason_counts() {
@@ -263,22 +386,179 @@ mod tests {
         control.stop(ExitReason::Reset);
         assert_eq!(control.exit_reason(), Some(ExitReason::PowerOff));
         assert_eq!(control.state(), State::Ending);
-        control.pause();
+        assert_eq!(control.pause(), Parked::Unpaused);
         control.resume();
         assert_eq!(control.state(), State::Ending, "the end is final");
+        assert_eq!(control.paused(), None);
         assert_eq!(control.ended().read().unwrap(), 1);
     }
 
     #[test]
     fn pause_waits_for_whoever_is_alive() {
         let control = VmControl::new(1).unwrap();
-        control.pause();
-        assert!(control.is_paused(), "with nobody to wait for");
+        assert_eq!(control.pause(), Parked::All, "with nobody to wait for");
+        assert_eq!(control.paused(), Some(PauseReason::Request));
         control.resume();
-        assert!(!control.is_paused());
+        assert_eq!(control.paused(), None);
+        assert_eq!(control.wait_parked(Duration::MAX), Parked::Unpaused);
         // A kick without threads goes nowhere.
         control.kick(0);
         control.kick(9);
         control.kick_all();
+    }
+
+    #[test]
+    fn each_change_is_told_once_and_a_page_counts_more_than_a_request() {
+        let control = VmControl::new(2).unwrap();
+        let (send, told) = channel();
+        control.observe_pauses(move |reason| send.send(reason.cloned()).unwrap());
+        control.request_pause(PauseReason::Request);
+        control.request_pause(PauseReason::Request);
+        control.request_pause(untold(1));
+        control.request_pause(untold(0));
+        control.request_pause(PauseReason::Request);
+        assert_eq!(control.paused(), Some(untold(1)));
+        control.resume();
+        control.resume();
+        control.request_pause(untold(0));
+        control.stop(ExitReason::PowerOff);
+        control.request_pause(untold(0));
+        control.resume();
+        assert_eq!(control.paused(), None, "the end is no pause");
+        let told: Vec<Option<PauseReason>> = told.try_iter().collect();
+        let expected = [Some(PauseReason::Request), Some(untold(1)), None, Some(untold(0))];
+        assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn reasons_in_json() {
+        let json = serde_json::to_value(untold(1)).unwrap();
+        let expected = serde_json::json!({
+            "reason": "undeliverable", "vcpu": 1, "gpa": "0x1000", "why": "test"
+        });
+        assert_eq!(json, expected);
+        assert_eq!(serde_json::from_value::<PauseReason>(json).unwrap(), untold(1));
+        let json = serde_json::to_value(PauseReason::Request).unwrap();
+        assert_eq!(json, serde_json::json!({ "reason": "request" }));
+    }
+
+    /// Threads that go round as vCPUs do, without a guest.
+    struct Crew {
+        control: VmControl,
+        rounds: Arc<AtomicU64>,
+        threads: Vec<JoinHandle<()>>,
+    }
+
+    impl Crew {
+        /// Each of them asks for a pause itself every so many rounds; 0 is never.
+        fn start(count: u8, pause_every: u64) -> Self {
+            crate::vcpu::install_kick_handler();
+            let control = VmControl::new(count).unwrap();
+            let rounds = Arc::new(AtomicU64::new(0));
+            let threads = (0..count).map(|vcpu| {
+                let (control, rounds) = (control.clone(), Arc::clone(&rounds));
+                thread::spawn(move || {
+                    control.enrol(vcpu);
+                    for round in 1_u64.. {
+                        match control.state() {
+                            State::Paused => control.park(),
+                            State::Ending => break,
+                            State::Running if round.checked_rem(pause_every) == Some(0) => {
+                                control.request_pause(untold(vcpu));
+                            }
+                            State::Running => {
+                                rounds.fetch_add(1, Ordering::SeqCst);
+                                thread::yield_now();
+                            }
+                        }
+                    }
+                    control.leave(vcpu);
+                })
+            });
+            let threads = threads.collect();
+            let crew = Self { control, rounds, threads };
+            crew.goes_on();
+            crew
+        }
+
+        fn rounds(&self) -> u64 {
+            self.rounds.load(Ordering::SeqCst)
+        }
+
+        fn goes_on(&self) {
+            let (before, start) = (self.rounds(), Instant::now());
+            while self.rounds() == before {
+                assert!(start.elapsed() < Duration::from_secs(20), "nobody moves");
+                self.control.resume();
+                thread::yield_now();
+            }
+        }
+
+        fn ends(self) {
+            self.control.stop(ExitReason::PowerOff);
+            let start = Instant::now();
+            for thread in self.threads {
+                while !thread.is_finished() {
+                    assert!(start.elapsed() < Duration::from_secs(20), "somebody stays parked");
+                    sleep(Duration::from_millis(1));
+                }
+                thread.join().unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_pause_that_has_come_to_its_end_holds_everybody() {
+        let crew = Crew::start(4, 0);
+        for _ in 0..300 {
+            assert_eq!(crew.control.pause(), Parked::All);
+            let before = crew.rounds();
+            assert_eq!(crew.control.pause(), Parked::All, "once more is the same");
+            thread::yield_now();
+            assert_eq!(crew.rounds(), before);
+            crew.goes_on();
+        }
+        assert_eq!(crew.control.pause(), Parked::All);
+        crew.ends();
+    }
+
+    #[test]
+    fn pauses_from_all_sides_lose_nobody() {
+        let crew = Crew::start(4, 50);
+        let over = Arc::new(AtomicBool::new(false));
+        let others: Vec<JoinHandle<()>> = (0..3)
+            .map(|other| {
+                let (control, over) = (crew.control.clone(), Arc::clone(&over));
+                thread::spawn(move || {
+                    while !over.load(Ordering::SeqCst) {
+                        match other {
+                            0 => assert!(!matches!(control.pause(), Parked::Not(_))),
+                            1 => control.request_pause(PauseReason::Request),
+                            _ => control.resume(),
+                        }
+                        thread::yield_now();
+                    }
+                })
+            })
+            .collect();
+        sleep(Duration::from_millis(300));
+        over.store(true, Ordering::SeqCst);
+        // Whoever waits in a pause is let go by what goes on, or by the end.
+        crew.goes_on();
+        crew.control.request_pause(untold(0));
+        crew.ends();
+        others.into_iter().for_each(|other| other.join().unwrap());
+    }
+
+    #[test]
+    fn a_pause_says_for_how_many_it_waits() {
+        let control = VmControl::new(2).unwrap();
+        crate::vcpu::install_kick_handler();
+        // This thread takes part and does not go round.
+        control.enrol(0);
+        control.request_pause(PauseReason::Request);
+        assert_eq!(control.wait_parked(Duration::from_millis(5)), Parked::Not(1));
+        control.leave(0);
+        assert_eq!(control.wait_parked(Duration::ZERO), Parked::All);
     }
 }

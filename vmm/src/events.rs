@@ -12,9 +12,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use log::{info, warn};
+use log::{Level, info, log, warn};
 use serde::Serialize;
 use serde_json::{Value, json};
+
+use crate::control::PauseReason;
 
 /// The event monitor's file could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -47,8 +49,35 @@ pub enum VmEvent {
         /// The exit status that stands for it.
         status: u8,
     },
-    /// The guest has reset itself and is started again, with whole memory.
-    Reset,
+    /// The guest is started again, with whole memory.
+    Reset {
+        /// What made that necessary.
+        reason: String,
+        /// The user's policy had it reset, not the guest itself.
+        by_policy: bool,
+    },
+    /// The vCPUs leave the guest and wait.
+    Paused {
+        /// Why.
+        #[serde(flatten)]
+        reason: PauseReason,
+        /// How the user goes on from here.
+        #[serde(skip)]
+        way_on: String,
+    },
+    /// The vCPUs go on.
+    Resumed,
+}
+
+impl VmEvent {
+    /// What nobody asked for and somebody may have to act on is shown without being asked for.
+    fn level(&self) -> Level {
+        match self {
+            Self::Paused { reason: PauseReason::Undeliverable(_), .. }
+            | Self::Reset { by_policy: true, .. } => Level::Warn,
+            _ => Level::Info,
+        }
+    }
 }
 
 impl std::fmt::Display for VmEvent {
@@ -58,7 +87,9 @@ impl std::fmt::Display for VmEvent {
                 write!(f, "boot {boot}: {vendor:?}-style guest, MCG_CAP {mcg_cap}")
             }
             Self::Ended { how, status } => write!(f, "ended: {how} (exit status {status})"),
-            Self::Reset => f.write_str("the guest reset itself; starting it again"),
+            Self::Reset { reason, .. } => write!(f, "{reason}; starting the guest again"),
+            Self::Paused { reason, way_on } => write!(f, "paused: {reason}; {way_on}"),
+            Self::Resumed => f.write_str("resumed"),
         }
     }
 }
@@ -101,6 +132,15 @@ impl Monitor {
         })
     }
 
+    /// A sink for what other threads report of the VM: quick, does not block.
+    pub fn for_vm(&self) -> impl Fn(VmEvent) + Send + Sync + 'static {
+        let (start, send) = (self.start, self.send.clone());
+        move |event| {
+            // As above.
+            let _ = send.send(Message::Vm(start.elapsed(), event));
+        }
+    }
+
     /// Reports an event of the VM.
     pub fn emit(&self, event: VmEvent) {
         let _ = self.send.send(Message::Vm(self.start.elapsed(), event));
@@ -124,7 +164,7 @@ fn write_down(messages: &Receiver<Message>, mut file: Option<File>) {
                 (time, line(time, "relay", &event))
             }
             Message::Vm(time, event) => {
-                info!(target: "vm", "{event}");
+                log!(target: "vm", event.level(), "{event}");
                 (time, line(time, "vm", &event))
             }
             Message::End => return,
@@ -155,6 +195,7 @@ fn line(time: Duration, source: &str, event: &impl Serialize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Undeliverable;
 
     #[test]
     fn a_line_has_the_four_fields() {
@@ -172,10 +213,29 @@ mod tests {
         let path = tempfile::tempdir().unwrap().keep().join("events");
         let monitor = Monitor::start(Some(&path)).unwrap();
         for _ in 0..100 {
-            monitor.emit(VmEvent::Reset);
+            monitor.emit(VmEvent::Resumed);
         }
         drop(monitor);
         assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 100);
+    }
+
+    #[test]
+    fn a_pause_names_its_reason_and_the_way_on() {
+        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why: "CR4.MCE is clear".into() };
+        let event = VmEvent::Paused {
+            reason: PauseReason::Undeliverable(what),
+            way_on: "resume it".into(),
+        };
+        assert_eq!(event.level(), Level::Warn, "seen without -v");
+        let words = "paused: vCPU 1 touched the bad page at 0x5000 and cannot be told: \
+                     CR4.MCE is clear; resume it";
+        assert_eq!(event.to_string(), words);
+        let value: Value = serde_json::from_str(&line(Duration::ZERO, "vm", &event)).unwrap();
+        assert_eq!(value["event"], "paused");
+        let properties = json!({
+            "reason": "undeliverable", "vcpu": 1, "gpa": "0x5000", "why": "CR4.MCE is clear"
+        });
+        assert_eq!(value["properties"], properties);
     }
 
     #[test]

@@ -64,11 +64,81 @@ fn file_error(
     move |source| HostError::File { what, path, mend, source }
 }
 
-fn read_u64(path: &Path, index: u64, mend: &'static str) -> Result<u64, HostError> {
-    let file = File::open(path).map_err(file_error("open", path, mend))?;
-    let mut entry = [0; 8];
-    file.read_exact_at(&mut entry, index * 8).map_err(file_error("read", path, mend))?;
-    Ok(u64::from_ne_bytes(entry))
+/// A file of the kernel with eight bytes for each page.
+#[derive(Debug)]
+struct Table {
+    file: File,
+    path: PathBuf,
+    mend: &'static str,
+}
+
+impl Table {
+    fn open(path: PathBuf, mend: &'static str) -> Result<Self, HostError> {
+        let file = File::open(&path).map_err(file_error("open", &path, mend))?;
+        Ok(Self { file, path, mend })
+    }
+
+    fn read(&self, index: u64) -> Result<u64, HostError> {
+        let mut entry = [0; 8];
+        self.file
+            .read_exact_at(&mut entry, index * 8)
+            .map_err(file_error("read", &self.path, self.mend))?;
+        Ok(u64::from_ne_bytes(entry))
+    }
+}
+
+/// What is behind the virtual addresses of a process.
+#[derive(Debug)]
+pub struct Pagemap(Table);
+
+impl Pagemap {
+    /// That of process `pid`.
+    ///
+    /// # Errors
+    /// There is no such process, or it is not shown to this user.
+    pub fn open(pid: u32) -> Result<Self, HostError> {
+        let path = PathBuf::from(format!("/proc/{pid}/pagemap"));
+        Table::open(path, "run it as root, on the host that runs the VM").map(Self)
+    }
+
+    /// The page frame number behind host virtual address `hva`.
+    ///
+    /// # Errors
+    /// There is no such page, or it is not shown to this user.
+    pub fn pfn(&self, hva: u64) -> Result<u64, HostError> {
+        let entry = self.0.read(hva >> PAGE_SHIFT)?;
+        match entry & PM_PFN {
+            _ if entry & PM_PRESENT == 0 && entry & PM_SWAP != 0 => {
+                Err(HostError::NotMapped { hva })
+            }
+            _ if entry & PM_PRESENT == 0 => Err(HostError::Absent { hva }),
+            0 => Err(HostError::Hidden),
+            pfn => Ok(pfn),
+        }
+    }
+}
+
+/// What the host says of its page frames.
+#[derive(Debug)]
+pub struct PageFlags(Table);
+
+impl PageFlags {
+    /// Opens /proc/kpageflags.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn open() -> Result<Self, HostError> {
+        let mend = "run it as root on a kernel with CONFIG_PROC_PAGE_MONITOR";
+        Table::open("/proc/kpageflags".into(), mend).map(Self)
+    }
+
+    /// Whether the host has marked page frame `pfn` as poisoned.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn is_poisoned(&self, pfn: u64) -> Result<bool, HostError> {
+        Ok(self.0.read(pfn)? & KPF_HWPOISON != 0)
+    }
 }
 
 /// The page frame number behind host virtual address `hva` of process `pid`.
@@ -76,15 +146,7 @@ fn read_u64(path: &Path, index: u64, mend: &'static str) -> Result<u64, HostErro
 /// # Errors
 /// There is no such process or page, or it is not shown to this user.
 pub fn pfn(pid: u32, hva: u64) -> Result<u64, HostError> {
-    let path = PathBuf::from(format!("/proc/{pid}/pagemap"));
-    let mend = "run it as root, on the host that runs the VM";
-    let entry = read_u64(&path, hva >> PAGE_SHIFT, mend)?;
-    match entry & PM_PFN {
-        _ if entry & PM_PRESENT == 0 && entry & PM_SWAP != 0 => Err(HostError::NotMapped { hva }),
-        _ if entry & PM_PRESENT == 0 => Err(HostError::Absent { hva }),
-        0 => Err(HostError::Hidden),
-        pfn => Ok(pfn),
-    }
+    Pagemap::open(pid)?.pfn(hva)
 }
 
 /// Whether the host has marked page frame `pfn` as poisoned.
@@ -92,18 +154,30 @@ pub fn pfn(pid: u32, hva: u64) -> Result<u64, HostError> {
 /// # Errors
 /// /proc/kpageflags cannot be read.
 pub fn is_poisoned(pfn: u64) -> Result<bool, HostError> {
-    let path = Path::new("/proc/kpageflags");
-    let mend = "run it as root on a kernel with CONFIG_PROC_PAGE_MONITOR";
-    Ok(read_u64(path, pfn, mend)? & KPF_HWPOISON != 0)
+    PageFlags::open()?.is_poisoned(pfn)
 }
 
-/// Asks hwpoison-inject to poison page frame `pfn`. A filter may make the kernel ignore it
-/// silently: look with [`is_poisoned`] afterwards.
-///
-/// # Errors
-/// The module is not there, or the kernel refuses.
-pub fn corrupt(pfn: u64) -> Result<(), HostError> {
-    write_pfn(CORRUPT_PFN, pfn)
+/// hwpoison-inject, ready to poison page frames.
+#[derive(Debug)]
+pub struct Injector(PfnFile);
+
+impl Injector {
+    /// Opens its file.
+    ///
+    /// # Errors
+    /// The module is not there, or this user may not use it.
+    pub fn open() -> Result<Self, HostError> {
+        PfnFile::open(CORRUPT_PFN).map(Self)
+    }
+
+    /// Asks it to poison page frame `pfn`. A filter may make the kernel ignore it silently: look
+    /// with [`PageFlags::is_poisoned`] afterwards.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn corrupt(&self, pfn: u64) -> Result<(), HostError> {
+        self.0.write(pfn)
+    }
 }
 
 /// Asks hwpoison-inject to heal page frame `pfn`.
@@ -111,16 +185,33 @@ pub fn corrupt(pfn: u64) -> Result<(), HostError> {
 /// # Errors
 /// The module is not there, or the kernel refuses: it does so from the first real hardware error on.
 pub fn unpoison(pfn: u64) -> Result<(), HostError> {
-    write_pfn(UNPOISON_PFN, pfn)
+    PfnFile::open(UNPOISON_PFN)?.write(pfn)
 }
 
-fn write_pfn(path: &str, pfn: u64) -> Result<(), HostError> {
-    let path = Path::new(path);
-    let mend = "as root: modprobe hwpoison-inject, and mount debugfs at /sys/kernel/debug";
-    let mut file =
-        OpenOptions::new().write(true).open(path).map_err(file_error("open", path, mend))?;
-    let mend = "the kernel refuses this page frame (its log says why)";
-    file.write_all(format!("{pfn:#x}").as_bytes()).map_err(file_error("write to", path, mend))
+/// A file of hwpoison-inject that takes page frame numbers.
+#[derive(Debug)]
+struct PfnFile {
+    file: File,
+    path: &'static Path,
+}
+
+impl PfnFile {
+    fn open(path: &'static str) -> Result<Self, HostError> {
+        let path = Path::new(path);
+        let mend = "as root: modprobe hwpoison-inject, and mount debugfs at /sys/kernel/debug";
+        let file =
+            OpenOptions::new().write(true).open(path).map_err(file_error("open", path, mend))?;
+        Ok(Self { file, path })
+    }
+
+    fn write(&self, pfn: u64) -> Result<(), HostError> {
+        let mend = "the kernel refuses this page frame (its log says why)";
+        // Each number in one write of its own, whatever the file's offset: see `simple_attr_write`
+        // in fs/libfs.c.
+        (&self.file)
+            .write_all(format!("{pfn:#x}").as_bytes())
+            .map_err(file_error("write to", self.path, mend))
+    }
 }
 
 #[cfg(test)]
@@ -134,12 +225,13 @@ mod tests {
             println!("skipped: no {path}");
             return;
         }
-        assert!(matches!(pfn(std::process::id(), 0x1000), Err(HostError::Absent { hva: 0x1000 })));
+        let pagemap = Pagemap::open(std::process::id()).unwrap();
+        assert!(matches!(pagemap.pfn(0x1000), Err(HostError::Absent { hva: 0x1000 })));
     }
 
     #[test]
     fn a_process_that_is_not_there_is_named() {
-        let error = pfn(u32::MAX, 0).unwrap_err().to_string();
+        let error = Pagemap::open(u32::MAX).unwrap_err().to_string();
         assert!(error.contains("/proc/4294967295/pagemap"), "{error}");
     }
 }

@@ -20,6 +20,7 @@ pub mod control;
 pub mod cpuid;
 pub mod devices;
 pub mod events;
+mod hex;
 pub mod host;
 pub mod mce_inject;
 pub mod memory;

@@ -4,20 +4,20 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use log::LevelFilter;
-use mce_relay_vmm::cli::{Cli, Command};
+use mce_relay_vmm::cli::{ApiPath, Cli, Command};
 use mce_relay_vmm::{api, check, client, host, poison, run, show};
 
-/// Prints an error with its causes, on one line each level.
 fn fail(error: &dyn std::error::Error) -> ExitCode {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    eprintln!("mce-relay: {text}");
+    eprintln!("mce-relay: {}", show::with_causes(error));
     ExitCode::FAILURE
+}
+
+/// A request that is answered by its being done.
+fn put(socket: &ApiPath, what: &str) -> ExitCode {
+    match client::put(&socket.0, what) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
 }
 
 fn main() -> ExitCode {
@@ -38,8 +38,11 @@ fn main() -> ExitCode {
             Err(error) => fail(&error),
         },
         Command::Poison { api_socket, gpa, via, json } => {
-            match poison::poison(&api_socket.0, gpa, via) {
-                Ok(done) => show::print(&done, json),
+            let mut bar = show::Progress::default();
+            let done = poison::poison_all(&api_socket.0, &gpa, via, &mut |n, of| bar.step(n, of));
+            drop(bar);
+            match done {
+                Ok(burst) => show::burst(&burst, via, json),
                 Err(error) => fail(&error),
             }
         }
@@ -49,10 +52,12 @@ fn main() -> ExitCode {
         },
         Command::Status { api_socket, json } => {
             match client::get::<api::Status>(&api_socket.0, "relay.status") {
-                Ok(status) => show::print(&show::StatusView(status), json),
+                Ok(status) => show::status(&status, json),
                 Err(error) => fail(&error),
             }
         }
+        Command::Pause { api_socket } => put(&api_socket, "vm.pause"),
+        Command::Resume { api_socket } => put(&api_socket, "vm.resume"),
         Command::Check { json } => {
             let report = check::check();
             let printed = show::print(&report, json);

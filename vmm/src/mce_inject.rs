@@ -7,6 +7,9 @@
 //! * KVM drops capability bits without a word (SER_P on AMD hosts). What MCG_CAP reads back as is
 //!   what the guest has; a guest that is shown more, because its CPUID is of another vendor than
 //!   the host's processor, gets those reads answered by us ([`GuestMca::read_msr`]).
+//! * Linux guests from about 6.19 use the deferred-error registers of an AMD processor's scalable MCA
+//!   whether the processor has that or not, and panic if it does not. KVM does not have them, so
+//!   they are ours, too.
 //! * `KVM_X86_SET_MCE` returns 0 for errors it ignores and for errors it turns into a triple fault.
 //!   The relay asks only when the state says that neither will happen, and reads back afterwards.
 
@@ -19,6 +22,7 @@ use kvm_bindings::{
 use kvm_ioctls::{
     Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
 };
+use log::warn;
 use mce_relay::Mca;
 use mce_relay::mca::{BANKS, Bank, CR4_MCE, Caps, MAX_BANKS, McaState, Record, Vendor, cap, msr};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
@@ -96,6 +100,44 @@ pub fn supported(kvm: &Kvm) -> Result<u64, MceError> {
 /// has: see [`GuestMca::read_msr`].
 const SHOWN_MSRS: [u32; 3] = [msr::FEAT_CTL, msr::MCG_CAP, msr::MCG_EXT_CTL];
 
+/// The first MSR of AMD's scalable MCA (SMCA, AMD PPR: MCA_CTL of bank 0), which has 16 for each
+/// bank. `arch/x86/include/asm/msr-index.h`: MSR_AMD64_SMCA_MC0_CTL.
+const SMCA_MC0_CTL: u32 = 0xc000_2000;
+/// MSRs of each bank.
+const SMCA_BANK_MSRS: u32 = 16;
+/// The one of a bank's MSRs that holds the status of a deferred error (MCA_DESTAT).
+const SMCA_DESTAT: u32 = 8;
+/// The one that holds its address (MCA_DEADDR).
+const SMCA_DEADDR: u32 = 9;
+
+/// Whether `index` is MCA_DESTAT or MCA_DEADDR of one of the first `banks` banks.
+fn is_deferred_msr(index: u32, banks: u8) -> bool {
+    let Some(offset) = index.checked_sub(SMCA_MC0_CTL) else {
+        return false;
+    };
+    offset / SMCA_BANK_MSRS < u32::from(banks)
+        && [SMCA_DESTAT, SMCA_DEADDR].contains(&(offset % SMCA_BANK_MSRS))
+}
+
+/// Bits of a filter range, a set one for each MSR that is KVM's own business and a clear one for each
+/// that goes to user space. KVM reads them in units of eight bytes, whatever the number of MSRs
+/// (`kvm_add_msr_filter` in arch/x86/kvm/x86.c).
+type FilterBits = [u8; MAX_BANKS * SMCA_BANK_MSRS as usize / 8];
+/// Everything goes to user space.
+static ALL: FilterBits = [0; size_of::<FilterBits>()];
+/// Of every bank's registers MCA_DESTAT and MCA_DEADDR do.
+static DEFERRED: FilterBits = deferred_bits();
+
+const fn deferred_bits() -> FilterBits {
+    let mut bits = [u8::MAX; size_of::<FilterBits>()];
+    let mut bank = 0;
+    while bank < MAX_BANKS {
+        bits[2 * bank + 1] &= !(1 << (SMCA_DESTAT - 8) | 1 << (SMCA_DEADDR - 8));
+        bank += 1;
+    }
+    bits
+}
+
 /// The machine-check architecture that all vCPUs of a VM are to have.
 #[derive(Debug, Clone, Copy)]
 pub struct MceSetup {
@@ -133,28 +175,33 @@ impl MceSetup {
 
     /// Has accesses to the MSRs that are not KVM's sent to user space, if there are any.
     ///
+    /// An AMD guest that KVM gives everything else to does without, where KVM cannot do that: only
+    /// newer guest kernels need it, and only when they find a deferred error.
+    ///
     /// # Errors
     /// KVM cannot do that (Linux 5.10 can).
     pub fn prepare_vm(&self, vm: &VmFd) -> Result<(), MceError> {
-        if !self.shown_by_us {
+        let mut ours = Vec::new();
+        if self.shown_by_us {
+            ours.extend(SHOWN_MSRS.map(|index| range(index, 1, &ALL)));
+        }
+        if self.caps.vendor == Vendor::Amd {
+            let count = SMCA_BANK_MSRS * u32::from(self.caps.banks());
+            ours.push(range(SMCA_MC0_CTL, count, &DEFERRED));
+        }
+        if ours.is_empty() {
             return Ok(());
         }
-        let exits = kvm_enable_cap {
-            cap: KVM_CAP_X86_USER_SPACE_MSR,
-            args: [u64::from(KVM_MSR_EXIT_REASON_FILTER), 0, 0, 0],
-            ..Default::default()
-        };
-        let failed = |error: kvm_ioctls::Error| MceError::MsrExits(error.into());
-        vm.enable_cap(&exits).map_err(failed)?;
-        // A clear bit sends the access to user space; one range of one register each.
-        let denied = [0u8];
-        let ranges = SHOWN_MSRS.map(|base| MsrFilterRange {
-            flags: MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE,
-            base,
-            msr_count: 1,
-            bitmap: &denied,
-        });
-        vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &ranges).map_err(failed)
+        match send_to_user_space(vm, &ours) {
+            Err(MceError::MsrExits(error)) if !self.shown_by_us => {
+                warn!(
+                    "KVM does not send MSR accesses to user space (Linux 5.10 does): a guest with \
+                     Linux 6.19 or newer may panic when it finds a deferred error ({error})"
+                );
+                Ok(())
+            }
+            done => done,
+        }
     }
 
     /// Sets up `vcpu`.
@@ -168,6 +215,23 @@ impl MceSetup {
         }
         Ok(GuestMca { caps: self.caps, shown_by_us: self.shown_by_us, mcg_ext_ctl: 0 })
     }
+}
+
+fn range(base: u32, msr_count: u32, bitmap: &[u8]) -> MsrFilterRange<'_> {
+    let flags = MsrFilterRangeFlags::READ | MsrFilterRangeFlags::WRITE;
+    MsrFilterRange { flags, base, msr_count, bitmap }
+}
+
+/// Has the accesses of `vm`'s guest to what `ranges` say sent to user space.
+fn send_to_user_space(vm: &VmFd, ranges: &[MsrFilterRange<'_>]) -> Result<(), MceError> {
+    let failed = |error: kvm_ioctls::Error| MceError::MsrExits(error.into());
+    let exits = kvm_enable_cap {
+        cap: KVM_CAP_X86_USER_SPACE_MSR,
+        args: [u64::from(KVM_MSR_EXIT_REASON_FILTER), 0, 0, 0],
+        ..Default::default()
+    };
+    vm.enable_cap(&exits).map_err(failed)?;
+    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, ranges).map_err(failed)
 }
 
 /// What MCG_CAP reads back as on this host after `asked` was set up.
@@ -211,6 +275,7 @@ impl GuestMca {
     pub fn read_msr(&self, index: u32) -> Option<u64> {
         let lmce = self.caps.has(cap::LMCE_P);
         match index {
+            _ if self.has_deferred_msr(index) => Some(0),
             msr::MCG_CAP => Some(self.caps.mcg_cap),
             msr::FEAT_CTL if lmce => Some(msr::FEAT_CTL_LOCKED | msr::FEAT_CTL_LMCE),
             msr::FEAT_CTL => Some(msr::FEAT_CTL_LOCKED),
@@ -219,8 +284,17 @@ impl GuestMca {
         }
     }
 
+    /// Whether `index` is one of the registers in which a guest looks for deferred errors that are not
+    /// in their bank. Ours always are, so these hold nothing, and there is nothing to clear.
+    fn has_deferred_msr(&self, index: u32) -> bool {
+        self.caps.vendor == Vendor::Amd && is_deferred_msr(index, self.caps.banks())
+    }
+
     /// The guest writes `value` to MSR `index`: false when that is not allowed (#GP).
     pub fn write_msr(&mut self, index: u32, value: u64) -> bool {
+        if self.has_deferred_msr(index) {
+            return true;
+        }
         let allowed = index == msr::MCG_EXT_CTL
             && self.caps.has(cap::LMCE_P)
             && value & !msr::MCG_EXT_CTL_LMCE == 0;
@@ -348,6 +422,30 @@ mod tests {
         let mcg_cap = u64::from(BANKS) | cap::SER_P | if lmce { cap::LMCE_P } else { 0 };
         let caps = Caps { vendor: Vendor::Intel, mcg_cap, succor: false };
         GuestMca { caps, shown_by_us: true, mcg_ext_ctl: 0 }
+    }
+
+    /// The numbers of the guest kernels that use them, as literals on purpose.
+    #[test]
+    fn an_amd_guest_has_deferred_registers_that_hold_nothing() {
+        let caps = Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS), succor: true };
+        let mut guest = GuestMca { caps, shown_by_us: false, mcg_ext_ctl: 0 };
+        for index in [0xc000_2008, 0xc000_2098, 0xc000_2009, 0xc000_2099] {
+            assert!(guest.write_msr(index, 0) && guest.write_msr(index, u64::MAX), "{index:#x}");
+            assert_eq!(guest.read_msr(index), Some(0), "{index:#x}");
+        }
+        for (index, bit) in (0xc000_2000_u32..0xc000_20a0).zip(0..) {
+            let to_user_space = DEFERRED[bit / 8] & 1 << (bit % 8) == 0;
+            assert_eq!(to_user_space, guest.read_msr(index).is_some(), "{index:#x}");
+        }
+        // The rest of the banks that are shown, and banks that are not.
+        let rest = (0xc000_2000..0xc000_20a0).filter(|index| ![8, 9].contains(&(index % 16)));
+        for index in rest.chain([0xc000_1ff8, 0xc000_20a8, 0xc000_20a9]) {
+            assert_eq!(guest.read_msr(index), None, "{index:#x}");
+            assert!(!guest.write_msr(index, 0), "{index:#x}");
+        }
+        let mut intel = shown(true);
+        assert_eq!(intel.read_msr(0xc000_2098), None);
+        assert!(!intel.write_msr(0xc000_2098, 0));
     }
 
     /// The numbers of include/uapi/linux/kvm.h, as literals on purpose.

@@ -1,9 +1,12 @@
-//! Makes a page of a running guest's RAM go bad, on the host, as software can.
+//! Makes pages of a running guest's RAM go bad, on the host, as software can.
 //!
 //! This side only poisons. What the VMM then catches, and what it tells its guest, is in the VM's
 //! own account (`mce-relay status`, the event monitor).
 
+use std::collections::HashSet;
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::thread::sleep;
@@ -16,13 +19,13 @@ use vmm_sys_util::signal::register_signal_handler;
 
 use crate::api::VmInfo;
 use crate::client::{self, ClientError};
-use crate::host::{self, HostError};
+use crate::host::{self, HostError, Injector, PageFlags, Pagemap};
 
-const PAGE_SIZE: usize = 4096;
-/// How long the kernel may take to mark the page.
+const PAGE_SHIFT: u32 = 12;
+/// How long the kernel may take to mark the pages, after the last of them was asked for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// By what the host is asked to poison the page.
+/// By what the host is asked to poison a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Means {
@@ -32,26 +35,79 @@ pub enum Means {
     Madvise,
 }
 
-/// What was done.
+impl std::fmt::Display for Means {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::HwpoisonInject => "hwpoison-inject",
+            Self::Madvise => "madvise",
+        })
+    }
+}
+
+/// Some 4 KiB pages in a row, at least one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRange {
+    /// Number of the first page: its guest-physical address in units of 4 KiB.
+    first: u64,
+    /// Number of the page behind the last.
+    end: u64,
+}
+
+impl PageRange {
+    /// The page that holds the guest-physical address `gpa`.
+    pub fn page(gpa: u64) -> Self {
+        let first = gpa >> PAGE_SHIFT;
+        Self { first, end: first + 1 }
+    }
+
+    /// All pages that hold an address from `start` to before `end`; `None` when there is none.
+    pub fn new(start: u64, end: u64) -> Option<Self> {
+        let last = end.checked_sub(1).filter(|last| start <= *last)?;
+        Some(Self { first: start >> PAGE_SHIFT, end: (last >> PAGE_SHIFT) + 1 })
+    }
+}
+
+/// What was done to one page.
 #[derive(Debug, Serialize)]
 pub struct Poisoned {
     /// Guest-physical address of the page.
-    pub gpa: String,
+    #[serde(with = "crate::hex")]
+    pub gpa: u64,
     /// Host virtual address of the page in the VMM.
-    pub hva: String,
+    #[serde(with = "crate::hex")]
+    pub hva: u64,
     /// The host's page frame number.
-    pub pfn: String,
+    #[serde(with = "crate::hex")]
+    pub pfn: u64,
     /// By what it was poisoned.
     pub via: Means,
 }
 
 impl std::fmt::Display for Poisoned {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let via = self.via.to_possible_value();
-        let via = via.as_ref().map_or("", |value| value.get_name());
-        let Self { gpa, hva, pfn, .. } = self;
-        write!(f, "poisoned: GPA {gpa} = HVA {hva} of the VMM = host pfn {pfn}, via {via}")
+        let Self { gpa, hva, pfn, via } = self;
+        write!(f, "poisoned: GPA {gpa:#x} = HVA {hva:#x} of the VMM = host pfn {pfn:#x}, via {via}")
     }
+}
+
+/// A page that was not poisoned as it should have been.
+#[derive(Debug)]
+pub struct NotPoisoned {
+    /// Guest-physical address of the page.
+    pub gpa: u64,
+    /// Why.
+    pub error: PoisonError,
+}
+
+/// What became of a list of pages.
+#[derive(Debug)]
+pub struct Burst {
+    /// The pages that the host has marked as poisoned, in the order asked for.
+    pub poisoned: Vec<Poisoned>,
+    /// The others.
+    pub failed: Vec<NotPoisoned>,
+    /// How long it took to poison them, without the looking before and after.
+    pub took: Duration,
 }
 
 /// Why a page was not poisoned.
@@ -63,6 +119,15 @@ pub enum PoisonError {
     /// The host cannot be asked or told.
     #[error(transparent)]
     Host(#[from] HostError),
+    /// There is no page of the host behind the address.
+    #[error("GPA {gpa:#x}")]
+    Page {
+        /// Guest-physical address of the page.
+        gpa: u64,
+        /// The cause.
+        #[source]
+        source: HostError,
+    },
     /// The kernel cannot poison memory.
     #[error(
         "this host's kernel has no memory failure handling (CONFIG_MEMORY_FAILURE: {path} is missing); \
@@ -108,41 +173,170 @@ pub enum PoisonError {
         /// The page frame.
         pfn: u64,
     },
+    /// The kernel failed, but not before it had marked the page.
+    #[error(
+        "page frame {pfn:#x} is marked as poisoned, but the kernel could not handle its failure, \
+         so the VM may not have been told"
+    )]
+    MarkedOnly {
+        /// The page frame.
+        pfn: u64,
+        /// What the kernel said.
+        #[source]
+        source: Box<PoisonError>,
+    },
 }
 
 /// Poisons the page that holds `gpa` in the VM behind `socket`, and sees that it is done.
 ///
 /// # Errors
-/// See [`PoisonError`]; the page is unharmed then.
+/// See [`PoisonError`]; the page is unharmed then, unless it says otherwise.
 pub fn poison(socket: &Path, gpa: u64, via: Means) -> Result<Poisoned, PoisonError> {
+    let burst = poison_all(socket, &[PageRange::page(gpa)], via, &mut |_, _| {})?;
+    let Burst { poisoned, failed, .. } = burst;
+    match (poisoned.into_iter().next(), failed.into_iter().next()) {
+        (Some(page), _) => Ok(page),
+        (None, Some(failed)) => Err(failed.error),
+        // One page was asked for, so it is in one of the lists.
+        (None, None) => Err(PoisonError::OutsideRam { gpa, ram: "nothing there".to_owned() }),
+    }
+}
+
+/// Poisons all pages in `ranges` of the VM behind `socket`, each once, as fast as the kernel takes
+/// them, and sees that it is done. `progress` is called after each with the number of pages that the
+/// kernel was asked for and the number of all.
+///
+/// # Errors
+/// See [`PoisonError`]; no page has been touched then. Later failures are in the answer.
+pub fn poison_all(
+    socket: &Path,
+    ranges: &[PageRange],
+    via: Means,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Burst, PoisonError> {
     let vm: VmInfo = client::get(socket, "vm.info")?;
-    let gpa = gpa & !(PAGE_SIZE as u64 - 1);
-    let Some(block) = vm.block(gpa) else {
-        let ram: Vec<String> = vm
-            .memory
-            .iter()
-            .map(|block| format!("{:#x} to {:#x}", block.gpa, block.gpa + block.len - 1))
-            .collect();
-        return Err(PoisonError::OutsideRam { gpa, ram: ram.join(", ") });
-    };
+    let targets = targets(&vm, ranges)?;
     if !Path::new(host::EARLY_KILL_SYSCTL).exists() {
         return Err(PoisonError::NoMemoryFailure);
     }
-    let hva = block.hva + (gpa - block.gpa);
-    let pfn = host::pfn(vm.pid, hva)?;
-    match via {
-        Means::HwpoisonInject => host::corrupt(pfn)?,
-        Means::Madvise => madvise(&vm, block.fd_offset + (gpa - block.gpa))?,
+    let pagemap = Pagemap::open(vm.pid)?;
+    for &Target { gpa, hva, .. } in &targets {
+        pagemap.pfn(hva).map_err(|source| PoisonError::Page { gpa, source })?;
     }
-    let since = Instant::now();
-    while !host::is_poisoned(pfn)? {
-        if since.elapsed() > PATIENCE {
-            return Err(PoisonError::NotDone { pfn });
+    let flags = PageFlags::open()?;
+    let mut poisoner = Poisoner::open(&vm, via)?;
+
+    let mut asked = Vec::with_capacity(targets.len());
+    let start = Instant::now();
+    for target in &targets {
+        // The host may have moved the page since it was looked up, and the frame may be somebody
+        // else's by now. Looking again leaves no more time for that than poisoning one page does.
+        let result = pagemap.pfn(target.hva).map(|pfn| (pfn, poisoner.poison(target, pfn)));
+        asked.push((target, result));
+        progress(asked.len(), targets.len());
+    }
+    let took = start.elapsed();
+
+    let deadline = Instant::now() + PATIENCE;
+    let mut burst = Burst { poisoned: Vec::new(), failed: Vec::new(), took };
+    for (&Target { gpa, hva, .. }, result) in asked {
+        let error = match result {
+            Err(error) => Some(error.into()),
+            Ok((pfn, Ok(()))) => match wait_for_mark(&flags, pfn, deadline) {
+                Ok(true) => {
+                    burst.poisoned.push(Poisoned { gpa, hva, pfn, via });
+                    None
+                }
+                Ok(false) => Some(PoisonError::NotDone { pfn }),
+                Err(error) => Some(error.into()),
+            },
+            Ok((pfn, Err(error))) => Some(match flags.is_poisoned(pfn) {
+                Ok(true) => PoisonError::MarkedOnly { pfn, source: error.into() },
+                _ => error,
+            }),
+        };
+        burst.failed.extend(error.map(|error| NotPoisoned { gpa, error }));
+    }
+    Ok(burst)
+}
+
+fn wait_for_mark(flags: &PageFlags, pfn: u64, deadline: Instant) -> Result<bool, HostError> {
+    loop {
+        if flags.is_poisoned(pfn)? {
+            return Ok(true);
+        }
+        if Instant::now() > deadline {
+            return Ok(false);
         }
         sleep(Duration::from_millis(10));
     }
-    let hex = |value: u64| format!("{value:#x}");
-    Ok(Poisoned { gpa: hex(gpa), hva: hex(hva), pfn: hex(pfn), via })
+}
+
+/// A page to be poisoned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Target {
+    gpa: u64,
+    hva: u64,
+    /// Offset in the VM's memory file.
+    offset: u64,
+}
+
+/// The pages of `ranges` in the order given, each once. All of them are guest RAM, so however long
+/// a range was written down, there are no more of them than the guest has pages.
+fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, PoisonError> {
+    for range in ranges {
+        let mut page = range.first;
+        while page < range.end {
+            let gpa = page << PAGE_SHIFT;
+            page = match vm.block(gpa) {
+                Some(block) => (block.gpa + block.len) >> PAGE_SHIFT,
+                None => return Err(PoisonError::OutsideRam { gpa, ram: ram(vm) }),
+            };
+        }
+    }
+    let mut known = HashSet::new();
+    let pages = ranges.iter().flat_map(|range| range.first..range.end);
+    let new = pages.map(|page| page << PAGE_SHIFT).filter(|gpa| known.insert(*gpa));
+    let target = |gpa| {
+        let block = vm.block(gpa)?;
+        let inside = gpa - block.gpa;
+        Some(Target { gpa, hva: block.hva + inside, offset: block.fd_offset + inside })
+    };
+    Ok(new.filter_map(target).collect())
+}
+
+/// Where the guest has RAM, in words.
+fn ram(vm: &VmInfo) -> String {
+    let block = |b: &crate::api::MemoryBlock| format!("{:#x} to {:#x}", b.gpa, b.gpa + b.len - 1);
+    vm.memory.iter().map(block).collect::<Vec<_>>().join(", ")
+}
+
+/// One of the means, ready to be used again and again.
+enum Poisoner {
+    Inject(Injector),
+    Madvise(File),
+}
+
+impl Poisoner {
+    fn open(vm: &VmInfo, via: Means) -> Result<Self, PoisonError> {
+        match via {
+            Means::HwpoisonInject => Ok(Self::Inject(Injector::open()?)),
+            Means::Madvise => {
+                register_signal_handler(libc::SIGBUS, ignore)
+                    .map_err(|error| PoisonError::Madvise(error.into()))?;
+                let path = PathBuf::from(format!("/proc/{}/fd/{}", vm.pid, vm.memory_fd));
+                let file = File::options().read(true).write(true).open(&path);
+                file.map(Self::Madvise).map_err(|source| PoisonError::Memory { path, source })
+            }
+        }
+    }
+
+    fn poison(&mut self, target: &Target, pfn: u64) -> Result<(), PoisonError> {
+        match self {
+            Self::Inject(injector) => Ok(injector.corrupt(pfn)?),
+            Self::Madvise(memory) => madvise(memory, target.offset),
+        }
+    }
 }
 
 /// The kernel takes the caller of MADV_HWPOISON for one who touched the page, and sends it an AR,
@@ -151,31 +345,86 @@ extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
 /// Poisons the page at `offset` of the VM's memory through a mapping of our own, so that the VMM is
 /// one of those who have it mapped and not the one who asked.
-fn madvise(vm: &VmInfo, offset: u64) -> Result<(), PoisonError> {
-    let path = PathBuf::from(format!("/proc/{}/fd/{}", vm.pid, vm.memory_fd));
-    let file = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(&path)
-        .map_err(|source| PoisonError::Memory { path, source })?;
-    register_signal_handler(libc::SIGBUS, ignore)
-        .map_err(|error| PoisonError::Madvise(error.into()))?;
+fn madvise(memory: &File, offset: u64) -> Result<(), PoisonError> {
+    const LEN: usize = 1 << PAGE_SHIFT;
     let map_error = |source| PoisonError::Map { offset, source };
     let at = libc::off_t::try_from(offset).map_err(|error| map_error(io::Error::other(error)))?;
     // SAFETY: a new mapping at an address of the kernel's choice; the file outlives the call, and
     // nothing but madvise and munmap is done with it.
     let page = unsafe {
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&file);
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        libc::mmap(ptr::null_mut(), PAGE_SIZE, prot, libc::MAP_SHARED, fd, at)
+        libc::mmap(ptr::null_mut(), LEN, prot, libc::MAP_SHARED, memory.as_raw_fd(), at)
     };
     if page == libc::MAP_FAILED {
         return Err(map_error(io::Error::last_os_error()));
     }
     // SAFETY: `page` is the mapping made above, and nothing refers into it.
-    let result = unsafe { libc::madvise(page, PAGE_SIZE, libc::MADV_HWPOISON) };
+    let result = unsafe { libc::madvise(page, LEN, libc::MADV_HWPOISON) };
     let error = io::Error::last_os_error();
     // SAFETY: as above; it is not used afterwards.
-    unsafe { libc::munmap(page, PAGE_SIZE) };
+    unsafe { libc::munmap(page, LEN) };
     if result == 0 { Ok(()) } else { Err(PoisonError::Madvise(error)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::MemoryBlock;
+
+    /// Two blocks of 16 pages, with a hole of as many between.
+    fn vm() -> VmInfo {
+        VmInfo {
+            memory: vec![
+                MemoryBlock { gpa: 0, len: 0x10000, hva: 0x7000_0000, fd_offset: 0 },
+                MemoryBlock { gpa: 0x20000, len: 0x10000, hva: 0x8000_0000, fd_offset: 0x10000 },
+            ],
+            ..crate::api::an_info()
+        }
+    }
+
+    fn gpas(ranges: &[PageRange]) -> Vec<u64> {
+        targets(&vm(), ranges).unwrap().iter().map(|target| target.gpa).collect()
+    }
+
+    #[test]
+    fn ranges_are_whole_pages_without_their_end() {
+        let range = |start, end| PageRange::new(start, end).unwrap();
+        assert_eq!(gpas(&[range(0x3000, 0x5000)]), [0x3000, 0x4000]);
+        assert_eq!(gpas(&[range(0x3fff, 0x4001)]), [0x3000, 0x4000], "whatever they touch");
+        assert_eq!(gpas(&[PageRange::page(0x5fff)]), [0x5000]);
+        assert_eq!(PageRange::new(0x3000, 0x3000), None);
+        assert_eq!(PageRange::new(0x3000, 0x2000), None);
+        assert_eq!(PageRange::new(0x3000, 0), None);
+    }
+
+    #[test]
+    fn each_page_once_in_the_order_given() {
+        let range = |start, end| PageRange::new(start, end).unwrap();
+        let list = [
+            PageRange::page(0x5123),
+            range(0x20000, 0x22000),
+            range(0x4000, 0x7000),
+            PageRange::page(0x5000),
+        ];
+        assert_eq!(gpas(&list), [0x5000, 0x20000, 0x21000, 0x4000, 0x6000]);
+        let target = Target { gpa: 0x21000, hva: 0x8000_1000, offset: 0x11000 };
+        assert_eq!(targets(&vm(), &[PageRange::page(0x21000)]).unwrap(), [target]);
+    }
+
+    #[test]
+    fn one_address_outside_ram_is_named_and_refuses_all() {
+        let good = PageRange::page(0x1000);
+        for (range, bad) in [
+            (PageRange::page(0x10000), "0x10000"),
+            (PageRange::new(0xf000, 0x21000).unwrap(), "0x10000"),
+            (PageRange::new(0x2f000, 0x31000).unwrap(), "0x30000"),
+            (PageRange::page(u64::MAX), "0xfffffffffffff000"),
+            // Not one by one: this would take for ever.
+            (PageRange::new(0x20000, u64::MAX).unwrap(), "0x30000"),
+        ] {
+            let error = targets(&vm(), &[good, range]).unwrap_err().to_string();
+            let expected = format!("GPA {bad} is not guest RAM; this guest has 0x0 to 0xffff, ");
+            assert!(error.starts_with(&expected), "{range:?}: {error}");
+        }
+    }
 }

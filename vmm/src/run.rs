@@ -12,9 +12,9 @@ use mce_relay::{
 };
 
 use crate::api::{Api, ApiError, Current, MemoryBlock, Running, VmInfo};
-use crate::cli::{RunArgs, Switch};
-use crate::config::VmConfig;
-use crate::control::{ExitReason, StopCause, VmControl};
+use crate::cli::{ApiPath, RunArgs, Switch};
+use crate::config::{OnUndeliverable, VmConfig};
+use crate::control::{ExitReason, PauseReason, StopCause, Undeliverable, VmControl};
 use crate::events::{Monitor, MonitorError, VmEvent};
 use crate::host;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
@@ -82,8 +82,9 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     loop {
         boot += 1;
         let reason = boot_once(args, &config, boot, &monitor, &current)?;
-        if reason == ExitReason::Reset && !args.no_reboot {
-            monitor.emit(VmEvent::Reset);
+        if starts_again(&reason, args.on_undeliverable, args.no_reboot) {
+            let by_policy = reason != ExitReason::Reset;
+            monitor.emit(VmEvent::Reset { reason: reason.to_string(), by_policy });
             continue;
         }
         let status = exit_status(&reason);
@@ -102,12 +103,7 @@ fn boot_once(
     monitor: &Monitor,
     current: &Current,
 ) -> Result<ExitReason, RunError> {
-    let mut hooks = RelayHooks {
-        lmce: args.lmce == Switch::On,
-        policy: args.mce_kill.into(),
-        monitor,
-        made: None,
-    };
+    let mut hooks = RelayHooks { args, monitor, made: None };
     let vm = Vm::new(config, &mut hooks)?;
     let made = hooks.made.take().ok_or_else(|| VmError::Hook(RelayError::Early.into()))?;
     let caps = made.setup.caps();
@@ -120,7 +116,6 @@ fn boot_once(
         vendor: caps.vendor,
     });
     let blocks = vm.ram_blocks().iter();
-    let control = vm.control().clone();
     current.set(Some(Running {
         info: VmInfo {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -134,17 +129,47 @@ fn boot_once(
                 .map(|b| MemoryBlock { gpa: b.gpa, len: b.len, hva: b.hva, fd_offset: b.fd_offset })
                 .collect(),
             memory_fd: vm.memfd(),
+            ao_pace: args.ao_pace.0,
+            on_undeliverable: args.on_undeliverable,
+            paused: false,
+            pause_reason: None,
         },
         ledger: made.relay.reader(),
-        stop: Arc::new(move || {
-            control.stop(ExitReason::Stopped(StopCause::Request("the API".to_owned())));
-        }),
+        control: vm.control().clone(),
     }));
     let reason = vm.run();
     current.set(None);
     // Here the relay goes, and with it its thread; the vCPU threads are gone already.
     drop(made);
     Ok(reason)
+}
+
+/// Whether a guest that ended so is to be started again.
+fn starts_again(reason: &ExitReason, policy: OnUndeliverable, no_reboot: bool) -> bool {
+    let wanted = match reason {
+        ExitReason::Reset => true,
+        ExitReason::Undeliverable(_) => policy == OnUndeliverable::Reset,
+        _ => false,
+    };
+    wanted && !no_reboot
+}
+
+/// What a user can do about a paused VM.
+fn way_on(reason: &PauseReason, socket: Option<&ApiPath>) -> String {
+    let Some(ApiPath(path)) = socket else {
+        return "there is no --api-socket, so it can only be ended (SIGTERM)".to_owned();
+    };
+    let again = match reason {
+        PauseReason::Request => "",
+        PauseReason::Undeliverable(_) => {
+            " (the vCPU touches the page again, and if the guest still cannot be told, it is paused again)"
+        }
+    };
+    let path = path.display();
+    format!(
+        "`mce-relay resume --api-socket path={path}` lets it go on{again}, \
+         PUT /api/v1/vm.shutdown there or SIGTERM ends it"
+    )
 }
 
 /// The exit status of `mce-relay run` for `reason`; the help of the command lists them.
@@ -155,7 +180,7 @@ fn exit_status(reason: &ExitReason) -> u8 {
         ExitReason::Reset => 3,
         ExitReason::TripleFault { .. } => 4,
         ExitReason::KvmError { .. } => 5,
-        ExitReason::Undeliverable { .. } => 6,
+        ExitReason::Undeliverable(_) => 6,
         // As a shell would say it; signals are 1 to 64.
         ExitReason::Stopped(StopCause::Signal(signal)) => {
             128 + u8::try_from(*signal).unwrap_or_default()
@@ -165,8 +190,7 @@ fn exit_status(reason: &ExitReason) -> u8 {
 
 /// What the relay needs of a VM while it is built.
 struct RelayHooks<'a> {
-    lmce: bool,
-    policy: KillPolicy,
+    args: &'a RunArgs,
     monitor: &'a Monitor,
     made: Option<Made>,
 }
@@ -180,7 +204,8 @@ struct Made {
 impl RelayHooks<'_> {
     fn make(&self, vm: &VmView<'_>) -> Result<Made, RelayError> {
         // An AMD-style guest's CPUID always shows SUCCOR: see `cpuid`.
-        let setup = MceSetup::new(vm.kvm, vm.vendor, self.lmce, vm.vendor == Vendor::Amd)?;
+        let lmce = self.args.lmce == Switch::On;
+        let setup = MceSetup::new(vm.kvm, vm.vendor, lmce, vm.vendor == Vendor::Amd)?;
         setup.prepare_vm(vm.vm)?;
         let regions: Vec<RamRegion> = vm
             .ram
@@ -192,10 +217,20 @@ impl RelayHooks<'_> {
             vcpus: usize::from(vm.cpus),
             caps: setup.caps(),
             ram: RamMap::new(&regions)?,
-            policy: self.policy,
-            pace: mce_relay::Pace::default(),
+            policy: self.args.mce_kill.into(),
+            pace: self.args.ao_pace.0,
             observer: self.monitor.for_relay(),
         })?;
+        let (emit, socket) = (self.monitor.for_vm(), self.args.api_socket.clone());
+        vm.control.observe_pauses(move |reason| {
+            emit(match reason {
+                None => VmEvent::Resumed,
+                Some(reason) => VmEvent::Paused {
+                    reason: reason.clone(),
+                    way_on: way_on(reason, socket.as_ref()),
+                },
+            });
+        });
         Ok(Made { setup, relay: Arc::new(relay), control: vm.control.clone() })
     }
 }
@@ -213,6 +248,7 @@ impl VmHooks for RelayHooks<'_> {
             setup: made.setup,
             relay: Arc::clone(&made.relay),
             control: made.control.clone(),
+            on_undeliverable: self.args.on_undeliverable,
             guest: None,
         }))
     }
@@ -224,6 +260,7 @@ struct RelaySetup {
     setup: MceSetup,
     relay: Arc<Relay>,
     control: VmControl,
+    on_undeliverable: OnUndeliverable,
     guest: Option<GuestMca>,
 }
 
@@ -236,18 +273,19 @@ impl VcpuSetup for RelaySetup {
     fn start(self: Box<Self>, vcpu: &mut VcpuFd) -> Result<Box<dyn VcpuHook>, HookError> {
         let guest = self.guest.ok_or(RelayError::Early)?;
         let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
-        let (control, index) = (self.control, self.index);
+        let (control, index, on_undeliverable) = (self.control, self.index, self.on_undeliverable);
         let kick = Box::new(move || control.kick(index));
         // SAFETY: the byte lies in the vCPU's kvm_run mapping, and the vCPU's owner drops the hook
         // with the port in it before the vCPU (see `Vcpu::run`).
         let port = unsafe { self.relay.attach(usize::from(index), immediate_exit, kick)? };
-        Ok(Box::new(RelayHook { index, guest, port }))
+        Ok(Box::new(RelayHook { index, on_undeliverable, guest, port }))
     }
 }
 
 /// One vCPU on its thread.
 struct RelayHook {
     index: u8,
+    on_undeliverable: OnUndeliverable,
     guest: GuestMca,
     port: VcpuPort,
 }
@@ -260,12 +298,21 @@ impl VcpuHook for RelayHook {
     fn before_run(&mut self, vcpu: &mut VcpuFd) -> HookVerdict {
         match self.port.before_run(&mut self.guest.on(vcpu)) {
             Verdict::Run => HookVerdict::Run,
-            Verdict::Undeliverable { gpa, why } => HookVerdict::Stop(ExitReason::Undeliverable {
-                vcpu: self.index,
-                gpa,
-                why: why.to_string(),
-            }),
+            Verdict::Undeliverable { gpa, why } => {
+                let what = Undeliverable { vcpu: self.index, gpa, why: why.to_string() };
+                match self.on_undeliverable {
+                    OnUndeliverable::Pause => HookVerdict::Pause(PauseReason::Undeliverable(what)),
+                    // Whoever runs the VM knows which: see `starts_again`.
+                    OnUndeliverable::Stop | OnUndeliverable::Reset => {
+                        HookVerdict::Stop(ExitReason::Undeliverable(what))
+                    }
+                }
+            }
         }
+    }
+
+    fn park(&mut self, wait: &mut dyn FnMut()) {
+        self.port.park(wait);
     }
 
     fn mmio_in_ram(&mut self, _: &mut VcpuFd, access: RamAccess) -> HookVerdict {
@@ -286,6 +333,40 @@ impl VcpuHook for RelayHook {
 mod tests {
     use super::*;
 
+    fn untold() -> ExitReason {
+        ExitReason::Undeliverable(Undeliverable { vcpu: 0, gpa: 0x1000, why: "test".into() })
+    }
+
+    #[test]
+    fn who_starts_again() {
+        use OnUndeliverable::{Pause, Reset, Stop};
+        for policy in [Stop, Pause, Reset] {
+            assert!(starts_again(&ExitReason::Reset, policy, false));
+            assert_eq!(starts_again(&untold(), policy, false), policy == Reset);
+            let triple_fault = ExitReason::TripleFault { vcpu: 0 };
+            for reason in [ExitReason::PowerOff, triple_fault] {
+                assert!(!starts_again(&reason, policy, false), "{reason:?}");
+            }
+            for reason in [ExitReason::Reset, untold()] {
+                assert!(!starts_again(&reason, policy, true), "{reason:?} with --no-reboot");
+            }
+        }
+    }
+
+    #[test]
+    fn the_way_on_is_one_that_exists() {
+        let what = Undeliverable { vcpu: 0, gpa: 0x1000, why: "test".into() };
+        let untold = PauseReason::Undeliverable(what);
+        let socket = ApiPath("/x".into());
+        let words = way_on(&untold, Some(&socket));
+        assert!(
+            words.contains("resume --api-socket path=/x") && words.contains("again"),
+            "{words}"
+        );
+        assert!(!way_on(&PauseReason::Request, Some(&socket)).contains("again"));
+        assert!(way_on(&untold, None).contains("no --api-socket"));
+    }
+
     #[test]
     fn every_end_has_its_status() {
         let why = String::new;
@@ -296,7 +377,7 @@ mod tests {
             (ExitReason::Reset, 3),
             (ExitReason::TripleFault { vcpu: 0 }, 4),
             (ExitReason::KvmError { vcpu: 0, what: why() }, 5),
-            (ExitReason::Undeliverable { vcpu: 0, gpa: 0, why: why() }, 6),
+            (untold(), 6),
             (ExitReason::Stopped(StopCause::Signal(15)), 143),
         ];
         for (reason, status) in ends {

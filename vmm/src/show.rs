@@ -1,25 +1,29 @@
 //! Results for people: tables and colour on a terminal, plain text in a pipe, JSON on request.
 
-use std::io::{self, IsTerminal, Write};
+use std::fmt::Display;
+use std::io::{self, BufWriter, IsTerminal, Write};
 use std::process::ExitCode;
+use std::time::SystemTime;
 
 use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
-use mce_relay::ledger::State;
+use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
+use mce_relay::ledger::{State, Times};
+use mce_relay::{FoundBy, Page};
 use serde::Serialize;
 
-use crate::api::Status;
+use crate::api::{Status, VmInfo};
+use crate::poison::{Burst, Means, NotPoisoned, Poisoned};
 
-/// Prints `value` on stdout, as JSON or as its text. A reader that goes away is no error.
-pub fn print(value: &(impl Serialize + std::fmt::Display), json: bool) -> ExitCode {
-    let mut out = io::stdout().lock();
-    let written = if json {
-        serde_json::to_writer_pretty(&mut out, value)
-            .map_err(io::Error::from)
-            .and_then(|()| writeln!(out))
-    } else {
-        writeln!(out, "{value}")
-    };
-    match written {
+/// Of more pages than this, a burst is summed up instead of shown one by one.
+const MANY_PAGES: usize = 32;
+/// Of more pages than this, a terminal shows the end of the table: the summary goes there.
+const MANY_ROWS: usize = 100;
+
+/// Has `write` write to stdout. A reader that goes away is no error.
+fn output(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> ExitCode {
+    let mut out = BufWriter::new(io::stdout().lock());
+    match write(&mut out).and_then(|()| out.flush()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
@@ -27,6 +31,28 @@ pub fn print(value: &(impl Serialize + std::fmt::Display), json: bool) -> ExitCo
             ExitCode::FAILURE
         }
     }
+}
+
+fn write_json(out: &mut dyn Write, value: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer_pretty(&mut *out, value)?;
+    writeln!(out)
+}
+
+/// Prints `value` on stdout, as JSON or as its text. A reader that goes away is no error.
+pub fn print(value: &(impl Serialize + Display), json: bool) -> ExitCode {
+    output(|out| if json { write_json(out, value) } else { writeln!(out, "{value}") })
+}
+
+/// An error and what caused it, on one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 /// An empty table: with lines and colour on a terminal, in bare columns anywhere else.
@@ -43,37 +69,345 @@ pub fn table(header: &[&str]) -> Table {
     table
 }
 
-/// A VM's status, as `mce-relay status` shows it.
-#[derive(Serialize)]
-#[serde(transparent)]
-pub struct StatusView(pub Status);
+/// Shows how far a long burst is, where stderr is a terminal. Goes away when dropped.
+#[derive(Debug, Default)]
+pub struct Progress(Option<ProgressBar>);
 
-impl std::fmt::Display for StatusView {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Status { vm, pages } = &self.0;
-        writeln!(
-            f,
-            "pid {}, boot {}, {} vCPUs, {:?}-style guest, MCG_CAP {}, {:?} kill",
-            vm.pid, vm.boot, vm.vcpus, vm.vendor, vm.mcg_cap, vm.mce_kill
-        )?;
-        if pages.is_empty() {
-            return f.write_str("no bad pages");
+impl Progress {
+    /// `done` of `total` pages are done.
+    pub fn step(&mut self, done: usize, total: usize) {
+        if total <= MANY_PAGES {
+            return;
         }
-        let mut table = table(&["GPA", "HVA", "kind", "signals", "outcome"]);
-        for page in pages {
-            let colour = match page.state {
-                State::Acknowledged { .. } => Color::Green,
-                State::Undeliverable { .. } => Color::Red,
-                _ => Color::Yellow,
+        let bar = self.0.get_or_insert_with(|| {
+            let bar = ProgressBar::new(total as u64);
+            match ProgressStyle::with_template("poisoning {wide_bar} {pos} of {len} pages, {eta}") {
+                Ok(style) => bar.with_style(style),
+                Err(_) => bar,
+            }
+        });
+        bar.set_position(done as u64);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// One page of a burst in JSON.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Entry<'a> {
+    Poisoned(&'a Poisoned),
+    Failed {
+        #[serde(with = "crate::hex")]
+        gpa: u64,
+        error: String,
+    },
+}
+
+/// Prints what became of a burst: what was poisoned on stdout, what was not on stderr. Exit status 1
+/// when anything was not.
+pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
+    let printed = output(|out| match (json, burst.poisoned.as_slice()) {
+        // One page is shown as what it is, and one error says everything.
+        (true, [page]) if burst.failed.is_empty() => write_json(out, page),
+        (true, []) if burst.failed.len() == 1 => Ok(()),
+        (true, pages) => {
+            let entries = pages.iter().map(Entry::Poisoned);
+            let failed = burst.failed.iter().map(|NotPoisoned { gpa, error }| Entry::Failed {
+                gpa: *gpa,
+                error: with_causes(error),
+            });
+            write_json(out, &entries.chain(failed).collect::<Vec<_>>())
+        }
+        (false, pages) => lines_of(burst, pages, via).try_for_each(|line| writeln!(out, "{line}")),
+    });
+    for (pages, error) in runs(burst.failed.iter().map(|f| (f.gpa, with_causes(&f.error)))) {
+        eprintln!("mce-relay: failed: {pages}: {error}");
+    }
+    if burst.failed.is_empty() { printed } else { ExitCode::FAILURE }
+}
+
+/// A line for each page, or for each stretch where some failed, or one for all.
+fn lines_of<'a>(
+    burst: &Burst,
+    pages: &'a [Poisoned],
+    via: Means,
+) -> Box<dyn Iterator<Item = String> + 'a> {
+    let all = pages.len() + burst.failed.len();
+    if all <= MANY_PAGES {
+        return Box::new(pages.iter().map(ToString::to_string));
+    }
+    let took = burst.took.as_secs_f64();
+    let sum = format!("poisoned: {} of {all} pages in {took:.3} s, via {via}", pages.len());
+    let stretches = if burst.failed.is_empty() {
+        Vec::new()
+    } else {
+        runs(pages.iter().map(|page| (page.gpa, ())))
+    };
+    let stretches = stretches.into_iter().map(|(pages, ())| format!("poisoned: {pages}"));
+    Box::new(stretches.chain([sum]))
+}
+
+/// Pages in a row of which the same is to be said, as words: `GPA 0x1000` or `GPA 0x1000..0x3000`.
+fn runs<T: PartialEq>(pages: impl Iterator<Item = (u64, T)>) -> Vec<(String, T)> {
+    let mut runs: Vec<(u64, u64, T)> = Vec::new();
+    for (gpa, what) in pages {
+        match runs.last_mut() {
+            Some((_, end, same)) if *end == gpa && *same == what => *end += 4096,
+            _ => runs.push((gpa, gpa + 4096, what)),
+        }
+    }
+    let words = |(start, end, what)| match (end - start) / 4096 {
+        1 => (format!("GPA {start:#x}"), what),
+        count => (format!("GPA {start:#x}..{end:#x} ({count} pages)"), what),
+    };
+    runs.into_iter().map(words).collect()
+}
+
+/// Prints a VM's status.
+pub fn status(status: &Status, json: bool) -> ExitCode {
+    output(|out| {
+        if json {
+            write_json(out, status)
+        } else {
+            write_status(out, status, io::stdout().is_terminal())
+        }
+    })
+}
+
+fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Result<()> {
+    let Status { vm, pages } = status;
+    writeln!(out, "{}", headline(vm))?;
+    if let Some(reason) = &vm.pause_reason {
+        writeln!(out, "PAUSED: {reason}; `mce-relay resume` lets it go on")?;
+    }
+    if pages.is_empty() {
+        return writeln!(out, "no bad pages");
+    }
+    let sum_last = terminal && pages.len() > MANY_ROWS;
+    if !sum_last {
+        writeln!(out, "{}", summary(pages))?;
+    }
+    let mut table =
+        table(&["GPA", "HVA", "kind", "found by", "signals", "seen", "outcome", "after seen"]);
+    for page in pages {
+        let colour = match page.state {
+            State::Acknowledged { .. } => Color::Green,
+            State::Undeliverable { .. } => Color::Red,
+            _ => Color::Yellow,
+        };
+        table.add_row([
+            Cell::new(format!("{:#x}", page.gpa)),
+            Cell::new(format!("{:#x}", page.hva)),
+            Cell::new(page.kind),
+            Cell::new(page.found_by),
+            Cell::new(page.signals),
+            Cell::new(time(page.times.seen)),
+            Cell::new(page.state).fg(colour),
+            Cell::new(course(&page.times)),
+        ]);
+    }
+    for line in table.lines() {
+        writeln!(out, "{line}")?;
+    }
+    if sum_last {
+        writeln!(out, "{}", summary(pages))?;
+    }
+    Ok(())
+}
+
+fn headline(vm: &VmInfo) -> String {
+    format!(
+        "pid {}, boot {}, {} vCPUs, {:?}-style guest, MCG_CAP {}, {:?} kill, \
+         AO pace {} at once and {} a second, on undeliverable: {}",
+        vm.pid,
+        vm.boot,
+        vm.vcpus,
+        vm.vendor,
+        vm.mcg_cap,
+        vm.mce_kill,
+        vm.ao_pace.burst,
+        vm.ao_pace.rate,
+        vm.on_undeliverable
+    )
+}
+
+/// How many pages are in each state, and how they were found.
+fn summary(pages: &[Page]) -> String {
+    type Is = fn(&State) -> bool;
+    let states: [(&str, Is); 5] = [
+        ("seen", |state| matches!(state, State::Seen)),
+        ("waiting", |state| matches!(state, State::Waiting { .. })),
+        ("injected", |state| matches!(state, State::Injected { .. })),
+        ("acknowledged", |state| matches!(state, State::Acknowledged { .. })),
+        ("undeliverable", |state| matches!(state, State::Undeliverable { .. })),
+    ];
+    let counts: Vec<String> = states
+        .iter()
+        .map(|(name, is)| (name, pages.iter().filter(|page| is(&page.state)).count()))
+        .filter(|(_, count)| *count > 0)
+        .map(|(name, count)| format!("{count} {name}"))
+        .collect();
+    let scanned = pages.iter().filter(|page| page.found_by == FoundBy::Scan).count();
+    let signalled = pages.len() - scanned;
+    format!(
+        "bad pages: {}: {} (found by signal {signalled}, by scan {scanned})",
+        pages.len(),
+        counts.join(", ")
+    )
+}
+
+/// UTC, to the millisecond.
+fn time(time: SystemTime) -> String {
+    match Timestamp::try_from(time) {
+        Ok(time) => format!("{time:.3}"),
+        Err(_) => format!("{time:?}"),
+    }
+}
+
+/// The states that a page came to after it was seen, in order, each with the seconds since then.
+fn course(times: &Times) -> String {
+    let Times { seen, waiting, injected, acknowledged, undeliverable } = *times;
+    let mut steps: Vec<(SystemTime, &str)> = [
+        (waiting, "waiting"),
+        (injected, "injected"),
+        (acknowledged, "acknowledged"),
+        (undeliverable, "undeliverable"),
+    ]
+    .into_iter()
+    .filter_map(|(time, name)| Some((time?, name)))
+    .collect();
+    steps.sort_by_key(|(time, _)| *time);
+    let words: Vec<String> = steps
+        .into_iter()
+        .map(|(time, name)| {
+            // The clock may have been set back in between.
+            let after = match time.duration_since(seen) {
+                Ok(after) => after.as_secs_f64(),
+                Err(before) => -before.duration().as_secs_f64(),
             };
-            table.add_row([
-                Cell::new(format!("{:#x}", page.gpa)),
-                Cell::new(format!("{:#x}", page.hva)),
-                Cell::new(page.kind),
-                Cell::new(page.signals),
-                Cell::new(page.state).fg(colour),
-            ]);
+            format!("{name} {after:+.3} s")
+        })
+        .collect();
+    words.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use mce_relay::delivery::Wait;
+    use mce_relay::mca::Kind;
+
+    use super::*;
+    use crate::control::{PauseReason, Undeliverable};
+    use crate::poison::PoisonError;
+
+    fn at(millis: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_millis(1_000_000_000_000 + millis)
+    }
+
+    fn page(number: u64, state: State) -> Page {
+        let (waiting, injected) = (Some(at(250)), Some(at(100)));
+        Page {
+            gpa: number << 12,
+            hva: 0x7000_0000 + (number << 12),
+            lsb: 12,
+            kind: Kind::ActionOptional,
+            found_by: if number == 0 { FoundBy::Scan } else { FoundBy::Signal },
+            signals: 1,
+            state,
+            times: Times {
+                seen: at(0),
+                waiting,
+                injected,
+                acknowledged: None,
+                undeliverable: None,
+            },
         }
-        write!(f, "{table}")
+    }
+
+    fn shown(pages: Vec<Page>, pause_reason: Option<PauseReason>, terminal: bool) -> Vec<String> {
+        let vm = VmInfo { paused: pause_reason.is_some(), pause_reason, ..crate::api::an_info() };
+        let mut out = Vec::new();
+        write_status(&mut out, &Status { vm, pages }, terminal).unwrap();
+        String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn the_course_of_a_page_is_in_the_order_of_time() {
+        let times = page(0, State::Seen).times;
+        assert_eq!(course(&times), "injected +0.100 s, waiting +0.250 s");
+        assert_eq!(time(times.seen), "2001-09-09T01:46:40.000Z");
+        let back = Times { seen: at(150), waiting: None, ..times };
+        assert_eq!(course(&back), "injected -0.050 s", "the clock was set back");
+    }
+
+    #[test]
+    fn a_status_counts_states_and_says_why_it_is_paused() {
+        assert_eq!(shown(Vec::new(), None, false)[1..], ["no bad pages"]);
+        let waits = State::Waiting { wait: Wait::Mcip { vcpu: 0 } };
+        let pages = vec![page(0, waits), page(1, State::Seen), page(2, waits)];
+        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why: "test".into() };
+        let lines = shown(pages, Some(PauseReason::Undeliverable(what)), true);
+        assert!(lines[0].contains("AO pace 16 at once and 10 a second"), "{}", lines[0]);
+        assert!(lines[1].starts_with("PAUSED: vCPU 1 touched the bad page at 0x5000"));
+        let sum = "bad pages: 3: 1 seen, 2 waiting (found by signal 2, by scan 1)";
+        assert_eq!(lines[2], sum);
+        assert!(lines[4].contains("0x7000"), "{}", lines[4]);
+    }
+
+    #[test]
+    fn a_terminal_ends_with_the_summary_of_a_long_table() {
+        let pages = |count| (0..count).map(|number| page(number, State::Seen)).collect();
+        let sum = |lines: &[String]| lines.iter().position(|line| line.starts_with("bad pages:"));
+        for (count, terminal, last) in
+            [(100, true, false), (101, true, true), (101, false, false), (4096, true, true)]
+        {
+            let lines = shown(pages(count), None, terminal);
+            let expected = if last { lines.len() - 1 } else { 1 };
+            assert_eq!(sum(&lines), Some(expected), "{count} rows, terminal {terminal}");
+            let rows = lines.iter().filter(|line| line.contains("2001-")).count();
+            assert_eq!(rows as u64, count, "every row is there");
+        }
+    }
+
+    #[test]
+    fn runs_of_pages_with_the_same_to_be_said() {
+        let pages = [(0x1000, 'a'), (0x2000, 'a'), (0x3000, 'b'), (0x5000, 'b'), (0x4000, 'b')];
+        let words: Vec<String> = runs(pages.into_iter()).into_iter().map(|(run, _)| run).collect();
+        let expected = ["GPA 0x1000..0x3000 (2 pages)", "GPA 0x3000", "GPA 0x5000", "GPA 0x4000"];
+        assert_eq!(words, expected);
+    }
+
+    #[test]
+    fn a_burst_is_shown_page_by_page_or_summed_up() {
+        let via = Means::Madvise;
+        let burst = |good: u64, bad: u64| Burst {
+            poisoned: (0..good)
+                .map(|n| Poisoned { gpa: n << 12, hva: 0x7000_0000, pfn: 0x42, via })
+                .collect(),
+            failed: (0..bad)
+                .map(|n| NotPoisoned { gpa: (good + n) << 12, error: PoisonError::NoMemoryFailure })
+                .collect(),
+            took: Duration::from_millis(1500),
+        };
+        let lines = |good, bad| {
+            let burst = burst(good, bad);
+            lines_of(&burst, &burst.poisoned, via).collect::<Vec<_>>()
+        };
+        let line = "poisoned: GPA 0x0 = HVA 0x70000000 of the VMM = host pfn 0x42, via madvise";
+        assert_eq!(lines(1, 0), [line]);
+        assert_eq!(lines(30, 2).len(), 30);
+        let sum = "poisoned: 33 of 33 pages in 1.500 s, via madvise";
+        assert_eq!(lines(33, 0), [sum]);
+        let sum = "poisoned: 30 of 33 pages in 1.500 s, via madvise";
+        assert_eq!(lines(30, 3), ["poisoned: GPA 0x0..0x1e000 (30 pages)", sum]);
     }
 }

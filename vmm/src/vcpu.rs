@@ -17,7 +17,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::{
-    control::{ExitReason, State, VmControl},
+    control::{ExitReason, PauseReason, State, VmControl},
     devices::{PortBus, PowerEvent},
     memory::RamBlock,
 };
@@ -38,6 +38,8 @@ const MAX_COMPLETIONS: usize = 512;
 pub enum HookVerdict {
     /// Go on.
     Run,
+    /// Pause the VM, this vCPU included.
+    Pause(PauseReason),
     /// End the VM.
     Stop(ExitReason),
 }
@@ -112,6 +114,12 @@ pub trait VcpuHook {
     /// KVM_RUN failed; `None` leaves it to the caller, who ends the VM.
     fn run_failed(&mut self, _vcpu: &mut VcpuFd, _failure: RunFailure) -> Option<HookVerdict> {
         None
+    }
+
+    /// The VM is paused: call `wait`, which returns when this vCPU may go on (or has to end). Whoever
+    /// gathers vCPUs learns here that this one will not come.
+    fn park(&mut self, wait: &mut dyn FnMut()) {
+        wait();
     }
 
     /// The guest reads an MSR that KVM sends here; `None` is a #GP.
@@ -284,7 +292,8 @@ impl Runner<'_> {
                 State::Running => {}
                 State::Paused => {
                     self.complete();
-                    self.control.park();
+                    let control = self.control;
+                    self.hook.park(&mut || control.park());
                     continue;
                 }
                 State::Ending => {
@@ -298,8 +307,13 @@ impl Runner<'_> {
                     // Completing used the flag, so a kick may have gone: look at everything again.
                     continue;
                 }
-                if let HookVerdict::Stop(reason) = self.hook.before_run(self.fd) {
-                    return Some(reason);
+                match self.hook.before_run(self.fd) {
+                    HookVerdict::Run => {}
+                    HookVerdict::Pause(reason) => {
+                        self.control.request_pause(reason);
+                        continue;
+                    }
+                    HookVerdict::Stop(reason) => return Some(reason),
                 }
             }
             if let Step::End(reason) = self.enter() {
@@ -410,11 +424,26 @@ impl Runner<'_> {
         };
         match then {
             Then::Step(step) => step,
-            Then::RamAccess(access) => verdict(self.hook.mmio_in_ram(self.fd, access)),
+            Then::RamAccess(access) => {
+                let verdict = self.hook.mmio_in_ram(self.fd, access);
+                self.obey(verdict)
+            }
             Then::Failed(failure) => match self.hook.run_failed(self.fd, failure) {
-                Some(answer) => verdict(answer),
+                Some(verdict) => self.obey(verdict),
                 None => Step::End(self.describe(failure)),
             },
+        }
+    }
+
+    fn obey(&self, verdict: HookVerdict) -> Step {
+        match verdict {
+            HookVerdict::Run => Step::Continue,
+            HookVerdict::Pause(reason) => {
+                // The loop sees it before the next entry.
+                self.control.request_pause(reason);
+                Step::Continue
+            }
+            HookVerdict::Stop(reason) => Step::End(reason),
         }
     }
 
@@ -439,13 +468,6 @@ fn mmio(ram: &[RamBlock], access: RamAccess) -> Then {
         Then::RamAccess(access)
     } else {
         Then::Step(Step::Continue)
-    }
-}
-
-fn verdict(verdict: HookVerdict) -> Step {
-    match verdict {
-        HookVerdict::Run => Step::Continue,
-        HookVerdict::Stop(reason) => Step::End(reason),
     }
 }
 

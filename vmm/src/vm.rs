@@ -521,7 +521,7 @@ mod tests {
     use super::*;
     use crate::{
         config::{CpuVendor, PageSize, SerialMode},
-        control::StopCause,
+        control::{Parked, PauseReason, StopCause, Undeliverable},
         vcpu::{HookVerdict, VcpuHook},
     };
 
@@ -711,6 +711,66 @@ mod tests {
         let why = ExitReason::Stopped(StopCause::Request("test".into()));
         control.stop(why.clone());
         assert_eq!(runner.join().unwrap(), why);
+    }
+
+    /// Pauses the VM at its first entry and at the first after each time it was parked.
+    struct Pausing {
+        index: u8,
+        pause: bool,
+        parked: Arc<AtomicU32>,
+        entries: Arc<AtomicU32>,
+    }
+
+    impl VcpuHook for Pausing {
+        fn before_run(&mut self, _: &mut VcpuFd) -> HookVerdict {
+            if std::mem::take(&mut self.pause) {
+                let why = "test".into();
+                let what = Undeliverable { vcpu: self.index, gpa: 0x1000, why };
+                return HookVerdict::Pause(PauseReason::Undeliverable(what));
+            }
+            self.entries.fetch_add(1, Ordering::SeqCst);
+            HookVerdict::Run
+        }
+
+        fn park(&mut self, wait: &mut dyn FnMut()) {
+            self.parked.fetch_add(1, Ordering::SeqCst);
+            wait();
+            self.pause = true;
+        }
+    }
+
+    #[derive(Default)]
+    struct PausingFactory {
+        parked: Arc<AtomicU32>,
+        entries: Arc<AtomicU32>,
+    }
+
+    impl VmHooks for PausingFactory {
+        fn vcpu(&mut self, index: u8) -> Result<Box<dyn VcpuSetup>, HookError> {
+            let (parked, entries) = (Arc::clone(&self.parked), Arc::clone(&self.entries));
+            Ok(Box::new(Ready(Pausing { index, pause: true, parked, entries })))
+        }
+    }
+
+    #[test]
+    fn hooks_pause_the_vm_again_and_again_and_a_stop_ends_it() {
+        let Some(payload) = Payload::new(&SPIN, 3) else { return };
+        let mut hooks = PausingFactory::default();
+        let vm = Vm::new(&payload.config, &mut hooks).unwrap();
+        let control = vm.control().clone();
+        let runner = std::thread::spawn(|| vm.run());
+        for _ in 0..20 {
+            eventually("a pause", || control.paused().is_some());
+            assert_eq!(control.wait_parked(Duration::from_secs(20)), Parked::All);
+            assert!(matches!(control.paused(), Some(PauseReason::Undeliverable(_))));
+            control.resume();
+        }
+        // Each has to pause first, and again whenever it was parked.
+        assert_eq!(hooks.entries.load(Ordering::SeqCst), 0);
+        assert!(hooks.parked.load(Ordering::SeqCst) >= 20, "by the hook");
+        eventually("a pause", || control.paused().is_some());
+        control.stop(ExitReason::PowerOff);
+        assert_eq!(runner.join().unwrap(), ExitReason::PowerOff);
     }
 
     struct Refusing;
