@@ -424,9 +424,13 @@ impl Delivery {
             false
         });
         for gpa in again.into_iter().rev() {
-            self.ao.push_front(gpa);
+            // Two records may tell of the same page, an AO's and an AR's.
+            if !self.ao.contains(&gpa) && !self.ar.iter().any(|ars| ars.contains(&gpa)) {
+                self.ao.push_front(gpa);
+            }
         }
-        for _ in taken.iter().filter(|taken| matches!(taken, Taken::Acknowledged { .. })) {
+        // A record that is lost may have been read all the same.
+        for _ in &taken {
             self.queue.taken(now);
         }
         taken

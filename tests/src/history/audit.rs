@@ -1,0 +1,494 @@
+//! The invariants. The audit sees every step of a history and keeps its own account of each error;
+//! it panics at the first step that breaks a rule, with the rule.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
+
+use mce_relay::Pace;
+use mce_relay::delivery::{AO_VCPU, Cannot, Pending, Taken, Told, Wait};
+use mce_relay::ledger::{Ledger, State};
+use mce_relay::mca::{
+    AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, Kind, McaState, Record, Vendor, cap, mcg, status,
+};
+
+use super::Counts;
+use super::guest::{GuestStep, Took};
+
+/// Linux wipes its banks within this time of setting CR4.MCE. Nobody can tell a later wipe from an
+/// acknowledgement.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// Linux has left its handler within this time of clearing MCG_STATUS.MCIP.
+const LEAVE: Duration = Duration::from_secs(1);
+
+/// A record of an error in a bank, until `Delivery` says what became of it.
+#[derive(Debug)]
+struct InBank {
+    error: Pending,
+    record: Record,
+    /// The guest has read it.
+    read: bool,
+    /// The guest has wiped its bank, in a way that Linux does not.
+    thrown_away: bool,
+    /// A look has shown the vCPU with its handler closed since.
+    seen_closed: bool,
+}
+
+/// What is known of a vCPU besides its state.
+#[derive(Debug, Default)]
+struct Handler {
+    /// Since when its handler has in fact been open.
+    open_since: Option<Duration>,
+    /// Since when looks have shown it open.
+    seen_open_since: Option<Duration>,
+    /// It has been closed since the last look.
+    closed_unseen: bool,
+    /// It was closed and opened again between two looks: what it did with its banks then, nobody saw.
+    missed: bool,
+    /// MCG_STATUS.MCIP is set.
+    mcip: bool,
+    /// When it was last cleared.
+    mcip_cleared: Duration,
+}
+
+/// Records that are worked off one after the other, each in the same time.
+#[derive(Debug)]
+struct Backlog {
+    each: Duration,
+    done_at: VecDeque<Duration>,
+}
+
+impl Backlog {
+    fn new(pace: Pace) -> Self {
+        Self { each: Duration::from_secs(1) / pace.rate.max(1), done_at: VecDeque::new() }
+    }
+
+    fn push(&mut self, now: Duration) {
+        let begin = self.done_at.back().map_or(now, |last| now.max(*last));
+        self.done_at.push_back(begin + self.each);
+    }
+
+    fn len(&mut self, now: Duration) -> usize {
+        while self.done_at.front().is_some_and(|done| *done <= now) {
+            self.done_at.pop_front();
+        }
+        self.done_at.len()
+    }
+}
+
+/// An AO that waits to be told.
+#[derive(Debug, Clone, Copy)]
+struct WaitingAo {
+    gpa: u64,
+    /// It was told before, and the guest started over.
+    again: bool,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Audit {
+    caps: Caps,
+    burst: usize,
+    /// AOs in the order they came.
+    ao: Vec<WaitingAo>,
+    /// ARs of each vCPU in the order they came.
+    ar: Vec<Vec<u64>>,
+    in_banks: BTreeMap<(usize, u8), InBank>,
+    handlers: Vec<Handler>,
+    /// What the guest has taken and not worked off: its own queue, which is short.
+    guest_queue: Backlog,
+    /// The same as far as anybody outside can tell.
+    left_banks: Backlog,
+    /// What happened.
+    pub counts: Counts,
+}
+
+/// A machine check would shut this vCPU down.
+fn is_closed(state: &McaState) -> bool {
+    state.waits_for_sipi || !state.cr4_mce
+}
+
+fn bank(state: &McaState, bank: u8) -> Bank {
+    state.banks[usize::from(bank)]
+}
+
+impl Audit {
+    /// For a virtual machine of which nothing is known yet.
+    pub fn new(caps: Caps, vcpus: usize, pace: Pace) -> Self {
+        Self {
+            caps,
+            burst: usize::try_from(pace.burst.max(1)).expect("a small number"),
+            ao: Vec::new(),
+            ar: vec![Vec::new(); vcpus],
+            in_banks: BTreeMap::new(),
+            handlers: (0..vcpus).map(|_| Handler::default()).collect(),
+            guest_queue: Backlog::new(pace),
+            left_banks: Backlog::new(pace),
+            counts: Counts::default(),
+        }
+    }
+
+    /// A page went bad that nobody touched, and the ledger did not know it.
+    pub fn ao(&mut self, gpa: u64) {
+        self.ao.push(WaitingAo { gpa, again: false });
+    }
+
+    /// `vcpu` touched a bad page. The guest will learn of it by the AR: no AO may follow.
+    pub fn ar(&mut self, vcpu: usize, gpa: u64) {
+        self.ao.retain(|waiting| waiting.gpa != gpa);
+        if !self.ar[vcpu].contains(&gpa) {
+            self.ar[vcpu].push(gpa);
+        }
+    }
+
+    /// The guest did `step` on `vcpu`, which left it in `state`, and read `took` out.
+    pub fn stepped(
+        &mut self,
+        vcpu: usize,
+        step: GuestStep,
+        state: &McaState,
+        took: &[Took],
+        now: Duration,
+    ) {
+        self.counts.count("guest steps");
+        let handler = &mut self.handlers[vcpu];
+        if is_closed(state) {
+            handler.open_since = None;
+            handler.closed_unseen = true;
+        } else {
+            handler.open_since.get_or_insert(now);
+        }
+        if handler.mcip && !state.mcip() {
+            handler.mcip = false;
+            handler.mcip_cleared = now;
+        }
+        let late = handler.open_since.is_some_and(|since| now.saturating_sub(since) >= SETTLE);
+        if step == GuestStep::WipeBanks {
+            for (_, wiped) in self.in_banks.range_mut((vcpu, 0)..(vcpu + 1, 0)) {
+                // A machine check is handled before its vCPU does anything else.
+                wiped.thrown_away |= late || wiped.record.mcg_status != 0;
+            }
+        }
+        for took in took {
+            self.counts.count("records read");
+            // A bystander's record is nobody's.
+            let Some(in_bank) = self.in_banks.get_mut(&(vcpu, took.bank)) else { continue };
+            let Record { bank, status, addr, .. } = in_bank.record;
+            assert_eq!(*took, Took { bank, status, addr }, "the guest reads what was told");
+            in_bank.read = true;
+            if in_bank.error.kind == Kind::ActionOptional {
+                self.guest_queue.push(now);
+                let held = self.guest_queue.len(now);
+                let burst = self.burst;
+                assert!(held <= burst, "the guest's queue overflows: {held} AOs, trusted {burst}");
+            }
+        }
+    }
+
+    /// After each step of the history, and after each injection.
+    pub fn no_over(vcpu: usize, state: &McaState) {
+        for (bank, registers) in state.banks.iter().enumerate() {
+            let over = registers.status & status::OVER != 0;
+            assert!(!over, "OVER is set in bank {bank} of vCPU {vcpu}");
+        }
+    }
+
+    /// The relay looks at `vcpu`.
+    pub fn seen(&mut self, vcpu: usize, state: &McaState, now: Duration) {
+        self.counts.count("looks");
+        let handler = &mut self.handlers[vcpu];
+        let closed_unseen = std::mem::take(&mut handler.closed_unseen);
+        if is_closed(state) {
+            handler.seen_open_since = None;
+            handler.missed = false;
+            for (_, in_bank) in self.in_banks.range_mut((vcpu, 0)..(vcpu + 1, 0)) {
+                in_bank.seen_closed = true;
+            }
+        } else {
+            handler.missed |= closed_unseen && handler.seen_open_since.is_some();
+            handler.seen_open_since.get_or_insert(now);
+        }
+    }
+
+    /// `Delivery` says what became of a record in one of `vcpu`'s banks.
+    pub fn taken(&mut self, vcpu: usize, taken: Taken, state: &McaState, now: Duration) {
+        self.left_banks.push(now);
+        match taken {
+            Taken::Acknowledged { gpa, bank: number } => {
+                self.counts.count("acknowledged");
+                let in_bank = self.in_banks.remove(&(vcpu, number));
+                let in_bank = in_bank.expect("an acknowledgement of a record that was never there");
+                assert_eq!(in_bank.error.gpa, gpa, "acknowledged is the page that was told");
+                assert!(!bank(state, number).valid(), "acknowledged, and the bank is still valid");
+                assert!(
+                    !state.mcip(),
+                    "acknowledged, and the guest is still in its handler (MCIP)"
+                );
+                assert!(
+                    !in_bank.seen_closed,
+                    "acknowledged, and the guest was seen to start over before: {in_bank:x?}"
+                );
+                if !in_bank.read {
+                    let unknowable = in_bank.thrown_away || self.handlers[vcpu].missed;
+                    assert!(unknowable, "acknowledged, and the guest never read it: {in_bank:x?}");
+                    self.counts.count("wiped where nobody could see it");
+                }
+            }
+            Taken::Lost { gpa } => {
+                self.counts.count("told again");
+                let restarted = self.in_banks.iter().find(|((at, number), in_bank)| {
+                    let cleared = *at == vcpu && !bank(state, *number).valid();
+                    cleared && in_bank.error.gpa == gpa && in_bank.seen_closed
+                });
+                let key = *restarted.expect("lost, and the guest did not start over").0;
+                self.in_banks.remove(&key);
+                let waits = self.ao.iter().any(|waiting| waiting.gpa == gpa)
+                    || self.ar.iter().any(|ars| ars.contains(&gpa));
+                if !waits {
+                    self.ao.insert(0, WaitingAo { gpa, again: true });
+                }
+            }
+        }
+    }
+
+    /// `told` are to be injected, all of them, into vCPUs that are in the states `before` and in so
+    /// many of their `handlers`.
+    pub fn before_injection(
+        &mut self,
+        told: &[Told],
+        before: &[McaState],
+        handlers: &[u32],
+        now: Duration,
+    ) {
+        for one in told {
+            let Told { vcpu, error, record } = one;
+            let state = &before[*vcpu];
+            assert!(!state.waits_for_sipi, "a record for vCPU {vcpu}, which waits for SIPI");
+            assert!(self.survives(record), "the guest panics: {record:x?} for vCPU {vcpu}");
+            let twice = told.iter().filter(|other| other.vcpu == *vcpu).count() > 1;
+            assert!(!twice, "two records for vCPU {vcpu} at once");
+            let local = record.mcg_status & mcg::LMCES != 0;
+            assert!(!local || state.lmce, "a local machine check for vCPU {vcpu} without LMCE");
+            if local {
+                self.counts.count("local machine checks");
+            }
+            let raises = record.mcg_status != 0;
+            let ar = error.is_some_and(|(error, _)| error.kind == Kind::ActionRequired);
+            if raises && !ar {
+                let cleared = self.handlers[*vcpu].mcip_cleared;
+                let leaving = now.saturating_sub(cleared) < LEAVE;
+                assert!(
+                    handlers[*vcpu] == 0 || !leaving,
+                    "a machine check for vCPU {vcpu}, which is still leaving its handler"
+                );
+                let in_flight = state.event_in_flight;
+                assert!(!in_flight, "vCPU {vcpu} forgets an interrupt for a machine check");
+            }
+            if raises && !local && self.caps.vendor == Vendor::Intel {
+                for (other, state) in before.iter().enumerate() {
+                    let open = !is_closed(state) && state.mcg_ctl == u64::MAX;
+                    assert!(
+                        !open || told.iter().any(|told| told.vcpu == other),
+                        "a rendezvous reaches all or none: vCPU {other} is open and left out"
+                    );
+                }
+            }
+            match error {
+                None => self.counts.count("bystanders"),
+                Some((error, _)) => self.in_order(*vcpu, *error),
+            }
+        }
+        if told.len() > 1 {
+            self.counts.count("rendezvous");
+        }
+    }
+
+    /// Whether Linux with these capabilities lives on with `record` (`mce_severity`): it panics of an
+    /// uncorrected error that it was not shown how to recover from, and of one that is neither
+    /// signalled (Intel) nor contained (AMD).
+    fn survives(&self, record: &Record) -> bool {
+        let Record { status, mcg_status, .. } = *record;
+        let has = |bit| status & bit != 0;
+        match (self.caps.vendor, mcg_status & mcg::MCIP != 0) {
+            (Vendor::Intel, raises) => raises && self.caps.has(cap::SER_P) && has(status::S),
+            (Vendor::Amd, true) => self.caps.succor && has(status::POISON),
+            (Vendor::Amd, false) => has(status::DEFERRED) && !has(status::UC),
+        }
+    }
+
+    /// It is the turn of `error` on `vcpu`.
+    fn in_order(&mut self, vcpu: usize, error: Pending) {
+        let Pending { gpa, kind } = error;
+        let ars = &self.ar[vcpu];
+        match kind {
+            Kind::ActionRequired => {
+                self.counts.count("ARs told");
+                assert!(ars.contains(&gpa), "an AR for {gpa:#x}, which vCPU {vcpu} did not touch");
+                assert_eq!(ars[0], gpa, "ARs of vCPU {vcpu} are told in their order");
+            }
+            Kind::ActionOptional => {
+                self.counts.count("AOs told");
+                assert!(ars.is_empty(), "an AO on vCPU {vcpu} before its AR for {:#x}", ars[0]);
+                let at = self.ao.iter().position(|waiting| waiting.gpa == gpa);
+                let at = at.unwrap_or_else(|| panic!("{gpa:#x} is told twice, or after its AR"));
+                assert!(
+                    at == 0 || self.ao[at].again,
+                    "AOs are told in their order: {:x?}",
+                    self.ao
+                );
+            }
+        }
+    }
+
+    /// `told` is in its bank.
+    pub fn injected(&mut self, told: &Told) {
+        self.handlers[told.vcpu].mcip |= told.record.mcg_status & mcg::MCIP != 0;
+        let Some((error, _)) = told.error else { return };
+        self.waits_no_longer(told.vcpu, &error);
+        let record = told.record;
+        let in_bank = InBank { error, record, read: false, thrown_away: false, seen_closed: false };
+        let before = self.in_banks.insert((told.vcpu, record.bank), in_bank);
+        assert!(before.is_none(), "{told:x?} overwrites {before:x?}");
+    }
+
+    fn waits_no_longer(&mut self, vcpu: usize, error: &Pending) {
+        match error.kind {
+            Kind::ActionOptional => self.ao.retain(|waiting| waiting.gpa != error.gpa),
+            Kind::ActionRequired => self.ar[vcpu].retain(|gpa| *gpa != error.gpa),
+        }
+    }
+
+    /// `Delivery` has nothing to do on `vcpu`.
+    pub fn idle(&self, vcpu: usize) {
+        assert!(self.ar[vcpu].is_empty(), "vCPU {vcpu} is let go without its AR");
+        let all_told = vcpu != AO_VCPU || self.ao.is_empty();
+        assert!(all_told, "AOs wait, and nobody says for what: {:x?}", self.ao);
+    }
+
+    /// `Delivery` says that `error` has to wait, of vCPUs that are in `states`.
+    pub fn waiting(&mut self, error: &Pending, wait: Wait, states: &[McaState], now: Duration) {
+        let known = match error.kind {
+            Kind::ActionOptional => self.ao.iter().any(|waiting| waiting.gpa == error.gpa),
+            Kind::ActionRequired => self.ar.iter().any(|ars| ars.contains(&error.gpa)),
+        };
+        assert!(known, "{error:x?} waits, and was told already");
+        self.is_true(error.kind, wait, states, now);
+    }
+
+    /// `Delivery` says that `error` can never be told on `vcpu`.
+    pub fn cannot(
+        &mut self,
+        vcpu: usize,
+        error: &Pending,
+        why: Cannot,
+        states: &[McaState],
+        now: Duration,
+    ) {
+        self.counts.count("cannot be told");
+        match why {
+            Cannot::NoForm => {
+                let form = match self.caps.vendor {
+                    Vendor::Intel => self.caps.has(cap::SER_P),
+                    Vendor::Amd => self.caps.succor || error.kind == Kind::ActionOptional,
+                };
+                assert!(!form, "{error:x?} has a form in this guest");
+            }
+            Cannot::Blocked { by } => {
+                assert_eq!(error.kind, Kind::ActionRequired, "an AO can wait");
+                self.is_true(error.kind, by, states, now);
+                if let Wait::BankValid { vcpu, bank } = by
+                    && let Some(in_bank) = self.in_banks.get(&(vcpu, bank))
+                {
+                    let ar = in_bank.error.kind == Kind::ActionRequired;
+                    assert!(ar, "an AR that an AO's record is in the way of: {by}");
+                }
+            }
+            Cannot::Refused => panic!("delivery cannot know that"),
+        }
+        self.waits_no_longer(vcpu, error);
+    }
+
+    /// `wait`, of an error of `kind`, has to be the truth about `states`.
+    fn is_true(&mut self, kind: Kind, wait: Wait, states: &[McaState], now: Duration) {
+        self.counts.count(name(wait));
+        let truth = match wait {
+            Wait::NotStarted { vcpu } => states[vcpu].waits_for_sipi,
+            Wait::Cr4MceClear { vcpu } => !states[vcpu].cr4_mce,
+            Wait::Mcip { vcpu } => states[vcpu].mcip(),
+            Wait::McgCtlOff { vcpu } => states[vcpu].mcg_ctl != u64::MAX,
+            Wait::BankCtlOff { vcpu, bank: number } => {
+                bank(&states[vcpu], number).ctl != u64::MAX && number < self.caps.banks()
+            }
+            Wait::BankValid { vcpu, bank: number } => bank(&states[vcpu], number).valid(),
+            Wait::NoBank { .. } => self.lacks_banks(kind),
+            Wait::InHandler { vcpu } => !states[vcpu].interrupts_on,
+            Wait::EventInFlight { vcpu } => states[vcpu].event_in_flight,
+            Wait::JustOpened { vcpu } => {
+                let since = self.handlers[vcpu].seen_open_since;
+                since.is_some_and(|since| now.saturating_sub(since) < SETTLE)
+            }
+            Wait::Pace => {
+                let aos = self.in_banks.values();
+                let aos = aos.filter(|at| at.error.kind == Kind::ActionOptional).count();
+                aos + self.left_banks.len(now) >= self.burst
+            }
+            // Said when a record is lost, which `taken` has checked; nothing pauses here.
+            Wait::Restarted { .. } | Wait::Paused { .. } => false,
+        };
+        assert!(truth, "this is not so: {wait}");
+    }
+
+    /// The guest was shown none of the banks that carry errors of `kind`.
+    fn lacks_banks(&self, kind: Kind) -> bool {
+        let banks: &[u8] = match (kind, self.caps.vendor) {
+            (Kind::ActionRequired, _) => &AR_BANKS,
+            (Kind::ActionOptional, Vendor::Intel) => &[AO_BANK],
+            (Kind::ActionOptional, Vendor::Amd) => &DEFERRED_BANKS,
+        };
+        banks.iter().all(|bank| *bank >= self.caps.banks())
+    }
+
+    /// Whether nothing waits to be told or acknowledged.
+    pub fn is_idle(&self) -> bool {
+        self.ao.is_empty() && self.ar.iter().all(Vec::is_empty) && self.in_banks.is_empty()
+    }
+
+    /// The guest has been well for long enough: every page is acknowledged, or there is a reason that
+    /// a well guest does not lift.
+    pub fn finish(&mut self, ledger: &Ledger) {
+        // The first says what it waits for, and the others wait for their turn.
+        let no_bank = |state| matches!(state, State::Waiting { wait: Wait::NoBank { .. } });
+        let lacks_banks = self.lacks_banks(Kind::ActionOptional);
+        let first_says = lacks_banks && ledger.pages().any(|page| no_bank(page.state));
+        for page in ledger.pages() {
+            self.counts.count("pages");
+            let waits = self.ao.iter().any(|ao| ao.gpa == page.gpa);
+            match page.state {
+                State::Acknowledged { .. } => {}
+                // Held against the state of its time by `cannot`.
+                State::Undeliverable { .. } => {}
+                _ if waits && first_says => {}
+                state => panic!("in the end, {:#x} is {state}", page.gpa),
+            }
+        }
+    }
+}
+
+/// A name to count `wait` by.
+fn name(wait: Wait) -> &'static str {
+    match wait {
+        Wait::NotStarted { .. } => "waits for SIPI",
+        Wait::Cr4MceClear { .. } => "waits for CR4.MCE",
+        Wait::Mcip { .. } => "waits for MCIP",
+        Wait::McgCtlOff { .. } => "waits for MCG_CTL",
+        Wait::BankCtlOff { .. } => "waits for MCi_CTL",
+        Wait::BankValid { .. } => "waits for VAL",
+        Wait::NoBank { .. } => "waits for a bank",
+        Wait::InHandler { .. } => "waits for the handler's end",
+        Wait::EventInFlight { .. } => "waits for an interrupt",
+        Wait::JustOpened { .. } => "waits to settle",
+        Wait::Restarted { .. } => "waits after a restart",
+        Wait::Paused { .. } => "waits for a pause",
+        Wait::Pace => "waits for the pace",
+    }
+}

@@ -1,0 +1,294 @@
+//! Plays a history: what the relay's thread and `VcpuPort::attend` do with `Delivery`, on one thread.
+
+use std::time::{Duration, SystemTime};
+
+use mce_relay::delivery::{Cannot, Delivery, Pending, Step, Taken, Told, Wait};
+use mce_relay::ledger::{FoundBy, Ledger, State};
+use mce_relay::mca::{Caps, Kind, McaState, PAGE_SHIFT};
+
+use super::audit::Audit;
+use super::guest::{self, GuestStep, TRIPLE_FAULT, Took};
+use super::{Counts, History, Op, Vcpu, gpa};
+
+/// How long an AR is held back for other processors (`AR_PATIENCE` in `relay/src/port.rs`).
+const AR_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Plays `history` on `vcpus` and has the guest become well at its end; what happened.
+///
+/// # Panics
+/// An invariant is broken: see [`Audit`].
+pub fn play<V: Vcpu>(history: &History, vcpus: Vec<V>) -> Counts {
+    let mut driver = Driver::new(history, vcpus);
+    for op in &history.ops {
+        driver.op(*op);
+    }
+    driver.become_well();
+    driver.audit.finish(&driver.ledger);
+    driver.audit.counts.count("histories");
+    driver.audit.counts
+}
+
+struct Driver<V> {
+    caps: Caps,
+    vcpus: Vec<V>,
+    delivery: Delivery,
+    ledger: Ledger,
+    audit: Audit,
+    now: Duration,
+    /// An AR's signal lies in the slot of its thread, which therefore comes round before it runs.
+    attention: Vec<bool>,
+    /// Since when a vCPU has been kept out of the guest for others to leave their handlers.
+    held: Vec<Option<Duration>>,
+    /// The vCPU was started once.
+    started: Vec<bool>,
+}
+
+impl<V: Vcpu> Driver<V> {
+    fn new(history: &History, vcpus: Vec<V>) -> Self {
+        let History { caps, pace, .. } = *history;
+        let count = vcpus.len();
+        Self {
+            caps,
+            vcpus,
+            delivery: Delivery::new(caps, count, pace),
+            ledger: Ledger::default(),
+            audit: Audit::new(caps, count, pace),
+            now: Duration::ZERO,
+            attention: vec![false; count],
+            held: vec![None; count],
+            started: (0..count).map(|vcpu| vcpu == 0).collect(),
+        }
+    }
+
+    fn op(&mut self, op: Op) {
+        self.audit.counts.count("steps");
+        match op {
+            Op::Ao { first, pages } => {
+                (first..first + pages)
+                    .for_each(|page| self.enter(Kind::ActionOptional, page, None));
+            }
+            Op::Ar { vcpu, page } => {
+                // It has to run to touch anything; what its thread has not come round for it has
+                // touched already.
+                if !self.attention[vcpu] {
+                    self.guest(vcpu, GuestStep::Run);
+                }
+                self.enter(Kind::ActionRequired, page, Some(vcpu));
+                self.attention[vcpu] = true;
+            }
+            Op::Interrupt(vcpu) => self.interrupt(vcpu),
+            Op::Look(vcpu) => self.look(vcpu),
+            Op::Advance(time) => self.now += time,
+            Op::Guest(vcpu, step) => {
+                self.guest(vcpu, step);
+            }
+        }
+        for vcpu in 0..self.vcpus.len() {
+            if self.held[vcpu].is_some() {
+                self.look(vcpu);
+            }
+        }
+        for (vcpu, state) in self.states().iter().enumerate() {
+            Audit::no_over(vcpu, state);
+        }
+    }
+
+    fn states(&mut self) -> Vec<McaState> {
+        self.vcpus.iter_mut().map(Vcpu::state).collect()
+    }
+
+    fn set(&mut self, gpa: u64, state: State) {
+        self.ledger.set(gpa, state, SystemTime::UNIX_EPOCH + self.now);
+    }
+
+    /// As `Shared::enter`.
+    fn enter(&mut self, kind: Kind, page: u64, vcpu: Option<usize>) {
+        let (gpa, now) = (gpa(page), SystemTime::UNIX_EPOCH + self.now);
+        let new = self.ledger.enter(gpa, gpa, PAGE_SHIFT, kind, FoundBy::Signal, now);
+        match vcpu {
+            Some(vcpu) => {
+                self.delivery.push_ar(vcpu, gpa);
+                self.audit.ar(vcpu, gpa);
+            }
+            None if new => {
+                self.delivery.push_ao(gpa);
+                self.audit.ao(gpa);
+            }
+            None => {}
+        }
+    }
+
+    /// The guest runs on `vcpu`, after its thread has come round if it has to.
+    fn guest(&mut self, vcpu: usize, step: GuestStep) -> Vec<Took> {
+        if self.attention[vcpu] {
+            self.look(vcpu);
+        }
+        if self.held[vcpu].is_some() {
+            return Vec::new();
+        }
+        let took = guest::step(&mut self.vcpus[vcpu], &self.caps, step);
+        let state = self.vcpus[vcpu].state();
+        self.started[vcpu] |= !state.waits_for_sipi;
+        self.audit.stepped(vcpu, step, &state, &took, self.now);
+        took
+    }
+
+    fn interrupt(&mut self, vcpu: usize) {
+        let state = self.vcpus[vcpu].state();
+        let runs = !state.waits_for_sipi && !self.attention[vcpu] && self.held[vcpu].is_none();
+        if runs && state.interrupts_on && !state.event_in_flight {
+            self.vcpus[vcpu].interrupt();
+        }
+    }
+
+    /// As `VcpuPort::attend`.
+    fn look(&mut self, me: usize) {
+        self.attention[me] = false;
+        loop {
+            let state = self.see(me);
+            match self.delivery.next(me, &state, self.now) {
+                Step::Idle => {
+                    self.audit.idle(me);
+                    break;
+                }
+                Step::Inject(told) => self.inject(&[told]),
+                Step::Wait(error, wait) => {
+                    self.waiting(error, wait);
+                    break;
+                }
+                // After an AR that cannot be told the VMM decides; it comes back before it runs.
+                Step::Cannot(error, why) => self.cannot(me, error, why),
+                Step::Rendezvous(error) => {
+                    let states: Vec<_> = (0..self.vcpus.len()).map(|v| Some(self.see(v))).collect();
+                    match self.delivery.rendezvous(me, &states) {
+                        Ok(told) => {
+                            self.inject(&told);
+                            // The others go round once more before they run.
+                            told.iter().for_each(|told| self.attention[told.vcpu] = true);
+                        }
+                        Err(wait) => {
+                            self.waiting(error, wait);
+                            if error.kind == Kind::ActionOptional {
+                                break;
+                            }
+                            let since = *self.held[me].get_or_insert(self.now);
+                            if self.now - since <= AR_PATIENCE {
+                                return;
+                            }
+                            self.cannot(me, error, Cannot::Blocked { by: wait });
+                        }
+                    }
+                }
+            }
+        }
+        self.held[me] = None;
+    }
+
+    /// Reads `vcpu`'s state, and what has become of the records in its banks.
+    fn see(&mut self, vcpu: usize) -> McaState {
+        let state = self.vcpus[vcpu].state();
+        self.audit.seen(vcpu, &state, self.now);
+        for taken in self.delivery.taken(vcpu, &state, self.now) {
+            self.audit.taken(vcpu, taken, &state, self.now);
+            match taken {
+                Taken::Acknowledged { gpa, bank } => {
+                    self.set(gpa, State::Acknowledged { vcpu, bank });
+                }
+                Taken::Lost { gpa } => {
+                    self.set(gpa, State::Waiting { wait: Wait::Restarted { vcpu } });
+                }
+            }
+        }
+        state
+    }
+
+    fn waiting(&mut self, error: Pending, wait: Wait) {
+        let states = self.states();
+        self.audit.waiting(&error, wait, &states, self.now);
+        self.set(error.gpa, State::Waiting { wait });
+    }
+
+    fn cannot(&mut self, vcpu: usize, error: Pending, why: Cannot) {
+        let states = self.states();
+        self.audit.cannot(vcpu, &error, why, &states, self.now);
+        self.delivery.forget(vcpu, &error);
+        self.set(error.gpa, State::Undeliverable { why });
+    }
+
+    /// As `Shared::inject`, for one record or for all of a rendezvous.
+    fn inject(&mut self, all: &[Told]) {
+        let before = self.states();
+        let handlers: Vec<_> = self.vcpus.iter().map(Vcpu::handlers).collect();
+        self.audit.before_injection(all, &before, &handlers, self.now);
+        for told in all {
+            let Told { vcpu, error, record } = *told;
+            let accepted = self.vcpus[vcpu].inject(&record);
+            let state = self.vcpus[vcpu].state();
+            Audit::no_over(vcpu, &state);
+            let held = state.banks[usize::from(record.bank)].status == record.status;
+            let raised = record.mcg_status == 0 || state.mcg_status == record.mcg_status;
+            if accepted && held && raised {
+                self.audit.injected(told);
+                self.delivery.told(told);
+                if let Some((error, form)) = error {
+                    self.set(error.gpa, State::Injected { vcpu, bank: record.bank, form });
+                }
+            } else {
+                assert!(self.vcpus[vcpu].resume(), "{TRIPLE_FAULT}: {record:x?} for vCPU {vcpu}");
+                panic!("refused or swallowed: {record:x?} for vCPU {vcpu}");
+            }
+        }
+    }
+
+    /// The guest does all that a well guest does, again and again, and the relay's thread has those
+    /// vCPUs look that `Delivery` names, until nothing is left to do.
+    fn become_well(&mut self) {
+        let rounds = 20 + 2 * self.ledger.pages().count();
+        for _ in 0..rounds {
+            for vcpu in 0..self.vcpus.len() {
+                self.be_well(vcpu);
+            }
+            self.op(Op::Advance(Duration::from_secs(1)));
+            for vcpu in self.delivery.waiting_vcpus(self.now) {
+                self.op(Op::Look(vcpu));
+            }
+            let idle = self.delivery.is_idle();
+            assert_eq!(idle, self.audit.is_idle(), "whether nothing waits: {:x?}", self.audit);
+            if idle {
+                break;
+            }
+        }
+    }
+
+    fn be_well(&mut self, vcpu: usize) {
+        if !self.started[vcpu] {
+            return;
+        }
+        // One more than it is in, for the one that may be queued.
+        let handlers = 0..=self.vcpus[vcpu].handlers();
+        let mut guest = |step| self.guest(vcpu, step);
+        guest(GuestStep::Interrupts(true));
+        for _ in handlers {
+            while !guest(GuestStep::HandleOneBank).is_empty() {}
+            guest(GuestStep::LeaveHandler);
+        }
+        guest(GuestStep::Poll);
+        // What no handler and no poll takes is there until the guest starts over on this vCPU.
+        let state = self.vcpus[vcpu].state();
+        let banks = &state.banks[..usize::from(self.caps.banks())];
+        let stuck = banks.iter().any(|bank| bank.valid() || bank.ctl != u64::MAX);
+        if stuck || state.waits_for_sipi || !state.cr4_mce || state.mcg_ctl != u64::MAX {
+            self.guest(vcpu, GuestStep::CloseHandler);
+            self.op(Op::Look(vcpu));
+            for step in [
+                GuestStep::Start,
+                GuestStep::Interrupts(true),
+                GuestStep::OpenHandler,
+                GuestStep::McgCtl(true),
+                GuestStep::WipeBanks,
+            ] {
+                self.guest(vcpu, step);
+            }
+        }
+    }
+}
