@@ -42,7 +42,7 @@ executables() { # cargo-arguments...
         sed -n 's/^ *Executable .*(\(.*\))$/\1/p'
 }
 
-mapfile -t pure < <(executables --workspace --all-features --lib --bins; executables -p mce-relay --all-features --test '*'; executables -p mce-relay-agent --test '*')
+mapfile -t pure < <(executables --workspace --all-features --lib --bins; executables -p mce-relay --all-features --test '*'; executables -p mce-relay-agent --test '*'; executables -p mce-relay-tests --test histories)
 mapfile -t kvm < <(executables -p mce-relay-tests --test kvm --test quiet --test bad_input)
 mapfile -t scenarios < <(executables -p mce-relay-tests --test scenarios)
 if [ ${#pure[@]} = 0 ] || [ ${#kvm[@]} != 3 ] || [ ${#scenarios[@]} != 1 ]; then
@@ -72,8 +72,8 @@ in_labs() {
         # shellcheck disable=SC2016 # expanded inside
         tests/lab/run.sh target/release/hold sh -c 'worst=0 binary=$1; shift
             for name; do "$binary" --exact "$name" || worst=$?; done; exit $worst' \
-            sh "$1" "${names[@]:0:3}" || worst=$?
-        names=("${names[@]:3}")
+            sh "$1" "${names[@]:0:5}" || worst=$?
+        names=("${names[@]:5}")
     done
     return "$worst"
 }

@@ -1,17 +1,40 @@
 #!/usr/bin/env bash
-# The lab's scenarios over and over: what happens once in a hundred times happens here.
-# SOAK_ROUNDS (10)
+# What takes too long for `make test`, in the lab: large bursts, and random poison and touches on
+# guests with four vCPUs; then the scenarios over and over, as what happens once in a hundred times
+# happens here.
+# SOAK_MINUTES   of random poison, for each of its guests (10)
+# SOAK_SEED      for the same random choices as in an earlier run
+# SOAK_ROUNDS    of the scenarios (10); 0 leaves them out
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-rounds=${SOAK_ROUNDS:-10}
-[[ $rounds =~ ^[1-9][0-9]*$ ]] || { echo "SOAK_ROUNDS=$rounds is not a number above 0" >&2; exit 2; }
-binary=$(cargo test --release --locked --no-run -p mce-relay-tests --test scenarios 2>&1 |
-    sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
-[ -n "$binary" ] || { echo 'the scenarios do not build' >&2; exit 1; }
-failed=0
-for ((round = 1; round <= rounds; round++)); do
-    echo "==== round $round of $rounds" >&2
-    tests/lab/run.sh target/release/hold "$binary" || failed=$((failed + 1))
+minutes=${SOAK_MINUTES:-10} rounds=${SOAK_ROUNDS:-10}
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "SOAK_MINUTES=$minutes is not a number above 0" >&2; exit 2; }
+[[ $rounds =~ ^[0-9]+$ ]] || { echo "SOAK_ROUNDS=$rounds is not a number" >&2; exit 2; }
+[[ ${SOAK_SEED:=} =~ ^[0-9]*$ ]] || { echo "SOAK_SEED=$SOAK_SEED is not a number" >&2; exit 2; }
+export MCE_RELAY_SOAK_MINUTES=$minutes
+[ -z "$SOAK_SEED" ] || export MCE_RELAY_SOAK_SEED=$SOAK_SEED
+
+executable() { # test target
+    cargo test --release --locked --no-run -p mce-relay-tests --test "$1" 2>&1 |
+        sed -n 's/^ *Executable .*(\(.*\))$/\1/p'
+}
+soak=$(executable soak) scenarios=$(executable scenarios)
+[ -n "$soak" ] && [ -n "$scenarios" ] || { echo 'the tests do not build' >&2; exit 1; }
+
+failed=0 all=0
+in_lab() { # what, command...
+    echo "==== $1" >&2
+    shift
+    all=$((all + 1))
+    tests/lab/run.sh target/release/hold "$@" || failed=$((failed + 1))
+}
+# Each in a lab of its own. Its clock can be half as fast as ours, and a burst has ten minutes as well.
+names=$("$soak" --list | sed -n 's/: test$//p')
+for name in $names; do
+    LAB_TIMEOUT=$((minutes * 120 + 1800)) in_lab "$name" "$soak" --exact "$name" --nocapture
 done
-echo "$((rounds - failed)) rounds passed, $failed failed"
+for ((round = 1; round <= rounds; round++)); do
+    LAB_TIMEOUT=3600 in_lab "round $round of $rounds" "$scenarios"
+done
+echo "$((all - failed)) runs passed, $failed failed"
 [ "$failed" = 0 ]

@@ -5,10 +5,12 @@
 mod ao;
 mod ar;
 mod burst;
+mod delivery;
 mod hardware;
 mod mce_test;
 mod means;
 mod placement;
+mod undeliverable;
 
 use std::process::ExitCode;
 
@@ -39,6 +41,18 @@ fn main() -> ExitCode {
         burst::amd needs may_poison,
         burst::intel_by_rendezvous needs may_poison,
         burst::intel_by_lmce needs may_poison,
+        delivery::while_the_handler_runs needs may_poison,
+        delivery::while_an_amd_guest_boots needs may_poison,
+        delivery::while_an_intel_guest_boots needs may_poison,
+        delivery::a_touch_after_the_ao needs may_poison,
+        delivery::a_touch_while_the_ao_waits needs may_poison,
+        delivery::a_touch_before_the_ao_amd needs may_poison,
+        delivery::a_touch_before_the_ao_intel needs may_poison,
+        delivery::a_page_without_a_signal_amd needs may_poison,
+        delivery::a_page_without_a_signal_intel needs may_poison,
+        undeliverable::stop needs may_poison,
+        undeliverable::pause needs may_poison,
+        undeliverable::reset needs may_poison,
         means::madvise needs may_poison,
         means::late_kill_says_nothing_until_a_touch needs may_poison,
         mce_test::kvm_suite needs may_poison,

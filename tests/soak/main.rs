@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
 mod burst;
+mod soak;
 
 use std::process::ExitCode;
 
@@ -13,5 +14,8 @@ fn main() -> ExitCode {
         burst::amd needs may_poison,
         burst::intel_by_rendezvous needs may_poison,
         burst::intel_by_lmce needs may_poison,
+        soak::amd needs may_poison,
+        soak::intel_by_rendezvous needs may_poison,
+        soak::intel_by_lmce needs may_poison,
     ])
 }

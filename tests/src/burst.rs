@@ -55,19 +55,10 @@ fn burst(guest: &mut Guest, count: usize, all: &mut Vec<Page>) {
 
     let start = Instant::now();
     let poisoned = guest.poison_many(&gpas);
-    let (mut named, mut news) = (0, Instant::now());
-    while named < all.len() as u64 && start.elapsed() < limit(count) && news.elapsed() < STALLED {
-        std::thread::sleep(LOOK);
-        let now = guest.agent.failures_count()["pfns"].as_u64().unwrap();
-        if now != named {
-            (named, news) = (now, Instant::now());
-        }
-    }
+    let (named, account) = named_all(guest, all.len());
     let last = start.elapsed();
     let ledger = settled(guest);
     let acknowledged = start.elapsed();
-
-    let (named, account) = guest.agent.failures();
     let caught = guest.events().iter().filter(|event| event["event"] == "caught").count();
     let scanned = ledger.iter().filter(|page| page["found_by"] == "scan").count();
     println!(
@@ -89,10 +80,22 @@ fn burst(guest: &mut Guest, count: usize, all: &mut Vec<Page>) {
     nothing_lost(&account);
 }
 
-/// Waits until no page of the ledger is on its way any more; the ledger.
-///
-/// # Panics
-/// It stays as it is for longer than a guest needs.
+/// Waits until the guest's kernel has named `count` page frames as failed since its boot; those it
+/// has, and its account.
+pub fn named_all(guest: &mut Guest, count: usize) -> (BTreeSet<u64>, Value) {
+    let start = Instant::now();
+    let (mut named, mut news) = (0, start);
+    while named < count as u64 && start.elapsed() < limit(count) && news.elapsed() < STALLED {
+        std::thread::sleep(LOOK);
+        let now = guest.agent.failures_count()["pfns"].as_u64().unwrap();
+        if now != named {
+            (named, news) = (now, Instant::now());
+        }
+    }
+    guest.agent.failures()
+}
+
+/// Waits until every page of the ledger is acknowledged, or for longer than a guest needs; the ledger.
 pub fn settled(guest: &Guest) -> Vec<Value> {
     let start = Instant::now();
     loop {

@@ -215,6 +215,11 @@ impl Vmm {
         client::get(&self.at("api"), "vm.info").unwrap()
     }
 
+    /// `PUT /api/v1/<what>`.
+    pub fn put(&self, what: &str) {
+        client::put(&self.at("api"), what).unwrap();
+    }
+
     /// Runs `mce-relay <command> --api-socket … args`.
     pub fn command(&self, command: &str, args: &[&str]) -> Output {
         let socket = format!("path={}", self.at("api").display());
@@ -265,6 +270,18 @@ impl Vmm {
         match self.status()["pages"].take() {
             Value::Array(pages) => pages,
             other => panic!("{other} is not a list of pages"),
+        }
+    }
+
+    /// Waits until the ledger has `count` pages; the ledger.
+    pub fn known(&self, count: usize) -> Vec<Value> {
+        let start = Instant::now();
+        loop {
+            let pages = self.pages();
+            if pages.len() >= count || start.elapsed() > PATIENCE {
+                return pages;
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
     }
 

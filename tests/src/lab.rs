@@ -2,7 +2,9 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::marker::PhantomData;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// Whether this runs in the lab (or on a host that was given over to it by MCE_RELAY_NATIVE=1).
 pub fn may_poison() -> Result<(), String> {
@@ -40,6 +42,10 @@ pub fn poll_banks(seconds: u32) {
     std::fs::write(path, seconds.to_string()).unwrap();
 }
 
+// Documentation/admin-guide/mm/pagemap.rst
+const PM_PRESENT: u64 = 1 << 63;
+const PM_PFN: u64 = (1 << 55) - 1;
+
 /// The page tables of a process, as the kernel shows them.
 #[derive(Debug)]
 pub struct Pagemap(File);
@@ -51,15 +57,70 @@ impl Pagemap {
         Self(File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}")))
     }
 
-    /// The host-physical address behind `hva`.
-    pub fn physical(&self, hva: u64) -> u64 {
-        // Documentation/admin-guide/mm/pagemap.rst: bit 63 present, bits 54:0 page frame number.
+    fn entry(&self, hva: u64) -> u64 {
         let mut entry = [0; 8];
         self.0.read_exact_at(&mut entry, (hva >> 12) * 8).unwrap();
-        let entry = u64::from_ne_bytes(entry);
-        let pfn = entry & ((1 << 55) - 1);
-        assert!(entry >> 63 == 1 && pfn != 0, "no page behind HVA {hva:#x}: {entry:#x}");
+        u64::from_ne_bytes(entry)
+    }
+
+    /// The host-physical address behind `hva`.
+    pub fn physical(&self, hva: u64) -> u64 {
+        let entry = self.entry(hva);
+        let pfn = entry & PM_PFN;
+        assert!(entry & PM_PRESENT != 0 && pfn != 0, "no page behind HVA {hva:#x}: {entry:#x}");
         pfn << 12
+    }
+}
+
+/// Whether process `pid` has a page mapped at `hva`.
+pub fn is_resident(pid: u32, hva: u64) -> bool {
+    Pagemap::of(pid).entry(hva) & PM_PRESENT != 0
+}
+
+fn memory_of(pid: u32) -> File {
+    OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem")).unwrap()
+}
+
+/// Writes a byte into the memory of process `pid`.
+pub fn write_memory(pid: u32, hva: u64, byte: u8) {
+    memory_of(pid).write_all_at(&[byte], hva).unwrap();
+}
+
+/// Reads a byte of the memory of process `pid`; fails where that is poisoned.
+pub fn read_memory(pid: u32, hva: u64) -> std::io::Result<u8> {
+    let mut byte = [0];
+    memory_of(pid).read_exact_at(&mut byte, hva).map(|()| byte[0])
+}
+
+/// A thread of another process that stands still until this is dropped; signals for it wait.
+#[derive(Debug)]
+pub struct Held {
+    thread: libc::pid_t,
+    /// The kernel takes only the thread that holds it for its tracer.
+    here: PhantomData<*const ()>,
+}
+
+/// Has the thread of process `pid` that is called `name` stand still.
+pub fn hold_thread(pid: u32, name: &str) -> Held {
+    let threads = std::fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let called = |path: &Path| std::fs::read_to_string(path.join("comm")).unwrap_or_default();
+    let found = threads.map(|entry| entry.unwrap().path()).find(|path| called(path).trim() == name);
+    let path = found.unwrap_or_else(|| panic!("process {pid} has no thread {name:?}"));
+    let thread: libc::pid_t = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    // SAFETY: neither request takes a pointer; it only stops a thread of another process.
+    let stopped = unsafe {
+        libc::ptrace(libc::PTRACE_SEIZE, thread, 0, 0) == 0
+            && libc::ptrace(libc::PTRACE_INTERRUPT, thread, 0, 0) == 0
+            && libc::waitpid(thread, std::ptr::null_mut(), libc::__WALL) == thread
+    };
+    assert!(stopped, "ptrace {path:?}: {}", std::io::Error::last_os_error());
+    Held { thread, here: PhantomData }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // SAFETY: as above; a thread that is gone is no matter.
+        unsafe { libc::ptrace(libc::PTRACE_DETACH, self.thread, 0, 0) };
     }
 }
 
