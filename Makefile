@@ -10,6 +10,7 @@ help:
 	@echo 'make test           all three tiers of tests'
 	@echo 'make lab            a shell in the lab;  make lab CMD="…"  runs a command there'
 	@echo 'make soak           the scenarios over and over (SOAK_ROUNDS, 10)'
+	@echo 'make peer           bursts of failures on QEMU, for comparison (PEER_BURSTS, VENDOR=amd|intel)'
 	@echo 'make build          target/release/mce-relay'
 	@echo 'make guest-image    the guest (KERNEL=package or file)'
 	@echo 'make check          formatting, lints, documentation, licences'
@@ -44,6 +45,14 @@ test: build guest-image lab-image
 soak: build guest-image lab-image
 	tests/soak.sh
 
+# The line beside ours: the same bursts on the newest QEMU that Debian offers. Not part of the tests.
+PEER_BURSTS ?= 8 64 512 4096
+peer: build guest-image lab-image
+	$(SAY) 'bursts of real memory failures on QEMU'
+	$(CARGO) build --release --locked -p mce-relay-tests --example ser_p
+	qemu=$$(tests/peer/qemu.sh) && LAB_TIMEOUT=$${LAB_TIMEOUT:-3600} tests/lab/run.sh \
+		target/release/hold target/release/peer "$$qemu" $(or $(VENDOR),amd) $(PEER_BURSTS)
+
 # CMD is one line for a shell, so that pipes and quotes in it mean what they say.
 lab: lab-image
 	@tests/lab/run.sh $(if $(CMD),sh -c "$$CMD")
@@ -62,4 +71,4 @@ check:
 clean:
 	rm -rf target
 
-.PHONY: help setup build guest-image lab-image run test soak lab check clean
+.PHONY: help setup build guest-image lab-image run test soak peer lab check clean
