@@ -217,10 +217,12 @@ impl Qemu {
         self.monitor.catch_up();
         let stop = self.monitor.events.iter().find(|event| event["event"] == "SHUTDOWN")?;
         let reason = stop["data"]["reason"].as_str().unwrap_or("unknown").to_owned();
-        Some(match self.memory().panic {
-            Some(panic) => format!("the guest's kernel panicked: {panic}"),
-            None => format!("the guest was stopped ({reason}) without a word in its log"),
-        })
+        Some(self.panicked().unwrap_or(format!("the guest was stopped ({reason}) without a panic")))
+    }
+
+    /// Whether the log of the guest's kernel says that it panicked, and its reason.
+    pub fn panicked(&self) -> Option<String> {
+        self.memory().panic.map(|reason| format!("the guest's kernel panicked: {reason}"))
     }
 
     /// What the log of the guest's kernel says, read from the guest's memory: for guests that can no
@@ -272,13 +274,20 @@ impl Memory {
             self.failed.extend(u64::from_str_radix(digits, 16));
         }
         for text in texts(bytes, b"Kernel panic - not syncing: ") {
-            // The kernel's own format string is there too, and copies with rests of longer lines.
-            let text = text.trim_end_matches(" ]---");
-            let shorter = self.panic.as_ref().is_none_or(|known| text.len() < known.len());
-            if shorter && !text.is_empty() && !text.starts_with('%') {
-                self.panic = Some(text.to_owned());
+            // The kernel's own format string is there too.
+            if self.panic.is_none() && !text.starts_with('%') {
+                self.panic = Some(without_rest(&text).to_owned());
             }
         }
+    }
+}
+
+/// A message in the log's buffer without what lies behind it. printk_sprint (kernel/printk/printk.c)
+/// moves the text over the two bytes of its level, so that its last two stay there a second time.
+fn without_rest(text: &str) -> &str {
+    match text.as_bytes() {
+        [.., a, b, c, d] if [a, b] == [c, d] => &text[..text.len() - 2],
+        _ => text,
     }
 }
 
@@ -387,8 +396,7 @@ mod tests {
         found.take(b"\x01Kernel panic - not syncing: %s\0Memory failure: %#lx: Sending\0");
         assert!(found.panic.is_none() && found.failed.is_empty(), "{found:?}");
         found.take(b"\xffMemory failure: 0x1e03: recovery action\x02\0Memory failure: 0xa: x");
-        found.take(b"Kernel panic - not syncing: Fatal machine checkck");
-        found.take(b"---[ end Kernel panic - not syncing: Fatal machine check ]---\x02");
+        found.take(b"Kernel panic - not syncing: Fatal machine checkck\x02");
         assert_eq!(found.failed, BTreeSet::from([0x1e03, 0xa]));
         assert_eq!(found.panic.as_deref(), Some("Fatal machine check"));
     }

@@ -212,9 +212,10 @@ fn watch(guest: &mut Qemu, start: Instant, burst: &mut Burst) -> (bool, String) 
                     burst.last_learned_seconds = Some(start.elapsed().as_secs_f64());
                 }
             }
-            // It may have gone while it was asked.
+            // It may have gone while it was asked, or be stuck in its panic.
             Err(error) => {
-                return (false, guest.end().unwrap_or(format!("the guest is silent: {error}")));
+                let end = guest.end().or_else(|| guest.panicked());
+                return (false, end.unwrap_or(format!("the guest is silent: {error}")));
             }
         }
         if learned >= burst.poisoned as u64 {
