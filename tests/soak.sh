@@ -14,6 +14,8 @@ minutes=${SOAK_MINUTES:-10} rounds=${SOAK_ROUNDS:-10}
 export MCE_RELAY_SOAK_MINUTES=$minutes
 [ -z "$SOAK_SEED" ] || export MCE_RELAY_SOAK_SEED=$SOAK_SEED
 
+KERNEL=newest GUEST_IMAGE_DIR=$PWD/target/guest-image-newest guest-image/build.sh || exit 1
+
 executable() { # test target
     cargo test --release --locked --no-run -p mce-relay-tests --test "$1" 2>&1 |
         sed -n 's/^ *Executable .*(\(.*\))$/\1/p'

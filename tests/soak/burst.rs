@@ -1,7 +1,7 @@
 //! What the scenarios show with 64 pages, with 4,096: more than any queue on the way can hold.
 
 use mce_relay_tests::burst::bursts;
-use mce_relay_tests::guest::Options;
+use mce_relay_tests::guest::{NEWEST, Options};
 
 const SIZES: &[usize] = &[512, 4096];
 
@@ -15,4 +15,17 @@ pub fn intel_by_rendezvous() {
 
 pub fn intel_by_lmce() {
     bursts(Options::intel(2, true), SIZES);
+}
+
+/// The same in a guest with the newest kernel: its own queues are longer, its banks not the same.
+fn newest(options: Options) {
+    bursts(Options { image: NEWEST, ..options }, SIZES);
+}
+
+pub fn amd_newest_kernel() {
+    newest(Options::amd(2));
+}
+
+pub fn intel_newest_kernel() {
+    newest(Options::intel(2, false));
 }

@@ -6,14 +6,21 @@ mod soak;
 
 use std::process::ExitCode;
 
+use mce_relay_tests::guest::has_newest;
 use mce_relay_tests::lab::may_poison;
 use mce_relay_tests::suite;
+
+fn with_newest_kernel() -> Result<(), String> {
+    may_poison().and_then(|()| has_newest())
+}
 
 fn main() -> ExitCode {
     suite::run(mce_relay_tests::tests![
         burst::amd needs may_poison,
         burst::intel_by_rendezvous needs may_poison,
         burst::intel_by_lmce needs may_poison,
+        burst::amd_newest_kernel needs with_newest_kernel,
+        burst::intel_newest_kernel needs with_newest_kernel,
         soak::amd needs may_poison,
         soak::intel_by_rendezvous needs may_poison,
         soak::intel_by_lmce needs may_poison,

@@ -26,6 +26,9 @@ const QUIET: &str = "loglevel=0 log_buf_len=4M";
 /// Where guest-image/build.sh puts the guest's image, below `target/`.
 const IMAGE: &str = "guest-image";
 
+/// The same with the newest kernel; tests/soak.sh has it built.
+pub const NEWEST: &str = "guest-image-newest";
+
 /// What to boot.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -90,8 +93,10 @@ impl Options {
         Self { quiet: true, ..self }
     }
 
+    /// MCE_RELAY_GUEST_IMAGE has every scenario boot another guest.
     fn file(&self, name: &str) -> PathBuf {
-        below_target(self.image).join(name)
+        let other = std::env::var("MCE_RELAY_GUEST_IMAGE");
+        below_target(other.as_deref().unwrap_or(self.image)).join(name)
     }
 
     fn kernel_words(&self) -> String {
@@ -117,6 +122,14 @@ fn below_target(dir: &str) -> PathBuf {
 /// A file of the guest image.
 pub fn image(name: &str) -> PathBuf {
     below_target(IMAGE).join(name)
+}
+
+/// Whether the guest image [`NEWEST`] is there.
+pub fn has_newest() -> Result<(), String> {
+    match below_target(NEWEST).join("initramfs.cpio").is_file() {
+        true => Ok(()),
+        false => Err(format!("there is no target/{NEWEST}; make soak builds it")),
+    }
 }
 
 /// Runs `mce-relay` with `args` to its end.
