@@ -510,15 +510,21 @@ mod tests {
     #[test]
     fn a_pause_that_has_come_to_its_end_holds_everybody() {
         let crew = Crew::start(4, 0);
+        let paused = || {
+            crew.control.request_pause(PauseReason::Request);
+            crew.control.wait_parked(Duration::from_secs(20))
+        };
         for _ in 0..300 {
-            assert_eq!(crew.control.pause(), Parked::All);
+            assert_eq!(paused(), Parked::All);
             let before = crew.rounds();
-            assert_eq!(crew.control.pause(), Parked::All, "once more is the same");
+            assert_eq!(paused(), Parked::All, "once more is the same");
             thread::yield_now();
             assert_eq!(crew.rounds(), before);
             crew.goes_on();
         }
-        assert_eq!(crew.control.pause(), Parked::All);
+        assert_eq!(paused(), Parked::All);
+        // Time for those who were on their way out of the last pause to lie down again.
+        sleep(Duration::from_millis(50));
         crew.ends();
     }
 
