@@ -36,13 +36,19 @@ pub struct Failures {
     pfns: BTreeMap<u64, Option<Outcome>>,
     losses: Losses,
     logged: u64,
+    /// When the last frame was named or its outcome said, in microseconds on the log's clock.
+    last: Option<u64>,
 }
 
 impl Failures {
-    /// Takes one line into account.
-    pub fn line(&mut self, line: &str) {
+    /// Takes one line into account, of `micros` on the log's clock.
+    pub fn line(&mut self, line: &str, micros: u64) {
         if let Some((pfn, outcome)) = named(line) {
+            let new = !self.pfns.contains_key(&pfn);
             let entry = self.pfns.entry(pfn).or_default();
+            if new || (entry.is_none() && outcome.is_some()) {
+                self.last = Some(micros);
+            }
             *entry = entry.or(outcome);
         } else if line.contains("Machine check events logged") {
             self.logged += 1;
@@ -78,6 +84,7 @@ impl Failures {
             },
             losses: self.losses,
             mce_logged: self.logged,
+            last: self.last.map(|micros| micros as f64 / 1e6),
             runs: with_runs.then(|| runs(self.pfns.keys().copied(), 1)),
         }
     }
@@ -150,7 +157,7 @@ mod tests {
     #[test]
     fn a_frame_counts_once_by_its_first_outcome_and_losses_are_counted() {
         let mut failures = Failures::default();
-        for line in [
+        for (line, micros) in [
             "mce: [Hardware Error]: Machine check events logged",
             "Memory failure: 0x1e04: recovery action for dirty LRU page: Recovered",
             "Memory failure: 0x1e03: Sending SIGBUS to agent:90 due to hardware memory corruption",
@@ -160,11 +167,14 @@ mod tests {
             "mce: [Hardware Error]: MCE records pool full!",
             "Memory failure: buffer overflow when queuing memory failure at 0x77",
             "random: crng init done",
-        ] {
-            failures.line(line);
+        ]
+        .into_iter()
+        .zip(1_000_000..)
+        {
+            failures.line(line, micros);
         }
         failures.missed(3);
-        let numbers = r#""pfns":3,"recovered":2,"ignored":0,"delayed":0,"failed":0,"pool_full":1,"overflow":1,"kmsg_lost":3,"mce_logged":1"#;
+        let numbers = r#""pfns":3,"recovered":2,"ignored":0,"delayed":0,"failed":0,"pool_full":1,"overflow":1,"kmsg_lost":3,"mce_logged":1,"last":1.000005"#;
         assert_eq!(json(&failures, false), format!("{{{numbers}}}"));
         let runs = r#""runs":[["0x1e03",2],["0x2000",1]]"#;
         assert_eq!(json(&failures, true), format!("{{{numbers},{runs}}}"));

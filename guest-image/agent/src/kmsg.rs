@@ -4,7 +4,7 @@
 //! may be off or busy, /dev/kmsg has every line with its number and time.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -115,7 +115,7 @@ impl Log {
         self.next = record.seq + 1;
         self.gap |= missed > 0;
         self.failures.missed(missed);
-        self.failures.line(&record.line);
+        self.failures.line(&record.line, record.micros);
         if !self.on.load(Ordering::Relaxed) {
             self.gap = false;
             return;
@@ -168,6 +168,32 @@ pub fn send(lines: &Receiver<Event>, port: &Port, on: &AtomicBool) -> io::Result
         }
     }
     Ok(())
+}
+
+/// The time now on the log's clock, in microseconds: that of a line written for it.
+///
+/// # Errors
+/// What /dev/kmsg said, or the line does not come back.
+pub fn clock() -> io::Result<u64> {
+    let mut log =
+        File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(PATH)?;
+    log.seek(SeekFrom::End(0))?;
+    let mark = format!("agent: the time, asked for by {}", std::process::id());
+    // Level 7: it is for no console. Without its end the kernel would wait for more of the line.
+    log.write_all(format!("<7>{mark}\n").as_bytes())?;
+    let mut buffer = [0; RECORD];
+    loop {
+        match log.read(&mut buffer) {
+            Ok(count) => {
+                let record = parse(&String::from_utf8_lossy(&buffer[..count]));
+                if let Some(record) = record.filter(|record| record.line == mark) {
+                    return Ok(record.micros);
+                }
+            }
+            Err(e) if matches!(e.kind(), ErrorKind::BrokenPipe | ErrorKind::Interrupted) => {}
+            Err(e) => return Err(e),
+        }
+    }
 }
 
 /// All lines of the log so far that contain `pattern`.

@@ -284,6 +284,10 @@ impl Agent {
             Request::Meminfo => {
                 Ok(Body::Meminfo { hardware_corrupted_kb: pages::meminfo("HardwareCorrupted")? })
             }
+            Request::Clock => {
+                let micros = kmsg::clock().map_err(|e| format!("/dev/kmsg: {e}"))?;
+                Ok(Body::Clock { time: micros as f64 / 1e6 })
+            }
             Request::Reboot | Request::Poweroff => {
                 Err("refused: only over a serial port, because - may be your own machine".into())
             }

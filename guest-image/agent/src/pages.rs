@@ -605,8 +605,8 @@ mod tests {
             page.gpa = Some(0x7000_0000 + u64::from(*number) * FRAME as u64);
         }
         let mut failures = Failures::default();
-        failures.line("Memory failure: 0x70001: recovery action for dirty LRU page: Recovered");
-        failures.line("Memory failure: 0x70002: recovery action for dirty LRU page: Recovered");
+        failures.line("Memory failure: 0x70001: recovery action for dirty LRU page: Recovered", 1);
+        failures.line("Memory failure: 0x70002: recovery action for dirty LRU page: Recovered", 1);
         pages.learn(&failures);
         assert_eq!(check(&mut pages, &[]), r#"{"intact":2,"bad":[],"skipped":[[1,2]]}"#);
     }

@@ -102,12 +102,13 @@ pub enum Request {
     Cpu { cpu: usize },
     Free { page: u32 },
     Meminfo,
+    Clock,
     Reboot,
     Poweroff,
 }
 
 const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
-                     early, cpu, free, meminfo, reboot or poweroff";
+                     early, cpu, free, meminfo, clock, reboot or poweroff";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -203,6 +204,7 @@ pub fn parse(line: &str) -> Result<Request, String> {
         }
         "free" => Request::Free { page: page(words.next(), "free PAGE")? },
         "meminfo" => Request::Meminfo,
+        "clock" => Request::Clock,
         "reboot" => Request::Reboot,
         "poweroff" => Request::Poweroff,
         other => return Err(wrong(other, VERBS)),
@@ -415,6 +417,9 @@ pub enum Body {
         losses: Losses,
         /// Lines "Machine check events logged", of which the kernel writes a few a minute at most.
         mce_logged: u64,
+        /// When the last frame was named or its outcome said, in seconds on the log's clock.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        last: Option<f64>,
         /// The page frames in ascending order: the first of each run, and its length.
         #[serde(skip_serializing_if = "Option::is_none")]
         runs: Option<Vec<(Hex, u32)>>,
@@ -440,6 +445,10 @@ pub enum Body {
     },
     Cpu {
         cpu: i32,
+    },
+    Clock {
+        /// Seconds, on the clock of the kernel's log.
+        time: f64,
     },
     Meminfo {
         hardware_corrupted_kb: u64,
@@ -542,6 +551,7 @@ mod tests {
             ("cpu 1", Request::Cpu { cpu: 1 }),
             ("free 2", Request::Free { page: 2 }),
             ("meminfo", Request::Meminfo),
+            ("clock", Request::Clock),
             ("reboot", Request::Reboot),
             ("poweroff", Request::Poweroff),
         ];
