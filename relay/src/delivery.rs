@@ -13,6 +13,8 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::time::Duration;
 
+use crate::cper::Notice;
+use crate::firmware::{self, AoChannel, Channel, Outcome, Sight, Why};
 use crate::mca::{
     self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Caps, DEFERRED_BANKS, Form, Kind, McaState, Record,
     Vendor, mcg,
@@ -106,6 +108,15 @@ pub enum Wait {
     },
     /// The guest has as many records on its hands as its own queue is trusted to hold ([`Pace`]).
     Pace,
+    /// The guest is coming up and has not taken the ACPI error source into use yet.
+    NoSourceYet,
+    /// The guest has not taken the firmware-first record that lies in the status block.
+    InBlock,
+    /// It is to be told by machine check, because the firmware-first channel will not do.
+    NotByFirmware {
+        /// Why not.
+        why: Why,
+    },
 }
 
 impl fmt::Display for Wait {
@@ -134,6 +145,11 @@ impl fmt::Display for Wait {
             }
             Self::Paused { vcpu } => write!(f, "vCPU {vcpu} is paused"),
             Self::Pace => f.write_str("the guest has its share of errors to work off (pace)"),
+            Self::NoSourceYet => {
+                f.write_str("the guest has not taken the ACPI error source into use yet")
+            }
+            Self::InBlock => f.write_str("the last record still lies in the status block"),
+            Self::NotByFirmware { why } => write!(f, "{why}; it is to be told by machine check"),
         }
     }
 }
@@ -152,6 +168,13 @@ pub enum Cannot {
     },
     /// The hypervisor refused the record, or took it and did not act on it.
     Refused,
+    /// A page is predicted to fail, and the guest takes no firmware-first record, the only way to say so.
+    NoTaker {
+        /// Why not.
+        why: Why,
+    },
+    /// A page that was predicted to fail did so before the guest was told; it is told of as a bad one.
+    WentBad,
 }
 
 impl fmt::Display for Cannot {
@@ -162,6 +185,8 @@ impl fmt::Display for Cannot {
             ),
             Self::Blocked { by } => write!(f, "an AR cannot wait, and {by}"),
             Self::Refused => f.write_str("the hypervisor did not put the record into the bank"),
+            Self::NoTaker { why } => write!(f, "{why}"),
+            Self::WentBad => f.write_str("the page went bad before the guest was told of it"),
         }
     }
 }
@@ -211,6 +236,8 @@ pub enum Taken {
         gpa: u64,
         /// The bank it lay in.
         bank: u8,
+        /// The form it was told in.
+        form: Form,
     },
     /// The guest started over in between, so nobody can say whether it read the bank before it was
     /// wiped. The page waits to be told again.
@@ -226,6 +253,7 @@ struct InBank {
     vcpu: usize,
     bank: u8,
     error: Pending,
+    form: Form,
     /// The vCPU was seen with its handler closed since.
     restarted: bool,
 }
@@ -241,6 +269,7 @@ pub struct Delivery {
     in_banks: Vec<InBank>,
     queue: Queue,
     vcpus: Vec<Seen>,
+    firmware: Option<Channel>,
 }
 
 /// What has been seen of a vCPU over time.
@@ -264,18 +293,108 @@ impl Delivery {
             in_banks: Vec::new(),
             queue: Queue::new(pace),
             vcpus: vec![Seen::default(); vcpus],
+            firmware: None,
         }
+    }
+
+    /// The guest has an ACPI error source, to be used as `channel` says. `patience` is how long it may
+    /// take to use it after it has come up, and to take a record.
+    pub fn offer_source(&mut self, channel: AoChannel, patience: Duration) {
+        let carries_aos = match channel {
+            AoChannel::Auto => self.caps.vendor == Vendor::Amd,
+            AoChannel::Mce => false,
+            AoChannel::Ghes => true,
+        };
+        self.firmware = Some(Channel::new(carries_aos, patience));
     }
 
     /// A page that nobody has touched. Call once per page: the ledger knows which are new.
     pub fn push_ao(&mut self, gpa: u64) {
-        self.ao.push_back(gpa);
+        match self.firmware.as_mut() {
+            Some(channel) if channel.carries_aos => channel.push(Notice::Lost, gpa),
+            other => {
+                if let Some(channel) = other {
+                    // It is no longer one that is only predicted to fail.
+                    channel.met(gpa);
+                }
+                self.ao.push_back(gpa);
+            }
+        }
+    }
+
+    /// Whether the guest has an ACPI error source.
+    pub fn has_source(&self) -> bool {
+        self.firmware.is_some()
+    }
+
+    /// A page that is whole and predicted to fail. There is no way to say so but the error source:
+    /// without one this does nothing.
+    pub fn push_predicted(&mut self, gpa: u64) {
+        if let Some(channel) = self.firmware.as_mut() {
+            channel.push(Notice::Predicted, gpa);
+        }
+    }
+
+    /// Whether something waits on the firmware-first channel.
+    pub fn firmware_is_idle(&self) -> bool {
+        self.firmware.as_ref().is_none_or(Channel::is_idle)
+    }
+
+    /// The next step on the firmware-first channel, where `sight` is what is seen of the guest's side,
+    /// and what has become of pages on it. AOs among those that come back wait for a machine check
+    /// from here on.
+    pub fn firmware_step(
+        &mut self,
+        sight: &Sight,
+        now: Duration,
+    ) -> (Vec<Outcome>, firmware::Step) {
+        let Some(channel) = self.firmware.as_mut() else {
+            return (Vec::new(), firmware::Step::Idle);
+        };
+        let mut outcomes = channel.settle(sight, now);
+        // A record that was not acknowledged may have been read all the same.
+        for _ in &outcomes {
+            self.queue.taken(now);
+        }
+        let on_their_way = self.aos_in_banks();
+        let up_since = self.vcpus.get(AO_VCPU).and_then(|seen| seen.open_since);
+        let Some(channel) = self.firmware.as_mut() else {
+            return (outcomes, firmware::Step::Idle);
+        };
+        let room = self.queue.room(on_their_way + channel.in_block(), firmware::QUEUE, now);
+        let (more, step) = channel.step(sight, now, up_since, room);
+        outcomes.extend(more);
+        self.take_back(&outcomes);
+        (outcomes, step)
+    }
+
+    /// The record that was to be published was not, or the guest could not be notified of it.
+    pub fn firmware_refused(&mut self, why: Why) -> Vec<Outcome> {
+        let outcomes = self.firmware.as_mut().map_or_else(Vec::new, |channel| channel.refused(why));
+        self.take_back(&outcomes);
+        outcomes
+    }
+
+    /// Whether the status word is to be zeroed now; asked once each time.
+    pub fn firmware_withdraws(&mut self) -> bool {
+        self.firmware.as_mut().is_some_and(Channel::take_withdrawal)
+    }
+
+    fn take_back(&mut self, outcomes: &[Outcome]) {
+        for outcome in outcomes {
+            if let Outcome::Returned { gpa, notice: Notice::Lost, .. } = *outcome {
+                self.ao.push_back(gpa);
+            }
+        }
     }
 
     /// A page that `vcpu` touched. It takes the place of an AO that waits for the same page: the
     /// guest learns of it by the AR.
     pub fn push_ar(&mut self, vcpu: usize, gpa: u64) {
         self.ao.retain(|waiting| *waiting != gpa);
+        if let Some(channel) = self.firmware.as_mut() {
+            channel.met(gpa);
+        }
         if let Some(queue) = self.ar.get_mut(vcpu)
             // The same touch may raise its signal more than once before it is told.
             && !queue.contains(&gpa)
@@ -284,9 +403,17 @@ impl Delivery {
         }
     }
 
-    /// Whether nothing waits, neither to be told nor to be acknowledged.
+    /// Whether nothing waits for a vCPU, neither to be told nor to be acknowledged.
     pub fn is_idle(&self) -> bool {
-        self.ao.is_empty() && self.in_banks.is_empty() && self.ar.iter().all(VecDeque::is_empty)
+        self.ao.is_empty()
+            && self.in_banks.is_empty()
+            && self.ar.iter().all(VecDeque::is_empty)
+            && !self.watches_boot()
+    }
+
+    /// The firmware-first channel has to know since when the guest is up.
+    fn watches_boot(&self) -> bool {
+        self.firmware.as_ref().is_some_and(|channel| channel.watches_boot)
     }
 
     /// The vCPUs that have to look at their state for something to go on, ascending.
@@ -296,6 +423,7 @@ impl Delivery {
             .filter(|vcpu| {
                 !self.ar[*vcpu].is_empty()
                     || (paced && self.takes_aos(*vcpu))
+                    || (*vcpu == AO_VCPU && self.watches_boot())
                     || self.in_banks.iter().any(|record| record.vcpu == *vcpu)
             })
             .collect()
@@ -380,10 +508,10 @@ impl Delivery {
             seen.in_handler = true;
             seen.leaving_since = None;
         }
-        let Some((error, _)) = told.error else { return };
+        let Some((error, form)) = told.error else { return };
         self.forget(told.vcpu, &error);
         let (vcpu, bank) = (told.vcpu, told.record.bank);
-        self.in_banks.push(InBank { vcpu, bank, error, restarted: false });
+        self.in_banks.push(InBank { vcpu, bank, error, form, restarted: false });
     }
 
     /// The error will not be told: drop it from the queue it waits in.
@@ -419,7 +547,7 @@ impl Delivery {
                 again.push(gpa);
                 taken.push(Taken::Lost { gpa });
             } else {
-                taken.push(Taken::Acknowledged { gpa, bank: record.bank });
+                taken.push(Taken::Acknowledged { gpa, bank: record.bank, form: record.form });
             }
             false
         });
@@ -821,7 +949,8 @@ mod tests {
         let mut taken = |state: &McaState| delivery.taken(0, state, LATER);
         assert!(taken(&with(|s| s.mcg_status = mcg::MCIP)).is_empty());
         assert!(taken(&with(|s| s.banks[usize::from(bank)].status = status::VAL)).is_empty());
-        assert_eq!(taken(&ready()), [Taken::Acknowledged { gpa: PAGE, bank }]);
+        let form = Form::AmdAr;
+        assert_eq!(taken(&ready()), [Taken::Acknowledged { gpa: PAGE, bank, form }]);
         assert!(taken(&ready()).is_empty(), "once");
         assert!(delivery.is_idle());
     }
@@ -850,7 +979,7 @@ mod tests {
 
         states[1].banks[2].status = 0;
         let taken = delivery.taken(1, &states[1], LATER);
-        assert_eq!(taken, [Taken::Acknowledged { gpa: 10 << 12, bank: 2 }]);
+        assert_eq!(taken, [Taken::Acknowledged { gpa: 10 << 12, bank: 2, form: Form::Deferred }]);
         assert_eq!(inject(&mut delivery, 1, &mut states[1], LATER).record.bank, 2, "refilled");
     }
 

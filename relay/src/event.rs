@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::delivery::{Cannot, Wait};
-use crate::ledger::FoundBy;
+use crate::ledger::{FoundBy, Place, State};
 use crate::mca::{Form, Kind};
 
 /// Who took a signal.
@@ -53,6 +53,37 @@ impl fmt::Display for Reach {
             Self::Logged => "logged",
         })
     }
+}
+
+/// How a page was told of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "channel"))]
+pub enum Injection {
+    /// By a record in a bank; it was read back from there.
+    Mce {
+        /// The vCPU that was given it.
+        vcpu: usize,
+        /// The bank it lies in.
+        bank: u8,
+        /// The form it was told in.
+        form: Form,
+        /// How it reached the guest.
+        reach: Reach,
+        /// MCi_STATUS as read back.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        status: u64,
+        /// MCG_STATUS as read back.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        mcg_status: u64,
+    },
+    /// By a record in the status block of the ACPI error source, and the guest was notified.
+    Ghes {
+        /// Number of the record; 1 for the first.
+        record: u64,
+        /// How many pages it names.
+        pages: usize,
+    },
 }
 
 /// One step on the way of an error.
@@ -116,35 +147,23 @@ pub enum Event {
         /// For what.
         wait: Wait,
     },
-    /// The record is in the guest's bank; it was read back from there.
+    /// The record lies where the guest finds it.
     Injected {
         /// Guest-physical address of the page.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         gpa: u64,
-        /// The vCPU that was given it.
-        vcpu: usize,
-        /// The bank it lies in.
-        bank: u8,
-        /// The form it was told in.
-        form: Form,
-        /// How it reached the guest.
-        reach: Reach,
-        /// MCi_STATUS as read back.
-        #[cfg_attr(feature = "serde", serde(with = "hex"))]
-        status: u64,
-        /// MCG_STATUS as read back.
-        #[cfg_attr(feature = "serde", serde(with = "hex"))]
-        mcg_status: u64,
+        /// How it was told of.
+        #[cfg_attr(feature = "serde", serde(flatten))]
+        by: Injection,
     },
-    /// The guest cleared the bank and MCIP.
+    /// The guest cleared the bank and MCIP, or zeroed the status word.
     Acknowledged {
         /// Guest-physical address of the page.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         gpa: u64,
-        /// The vCPU that was given it.
-        vcpu: usize,
-        /// The bank it lay in.
-        bank: u8,
+        /// Where the record lay.
+        #[cfg_attr(feature = "serde", serde(flatten))]
+        place: Place,
     },
     /// The guest cannot be told.
     Undeliverable {
@@ -157,6 +176,15 @@ pub enum Event {
         vcpu: usize,
         /// Why not.
         why: Cannot,
+    },
+    /// A page that is whole was predicted to fail, and the guest was to stop using it.
+    Predicted {
+        /// Guest-physical address of the page.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+        /// What became of telling the guest.
+        #[cfg_attr(feature = "serde", serde(flatten))]
+        state: State,
     },
     /// Signals arrived faster than they were taken; their addresses are not known.
     Overrun {
@@ -190,17 +218,31 @@ impl fmt::Display for Event {
             Self::Waiting { gpa, kind, wait } => {
                 write!(f, "waiting: {kind} for GPA {gpa:#x}: {wait}")
             }
-            Self::Injected { gpa, vcpu, bank, form, reach, status, mcg_status } => write!(
+            Self::Injected {
+                gpa,
+                by: Injection::Mce { vcpu, bank, form, reach, status, mcg_status },
+            } => write!(
                 f,
                 "injected: {form} for GPA {gpa:#x} in bank {bank} of vCPU {vcpu}, {reach}, \
                  status {status:#018x}, MCG_STATUS {mcg_status:#x}"
             ),
-            Self::Acknowledged { gpa, vcpu, bank } => {
+            Self::Injected { gpa, by: Injection::Ghes { record, pages } } => write!(
+                f,
+                "injected: GPA {gpa:#x} in firmware-first record {record}, of {pages} pages"
+            ),
+            Self::Acknowledged { gpa, place: Place::Mce { vcpu, bank, .. } } => {
                 write!(
                     f,
                     "acknowledged: GPA {gpa:#x}, the guest cleared bank {bank} of vCPU {vcpu}"
                 )
             }
+            Self::Acknowledged { gpa, place: Place::Ghes { record } } => {
+                write!(
+                    f,
+                    "acknowledged: GPA {gpa:#x}, the guest took firmware-first record {record}"
+                )
+            }
+            Self::Predicted { gpa, state } => write!(f, "predicted to fail: GPA {gpa:#x}: {state}"),
             Self::Undeliverable { gpa, kind, vcpu, why } => {
                 write!(f, "undeliverable: {kind} for GPA {gpa:#x} on vCPU {vcpu}: {why}")
             }
@@ -278,8 +320,7 @@ mod tests {
 
     #[test]
     fn json_names_what_people_look_for() {
-        let event = Event::Injected {
-            gpa: 0x1_0000_2000,
+        let by = Injection::Mce {
             vcpu: 0,
             bank: 9,
             form: Form::Srao,
@@ -287,11 +328,21 @@ mod tests {
             status: 0xBD00_0000_0000_00C0,
             mcg_status: 5,
         };
+        let event = Event::Injected { gpa: 0x1_0000_2000, by };
         let json = serde_json::to_value(&event).unwrap();
         assert_eq!(json["event"], "injected");
         assert_eq!(json["properties"]["gpa"], "0x100002000");
+        assert_eq!(json["properties"]["channel"], "mce");
         assert_eq!(json["properties"]["form"], "SRAO");
         assert_eq!(json["properties"]["status"], "0xbd000000000000c0");
+        assert_eq!(serde_json::from_value::<Event>(json).unwrap(), event);
+
+        let state = State::Acknowledged { place: Place::Ghes { record: 3 } };
+        let event = Event::Predicted { gpa: 0x1000, state };
+        let json = serde_json::to_value(&event).unwrap();
+        assert_eq!(json["properties"]["state"], "acknowledged");
+        assert_eq!(json["properties"]["channel"], "ghes");
+        assert_eq!(json["properties"]["record"], 3);
         assert_eq!(serde_json::from_value::<Event>(json).unwrap(), event);
     }
 }

@@ -26,6 +26,36 @@ impl std::fmt::Display for FoundBy {
     }
 }
 
+/// Where a record was put for the guest to find.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "channel"))]
+pub enum Place {
+    /// Into a bank, by or for a machine check.
+    Mce {
+        /// The vCPU that was given it.
+        vcpu: usize,
+        /// The bank.
+        bank: u8,
+        /// The form it was told in.
+        form: Form,
+    },
+    /// Into the status block of the ACPI error source.
+    Ghes {
+        /// Number of the record, which may name several pages; 1 for the first.
+        record: u64,
+    },
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Mce { vcpu, bank, form } => write!(f, "{form} in bank {bank} of vCPU {vcpu}"),
+            Self::Ghes { record } => write!(f, "firmware-first record {record}"),
+        }
+    }
+}
+
 /// What is known of one page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -38,21 +68,17 @@ pub enum State {
         /// For what.
         wait: Wait,
     },
-    /// The record is in the guest's bank; the guest has not cleared it yet.
+    /// The record lies where the guest finds it; the guest has not taken it yet.
     Injected {
-        /// The vCPU that was given it.
-        vcpu: usize,
-        /// The bank it lies in.
-        bank: u8,
-        /// The form it was told in.
-        form: Form,
+        /// Where it lies.
+        #[cfg_attr(feature = "serde", serde(flatten))]
+        place: Place,
     },
-    /// The guest has cleared the bank and MCIP.
+    /// The guest has taken it: cleared the bank and MCIP, or zeroed the status word.
     Acknowledged {
-        /// The vCPU that was given it.
-        vcpu: usize,
-        /// The bank it lay in.
-        bank: u8,
+        /// Where it lay.
+        #[cfg_attr(feature = "serde", serde(flatten))]
+        place: Place,
     },
     /// The guest cannot be told.
     Undeliverable {
@@ -66,11 +92,12 @@ impl std::fmt::Display for State {
         match self {
             Self::Seen => f.write_str("seen: its turn has not come"),
             Self::Waiting { wait } => write!(f, "waiting: {wait}"),
-            Self::Injected { vcpu, bank, form } => {
-                write!(f, "injected: {form} in bank {bank} of vCPU {vcpu}")
-            }
-            Self::Acknowledged { vcpu, bank } => {
+            Self::Injected { place } => write!(f, "injected: {place}"),
+            Self::Acknowledged { place: Place::Mce { vcpu, bank, .. } } => {
                 write!(f, "acknowledged: bank {bank} of vCPU {vcpu} cleared")
+            }
+            Self::Acknowledged { place: Place::Ghes { record } } => {
+                write!(f, "acknowledged: firmware-first record {record} taken")
             }
             Self::Undeliverable { why } => write!(f, "undeliverable: {why}"),
         }
@@ -123,10 +150,41 @@ pub struct Times {
     pub undeliverable: Option<SystemTime>,
 }
 
+impl Times {
+    fn new(seen: SystemTime) -> Self {
+        Self { seen, waiting: None, injected: None, acknowledged: None, undeliverable: None }
+    }
+
+    fn note(&mut self, state: &State, now: SystemTime) {
+        match state {
+            State::Seen => self.seen = now,
+            State::Waiting { .. } => self.waiting = Some(now),
+            State::Injected { .. } => self.injected = Some(now),
+            State::Acknowledged { .. } => self.acknowledged = Some(now),
+            State::Undeliverable { .. } => self.undeliverable = Some(now),
+        }
+    }
+}
+
+/// A 4 KiB page that is whole and predicted to fail, and that the guest was to stop using.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct Predicted {
+    /// Guest-physical address.
+    #[cfg_attr(feature = "serde", serde(with = "crate::event::hex"))]
+    pub gpa: u64,
+    /// What became of telling the guest. What the guest then does with the page only it knows.
+    #[cfg_attr(feature = "serde", serde(flatten))]
+    pub state: State,
+    /// When it came to each state, last; `seen` is when it was asked for.
+    pub times: Times,
+}
+
 /// The pages, by guest-physical address.
 #[derive(Debug, Default)]
 pub struct Ledger {
     pages: BTreeMap<u64, Page>,
+    predicted: BTreeMap<u64, Predicted>,
 }
 
 impl Ledger {
@@ -143,15 +201,16 @@ impl Ledger {
         let mut new = false;
         let page = self.pages.entry(gpa).or_insert_with(|| {
             new = true;
-            let times = Times {
-                seen: now,
-                waiting: None,
-                injected: None,
-                acknowledged: None,
-                undeliverable: None,
-            };
+            let times = Times::new(now);
             Page { gpa, hva, lsb, kind, found_by, signals: 0, state: State::Seen, times }
         });
+        if new
+            && let Some(predicted) = self.predicted.get_mut(&gpa)
+            && matches!(predicted.state, State::Seen | State::Waiting { .. })
+        {
+            predicted.state = State::Undeliverable { why: Cannot::WentBad };
+            predicted.times.note(&predicted.state, now);
+        }
         if found_by == FoundBy::Signal {
             page.signals = page.signals.saturating_add(1);
             page.kind = kind;
@@ -165,14 +224,38 @@ impl Ledger {
             return false;
         };
         page.state = state;
-        match state {
-            State::Seen => page.times.seen = now,
-            State::Waiting { .. } => page.times.waiting = Some(now),
-            State::Injected { .. } => page.times.injected = Some(now),
-            State::Acknowledged { .. } => page.times.acknowledged = Some(now),
-            State::Undeliverable { .. } => page.times.undeliverable = Some(now),
-        }
+        page.times.note(&state, now);
         true
+    }
+
+    /// Enters the page at `gpa` as predicted to fail. False when it is bad already, or when that the
+    /// guest be told of it has been asked for and not been answered yet.
+    pub fn predict(&mut self, gpa: u64, now: SystemTime) -> bool {
+        let open = |page: &Predicted| {
+            !matches!(page.state, State::Acknowledged { .. } | State::Undeliverable { .. })
+        };
+        if self.pages.contains_key(&gpa) || self.predicted.get(&gpa).is_some_and(open) {
+            return false;
+        }
+        let page = Predicted { gpa, state: State::Seen, times: Times::new(now) };
+        self.predicted.insert(gpa, page);
+        true
+    }
+
+    /// Sets what became of telling the guest that the page at `gpa` is predicted to fail. True when
+    /// that is news.
+    pub fn set_predicted(&mut self, gpa: u64, state: State, now: SystemTime) -> bool {
+        let Some(page) = self.predicted.get_mut(&gpa).filter(|page| page.state != state) else {
+            return false;
+        };
+        page.state = state;
+        page.times.note(&state, now);
+        true
+    }
+
+    /// The pages that were predicted to fail, by guest-physical address.
+    pub fn predicted(&self) -> impl Iterator<Item = &Predicted> {
+        self.predicted.values()
     }
 
     /// The page at `gpa`, if it is known to be bad.
@@ -207,7 +290,8 @@ mod tests {
         assert!(!ledger.set(0x2000, waiting, now), "an unknown page has no state");
         assert_eq!(ledger.pages().count(), 1);
         let later = now + std::time::Duration::from_secs(1);
-        assert!(ledger.set(0x1000, State::Acknowledged { vcpu: 0, bank: 9 }, later));
+        let place = Place::Mce { vcpu: 0, bank: 9, form: Form::Deferred };
+        assert!(ledger.set(0x1000, State::Acknowledged { place }, later));
         let times = ledger.get(0x1000).unwrap().times;
         assert_eq!((times.waiting, times.acknowledged), (Some(now), Some(later)));
         assert_eq!((times.injected, times.undeliverable), (None, None));

@@ -14,15 +14,23 @@
 //! The way of one error, by names: [`signal`] stores it, [`RamMap::pages`] translates it,
 //! [`ledger::Ledger::enter`] merges it, [`delivery::Delivery::next`] decides, [`mca::record`] makes
 //! the record, [`Mca::inject`] hands it to the hypervisor, and every step is an [`Event`].
+//!
+//! A guest that was given an ACPI error source can be told of what it has not touched without a machine
+//! check: [`firmware`] decides, [`cper::record`] makes the record, [`ghes`] puts it where the guest
+//! finds it and rings the [`Bell`].
 
+pub mod cper;
 pub mod delivery;
 pub mod event;
+pub mod firmware;
+pub mod ghes;
 pub mod ledger;
 pub mod mca;
 mod pace;
 mod policy;
 mod port;
 mod ram;
+mod read;
 mod relay;
 pub mod scan;
 mod search;
@@ -40,9 +48,11 @@ mod sync {
 }
 
 pub use event::Event;
-pub use ledger::{FoundBy, Page};
+pub use firmware::AoChannel;
+pub use ghes::{Bell, Ghes};
+pub use ledger::{FoundBy, Page, Place, Predicted};
 pub use pace::Pace;
 pub use policy::KillPolicy;
 pub use port::{Mca, VcpuPort, Verdict};
 pub use ram::{RamError, RamMap, RamRegion};
-pub use relay::{Config, LedgerReader, Relay, StartError};
+pub use relay::{Config, Handle, Relay, RetireError, StartError};

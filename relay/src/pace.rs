@@ -54,6 +54,16 @@ impl Queue {
         self.empty_at = self.empty_at.max(now).saturating_add(self.each);
     }
 
+    /// How many more records there is room for now beside `in_flight` that the guest has not taken yet,
+    /// where its queue holds no more than `limit`.
+    pub(crate) fn room(&self, in_flight: usize, limit: u32, now: Duration) -> u32 {
+        let in_flight = u32::try_from(in_flight).unwrap_or(u32::MAX);
+        let ahead = self.empty_at.saturating_sub(now).as_nanos();
+        let queued = ahead.div_ceil(self.each.as_nanos().max(1));
+        let queued = u32::try_from(queued).unwrap_or(u32::MAX);
+        self.burst.min(limit).saturating_sub(in_flight).saturating_sub(queued)
+    }
+
     /// When there is room for one more record beside `in_banks` that the guest has not taken yet;
     /// `None` when they fill the queue by themselves.
     pub(crate) fn room_at(&self, in_banks: usize) -> Option<Duration> {
@@ -91,6 +101,23 @@ mod tests {
         assert_eq!(queue.room_at(2), None);
         queue.taken(SECOND);
         assert_eq!(queue.room_at(1), Some(2 * SECOND));
+    }
+
+    #[test]
+    fn the_room_is_what_the_burst_and_the_limit_leave() {
+        let mut queue = Queue::new(Pace { burst: 16, rate: 2 });
+        assert_eq!(queue.room(0, 16, SECOND), 16);
+        assert_eq!((queue.room(3, 16, SECOND), queue.room(20, 16, SECOND)), (13, 0));
+        assert_eq!(queue.room(0, 8, SECOND), 8);
+        for _ in 0..16 {
+            queue.taken(SECOND);
+        }
+        assert_eq!(queue.room(0, 16, SECOND), 0);
+        // The moments at which the two ways of asking see room for one more are the same.
+        let at = queue.room_at(0).unwrap();
+        assert_eq!(queue.room(0, 16, at), 1);
+        assert_eq!(queue.room(0, 16, at - Duration::from_nanos(1)), 0);
+        assert_eq!(queue.room(0, 16, 100 * SECOND), 16);
     }
 
     #[test]

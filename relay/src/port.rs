@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use log::warn;
 
 use crate::delivery::{Cannot, Step, Told, Wait};
-use crate::event::{Event, Reach, Thread};
-use crate::ledger::State;
+use crate::event::{Event, Injection, Reach, Thread};
+use crate::ledger::{Place, State};
 use crate::mca::{Form, Kind, McaState, PAGE_SHIFT, Record, mcg};
 use crate::relay::{IDLE_TICK, Inner, RETRY_FIRST, Shared};
 use crate::signal::{Caught, ThreadSlot};
@@ -407,9 +407,9 @@ impl Shared {
         inner.retry = RETRY_FIRST;
         // It may be asleep, and it is the one who looks for the acknowledgement.
         self.wake();
-        self.set(inner, pending.gpa, State::Injected { vcpu, bank: record.bank, form });
-        self.emit(&Event::Injected {
-            gpa: pending.gpa,
+        let place = Place::Mce { vcpu, bank: record.bank, form };
+        self.set(inner, pending.gpa, State::Injected { place });
+        let by = Injection::Mce {
             vcpu,
             bank: record.bank,
             form,
@@ -420,7 +420,8 @@ impl Shared {
             },
             status,
             mcg_status,
-        });
+        };
+        self.emit(&Event::Injected { gpa: pending.gpa, by });
         Ok(())
     }
 }

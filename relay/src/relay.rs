@@ -18,8 +18,10 @@ use log::warn;
 
 use crate::delivery::{Cannot, Delivery, Pending, Taken, Wait};
 use crate::event::{Event, Thread};
-use crate::ledger::{FoundBy, Ledger, Page, State};
-use crate::mca::{Caps, Kind};
+use crate::firmware::AoChannel;
+use crate::ghes::{Ghes, Source};
+use crate::ledger::{FoundBy, Ledger, Page, Place, Predicted, State};
+use crate::mca::{Caps, Kind, PAGE_SIZE};
 use crate::pace::Pace;
 use crate::policy::KillPolicy;
 use crate::port::{Round, VcpuPort};
@@ -47,6 +49,10 @@ pub struct Config {
     pub policy: KillPolicy,
     /// How fast the guest is told of AOs.
     pub pace: Pace,
+    /// Which way AOs go; without `ghes` it is the machine check for all.
+    pub ao_channel: AoChannel,
+    /// The ACPI error source that the guest was given, if it was given one.
+    pub ghes: Option<Ghes>,
     /// Called with every event, in order, under the relay's lock: it must be quick, must not block
     /// and must not call the relay.
     pub observer: Box<dyn Fn(&Event) + Send + Sync>,
@@ -70,6 +76,8 @@ pub(crate) struct Inner {
     pub(crate) retry: Duration,
     /// Something new waits: call at once.
     pub(crate) news: bool,
+    /// Something new waits on the firmware-first channel.
+    pub(crate) firmware_news: bool,
 }
 
 impl Inner {
@@ -77,6 +85,12 @@ impl Inner {
     pub(crate) fn push_ao(&mut self, gpa: u64) {
         self.delivery.push_ao(gpa);
         self.news = true;
+        self.firmware_news = true;
+    }
+
+    /// Whether a pause of the virtual machine holds a vCPU.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.vcpus.iter().flatten().any(|vcpu| vcpu.parked)
     }
 
     /// Asks for `vcpu`'s attention and makes it leave the guest.
@@ -136,7 +150,7 @@ impl Shared {
         let now = SystemTime::now();
         for (page_hva, gpa) in pages {
             // Of a larger extent only the page that was touched stops anybody.
-            let touched = page_hva <= hva && hva - page_hva < crate::mca::PAGE_SIZE;
+            let touched = page_hva <= hva && hva - page_hva < PAGE_SIZE;
             let kind = if touched { kind } else { Kind::ActionOptional };
             let found_by = FoundBy::Signal;
             let new = inner.ledger.enter(gpa, page_hva, lsb, kind, found_by, now);
@@ -175,16 +189,20 @@ impl Shared {
         for taken in taken {
             inner.retry = RETRY_FIRST;
             match *taken {
-                Taken::Acknowledged { gpa, bank } => {
-                    if self.set(inner, gpa, State::Acknowledged { vcpu, bank }) {
-                        self.emit(&Event::Acknowledged { gpa, vcpu, bank });
-                    }
+                Taken::Acknowledged { gpa, bank, form } => {
+                    self.acknowledged(inner, gpa, Place::Mce { vcpu, bank, form });
                 }
                 Taken::Lost { gpa } => {
                     let error = Pending { gpa, kind: Kind::ActionOptional };
                     self.waiting(inner, error, Wait::Restarted { vcpu });
                 }
             }
+        }
+    }
+
+    pub(crate) fn acknowledged(&self, inner: &mut Inner, gpa: u64, place: Place) {
+        if self.set(inner, gpa, State::Acknowledged { place }) {
+            self.emit(&Event::Acknowledged { gpa, place });
         }
     }
 
@@ -223,6 +241,35 @@ pub enum StartError {
     /// The relay's thread could not be set up.
     #[error("cannot start the relay's thread")]
     Thread(#[source] io::Error),
+    /// The error source's page is not a page of guest RAM.
+    #[error("the error source's page, GPA {page:#x}, is not a 4 KiB page of guest RAM")]
+    SourcePage {
+        /// Guest-physical address as it was given.
+        page: u64,
+    },
+    /// The error source's page could not be written.
+    #[error("cannot write the error source's page")]
+    SourceWrite(#[source] io::Error),
+}
+
+/// Why a guest is not asked to stop using a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RetireError {
+    /// There is no way to say it.
+    #[error("the guest was given no ACPI error source, and there is no other way to say it")]
+    NoSource,
+    /// It is not the guest's.
+    #[error("GPA {gpa:#x} is not guest RAM")]
+    NotRam {
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// There is nothing left to be saved, or the guest is being asked already.
+    #[error("GPA {gpa:#x} is in the ledger already; its status says what becomes of it")]
+    Known {
+        /// Guest-physical address.
+        gpa: u64,
+    },
 }
 
 impl Relay {
@@ -245,15 +292,26 @@ impl Relay {
         if wake < 0 {
             return Err(StartError::Thread(io::Error::last_os_error()));
         }
+        let mut delivery = Delivery::new(config.caps, config.vcpus, config.pace);
+        let mut source = None;
+        if let Some(ghes) = config.ghes {
+            let page = ghes.page;
+            let whole = page.is_multiple_of(PAGE_SIZE);
+            let hva = config.ram.hva(page).filter(|_| whole);
+            let hva = hva.ok_or(StartError::SourcePage { page })?;
+            delivery.offer_source(config.ao_channel, ghes.patience);
+            source = Some(Source::new(ghes, hva).map_err(StartError::SourceWrite)?);
+        }
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner {
-                delivery: Delivery::new(config.caps, config.vcpus, config.pace),
+                delivery,
                 ledger: Ledger::default(),
                 vcpus: (0..config.vcpus).map(|_| None).collect(),
                 round: None,
                 rounds: 0,
                 retry: RETRY_FIRST,
                 news: false,
+                firmware_news: false,
             }),
             gathered: Condvar::new(),
             ram: config.ram,
@@ -268,7 +326,7 @@ impl Relay {
         let policy = config.policy;
         let thread = std::thread::Builder::new()
             .name("mce-relay-ao".into())
-            .spawn(move || relay_thread(&for_thread, policy, &ready))
+            .spawn(move || relay_thread(&for_thread, policy, source, &ready))
             .map_err(StartError::Thread)?;
         let relay = Self { shared, thread: Some(thread) };
         started
@@ -315,20 +373,51 @@ impl Relay {
         self.shared.lock().ledger.pages().cloned().collect()
     }
 
-    /// A handle for other threads to read the ledger with.
-    pub fn reader(&self) -> LedgerReader {
-        LedgerReader(Arc::clone(&self.shared))
+    /// A handle for other threads.
+    pub fn handle(&self) -> Handle {
+        Handle(Arc::clone(&self.shared))
     }
 }
 
-/// Reads a relay's ledger from any thread.
+/// A relay as any thread may use it.
 #[derive(Clone)]
-pub struct LedgerReader(Arc<Shared>);
+pub struct Handle(Arc<Shared>);
 
-impl LedgerReader {
+impl Handle {
     /// The pages of the ledger, by guest-physical address.
     pub fn pages(&self) -> Vec<Page> {
         self.0.lock().ledger.pages().cloned().collect()
+    }
+
+    /// The pages that were predicted to fail, by guest-physical address.
+    pub fn predicted(&self) -> Vec<Predicted> {
+        self.0.lock().ledger.predicted().cloned().collect()
+    }
+
+    /// Has the guest told that the 4 KiB page at `gpa`, which is whole, is predicted to fail. Linux
+    /// moves its contents and stops using it. Returns at once; [`Self::predicted`] shows what comes of
+    /// it.
+    ///
+    /// # Errors
+    /// See [`RetireError`].
+    pub fn retire(&self, gpa: u64) -> Result<(), RetireError> {
+        let gpa = gpa & !(PAGE_SIZE - 1);
+        if self.0.ram.hva(gpa).is_none() {
+            return Err(RetireError::NotRam { gpa });
+        }
+        let mut inner = self.0.lock();
+        if !inner.delivery.has_source() {
+            return Err(RetireError::NoSource);
+        }
+        if !inner.ledger.predict(gpa, SystemTime::now()) {
+            return Err(RetireError::Known { gpa });
+        }
+        inner.delivery.push_predicted(gpa);
+        inner.firmware_news = true;
+        self.0.emit(&Event::Predicted { gpa, state: State::Seen });
+        drop(inner);
+        self.0.wake();
+        Ok(())
     }
 }
 
@@ -348,6 +437,7 @@ impl Drop for Relay {
 fn relay_thread(
     shared: &Shared,
     policy: KillPolicy,
+    mut source: Option<Source>,
     ready: &std::sync::mpsc::SyncSender<Result<(), StartError>>,
 ) {
     let policy = if policy == KillPolicy::Late { policy } else { KillPolicy::Early };
@@ -377,7 +467,9 @@ fn relay_thread(
             }
             search.look(shared);
         }
-        let pause = call_those_who_wait(shared, &mut call_at);
+        // Before the vCPUs are called: what does not go this way is theirs.
+        let firmware = source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
+        let pause = call_those_who_wait(shared, &mut call_at).min(firmware);
         let pause = search.as_ref().map_or(pause, |search| pause.min(search.pause()));
         sleep_until_signal(&slot, &shared.wake, pause);
     }

@@ -10,12 +10,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mce_relay::delivery::Wait;
-use mce_relay::event::{Event, Reach};
+use mce_relay::event::{Event, Injection, Reach};
 use mce_relay::ledger::State;
 use mce_relay::mca::{
     BANKS, Bank, Caps, Form, MAX_BANKS, McaState, Record, Vendor, cap, mcg, status,
 };
-use mce_relay::{Config, KillPolicy, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal};
+use mce_relay::{
+    AoChannel, Config, KillPolicy, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal,
+};
 
 const HVA: u64 = 0x7f00_0000_0000;
 const BUS_MCEERR_AR: i32 = 4;
@@ -103,6 +105,8 @@ fn start_paced(caps: Caps, vcpus: usize, pace: Pace) -> (Relay, Receiver<Event>)
         ram,
         policy: KillPolicy::Early,
         pace,
+        ao_channel: AoChannel::default(),
+        ghes: None,
         observer: Box::new(move |event| drop(tx.send(event.clone()))),
     })
     .unwrap();
@@ -144,7 +148,7 @@ fn an_ar_is_told_on_the_thread_that_met_it() {
             assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
             match events.recv_timeout(Duration::from_secs(5)).expect("an acknowledgement") {
                 Event::Acknowledged { gpa, .. } => break gpa,
-                Event::Injected { form, reach, .. } => {
+                Event::Injected { by: Injection::Mce { form, reach, .. }, .. } => {
                     assert_eq!((form, reach), (Form::AmdAr, Reach::Local));
                 }
                 _ => {}
@@ -257,7 +261,12 @@ fn a_rendezvous_reaches_all_threads_or_none() {
         wait_for(|event| matches!(event, Event::Waiting { .. }));
         assert_eq!(models[0].0.lock().unwrap().mcg_status, 0, "not the first one alone");
         models[1].handle();
-        wait_for(|event| matches!(event, Event::Injected { reach: Reach::Rendezvous, .. }));
+        wait_for(|event| {
+            let Event::Injected { by: Injection::Mce { reach, .. }, .. } = event else {
+                return false;
+            };
+            *reach == Reach::Rendezvous
+        });
         let both_in = || models.iter().all(|model| model.0.lock().unwrap().mcip());
         for _ in 0..500 {
             if both_in() {

@@ -55,6 +55,19 @@ pub fn a_serial_mode_that_is_none() {
     refused(&mce_relay(&["run", "--kernel", "x", "--serial", "pty"]), 2, &["pty", "socket=PATH"]);
 }
 
+pub fn an_ao_channel_that_is_none() {
+    let channel = |args: &[&str]| mce_relay(&[&["run", "--kernel", "x"], args].concat());
+    refused(&channel(&["--ao-channel", "acpi"]), 2, &["acpi", "auto, mce or ghes"]);
+    refused(&channel(&["--ghes-poll", "0"]), 2, &["0", "1..=3600000"]);
+    let both = ["--ao-channel", "mce", "--ghes-poll", "100"];
+    refused(&channel(&both), 2, &["--ghes-poll", "leave one of the two out"]);
+}
+
+pub fn a_vm_to_retire_from_that_is_not_there() {
+    let args = ["retire", "--api-socket", "/nowhere/api", "--gpa", "0x1000"];
+    refused(&mce_relay(&args), 1, &["/nowhere/api", "--api-socket"]);
+}
+
 pub fn an_api_socket_path_that_exists() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("api");

@@ -4,9 +4,12 @@ use std::io;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use mce_relay::event::Injection;
 use mce_relay::ledger::State;
 use mce_relay::mca::{Form, mcg, record};
-use mce_relay::{Config, Event, KillPolicy, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict};
+use mce_relay::{
+    AoChannel, Config, Event, KillPolicy, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict,
+};
 
 use crate::payload::{Did, Payload, Ram, Start, TARGET, handled};
 
@@ -32,6 +35,8 @@ impl Relayed {
             ram: RamMap::new(&[region]).unwrap(),
             policy: KillPolicy::Early,
             pace: Pace::default(),
+            ao_channel: AoChannel::default(),
+            ghes: None,
             observer: Box::new(move |event| drop(send.send(event.clone()))),
         })
         .unwrap();
@@ -124,7 +129,9 @@ pub fn a_forged_ao_to_oneself_is_logged() {
     forge(BUS_MCEERR_AO, &relayed.payload.ram);
     relayed.run_until(|state| matches!(state, State::Injected { .. }));
     let injected = relayed.events.try_iter().find_map(|event| match event {
-        Event::Injected { gpa, bank, status, .. } => Some((gpa, bank, status)),
+        Event::Injected { gpa, by: Injection::Mce { bank, status, .. } } => {
+            Some((gpa, bank, status))
+        }
         _ => None,
     });
     let record = record(Form::Deferred, TARGET, 9, false);

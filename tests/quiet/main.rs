@@ -14,7 +14,9 @@ use std::ptr;
 
 use libc::{c_int, pid_t};
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor};
-use mce_relay::{Config, KillPolicy, Mca, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict};
+use mce_relay::{
+    AoChannel, Config, KillPolicy, Mca, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict,
+};
 use mce_relay_tests::lab::has_kvm;
 use mce_relay_tests::suite;
 
@@ -47,6 +49,8 @@ fn attach() -> (Relay, VcpuPort) {
         ram: RamMap::new(&[RamRegion { hva: 0x7f00_0000_0000, gpa: 0, len: 4096 }]).unwrap(),
         policy: KillPolicy::Early,
         pace: Pace::default(),
+        ao_channel: AoChannel::default(),
+        ghes: None,
         observer: Box::new(|_| {}),
     })
     .unwrap();

@@ -155,6 +155,18 @@ impl Agent {
         (pfns, reply)
     }
 
+    /// Sets this host's clock beside that of the guest's log.
+    pub fn clock(&mut self) -> Clock {
+        // Of a few tries the one that was answered fastest tells most.
+        let tries = (0..5).map(|_| {
+            let asked = Instant::now();
+            let reply = self.ask("clock");
+            (asked.elapsed(), asked, reply["time"].as_f64().unwrap())
+        });
+        let (took, asked, guest) = tries.min_by_key(|(took, ..)| *took).unwrap();
+        Clock { host: asked + took / 2, guest, error: took / 2 }
+    }
+
     /// Touches a page; `how` is read, write or kernel-copy.
     pub fn touch(&mut self, page: Page, how: &str) -> Value {
         self.ask(&format!("touch {} {how}", page.number))
@@ -189,6 +201,24 @@ impl Agent {
         let intact = reply["intact"].as_u64().unwrap();
         assert_eq!(intact, (all.len() - gone.len()) as u64, "{reply}");
         assert!(reply["bad"].as_array().is_none_or(Vec::is_empty), "{reply}");
+    }
+}
+
+/// One moment on this host's clock and on that of a guest's log.
+#[derive(Debug, Clone, Copy)]
+pub struct Clock {
+    host: Instant,
+    guest: f64,
+    /// How far the two may be apart.
+    pub error: Duration,
+}
+
+impl Clock {
+    /// Seconds from `since` to the guest's `time`.
+    pub fn seconds(&self, since: Instant, time: f64) -> f64 {
+        let to = |later: Instant, sooner: Instant| (later - sooner).as_secs_f64();
+        let since = if since > self.host { to(since, self.host) } else { -to(self.host, since) };
+        time - self.guest - since
     }
 }
 

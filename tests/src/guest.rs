@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::fs::OpenOptions;
 use std::io::{BufRead, BufReader, Write};
 use std::ops::{Deref, DerefMut};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -46,6 +47,10 @@ pub struct Options {
     pub on_undeliverable: Option<&'static str>,
     /// `--ao-pace`, if it is to be given.
     pub pace: Option<&'static str>,
+    /// `--ao-channel`.
+    pub ao_channel: &'static str,
+    /// `--ghes-poll`, if it is to be given.
+    pub ghes_poll: Option<&'static str>,
     /// Start the guest again when it resets itself (without `--no-reboot`).
     pub reboot: bool,
     /// More words for the guest kernel's command line.
@@ -60,7 +65,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// An AMD guest.
+    /// An AMD guest. As its AOs are told by machine check, they wait for its poll.
     pub fn amd(cpus: usize) -> Self {
         Self {
             vendor: "amd",
@@ -70,6 +75,8 @@ impl Options {
             kill: "early",
             on_undeliverable: None,
             pace: None,
+            ao_channel: "mce",
+            ghes_poll: None,
             reboot: false,
             cmdline: "",
             quiet: false,
@@ -86,6 +93,11 @@ impl Options {
     /// The same, with errors taken only when the guest touches them.
     pub fn late(self) -> Self {
         Self { kill: "late", ..self }
+    }
+
+    /// The same, with AOs told by firmware-first records.
+    pub fn ghes(self) -> Self {
+        Self { ao_channel: "ghes", ..self }
     }
 
     /// The same, for bursts.
@@ -163,7 +175,7 @@ impl Vmm {
             .args(["--cmdline", &options.kernel_words()])
             .args(["--cpus", &options.cpus.to_string(), "--memory", options.memory])
             .args(["--cpu-vendor", options.vendor, "--lmce", options.lmce])
-            .args(["--mce-kill", options.kill])
+            .args(["--mce-kill", options.kill, "--ao-channel", options.ao_channel])
             .args(["--serial", &argument("file", "console")])
             .args(["--serial2", &argument("socket", "agent")])
             .args(["--api-socket", &argument("path", "api")])
@@ -171,9 +183,11 @@ impl Vmm {
         if !options.reboot {
             command.arg("--no-reboot");
         }
-        for (option, value) in
-            [("--on-undeliverable", options.on_undeliverable), ("--ao-pace", options.pace)]
-        {
+        for (option, value) in [
+            ("--on-undeliverable", options.on_undeliverable),
+            ("--ao-pace", options.pace),
+            ("--ghes-poll", options.ghes_poll),
+        ] {
             command.args(value.map(|value| [option, value]).into_iter().flatten());
         }
         let mut child = command
@@ -216,6 +230,11 @@ impl Vmm {
 
     fn at(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
+    }
+
+    /// `--ao-channel` as it was given.
+    pub fn ao_channel(&self) -> &'static str {
+        self.options.ao_channel
     }
 
     /// The VMM's process.
@@ -269,6 +288,15 @@ impl Vmm {
             assert!(host::is_poisoned(pfn).unwrap(), "host pfn {pfn:#x} is not marked as poisoned");
         }
         took
+    }
+
+    /// Guest RAM as the VMM has it: what is written there the guest finds, and the other way round.
+    pub fn memory(&self, gpa: u64) -> GuestMemory {
+        let vm = self.info();
+        let block = vm.block(gpa).unwrap_or_else(|| panic!("{gpa:#x} is not guest RAM"));
+        let path = format!("/proc/{}/fd/{}", vm.pid, vm.memory_fd);
+        let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+        GuestMemory { file, offset: block.fd_offset + (gpa - block.gpa) }
     }
 
     /// What `mce-relay status --json` says.
@@ -345,6 +373,27 @@ impl Vmm {
                 None => std::thread::sleep(Duration::from_millis(20)),
             }
         }
+    }
+}
+
+/// A place in guest RAM.
+#[derive(Debug)]
+pub struct GuestMemory {
+    file: std::fs::File,
+    offset: u64,
+}
+
+impl GuestMemory {
+    /// What lies there.
+    pub fn read(&self, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.file.read_exact_at(&mut bytes, self.offset).unwrap();
+        bytes
+    }
+
+    /// Puts `bytes` there.
+    pub fn write(&self, bytes: &[u8]) {
+        self.file.write_all_at(bytes, self.offset).unwrap();
     }
 }
 

@@ -15,6 +15,7 @@ use acpi_tables::{
 };
 use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use zerocopy::{Immutable, IntoBytes};
 
 use crate::{
     boot::layout::{ACPI_END, ACPI_START, IO_APIC, LOCAL_APIC},
@@ -22,6 +23,7 @@ use crate::{
         RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_S5, UART_PORTS,
         UARTS,
     },
+    ghes,
 };
 
 /// OEM id in every table.
@@ -181,7 +183,42 @@ fn madt(cpus: u8) -> MADT {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
     madt.add_structure(IoApic::new(0, IO_APIC, 0));
+    madt.add_structure(InterruptSourceOverride::edge(ghes::IRQ));
     madt
+}
+
+/// What a legacy interrupt is like (ACPI 6.5, 5.2.12.5). Linux asks for it before it takes an
+/// interrupt that a table names by number (`acpi_gsi_to_irq` in `arch/x86/kernel/acpi/boot.c`).
+#[repr(C, packed)]
+#[derive(Clone, Copy, IntoBytes, Immutable)]
+struct InterruptSourceOverride {
+    kind: u8,
+    len: u8,
+    bus: u8,
+    source: u8,
+    gsi: [u8; 4],
+    flags: [u8; 2],
+}
+
+impl InterruptSourceOverride {
+    /// The interrupt keeps its number and is edge-triggered, active high.
+    fn edge(irq: u8) -> Self {
+        Self {
+            kind: 2,
+            len: 10,
+            // ISA, the only one.
+            bus: 0,
+            source: irq,
+            gsi: u32::from(irq).to_le_bytes(),
+            flags: [0b01 | 0b01 << 2, 0],
+        }
+    }
+}
+
+impl Aml for InterruptSourceOverride {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(self.as_bytes());
+    }
 }
 
 fn dsdt(cpus: u8, uarts: [bool; 2]) -> Sdt {
@@ -287,7 +324,9 @@ mod tests {
         for cpus in [1, 2, 254] {
             let image = build(cpus, [true, false], &[]).unwrap();
             let madt = xsdt_tables(&image)[1];
-            assert_eq!(madt.len(), 44 + 8 * usize::from(cpus) + 12);
+            assert_eq!(madt.len(), 44 + 8 * usize::from(cpus) + 12 + 10);
+            let edge = [2, 10, 0, 9, 9, 0, 0, 0, 0b0101, 0];
+            assert_eq!(madt[madt.len() - 10..], edge, "the error source's interrupt");
         }
     }
 

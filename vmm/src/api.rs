@@ -5,6 +5,7 @@
 //! | `GET /api/v1/vmm.ping` | version and pid |
 //! | `GET /api/v1/vm.info` | [`VmInfo`] |
 //! | `GET /api/v1/relay.status` | [`Status`] |
+//! | `PUT /api/v1/vm.retire` | body [`Retire`], at most 1 MiB; a [`Retiring`] for each page |
 //! | `PUT /api/v1/vm.pause` | 204 when no vCPU is in the guest any more; also if that is so already |
 //! | `PUT /api/v1/vm.resume` | 204; the vCPUs go on, whatever they were paused for |
 //! | `PUT /api/v1/vm.shutdown` | 204; the VM ends, paused or not |
@@ -16,7 +17,7 @@
 //! Errors are `{"error": "…"}` with a status of 4xx or 5xx. It runs on threads of its own and can
 //! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy it.
 
-use std::io;
+use std::io::{self, Read};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -25,16 +26,25 @@ use std::time::Duration;
 
 use log::debug;
 use mce_relay::mca::Vendor;
-use mce_relay::{KillPolicy, LedgerReader, Pace, Page};
+use mce_relay::{AoChannel, Handle, KillPolicy, Pace, Page, Predicted};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tiny_http::{Header, Method, Request, Response, Server};
 
 use crate::config::OnUndeliverable;
 use crate::control::{ExitReason, Parked, PauseReason, StopCause, VmControl};
+use crate::ghes::Notify;
 
 /// How long an answer waits for the vCPUs to leave the guest. More than a vCPU may be held back by a
 /// machine check that other processors have to take part in (five seconds).
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What its body looks like.
+const RETIRE_EXAMPLE: &str = r#"{"gpas":["0x1000","0x2000"]}"#;
+/// The one request that has a body.
+const RETIRE: &str = "/api/v1/vm.retire";
+/// The longest body that a request may have, in bytes.
+const MAX_BODY: u64 = 1 << 20;
 
 /// Why there is no API.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +96,10 @@ pub struct VmInfo {
     pub mcg_cap: String,
     /// When the kernel tells the VMM of a bad page.
     pub mce_kill: KillPolicy,
+    /// Which way AOs go.
+    pub ao_channel: AoChannel,
+    /// How the guest is notified of firmware-first records; null when it was given no error source.
+    pub ghes: Option<Notify>,
     /// How fast the guest is told of AOs.
     pub ao_pace: Pace,
     /// What is done about an AR that the guest cannot be told of.
@@ -114,6 +128,30 @@ pub struct Status {
     pub vm: VmInfo,
     /// The ledger, by guest-physical address.
     pub pages: Vec<Page>,
+    /// Pages that are whole and predicted to fail, by guest-physical address.
+    pub predicted: Vec<Predicted>,
+}
+
+/// Which pages the guest is to stop using.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Retire {
+    /// Guest-physical addresses, each `"0x…"`.
+    pub gpas: Vec<Gpa>,
+}
+
+/// A guest-physical address, `"0x…"` in JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Gpa(#[serde(with = "crate::hex")] pub u64);
+
+/// Whether the guest is being asked to stop using a page.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Retiring {
+    /// Guest-physical address of the page.
+    pub gpa: Gpa,
+    /// Why it is not, or null.
+    pub error: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -132,8 +170,8 @@ struct Problem {
 pub struct Running {
     /// What runs; whether it is paused is looked up when somebody asks.
     pub info: VmInfo,
-    /// Its ledger.
-    pub ledger: LedgerReader,
+    /// Its relay, with the ledger.
+    pub relay: Handle,
     /// Its reins.
     pub control: VmControl,
 }
@@ -199,7 +237,16 @@ impl Api {
             .name("api".into())
             .spawn(move || {
                 for request in serving.incoming_requests() {
-                    answer(request, &current);
+                    if request.url() != RETIRE {
+                        answer(request, &current);
+                        continue;
+                    }
+                    // It has a body, and whoever is slow to send it holds up nobody else.
+                    let current = current.clone();
+                    let slow = move || answer(request, &current);
+                    if let Err(error) = std::thread::Builder::new().spawn(slow) {
+                        debug!("cannot start a thread for an API request: {error}");
+                    }
                 }
             })
             .map_err(bind_error)?;
@@ -219,7 +266,7 @@ impl Drop for Api {
     }
 }
 
-fn answer(request: Request, current: &Current) {
+fn answer(mut request: Request, current: &Current) {
     let path = request.url().split('?').next().unwrap_or_default().to_owned();
     let none = || problem(503, "the guest is between two boots; ask again".to_owned());
     let response = match (request.method(), path.as_str()) {
@@ -230,7 +277,14 @@ fn answer(request: Request, current: &Current) {
             current.get().map_or_else(none, |running| json(200, &running.info()))
         }
         (Method::Get, "/api/v1/relay.status") => current.get().map_or_else(none, |running| {
-            json(200, &Status { pages: running.ledger.pages(), vm: running.info() })
+            let (pages, predicted) = (running.relay.pages(), running.relay.predicted());
+            json(200, &Status { pages, predicted, vm: running.info() })
+        }),
+        (Method::Put, RETIRE) => current.get().map_or_else(none, |running| {
+            match body::<Retire>(&mut request, RETIRE_EXAMPLE) {
+                Ok(Retire { gpas }) => json(200, &retire(&running.relay, &gpas)),
+                Err(error) => problem(400, error),
+            }
         }),
         (Method::Put, "/api/v1/vm.shutdown") => current.get().map_or_else(none, |running| {
             let cause = StopCause::Request("the API".to_owned());
@@ -249,6 +303,7 @@ fn answer(request: Request, current: &Current) {
             "/api/v1/vmm.ping"
             | "/api/v1/vm.info"
             | "/api/v1/relay.status"
+            | RETIRE
             | "/api/v1/vm.pause"
             | "/api/v1/vm.resume"
             | "/api/v1/vm.shutdown",
@@ -258,6 +313,26 @@ fn answer(request: Request, current: &Current) {
     if let Err(error) = request.respond(response) {
         debug!("API client went away: {error}");
     }
+}
+
+/// The body of a request, as JSON of the form that `example` shows.
+fn body<T: DeserializeOwned>(request: &mut Request, example: &str) -> Result<T, String> {
+    let mut body = Vec::new();
+    let read = request.as_reader().take(MAX_BODY + 1).read_to_end(&mut body);
+    read.map_err(|error| format!("the body cannot be read: {error}"))?;
+    if body.len() as u64 > MAX_BODY {
+        return Err(format!("the body is longer than {MAX_BODY} bytes"));
+    }
+    serde_json::from_slice(&body)
+        .map_err(|error| format!("the body is not understood: {error}; expected {example}"))
+}
+
+fn retire(relay: &Handle, gpas: &[Gpa]) -> Vec<Retiring> {
+    let ask = |gpa: &Gpa| {
+        let error = relay.retire(gpa.0).err().map(|error| error.to_string());
+        Retiring { gpa: *gpa, error }
+    };
+    gpas.iter().map(ask).collect()
 }
 
 fn pause(control: &VmControl, patience: Duration) -> Response<io::Cursor<Vec<u8>>> {
@@ -306,6 +381,8 @@ pub(crate) fn an_info() -> VmInfo {
         vendor: Vendor::Amd,
         mcg_cap: "0x10a".into(),
         mce_kill: KillPolicy::Early,
+        ao_channel: AoChannel::Auto,
+        ghes: None,
         ao_pace: Pace::default(),
         on_undeliverable: OnUndeliverable::Stop,
         paused: false,
@@ -348,7 +425,7 @@ mod tests {
         assert!(error.contains("/api/v1/nothing"), "{error}");
         let error = client::put(&path, "vmm.ping").unwrap_err().to_string();
         assert!(error.contains("PUT"), "{error}");
-        for what in ["vm.pause", "vm.resume", "vm.shutdown"] {
+        for what in ["vm.pause", "vm.resume", "vm.retire", "vm.shutdown"] {
             let error = client::put(&path, what).unwrap_err().to_string();
             assert!(error.contains("between two boots"), "{what}: {error}");
             let error = client::get::<()>(&path, what).unwrap_err().to_string();
@@ -356,6 +433,51 @@ mod tests {
         }
         drop(api);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_body_is_understood_or_refused_with_a_reason() {
+        let body = |text: &'static str| {
+            let mut request = tiny_http::TestRequest::new().with_body(text).into();
+            body::<Retire>(&mut request, RETIRE_EXAMPLE).map(|retire| retire.gpas)
+        };
+        assert_eq!(body(r#"{"gpas":["0x1000","0x2000"]}"#), Ok(vec![Gpa(0x1000), Gpa(0x2000)]));
+        for (bad, named) in [
+            ("", "EOF"),
+            ("{", "EOF"),
+            ("[]", "gpas"),
+            (r#"{"gpas":["4096"]}"#, "4096"),
+            (r#"{"gpas":[4096]}"#, "4096"),
+            (r#"{"gpas":["0x1ffffffffffffffff"]}"#, "0x1ffffffffffffffff"),
+            (r#"{"gpas":[],"more":1}"#, "more"),
+        ] {
+            let error = body(bad).unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+        // Blanks are JSON, too.
+        let blanks: &str = Box::leak(" ".repeat((1 << 20) + 2).into_boxed_str());
+        let mut long = tiny_http::TestRequest::new().with_body(blanks).into();
+        assert!(
+            super::body::<Retire>(&mut long, RETIRE_EXAMPLE)
+                .unwrap_err()
+                .contains("longer than 1048576")
+        );
+    }
+
+    #[test]
+    fn a_client_that_does_not_send_its_body_holds_up_nobody() {
+        use std::io::Write;
+        use std::os::unix::net::UnixStream;
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api");
+        let _api = Api::start(&path, Current::default()).unwrap();
+        let mut stuck = UnixStream::connect(&path).unwrap();
+        write!(stuck, "PUT {RETIRE} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n")
+            .unwrap();
+        for _ in 0..3 {
+            client::get::<serde_json::Value>(&path, "vmm.ping").unwrap();
+        }
     }
 
     #[test]

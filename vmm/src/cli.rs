@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use mce_relay::Pace;
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use mce_relay::{AoChannel, Pace};
 
 use crate::config::{CpuVendor, OnUndeliverable, SerialMode};
 use crate::poison::{Means, PageRange};
@@ -19,6 +20,30 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+/// Reads this process's command line. What makes no sense ends it, with words and status 2.
+#[must_use]
+pub fn parse() -> Cli {
+    let cli = Cli::parse();
+    if let Err(error) = cli.check() {
+        error.exit();
+    }
+    cli
+}
+
+impl Cli {
+    /// Checks what goes beyond single values.
+    fn check(&self) -> Result<(), clap::Error> {
+        match &self.command {
+            Command::Run(args) if args.ao_channel == AoChannel::Mce && args.ghes_poll.is_some() => {
+                let words = "--ghes-poll says how the guest looks for firmware-first records, and with \
+                             --ao-channel mce it is given none; leave one of the two out";
+                Err(Self::command().error(ErrorKind::ArgumentConflict, words))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 /// The commands.
@@ -67,6 +92,24 @@ pub enum Command {
         /// API socket of the VM (path=PATH or PATH).
         #[arg(long, value_name = "path=PATH")]
         api_socket: ApiPath,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Have a running guest stop using pages that are whole and predicted to fail.
+    ///
+    /// The guest is told by a firmware-first record (a corrected error past its threshold). Linux then
+    /// moves what is in the page elsewhere and never uses it again; nothing is lost, and no process is
+    /// signalled. Returns when the guest has taken the record for every page; what it did with a page
+    /// only its own log and /proc/meminfo (HardwareCorrupted) say. Exit status 1 when a page could not
+    /// be told of, with the reason.
+    Retire {
+        /// API socket of the VM (path=PATH or PATH).
+        #[arg(long, value_name = "path=PATH")]
+        api_socket: ApiPath,
+        /// Guest-physical addresses and ranges, as for `poison`.
+        #[arg(long, value_name = "LIST", required = true, value_delimiter = ',')]
+        gpa: Vec<PageRange>,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -141,6 +184,17 @@ pub struct RunArgs {
     /// What to do when the guest touched a bad page and cannot be told.
     #[arg(long, default_value = "stop", value_enum)]
     pub on_undeliverable: OnUndeliverable,
+    /// Which way AOs go: auto, by firmware-first records (ACPI HEST) to AMD-style guests that have
+    /// taken the error source, by machine check to all others; mce or ghes, for every guest.
+    ///
+    /// A guest that does not take records is told by machine check all the same, after ten seconds at
+    /// most. ARs are always machine checks. With mce the guest is given no error source.
+    #[arg(long, default_value_t, value_name = "auto|mce|ghes", value_parser = ao_channel)]
+    pub ao_channel: AoChannel,
+    /// Have the guest look for firmware-first records every so many milliseconds instead of
+    /// interrupting it. Linux rounds that to whole seconds.
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u32).range(1..=3_600_000))]
+    pub ghes_poll: Option<u32>,
     /// How fast the guest is told of AOs: burst=N at once, then rate=N a second, or one of the two.
     ///
     /// Linux keeps the errors it is told of in a short queue until it has taken each page out of
@@ -152,6 +206,15 @@ pub struct RunArgs {
     /// End when the guest resets itself or would be reset, instead of starting it again.
     #[arg(long)]
     pub no_reboot: bool,
+}
+
+fn ao_channel(text: &str) -> Result<AoChannel, String> {
+    match text {
+        "auto" => Ok(AoChannel::Auto),
+        "mce" => Ok(AoChannel::Mce),
+        "ghes" => Ok(AoChannel::Ghes),
+        _ => Err("expected auto, mce or ghes".to_owned()),
+    }
 }
 
 /// `on` or `off`.
@@ -356,13 +419,36 @@ pub fn parse_number(text: &str) -> Result<u64, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn channels() {
+        let parse = |more: &[&str]| {
+            let line = ["mce-relay", "run", "--kernel", "/x"].iter().chain(more).copied();
+            Cli::try_parse_from(line).and_then(|cli| cli.check().map(|()| cli))
+        };
+        let given = |more: &[&str]| match parse(more).unwrap().command {
+            Command::Run(args) => (args.ao_channel, args.ghes_poll),
+            _ => unreachable!(),
+        };
+        assert_eq!(given(&[]), (AoChannel::Auto, None));
+        assert_eq!(given(&["--ao-channel", "mce"]), (AoChannel::Mce, None));
+        let poll = ["--ao-channel=ghes", "--ghes-poll=100"];
+        assert_eq!(given(&poll), (AoChannel::Ghes, Some(100)));
+        for (bad, named) in [
+            (&["--ao-channel", "acpi"][..], "expected auto, mce or ghes"),
+            (&["--ghes-poll", "0"], "1..=3600000"),
+            (&["--ghes-poll", "fast"], "fast"),
+            (&["--ghes-poll", "100", "--ao-channel", "mce"], "leave one of the two out"),
+        ] {
+            let error = parse(bad).unwrap_err().to_string();
+            assert!(error.contains(named), "{bad:?}: {error}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// A VM that has not answered by then will not.
@@ -59,8 +60,11 @@ pub enum ClientError {
 /// # Errors
 /// See [`ClientError`].
 pub fn get<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, ClientError> {
-    let body = ask(socket, "GET", what)?;
-    serde_json::from_slice(&body)
+    understood(socket, &ask(socket, "GET", what, &[])?)
+}
+
+fn understood<T: DeserializeOwned>(socket: &Path, body: &[u8]) -> Result<T, ClientError> {
+    serde_json::from_slice(body)
         .map_err(|error| ClientError::Stranger { path: socket.to_owned(), what: error.to_string() })
 }
 
@@ -69,10 +73,24 @@ pub fn get<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, ClientEr
 /// # Errors
 /// See [`ClientError`].
 pub fn put(socket: &Path, what: &str) -> Result<(), ClientError> {
-    ask(socket, "PUT", what).map(drop)
+    ask(socket, "PUT", what, &[]).map(drop)
 }
 
-fn ask(socket: &Path, method: &str, what: &str) -> Result<Vec<u8>, ClientError> {
+/// `PUT /api/v1/<what>` with `body` as JSON.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn put_json<T: DeserializeOwned>(
+    socket: &Path,
+    what: &str,
+    body: &impl Serialize,
+) -> Result<T, ClientError> {
+    // Plain structs of strings and numbers: their serialisation cannot fail.
+    let body = serde_json::to_vec(body).unwrap_or_default();
+    understood(socket, &ask(socket, "PUT", what, &body)?)
+}
+
+fn ask(socket: &Path, method: &str, what: &str, body: &[u8]) -> Result<Vec<u8>, ClientError> {
     let path = || socket.to_owned();
     let mut stream = UnixStream::connect(socket)
         .map_err(|source| ClientError::Connect { path: path(), source })?;
@@ -82,9 +100,11 @@ fn ask(socket: &Path, method: &str, what: &str) -> Result<Vec<u8>, ClientError> 
         stream.set_write_timeout(Some(PATIENCE))?;
         write!(
             stream,
-            "{method} /api/v1/{what} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\
-             Connection: close\r\nTE: identity\r\n\r\n"
+            "{method} /api/v1/{what} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\
+             Connection: close\r\nTE: identity\r\n\r\n",
+            body.len()
         )?;
+        stream.write_all(body)?;
         stream.read_to_end(&mut answer)
     };
     talk().map_err(|source| ClientError::Talk { path: path(), source })?;

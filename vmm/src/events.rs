@@ -199,7 +199,8 @@ mod tests {
 
     #[test]
     fn a_line_has_the_four_fields() {
-        let event = mce_relay::Event::Acknowledged { gpa: 0x1000, vcpu: 0, bank: 9 };
+        let place = mce_relay::Place::Ghes { record: 1 };
+        let event = mce_relay::Event::Acknowledged { gpa: 0x1000, place };
         let line = line(Duration::new(2, 5), "relay", &event);
         let value: Value = serde_json::from_str(&line).unwrap();
         assert_eq!(value["timestamp"]["secs"], 2);

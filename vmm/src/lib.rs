@@ -5,9 +5,9 @@
 //! I/O, [`vcpu`] runs the processors and [`vm`] puts all of it together. Whoever relays errors
 //! plugs in by the traits [`vm::VmHooks`], [`vcpu::VcpuSetup`] and [`vcpu::VcpuHook`].
 //!
-//! Relay side: [`mce_inject`] is the back end that the relay asks for, and [`run`] is where the VM
-//! and the relay meet. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
-//! programs see it; [`host`], [`poison`] and [`check`] are about the host.
+//! Relay side: [`mce_inject`] is the back end that the relay asks for, [`ghes`] the ACPI error source
+//! that it uses beside, and [`run`] is where the VM and the relay meet. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
+//! programs see it; [`retire`] asks the guest to stop using a page; [`host`], [`poison`] and [`check`] are about the host.
 
 pub mod acpi;
 pub mod api;
@@ -20,12 +20,14 @@ pub mod control;
 pub mod cpuid;
 pub mod devices;
 pub mod events;
+pub mod ghes;
 mod hex;
 pub mod host;
 pub mod mce_inject;
 pub mod memory;
 pub mod msr;
 pub mod poison;
+pub mod retire;
 pub mod run;
 pub mod serial;
 pub mod show;

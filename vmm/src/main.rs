@@ -2,10 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use log::LevelFilter;
-use mce_relay_vmm::cli::{ApiPath, Cli, Command};
-use mce_relay_vmm::{api, check, client, host, poison, run, show};
+use mce_relay_vmm::cli::{self, ApiPath, Command};
+use mce_relay_vmm::{api, check, client, host, poison, retire, run, show};
 
 fn fail(error: &dyn std::error::Error) -> ExitCode {
     eprintln!("mce-relay: {}", show::with_causes(error));
@@ -21,7 +20,7 @@ fn put(socket: &ApiPath, what: &str) -> ExitCode {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = cli::parse();
     let level = match cli.verbose {
         0 => LevelFilter::Warn,
         1 => LevelFilter::Info,
@@ -38,7 +37,7 @@ fn main() -> ExitCode {
             Err(error) => fail(&error),
         },
         Command::Poison { api_socket, gpa, via, json } => {
-            let mut bar = show::Progress::default();
+            let mut bar = show::Progress::new("poisoning");
             let done = poison::poison_all(&api_socket.0, &gpa, via, &mut |n, of| bar.step(n, of));
             drop(bar);
             match done {
@@ -53,6 +52,15 @@ fn main() -> ExitCode {
         Command::Status { api_socket, json } => {
             match client::get::<api::Status>(&api_socket.0, "relay.status") {
                 Ok(status) => show::status(&status, json),
+                Err(error) => fail(&error),
+            }
+        }
+        Command::Retire { api_socket, gpa, json } => {
+            let mut bar = show::Progress::new("telling");
+            let done = retire::retire(&api_socket.0, &gpa, &mut |n, of| bar.step(n, of));
+            drop(bar);
+            match done {
+                Ok(pages) => show::retired(&pages, json),
                 Err(error) => fail(&error),
             }
         }

@@ -274,8 +274,8 @@ fn wait_for_mark(flags: &PageFlags, pfn: u64, deadline: Instant) -> Result<bool,
 
 /// A page to be poisoned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Target {
-    gpa: u64,
+pub(crate) struct Target {
+    pub(crate) gpa: u64,
     hva: u64,
     /// Offset in the VM's memory file.
     offset: u64,
@@ -283,7 +283,7 @@ struct Target {
 
 /// The pages of `ranges` in the order given, each once. All of them are guest RAM, so however long
 /// a range was written down, there are no more of them than the guest has pages.
-fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, PoisonError> {
+pub(crate) fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, PoisonError> {
     for range in ranges {
         let mut page = range.first;
         while page < range.end {

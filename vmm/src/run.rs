@@ -8,16 +8,20 @@ use kvm_ioctls::VcpuFd;
 use log::{error, warn};
 use mce_relay::mca::Vendor;
 use mce_relay::{
-    Config, KillPolicy, RamError, RamMap, RamRegion, Relay, StartError, VcpuPort, Verdict,
+    AoChannel, Config, KillPolicy, RamError, RamMap, RamRegion, Relay, StartError, VcpuPort,
+    Verdict,
 };
 
+use crate::acpi::Table;
 use crate::api::{Api, ApiError, Current, MemoryBlock, Running, VmInfo};
 use crate::cli::{ApiPath, RunArgs, Switch};
 use crate::config::{OnUndeliverable, VmConfig};
 use crate::control::{ExitReason, PauseReason, StopCause, Undeliverable, VmControl};
 use crate::events::{Monitor, MonitorError, VmEvent};
+use crate::ghes::{self, Notify};
 use crate::host;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
+use crate::memory::GuestRam;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
 
@@ -47,6 +51,8 @@ enum RelayError {
     Ram(#[from] RamError),
     #[error(transparent)]
     Start(#[from] StartError),
+    #[error("cannot set up the interrupt of the ACPI error source")]
+    Source(#[source] std::io::Error),
     #[error("the VM has no relay yet")]
     Early,
 }
@@ -129,17 +135,20 @@ fn boot_once(
                 .map(|b| MemoryBlock { gpa: b.gpa, len: b.len, hva: b.hva, fd_offset: b.fd_offset })
                 .collect(),
             memory_fd: vm.memfd(),
+            ao_channel: args.ao_channel,
+            ghes: notify(args),
             ao_pace: args.ao_pace.0,
             on_undeliverable: args.on_undeliverable,
             paused: false,
             pause_reason: None,
         },
-        ledger: made.relay.reader(),
+        relay: made.relay.handle(),
         control: vm.control().clone(),
     }));
     let reason = vm.run();
     current.set(None);
-    // Here the relay goes, and with it its thread; the vCPU threads are gone already.
+    // Here the relay goes, and with it its thread; the vCPU threads are gone already. Guest RAM, whose
+    // addresses it has, goes after it.
     drop(made);
     Ok(reason)
 }
@@ -152,6 +161,14 @@ fn starts_again(reason: &ExitReason, policy: OnUndeliverable, no_reboot: bool) -
         _ => false,
     };
     wanted && !no_reboot
+}
+
+/// How the guest is notified by its error source; `None` when it is given none.
+fn notify(args: &RunArgs) -> Option<Notify> {
+    if args.ao_channel == AoChannel::Mce {
+        return None;
+    }
+    Some(args.ghes_poll.map_or(Notify::Interrupt, |millis| Notify::Poll { millis }))
 }
 
 /// What a user can do about a paused VM.
@@ -195,10 +212,12 @@ struct RelayHooks<'a> {
     made: Option<Made>,
 }
 
+/// The fields go in this order: the relay before the memory that it knows the addresses of.
 struct Made {
     setup: MceSetup,
     relay: Arc<Relay>,
     control: VmControl,
+    _ram: Arc<GuestRam>,
 }
 
 impl RelayHooks<'_> {
@@ -219,6 +238,11 @@ impl RelayHooks<'_> {
             ram: RamMap::new(&regions)?,
             policy: self.args.mce_kill.into(),
             pace: self.args.ao_pace.0,
+            ao_channel: self.args.ao_channel,
+            ghes: notify(self.args)
+                .map(|notify| ghes::source(vm.vm, notify))
+                .transpose()
+                .map_err(RelayError::Source)?,
             observer: self.monitor.for_relay(),
         })?;
         let (emit, socket) = (self.monitor.for_vm(), self.args.api_socket.clone());
@@ -231,7 +255,8 @@ impl RelayHooks<'_> {
                 },
             });
         });
-        Ok(Made { setup, relay: Arc::new(relay), control: vm.control.clone() })
+        let (relay, control) = (Arc::new(relay), vm.control.clone());
+        Ok(Made { setup, relay, control, _ram: Arc::clone(vm.ram) })
     }
 }
 
@@ -239,6 +264,10 @@ impl VmHooks for RelayHooks<'_> {
     fn vm_created(&mut self, vm: &VmView<'_>) -> Result<(), HookError> {
         self.made = Some(self.make(vm)?);
         Ok(())
+    }
+
+    fn acpi_tables(&mut self) -> Result<Vec<Table>, HookError> {
+        Ok(notify(self.args).map(ghes::table).transpose()?.into_iter().collect())
     }
 
     fn vcpu(&mut self, index: u8) -> Result<Box<dyn VcpuSetup>, HookError> {

@@ -9,11 +9,13 @@ use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use mce_relay::ledger::{State, Times};
-use mce_relay::{FoundBy, Page};
+use mce_relay::{FoundBy, Page, Predicted};
 use serde::Serialize;
 
 use crate::api::{Status, VmInfo};
+use crate::ghes::Notify;
 use crate::poison::{Burst, Means, NotPoisoned, Poisoned};
+use crate::retire::Retired;
 
 /// Of more pages than this, a burst is summed up instead of shown one by one.
 const MANY_PAGES: usize = 32;
@@ -70,18 +72,28 @@ pub fn table(header: &[&str]) -> Table {
 }
 
 /// Shows how far a long burst is, where stderr is a terminal. Goes away when dropped.
-#[derive(Debug, Default)]
-pub struct Progress(Option<ProgressBar>);
+#[derive(Debug)]
+pub struct Progress {
+    what: &'static str,
+    bar: Option<ProgressBar>,
+}
 
 impl Progress {
+    /// Of a work that is called so, as in "poisoning".
+    #[must_use]
+    pub fn new(what: &'static str) -> Self {
+        Self { what, bar: None }
+    }
+
     /// `done` of `total` pages are done.
     pub fn step(&mut self, done: usize, total: usize) {
         if total <= MANY_PAGES {
             return;
         }
-        let bar = self.0.get_or_insert_with(|| {
-            let bar = ProgressBar::new(total as u64);
-            match ProgressStyle::with_template("poisoning {wide_bar} {pos} of {len} pages, {eta}") {
+        let what = self.what;
+        let bar = self.bar.get_or_insert_with(|| {
+            let bar = ProgressBar::new(total as u64).with_prefix(what);
+            match ProgressStyle::with_template("{prefix} {wide_bar} {pos} of {len} pages, {eta}") {
                 Ok(style) => bar.with_style(style),
                 Err(_) => bar,
             }
@@ -92,7 +104,7 @@ impl Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Some(bar) = &self.0 {
+        if let Some(bar) = &self.bar {
             bar.finish_and_clear();
         }
     }
@@ -131,6 +143,23 @@ pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
         eprintln!("mce-relay: failed: {pages}: {error}");
     }
     if burst.failed.is_empty() { printed } else { ExitCode::FAILURE }
+}
+
+/// Prints what became of pages that the guest was to stop using: those it was told of on stdout, the
+/// others on stderr. Exit status 1 when there are any.
+pub fn retired(pages: &[Retired], json: bool) -> ExitCode {
+    let (told, not_told): (Vec<&Retired>, Vec<&Retired>) = pages.iter().partition(|page| page.told);
+    let printed = output(|out| {
+        if json {
+            write_json(out, &pages)
+        } else {
+            told.iter().try_for_each(|page| writeln!(out, "{page}"))
+        }
+    });
+    for (pages, outcome) in runs(not_told.iter().map(|page| (page.gpa, &page.outcome))) {
+        eprintln!("mce-relay: not told: {pages}: {outcome}");
+    }
+    if not_told.is_empty() { printed } else { ExitCode::FAILURE }
 }
 
 /// A line for each page, or for each stretch where some failed, or one for all.
@@ -182,10 +211,13 @@ pub fn status(status: &Status, json: bool) -> ExitCode {
 }
 
 fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Result<()> {
-    let Status { vm, pages } = status;
+    let Status { vm, pages, predicted } = status;
     writeln!(out, "{}", headline(vm))?;
     if let Some(reason) = &vm.pause_reason {
         writeln!(out, "PAUSED: {reason}; `mce-relay resume` lets it go on")?;
+    }
+    if !predicted.is_empty() {
+        write_predicted(out, predicted)?;
     }
     if pages.is_empty() {
         return writeln!(out, "no bad pages");
@@ -197,11 +229,6 @@ fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Res
     let mut table =
         table(&["GPA", "HVA", "kind", "found by", "signals", "seen", "outcome", "after seen"]);
     for page in pages {
-        let colour = match page.state {
-            State::Acknowledged { .. } => Color::Green,
-            State::Undeliverable { .. } => Color::Red,
-            _ => Color::Yellow,
-        };
         table.add_row([
             Cell::new(format!("{:#x}", page.gpa)),
             Cell::new(format!("{:#x}", page.hva)),
@@ -209,7 +236,7 @@ fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Res
             Cell::new(page.found_by),
             Cell::new(page.signals),
             Cell::new(time(page.times.seen)),
-            Cell::new(page.state).fg(colour),
+            Cell::new(page.state).fg(colour(&page.state)),
             Cell::new(course(&page.times)),
         ]);
     }
@@ -222,9 +249,39 @@ fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Res
     Ok(())
 }
 
+fn colour(state: &State) -> Color {
+    match state {
+        State::Acknowledged { .. } => Color::Green,
+        State::Undeliverable { .. } => Color::Red,
+        _ => Color::Yellow,
+    }
+}
+
+/// Pages that are whole and that the guest was to stop using.
+fn write_predicted(out: &mut dyn Write, pages: &[Predicted]) -> io::Result<()> {
+    writeln!(out, "predicted to fail: {}", pages.len())?;
+    let mut table = table(&["GPA", "asked for", "outcome", "after that"]);
+    for page in pages {
+        table.add_row([
+            Cell::new(format!("{:#x}", page.gpa)),
+            Cell::new(time(page.times.seen)),
+            Cell::new(page.state).fg(colour(&page.state)),
+            Cell::new(course(&page.times)),
+        ]);
+    }
+    table.lines().try_for_each(|line| writeln!(out, "{line}"))
+}
+
 fn headline(vm: &VmInfo) -> String {
+    let channel = match (vm.ao_channel, vm.ghes) {
+        (channel, None) => channel.to_string(),
+        (channel, Some(Notify::Interrupt)) => format!("{channel} (source interrupts)"),
+        (channel, Some(Notify::Poll { millis })) => {
+            format!("{channel} (source polled every {millis} ms)")
+        }
+    };
     format!(
-        "pid {}, boot {}, {} vCPUs, {:?}-style guest, MCG_CAP {}, {:?} kill, \
+        "pid {}, boot {}, {} vCPUs, {:?}-style guest, MCG_CAP {}, {:?} kill, AO channel {channel}, \
          AO pace {} at once and {} a second, on undeliverable: {}",
         vm.pid,
         vm.boot,
@@ -336,7 +393,8 @@ mod tests {
     fn shown(pages: Vec<Page>, pause_reason: Option<PauseReason>, terminal: bool) -> Vec<String> {
         let vm = VmInfo { paused: pause_reason.is_some(), pause_reason, ..crate::api::an_info() };
         let mut out = Vec::new();
-        write_status(&mut out, &Status { vm, pages }, terminal).unwrap();
+        let status = Status { vm, pages, predicted: Vec::new() };
+        write_status(&mut out, &status, terminal).unwrap();
         String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
     }
 

@@ -144,9 +144,9 @@ pub struct VmView<'a> {
     /// KVM itself.
     pub kvm: &'a Kvm,
     /// The VM.
-    pub vm: &'a VmFd,
-    /// Its RAM, with its memfd.
-    pub ram: &'a GuestRam,
+    pub vm: &'a Arc<VmFd>,
+    /// Its RAM, with its memfd. Whoever keeps addresses of it keeps it, too.
+    pub ram: &'a Arc<GuestRam>,
     /// Whose processor the guest sees.
     pub vendor: Vendor,
     /// Number of vCPUs.
@@ -200,7 +200,7 @@ pub struct Vm {
     /// Kept so that the serial ports go on the main thread, after the vCPUs that share them.
     _bus: Arc<PortBus>,
     fd: Arc<VmFd>,
-    ram: GuestRam,
+    ram: Arc<GuestRam>,
     control: VmControl,
     vendor: Vendor,
 }
@@ -220,7 +220,7 @@ impl Vm {
         install_kick_handler();
         termination_pipes().map_err(os_error("watch for termination signals"))?;
 
-        let ram = GuestRam::new(config.memory_bytes, config.page_size)?;
+        let ram = Arc::new(GuestRam::new(config.memory_bytes, config.page_size)?);
         let fd = Arc::new(create_vm(&kvm)?);
         ram.register(&fd)?;
         let supported = kvm

@@ -39,9 +39,8 @@ fn main() -> ExitCode {
     println!(
         "== A Linux guest boots: {vendor}-style, 2 vCPUs, 256 MiB. Some seconds without a word."
     );
-    let mut guest = Guest::boot(&Options { echo: true, ..options });
+    let mut guest = Guest::boot(&Options { echo: true, ao_channel: "auto", ..options });
     println!("== Its agent is there after {:.0} s.", start.elapsed().as_secs_f64());
-    guest.agent.ask("interval 1");
     let pages = guest.agent.alloc("anon", 8);
     let bad = pages[3];
     println!(

@@ -8,7 +8,8 @@ use mce_relay::Pace;
 use mce_relay::delivery::{AO_VCPU, Cannot, Pending, Taken, Told, Wait};
 use mce_relay::ledger::{Ledger, State};
 use mce_relay::mca::{
-    AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, Kind, McaState, Record, Vendor, cap, mcg, status,
+    self, AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, Kind, McaState, Record, Vendor, cap, mcg,
+    status,
 };
 
 use super::Counts;
@@ -214,11 +215,12 @@ impl Audit {
     pub fn taken(&mut self, vcpu: usize, taken: Taken, state: &McaState, now: Duration) {
         self.left_banks.push(now);
         match taken {
-            Taken::Acknowledged { gpa, bank: number } => {
+            Taken::Acknowledged { gpa, bank: number, form } => {
                 self.counts.count("acknowledged");
                 let in_bank = self.in_banks.remove(&(vcpu, number));
                 let in_bank = in_bank.expect("an acknowledgement of a record that was never there");
                 assert_eq!(in_bank.error.gpa, gpa, "acknowledged is the page that was told");
+                assert_eq!(Some(form), mca::form(in_bank.error.kind, &self.caps), "in this form");
                 assert!(!bank(state, number).valid(), "acknowledged, and the bank is still valid");
                 assert!(
                     !state.mcip(),
@@ -404,6 +406,7 @@ impl Audit {
                 }
             }
             Cannot::Refused => panic!("delivery cannot know that"),
+            Cannot::NoTaker { .. } | Cannot::WentBad => panic!("nothing is predicted here"),
         }
         self.waits_no_longer(vcpu, error);
     }
@@ -434,6 +437,8 @@ impl Audit {
             }
             // Said when a record is lost, which `taken` has checked; nothing pauses here.
             Wait::Restarted { .. } | Wait::Paused { .. } => false,
+            // There is no error source here.
+            Wait::NoSourceYet | Wait::InBlock | Wait::NotByFirmware { .. } => false,
         };
         assert!(truth, "this is not so: {wait}");
     }
@@ -490,5 +495,8 @@ fn name(wait: Wait) -> &'static str {
         Wait::Restarted { .. } => "waits after a restart",
         Wait::Paused { .. } => "waits for a pause",
         Wait::Pace => "waits for the pace",
+        Wait::NoSourceYet => "waits for a source",
+        Wait::InBlock => "waits for the block",
+        Wait::NotByFirmware { .. } => "waits after firmware",
     }
 }

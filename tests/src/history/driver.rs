@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use mce_relay::delivery::{Cannot, Delivery, Pending, Step, Taken, Told, Wait};
-use mce_relay::ledger::{FoundBy, Ledger, State};
+use mce_relay::ledger::{FoundBy, Ledger, Place, State};
 use mce_relay::mca::{Caps, Kind, McaState, PAGE_SHIFT};
 
 use super::audit::Audit;
@@ -191,8 +191,8 @@ impl<V: Vcpu> Driver<V> {
         for taken in self.delivery.taken(vcpu, &state, self.now) {
             self.audit.taken(vcpu, taken, &state, self.now);
             match taken {
-                Taken::Acknowledged { gpa, bank } => {
-                    self.set(gpa, State::Acknowledged { vcpu, bank });
+                Taken::Acknowledged { gpa, bank, form } => {
+                    self.set(gpa, State::Acknowledged { place: Place::Mce { vcpu, bank, form } });
                 }
                 Taken::Lost { gpa } => {
                     self.set(gpa, State::Waiting { wait: Wait::Restarted { vcpu } });
@@ -231,7 +231,10 @@ impl<V: Vcpu> Driver<V> {
                 self.audit.injected(told);
                 self.delivery.told(told);
                 if let Some((error, form)) = error {
-                    self.set(error.gpa, State::Injected { vcpu, bank: record.bank, form });
+                    self.set(
+                        error.gpa,
+                        State::Injected { place: Place::Mce { vcpu, bank: record.bank, form } },
+                    );
                 }
             } else {
                 assert!(self.vcpus[vcpu].resume(), "{TRIPLE_FAULT}: {record:x?} for vCPU {vcpu}");

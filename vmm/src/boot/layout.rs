@@ -18,7 +18,8 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the ACPI tables (exclusive).
 pub const ACPI_END: u64 = 0xf_0000;
-/// Reserved like the tables and left empty: for records that firmware shares with the kernel.
+/// Reserved like the tables: the page that the firmware-first records lie in comes first (see
+/// [`crate::ghes`]), the rest is empty.
 pub const FIRMWARE_START: u64 = ACPI_END;
 /// End of [`FIRMWARE_START`] (exclusive).
 pub const FIRMWARE_END: u64 = 0xf_f000;

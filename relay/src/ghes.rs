@@ -1,0 +1,269 @@
+//! The firmware-first channel's hands: the status block in guest memory, and the bell.
+//!
+//! All of it happens on the relay's thread. Guest memory is touched by the kernel's copy only
+//! (`read.rs`), since the page that the block lies in can go bad like any other.
+
+use std::io;
+use std::time::{Duration, Instant, SystemTime};
+
+use log::{debug, warn};
+
+use crate::cper::{self, MAX_LEN, Notice, STATUS_LEN};
+use crate::delivery::{Cannot, Pending, Wait};
+use crate::event::{Event, Injection};
+use crate::firmware::{Block, Outcome, Publication, Sight, Step, Why};
+use crate::ledger::{Place, State};
+use crate::mca::{Kind, PAGE_SIZE};
+use crate::read;
+use crate::relay::{IDLE_TICK, Inner, Shared};
+
+/// Where in the page the error status address register lies: eight bytes that hold the guest-physical
+/// address of the block (ACPI 6.5, table 18.10, "error status address").
+pub const ADDRESS_OFFSET: u64 = 0;
+/// Where in the page the status block begins.
+pub const BLOCK_OFFSET: u64 = 64;
+/// Room for a status block, in bytes: the "error status block length" of the source.
+#[allow(clippy::cast_possible_truncation, reason = "less than a page")]
+pub const BLOCK_LEN: u32 = (PAGE_SIZE - BLOCK_OFFSET) as u32;
+const _: () = assert!(MAX_LEN <= BLOCK_LEN as usize);
+
+/// Pause before the first look at a record that has just been published; it doubles.
+const LOOK_FIRST: Duration = Duration::from_millis(1);
+/// The longest such pause.
+const LOOK_LAST: Duration = Duration::from_millis(100);
+/// How often the bell is rung again while a record lies untaken: one ring may have come while the guest
+/// had its ears shut.
+const RING_AGAIN: Duration = Duration::from_secs(1);
+
+/// How the guest is told that there is a record, and how it is seen to listen.
+///
+/// Called on the relay's thread. Neither may block for long or call the relay.
+pub trait Bell: Send {
+    /// Raises the interrupt that the error source names, as an edge. Nothing, where the guest polls.
+    ///
+    /// # Errors
+    /// The guest was not notified; it is then told by machine check, from here on.
+    fn ring(&mut self) -> io::Result<()>;
+
+    /// Whether the guest has taken the source into use: it has unmasked the interrupt, say. `None`
+    /// where that cannot be seen, and then the first record shows it.
+    fn is_heard(&mut self) -> Option<bool> {
+        None
+    }
+}
+
+/// The ACPI error source that the guest was given (HEST, generic hardware error source).
+pub struct Ghes {
+    /// Guest-physical address of a page of guest RAM that the guest's memory map calls reserved,
+    /// aligned to 4 KiB. The relay writes the error status address register at [`ADDRESS_OFFSET`] and
+    /// the status block, of [`BLOCK_LEN`] bytes, at [`BLOCK_OFFSET`].
+    pub page: u64,
+    /// How the guest is notified.
+    pub bell: Box<dyn Bell>,
+    /// How long the guest may take to use the source after it has come up, and to take a record. More
+    /// than the interval at which it polls, if it does.
+    pub patience: Duration,
+}
+
+/// Patience for a guest that is notified by interrupt; add twice the interval for one that polls.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The status block of one guest.
+pub(crate) struct Source {
+    ghes: Ghes,
+    hva: u64,
+    /// The record that was published last.
+    record: Vec<u8>,
+    look_at: Instant,
+    pause: Duration,
+    rang_at: Instant,
+    failing: bool,
+}
+
+impl Source {
+    /// Writes an empty block for the page at `hva`.
+    pub(crate) fn new(ghes: Ghes, hva: u64) -> io::Result<Self> {
+        let now = Instant::now();
+        let source = Self {
+            ghes,
+            hva,
+            record: Vec::new(),
+            look_at: now,
+            pause: LOOK_FIRST,
+            rang_at: now,
+            failing: false,
+        };
+        source.write(BLOCK_OFFSET, &[0; MAX_LEN])?;
+        source.write(ADDRESS_OFFSET, &(source.ghes.page + BLOCK_OFFSET).to_le_bytes())?;
+        Ok(source)
+    }
+
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        // SAFETY: the page is guest RAM, which no reference leads to (contract of `RamRegion`).
+        unsafe { read::write(self.hva + offset, bytes) }
+    }
+
+    /// What lies in the block.
+    fn block(&mut self) -> Block {
+        let mut now = vec![0; self.record.len().max(STATUS_LEN)];
+        if let Err(error) = read::read(self.hva + BLOCK_OFFSET, &mut now) {
+            if !std::mem::replace(&mut self.failing, true) {
+                warn!("cannot read the error source's status block: {error}");
+            }
+            return Block::Unreachable;
+        }
+        let (status, rest) = now.split_at(STATUS_LEN);
+        let ours = self.record.get(STATUS_LEN..).is_none_or(|ours| ours == rest);
+        match (status.iter().all(|byte| *byte == 0), ours) {
+            (true, true) => Block::Empty,
+            (false, true) if self.record.get(..STATUS_LEN) == Some(status) => Block::Ours,
+            _ => Block::Foreign,
+        }
+    }
+
+    /// Puts the record into the block, its status last, so that no guest sees half of it.
+    fn publish(&mut self, publication: &Publication) -> io::Result<()> {
+        self.record = cper::record(publication.notice, &publication.gpas);
+        let (status, rest) = self.record.split_at(STATUS_LEN);
+        self.write(BLOCK_OFFSET + STATUS_LEN as u64, rest)?;
+        self.write(BLOCK_OFFSET, status)?;
+        self.pause = LOOK_FIRST;
+        self.ring()
+    }
+
+    fn ring(&mut self) -> io::Result<()> {
+        self.rang_at = Instant::now();
+        self.ghes.bell.ring()
+    }
+
+    /// Takes back what lies in the block.
+    fn withdraw(&mut self) {
+        self.record.clear();
+        if let Err(error) = self.write(BLOCK_OFFSET, &[0; STATUS_LEN]) {
+            debug!("cannot empty the error source's status block: {error}");
+        }
+    }
+
+    /// Goes on with whatever waits on this channel; how long it may be until the next time.
+    pub(crate) fn look(&mut self, shared: &Shared) -> Duration {
+        {
+            let inner = shared.lock();
+            if inner.delivery.firmware_is_idle() {
+                return IDLE_TICK;
+            }
+            let pause = self.look_at.saturating_duration_since(Instant::now());
+            if !pause.is_zero() && !inner.firmware_news {
+                return pause;
+            }
+        }
+        let (block, source_taken) = (self.block(), self.ghes.bell.is_heard());
+        let mut inner = shared.lock();
+        inner.firmware_news = false;
+        let paused = inner.is_paused();
+        let sight = Sight { block, source_taken, paused };
+        let now = shared.now();
+        let (outcomes, step) = inner.delivery.firmware_step(&sight, now);
+        shared.came_of(&mut inner, &outcomes);
+        if inner.delivery.firmware_withdraws() {
+            self.withdraw();
+        }
+        if !matches!(step, Step::Wait(_, Wait::InBlock)) {
+            // What the guest writes behind a status word of zero is nobody's business.
+            self.record.clear();
+        }
+        let pause = match step {
+            Step::Idle => IDLE_TICK,
+            Step::Wait(first, wait) => {
+                if let Some((gpa, notice)) = first {
+                    shared.waits_here(&mut inner, gpa, notice, wait);
+                }
+                if self.rang_at.elapsed() >= RING_AGAIN && wait == Wait::InBlock {
+                    drop(inner);
+                    // It has heard nothing worse than silence so far; its time will be up.
+                    let _ = self.ring();
+                }
+                self.pause = (self.pause * 2).min(LOOK_LAST);
+                self.pause
+            }
+            Step::Publish(publication) => {
+                // The lock is held, so that nobody sees the page injected later than acknowledged.
+                let done = self.publish(&publication);
+                match done {
+                    Ok(()) => shared.published(&mut inner, &publication),
+                    Err(error) => {
+                        warn!("cannot tell the guest by its error source: {error}");
+                        let unreachable = self.block() == Block::Unreachable;
+                        let why = if unreachable { Why::Unreachable } else { Why::NotNotified };
+                        let outcomes = inner.delivery.firmware_refused(why);
+                        shared.came_of(&mut inner, &outcomes);
+                        if inner.delivery.firmware_withdraws() {
+                            self.withdraw();
+                        }
+                    }
+                }
+                self.pause
+            }
+        };
+        self.look_at = Instant::now() + pause;
+        pause
+    }
+}
+
+/// What the channel's steps mean for ledger and observer.
+impl Shared {
+    fn published(&self, inner: &mut Inner, publication: &Publication) {
+        let Publication { number: record, notice, ref gpas } = *publication;
+        for &gpa in gpas {
+            let state = State::Injected { place: Place::Ghes { record } };
+            match notice {
+                Notice::Predicted => self.set_predicted(inner, gpa, state),
+                Notice::Lost => {
+                    self.set(inner, gpa, state);
+                    let by = Injection::Ghes { record, pages: gpas.len() };
+                    self.emit(&Event::Injected { gpa, by });
+                }
+            }
+        }
+    }
+
+    fn waits_here(&self, inner: &mut Inner, gpa: u64, notice: Notice, wait: Wait) {
+        match notice {
+            Notice::Predicted => self.set_predicted(inner, gpa, State::Waiting { wait }),
+            Notice::Lost => {
+                self.waiting(inner, Pending { gpa, kind: Kind::ActionOptional }, wait);
+            }
+        }
+    }
+
+    fn came_of(&self, inner: &mut Inner, outcomes: &[Outcome]) {
+        for outcome in outcomes {
+            match *outcome {
+                Outcome::Taken { gpa, notice, record } => {
+                    let place = Place::Ghes { record };
+                    match notice {
+                        Notice::Predicted => {
+                            self.set_predicted(inner, gpa, State::Acknowledged { place });
+                        }
+                        Notice::Lost => self.acknowledged(inner, gpa, place),
+                    }
+                }
+                Outcome::Returned { gpa, notice: Notice::Lost, why } => {
+                    // A vCPU has to come round for it.
+                    inner.news = true;
+                    let error = Pending { gpa, kind: Kind::ActionOptional };
+                    self.waiting(inner, error, Wait::NotByFirmware { why });
+                }
+                Outcome::Returned { gpa, notice: Notice::Predicted, why } => {
+                    let why = Cannot::NoTaker { why };
+                    self.set_predicted(inner, gpa, State::Undeliverable { why });
+                }
+            }
+        }
+    }
+
+    fn set_predicted(&self, inner: &mut Inner, gpa: u64, state: State) {
+        if inner.ledger.set_predicted(gpa, state, SystemTime::now()) {
+            self.emit(&Event::Predicted { gpa, state });
+        }
+    }
+}

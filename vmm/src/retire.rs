@@ -1,0 +1,139 @@
+//! Has a running guest stop using pages that are whole and predicted to fail.
+
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+
+use mce_relay::Predicted;
+use mce_relay::ledger::State;
+use serde::Serialize;
+
+use crate::api::{self, Gpa, Retiring, Status, VmInfo};
+use crate::client::{self, ClientError};
+use crate::poison::{PageRange, PoisonError, targets};
+
+/// How often the VM is asked how far it is.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What has become of a page that the guest was to stop using.
+#[derive(Debug, Serialize)]
+pub struct Retired {
+    /// Guest-physical address of the page.
+    #[serde(with = "crate::hex")]
+    pub gpa: u64,
+    /// Whether the guest has taken the record.
+    pub told: bool,
+    /// What is known of it, in words.
+    pub outcome: String,
+}
+
+impl std::fmt::Display for Retired {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: GPA {:#x}: {}", self.word(), self.gpa, self.outcome)
+    }
+}
+
+impl Retired {
+    fn word(&self) -> &'static str {
+        if self.told { "told" } else { "not told" }
+    }
+}
+
+/// Why no page was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum RetireError {
+    /// The VM does not answer.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// An address is not guest RAM.
+    #[error(transparent)]
+    Target(#[from] PoisonError),
+}
+
+/// Has the guest behind `socket` told of all pages in `ranges`, and waits until it has been told of
+/// each, or cannot be. `progress` is called with the number of pages that are settled and that of all.
+///
+/// # Errors
+/// See [`RetireError`]; or the VM ended before it was done.
+pub fn retire(
+    socket: &Path,
+    ranges: &[PageRange],
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<Retired>, RetireError> {
+    let vm: VmInfo = client::get(socket, "vm.info")?;
+    let gpas: Vec<u64> = targets(&vm, ranges)?.into_iter().map(|target| target.gpa).collect();
+    let body = api::Retire { gpas: gpas.iter().copied().map(Gpa).collect() };
+    let asked: Vec<Retiring> = client::put_json(socket, "vm.retire", &body)?;
+    let mut retired = Vec::new();
+    let mut open = Vec::new();
+    for Retiring { gpa: Gpa(gpa), error } in asked {
+        match error {
+            Some(outcome) => retired.push(Retired { gpa, told: false, outcome }),
+            None => open.push(gpa),
+        }
+    }
+    while !open.is_empty() {
+        let status: Status = client::get(socket, "relay.status")?;
+        let again = status.vm.boot != vm.boot;
+        open.retain(|gpa| {
+            let page = status.predicted.iter().find(|page| page.gpa == *gpa).filter(|_| !again);
+            let Some(done) = settled(*gpa, page) else { return true };
+            retired.push(done);
+            false
+        });
+        progress(gpas.len() - open.len(), gpas.len());
+        if !open.is_empty() {
+            sleep(LOOK);
+        }
+    }
+    retired.sort_by_key(|page| page.gpa);
+    Ok(retired)
+}
+
+/// What has become of the page at `gpa`, once that is known.
+fn settled(gpa: u64, page: Option<&Predicted>) -> Option<Retired> {
+    let (told, outcome) = match page.map(|page| page.state) {
+        None => (false, "the guest started over, with other memory".to_owned()),
+        Some(State::Acknowledged { .. }) => {
+            (true, "the guest has taken the record; its own log says what came of it".to_owned())
+        }
+        Some(State::Undeliverable { why }) => (false, why.to_string()),
+        Some(_) => return None,
+    };
+    Some(Retired { gpa, told, outcome })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use mce_relay::delivery::{Cannot, Wait};
+    use mce_relay::firmware::Why;
+    use mce_relay::ledger::{Place, Times};
+
+    use super::*;
+
+    #[test]
+    fn told_is_said_of_what_the_guest_has_taken_only() {
+        let times = Times {
+            seen: SystemTime::UNIX_EPOCH,
+            waiting: None,
+            injected: None,
+            acknowledged: None,
+            undeliverable: None,
+        };
+        let place = Place::Ghes { record: 1 };
+        let no_taker = Cannot::NoTaker { why: Why::NoSource };
+        for (state, told) in [
+            (State::Seen, None),
+            (State::Waiting { wait: Wait::Pace }, None),
+            (State::Injected { place }, None),
+            (State::Acknowledged { place }, Some(true)),
+            (State::Undeliverable { why: no_taker }, Some(false)),
+        ] {
+            let page = Predicted { gpa: 0x1000, state, times };
+            assert_eq!(settled(0x1000, Some(&page)).map(|page| page.told), told, "{state}");
+        }
+        assert!(!settled(0x1000, None).unwrap().told);
+    }
+}
