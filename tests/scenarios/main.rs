@@ -6,6 +6,7 @@ mod ao;
 mod ar;
 mod burst;
 mod delivery;
+mod firmware;
 mod hardware;
 mod mce_test;
 mod means;
@@ -50,6 +51,26 @@ fn main() -> ExitCode {
         delivery::a_touch_before_the_ao_intel needs may_poison,
         delivery::a_page_without_a_signal_amd needs may_poison,
         delivery::a_page_without_a_signal_intel needs may_poison,
+        firmware::amd_one_vcpu needs may_poison,
+        firmware::amd_two_vcpus needs may_poison,
+        firmware::intel_one_vcpu needs may_poison,
+        firmware::intel_two_vcpus needs may_poison,
+        firmware::a_guest_that_polls needs may_poison,
+        firmware::auto_is_the_machine_check_for_intel needs may_poison,
+        firmware::burst_amd needs may_poison,
+        firmware::burst_intel needs may_poison,
+        firmware::a_touch_is_a_machine_check needs may_poison,
+        firmware::a_guest_without_the_driver_amd needs may_poison,
+        firmware::a_guest_without_the_driver_intel needs may_poison,
+        firmware::a_guest_without_acpi needs may_poison,
+        firmware::a_guest_without_the_reserved_page needs may_poison,
+        firmware::a_record_that_is_never_taken needs may_poison,
+        firmware::a_block_that_is_scribbled_over needs may_poison,
+        firmware::the_blocks_own_page_goes_bad needs may_poison,
+        firmware::reboot needs may_poison,
+        firmware::retire_amd needs may_poison,
+        firmware::retire_intel needs may_poison,
+        firmware::retire_without_the_driver needs may_poison,
         undeliverable::stop needs may_poison,
         undeliverable::pause needs may_poison,
         undeliverable::reset needs may_poison,

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
 mod burst;
+mod channels;
 mod soak;
 
 use std::process::ExitCode;
@@ -21,6 +22,12 @@ fn main() -> ExitCode {
         burst::intel_by_lmce needs may_poison,
         burst::amd_newest_kernel needs with_newest_kernel,
         burst::intel_newest_kernel needs with_newest_kernel,
+        channels::records_amd needs may_poison,
+        channels::records_intel needs may_poison,
+        channels::records_newest_kernel needs with_newest_kernel,
+        channels::machine_checks_amd needs may_poison,
+        channels::machine_checks_intel needs may_poison,
+        channels::machine_checks_newest_kernel needs with_newest_kernel,
         soak::amd needs may_poison,
         soak::intel_by_rendezvous needs may_poison,
         soak::intel_by_lmce needs may_poison,
