@@ -2,11 +2,14 @@
 //! guest's driver that takes records out of it, and forged signals.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test says what it saw by panicking")]
 
+mod forge;
+
 use std::io;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR};
 use mce_relay::delivery::{Cannot, Wait};
 use mce_relay::firmware::Why;
 use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_OFFSET};
@@ -17,8 +20,6 @@ use mce_relay::{
     RetireError, StartError, VcpuPort, Verdict,
 };
 
-const BUS_MCEERR_AR: i32 = 4;
-const BUS_MCEERR_AO: i32 = 5;
 /// Guest RAM: the block's page, and pages to go bad.
 const RAM: u64 = 0x10_0000;
 const LEN: usize = 64 << 12;
@@ -214,7 +215,7 @@ impl Machine {
     }
 
     fn forge(&self, code: i32, page: u64) {
-        forge(code, self.hva(page));
+        forge::forge(code, self.hva(page), 12);
     }
 
     /// The vCPU goes round, and its guest clears what it finds, until `done`.
@@ -251,31 +252,6 @@ impl Machine {
     fn records(&self) -> Vec<Vec<u64>> {
         self.driver.records.lock().unwrap().clone()
     }
-}
-
-/// Sends the calling thread a SIGBUS about the page at `hva`.
-fn forge(code: i32, hva: u64) {
-    #[repr(C)]
-    struct Info {
-        signo: i32,
-        errno: i32,
-        code: i32,
-        addr: u64,
-        lsb: i16,
-        rest: [u8; 102],
-    }
-    let info = Info { signo: libc::SIGBUS, errno: 0, code, addr: hva, lsb: 12, rest: [0; 102] };
-    // SAFETY: `info` is a siginfo_t of full size (128 bytes), sent to this very thread.
-    let sent = unsafe {
-        libc::syscall(
-            libc::SYS_rt_tgsigqueueinfo,
-            libc::getpid(),
-            libc::gettid(),
-            libc::SIGBUS,
-            &raw const info,
-        )
-    };
-    assert_eq!(sent, 0, "{}", io::Error::last_os_error());
 }
 
 /// Runs `body` on a thread of its own: a policy and a slot belong to a thread.

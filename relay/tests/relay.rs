@@ -4,11 +4,14 @@
 //! to the injection runs here without privileges and without a bad page.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test says what it saw by panicking")]
 
+mod forge;
+
 use std::io;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
 use mce_relay::delivery::Wait;
 use mce_relay::event::{Event, Injection, Reach};
 use mce_relay::ledger::State;
@@ -20,8 +23,6 @@ use mce_relay::{
 };
 
 const HVA: u64 = 0x7f00_0000_0000;
-const BUS_MCEERR_AR: i32 = 4;
-const BUS_MCEERR_AO: i32 = 5;
 
 /// What KVM keeps of one vCPU, with the parts of `KVM_X86_SET_MCE` that matter.
 #[derive(Clone)]
@@ -65,31 +66,6 @@ impl Mca for Model {
         }
         Ok(())
     }
-}
-
-/// Sends the calling thread a SIGBUS with this code, address and lsb.
-fn forge(code: i32, hva: u64, lsb: i16) {
-    #[repr(C)]
-    struct Info {
-        signo: i32,
-        errno: i32,
-        code: i32,
-        addr: u64,
-        lsb: i16,
-        rest: [u8; 102],
-    }
-    let info = Info { signo: libc::SIGBUS, errno: 0, code, addr: hva, lsb, rest: [0; 102] };
-    // SAFETY: `info` is a siginfo_t of full size (128 bytes), sent to this very thread.
-    let sent = unsafe {
-        libc::syscall(
-            libc::SYS_rt_tgsigqueueinfo,
-            libc::getpid(),
-            libc::gettid(),
-            libc::SIGBUS,
-            &raw const info,
-        )
-    };
-    assert_eq!(sent, 0, "{}", io::Error::last_os_error());
 }
 
 fn start(caps: Caps, vcpus: usize) -> (Relay, Receiver<Event>) {

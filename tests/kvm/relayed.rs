@@ -1,6 +1,5 @@
 //! The same situations with the relay in between: nothing is lost, and nothing shuts down.
 
-use std::io;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -13,8 +12,14 @@ use mce_relay::{
 
 use crate::payload::{Did, Payload, Ram, Start, TARGET, handled};
 
-const BUS_MCEERR_AR: i32 = 4;
-const BUS_MCEERR_AO: i32 = 5;
+#[path = "../../relay/tests/forge/mod.rs"]
+mod siginfo;
+use siginfo::{BUS_MCEERR_AO, BUS_MCEERR_AR};
+
+/// Sends this thread a memory failure at [`TARGET`], as the kernel would.
+fn forge(code: i32, ram: &Ram) {
+    siginfo::forge(code, ram.hva() + TARGET, 12);
+}
 
 /// A payload with a relay, on this thread.
 pub struct Relayed {
@@ -82,32 +87,6 @@ impl Relayed {
     fn state(&self) -> Option<State> {
         self.relay.pages().first().map(|page| page.state)
     }
-}
-
-/// Sends this thread a memory failure at [`TARGET`], as the kernel would.
-fn forge(code: i32, ram: &Ram) {
-    #[repr(C)]
-    struct Info {
-        signo: i32,
-        errno: i32,
-        code: i32,
-        addr: u64,
-        lsb: i16,
-        rest: [u8; 102],
-    }
-    let addr = ram.hva() + TARGET;
-    let info = Info { signo: libc::SIGBUS, errno: 0, code, addr, lsb: 12, rest: [0; 102] };
-    // SAFETY: `info` is a siginfo_t of full size (128 bytes), sent to this very thread.
-    let sent = unsafe {
-        libc::syscall(
-            libc::SYS_rt_tgsigqueueinfo,
-            libc::getpid(),
-            libc::gettid(),
-            libc::SIGBUS,
-            &raw const info,
-        )
-    };
-    assert_eq!(sent, 0, "{}", io::Error::last_os_error());
 }
 
 fn is_handled(did: Did) -> bool {

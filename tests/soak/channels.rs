@@ -56,9 +56,12 @@ fn measure(options: Options, bursts: &[usize]) {
 }
 
 /// An AMD guest looks into its banks every five minutes, and more often once it has found something.
+/// Each time is a minute and more.
+const POLLS: u32 = 12;
+
 fn wait(guest: &mut Guest, count: usize) -> usize {
     let mut named = 0;
-    for _ in 0..6 {
+    for _ in 0..POLLS {
         named = named_all(guest, count).0.len();
         if named >= count {
             break;

@@ -51,7 +51,9 @@ enum RelayError {
     Ram(#[from] RamError),
     #[error(transparent)]
     Start(#[from] StartError),
-    #[error("cannot set up the interrupt of the ACPI error source")]
+    #[error(
+        "cannot set up the interrupt of the ACPI error source; --ao-channel mce does without it"
+    )]
     Source(#[source] std::io::Error),
     #[error("the VM has no relay yet")]
     Early,
