@@ -256,14 +256,22 @@ impl fmt::Display for Event {
 
 /// Addresses and registers as `"0x…"`: 64 bits do not fit the numbers of common JSON readers.
 #[cfg(feature = "serde")]
-pub(crate) mod hex {
+pub mod hex {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    pub(crate) fn serialize<S: Serializer>(value: &u64, to: S) -> Result<S::Ok, S::Error> {
+    /// For `serde(with = …)`.
+    ///
+    /// # Errors
+    /// Those of `to`.
+    pub fn serialize<S: Serializer>(value: &u64, to: S) -> Result<S::Ok, S::Error> {
         to.collect_str(&format_args!("{value:#x}"))
     }
 
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
+    /// For `serde(with = …)`.
+    ///
+    /// # Errors
+    /// It is not `0x` and up to 16 hexadecimal digits.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
         let text = String::deserialize(from)?;
         text.strip_prefix("0x")
             .and_then(|digits| u64::from_str_radix(digits, 16).ok())

@@ -143,7 +143,7 @@ pub struct Retire {
 /// A guest-physical address, `"0x…"` in JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Gpa(#[serde(with = "crate::hex")] pub u64);
+pub struct Gpa(#[serde(with = "mce_relay::event::hex")] pub u64);
 
 /// Whether the guest is being asked to stop using a page.
 #[derive(Debug, Serialize, Deserialize)]

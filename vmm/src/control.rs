@@ -44,7 +44,7 @@ pub struct Undeliverable {
     /// The vCPU's index.
     pub vcpu: u8,
     /// Guest-physical address of the page.
-    #[serde(with = "crate::hex")]
+    #[serde(with = "mce_relay::event::hex")]
     pub gpa: u64,
     /// Why the guest cannot be told.
     pub why: String,

@@ -21,7 +21,6 @@ pub mod cpuid;
 pub mod devices;
 pub mod events;
 pub mod ghes;
-mod hex;
 pub mod host;
 pub mod mce_inject;
 pub mod memory;

@@ -71,13 +71,13 @@ impl PageRange {
 #[derive(Debug, Serialize)]
 pub struct Poisoned {
     /// Guest-physical address of the page.
-    #[serde(with = "crate::hex")]
+    #[serde(with = "mce_relay::event::hex")]
     pub gpa: u64,
     /// Host virtual address of the page in the VMM.
-    #[serde(with = "crate::hex")]
+    #[serde(with = "mce_relay::event::hex")]
     pub hva: u64,
     /// The host's page frame number.
-    #[serde(with = "crate::hex")]
+    #[serde(with = "mce_relay::event::hex")]
     pub pfn: u64,
     /// By what it was poisoned.
     pub via: Means,

@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(50);
 #[derive(Debug, Serialize)]
 pub struct Retired {
     /// Guest-physical address of the page.
-    #[serde(with = "crate::hex")]
+    #[serde(with = "mce_relay::event::hex")]
     pub gpa: u64,
     /// Whether the guest has taken the record.
     pub told: bool,

@@ -116,7 +116,7 @@ impl Drop for Progress {
 enum Entry<'a> {
     Poisoned(&'a Poisoned),
     Failed {
-        #[serde(with = "crate::hex")]
+        #[serde(with = "mce_relay::event::hex")]
         gpa: u64,
         error: String,
     },
