@@ -22,7 +22,7 @@ setup:
 
 build:
 	$(SAY) 'building mce-relay and its tests'
-	$(CARGO) build --release --locked --workspace --bins --tests
+	$(CARGO) build --release --locked --workspace --bins --tests --examples
 
 guest-image: setup
 	$(SAY) 'guest image'
@@ -50,7 +50,6 @@ soak: build guest-image lab-image
 PEER_BURSTS ?= 8 64 512 4096
 peer: build guest-image lab-image
 	$(SAY) 'bursts of real memory failures on QEMU'
-	$(CARGO) build --release --locked -p mce-relay-tests --example ser_p
 	qemu=$$(tests/peer/qemu.sh) && LAB_TIMEOUT=$${LAB_TIMEOUT:-3600} tests/lab/run.sh \
 		target/release/hold target/release/peer "$$qemu" $(or $(VENDOR),amd) $(PEER_BURSTS)
 

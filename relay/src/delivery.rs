@@ -34,6 +34,14 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// hundred instructions.
 const LEAVE: Duration = Duration::from_secs(1);
 
+/// A touch of one page, told and met again, this often without a pause of [`LOOP_PAUSE`] in between, is a
+/// loop: the guest takes the machine check and does nothing about the page. Linux never touches a page
+/// again that it was told of.
+pub const LOOP_ROUNDS: u32 = 64;
+
+/// A touch that comes this long after the last one of the same page begins a new count.
+const LOOP_PAUSE: Duration = Duration::from_secs(10);
+
 /// Why an error cannot be told now, though it may be later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -168,6 +176,11 @@ pub enum Cannot {
     },
     /// The hypervisor refused the record, or took it and did not act on it.
     Refused,
+    /// The guest was told of its touch of the page again and again, and touches it all the same.
+    Loop {
+        /// How often, in a row.
+        rounds: u32,
+    },
     /// A page is predicted to fail, and the guest takes no firmware-first record, the only way to say so.
     NoTaker {
         /// Why not.
@@ -185,6 +198,10 @@ impl fmt::Display for Cannot {
             ),
             Self::Blocked { by } => write!(f, "an AR cannot wait, and {by}"),
             Self::Refused => f.write_str("the hypervisor did not put the record into the bank"),
+            Self::Loop { rounds } => write!(
+                f,
+                "the guest was told {rounds} times in a row and touches the page again without progress"
+            ),
             Self::NoTaker { why } => write!(f, "{why}"),
             Self::WentBad => f.write_str("the page went bad before the guest was told of it"),
         }
@@ -266,10 +283,20 @@ pub struct Delivery {
     caps: Caps,
     ao: VecDeque<u64>,
     ar: Vec<VecDeque<u64>>,
+    /// The pages each vCPU has touched lately.
+    touches: Vec<Vec<Touched>>,
     in_banks: Vec<InBank>,
     queue: Queue,
     vcpus: Vec<Seen>,
     firmware: Option<Channel>,
+}
+
+/// A page that a vCPU touches, and is told of, again and again.
+#[derive(Debug, Clone, Copy)]
+struct Touched {
+    gpa: u64,
+    rounds: u32,
+    last: Duration,
 }
 
 /// What has been seen of a vCPU over time.
@@ -290,6 +317,7 @@ impl Delivery {
             caps,
             ao: VecDeque::new(),
             ar: vec![VecDeque::new(); vcpus],
+            touches: vec![Vec::new(); vcpus],
             in_banks: Vec::new(),
             queue: Queue::new(pace),
             vcpus: vec![Seen::default(); vcpus],
@@ -390,7 +418,7 @@ impl Delivery {
 
     /// A page that `vcpu` touched. It takes the place of an AO that waits for the same page: the
     /// guest learns of it by the AR.
-    pub fn push_ar(&mut self, vcpu: usize, gpa: u64) {
+    pub fn push_ar(&mut self, vcpu: usize, gpa: u64, now: Duration) {
         self.ao.retain(|waiting| *waiting != gpa);
         if let Some(channel) = self.firmware.as_mut() {
             channel.met(gpa);
@@ -400,7 +428,30 @@ impl Delivery {
             && !queue.contains(&gpa)
         {
             queue.push_back(gpa);
+            self.count_touch(vcpu, gpa, now);
         }
+    }
+
+    /// One more round of `vcpu` on the page at `gpa`.
+    fn count_touch(&mut self, vcpu: usize, gpa: u64, now: Duration) {
+        let Some(touches) = self.touches.get_mut(vcpu) else { return };
+        // Whatever is not touched any more is no loop; so the list stays short.
+        touches.retain(|touched| now.saturating_sub(touched.last) < LOOP_PAUSE);
+        match touches.iter_mut().find(|touched| touched.gpa == gpa) {
+            Some(touched) => {
+                touched.rounds += 1;
+                touched.last = now;
+            }
+            None => touches.push(Touched { gpa, rounds: 1, last: now }),
+        }
+    }
+
+    /// How often in a row `vcpu` was told of its touch of the page at `gpa`, when that is too often.
+    /// Said once: whoever lets the vCPU go on gives it as many rounds again.
+    fn take_loop(&mut self, vcpu: usize, gpa: u64) -> Option<u32> {
+        let touches = self.touches.get_mut(vcpu)?;
+        let at = touches.iter().position(|t| t.gpa == gpa && t.rounds > LOOP_ROUNDS)?;
+        Some(touches.swap_remove(at).rounds - 1)
     }
 
     /// Whether nothing waits for a vCPU, neither to be told nor to be acknowledged.
@@ -440,6 +491,11 @@ impl Delivery {
         let Some(error) = self.first(vcpu) else {
             return Step::Idle;
         };
+        if error.kind == Kind::ActionRequired
+            && let Some(rounds) = self.take_loop(vcpu, error.gpa)
+        {
+            return Step::Cannot(error, Cannot::Loop { rounds });
+        }
         let Some(form) = mca::form(error.kind, &self.caps) else {
             return Step::Cannot(error, Cannot::NoForm);
         };
@@ -525,6 +581,15 @@ impl Delivery {
             && let Some(at) = queue.iter().position(|gpa| *gpa == error.gpa)
         {
             queue.remove(at);
+        }
+    }
+
+    /// The page at `gpa` is not the guest's any more: nobody has to be told of it.
+    pub fn gone(&mut self, gpa: u64) {
+        self.ao.retain(|waiting| *waiting != gpa);
+        self.ar.iter_mut().for_each(|queue| queue.retain(|waiting| *waiting != gpa));
+        if let Some(channel) = self.firmware.as_mut() {
+            channel.met(gpa);
         }
     }
 
@@ -724,6 +789,7 @@ mod tests {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            rip: 0,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         }
     }
@@ -754,6 +820,72 @@ mod tests {
         }
         delivery.told(&told);
         told
+    }
+
+    /// One round of a guest that takes the machine check and touches the page again.
+    fn round(delivery: &mut Delivery, gpa: u64, now: Duration) -> Step {
+        delivery.push_ar(0, gpa, now);
+        let mut state = ready();
+        let step = delivery.next(0, &state, now);
+        if let Step::Inject(told) = &step {
+            delivery.told(told);
+            state.interrupts_on = true;
+            assert_eq!(delivery.taken(0, &state, now).len(), 1, "it took it");
+        }
+        if let Step::Cannot(error, _) = &step {
+            delivery.forget(0, error);
+        }
+        step
+    }
+
+    #[test]
+    fn a_touch_that_comes_again_and_again_is_a_loop() {
+        let mut delivery = open(amd(), 1);
+        let millis = |n: u32| LATER + Duration::from_millis(n.into());
+        for again in 0..2 {
+            for n in 0..LOOP_ROUNDS {
+                let step = round(&mut delivery, PAGE, millis(n));
+                assert!(matches!(step, Step::Inject(_)), "{again}, round {n}: {step:?}");
+            }
+            let error = Pending { gpa: PAGE, kind: Kind::ActionRequired };
+            let why = Cannot::Loop { rounds: LOOP_ROUNDS };
+            assert_eq!(round(&mut delivery, PAGE, millis(LOOP_ROUNDS)), Step::Cannot(error, why));
+            assert!(delivery.is_idle(), "and whoever goes on has as many rounds again");
+        }
+        const { assert!(LOOP_ROUNDS < 100) };
+    }
+
+    #[test]
+    fn two_pages_in_turn_are_a_loop_as_well() {
+        let mut delivery = open(amd(), 1);
+        let steps: Vec<Step> = (0..2 * LOOP_ROUNDS + 2)
+            .map(|n| {
+                let gpa = PAGE + u64::from(n % 2) * 4096;
+                round(&mut delivery, gpa, LATER + Duration::from_millis(n.into()))
+            })
+            .collect();
+        let loops = steps.iter().filter(|step| matches!(step, Step::Cannot(..)));
+        assert_eq!(loops.count(), 2, "{steps:?}");
+    }
+
+    #[test]
+    fn touches_that_are_far_apart_are_none() {
+        let mut delivery = open(amd(), 1);
+        for n in 0..4 * LOOP_ROUNDS {
+            let step = round(&mut delivery, PAGE, LATER + n * LOOP_PAUSE);
+            assert!(matches!(step, Step::Inject(_)), "{n}: {step:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_gone_is_told_to_nobody() {
+        let mut delivery = open(amd(), 2);
+        delivery.push_ao(PAGE);
+        delivery.push_ar(1, PAGE, LATER);
+        delivery.gone(PAGE);
+        assert_eq!(delivery.next(0, &ready(), LATER), Step::Idle);
+        assert_eq!(delivery.next(1, &ready(), LATER), Step::Idle);
+        assert!(delivery.is_idle());
     }
 
     #[test]
@@ -792,7 +924,7 @@ mod tests {
     #[test]
     fn an_ar_that_would_harm_the_guest_cannot_be_told() {
         let mut delivery = open(amd(), 2);
-        delivery.push_ar(1, PAGE);
+        delivery.push_ar(1, PAGE, Duration::ZERO);
         let state = with(|s| s.mcg_status = mcg::MCIP);
         let error = Pending { gpa: PAGE, kind: Kind::ActionRequired };
         let by = Wait::Mcip { vcpu: 1 };
@@ -802,7 +934,7 @@ mod tests {
     #[test]
     fn an_ar_goes_to_its_vcpu_and_before_an_ao() {
         let mut delivery = open(amd(), 2);
-        delivery.push_ar(0, 0x2000);
+        delivery.push_ar(0, 0x2000, Duration::ZERO);
         assert_eq!(delivery.next(1, &ready(), LATER), Step::Idle);
         delivery.push_ao(0x1000);
         let Step::Inject(told) = delivery.next(0, &ready(), LATER) else { panic!("AR first") };
@@ -816,8 +948,8 @@ mod tests {
     fn an_ar_takes_the_place_of_its_pages_ao() {
         let mut delivery = open(amd(), 1);
         delivery.push_ao(PAGE);
-        delivery.push_ar(0, PAGE);
-        delivery.push_ar(0, PAGE);
+        delivery.push_ar(0, PAGE, Duration::ZERO);
+        delivery.push_ar(0, PAGE, Duration::ZERO);
         let Step::Inject(told) = delivery.next(0, &ready(), LATER) else { panic!() };
         delivery.told(&told);
         assert_eq!(delivery.next(0, &ready(), LATER), Step::Idle, "told once");
@@ -826,7 +958,7 @@ mod tests {
     #[test]
     fn a_deferred_record_in_its_bank_does_not_hold_up_an_ar() {
         let mut delivery = open(amd(), 1);
-        delivery.push_ar(0, PAGE);
+        delivery.push_ar(0, PAGE, Duration::ZERO);
         let state = with(|s| s.banks[9].status = status::VAL);
         assert!(matches!(delivery.next(0, &state, LATER), Step::Inject(_)));
     }
@@ -883,7 +1015,7 @@ mod tests {
         let mut delivery = open(amd(), 1);
         delivery.push_ao(PAGE);
         assert!(matches!(delivery.next(0, &busy(), LATER), Step::Inject(_)));
-        delivery.push_ar(0, PAGE);
+        delivery.push_ar(0, PAGE, Duration::ZERO);
         assert!(matches!(delivery.next(0, &busy(), LATER), Step::Inject(_)));
     }
 
@@ -934,8 +1066,8 @@ mod tests {
     #[test]
     fn two_ars_share_one_rendezvous() {
         let mut delivery = open(intel(0), 2);
-        delivery.push_ar(0, 0x1000);
-        delivery.push_ar(1, 0x2000);
+        delivery.push_ar(0, 0x1000, Duration::ZERO);
+        delivery.push_ar(1, 0x2000, Duration::ZERO);
         let told = delivery.rendezvous(0, &[Some(ready()), Some(ready())]).unwrap();
         assert_eq!(told.iter().map(|t| t.record.addr).collect::<Vec<_>>(), [0x1000, 0x2000]);
     }
@@ -943,7 +1075,7 @@ mod tests {
     #[test]
     fn acknowledged_means_bank_and_mcip_clear() {
         let mut delivery = open(amd(), 1);
-        delivery.push_ar(0, PAGE);
+        delivery.push_ar(0, PAGE, Duration::ZERO);
         let told = inject(&mut delivery, 0, &mut ready(), LATER);
         let bank = told.record.bank;
         let mut taken = |state: &McaState| delivery.taken(0, state, LATER);
@@ -1007,7 +1139,7 @@ mod tests {
         assert_eq!(delivery.waiting_vcpus(then), [0]);
         inject(&mut delivery, 0, &mut state, then);
 
-        delivery.push_ar(0, 0x9000);
+        delivery.push_ar(0, 0x9000, Duration::ZERO);
         inject(&mut delivery, 0, &mut state, then);
     }
 

@@ -128,6 +128,10 @@ pub enum Event {
         kind: Kind,
         /// How it became known.
         found_by: FoundBy,
+        /// Bytes that were lost with it: 4096, or a huge page's 2 MiB or 1 GiB.
+        extent: u64,
+        /// Pages of 4 KiB that entered the ledger with this one, itself among them.
+        pages: usize,
     },
     /// A page of the ledger was signalled again.
     Again {
@@ -176,6 +180,24 @@ pub enum Event {
         vcpu: usize,
         /// Why not.
         why: Cannot,
+        /// RIP of that vCPU, where it is known.
+        #[cfg_attr(feature = "serde", serde(with = "hex_option"))]
+        rip: Option<u64>,
+    },
+    /// The guest started over, and has good memory where the page was bad.
+    Healed {
+        /// Guest-physical address of the page.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+    },
+    /// Pages are no longer part of the guest's memory: they were unplugged, or no good memory was to
+    /// be had for them when the guest started over.
+    Removed {
+        /// Guest-physical address of the first of them.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+        /// How many bytes.
+        len: u64,
     },
     /// A page that is whole was predicted to fail, and the guest was to stop using it.
     Predicted {
@@ -209,11 +231,17 @@ impl fmt::Display for Event {
             Self::Outside { kind, hva, lsb } => {
                 write!(f, "outside: {kind} at HVA {hva:#x} (lsb {lsb}) is not guest RAM")
             }
-            Self::Seen { gpa, hva, kind, found_by } => write!(
-                f,
-                "seen: {kind}, by {found_by}, HVA {hva:#x} is GPA {gpa:#x} (pfn {:#x})",
-                gpa >> 12
-            ),
+            Self::Seen { gpa, hva, kind, found_by, extent, pages } => {
+                let pfn = gpa >> 12;
+                write!(
+                    f,
+                    "seen: {kind}, by {found_by}, HVA {hva:#x} is GPA {gpa:#x} (pfn {pfn:#x})"
+                )?;
+                match extent {
+                    4096 => Ok(()),
+                    _ => write!(f, ", one of {pages} new bad pages in {} KiB", extent >> 10),
+                }
+            }
             Self::Again { gpa, kind } => write!(f, "again: {kind} for GPA {gpa:#x}, known"),
             Self::Waiting { gpa, kind, wait } => {
                 write!(f, "waiting: {kind} for GPA {gpa:#x}: {wait}")
@@ -243,9 +271,19 @@ impl fmt::Display for Event {
                 )
             }
             Self::Predicted { gpa, state } => write!(f, "predicted to fail: GPA {gpa:#x}: {state}"),
-            Self::Undeliverable { gpa, kind, vcpu, why } => {
-                write!(f, "undeliverable: {kind} for GPA {gpa:#x} on vCPU {vcpu}: {why}")
+            Self::Undeliverable { gpa, kind, vcpu, why, rip } => {
+                write!(f, "undeliverable: {kind} for GPA {gpa:#x} on vCPU {vcpu}")?;
+                if let Some(rip) = rip {
+                    write!(f, " (RIP {rip:#x})")?;
+                }
+                write!(f, ": {why}")
             }
+            Self::Healed { gpa } => write!(f, "healed: GPA {gpa:#x} has good memory"),
+            Self::Removed { gpa, len } => write!(
+                f,
+                "removed: {} KiB from GPA {gpa:#x} are no longer part of the guest's memory",
+                len >> 10
+            ),
             Self::Overrun { signals } => write!(f, "overrun: {signals} signals were not stored"),
             Self::Scanned { pages, micros } => {
                 write!(f, "scanned: found {pages} pages that no signal named, in {micros} us")
@@ -276,6 +314,31 @@ pub mod hex {
         text.strip_prefix("0x")
             .and_then(|digits| u64::from_str_radix(digits, 16).ok())
             .ok_or_else(|| D::Error::custom(format!("expected \"0x…\", got {text:?}")))
+    }
+}
+
+/// As [`hex`], or null.
+#[cfg(feature = "serde")]
+pub mod hex_option {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    #[derive(Serialize, Deserialize)]
+    struct Hex(#[serde(with = "super::hex")] u64);
+
+    /// For `serde(with = …)`.
+    ///
+    /// # Errors
+    /// Those of `to`.
+    pub fn serialize<S: Serializer>(value: &Option<u64>, to: S) -> Result<S::Ok, S::Error> {
+        value.map(Hex).serialize(to)
+    }
+
+    /// For `serde(with = …)`.
+    ///
+    /// # Errors
+    /// It is neither null nor what [`super::hex`] takes.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u64>, D::Error> {
+        Ok(Option::<Hex>::deserialize(from)?.map(|Hex(value)| value))
     }
 }
 

@@ -15,6 +15,8 @@ pub enum FoundBy {
     Signal,
     /// No signal named it: it was found by looking ([`crate::scan`]).
     Scan,
+    /// The VMM itself wanted to read or write it ([`crate::Handle::read`]).
+    Access,
 }
 
 impl std::fmt::Display for FoundBy {
@@ -22,6 +24,7 @@ impl std::fmt::Display for FoundBy {
         f.write_str(match self {
             Self::Signal => "signal",
             Self::Scan => "scan",
+            Self::Access => "access",
         })
     }
 }
@@ -85,6 +88,11 @@ pub enum State {
         /// Why not.
         why: Cannot,
     },
+    /// The guest started over, and has good memory there now.
+    Healed,
+    /// There was no good memory to be had for it, or it was unplugged: it is no longer part of the
+    /// guest's memory.
+    Removed,
 }
 
 impl std::fmt::Display for State {
@@ -100,6 +108,8 @@ impl std::fmt::Display for State {
                 write!(f, "acknowledged: firmware-first record {record} taken")
             }
             Self::Undeliverable { why } => write!(f, "undeliverable: {why}"),
+            Self::Healed => f.write_str("healed: good memory is there now"),
+            Self::Removed => f.write_str("removed: no longer part of the guest's memory"),
         }
     }
 }
@@ -114,7 +124,7 @@ pub struct Page {
     /// Host virtual address.
     #[cfg_attr(feature = "serde", serde(with = "crate::event::hex"))]
     pub hva: u64,
-    /// `log2` of the extent the signal named, 12 for one page.
+    /// `log2` of the extent in bytes that was lost with it, 12 for the page alone.
     pub lsb: u8,
     /// The kind of the last signal; AO for a page that no signal named.
     pub kind: Kind,
@@ -148,11 +158,27 @@ pub struct Times {
     /// It was found that the guest cannot be told.
     #[cfg_attr(feature = "serde", serde(with = "crate::event::unix_time_option"))]
     pub undeliverable: Option<SystemTime>,
+    /// The guest started over with good memory there.
+    #[cfg_attr(feature = "serde", serde(with = "crate::event::unix_time_option"))]
+    pub healed: Option<SystemTime>,
+    /// It was taken out of the guest's memory.
+    #[cfg_attr(feature = "serde", serde(with = "crate::event::unix_time_option"))]
+    pub removed: Option<SystemTime>,
 }
 
 impl Times {
-    fn new(seen: SystemTime) -> Self {
-        Self { seen, waiting: None, injected: None, acknowledged: None, undeliverable: None }
+    /// Seen, and nothing else yet.
+    #[must_use]
+    pub fn new(seen: SystemTime) -> Self {
+        Self {
+            seen,
+            waiting: None,
+            injected: None,
+            acknowledged: None,
+            undeliverable: None,
+            healed: None,
+            removed: None,
+        }
     }
 
     fn note(&mut self, state: &State, now: SystemTime) {
@@ -162,6 +188,8 @@ impl Times {
             State::Injected { .. } => self.injected = Some(now),
             State::Acknowledged { .. } => self.acknowledged = Some(now),
             State::Undeliverable { .. } => self.undeliverable = Some(now),
+            State::Healed => self.healed = Some(now),
+            State::Removed => self.removed = Some(now),
         }
     }
 }
@@ -180,10 +208,12 @@ pub struct Predicted {
     pub times: Times,
 }
 
-/// The pages, by guest-physical address.
-#[derive(Debug, Default)]
+/// The pages, by guest-physical address. It outlives a boot: give the next relay the last one's.
+#[derive(Debug, Clone, Default)]
 pub struct Ledger {
     pages: BTreeMap<u64, Page>,
+    /// What was bad once, in the order in which it ended.
+    past: Vec<Page>,
     predicted: BTreeMap<u64, Predicted>,
 }
 
@@ -220,7 +250,9 @@ impl Ledger {
 
     /// Sets what became of the page at `gpa`. True when that is news.
     pub fn set(&mut self, gpa: u64, state: State, now: SystemTime) -> bool {
-        let Some(page) = self.pages.get_mut(&gpa).filter(|page| page.state != state) else {
+        // What still comes of a record about a page that is no longer there is no news.
+        let news = |page: &&mut Page| page.state != state && page.state != State::Removed;
+        let Some(page) = self.pages.get_mut(&gpa).filter(news) else {
             return false;
         };
         page.state = state;
@@ -251,6 +283,29 @@ impl Ledger {
         page.state = state;
         page.times.note(&state, now);
         true
+    }
+
+    /// There is good memory at `gpa` now: the page is no longer bad, and its entry goes to
+    /// [`Self::past`]. False when it was not bad.
+    pub fn heal(&mut self, gpa: u64, now: SystemTime) -> bool {
+        let Some(mut page) = self.pages.remove(&gpa) else { return false };
+        if page.state != State::Removed {
+            page.state = State::Healed;
+            page.times.note(&page.state, now);
+        }
+        self.past.push(page);
+        true
+    }
+
+    /// The guest starts over, and whatever was predicted was of memory that it has no longer.
+    pub fn forget_predictions(&mut self) {
+        self.predicted.clear();
+    }
+
+    /// The pages that were bad and are so no longer, in the order in which they were healed, or
+    /// removed and put back.
+    pub fn past(&self) -> impl Iterator<Item = &Page> {
+        self.past.iter()
     }
 
     /// The pages that were predicted to fail, by guest-physical address.
@@ -295,5 +350,25 @@ mod tests {
         let times = ledger.get(0x1000).unwrap().times;
         assert_eq!((times.waiting, times.acknowledged), (Some(now), Some(later)));
         assert_eq!((times.injected, times.undeliverable), (None, None));
+    }
+
+    #[test]
+    fn what_is_healed_is_kept_and_may_go_bad_again() {
+        let now = SystemTime::UNIX_EPOCH;
+        let mut ledger = Ledger::default();
+        let (ao, signal) = (Kind::ActionOptional, FoundBy::Signal);
+        ledger.enter(0x1000, 0x7000, 12, ao, signal, now);
+        ledger.enter(0x2000, 0x8000, 12, ao, signal, now);
+        assert!(ledger.heal(0x1000, now));
+        assert!(!ledger.heal(0x1000, now), "it is good already");
+        assert!(ledger.get(0x1000).is_none());
+        let past: Vec<_> = ledger.past().map(|page| (page.gpa, page.state)).collect();
+        assert_eq!(past, [(0x1000, State::Healed)]);
+        assert!(ledger.enter(0x1000, 0x7000, 12, ao, signal, now), "new again");
+
+        assert!(ledger.set(0x2000, State::Removed, now));
+        assert!(!ledger.set(0x2000, State::Seen, now), "what is gone stays gone");
+        assert!(ledger.heal(0x2000, now));
+        assert_eq!(ledger.past().last().unwrap().state, State::Removed, "it never was healed");
     }
 }

@@ -24,13 +24,15 @@ pub mod delivery;
 pub mod event;
 pub mod firmware;
 pub mod ghes;
+
+mod last_words;
 pub mod ledger;
 pub mod mca;
 mod pace;
 mod policy;
 mod port;
 mod ram;
-mod read;
+pub mod read;
 mod relay;
 pub mod scan;
 mod search;
@@ -50,9 +52,10 @@ mod sync {
 pub use event::Event;
 pub use firmware::AoChannel;
 pub use ghes::{Bell, Ghes};
-pub use ledger::{FoundBy, Page, Place, Predicted};
+pub use ledger::{FoundBy, Ledger, Page, Place, Predicted};
 pub use pace::Pace;
 pub use policy::KillPolicy;
 pub use port::{Mca, VcpuPort, Verdict};
 pub use ram::{RamError, RamMap, RamRegion};
+pub use read::AccessError;
 pub use relay::{Config, Handle, Relay, RetireError, StartError};

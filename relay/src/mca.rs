@@ -320,6 +320,8 @@ pub struct McaState {
     pub event_in_flight: bool,
     /// RFLAGS.IF: the vCPU takes interrupts, so it is not in its machine-check handler.
     pub interrupts_on: bool,
+    /// RIP: where the vCPU goes on. For people who look for what touched a page.
+    pub rip: u64,
     /// The banks; only the first [`Caps::banks`] mean anything.
     pub banks: [Bank; MAX_BANKS],
 }

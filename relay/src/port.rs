@@ -15,9 +15,10 @@ use log::warn;
 use crate::delivery::{Cannot, Step, Told, Wait};
 use crate::event::{Event, Injection, Reach, Thread};
 use crate::ledger::{Place, State};
-use crate::mca::{Form, Kind, McaState, PAGE_SHIFT, Record, mcg};
+use crate::mca::{Form, Kind, McaState, PAGE_SHIFT, PAGE_SIZE, Record, mcg};
 use crate::relay::{IDLE_TICK, Inner, RETRY_FIRST, Shared};
-use crate::signal::{Caught, ThreadSlot};
+use crate::scan::is_poisoned;
+use crate::signal::{self, Caught, ThreadSlot};
 
 /// How long a vCPU that touched a bad page is held back while other processors leave their
 /// machine-check handlers. A guest that takes longer has given up on its own one-second limit.
@@ -56,6 +57,8 @@ pub enum Verdict {
         gpa: u64,
         /// Why the guest cannot be told.
         why: Cannot,
+        /// Where the vCPU was: its RIP.
+        rip: u64,
     },
 }
 
@@ -108,7 +111,7 @@ impl VcpuPort {
     /// An MMIO exit at `gpa`: true when that is guest RAM, which means that KVM emulated an
     /// instruction that met poison. The page is then taken for touched (AR).
     pub fn mmio_hit(&mut self, gpa: u64) -> bool {
-        let Some(hva) = self.shared.ram.hva(gpa) else {
+        let Some(hva) = self.shared.ram().hva(gpa) else {
             return false;
         };
         let mut inner = self.shared.lock();
@@ -116,6 +119,12 @@ impl VcpuPort {
         self.shared.enter(&mut inner, caught, Thread::Vcpu(self.vcpu));
         self.slot.shared().ask_attention();
         true
+    }
+
+    /// Whether the host says that the page of guest RAM at `gpa` is bad.
+    pub fn is_poisoned(&self, gpa: u64) -> bool {
+        let hva = self.shared.ram().hva(gpa);
+        hva.is_some_and(|hva| is_poisoned(hva & !(PAGE_SIZE - 1)))
     }
 
     /// Runs `wait`, which blocks while the virtual machine is paused. Meanwhile nobody waits for this
@@ -138,7 +147,14 @@ impl VcpuPort {
         loop {
             self.slot.clear_attention();
             while let Some(caught) = self.slot.take() {
-                shared.enter(&mut inner, caught, Thread::Vcpu(me));
+                let is_ram = shared.enter(&mut inner, caught, Thread::Vcpu(me));
+                if !is_ram && caught.kind == Kind::ActionRequired {
+                    // Not under the lock: whoever was there before us may end the process, and have
+                    // something to put in order first.
+                    drop(inner);
+                    signal::give_up(caught);
+                    inner = shared.lock();
+                }
             }
             let state = match mca.state() {
                 Ok(state) => state,
@@ -157,7 +173,8 @@ impl VcpuPort {
             match step {
                 Some(Step::Idle) => return Verdict::Run,
                 Some(Step::Inject(told)) => {
-                    if let Err(verdict) = shared.inject(&mut inner, mca, &told, Reach::Local) {
+                    let (at, reach) = (state.rip, Reach::Local);
+                    if let Err(verdict) = shared.inject(&mut inner, mca, &told, reach, at) {
                         return verdict;
                     }
                 }
@@ -166,9 +183,9 @@ impl VcpuPort {
                     return Verdict::Run;
                 }
                 Some(Step::Cannot(error, why)) => {
-                    shared.undeliverable(&mut inner, me, error, why);
+                    shared.undeliverable(&mut inner, me, error, why, Some(state.rip));
                     if error.kind == Kind::ActionRequired {
-                        return Verdict::Undeliverable { gpa: error.gpa, why };
+                        return Verdict::Undeliverable { gpa: error.gpa, why, rip: state.rip };
                     }
                 }
                 Some(Step::Rendezvous(_)) | None => {
@@ -196,8 +213,12 @@ impl VcpuPort {
                             let since: Instant = *held_since.get_or_insert_with(Instant::now);
                             if since.elapsed() > AR_PATIENCE {
                                 let why = Cannot::Blocked { by: wait };
-                                shared.undeliverable(&mut inner, me, error, why);
-                                return Verdict::Undeliverable { gpa: error.gpa, why };
+                                shared.undeliverable(&mut inner, me, error, why, Some(state.rip));
+                                return Verdict::Undeliverable {
+                                    gpa: error.gpa,
+                                    why,
+                                    rip: state.rip,
+                                };
                             }
                             inner = shared.pause(inner, AR_LOOK);
                         }
@@ -313,7 +334,8 @@ impl Shared {
                         Ok(records) => match records.iter().find(|told| told.vcpu == me) {
                             None => Part::Told,
                             Some(told) => {
-                                match self.inject(&mut inner, mca, told, Reach::Rendezvous) {
+                                let reach = Reach::Rendezvous;
+                                match self.inject(&mut inner, mca, told, reach, state.rip) {
                                     Ok(()) => Part::Told,
                                     Err(verdict) => Part::Refused(verdict),
                                 }
@@ -372,6 +394,7 @@ impl Shared {
         mca: &mut M,
         told: &Told,
         reach: Reach,
+        rip: u64,
     ) -> Result<(), Verdict> {
         let Told { vcpu, error, record } = *told;
         let done = mca.inject(&record).and_then(|()| mca.state());
@@ -395,12 +418,11 @@ impl Shared {
             return Ok(());
         };
         let Some((status, mcg_status)) = bank else {
-            self.undeliverable(inner, vcpu, pending, Cannot::Refused);
+            let why = Cannot::Refused;
+            self.undeliverable(inner, vcpu, pending, why, Some(rip));
             return match pending.kind {
                 Kind::ActionOptional => Ok(()),
-                Kind::ActionRequired => {
-                    Err(Verdict::Undeliverable { gpa: pending.gpa, why: Cannot::Refused })
-                }
+                Kind::ActionRequired => Err(Verdict::Undeliverable { gpa: pending.gpa, why, rip }),
             };
         };
         inner.delivery.told(told);

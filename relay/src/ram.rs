@@ -20,9 +20,18 @@ pub struct RamRegion {
     pub gpa: u64,
     /// Length in bytes; a multiple of 4 KiB, not 0.
     pub len: u64,
+    /// `log2` of the pages that the host keeps it in: 12, or 21 or 30 for hugetlb, which the host
+    /// loses as a whole. What is 12 here may be in transparent huge pages: the host splits those.
+    pub page_shift: u8,
 }
 
 impl RamRegion {
+    /// A stretch in pages of 4 KiB, of which the host loses one at a time.
+    #[must_use]
+    pub const fn new(hva: u64, gpa: u64, len: u64) -> Self {
+        Self { hva, gpa, len, page_shift: crate::mca::PAGE_SHIFT }
+    }
+
     fn hvas(&self) -> Range<u64> {
         self.hva..self.hva + self.len
     }
@@ -37,9 +46,18 @@ pub enum RamError {
     /// The region is empty, or runs past the end of an address space.
     #[error("guest RAM region at GPA {gpa:#x} (HVA {hva:#x}) has an impossible length of {len:#x} bytes", gpa = .0.gpa, hva = .0.hva, len = .0.len)]
     BadLength(RamRegion),
+    /// The pages that the region is said to be made of are none that x86 has.
+    #[error("guest RAM region at GPA {gpa:#x}: pages of 2^{shift} bytes; expected 12, 21 or 30", gpa = .0.gpa, shift = .0.page_shift)]
+    PageSize(RamRegion),
     /// Two regions claim the same guest-physical address.
     #[error("guest RAM regions at GPA {:#x} and GPA {:#x} overlap", .0.gpa, .1.gpa)]
     Overlap(RamRegion, RamRegion),
+    /// There is no such region to be taken away.
+    #[error("there is no region of guest RAM that begins at GPA {gpa:#x}")]
+    NoRegion {
+        /// Guest-physical address as it was given.
+        gpa: u64,
+    },
 }
 
 /// A stretch of host addresses over which the set of regions that show it does not change.
@@ -48,6 +66,8 @@ struct Segment {
     hva: Range<u64>,
     /// The guest-physical address of the segment's first byte in each region, ascending.
     gpas: Vec<u64>,
+    /// The largest of its regions.
+    page_shift: u8,
 }
 
 /// Guest RAM, indexed both ways. Lookups are binary searches.
@@ -70,6 +90,9 @@ impl RamMap {
             let fits = |start: u64| start.checked_add(region.len).is_some();
             if region.len == 0 || !fits(region.hva) || !fits(region.gpa) {
                 return Err(RamError::BadLength(*region));
+            }
+            if ![12, 21, 30].contains(&region.page_shift) {
+                return Err(RamError::PageSize(*region));
             }
         }
         let mut by_gpa = regions.to_vec();
@@ -106,34 +129,69 @@ impl RamMap {
             let mut gpas: Vec<u64> =
                 open.iter().map(|region| region.gpa + (hva.start - region.hva)).collect();
             gpas.sort_unstable();
-            segments.push(Segment { hva, gpas });
+            let page_shift = open.iter().map(|region| region.page_shift).max().unwrap_or(12);
+            segments.push(Segment { hva, gpas, page_shift });
         }
         segments
+    }
+
+    /// The same with one region more, as when memory is plugged in.
+    ///
+    /// # Errors
+    /// See [`RamError`].
+    pub fn with(&self, region: RamRegion) -> Result<Self, RamError> {
+        let mut regions = self.by_gpa.clone();
+        regions.push(region);
+        Self::new(&regions)
+    }
+
+    /// The same without the region that begins at guest-physical `gpa`, and that region.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn without(&self, gpa: u64) -> Result<(Self, RamRegion), RamError> {
+        let mut regions = self.by_gpa.clone();
+        let at = regions.iter().position(|region| region.gpa == gpa);
+        let gone = regions.remove(at.ok_or(RamError::NoRegion { gpa })?);
+        Ok((Self::new(&regions)?, gone))
+    }
+
+    fn segment(&self, hva: u64) -> Option<&Segment> {
+        let at = self.segments.partition_point(|segment| segment.hva.end <= hva);
+        self.segments.get(at).filter(|segment| segment.hva.contains(&hva))
     }
 
     /// Every guest-physical address that shows the byte at host address `hva`, ascending; empty
     /// when it is not guest RAM.
     pub fn gpas(&self, hva: u64) -> Vec<u64> {
-        let at = self.segments.partition_point(|segment| segment.hva.end <= hva);
-        match self.segments.get(at) {
-            Some(segment) if segment.hva.contains(&hva) => {
-                segment.gpas.iter().map(|gpa| gpa + (hva - segment.hva.start)).collect()
-            }
-            _ => Vec::new(),
-        }
+        self.segment(hva).map_or_else(Vec::new, |segment| {
+            segment.gpas.iter().map(|gpa| gpa + (hva - segment.hva.start)).collect()
+        })
+    }
+
+    /// `log2` of what is gone when `hva` is and a signal says `lsb`. The mapping is asked as well as
+    /// the signal: KVM_RUN always says 12, and a huge page is lost as a whole all the same.
+    pub fn extent(&self, hva: u64, lsb: u8) -> u8 {
+        let mapped = self.segment(hva).map_or(12, |segment| segment.page_shift);
+        // More than an address has is nonsense.
+        if lsb < 64 { lsb.max(mapped) } else { mapped }
     }
 
     /// The host address of the byte at guest-physical `gpa`, or `None` when it is not guest RAM.
     pub fn hva(&self, gpa: u64) -> Option<u64> {
-        let at = self.by_gpa.partition_point(|region| region.gpa + region.len <= gpa);
-        let region = self.by_gpa.get(at).filter(|region| region.gpa <= gpa)?;
-        Some(region.hva + (gpa - region.gpa))
+        self.region(gpa).map(|region| region.hva + (gpa - region.gpa))
     }
 
-    /// The (HVA, GPA) of every 4 KiB page of guest RAM in the extent of `1 << lsb` bytes that holds
-    /// `hva`. An `lsb` below 12 means the one page; the extent is clipped to guest RAM.
+    /// The region that holds guest-physical `gpa`.
+    pub fn region(&self, gpa: u64) -> Option<&RamRegion> {
+        let at = self.by_gpa.partition_point(|region| region.gpa + region.len <= gpa);
+        self.by_gpa.get(at).filter(|region| region.gpa <= gpa)
+    }
+
+    /// The (HVA, GPA) of every 4 KiB page of guest RAM in the extent that is gone when `hva` is and a
+    /// signal says `lsb` (see [`Self::extent`]); the extent is clipped to guest RAM.
     pub fn pages(&self, hva: u64, lsb: u8) -> Vec<(u64, u64)> {
-        let size = 1u64.checked_shl(u32::from(lsb)).unwrap_or(PAGE_SIZE).max(PAGE_SIZE);
+        let size = 1u64 << self.extent(hva, lsb);
         let start = hva & !(size - 1);
         let end = start.saturating_add(size);
         let first = self.segments.partition_point(|segment| segment.hva.end <= start);
@@ -168,7 +226,35 @@ mod tests {
     const G: u64 = 1 << 30;
 
     fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
-        RamRegion { hva, gpa, len }
+        RamRegion::new(hva, gpa, len)
+    }
+
+    #[test]
+    fn a_huge_page_is_lost_as_a_whole_whatever_the_signal_says() {
+        let huge = RamRegion { page_shift: 21, ..region(0x4000_0000, 0x1000_0000, 4 << 20) };
+        let map = RamMap::new(&[region(0x2000_0000, 0, 4 << 20), huge]).unwrap();
+        let pages = map.pages(0x4020_3456, 12);
+        assert_eq!(pages.len(), 512);
+        assert_eq!(pages[0], (0x4020_0000, 0x1020_0000));
+        assert_eq!(pages[511], (0x403f_f000, 0x103f_f000));
+        assert_eq!(map.pages(0x2020_3456, 12).len(), 1, "a page of its neighbour");
+        assert_eq!((map.extent(0x4020_3456, 12), map.extent(0x2020_3456, 200)), (21, 12));
+        let odd = RamRegion { page_shift: 13, ..huge };
+        assert!(RamMap::new(&[odd]).unwrap_err().to_string().contains("2^13"));
+    }
+
+    #[test]
+    fn regions_come_and_go() {
+        let map = RamMap::new(&[region(0x10_0000, 0, 0x4000)]).unwrap();
+        let more = map.with(region(0x20_0000, 0x8000, 0x2000)).unwrap();
+        assert_eq!(more.gpas(0x20_1000), [0x9000]);
+        assert!(matches!(map.with(region(0x20_0000, 0x3000, 0x2000)), Err(RamError::Overlap(..))));
+        let (less, gone) = more.without(0).unwrap();
+        assert_eq!(gone, region(0x10_0000, 0, 0x4000));
+        assert!(less.gpas(0x10_0000).is_empty() && less.hva(0).is_none());
+        assert_eq!(less.hva(0x8000), Some(0x20_0000));
+        assert!(matches!(less.without(0x1000), Err(RamError::NoRegion { gpa: 0x1000 })));
+        assert!(less.without(0x8000).unwrap().0.regions().is_empty());
     }
 
     #[test]

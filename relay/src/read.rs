@@ -5,11 +5,82 @@
 
 use std::io;
 
+use crate::mca::PAGE_SIZE;
+use crate::ram::RamMap;
+use crate::scan::is_poisoned;
+
+/// Why guest memory could not be reached.
+#[derive(Debug, thiserror::Error)]
+pub enum AccessError {
+    /// The page is bad.
+    #[error("poisoned at GPA {gpa:#x}")]
+    Poisoned {
+        /// Guest-physical address of the first byte that could not be reached.
+        gpa: u64,
+    },
+    /// The address is not guest RAM.
+    #[error("GPA {gpa:#x} is not guest RAM")]
+    NotRam {
+        /// Guest-physical address of the first such byte.
+        gpa: u64,
+    },
+    /// There is no memory behind the address, and poison is not the reason: a file behind guest RAM
+    /// was cut short, or a pool of huge pages is empty.
+    #[error("no memory behind GPA {gpa:#x}")]
+    NoMemory {
+        /// Guest-physical address of the first byte that could not be reached.
+        gpa: u64,
+        /// The kernel's word.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Reads guest memory at `gpa` into `to`, up to the first byte that cannot be reached; how many bytes.
+///
+/// # Errors
+/// Not even the first byte could be read.
+pub fn read_ram(ram: &RamMap, gpa: u64, to: &mut [u8]) -> Result<usize, AccessError> {
+    let (hva, len) = stretch(ram, gpa, to.len())?;
+    reached(gpa, hva, read_some(hva, &mut to[..len]))
+}
+
+/// Writes `from` to guest memory at `gpa`, up to the first byte that cannot be reached; how many bytes.
+///
+/// # Errors
+/// Not even the first byte could be written.
+pub fn write_ram(ram: &RamMap, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
+    let (hva, len) = stretch(ram, gpa, from.len())?;
+    // SAFETY: guest RAM, which no reference leads to (contract of `RamRegion`).
+    reached(gpa, hva, unsafe { write_some(hva, &from[..len]) })
+}
+
+/// Where `gpa` is, and how many of `len` bytes from there are in the same region.
+fn stretch(ram: &RamMap, gpa: u64, len: usize) -> Result<(u64, usize), AccessError> {
+    let region = ram.region(gpa).ok_or(AccessError::NotRam { gpa })?;
+    let inside = gpa - region.gpa;
+    let left = usize::try_from(region.len - inside).unwrap_or(usize::MAX);
+    Ok((region.hva + inside, len.min(left)))
+}
+
+fn reached(gpa: u64, hva: u64, copied: io::Result<usize>) -> Result<usize, AccessError> {
+    copied.map_err(|source| match is_poisoned(hva & !(PAGE_SIZE - 1)) {
+        true => AccessError::Poisoned { gpa },
+        false => AccessError::NoMemory { gpa, source },
+    })
+}
+
 /// Copies what lies at `hva` into `to`.
 ///
 /// # Errors
 /// EFAULT where the memory is bad or there is none; part of `to` may have been filled then.
 pub(crate) fn read(hva: u64, to: &mut [u8]) -> io::Result<()> {
+    let len = to.len();
+    whole(read_some(hva, to)?, len)
+}
+
+/// The same up to the first page that cannot be reached; how many bytes.
+fn read_some(hva: u64, to: &mut [u8]) -> io::Result<usize> {
     let local = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
     let remote = libc::iovec { iov_base: hva as *mut libc::c_void, iov_len: to.len() };
     // SAFETY: the kernel writes `to.len()` bytes at `to`, which is borrowed mutably, and checks
@@ -17,7 +88,7 @@ pub(crate) fn read(hva: u64, to: &mut [u8]) -> io::Result<()> {
     let copied = unsafe {
         libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
     };
-    whole(copied, to.len())
+    usize::try_from(copied).map_err(|_| io::Error::last_os_error())
 }
 
 /// Copies `from` to `hva`.
@@ -28,6 +99,15 @@ pub(crate) fn read(hva: u64, to: &mut [u8]) -> io::Result<()> {
 /// # Safety
 /// The bytes at `hva` belong to the guest, or to nobody: no reference of Rust's leads to them.
 pub(crate) unsafe fn write(hva: u64, from: &[u8]) -> io::Result<()> {
+    // SAFETY: this function's contract is the other's.
+    whole(unsafe { write_some(hva, from) }?, from.len())
+}
+
+/// The same up to the first page that cannot be reached; how many bytes.
+///
+/// # Safety
+/// As for [`write`].
+unsafe fn write_some(hva: u64, from: &[u8]) -> io::Result<usize> {
     let local = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
     let remote = libc::iovec { iov_base: hva as *mut libc::c_void, iov_len: from.len() };
     // SAFETY: the kernel reads `from.len()` bytes at `from` and checks `remote` itself; that nothing
@@ -35,15 +115,14 @@ pub(crate) unsafe fn write(hva: u64, from: &[u8]) -> io::Result<()> {
     let copied = unsafe {
         libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
     };
-    whole(copied, from.len())
+    usize::try_from(copied).map_err(|_| io::Error::last_os_error())
 }
 
 /// Whether all of it was copied. The kernel copies up to the first page that it cannot reach.
-fn whole(copied: isize, len: usize) -> io::Result<()> {
-    match usize::try_from(copied) {
-        Ok(copied) if copied == len => Ok(()),
-        Ok(_) => Err(io::Error::from_raw_os_error(libc::EFAULT)),
-        Err(_) => Err(io::Error::last_os_error()),
+fn whole(copied: usize, len: usize) -> io::Result<()> {
+    match copied == len {
+        true => Ok(()),
+        false => Err(io::Error::from_raw_os_error(libc::EFAULT)),
     }
 }
 
@@ -65,6 +144,26 @@ mod tests {
         assert_eq!(efault(read(0, &mut back)), Some(libc::EFAULT));
         // SAFETY: nothing is mapped at address zero.
         assert_eq!(efault(unsafe { write(0, &[1]) }), Some(libc::EFAULT));
+    }
+
+    #[test]
+    fn guest_memory_is_read_up_to_where_it_ends() {
+        let mut pages = vec![7_u8; 3 * 4096];
+        let hva = (pages.as_mut_ptr() as u64).next_multiple_of(4096);
+        let ram = RamMap::new(&[crate::RamRegion::new(hva, 0x10_0000, 4096)]).unwrap();
+        let mut back = [0; 100];
+        assert_eq!(read_ram(&ram, 0x10_0ff0, &mut back).unwrap(), 16);
+        assert_eq!(back[..17], [&[7; 16][..], &[0]].concat());
+        assert_eq!(write_ram(&ram, 0x10_0ff8, &[1; 9]).unwrap(), 8);
+        assert_eq!(read_ram(&ram, 0x10_0fff, &mut back).unwrap(), 1);
+        assert_eq!(back[0], 1);
+        for gpa in [0, 0xf_ffff, 0x10_1000] {
+            let error = read_ram(&ram, gpa, &mut back).unwrap_err();
+            assert!(matches!(error, AccessError::NotRam { gpa: of } if of == gpa), "{error}");
+        }
+        let nowhere = RamMap::new(&[crate::RamRegion::new(0, 0, 4096)]).unwrap();
+        let error = read_ram(&nowhere, 0, &mut back).unwrap_err();
+        assert!(matches!(error, AccessError::NoMemory { gpa: 0, .. }), "{error}");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -25,7 +25,8 @@ use crate::mca::{Caps, Kind, PAGE_SIZE};
 use crate::pace::Pace;
 use crate::policy::KillPolicy;
 use crate::port::{Round, VcpuPort};
-use crate::ram::RamMap;
+use crate::ram::{RamError, RamMap, RamRegion};
+use crate::read::{self, AccessError};
 use crate::search::Search;
 use crate::signal::{self, Caught, Slot, ThreadSlot};
 
@@ -53,6 +54,9 @@ pub struct Config {
     pub ao_channel: AoChannel,
     /// The ACPI error source that the guest was given, if it was given one.
     pub ghes: Option<Ghes>,
+    /// What is known from before: empty, or [`Handle::ledger`] of the relay of the last boot, after
+    /// [`Ledger::heal`] for every page that has good memory again.
+    pub ledger: Ledger,
     /// Called with every event, in order, under the relay's lock: it must be quick, must not block
     /// and must not call the relay.
     pub observer: Box<dyn Fn(&Event) + Send + Sync>,
@@ -106,7 +110,8 @@ pub(crate) struct Shared {
     inner: Mutex<Inner>,
     /// Woken at every step of a [`Round`].
     pub(crate) gathered: Condvar,
-    pub(crate) ram: RamMap,
+    /// Looked up by threads, never by the handler.
+    ram: RwLock<Arc<RamMap>>,
     /// What [`Delivery`] counts its times from.
     start: Instant,
     observer: Box<dyn Fn(&Event) + Send + Sync>,
@@ -119,6 +124,12 @@ impl Shared {
         // Nothing that panics while it holds the lock leaves the data half-changed in a way that
         // would be worse than a VMM that no longer relays.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Guest RAM as it is now.
+    pub(crate) fn ram(&self) -> Arc<RamMap> {
+        // Only whole maps are put in, so there is no half-changed one.
+        Arc::clone(&self.ram.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Wakes the relay's thread.
@@ -138,38 +149,72 @@ impl Shared {
         (self.observer)(event);
     }
 
-    /// One signal: translation, ledger, and the queue of the vCPU concerned.
-    pub(crate) fn enter(&self, inner: &mut Inner, caught: Caught, thread: Thread) {
+    /// One signal: translation, ledger, and the queue of the vCPU concerned. False when the address
+    /// is not guest RAM.
+    pub(crate) fn enter(&self, inner: &mut Inner, caught: Caught, thread: Thread) -> bool {
         let Caught { kind, hva, lsb } = caught;
         self.emit(&Event::Caught { kind, hva, lsb, thread });
-        let pages = self.ram.pages(hva, lsb);
-        if pages.is_empty() {
+        let vcpu = match thread {
+            Thread::Vcpu(vcpu) => Some(vcpu),
+            Thread::Relay | Thread::Other => None,
+        };
+        let known = self.enter_pages(inner, caught, FoundBy::Signal, vcpu);
+        if !known {
             self.emit(&Event::Outside { kind, hva, lsb });
-            return;
-        }
-        let now = SystemTime::now();
-        for (page_hva, gpa) in pages {
-            // Of a larger extent only the page that was touched stops anybody.
-            let touched = page_hva <= hva && hva - page_hva < PAGE_SIZE;
-            let kind = if touched { kind } else { Kind::ActionOptional };
-            let found_by = FoundBy::Signal;
-            let new = inner.ledger.enter(gpa, page_hva, lsb, kind, found_by, now);
-            if new {
-                self.emit(&Event::Seen { gpa, hva: page_hva, kind, found_by });
-            } else {
-                self.emit(&Event::Again { gpa, kind });
-            }
-            match (kind, thread) {
-                // A vCPU that touches a page cannot go on, however often it was told.
-                (Kind::ActionRequired, Thread::Vcpu(vcpu)) => inner.delivery.push_ar(vcpu, gpa),
-                _ if new => inner.push_ao(gpa),
-                _ => {}
-            }
         }
         inner.retry = RETRY_FIRST;
         if inner.news && thread != Thread::Relay {
             self.wake();
         }
+        known
+    }
+
+    /// All pages that are lost with the one at `caught.hva`, of which `vcpu` has touched that one if
+    /// it is an AR. False when the address is not guest RAM.
+    pub(crate) fn enter_pages(
+        &self,
+        inner: &mut Inner,
+        caught: Caught,
+        found_by: FoundBy,
+        vcpu: Option<usize>,
+    ) -> bool {
+        let Caught { kind, hva, lsb } = caught;
+        let ram = self.ram();
+        let (pages, lsb) = (ram.pages(hva, lsb), ram.extent(hva, lsb));
+        let now = SystemTime::now();
+        // One event for an extent: a page of 1 GiB has 262,144 pages.
+        let (mut news, mut first) = (0, None);
+        for &(page_hva, gpa) in &pages {
+            // Of a larger extent only the page that was named stops anybody.
+            let named = page_hva <= hva && hva - page_hva < PAGE_SIZE;
+            let kind = if named { kind } else { Kind::ActionOptional };
+            let known = inner.ledger.get(gpa).is_some();
+            if known && !named {
+                continue;
+            }
+            let new = inner.ledger.enter(gpa, page_hva, lsb, kind, found_by, now);
+            if new {
+                news += 1;
+                if named || first.is_none() {
+                    first = Some((gpa, page_hva, kind));
+                }
+            } else {
+                self.emit(&Event::Again { gpa, kind });
+            }
+            match (kind, vcpu) {
+                // A vCPU that touches a page cannot go on, however often it was told.
+                (Kind::ActionRequired, Some(vcpu)) => {
+                    inner.delivery.push_ar(vcpu, gpa, self.now());
+                }
+                _ if new => inner.push_ao(gpa),
+                _ => {}
+            }
+        }
+        if let Some((gpa, hva, kind)) = first {
+            let (extent, pages) = (1 << lsb, news);
+            self.emit(&Event::Seen { gpa, hva, kind, found_by, extent, pages });
+        }
+        !pages.is_empty()
     }
 
     pub(crate) fn set(&self, inner: &mut Inner, gpa: u64, state: State) -> bool {
@@ -212,11 +257,12 @@ impl Shared {
         vcpu: usize,
         error: Pending,
         why: Cannot,
+        rip: Option<u64>,
     ) {
         inner.delivery.forget(vcpu, &error);
         self.set(inner, error.gpa, State::Undeliverable { why });
         let Pending { gpa, kind } = error;
-        self.emit(&Event::Undeliverable { gpa, kind, vcpu, why });
+        self.emit(&Event::Undeliverable { gpa, kind, vcpu, why, rip });
     }
 }
 
@@ -305,7 +351,7 @@ impl Relay {
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner {
                 delivery,
-                ledger: Ledger::default(),
+                ledger: config.ledger,
                 vcpus: (0..config.vcpus).map(|_| None).collect(),
                 round: None,
                 rounds: 0,
@@ -314,7 +360,7 @@ impl Relay {
                 firmware_news: false,
             }),
             gathered: Condvar::new(),
-            ram: config.ram,
+            ram: RwLock::new(Arc::new(config.ram)),
             start: Instant::now(),
             observer: config.observer,
             stop: AtomicBool::new(false),
@@ -389,6 +435,100 @@ impl Handle {
         self.0.lock().ledger.pages().cloned().collect()
     }
 
+    /// The pages that were bad in earlier boots, or in memory that was unplugged, and are so no longer.
+    pub fn past(&self) -> Vec<Page> {
+        self.0.lock().ledger.past().cloned().collect()
+    }
+
+    /// All that is known, for the relay of the next boot.
+    pub fn ledger(&self) -> Ledger {
+        self.0.lock().ledger.clone()
+    }
+
+    /// Reads guest memory at `gpa` into `to`, up to the first byte that cannot be reached, and
+    /// returns how many bytes that were. It never raises SIGBUS: a page that turns out to be bad
+    /// enters the ledger, and the guest is told of it.
+    ///
+    /// # Errors
+    /// Not even the first byte could be read: see [`AccessError`].
+    pub fn read(&self, gpa: u64, to: &mut [u8]) -> Result<usize, AccessError> {
+        read::read_ram(&self.0.ram(), gpa, to).inspect_err(|error| self.met(error))
+    }
+
+    /// Writes `from` to guest memory at `gpa`, in the manner of [`Self::read`].
+    ///
+    /// # Errors
+    /// Not even the first byte could be written: see [`AccessError`].
+    pub fn write(&self, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
+        read::write_ram(&self.0.ram(), gpa, from).inspect_err(|error| self.met(error))
+    }
+
+    /// The VMM itself has met a bad page.
+    fn met(&self, error: &AccessError) {
+        let AccessError::Poisoned { gpa } = *error else { return };
+        let Some(hva) = self.0.ram().hva(gpa) else { return };
+        let caught = Caught { kind: Kind::ActionOptional, hva, lsb: crate::mca::PAGE_SHIFT };
+        let mut inner = self.0.lock();
+        if inner.ledger.get(gpa).is_none() {
+            self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);
+            drop(inner);
+            self.0.wake();
+        }
+    }
+
+    /// Guest RAM has one region more. Call it before the guest can use the memory. What the ledger
+    /// says of pages that were there before, and unplugged, becomes past.
+    ///
+    /// # Errors
+    /// See [`RamError`].
+    pub fn add_ram(&self, region: RamRegion) -> Result<(), RamError> {
+        let mut inner = self.0.lock();
+        self.change_ram(|ram| ram.with(region))?;
+        let now = SystemTime::now();
+        for gpa in Self::known_within(&inner, region) {
+            inner.ledger.heal(gpa, now);
+        }
+        Ok(())
+    }
+
+    /// The region that begins at guest-physical `gpa` is no longer guest RAM; the region. Call it
+    /// when the guest has given the memory up, and before it is unmapped. Nobody is told of its bad
+    /// pages any more.
+    ///
+    /// # Errors
+    /// There is no such region.
+    pub fn remove_ram(&self, gpa: u64) -> Result<RamRegion, RamError> {
+        let mut inner = self.0.lock();
+        let mut gone = None;
+        self.change_ram(|ram| {
+            let (less, region) = ram.without(gpa)?;
+            gone = Some(region);
+            Ok(less)
+        })?;
+        let region = gone.ok_or(RamError::NoRegion { gpa })?;
+        for gpa in Self::known_within(&inner, region) {
+            inner.delivery.gone(gpa);
+            self.0.set(&mut inner, gpa, State::Removed);
+        }
+        self.0.emit(&Event::Removed { gpa, len: region.len });
+        Ok(region)
+    }
+
+    fn known_within(inner: &Inner, region: RamRegion) -> Vec<u64> {
+        let known = inner.ledger.pages().map(|page| page.gpa);
+        known.filter(|gpa| *gpa >= region.gpa && *gpa - region.gpa < region.len).collect()
+    }
+
+    /// Puts another map in place; whoever looks something up has the old one or the new one, whole.
+    fn change_ram(
+        &self,
+        change: impl FnOnce(&RamMap) -> Result<RamMap, RamError>,
+    ) -> Result<(), RamError> {
+        let mut ram = self.0.ram.write().unwrap_or_else(PoisonError::into_inner);
+        *ram = Arc::new(change(&ram)?);
+        Ok(())
+    }
+
     /// The pages that were predicted to fail, by guest-physical address.
     pub fn predicted(&self) -> Vec<Predicted> {
         self.0.lock().ledger.predicted().cloned().collect()
@@ -402,7 +542,7 @@ impl Handle {
     /// See [`RetireError`].
     pub fn retire(&self, gpa: u64) -> Result<(), RetireError> {
         let gpa = gpa & !(PAGE_SIZE - 1);
-        if self.0.ram.hva(gpa).is_none() {
+        if self.0.ram().hva(gpa).is_none() {
             return Err(RetireError::NotRam { gpa });
         }
         let mut inner = self.0.lock();

@@ -321,8 +321,8 @@ fn populate_read(page: u64) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The kernel's word on one page.
-fn is_poisoned(page: u64) -> bool {
+/// The kernel's word on the page at `page`, a host address. A page that is only a hole gets memory.
+pub(crate) fn is_poisoned(page: u64) -> bool {
     populate_read(page).is_err_and(|error| error.raw_os_error() == Some(libc::EHWPOISON))
 }
 

@@ -6,7 +6,7 @@
 //! Failures that raise no signal at all (a page that is clean and could be dropped) show in the
 //! kernel's count of failures.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 
@@ -15,6 +15,7 @@ use crate::ledger::FoundBy;
 use crate::mca::{Kind, PAGE_SHIFT};
 use crate::relay::{IDLE_TICK, RETRY_FIRST, Shared};
 use crate::scan::{FailureCounter, Scanner};
+use crate::signal::Caught;
 
 /// A look may take this share of the time until the next one may begin: during a burst no more than
 /// a tenth of a processor goes into looking.
@@ -80,7 +81,8 @@ impl Search {
         }
         // Cleared first: a hint that comes during the look is for the next one.
         self.wanted = false;
-        let found = self.scanner.scan(shared.ram.hvas(), |hva| shared.knows(hva));
+        let ram = shared.ram();
+        let found = self.scanner.scan(ram.hvas(), |hva| shared.knows(hva));
         let took = begin.elapsed();
         self.not_before = begin + took + (took * REST).max(REST_LEAST);
         match found {
@@ -108,7 +110,7 @@ impl Shared {
     /// Whether the page at `hva` is in the ledger, at every guest address that shows it.
     fn knows(&self, hva: u64) -> bool {
         let inner = self.lock();
-        self.ram.gpas(hva).iter().all(|gpa| inner.ledger.get(*gpa).is_some())
+        self.ram().gpas(hva).iter().all(|gpa| inner.ledger.get(*gpa).is_some())
     }
 
     /// Enters pages that were found by looking.
@@ -117,19 +119,15 @@ impl Shared {
             return;
         }
         let mut inner = self.lock();
-        let now = SystemTime::now();
-        let mut pages = 0;
+        let before = inner.ledger.pages().count();
         for &hva in hvas {
-            for gpa in self.ram.gpas(hva) {
-                let (kind, found_by) = (Kind::ActionOptional, FoundBy::Scan);
-                // A vCPU may have met it in the meantime.
-                if inner.ledger.enter(gpa, hva, PAGE_SHIFT, kind, found_by, now) {
-                    pages += 1;
-                    self.emit(&Event::Seen { gpa, hva, kind, found_by });
-                    inner.push_ao(gpa);
-                }
+            // A vCPU may have met it in the meantime, or it is one of a huge page that is known now.
+            if !self.ram().gpas(hva).iter().all(|gpa| inner.ledger.get(*gpa).is_some()) {
+                let caught = Caught { kind: Kind::ActionOptional, hva, lsb: PAGE_SHIFT };
+                self.enter_pages(&mut inner, caught, FoundBy::Scan, None);
             }
         }
+        let pages = inner.ledger.pages().count() - before;
         if pages > 0 {
             inner.retry = RETRY_FIRST;
             // More than 500,000 years do not fit.

@@ -6,7 +6,8 @@
 //! about to start ends at once, and is done.
 //!
 //! Everything else (other codes, an AR where nobody can act) goes to the handler that was there
-//! before, or to the default action with the true `siginfo`. Nobody but this process itself can
+//! before, or to the default action with the true `siginfo`, after one line on stderr
+//! (`last_words.rs`). Nobody but this process itself can
 //! forge a memory failure: the kernel lets another one send codes of 0 and below only.
 
 use std::io;
@@ -18,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libc::{c_int, c_void, sigaction, siginfo_t};
 
+use crate::last_words::{self, From as Origin, Next};
 use crate::mca::Kind;
 pub use crate::slot::Caught;
 use crate::slot::Orphans;
@@ -165,18 +167,24 @@ pub fn install() -> io::Result<()> {
     // failed below.
     PROCESS.get_or_init(|| Process { previous, orphans: Orphans::new() });
 
-    // SAFETY: sigaction is plain data; all zero is a valid value to start from.
-    let mut new: sigaction = unsafe { std::mem::zeroed() };
-    new.sa_sigaction = on_sigbus as extern "C" fn(c_int, *mut siginfo_t, *mut c_void) as usize;
-    // ONSTACK: std gives every thread an alternate stack, and a poisoned stack page must not be
-    // the end of the handler. RESTART: other threads' system calls need not notice.
-    new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+    let new = action();
     // SAFETY: `new` is a complete action whose handler is async-signal-safe.
     if unsafe { sigaction(libc::SIGBUS, &raw const new, ptr::null_mut()) } != 0 {
         return Err(io::Error::last_os_error());
     }
     *installed = true;
     Ok(())
+}
+
+/// Our action.
+fn action() -> sigaction {
+    // SAFETY: sigaction is plain data; all zero is a valid value to start from.
+    let mut new: sigaction = unsafe { std::mem::zeroed() };
+    new.sa_sigaction = on_sigbus as extern "C" fn(c_int, *mut siginfo_t, *mut c_void) as usize;
+    // ONSTACK: std gives every thread an alternate stack, and a poisoned stack page must not be
+    // the end of the handler. RESTART: other threads' system calls need not notice.
+    new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+    new
 }
 
 /// `siginfo` of a memory failure; libc does not give access to `si_addr_lsb`.
@@ -226,13 +234,15 @@ fn store(mce: &MceInfo) -> bool {
     }
 }
 
-/// Gives the signal to the previous handler, or to the default action.
+/// Gives the signal to the previous handler, or to the default action, and says so on stderr first.
 fn hand_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     let Some(Process { previous, .. }) = PROCESS.get() else {
         return;
     };
     // SAFETY: the kernel passes a valid siginfo with SA_SIGINFO.
-    let sent = unsafe { (*info).si_code } <= 0;
+    let (code, from) = unsafe { ((*info).si_code, origin(info)) };
+    let sent = code <= 0;
+    last_words::say(code, from, next(previous, sent));
     match previous.sa_sigaction {
         // A fault raises the signal again when the instruction is executed again, with the true
         // siginfo, and then finds the default action.
@@ -254,8 +264,84 @@ fn hand_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // A signal somebody sent does not come again by itself: where the default action is in force
     // now (std's handler leaves it so), it has to be raised to take effect.
     if sent && is_default(signal) {
-        // SAFETY: raise is async-signal-safe.
-        unsafe { libc::raise(signal) };
+        // SAFETY: the kernel passed a valid siginfo.
+        unsafe { send_to_oneself(signal, info) };
+    }
+}
+
+/// An action-required failure that was stored, and turned out to be of memory that is not the guest's:
+/// whoever was there before us has it now, with the same siginfo, or the default action. Returns when
+/// that was a handler that did.
+pub(crate) fn give_up(caught: Caught) {
+    let Some(Process { previous, .. }) = PROCESS.get() else { return };
+    let Caught { kind, hva, lsb } = caught;
+    let code = last_words::code_of(kind);
+    last_words::say(code, Origin::Fault { addr: hva, lsb }, next(previous, false));
+    // SAFETY: siginfo is plain data, all zero is a valid value to start from.
+    let mut info: siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: as in `on_sigbus`; nothing else refers to the local.
+    let mce = unsafe { &mut *(&raw mut info).cast::<MceInfo>() };
+    *mce = MceInfo {
+        signo: libc::SIGBUS,
+        errno: 0,
+        code,
+        addr: ptr::without_provenance_mut(usize::try_from(hva).unwrap_or(usize::MAX)),
+        addr_lsb: i16::from(lsb),
+    };
+    // SAFETY: `previous` is an action that was in force.
+    unsafe { sigaction(libc::SIGBUS, previous, ptr::null_mut()) };
+    if previous.sa_sigaction == libc::SIG_IGN {
+        // The kernel ignores this of no memory failure that a thread has run into.
+        set_default(libc::SIGBUS);
+    }
+    // SAFETY: a whole siginfo of our own.
+    unsafe { send_to_oneself(libc::SIGBUS, &raw mut info) };
+    if is_default(libc::SIGBUS) {
+        // std's handler leaves it so, and expects the fault to come again.
+        // SAFETY: as above.
+        unsafe { send_to_oneself(libc::SIGBUS, &raw mut info) };
+    }
+    let ours = action();
+    // SAFETY: as in `install`.
+    unsafe { sigaction(libc::SIGBUS, &raw const ours, ptr::null_mut()) };
+}
+
+/// Where the signal came from.
+///
+/// # Safety
+/// `info` is a valid siginfo of SIGBUS.
+unsafe fn origin(info: *const siginfo_t) -> Origin {
+    // SAFETY: by this function's contract; which members mean anything depends on the code, but all
+    // of them are there.
+    unsafe {
+        match (*info).si_code <= 0 {
+            true => Origin::Sender { pid: (*info).si_pid(), uid: (*info).si_uid() },
+            false => {
+                let mce = &*info.cast::<MceInfo>();
+                let lsb = mce.addr_lsb.to_le_bytes()[0];
+                Origin::Fault { addr: mce.addr.addr() as u64, lsb }
+            }
+        }
+    }
+}
+
+fn next(previous: &sigaction, sent: bool) -> Next {
+    match previous.sa_sigaction {
+        libc::SIG_IGN if sent => Next::Ignored,
+        libc::SIG_DFL | libc::SIG_IGN => Next::Default,
+        _ => Next::Handler,
+    }
+}
+
+/// Sends this thread `signal` with this very siginfo, which the kernel allows for any code. It is met
+/// at once, or when the handler that calls this returns. Async-signal-safe.
+///
+/// # Safety
+/// `info` is a valid siginfo.
+unsafe fn send_to_oneself(signal: c_int, info: *mut siginfo_t) {
+    // SAFETY: the kernel reads one siginfo, which is valid by this function's contract.
+    unsafe {
+        libc::syscall(libc::SYS_rt_tgsigqueueinfo, libc::getpid(), libc::gettid(), signal, info);
     }
 }
 

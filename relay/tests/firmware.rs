@@ -16,7 +16,7 @@ use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_OFFSET};
 use mce_relay::ledger::{Place, State};
 use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
 use mce_relay::{
-    AoChannel, Bell, Config, Event, Ghes, KillPolicy, Mca, Pace, RamMap, RamRegion, Relay,
+    AoChannel, Bell, Config, Event, Ghes, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay,
     RetireError, StartError, VcpuPort, Verdict,
 };
 
@@ -164,7 +164,7 @@ fn amd() -> Caps {
 }
 
 fn config(hva: u64, caps: Caps, ao_channel: AoChannel, ghes: Option<Ghes>) -> Config {
-    let region = RamRegion { hva, gpa: RAM, len: LEN as u64 };
+    let region = RamRegion::new(hva, RAM, LEN as u64);
     Config {
         vcpus: 1,
         caps,
@@ -173,6 +173,7 @@ fn config(hva: u64, caps: Caps, ao_channel: AoChannel, ghes: Option<Ghes>) -> Co
         pace: Pace { burst: 16, rate: 1000 },
         ao_channel,
         ghes,
+        ledger: Ledger::default(),
         observer: Box::new(|_| {}),
     }
 }
@@ -205,6 +206,7 @@ impl Machine {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            rip: 0,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         };
         Self { relay, driver, port, model: Model { state, told: Vec::new() }, events }

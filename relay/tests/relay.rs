@@ -16,10 +16,10 @@ use mce_relay::delivery::Wait;
 use mce_relay::event::{Event, Injection, Reach};
 use mce_relay::ledger::State;
 use mce_relay::mca::{
-    BANKS, Bank, Caps, Form, MAX_BANKS, McaState, Record, Vendor, cap, mcg, status,
+    BANKS, Bank, Caps, Form, Kind, MAX_BANKS, McaState, Record, Vendor, cap, mcg, status,
 };
 use mce_relay::{
-    AoChannel, Config, KillPolicy, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal,
+    AoChannel, Config, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal,
 };
 
 const HVA: u64 = 0x7f00_0000_0000;
@@ -38,6 +38,7 @@ impl Model {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            rip: 0,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         })))
     }
@@ -74,7 +75,7 @@ fn start(caps: Caps, vcpus: usize) -> (Relay, Receiver<Event>) {
 
 fn start_paced(caps: Caps, vcpus: usize, pace: Pace) -> (Relay, Receiver<Event>) {
     let (tx, rx) = channel();
-    let ram = RamMap::new(&[RamRegion { hva: HVA, gpa: 0x10_0000, len: 0x10_0000 }]).unwrap();
+    let ram = RamMap::new(&[RamRegion::new(HVA, 0x10_0000, 0x10_0000)]).unwrap();
     let relay = Relay::start(Config {
         vcpus,
         caps,
@@ -83,6 +84,7 @@ fn start_paced(caps: Caps, vcpus: usize, pace: Pace) -> (Relay, Receiver<Event>)
         pace,
         ao_channel: AoChannel::default(),
         ghes: None,
+        ledger: Ledger::default(),
         observer: Box::new(move |event| drop(tx.send(event.clone()))),
     })
     .unwrap();
@@ -379,5 +381,192 @@ fn attaching_twice_is_refused() {
         // SAFETY: as above.
         assert!(unsafe { relay.attach(1, std::ptr::null_mut(), Box::new(|| {})) }.is_err());
         signal::request_exit();
+    });
+}
+
+/// Two pages of this process's own memory, for what really reads and writes.
+fn own_memory() -> u64 {
+    // SAFETY: a new private mapping at an address of the kernel's choice; it is never unmapped.
+    let at = unsafe {
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        libc::mmap(std::ptr::null_mut(), 8192, prot, flags, -1, 0)
+    };
+    assert_ne!(at, libc::MAP_FAILED);
+    at.expose_provenance() as u64
+}
+
+fn start_with(ram: &[RamRegion], ledger: Ledger) -> (Relay, Receiver<Event>) {
+    let (tx, rx) = channel();
+    let relay = Relay::start(Config {
+        vcpus: 1,
+        caps: amd(),
+        ram: RamMap::new(ram).unwrap(),
+        policy: KillPolicy::Early,
+        pace: Pace { burst: 1000, rate: 1_000_000 },
+        ao_channel: AoChannel::default(),
+        ghes: None,
+        ledger,
+        observer: Box::new(move |event| drop(tx.send(event.clone()))),
+    });
+    (relay.unwrap(), rx)
+}
+
+#[test]
+fn one_signal_for_a_huge_page_enters_all_of_it() {
+    for (page_shift, pages) in [(21, 512), (30, 262_144)] {
+        on_own_thread(move || {
+            // KVM_RUN says 12 whatever the page is.
+            let len = 2 << page_shift;
+            let region = RamRegion { page_shift, ..RamRegion::new(0x40_0000_0000, 0, len) };
+            let (relay, events) = start_with(&[region], Ledger::default());
+            let mut port = attach(&relay, 0);
+            let touched = (1 << page_shift) + 0x5000;
+            forge(BUS_MCEERR_AR, region.hva + touched + 0x123, 12);
+            let model = Model::new();
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+            let seen: Vec<Event> =
+                events.try_iter().filter(|event| matches!(event, Event::Seen { .. })).collect();
+            let [Event::Seen { gpa, extent, pages: entered, .. }] = seen[..] else {
+                panic!("one event for all of it: {seen:?}")
+            };
+            assert_eq!((gpa, extent, entered), (touched, 1 << page_shift, pages));
+            let ledger = relay.pages();
+            assert_eq!(ledger.len(), pages);
+            assert!(ledger.iter().all(|page| page.lsb == page_shift));
+            let kinds = ledger.iter().filter(|page| page.kind == Kind::ActionRequired);
+            assert_eq!(kinds.map(|page| page.gpa).collect::<Vec<_>>(), [touched]);
+            // The touch of another of its pages is one page's matter.
+            forge(BUS_MCEERR_AR, region.hva + touched + 0x1000, 12);
+            model.handle();
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+            let again: Vec<Event> =
+                events.try_iter().filter(|event| matches!(event, Event::Again { .. })).collect();
+            assert!(matches!(again[..], [Event::Again { gpa, .. }] if gpa == touched + 0x1000));
+        });
+    }
+}
+
+#[test]
+fn memory_is_read_and_written_through_the_relay() {
+    on_own_thread(|| {
+        let region = RamRegion::new(own_memory(), 0x10_0000, 8192);
+        let (relay, _events) = start_with(&[region], Ledger::default());
+        let handle = relay.handle();
+        assert_eq!(handle.write(0x10_0ffe, b"abcd").unwrap(), 4);
+        let mut back = [0; 8];
+        assert_eq!(handle.read(0x10_0ffc, &mut back).unwrap(), 8);
+        assert_eq!(&back, b"\0\0abcd\0\0");
+        let error = handle.read(0x10_2000, &mut back).unwrap_err();
+        assert_eq!(error.to_string(), "GPA 0x102000 is not guest RAM");
+        assert!(relay.pages().is_empty());
+    });
+}
+
+#[test]
+fn memory_comes_and_goes_while_the_relay_runs() {
+    on_own_thread(|| {
+        let (first, second) = (
+            RamRegion::new(HVA, 0, 0x10_000),
+            RamRegion::new(HVA + 0x10_0000, 0x10_0000, 0x10_000),
+        );
+        let (relay, events) = start_with(&[first], Ledger::default());
+        let (handle, model) = (relay.handle(), Model::new());
+        let mut port = attach(&relay, 0);
+        let mut caught = |hva: u64| {
+            forge(BUS_MCEERR_AO, hva, 12);
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        };
+        caught(second.hva);
+        assert!(events.try_iter().any(|event| matches!(event, Event::Outside { .. })), "not yet");
+
+        handle.add_ram(second).unwrap();
+        assert!(handle.add_ram(second).is_err(), "twice");
+        caught(second.hva + 0x3000);
+        caught(first.hva + 0x2000);
+        let gpas = || relay.pages().iter().map(|page| page.gpa).collect::<Vec<_>>();
+        assert_eq!(gpas(), [0x2000, 0x10_3000]);
+
+        assert_eq!(handle.remove_ram(second.gpa).unwrap(), second);
+        assert!(handle.remove_ram(second.gpa).is_err(), "gone already");
+        assert_eq!(relay.pages()[1].state, State::Removed);
+        let gone = |event| matches!(event, Event::Removed { gpa: 0x10_0000, len: 0x10_000 });
+        assert!(events.try_iter().any(gone));
+        caught(second.hva + 0x4000);
+        assert!(events.try_iter().any(|event| matches!(event, Event::Outside { .. })), "no more");
+        assert_eq!(gpas(), [0x2000, 0x10_3000]);
+
+        // What is plugged in there next is other memory.
+        handle.add_ram(RamRegion { hva: HVA + 0x20_0000, ..second }).unwrap();
+        assert_eq!(gpas(), [0x2000]);
+        assert_eq!(handle.past()[0].gpa, 0x10_3000);
+        caught(HVA + 0x20_3000);
+        assert_eq!(gpas(), [0x2000, 0x10_3000], "it goes bad like any other");
+    });
+}
+
+#[test]
+fn memory_comes_and_goes_under_a_storm_of_signals() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    on_own_thread(|| {
+        let stays = RamRegion::new(HVA, 0, 0x10_0000);
+        let (relay, _events) = start_with(&[stays], Ledger::default());
+        let (handle, done) = (relay.handle(), Arc::new(AtomicBool::new(false)));
+        let stop = Arc::clone(&done);
+        let plugs = std::thread::spawn(move || {
+            let mut times = 0;
+            while !stop.load(Ordering::Relaxed) {
+                let region = RamRegion::new(HVA + 0x1000_0000, 0x1000_0000, 0x10_0000);
+                handle.add_ram(region).unwrap();
+                handle.remove_ram(region.gpa).unwrap();
+                times += 1;
+            }
+            times
+        });
+        let model = Model::new();
+        let mut port = attach(&relay, 0);
+        for page in 0..256 {
+            for base in [HVA, HVA + 0x1000_0000] {
+                forge(BUS_MCEERR_AO, base + page * 4096, 12);
+                assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+                model.handle();
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        assert!(plugs.join().unwrap() > 0);
+        let kept = relay.pages().iter().filter(|page| page.gpa < 0x1000_0000).count();
+        assert_eq!(kept, 256, "none of the memory that stayed was lost");
+    });
+}
+
+#[test]
+fn the_next_boot_knows_what_was_and_tells_only_what_is() {
+    on_own_thread(|| {
+        let region = RamRegion::new(HVA, 0, 0x10_000);
+        let (relay, _events) = start_with(&[region], Ledger::default());
+        let model = Model::new();
+        let mut port = attach(&relay, 0);
+        for hva in [HVA + 0x1000, HVA + 0x2000] {
+            forge(BUS_MCEERR_AO, hva, 12);
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        }
+        drop(port);
+        let handle = relay.handle();
+        drop(relay);
+        let mut ledger = handle.ledger();
+        assert!(ledger.heal(0x1000, std::time::SystemTime::now()));
+        assert!(ledger.set(0x2000, State::Removed, std::time::SystemTime::now()));
+
+        let (relay, events) = start_with(&[region], ledger);
+        let model = Model::new();
+        let mut port = attach(&relay, 0);
+        assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        assert!(!events.try_iter().any(|event| matches!(event, Event::Injected { .. })));
+        assert_eq!(relay.handle().past().len(), 1);
+        assert_eq!(relay.pages().iter().map(|page| page.gpa).collect::<Vec<_>>(), [0x2000]);
+        forge(BUS_MCEERR_AO, HVA + 0x1000, 12);
+        assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        let seen = |event| matches!(event, Event::Seen { gpa: 0x1000, .. });
+        assert!(events.try_iter().any(seen), "bad again");
     });
 }

@@ -2,6 +2,7 @@
 //! lost, and a terminal that is as it was.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
+mod faults;
 mod host;
 mod terminal;
 mod values;
@@ -36,6 +37,10 @@ fn as_root() -> Result<(), String> {
     }
 }
 
+fn has_kvm_and_preload() -> Result<(), String> {
+    has_kvm().and_then(|()| faults::preload_available())
+}
+
 fn as_root_with_kvm() -> Result<(), String> {
     as_root().and_then(|()| has_kvm())
 }
@@ -66,6 +71,7 @@ fn no_memory_failure() -> Result<(), String> {
 
 fn main() -> ExitCode {
     suite::run(mce_relay_tests::tests![
+        faults::every_call_that_can_fail needs has_kvm_and_preload,
         host::no_dev_kvm needs as_root,
         host::no_permission_for_dev_kvm needs as_root_with_kvm,
         host::check_without_memory_failure needs no_memory_failure,

@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use mce_relay_tests::guest::{binary, image};
 
 /// A pseudo-terminal with a program on it.
-struct Terminal {
+pub struct Terminal {
     master: OwnedFd,
     slave: OwnedFd,
 }
 
 impl Terminal {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let (mut master, mut slave) = (-1, -1);
         // SAFETY: two descriptors are written to the two integers; the rest is optional.
         let made = unsafe {
@@ -35,7 +35,7 @@ impl Terminal {
     }
 
     /// Input, output, control and local modes.
-    fn modes(&self) -> [libc::tcflag_t; 4] {
+    pub fn modes(&self) -> [libc::tcflag_t; 4] {
         // SAFETY: termios is plain data, and tcgetattr fills it.
         let modes = unsafe {
             let mut modes: libc::termios = std::mem::zeroed();
@@ -45,15 +45,13 @@ impl Terminal {
         [modes.c_iflag, modes.c_oflag, modes.c_cflag, modes.c_lflag]
     }
 
-    fn start(&self, kernel: &std::path::Path) -> Child {
+    /// Runs `mce-relay run` on it, as `configure` says in addition. All three streams are the
+    /// terminal, unless that says otherwise.
+    pub fn start_with(&self, configure: impl FnOnce(&mut Command)) -> Child {
         let slave = || Stdio::from(self.slave.try_clone().unwrap());
         let mut command = Command::new(binary());
-        command
-            .args(["run", "--serial", "tty", "--memory", "size=128M", "--kernel"])
-            .arg(kernel)
-            .stdin(slave())
-            .stdout(slave())
-            .stderr(slave());
+        command.args(["run", "--serial", "tty"]).stdin(slave()).stdout(slave()).stderr(slave());
+        configure(&mut command);
         // Its controlling terminal, as a shell would have it.
         // SAFETY: both calls are async-signal-safe, and take no pointer.
         unsafe {
@@ -65,6 +63,18 @@ impl Terminal {
             });
         }
         command.spawn().unwrap()
+    }
+
+    fn start(&self, kernel: &std::path::Path) -> Child {
+        self.start_with(|command| {
+            command.args(["--memory", "size=128M", "--kernel"]).arg(kernel);
+        })
+    }
+
+    /// Has somebody read what is written on it, which the guest's console may fill.
+    pub fn drain(&self) {
+        let mut master = File::from(self.master.try_clone().unwrap());
+        std::thread::spawn(move || std::io::copy(&mut master, &mut std::io::sink()));
     }
 
     fn type_in(&self, keys: &[u8]) {
@@ -85,9 +95,7 @@ fn restored_after(end: impl Fn(&Terminal, &Child), status: i32) {
     let terminal = Terminal::new();
     let before = terminal.modes();
     let mut child = terminal.start(&image("vmlinux"));
-    // The guest's console may fill the terminal; somebody has to read it.
-    let mut drain = File::from(terminal.master.try_clone().unwrap());
-    std::thread::spawn(move || std::io::copy(&mut drain, &mut std::io::sink()));
+    terminal.drain();
     terminal.wait_for(|modes| modes != before);
     end(&terminal, &child);
     assert_eq!(child.wait().unwrap().code(), Some(status));

@@ -74,7 +74,7 @@ pub fn pause_holds_the_vm_and_resume_tries_again() {
         let Some(PauseReason::Undeliverable(what)) = info.pause_reason else {
             panic!("{info:?}");
         };
-        let Undeliverable { vcpu, gpa, why } = &what;
+        let Undeliverable { vcpu, gpa, why, .. } = &what;
         assert_eq!((*vcpu, *gpa), (0, GPA));
         assert!(why.contains("CR4.MCE"), "{why}");
         vmm.put("vm.pause");

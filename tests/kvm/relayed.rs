@@ -7,7 +7,7 @@ use mce_relay::event::Injection;
 use mce_relay::ledger::State;
 use mce_relay::mca::{Form, mcg, record};
 use mce_relay::{
-    AoChannel, Config, Event, KillPolicy, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict,
+    AoChannel, Config, Event, KillPolicy, Ledger, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict,
 };
 
 use crate::payload::{Did, Payload, Ram, Start, TARGET, handled};
@@ -33,7 +33,7 @@ impl Relayed {
     pub fn new(start: Start, cr4_mce: bool) -> Self {
         let mut payload = Payload::new(start, cr4_mce);
         let (send, events) = channel();
-        let region = RamRegion { hva: payload.ram.hva(), gpa: 0, len: Ram::LEN };
+        let region = RamRegion::new(payload.ram.hva(), 0, Ram::LEN);
         let relay = Relay::start(Config {
             vcpus: 1,
             caps: payload.guest.caps(),
@@ -42,6 +42,7 @@ impl Relayed {
             pace: Pace::default(),
             ao_channel: AoChannel::default(),
             ghes: None,
+            ledger: Ledger::default(),
             observer: Box::new(move |event| drop(send.send(event.clone()))),
         })
         .unwrap();

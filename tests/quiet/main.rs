@@ -15,7 +15,7 @@ use std::ptr;
 use libc::{c_int, pid_t};
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor};
 use mce_relay::{
-    AoChannel, Config, KillPolicy, Mca, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict,
+    AoChannel, Config, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict,
 };
 use mce_relay_tests::lab::has_kvm;
 use mce_relay_tests::suite;
@@ -46,11 +46,12 @@ fn attach() -> (Relay, VcpuPort) {
     let relay = Relay::start(Config {
         vcpus: 1,
         caps: Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS), succor: true },
-        ram: RamMap::new(&[RamRegion { hva: 0x7f00_0000_0000, gpa: 0, len: 4096 }]).unwrap(),
+        ram: RamMap::new(&[RamRegion::new(0x7f00_0000_0000, 0, 4096)]).unwrap(),
         policy: KillPolicy::Early,
         pace: Pace::default(),
         ao_channel: AoChannel::default(),
         ghes: None,
+        ledger: Ledger::default(),
         observer: Box::new(|_| {}),
     })
     .unwrap();
@@ -121,6 +122,7 @@ impl Mca for Quiet {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            rip: 0,
             banks: Default::default(),
         })
     }

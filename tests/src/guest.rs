@@ -71,7 +71,7 @@ impl Options {
             vendor: "amd",
             cpus,
             lmce: "on",
-            memory: "size=256M",
+            memory: "size=256M,shared=on",
             kill: "early",
             on_undeliverable: None,
             pace: None,
@@ -294,9 +294,9 @@ impl Vmm {
     pub fn memory(&self, gpa: u64) -> GuestMemory {
         let vm = self.info();
         let block = vm.block(gpa).unwrap_or_else(|| panic!("{gpa:#x} is not guest RAM"));
-        let path = format!("/proc/{}/fd/{}", vm.pid, vm.memory_fd);
+        let path = format!("/proc/{}/mem", vm.pid);
         let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
-        GuestMemory { file, offset: block.fd_offset + (gpa - block.gpa) }
+        GuestMemory { file, offset: block.hva + (gpa - block.gpa) }
     }
 
     /// What `mce-relay status --json` says.

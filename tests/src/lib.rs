@@ -10,3 +10,4 @@ pub mod history;
 pub mod lab;
 pub mod qemu;
 pub mod suite;
+pub mod tiny;

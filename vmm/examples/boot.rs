@@ -2,11 +2,12 @@
 //!
 //! VENDOR is host, intel or amd; COM2 is the path of a socket to make. A guest that resets itself is started over, as often as it likes.
 
-use std::{error::Error, process::ExitCode, time::Instant};
+use std::{error::Error, process::ExitCode, sync::Arc, time::Instant};
 
 use mce_relay_vmm::{
-    config::{CpuVendor, PageSize, SerialMode, VmConfig},
+    config::{CpuVendor, MemoryZone, SerialMode, VmConfig},
     control::ExitReason,
+    memory::GuestRam,
     vm::{NoHooks, Vm},
 };
 
@@ -46,19 +47,18 @@ fn run() -> Result<(), Box<dyn Error>> {
         initramfs: initramfs.filter(|path| path != "-").map(Into::into),
         cmdline,
         cpus,
-        memory_bytes: mib << 20,
-        page_size: PageSize::Size4K,
         serial: [SerialMode::Tty, com2],
         cpu_vendor,
     };
+    let ram = Arc::new(GuestRam::new(&[MemoryZone::new(mib << 20)])?);
     loop {
         let start = Instant::now();
-        let vm = Vm::new(&config, &mut NoHooks)?;
+        let vm = Vm::new(&config, &ram, &mut NoHooks)?;
         eprintln!("[boot] built in {:?}, guest vendor {:?}", start.elapsed(), vm.vendor());
         let reason = vm.run();
         eprintln!("[boot] {reason} after {:?}", start.elapsed());
         match reason {
-            ExitReason::Reset => {}
+            ExitReason::Reset => drop(ram.renew(&[])),
             ExitReason::PowerOff => return Ok(()),
             other => return Err(other.to_string().into()),
         }

@@ -14,7 +14,6 @@ use acpi_tables::{
     xsdt::XSDT,
 };
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::{
@@ -24,6 +23,7 @@ use crate::{
         UARTS,
     },
     ghes,
+    memory::GuestRam,
 };
 
 /// OEM id in every table.
@@ -61,7 +61,7 @@ pub enum AcpiError {
     },
     /// Guest memory could not be written.
     #[error("cannot write the ACPI tables to guest memory")]
-    Write(#[source] vm_memory::GuestMemoryError),
+    Write(#[source] mce_relay::AccessError),
 }
 
 /// A complete table: header, length and checksum in place.
@@ -115,13 +115,13 @@ fn to_bytes(table: &dyn Aml) -> Vec<u8> {
 /// # Errors
 /// Too many tables, or guest memory that cannot be written.
 pub fn write(
-    memory: &GuestMemoryMmap,
+    ram: &GuestRam,
     cpus: u8,
     uarts: [bool; 2],
     extra: &[Table],
 ) -> Result<u64, AcpiError> {
     let image = build(cpus, uarts, extra)?;
-    memory.write_slice(&image, GuestAddress(ACPI_START)).map_err(AcpiError::Write)?;
+    ram.write(ACPI_START, &image).map_err(AcpiError::Write)?;
     Ok(ACPI_START)
 }
 

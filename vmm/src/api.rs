@@ -5,6 +5,8 @@
 //! | `GET /api/v1/vmm.ping` | version and pid |
 //! | `GET /api/v1/vm.info` | [`VmInfo`] |
 //! | `GET /api/v1/relay.status` | [`Status`] |
+//! | `GET /api/v1/vm.memory?gpa=0x1000&len=64` | guest RAM as bytes, 1 to `len` (at most 4 MiB): up to the first page that cannot be read, or the end of a block. 410 when the first byte is of a bad page, 409 when there is no memory behind it any more |
+//! | `GET /api/v1/vm.extents` | an [`Extent`] for each stretch of guest RAM that has memory behind it |
 //! | `PUT /api/v1/vm.retire` | body [`Retire`], at most 1 MiB; a [`Retiring`] for each page |
 //! | `PUT /api/v1/vm.pause` | 204 when no vCPU is in the guest any more; also if that is so already |
 //! | `PUT /api/v1/vm.resume` | 204; the vCPUs go on, whatever they were paused for |
@@ -26,14 +28,17 @@ use std::time::Duration;
 
 use log::debug;
 use mce_relay::mca::Vendor;
-use mce_relay::{AoChannel, Handle, KillPolicy, Pace, Page, Predicted};
+use mce_relay::{AccessError, AoChannel, Handle, KillPolicy, Pace, Page, Predicted};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use tiny_http::{Header, Method, Request, Response, Server};
 
+use crate::cli::parse_number;
 use crate::config::OnUndeliverable;
 use crate::control::{ExitReason, Parked, PauseReason, StopCause, VmControl};
 use crate::ghes::Notify;
+use crate::memory::{GuestRam, PAGE_SIZE, RamBlock};
+use crate::show;
 
 /// How long an answer waits for the vCPUs to leave the guest. More than a vCPU may be held back by a
 /// machine check that other processors have to take part in (five seconds).
@@ -66,6 +71,22 @@ pub enum ApiError {
     },
 }
 
+/// The most that one `vm.memory` answers with, in bytes.
+pub const MAX_READ: u64 = 4 << 20;
+/// The path of `vm.memory`, which takes its time.
+const MEMORY: &str = "/api/v1/vm.memory";
+const EXTENTS: &str = "/api/v1/vm.extents";
+
+/// A stretch of guest RAM that has memory behind it; the rest reads as zeros. In bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Guest-physical address of its first byte.
+    #[serde(with = "mce_relay::event::hex")]
+    pub gpa: u64,
+    /// Length.
+    pub len: u64,
+}
+
 /// One stretch of guest RAM. Addresses and lengths in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryBlock {
@@ -75,8 +96,21 @@ pub struct MemoryBlock {
     pub len: u64,
     /// Where the VMM has mapped it.
     pub hva: u64,
-    /// Offset of its first byte in [`VmInfo::memory_fd`].
+    /// The descriptor of the file behind it, in the VMM's process; null for anonymous memory.
+    pub fd: Option<i32>,
+    /// Offset of its first byte in that file.
     pub fd_offset: u64,
+    /// Whether a process that maps the file has the same memory.
+    pub shared: bool,
+    /// The pages that the host keeps it in, and loses as a whole.
+    pub page_size: u64,
+}
+
+impl From<&RamBlock> for MemoryBlock {
+    fn from(block: &RamBlock) -> Self {
+        let RamBlock { gpa, len, hva, fd_offset, fd, shared, page_size } = *block;
+        Self { gpa, len, hva, fd, fd_offset, shared, page_size }
+    }
 }
 
 /// What runs.
@@ -110,14 +144,26 @@ pub struct VmInfo {
     pub pause_reason: Option<PauseReason>,
     /// Guest RAM, by guest-physical address.
     pub memory: Vec<MemoryBlock>,
-    /// The descriptor of the memfd behind it, in the VMM's process.
-    pub memory_fd: i32,
 }
 
 impl VmInfo {
     /// The block of guest RAM that holds `gpa`.
     pub fn block(&self, gpa: u64) -> Option<&MemoryBlock> {
         self.memory.iter().find(|block| gpa >= block.gpa && gpa - block.gpa < block.len)
+    }
+
+    /// Where there is guest RAM, for people.
+    #[must_use]
+    pub fn ram_in_words(&self) -> String {
+        let mut stretches: Vec<(u64, u64)> = Vec::new();
+        for block in &self.memory {
+            match stretches.last_mut() {
+                Some((_, end)) if *end == block.gpa => *end += block.len,
+                _ => stretches.push((block.gpa, block.gpa + block.len)),
+            }
+        }
+        let words = stretches.iter().map(|(start, end)| format!("{start:#x} to {:#x}", end - 1));
+        words.collect::<Vec<_>>().join(", ")
     }
 }
 
@@ -130,6 +176,8 @@ pub struct Status {
     pub pages: Vec<Page>,
     /// Pages that are whole and predicted to fail, by guest-physical address.
     pub predicted: Vec<Predicted>,
+    /// Pages that were bad in an earlier boot and are so no longer, in the order of their healing.
+    pub past: Vec<Page>,
 }
 
 /// Which pages the guest is to stop using.
@@ -174,6 +222,8 @@ pub struct Running {
     pub relay: Handle,
     /// Its reins.
     pub control: VmControl,
+    /// Its memory.
+    pub ram: Arc<GuestRam>,
 }
 
 impl Running {
@@ -237,11 +287,11 @@ impl Api {
             .name("api".into())
             .spawn(move || {
                 for request in serving.incoming_requests() {
-                    if request.url() != RETIRE {
+                    if ![RETIRE, MEMORY, EXTENTS].contains(&path_of(&request)) {
                         answer(request, &current);
                         continue;
                     }
-                    // It has a body, and whoever is slow to send it holds up nobody else.
+                    // It has a body, or takes its time. Whoever is slow holds up nobody else.
                     let current = current.clone();
                     let slow = move || answer(request, &current);
                     if let Err(error) = std::thread::Builder::new().spawn(slow) {
@@ -266,8 +316,12 @@ impl Drop for Api {
     }
 }
 
+fn path_of(request: &Request) -> &str {
+    request.url().split('?').next().unwrap_or_default()
+}
+
 fn answer(mut request: Request, current: &Current) {
-    let path = request.url().split('?').next().unwrap_or_default().to_owned();
+    let path = path_of(&request).to_owned();
     let none = || problem(503, "the guest is between two boots; ask again".to_owned());
     let response = match (request.method(), path.as_str()) {
         (Method::Get, "/api/v1/vmm.ping") => {
@@ -278,8 +332,12 @@ fn answer(mut request: Request, current: &Current) {
         }
         (Method::Get, "/api/v1/relay.status") => current.get().map_or_else(none, |running| {
             let (pages, predicted) = (running.relay.pages(), running.relay.predicted());
-            json(200, &Status { pages, predicted, vm: running.info() })
+            json(200, &Status { pages, predicted, past: running.relay.past(), vm: running.info() })
         }),
+        (Method::Get, MEMORY) => current
+            .get()
+            .map_or_else(none, |running| read_memory(&running.relay, request.url(), &running.info)),
+        (Method::Get, EXTENTS) => current.get().map_or_else(none, |running| extents(&running)),
         (Method::Put, RETIRE) => current.get().map_or_else(none, |running| {
             match body::<Retire>(&mut request, RETIRE_EXAMPLE) {
                 Ok(Retire { gpas }) => json(200, &retire(&running.relay, &gpas)),
@@ -303,6 +361,8 @@ fn answer(mut request: Request, current: &Current) {
             "/api/v1/vmm.ping"
             | "/api/v1/vm.info"
             | "/api/v1/relay.status"
+            | MEMORY
+            | EXTENTS
             | RETIRE
             | "/api/v1/vm.pause"
             | "/api/v1/vm.resume"
@@ -325,6 +385,73 @@ fn body<T: DeserializeOwned>(request: &mut Request, example: &str) -> Result<T, 
     }
     serde_json::from_slice(&body)
         .map_err(|error| format!("the body is not understood: {error}; expected {example}"))
+}
+
+/// `gpa` and `len` of `…?gpa=0x1000&len=64`.
+fn stretch(url: &str) -> Result<(u64, u64), String> {
+    const EXPECTED: &str = "expected ?gpa=0x1000&len=64";
+    let (mut gpa, mut len) = (None, None);
+    let query = url.split_once('?').map_or("", |(_, query)| query);
+    for part in query.split('&').filter(|part| !part.is_empty()) {
+        let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        let number = parse_number(value).map_err(|error| format!("{key}: {error}"))?;
+        let place = match key {
+            "gpa" => &mut gpa,
+            "len" => &mut len,
+            _ => return Err(format!("{key:?} is not understood; {EXPECTED}")),
+        };
+        *place = Some(number);
+    }
+    match (gpa, len) {
+        (Some(gpa), Some(len @ 1..=MAX_READ)) => Ok((gpa, len)),
+        (Some(_), Some(len)) => Err(format!("len is {len}; expected 1 to {MAX_READ}")),
+        _ => Err(format!("gpa or len is missing; {EXPECTED}")),
+    }
+}
+
+fn read_memory(relay: &Handle, url: &str, vm: &VmInfo) -> Response<io::Cursor<Vec<u8>>> {
+    let (gpa, len) = match stretch(url) {
+        Ok(stretch) => stretch,
+        Err(error) => return problem(400, error),
+    };
+    // At most MAX_READ.
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    match relay.read(gpa, &mut bytes) {
+        Ok(read) => {
+            bytes.truncate(read);
+            let response = Response::from_data(bytes).with_status_code(200);
+            match Header::from_bytes("Content-Type", "application/octet-stream") {
+                Ok(header) => response.with_header(header),
+                Err(()) => response,
+            }
+        }
+        Err(error @ AccessError::Poisoned { .. }) => problem(410, error.to_string()),
+        Err(error @ AccessError::NotRam { .. }) => {
+            problem(400, format!("{error}; this guest has {}", vm.ram_in_words()))
+        }
+        Err(error @ AccessError::NoMemory { .. }) => problem(409, show::with_causes(&error)),
+    }
+}
+
+/// What has memory behind it, and what is bad: where the kernel shows a bad page as no page at all,
+/// the ledger knows it.
+fn extents(running: &Running) -> Response<io::Cursor<Vec<u8>>> {
+    let mut extents = match running.ram.extents() {
+        Ok(extents) => extents,
+        Err(error) => return problem(500, format!("cannot look at the memory: {error}")),
+    };
+    extents.extend(running.relay.pages().iter().map(|page| (page.gpa, PAGE_SIZE)));
+    extents.sort_unstable();
+    let mut all: Vec<Extent> = Vec::new();
+    for (gpa, len) in extents {
+        match all.last_mut() {
+            Some(last) if last.gpa + last.len >= gpa => {
+                last.len = last.len.max(gpa + len - last.gpa);
+            }
+            _ => all.push(Extent { gpa, len }),
+        }
+    }
+    json(200, &all)
 }
 
 fn retire(relay: &Handle, gpas: &[Gpa]) -> Vec<Retiring> {
@@ -388,7 +515,6 @@ pub(crate) fn an_info() -> VmInfo {
         paused: false,
         pause_reason: None,
         memory: Vec::new(),
-        memory_fd: 3,
     }
 }
 
@@ -462,6 +588,26 @@ mod tests {
                 .unwrap_err()
                 .contains("longer than 1048576")
         );
+    }
+
+    #[test]
+    fn a_stretch_of_memory_is_understood_or_refused_with_a_reason() {
+        let at = |query: &str| stretch(&format!("{MEMORY}{query}"));
+        assert_eq!(at("?gpa=0x1000&len=64"), Ok((0x1000, 64)));
+        assert_eq!(at("?len=4M&gpa=0"), Ok((0, MAX_READ)));
+        for (bad, named) in [
+            ("", "missing"),
+            ("?", "missing"),
+            ("?gpa=0x1000", "missing"),
+            ("?gpa=0x1000&len=0", "len is 0"),
+            ("?gpa=0x1000&len=4194305", "4194305"),
+            ("?gpa=x&len=1", "\"x\""),
+            ("?gpa=0x1000&len=1&raw=1", "\"raw\""),
+            ("?gpa=-1&len=1", "\"-1\""),
+        ] {
+            let error = at(bad).unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
     }
 
     #[test]

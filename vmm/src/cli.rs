@@ -7,7 +7,7 @@ use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 
-use crate::config::{CpuVendor, OnUndeliverable, SerialMode};
+use crate::config::{CpuVendor, MemoryZone, OnUndeliverable, PageSize, SerialMode};
 use crate::poison::{Means, PageRange};
 
 /// Runs Linux guests on KVM and tells them of the host's memory errors.
@@ -41,6 +41,14 @@ impl Cli {
                              --ao-channel mce it is given none; leave one of the two out";
                 Err(Self::command().error(ErrorKind::ArgumentConflict, words))
             }
+            Command::Run(args)
+                if !args.memory_zone.is_empty()
+                    && args.memory.as_ref().is_some_and(|memory| memory.0.size != 0) =>
+            {
+                let words = "--memory and --memory-zone both say what guest RAM is; leave --memory out, \
+                             or give it as size=0";
+                Err(Self::command().error(ErrorKind::ArgumentConflict, words))
+            }
             _ => Ok(()),
         }
     }
@@ -51,10 +59,14 @@ impl Cli {
 pub enum Command {
     /// Boot a guest and relay memory errors to it.
     ///
+    /// A guest that resets itself, or dies of a triple fault, is started again in the same process,
+    /// with good memory in place of what went bad.
+    ///
     /// Exit status: 0 the guest powered off, or the API ended it; 1 it could not be started, or this
     /// program failed; 2 the command line is wrong; 3 the guest reset itself (with --no-reboot);
-    /// 4 triple fault; 5 KVM failed; 6 the guest touched a bad page and could not be told (with
-    /// --on-undeliverable stop, or reset and --no-reboot); 128+N ended by signal N.
+    /// 4 triple fault (with --no-reboot, or three in a row right after the start); 5 KVM failed;
+    /// 6 the guest touched a bad page and could not be told (with --on-undeliverable stop, or reset
+    /// and --no-reboot); 7 memory of this program itself went bad; 128+N ended by signal N.
     Run(Box<RunArgs>),
     /// Make pages of a running guest go bad, on the host.
     ///
@@ -157,9 +169,21 @@ pub struct RunArgs {
     /// Number of vCPUs (boot=N or N).
     #[arg(long, default_value = "1", value_name = "N")]
     pub cpus: Cpus,
-    /// Guest RAM: size=SIZE with K, M or G (or SIZE alone).
-    #[arg(long, default_value = "size=512M", value_name = "size=SIZE")]
-    pub memory: Memory,
+    /// Guest RAM: size=SIZE with K, M or G (or SIZE alone), and more after commas.
+    ///
+    /// shared=on: in a memfd that other processes can map; off (the default): anonymous memory.
+    /// hugepages=on: in huge pages of the host's pool, all of them promised before the guest starts;
+    /// hugepage_size=2M (the default) or 1G. thp=off: the host is not to join pages to transparent
+    /// huge pages (the default is on: it may). prefault=on: all of it gets memory before the guest
+    /// starts. file=PATH: the memory is this file, at least SIZE long, shared with whoever maps it
+    /// where shared=on is given, and otherwise private; on hugetlbfs it comes in huge pages. What a
+    /// shared file holds is lost when the guest starts over.
+    #[arg(long, value_name = "size=SIZE,…")]
+    pub memory: Option<Memory>,
+    /// Guest RAM in several zones, each with the keys of --memory (and id=NAME, which is only for you);
+    /// given once for each, in the order of their addresses. Instead of --memory.
+    #[arg(long, value_name = "size=SIZE,…")]
+    pub memory_zone: Vec<Memory>,
     /// First serial port: tty (Ctrl-A x quits), file=PATH, socket=PATH or off.
     #[arg(long, default_value = "tty", value_name = "MODE")]
     pub serial: Serial,
@@ -298,19 +322,91 @@ impl FromStr for Cpus {
     }
 }
 
-/// `size=SIZE` or `SIZE`, in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Memory(pub u64);
+/// Guest RAM where none is asked for, in bytes.
+const DEFAULT_RAM: u64 = 512 << 20;
+
+impl RunArgs {
+    /// The zones of guest RAM.
+    #[must_use]
+    pub fn zones(&self) -> Vec<MemoryZone> {
+        match (&self.memory, self.memory_zone.as_slice()) {
+            // Cloud Hypervisor wants a --memory size=0 beside zones.
+            (_, [_, ..]) => self.memory_zone.iter().map(|zone| zone.0.clone()).collect(),
+            (Some(memory), []) => vec![memory.0.clone()],
+            (None, []) => vec![MemoryZone::new(DEFAULT_RAM)],
+        }
+    }
+}
+
+/// `size=SIZE` and more, or `SIZE`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Memory(pub MemoryZone);
 
 impl FromStr for Memory {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.split_once('=') {
-            None => parse_number(text).map(Self),
-            Some(("size", size)) => parse_number(size).map(Self),
-            Some(_) => Err(format!("{text:?} is not understood; expected size=SIZE")),
+        const KEYS: &str = "size=SIZE, shared=on|off, hugepages=on|off, hugepage_size=2M|1G, \
+                            thp=on|off, prefault=on|off, file=PATH, id=NAME";
+        if !text.contains('=') {
+            return parse_number(text).map(|size| Self(MemoryZone::new(size)));
         }
+        let mut zone = MemoryZone::new(0);
+        let (mut hugepages, mut hugepage_size) = (false, None);
+        let mut given: Vec<&str> = Vec::new();
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            let switch = || match value {
+                "on" => Ok(true),
+                "off" => Ok(false),
+                _ => Err(format!("{key} is {value:?}; expected on or off")),
+            };
+            match key {
+                "size" => zone.size = parse_number(value)?,
+                "shared" => zone.shared = switch()?,
+                "hugepages" => hugepages = switch()?,
+                "thp" => zone.thp = switch()?,
+                "prefault" => zone.prefault = switch()?,
+                "hugepage_size" => {
+                    hugepage_size = Some(match parse_number(value) {
+                        Ok(size) if size == PageSize::Size2M.bytes() => PageSize::Size2M,
+                        Ok(size) if size == PageSize::Size1G.bytes() => PageSize::Size1G,
+                        _ => return Err(format!("hugepage_size is {value:?}; expected 2M or 1G")),
+                    });
+                }
+                "file" if !value.is_empty() => zone.file = Some(value.into()),
+                "id" if !value.is_empty() => {}
+                _ => return Err(format!("{part:?} is not understood; expected {KEYS}")),
+            }
+            if given.contains(&key) {
+                return Err(format!("{key} is given twice"));
+            }
+            given.push(key);
+        }
+        if !given.contains(&"size") {
+            return Err(format!("size is missing; expected size=SIZE and, if wanted, of {KEYS}"));
+        }
+        match (hugepages, hugepage_size) {
+            (false, Some(_)) => {
+                return Err("hugepage_size needs hugepages=on".to_owned());
+            }
+            (true, _) if zone.file.is_some() => {
+                return Err(
+                    "hugepages=on and file exclude each other; for both, give a file on a \
+                            mount of hugetlbfs, without hugepages"
+                        .to_owned(),
+                );
+            }
+            (true, _) if given.contains(&"thp") && zone.thp => {
+                return Err(
+                    "thp=on and hugepages=on exclude each other: hugetlb pages are huge already"
+                        .to_owned(),
+                );
+            }
+            (true, size) => zone.page_size = size.unwrap_or(PageSize::Size2M),
+            (false, None) => {}
+        }
+        Ok(Self(zone))
     }
 }
 
@@ -463,11 +559,55 @@ mod tests {
 
     #[test]
     fn memory_forms() {
-        assert_eq!("size=1G".parse(), Ok(Memory(1 << 30)));
-        assert_eq!("64M".parse(), Ok(Memory(64 << 20)));
-        for bad in ["", "size=", "size=1G,shared=on", "hugepages=on"] {
-            assert!(bad.parse::<Memory>().is_err(), "{bad}");
+        let zone = MemoryZone::new(1 << 30);
+        let parse = |text: &str| text.parse::<Memory>().map(|memory| memory.0);
+        assert_eq!(parse("size=1G"), Ok(zone.clone()));
+        assert_eq!(parse("64M"), Ok(MemoryZone::new(64 << 20)));
+        assert_eq!(parse("size=1G,shared=on"), Ok(MemoryZone { shared: true, ..zone.clone() }));
+        let huge = MemoryZone { page_size: PageSize::Size2M, ..zone.clone() };
+        assert_eq!(parse("size=1G,hugepages=on"), Ok(huge));
+        let huge = MemoryZone { page_size: PageSize::Size1G, prefault: true, ..zone.clone() };
+        assert_eq!(parse("prefault=on,hugepage_size=1G,hugepages=on,size=1G"), Ok(huge));
+        let file = MemoryZone { file: Some("/a=b".into()), thp: false, ..zone };
+        assert_eq!(parse("id=x,size=1G,file=/a=b,thp=off"), Ok(file));
+        for (bad, named) in [
+            ("", "\"\" is not a number"),
+            ("size=", "\"\" is not a number"),
+            ("hugepages=on", "size is missing"),
+            ("size=1G,shared=yes", "shared is \"yes\"; expected on or off"),
+            ("size=1G,shared", "shared is \"\""),
+            ("size=1G,hugepage_size=2M", "needs hugepages=on"),
+            ("size=1G,hugepages=on,hugepage_size=4M", "hugepage_size is \"4M\""),
+            ("size=1G,hugepages=on,file=/x", "exclude each other"),
+            ("size=1G,hugepages=on,thp=on", "exclude each other"),
+            ("size=1G,size=2G", "size is given twice"),
+            ("size=1G,", "\"\" is not understood"),
+            ("size=1G,file=", "file="),
+            ("size=1G,mergeable=on", "mergeable=on"),
+        ] {
+            let error = parse(bad).unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
         }
+    }
+
+    #[test]
+    fn zones() {
+        let zones = |more: &[&str]| {
+            let line = ["mce-relay", "run", "--kernel", "/x"].iter().chain(more).copied();
+            let cli = Cli::try_parse_from(line).and_then(|cli| cli.check().map(|()| cli))?;
+            let Command::Run(args) = cli.command else { unreachable!() };
+            Ok::<_, clap::Error>(args.zones())
+        };
+        let sizes = |more: &[&str]| -> Vec<u64> {
+            zones(more).unwrap().iter().map(|zone| zone.size >> 20).collect()
+        };
+        assert_eq!(sizes(&[]), [512]);
+        assert_eq!(sizes(&["--memory", "64M"]), [64]);
+        let two = ["--memory-zone", "size=1G,id=a", "--memory-zone", "size=2G,hugepages=on"];
+        assert_eq!(sizes(&two), [1024, 2048]);
+        assert_eq!(sizes(&[&["--memory", "size=0"], &two[..]].concat()), [1024, 2048]);
+        let error = zones(&[&["--memory", "64M"], &two[..]].concat()).unwrap_err().to_string();
+        assert!(error.contains("--memory-zone"), "{error}");
     }
 
     #[test]

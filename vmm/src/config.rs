@@ -37,7 +37,7 @@ pub enum CpuVendor {
 /// The pages that guest RAM is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PageSize {
-    /// Ordinary shared memory.
+    /// Ordinary memory.
     #[default]
     Size4K,
     /// hugetlb pages of 2 MiB.
@@ -54,6 +54,38 @@ impl PageSize {
             Self::Size4K => 4 << 10,
             Self::Size2M => 2 << 20,
             Self::Size1G => 1 << 30,
+        }
+    }
+}
+
+/// One stretch of guest RAM, all of one kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryZone {
+    /// In bytes; a whole number of its pages.
+    pub size: u64,
+    /// Another process that maps its file has the same memory; else it is this process's alone.
+    pub shared: bool,
+    /// The pages that it is made of; a file brings its own.
+    pub page_size: PageSize,
+    /// Whether the host may join its pages to transparent huge pages.
+    pub thp: bool,
+    /// All of it is given memory before the guest starts.
+    pub prefault: bool,
+    /// A file to be the memory, at least as long as it.
+    pub file: Option<PathBuf>,
+}
+
+impl MemoryZone {
+    /// `size` bytes of anonymous memory in ordinary pages.
+    #[must_use]
+    pub const fn new(size: u64) -> Self {
+        Self {
+            size,
+            shared: false,
+            page_size: PageSize::Size4K,
+            thp: true,
+            prefault: false,
+            file: None,
         }
     }
 }
@@ -92,10 +124,6 @@ pub struct VmConfig {
     pub cmdline: String,
     /// Number of vCPUs, 1 to [`MAX_CPUS`].
     pub cpus: u8,
-    /// Guest RAM in bytes; see [`crate::memory`] for the limits.
-    pub memory_bytes: u64,
-    /// The pages that RAM is made of; RAM is a whole number of them.
-    pub page_size: PageSize,
     /// COM1 and COM2.
     pub serial: [SerialMode; 2],
     /// Whose processor the guest sees.
@@ -146,8 +174,6 @@ mod tests {
             initramfs: None,
             cmdline: String::new(),
             cpus: 1,
-            memory_bytes: 64 << 20,
-            page_size: PageSize::Size4K,
             serial: [SerialMode::Tty, SerialMode::Off],
             cpu_vendor: CpuVendor::Host,
         }

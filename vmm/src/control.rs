@@ -48,12 +48,18 @@ pub struct Undeliverable {
     pub gpa: u64,
     /// Why the guest cannot be told.
     pub why: String,
+    /// Where the vCPU was: its RIP.
+    #[serde(with = "mce_relay::event::hex")]
+    pub rip: u64,
 }
 
 impl fmt::Display for Undeliverable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { vcpu, gpa, why } = self;
-        write!(f, "vCPU {vcpu} touched the bad page at {gpa:#x} and cannot be told: {why}")
+        let Self { vcpu, gpa, why, rip } = self;
+        write!(
+            f,
+            "vCPU {vcpu} touched the bad page at {gpa:#x} (RIP {rip:#x}) and cannot be told: {why}"
+        )
     }
 }
 
@@ -375,7 +381,7 @@ mod tests {
     use super::*;
 
     fn untold(vcpu: u8) -> PauseReason {
-        PauseReason::Undeliverable(Undeliverable { vcpu, gpa: 0x1000, why: "test".into() })
+        PauseReason::Undeliverable(Undeliverable { vcpu, gpa: 0x1000, why: "test".into(), rip: 0 })
     }
 
     #[test]
@@ -434,7 +440,7 @@ mod tests {
     fn reasons_in_json() {
         let json = serde_json::to_value(untold(1)).unwrap();
         let expected = serde_json::json!({
-            "reason": "undeliverable", "vcpu": 1, "gpa": "0x1000", "why": "test"
+            "reason": "undeliverable", "vcpu": 1, "gpa": "0x1000", "why": "test", "rip": "0x0"
         });
         assert_eq!(json, expected);
         assert_eq!(serde_json::from_value::<PauseReason>(json).unwrap(), untold(1));

@@ -222,19 +222,21 @@ mod tests {
 
     #[test]
     fn a_pause_names_its_reason_and_the_way_on() {
-        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why: "CR4.MCE is clear".into() };
+        let why = "CR4.MCE is clear".into();
+        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why, rip: 0xff };
         let event = VmEvent::Paused {
             reason: PauseReason::Undeliverable(what),
             way_on: "resume it".into(),
         };
         assert_eq!(event.level(), Level::Warn, "seen without -v");
-        let words = "paused: vCPU 1 touched the bad page at 0x5000 and cannot be told: \
+        let words = "paused: vCPU 1 touched the bad page at 0x5000 (RIP 0xff) and cannot be told: \
                      CR4.MCE is clear; resume it";
         assert_eq!(event.to_string(), words);
         let value: Value = serde_json::from_str(&line(Duration::ZERO, "vm", &event)).unwrap();
         assert_eq!(value["event"], "paused");
         let properties = json!({
-            "reason": "undeliverable", "vcpu": 1, "gpa": "0x5000", "why": "CR4.MCE is clear"
+            "reason": "undeliverable", "vcpu": 1, "gpa": "0x5000", "why": "CR4.MCE is clear",
+            "rip": "0xff"
         });
         assert_eq!(value["properties"], properties);
     }

@@ -22,6 +22,7 @@ pub mod devices;
 pub mod events;
 pub mod ghes;
 pub mod host;
+pub mod last_resort;
 pub mod mce_inject;
 pub mod memory;
 pub mod msr;

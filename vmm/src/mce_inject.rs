@@ -331,6 +331,7 @@ impl Mca for VcpuMca<'_> {
         let values = read_msrs(self.vcpu, &indices).map_err(|(_, error)| error)?;
 
         let events = self.vcpu.get_vcpu_events()?;
+        let regs = self.vcpu.get_regs()?;
         let mut state = McaState {
             waits_for_sipi: matches!(
                 self.vcpu.get_mp_state()?.mp_state,
@@ -346,7 +347,8 @@ impl Mca for VcpuMca<'_> {
                 || events.nmi.injected != 0
                 || events.exception.injected != 0
                 || events.exception.pending != 0,
-            interrupts_on: self.vcpu.get_regs()?.rflags & RFLAGS_IF != 0,
+            interrupts_on: regs.rflags & RFLAGS_IF != 0,
+            rip: regs.rip,
             banks: [Bank::default(); MAX_BANKS],
         };
         for (bank, pair) in state.banks.iter_mut().zip(values[first_bank..].chunks_exact(2)) {

@@ -3,7 +3,8 @@
 //! This side only poisons. What the VMM then catches, and what it tells its guest, is in the VM's
 //! own account (`mce-relay status`, the event monitor).
 
-use std::collections::HashSet;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -143,6 +144,15 @@ pub enum PoisonError {
         /// Where there is RAM.
         ram: String,
     },
+    /// Nobody else can map the page.
+    #[error(
+        "the page at GPA {gpa:#x} is memory of the VMM alone, which no other process can poison by madvise; \
+         start the VM with --memory size=…,shared=on, or use --via hwpoison-inject"
+    )]
+    Private {
+        /// Guest-physical address of the page.
+        gpa: u64,
+    },
     /// The VMM's memory cannot be opened.
     #[error("cannot open the VM's memory {path}; run it as root", path = .path.display())]
     Memory {
@@ -224,7 +234,7 @@ pub fn poison_all(
         pagemap.pfn(hva).map_err(|source| PoisonError::Page { gpa, source })?;
     }
     let flags = PageFlags::open()?;
-    let mut poisoner = Poisoner::open(&vm, via)?;
+    let mut poisoner = Poisoner::open(&vm, via, &targets)?;
 
     let mut asked = Vec::with_capacity(targets.len());
     let start = Instant::now();
@@ -277,8 +287,12 @@ fn wait_for_mark(flags: &PageFlags, pfn: u64, deadline: Instant) -> Result<bool,
 pub(crate) struct Target {
     pub(crate) gpa: u64,
     hva: u64,
-    /// Offset in the VM's memory file.
+    /// The VMM's descriptor of the file that other processes can map; `None` where there is none.
+    fd: Option<i32>,
+    /// Offset in that file.
     offset: u64,
+    /// The pages that the file comes in, in bytes.
+    page_size: u64,
 }
 
 /// The pages of `ranges` in the order given, each once. All of them are guest RAM, so however long
@@ -290,7 +304,7 @@ pub(crate) fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, 
             let gpa = page << PAGE_SHIFT;
             page = match vm.block(gpa) {
                 Some(block) => (block.gpa + block.len) >> PAGE_SHIFT,
-                None => return Err(PoisonError::OutsideRam { gpa, ram: ram(vm) }),
+                None => return Err(PoisonError::OutsideRam { gpa, ram: vm.ram_in_words() }),
             };
         }
     }
@@ -300,33 +314,38 @@ pub(crate) fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, 
     let target = |gpa| {
         let block = vm.block(gpa)?;
         let inside = gpa - block.gpa;
-        Some(Target { gpa, hva: block.hva + inside, offset: block.fd_offset + inside })
+        Some(Target {
+            gpa,
+            hva: block.hva + inside,
+            fd: block.fd.filter(|_| block.shared),
+            offset: block.fd_offset + inside,
+            page_size: block.page_size,
+        })
     };
     Ok(new.filter_map(target).collect())
-}
-
-/// Where the guest has RAM, in words.
-fn ram(vm: &VmInfo) -> String {
-    let block = |b: &crate::api::MemoryBlock| format!("{:#x} to {:#x}", b.gpa, b.gpa + b.len - 1);
-    vm.memory.iter().map(block).collect::<Vec<_>>().join(", ")
 }
 
 /// One of the means, ready to be used again and again.
 enum Poisoner {
     Inject(Injector),
-    Madvise(File),
+    /// In the process `pid`, with the files of its memory that have been opened.
+    Madvise {
+        pid: u32,
+        files: HashMap<i32, File>,
+    },
 }
 
 impl Poisoner {
-    fn open(vm: &VmInfo, via: Means) -> Result<Self, PoisonError> {
+    fn open(vm: &VmInfo, via: Means, targets: &[Target]) -> Result<Self, PoisonError> {
         match via {
             Means::HwpoisonInject => Ok(Self::Inject(Injector::open()?)),
             Means::Madvise => {
                 register_signal_handler(libc::SIGBUS, ignore)
                     .map_err(|error| PoisonError::Madvise(error.into()))?;
-                let path = PathBuf::from(format!("/proc/{}/fd/{}", vm.pid, vm.memory_fd));
-                let file = File::options().read(true).write(true).open(&path);
-                file.map(Self::Madvise).map_err(|source| PoisonError::Memory { path, source })
+                if let Some(target) = targets.iter().find(|target| target.fd.is_none()) {
+                    return Err(PoisonError::Private { gpa: target.gpa });
+                }
+                Ok(Self::Madvise { pid: vm.pid, files: HashMap::new() })
             }
         }
     }
@@ -334,7 +353,19 @@ impl Poisoner {
     fn poison(&mut self, target: &Target, pfn: u64) -> Result<(), PoisonError> {
         match self {
             Self::Inject(injector) => Ok(injector.corrupt(pfn)?),
-            Self::Madvise(memory) => madvise(memory, target.offset),
+            Self::Madvise { pid, files } => {
+                // Checked when it was opened.
+                let fd = target.fd.ok_or(PoisonError::Private { gpa: target.gpa })?;
+                let file = match files.entry(fd) {
+                    Entry::Occupied(file) => file.into_mut(),
+                    Entry::Vacant(place) => {
+                        let path = PathBuf::from(format!("/proc/{pid}/fd/{fd}"));
+                        let file = File::options().read(true).write(true).open(&path);
+                        place.insert(file.map_err(|source| PoisonError::Memory { path, source })?)
+                    }
+                };
+                madvise(file, target.offset, target.page_size)
+            }
         }
     }
 }
@@ -345,24 +376,28 @@ extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
 /// Poisons the page at `offset` of the VM's memory through a mapping of our own, so that the VMM is
 /// one of those who have it mapped and not the one who asked.
-fn madvise(memory: &File, offset: u64) -> Result<(), PoisonError> {
+fn madvise(memory: &File, offset: u64, page_size: u64) -> Result<(), PoisonError> {
     const LEN: usize = 1 << PAGE_SHIFT;
     let map_error = |source| PoisonError::Map { offset, source };
-    let at = libc::off_t::try_from(offset).map_err(|error| map_error(io::Error::other(error)))?;
+    let odd = |error| map_error(io::Error::other(error));
+    // A file of huge pages is mapped by whole ones.
+    let inside = usize::try_from(offset % page_size).map_err(odd)?;
+    let at = libc::off_t::try_from(offset - offset % page_size).map_err(odd)?;
+    let all = usize::try_from(page_size).map_err(odd)?;
     // SAFETY: a new mapping at an address of the kernel's choice; the file outlives the call, and
     // nothing but madvise and munmap is done with it.
     let page = unsafe {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        libc::mmap(ptr::null_mut(), LEN, prot, libc::MAP_SHARED, memory.as_raw_fd(), at)
+        libc::mmap(ptr::null_mut(), all, prot, libc::MAP_SHARED, memory.as_raw_fd(), at)
     };
     if page == libc::MAP_FAILED {
         return Err(map_error(io::Error::last_os_error()));
     }
     // SAFETY: `page` is the mapping made above, and nothing refers into it.
-    let result = unsafe { libc::madvise(page, LEN, libc::MADV_HWPOISON) };
+    let result = unsafe { libc::madvise(page.byte_add(inside), LEN, libc::MADV_HWPOISON) };
     let error = io::Error::last_os_error();
     // SAFETY: as above; it is not used afterwards.
-    unsafe { libc::munmap(page, LEN) };
+    unsafe { libc::munmap(page, all) };
     if result == 0 { Ok(()) } else { Err(PoisonError::Madvise(error)) }
 }
 
@@ -371,13 +406,15 @@ mod tests {
     use super::*;
     use crate::api::MemoryBlock;
 
+    fn block(gpa: u64, hva: u64, fd_offset: u64) -> MemoryBlock {
+        let (fd, shared, page_size) = (Some(3), true, 4096);
+        MemoryBlock { gpa, len: 0x10000, hva, fd, fd_offset, shared, page_size }
+    }
+
     /// Two blocks of 16 pages, with a hole of as many between.
     fn vm() -> VmInfo {
         VmInfo {
-            memory: vec![
-                MemoryBlock { gpa: 0, len: 0x10000, hva: 0x7000_0000, fd_offset: 0 },
-                MemoryBlock { gpa: 0x20000, len: 0x10000, hva: 0x8000_0000, fd_offset: 0x10000 },
-            ],
+            memory: vec![block(0, 0x7000_0000, 0), block(0x20000, 0x8000_0000, 0x10000)],
             ..crate::api::an_info()
         }
     }
@@ -407,7 +444,8 @@ mod tests {
             PageRange::page(0x5000),
         ];
         assert_eq!(gpas(&list), [0x5000, 0x20000, 0x21000, 0x4000, 0x6000]);
-        let target = Target { gpa: 0x21000, hva: 0x8000_1000, offset: 0x11000 };
+        let (hva, fd, page_size) = (0x8000_1000, Some(3), 4096);
+        let target = Target { gpa: 0x21000, hva, fd, offset: 0x11000, page_size };
         assert_eq!(targets(&vm(), &[PageRange::page(0x21000)]).unwrap(), [target]);
     }
 

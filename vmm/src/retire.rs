@@ -115,13 +115,7 @@ mod tests {
 
     #[test]
     fn told_is_said_of_what_the_guest_has_taken_only() {
-        let times = Times {
-            seen: SystemTime::UNIX_EPOCH,
-            waiting: None,
-            injected: None,
-            acknowledged: None,
-            undeliverable: None,
-        };
+        let times = Times::new(SystemTime::UNIX_EPOCH);
         let place = Place::Ghes { record: 1 };
         let no_taker = Cannot::NoTaker { why: Why::NoSource };
         for (state, told) in [

@@ -2,27 +2,29 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use kvm_ioctls::VcpuFd;
 use log::{error, warn};
-use mce_relay::mca::Vendor;
+use mce_relay::ledger::State;
+use mce_relay::mca::{Kind, PAGE_SHIFT, Vendor};
 use mce_relay::{
-    AoChannel, Config, KillPolicy, RamError, RamMap, RamRegion, Relay, StartError, VcpuPort,
-    Verdict,
+    AoChannel, Config, Event, FoundBy, KillPolicy, Ledger, RamError, RamMap, Relay, StartError,
+    VcpuPort, Verdict,
 };
 
 use crate::acpi::Table;
-use crate::api::{Api, ApiError, Current, MemoryBlock, Running, VmInfo};
+use crate::api::{Api, ApiError, Current, Running, VmInfo};
 use crate::cli::{ApiPath, RunArgs, Switch};
 use crate::config::{OnUndeliverable, VmConfig};
 use crate::control::{ExitReason, PauseReason, StopCause, Undeliverable, VmControl};
 use crate::events::{Monitor, MonitorError, VmEvent};
 use crate::ghes::{self, Notify};
 use crate::host;
+use crate::last_resort;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
-use crate::memory::GuestRam;
-use crate::vcpu::{HookError, HookVerdict, RamAccess, VcpuHook, VcpuSetup};
+use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
+use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
 
 /// Why a guest could not be run.
@@ -34,9 +36,15 @@ pub enum RunError {
     /// The API.
     #[error(transparent)]
     Api(#[from] ApiError),
+    /// Its memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
     /// The VM.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// The handler of what nobody can take care of.
+    #[error("cannot install a handler for SIGBUS")]
+    LastResort(#[source] std::io::Error),
     /// The memory-failure policy.
     #[error("cannot set the memory-failure policy (prctl PR_MCE_KILL)")]
     Policy(#[source] std::io::Error),
@@ -66,6 +74,9 @@ enum RelayError {
 pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     // Before any thread is started: they inherit it, and only the relay's own takes AOs.
     KillPolicy::Late.set().map_err(RunError::Policy)?;
+    // Before the relay's, which hands on to it.
+    last_resort::install().map_err(RunError::LastResort)?;
+    let ram = Arc::new(GuestRam::new(&args.zones())?);
     let monitor = Monitor::start(args.event_monitor.as_ref().map(|path| path.0.as_path()))?;
     let current = Current::default();
     let api = args.api_socket.as_ref().map(|path| Api::start(&path.0, current.clone()));
@@ -81,18 +92,21 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
         initramfs: args.initramfs.clone(),
         cmdline: args.cmdline.clone(),
         cpus: args.cpus.0,
-        memory_bytes: args.memory.0,
-        page_size: crate::config::PageSize::Size4K,
         serial: [args.serial.0.clone(), args.serial2.0.clone()],
         cpu_vendor: args.cpu_vendor.into(),
     };
-    let mut boot = 0;
+    let mut machine = Machine { args, config, ram, monitor: &monitor, ledger: Ledger::default() };
+    let (mut boot, mut quick_faults) = (0, 0);
     loop {
         boot += 1;
-        let reason = boot_once(args, &config, boot, &monitor, &current)?;
-        if starts_again(&reason, args.on_undeliverable, args.no_reboot) {
-            let by_policy = reason != ExitReason::Reset;
+        let begun = Instant::now();
+        let reason = machine.boot(boot, &current)?;
+        let quick = begun.elapsed() < QUICK && matches!(reason, ExitReason::TripleFault { .. });
+        quick_faults = if quick { quick_faults + 1 } else { 0 };
+        if starts_again(&reason, args.on_undeliverable, args.no_reboot) && quick_faults < HOPELESS {
+            let by_policy = matches!(reason, ExitReason::Undeliverable(_));
             monitor.emit(VmEvent::Reset { reason: reason.to_string(), by_policy });
+            machine.renew();
             continue;
         }
         let status = exit_status(&reason);
@@ -104,61 +118,141 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     }
 }
 
-fn boot_once(
-    args: &RunArgs,
-    config: &VmConfig,
-    boot: u32,
-    monitor: &Monitor,
-    current: &Current,
-) -> Result<ExitReason, RunError> {
-    let mut hooks = RelayHooks { args, monitor, made: None };
-    let vm = Vm::new(config, &mut hooks)?;
-    let made = hooks.made.take().ok_or_else(|| VmError::Hook(RelayError::Early.into()))?;
-    let caps = made.setup.caps();
-    let mcg_cap = format!("{:#x}", caps.mcg_cap);
-    let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    monitor.emit(VmEvent::Booting {
-        boot,
-        unix_time: since_1970.unwrap_or(Duration::ZERO).as_secs_f64(),
-        mcg_cap: mcg_cap.clone(),
-        vendor: caps.vendor,
-    });
-    let blocks = vm.ram_blocks().iter();
-    current.set(Some(Running {
-        info: VmInfo {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            pid: vm.pid(),
+/// A guest that dies of a triple fault so soon after its start has not come up.
+const QUICK: Duration = Duration::from_secs(1);
+/// So many of them in a row: it will not come up.
+const HOPELESS: u32 = 3;
+/// How often the making of a VM is tried again after pages that were in its way have been replaced.
+const TRIES: u32 = 3;
+
+/// What stays when the guest starts over.
+struct Machine<'a> {
+    args: &'a RunArgs,
+    config: VmConfig,
+    ram: Arc<GuestRam>,
+    monitor: &'a Monitor,
+    ledger: Ledger,
+}
+
+impl Machine<'_> {
+    /// Boots the guest once and runs it to its end.
+    fn boot(&mut self, boot: u32, current: &Current) -> Result<ExitReason, VmError> {
+        let args = self.args;
+        let (vm, made) = self.make()?;
+        let caps = made.setup.caps();
+        let mcg_cap = format!("{:#x}", caps.mcg_cap);
+        let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        self.monitor.emit(VmEvent::Booting {
             boot,
-            vcpus: usize::from(config.cpus),
+            unix_time: since_1970.unwrap_or(Duration::ZERO).as_secs_f64(),
+            mcg_cap: mcg_cap.clone(),
             vendor: caps.vendor,
-            mcg_cap,
-            mce_kill: args.mce_kill.into(),
-            memory: blocks
-                .map(|b| MemoryBlock { gpa: b.gpa, len: b.len, hva: b.hva, fd_offset: b.fd_offset })
-                .collect(),
-            memory_fd: vm.memfd(),
-            ao_channel: args.ao_channel,
-            ghes: notify(args),
-            ao_pace: args.ao_pace.0,
-            on_undeliverable: args.on_undeliverable,
-            paused: false,
-            pause_reason: None,
-        },
-        relay: made.relay.handle(),
-        control: vm.control().clone(),
-    }));
-    let reason = vm.run();
-    current.set(None);
-    // Here the relay goes, and with it its thread; the vCPU threads are gone already. Guest RAM, whose
-    // addresses it has, goes after it.
-    drop(made);
-    Ok(reason)
+        });
+        let relay = made.relay.handle();
+        current.set(Some(Running {
+            info: VmInfo {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                pid: vm.pid(),
+                boot,
+                vcpus: usize::from(self.config.cpus),
+                vendor: caps.vendor,
+                mcg_cap,
+                mce_kill: args.mce_kill.into(),
+                memory: vm.ram_blocks().iter().map(Into::into).collect(),
+                ao_channel: args.ao_channel,
+                ghes: notify(args),
+                ao_pace: args.ao_pace.0,
+                on_undeliverable: args.on_undeliverable,
+                paused: false,
+                pause_reason: None,
+            },
+            relay: relay.clone(),
+            control: vm.control().clone(),
+            ram: Arc::clone(&self.ram),
+        }));
+        let reason = vm.run();
+        current.set(None);
+        // Here the relay goes, and with it its thread; the vCPU threads are gone already. What its
+        // thread entered until then is in the ledger.
+        drop(made);
+        self.ledger = relay.ledger();
+        Ok(reason)
+    }
+
+    /// Builds the VM. A bad page in its way is entered, replaced, and it is tried again.
+    fn make(&mut self) -> Result<(Vm, Made), VmError> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let mut hooks = RelayHooks {
+                args: self.args,
+                monitor: self.monitor,
+                ledger: self.ledger.clone(),
+                made: None,
+            };
+            match Vm::new(&self.config, &self.ram, &mut hooks) {
+                Ok(vm) => {
+                    let made = hooks.made.take();
+                    return Ok((vm, made.ok_or_else(|| VmError::Hook(RelayError::Early.into()))?));
+                }
+                Err(error) => {
+                    if let Some(made) = hooks.made.take() {
+                        let relay = made.relay.handle();
+                        drop(made);
+                        self.ledger = relay.ledger();
+                    }
+                    let bad = self.ram.find_poison();
+                    if bad.is_empty() || tries == TRIES {
+                        return Err(error);
+                    }
+                    warn!("{error}; there are {} bad pages in guest memory", bad.len());
+                    self.enter(&bad);
+                    self.renew();
+                }
+            }
+        }
+    }
+
+    fn enter(&mut self, bad: &[u64]) {
+        let emit = self.monitor.for_relay();
+        for &gpa in bad {
+            let block = self.ram.blocks().iter().find(|block| block.contains_gpa(gpa));
+            let hva = block.map_or(0, |block| block.hva + (gpa - block.gpa));
+            let (kind, found_by) = (Kind::ActionOptional, FoundBy::Scan);
+            if self.ledger.enter(gpa, hva, PAGE_SHIFT, kind, found_by, SystemTime::now()) {
+                let (extent, pages) = (PAGE_SIZE, 1);
+                emit(&Event::Seen { gpa, hva, kind, found_by, extent, pages });
+            }
+        }
+    }
+
+    /// Has the guest find good memory when it starts over, and writes down what came of it.
+    fn renew(&mut self) {
+        let emit = self.monitor.for_relay();
+        let bad: Vec<u64> = self.ledger.pages().map(|page| page.gpa).collect();
+        let renewed = self.ram.renew(&bad);
+        let now = SystemTime::now();
+        for gpa in renewed.healed {
+            if self.ledger.heal(gpa, now) {
+                emit(&Event::Healed { gpa });
+            }
+        }
+        for (gpa, len) in renewed.removed {
+            let pages = self.ledger.pages().map(|page| page.gpa);
+            let within: Vec<u64> = pages.filter(|at| *at >= gpa && at - gpa < len).collect();
+            for gpa in within {
+                self.ledger.set(gpa, State::Removed, now);
+            }
+            emit(&Event::Removed { gpa, len });
+        }
+        self.ledger.forget_predictions();
+    }
 }
 
 /// Whether a guest that ended so is to be started again.
 fn starts_again(reason: &ExitReason, policy: OnUndeliverable, no_reboot: bool) -> bool {
     let wanted = match reason {
-        ExitReason::Reset => true,
+        ExitReason::Reset | ExitReason::TripleFault { .. } => true,
         ExitReason::Undeliverable(_) => policy == OnUndeliverable::Reset,
         _ => false,
     };
@@ -211,6 +305,7 @@ fn exit_status(reason: &ExitReason) -> u8 {
 struct RelayHooks<'a> {
     args: &'a RunArgs,
     monitor: &'a Monitor,
+    ledger: Ledger,
     made: Option<Made>,
 }
 
@@ -228,16 +323,10 @@ impl RelayHooks<'_> {
         let lmce = self.args.lmce == Switch::On;
         let setup = MceSetup::new(vm.kvm, vm.vendor, lmce, vm.vendor == Vendor::Amd)?;
         setup.prepare_vm(vm.vm)?;
-        let regions: Vec<RamRegion> = vm
-            .ram
-            .blocks()
-            .iter()
-            .map(|block| RamRegion { hva: block.hva, gpa: block.gpa, len: block.len })
-            .collect();
         let relay = Relay::start(Config {
             vcpus: usize::from(vm.cpus),
             caps: setup.caps(),
-            ram: RamMap::new(&regions)?,
+            ram: RamMap::new(vm.ram.regions())?,
             policy: self.args.mce_kill.into(),
             pace: self.args.ao_pace.0,
             ao_channel: self.args.ao_channel,
@@ -245,6 +334,7 @@ impl RelayHooks<'_> {
                 .map(|notify| ghes::source(vm.vm, notify))
                 .transpose()
                 .map_err(RelayError::Source)?,
+            ledger: self.ledger.clone(),
             observer: self.monitor.for_relay(),
         })?;
         let (emit, socket) = (self.monitor.for_vm(), self.args.api_socket.clone());
@@ -329,8 +419,8 @@ impl VcpuHook for RelayHook {
     fn before_run(&mut self, vcpu: &mut VcpuFd) -> HookVerdict {
         match self.port.before_run(&mut self.guest.on(vcpu)) {
             Verdict::Run => HookVerdict::Run,
-            Verdict::Undeliverable { gpa, why } => {
-                let what = Undeliverable { vcpu: self.index, gpa, why: why.to_string() };
+            Verdict::Undeliverable { gpa, why, rip } => {
+                let what = Undeliverable { vcpu: self.index, gpa, why: why.to_string(), rip };
                 match self.on_undeliverable {
                     OnUndeliverable::Pause => HookVerdict::Pause(PauseReason::Undeliverable(what)),
                     // Whoever runs the VM knows which: see `starts_again`.
@@ -351,6 +441,15 @@ impl VcpuHook for RelayHook {
         HookVerdict::Run
     }
 
+    fn run_failed(&mut self, _: &mut VcpuFd, failure: RunFailure) -> Option<HookVerdict> {
+        // A KVM that says it so instead of by SIGBUS. What is not bad is somebody else's matter.
+        let RunFailure::MemoryFault { gpa, .. } = failure else { return None };
+        self.port.is_poisoned(gpa).then(|| {
+            self.port.mmio_hit(gpa);
+            HookVerdict::Run
+        })
+    }
+
     fn rdmsr(&mut self, index: u32) -> Option<u64> {
         self.guest.read_msr(index)
     }
@@ -365,7 +464,12 @@ mod tests {
     use super::*;
 
     fn untold() -> ExitReason {
-        ExitReason::Undeliverable(Undeliverable { vcpu: 0, gpa: 0x1000, why: "test".into() })
+        ExitReason::Undeliverable(Undeliverable {
+            vcpu: 0,
+            gpa: 0x1000,
+            why: "test".into(),
+            rip: 0,
+        })
     }
 
     #[test]
@@ -375,10 +479,9 @@ mod tests {
             assert!(starts_again(&ExitReason::Reset, policy, false));
             assert_eq!(starts_again(&untold(), policy, false), policy == Reset);
             let triple_fault = ExitReason::TripleFault { vcpu: 0 };
-            for reason in [ExitReason::PowerOff, triple_fault] {
-                assert!(!starts_again(&reason, policy, false), "{reason:?}");
-            }
-            for reason in [ExitReason::Reset, untold()] {
+            assert!(starts_again(&triple_fault, policy, false));
+            assert!(!starts_again(&ExitReason::PowerOff, policy, false));
+            for reason in [ExitReason::Reset, triple_fault, untold()] {
                 assert!(!starts_again(&reason, policy, true), "{reason:?} with --no-reboot");
             }
         }
@@ -386,7 +489,7 @@ mod tests {
 
     #[test]
     fn the_way_on_is_one_that_exists() {
-        let what = Undeliverable { vcpu: 0, gpa: 0x1000, why: "test".into() };
+        let what = Undeliverable { vcpu: 0, gpa: 0x1000, why: "test".into(), rip: 0 };
         let untold = PauseReason::Undeliverable(what);
         let socket = ApiPath("/x".into());
         let words = way_on(&untold, Some(&socket));

@@ -211,13 +211,17 @@ pub fn status(status: &Status, json: bool) -> ExitCode {
 }
 
 fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Result<()> {
-    let Status { vm, pages, predicted } = status;
+    let Status { vm, pages, predicted, past } = status;
     writeln!(out, "{}", headline(vm))?;
     if let Some(reason) = &vm.pause_reason {
         writeln!(out, "PAUSED: {reason}; `mce-relay resume` lets it go on")?;
     }
     if !predicted.is_empty() {
         write_predicted(out, predicted)?;
+    }
+    if !past.is_empty() {
+        writeln!(out, "bad once, and no longer: {}", past.len())?;
+        write_pages(out, past)?;
     }
     if pages.is_empty() {
         return writeln!(out, "no bad pages");
@@ -226,6 +230,14 @@ fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Res
     if !sum_last {
         writeln!(out, "{}", summary(pages))?;
     }
+    write_pages(out, pages)?;
+    if sum_last {
+        writeln!(out, "{}", summary(pages))?;
+    }
+    Ok(())
+}
+
+fn write_pages(out: &mut dyn Write, pages: &[Page]) -> io::Result<()> {
     let mut table =
         table(&["GPA", "HVA", "kind", "found by", "signals", "seen", "outcome", "after seen"]);
     for page in pages {
@@ -240,19 +252,13 @@ fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Res
             Cell::new(course(&page.times)),
         ]);
     }
-    for line in table.lines() {
-        writeln!(out, "{line}")?;
-    }
-    if sum_last {
-        writeln!(out, "{}", summary(pages))?;
-    }
-    Ok(())
+    table.lines().try_for_each(|line| writeln!(out, "{line}"))
 }
 
 fn colour(state: &State) -> Color {
     match state {
-        State::Acknowledged { .. } => Color::Green,
-        State::Undeliverable { .. } => Color::Red,
+        State::Acknowledged { .. } | State::Healed => Color::Green,
+        State::Undeliverable { .. } | State::Removed => Color::Red,
         _ => Color::Yellow,
     }
 }
@@ -298,12 +304,13 @@ fn headline(vm: &VmInfo) -> String {
 /// How many pages are in each state, and how they were found.
 fn summary(pages: &[Page]) -> String {
     type Is = fn(&State) -> bool;
-    let states: [(&str, Is); 5] = [
+    let states: [(&str, Is); 6] = [
         ("seen", |state| matches!(state, State::Seen)),
         ("waiting", |state| matches!(state, State::Waiting { .. })),
         ("injected", |state| matches!(state, State::Injected { .. })),
         ("acknowledged", |state| matches!(state, State::Acknowledged { .. })),
         ("undeliverable", |state| matches!(state, State::Undeliverable { .. })),
+        ("removed", |state| matches!(state, State::Removed)),
     ];
     let counts: Vec<String> = states
         .iter()
@@ -311,10 +318,12 @@ fn summary(pages: &[Page]) -> String {
         .filter(|(_, count)| *count > 0)
         .map(|(name, count)| format!("{count} {name}"))
         .collect();
-    let scanned = pages.iter().filter(|page| page.found_by == FoundBy::Scan).count();
-    let signalled = pages.len() - scanned;
+    let found = |by| pages.iter().filter(|page| page.found_by == by).count();
+    let (scanned, met) = (found(FoundBy::Scan), found(FoundBy::Access));
+    let signalled = pages.len() - scanned - met;
+    let met = if met > 0 { format!(", by the VMM's own access {met}") } else { String::new() };
     format!(
-        "bad pages: {}: {} (found by signal {signalled}, by scan {scanned})",
+        "bad pages: {}: {} (found by signal {signalled}, by scan {scanned}{met})",
         pages.len(),
         counts.join(", ")
     )
@@ -330,12 +339,14 @@ fn time(time: SystemTime) -> String {
 
 /// The states that a page came to after it was seen, in order, each with the seconds since then.
 fn course(times: &Times) -> String {
-    let Times { seen, waiting, injected, acknowledged, undeliverable } = *times;
+    let Times { seen, waiting, injected, acknowledged, undeliverable, healed, removed } = *times;
     let mut steps: Vec<(SystemTime, &str)> = [
         (waiting, "waiting"),
         (injected, "injected"),
         (acknowledged, "acknowledged"),
         (undeliverable, "undeliverable"),
+        (healed, "healed"),
+        (removed, "removed"),
     ]
     .into_iter()
     .filter_map(|(time, name)| Some((time?, name)))
@@ -380,20 +391,14 @@ mod tests {
             found_by: if number == 0 { FoundBy::Scan } else { FoundBy::Signal },
             signals: 1,
             state,
-            times: Times {
-                seen: at(0),
-                waiting,
-                injected,
-                acknowledged: None,
-                undeliverable: None,
-            },
+            times: Times { waiting, injected, ..Times::new(at(0)) },
         }
     }
 
     fn shown(pages: Vec<Page>, pause_reason: Option<PauseReason>, terminal: bool) -> Vec<String> {
         let vm = VmInfo { paused: pause_reason.is_some(), pause_reason, ..crate::api::an_info() };
         let mut out = Vec::new();
-        let status = Status { vm, pages, predicted: Vec::new() };
+        let status = Status { vm, pages, predicted: Vec::new(), past: Vec::new() };
         write_status(&mut out, &status, terminal).unwrap();
         String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
     }
@@ -412,7 +417,7 @@ mod tests {
         assert_eq!(shown(Vec::new(), None, false)[1..], ["no bad pages"]);
         let waits = State::Waiting { wait: Wait::Mcip { vcpu: 0 } };
         let pages = vec![page(0, waits), page(1, State::Seen), page(2, waits)];
-        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why: "test".into() };
+        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why: "test".into(), rip: 0 };
         let lines = shown(pages, Some(PauseReason::Undeliverable(what)), true);
         assert!(lines[0].contains("AO pace 16 at once and 10 a second"), "{}", lines[0]);
         assert!(lines[1].starts_with("PAUSED: vCPU 1 touched the bad page at 0x5000"));

@@ -477,7 +477,7 @@ mod tests {
 
     #[test]
     fn mmio_in_ram_is_told_from_an_empty_bus() {
-        let ram = [RamBlock { gpa: 0, len: 0x1000, hva: 0, fd_offset: 0 }];
+        let ram = [RamBlock::new(0, 0x1000, 0)];
         let access = |gpa| RamAccess { gpa, len: 4, write: false };
         assert!(matches!(mmio(&ram, access(0xfff)), Then::RamAccess(_)));
         assert!(matches!(mmio(&ram, access(0x1000)), Then::Step(Step::Continue)));

@@ -206,11 +206,15 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Builds everything up to the first instruction.
+    /// Builds everything up to the first instruction, in `ram`, which is of no other VM at the time.
     ///
     /// # Errors
     /// See [`VmError`].
-    pub fn new(config: &VmConfig, hooks: &mut dyn VmHooks) -> Result<Self, VmError> {
+    pub fn new(
+        config: &VmConfig,
+        ram: &Arc<GuestRam>,
+        hooks: &mut dyn VmHooks,
+    ) -> Result<Self, VmError> {
         config.validate()?;
         let kvm = open_kvm()?;
         let max = u8::try_from(kvm.get_max_vcpus()).unwrap_or(MAX_CPUS).min(MAX_CPUS);
@@ -220,7 +224,7 @@ impl Vm {
         install_kick_handler();
         termination_pipes().map_err(os_error("watch for termination signals"))?;
 
-        let ram = Arc::new(GuestRam::new(config.memory_bytes, config.page_size)?);
+        let ram = Arc::clone(ram);
         let fd = Arc::new(create_vm(&kvm)?);
         ram.register(&fd)?;
         let supported = kvm
@@ -243,7 +247,7 @@ impl Vm {
         let [com1, com2] = &config.serial;
         // Kernel first: a mistake in its path should not truncate a serial output file.
         let uarts = [com1, com2].map(|mode| *mode != crate::config::SerialMode::Off);
-        let rsdp = acpi::write(ram.memory(), config.cpus, uarts, &tables)?;
+        let rsdp = acpi::write(&ram, config.cpus, uarts, &tables)?;
         let entry =
             boot::load(&ram, &config.kernel, config.initramfs.as_deref(), &config.cmdline, rsdp)?;
 
@@ -300,12 +304,6 @@ impl Vm {
     #[must_use]
     pub fn ram_blocks(&self) -> &[RamBlock] {
         self.ram.blocks()
-    }
-
-    /// The file that the guest's RAM is; open as long as the VM.
-    #[must_use]
-    pub fn memfd(&self) -> RawFd {
-        self.ram.as_raw_fd()
     }
 
     /// The process that the VM lives in.
@@ -520,7 +518,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        config::{CpuVendor, PageSize, SerialMode},
+        config::{CpuVendor, MemoryZone, SerialMode},
         control::{Parked, PauseReason, StopCause, Undeliverable},
         vcpu::{HookVerdict, VcpuHook},
     };
@@ -565,6 +563,7 @@ mod tests {
     struct Payload {
         dir: tempfile::TempDir,
         config: VmConfig,
+        ram: Arc<GuestRam>,
     }
 
     impl Payload {
@@ -582,16 +581,15 @@ mod tests {
                 initramfs: None,
                 cmdline: "test".into(),
                 cpus,
-                memory_bytes: 32 << 20,
-                page_size: PageSize::Size4K,
                 serial: [SerialMode::File(dir.path().join("com1")), SerialMode::Off],
                 cpu_vendor: CpuVendor::Host,
             };
-            Some(Self { dir, config })
+            let ram = Arc::new(GuestRam::new(&[MemoryZone::new(32 << 20)]).unwrap());
+            Some(Self { dir, config, ram })
         }
 
         fn run(&self) -> ExitReason {
-            Vm::new(&self.config, &mut NoHooks).unwrap().run()
+            Vm::new(&self.config, &self.ram, &mut NoHooks).unwrap().run()
         }
 
         fn serial(&self) -> Vec<u8> {
@@ -614,15 +612,15 @@ mod tests {
         // mov dx, 0x602; mov al, 1; out dx, al.
         let code = [0x66, 0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4];
         let Some(payload) = Payload::new(&code, 2) else { return };
-        // Other tests open and close files at the same time: look at this VM's memory alone.
-        let memfds = || {
-            std::fs::read_to_string("/proc/self/maps").unwrap().matches("memfd:guest-ram").count()
-        };
+        // Other tests make and drop VMs at the same time.
+        let mapped =
+            || std::fs::read_to_string("/proc/self/maps").unwrap().matches("kvm-vcpu").count();
         assert_eq!(payload.run(), ExitReason::Reset);
         for _ in 0..20 {
+            payload.ram.renew(&[]);
             assert_eq!(payload.run(), ExitReason::Reset);
         }
-        assert!(memfds() < 20, "memory of VMs that ended is still mapped");
+        assert!(mapped() < 40, "vCPUs of VMs that ended are still mapped");
     }
 
     #[test]
@@ -679,7 +677,9 @@ mod tests {
     fn kicks_pass_the_hook_and_the_hook_can_stop() {
         let Some(payload) = Payload::new(&SPIN, 2) else { return };
         let entries = Arc::new(AtomicU32::new(0));
-        let vm = Vm::new(&payload.config, &mut CountingFactory(Arc::clone(&entries), 30)).unwrap();
+        let vm =
+            Vm::new(&payload.config, &payload.ram, &mut CountingFactory(Arc::clone(&entries), 30))
+                .unwrap();
         let control = vm.control().clone();
         let runner = std::thread::spawn(|| vm.run());
         for kick in 1..30 {
@@ -694,7 +694,7 @@ mod tests {
         let Some(payload) = Payload::new(&SPIN, 2) else { return };
         let entries = Arc::new(AtomicU32::new(0));
         let mut hooks = CountingFactory(Arc::clone(&entries), u32::MAX);
-        let vm = Vm::new(&payload.config, &mut hooks).unwrap();
+        let vm = Vm::new(&payload.config, &payload.ram, &mut hooks).unwrap();
         let control = vm.control().clone();
         let runner = std::thread::spawn(|| vm.run());
         eventually("a start", || entries.load(Ordering::SeqCst) > 0);
@@ -725,7 +725,7 @@ mod tests {
         fn before_run(&mut self, _: &mut VcpuFd) -> HookVerdict {
             if std::mem::take(&mut self.pause) {
                 let why = "test".into();
-                let what = Undeliverable { vcpu: self.index, gpa: 0x1000, why };
+                let what = Undeliverable { vcpu: self.index, gpa: 0x1000, why, rip: 0 };
                 return HookVerdict::Pause(PauseReason::Undeliverable(what));
             }
             self.entries.fetch_add(1, Ordering::SeqCst);
@@ -756,7 +756,7 @@ mod tests {
     fn hooks_pause_the_vm_again_and_again_and_a_stop_ends_it() {
         let Some(payload) = Payload::new(&SPIN, 3) else { return };
         let mut hooks = PausingFactory::default();
-        let vm = Vm::new(&payload.config, &mut hooks).unwrap();
+        let vm = Vm::new(&payload.config, &payload.ram, &mut hooks).unwrap();
         let control = vm.control().clone();
         let runner = std::thread::spawn(|| vm.run());
         for _ in 0..20 {
@@ -784,7 +784,7 @@ mod tests {
     #[test]
     fn a_hook_that_refuses_is_an_error() {
         let Some(payload) = Payload::new(&SPIN, 1) else { return };
-        let error = Vm::new(&payload.config, &mut Refusing).unwrap_err();
+        let error = Vm::new(&payload.config, &payload.ram, &mut Refusing).unwrap_err();
         assert!(matches!(error, VmError::Hook(_)));
         assert_eq!(error.to_string(), "not today");
     }
@@ -795,7 +795,7 @@ mod tests {
         let com1 = payload.dir.path().join("com1");
         std::fs::write(&com1, "precious").unwrap();
         payload.config.kernel = Path::new("/nonexistent/kernel").into();
-        let error = Vm::new(&payload.config, &mut NoHooks).unwrap_err();
+        let error = Vm::new(&payload.config, &payload.ram, &mut NoHooks).unwrap_err();
         assert!(error.to_string().contains("/nonexistent/kernel"));
         assert_eq!(std::fs::read(com1).unwrap(), b"precious");
     }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use mce_relay::Pace;
-use mce_relay::delivery::{AO_VCPU, Cannot, Pending, Taken, Told, Wait};
+use mce_relay::delivery::{AO_VCPU, Cannot, LOOP_ROUNDS, Pending, Taken, Told, Wait};
 use mce_relay::ledger::{Ledger, State};
 use mce_relay::mca::{
     self, AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, Kind, McaState, Record, Vendor, cap, mcg,
@@ -404,6 +404,10 @@ impl Audit {
                     let ar = in_bank.error.kind == Kind::ActionRequired;
                     assert!(ar, "an AR that an AO's record is in the way of: {by}");
                 }
+            }
+            Cannot::Loop { rounds } => {
+                assert_eq!(error.kind, Kind::ActionRequired, "nobody touches for an AO");
+                assert_eq!(rounds, LOOP_ROUNDS, "as soon as it is one");
             }
             Cannot::Refused => panic!("delivery cannot know that"),
             Cannot::NoTaker { .. } | Cannot::WentBad => panic!("nothing is predicted here"),

@@ -107,7 +107,7 @@ impl<V: Vcpu> Driver<V> {
         let new = self.ledger.enter(gpa, gpa, PAGE_SHIFT, kind, FoundBy::Signal, now);
         match vcpu {
             Some(vcpu) => {
-                self.delivery.push_ar(vcpu, gpa);
+                self.delivery.push_ar(vcpu, gpa, self.now);
                 self.audit.ar(vcpu, gpa);
             }
             None if new => {

@@ -80,6 +80,7 @@ impl Vcpu for ModelVcpu {
             lmce: self.mcg_ext_ctl & msr::MCG_EXT_CTL_LMCE != 0,
             event_in_flight: self.interrupt || self.queued,
             interrupts_on: self.interrupts_on && self.handlers == 0,
+            rip: 0,
             banks,
         }
     }

@@ -20,7 +20,7 @@ use linux_loader::{
     loader::{BzImage, Elf, KernelLoader, elf::PvhBootCapability},
 };
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::memory::{GuestRam, PAGE_SIZE};
 
@@ -143,7 +143,27 @@ pub enum BootError {
         gpa: u64,
         /// The cause.
         #[source]
+        source: mce_relay::AccessError,
+    },
+    /// The initramfs could not be copied to guest memory.
+    #[error("cannot copy the initramfs {} to guest memory at {gpa:#x}", path.display())]
+    CopyInitramfs {
+        /// Its path.
+        path: PathBuf,
+        /// Where.
+        gpa: u64,
+        /// The cause.
+        #[source]
         source: vm_memory::GuestMemoryError,
+    },
+    /// Memory that the kernel or its boot data has to lie in is not there any more.
+    #[error(
+        "guest memory at {gpa:#x} went bad, there is no good memory for it on this host, and the \
+         guest cannot start without it; start it anew"
+    )]
+    Hole {
+        /// Guest-physical address.
+        gpa: u64,
     },
 }
 
@@ -199,23 +219,18 @@ pub fn load(
     check_cmdline(cmdline, loaded.max_cmdline)?;
     let mut bytes = cmdline.as_bytes().to_vec();
     bytes.push(0);
-    write(ram.memory(), &bytes, layout::CMDLINE, "command line")?;
+    write(ram, &bytes, layout::CMDLINE, "command line")?;
 
     let initramfs = initramfs.map(|path| load_initramfs(ram, path, &loaded)).transpose()?;
-    let map = layout::memory_map(ram.blocks());
+    let map = layout::memory_map(ram.blocks(), &ram.removed());
     match loaded.entry {
-        Entry::Pvh { .. } => pvh::write(ram.memory(), &map, initramfs, rsdp)?,
-        Entry::Linux64 { .. } => zero_page::write(
-            ram.memory(),
-            &map,
-            initramfs,
-            loaded.setup_header,
-            cmdline.len(),
-            rsdp,
-        )?,
+        Entry::Pvh { .. } => pvh::write(ram, &map, initramfs, rsdp)?,
+        Entry::Linux64 { .. } => {
+            zero_page::write(ram, &map, initramfs, loaded.setup_header, cmdline.len(), rsdp)?
+        }
     }
-    regs::write_tables(ram.memory(), loaded.entry)?;
-    reset_vector::write(ram.memory())?;
+    regs::write_tables(ram, loaded.entry)?;
+    reset_vector::write(ram)?;
     Ok(loaded.entry)
 }
 
@@ -250,6 +265,9 @@ fn load_kernel(ram: &GuestRam, path: &Path) -> Result<Loaded, BootError> {
         path: path.into(),
         source,
     })?;
+    if let Some(gpa) = hole(ram, 0, layout::HIGH_RAM) {
+        return Err(BootError::Hole { gpa });
+    }
     let load_error = |source| BootError::Load { path: path.into(), ram: ram.low_end(), source };
 
     let loaded = match identify(&head) {
@@ -295,6 +313,9 @@ fn load_kernel(ram: &GuestRam, path: &Path) -> Result<Loaded, BootError> {
         }
         Err(found) => return Err(BootError::NotAKernel { path: path.into(), found }),
     };
+    if let Some(gpa) = hole(ram, 0, loaded.end) {
+        return Err(BootError::Hole { gpa });
+    }
     let end = loaded.end.saturating_add(KERNEL_SLACK);
     if end > ram.low_end() {
         return Err(BootError::KernelTooLarge { path: path.into(), end, ram: ram.low_end() });
@@ -307,15 +328,14 @@ fn load_initramfs(ram: &GuestRam, path: &Path, kernel: &Loaded) -> Result<Initra
     if size == 0 {
         return Err(BootError::EmptyInitramfs { path: path.into() });
     }
-    let addr = place_initramfs(size, kernel.end, kernel.initramfs_limit).ok_or_else(|| {
-        BootError::InitramfsTooLarge {
-            path: path.into(),
-            bytes: size,
-            from: kernel.end,
-            to: kernel.initramfs_limit,
-        }
+    let addr = place_initramfs(size, kernel.end, kernel.initramfs_limit, &ram.removed());
+    let addr = addr.ok_or_else(|| BootError::InitramfsTooLarge {
+        path: path.into(),
+        bytes: size,
+        from: kernel.end,
+        to: kernel.initramfs_limit,
     })?;
-    let write_error = |source| BootError::Write { what: "initramfs", gpa: addr, source };
+    let write_error = |source| BootError::CopyInitramfs { path: path.into(), gpa: addr, source };
     let count = usize::try_from(size).unwrap_or(usize::MAX);
     ram.memory()
         .read_exact_volatile_from(GuestAddress(addr), &mut file, count)
@@ -323,10 +343,26 @@ fn load_initramfs(ram: &GuestRam, path: &Path, kernel: &Loaded) -> Result<Initra
     Ok(Initramfs { addr, size })
 }
 
-/// As high as it fits, on a page of its own.
-fn place_initramfs(size: u64, from: u64, to: u64) -> Option<u64> {
-    let addr = to.checked_sub(size)? / PAGE_SIZE * PAGE_SIZE;
-    (addr >= from).then_some(addr)
+/// As high as it fits, on a page of its own, and clear of the stretches `removed`.
+fn place_initramfs(size: u64, from: u64, mut to: u64, removed: &[(u64, u64)]) -> Option<u64> {
+    loop {
+        let addr = to.checked_sub(size)? / PAGE_SIZE * PAGE_SIZE;
+        if addr < from {
+            return None;
+        }
+        match removed.iter().find(|(start, len)| *start < addr + size && start + len > addr) {
+            // Below it, then.
+            Some((start, _)) => to = *start,
+            None => return Some(addr),
+        }
+    }
+}
+
+/// The first address from `from` to before `to` at which the guest has no memory any more.
+fn hole(ram: &GuestRam, from: u64, to: u64) -> Option<u64> {
+    let inside =
+        |(start, len): (u64, u64)| (start < to && start + len > from).then_some(start.max(from));
+    ram.removed().into_iter().find_map(inside)
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -374,17 +410,8 @@ fn identify(head: &[u8]) -> Result<Image, String> {
     Err(found)
 }
 
-fn write(
-    memory: &GuestMemoryMmap,
-    bytes: &[u8],
-    gpa: u64,
-    what: &'static str,
-) -> Result<(), BootError> {
-    memory.write_slice(bytes, GuestAddress(gpa)).map_err(|source| BootError::Write {
-        what,
-        gpa,
-        source,
-    })
+fn write(ram: &GuestRam, bytes: &[u8], gpa: u64, what: &'static str) -> Result<(), BootError> {
+    ram.write(gpa, bytes).map_err(|source| BootError::Write { what, gpa, source })
 }
 
 #[cfg(test)]
@@ -392,7 +419,7 @@ mod tests {
     use std::error::Error;
 
     use super::*;
-    use crate::config::PageSize;
+    use crate::config::MemoryZone;
 
     #[test]
     fn cmdline_limits() {
@@ -426,15 +453,15 @@ mod tests {
 
     #[test]
     fn initramfs_goes_high_and_page_aligned() {
-        assert_eq!(place_initramfs(5000, 0x10_0000, 0x20_0000), Some(0x1f_e000));
-        assert_eq!(place_initramfs(0x10_0000, 0x10_0000, 0x20_0000), Some(0x10_0000));
-        assert_eq!(place_initramfs(0x10_0001, 0x10_0000, 0x20_0000), None);
-        assert_eq!(place_initramfs(u64::MAX, 0, 0x20_0000), None);
+        assert_eq!(place_initramfs(5000, 0x10_0000, 0x20_0000, &[]), Some(0x1f_e000));
+        assert_eq!(place_initramfs(0x10_0000, 0x10_0000, 0x20_0000, &[]), Some(0x10_0000));
+        assert_eq!(place_initramfs(0x10_0001, 0x10_0000, 0x20_0000, &[]), None);
+        assert_eq!(place_initramfs(u64::MAX, 0, 0x20_0000, &[]), None);
     }
 
     #[test]
     fn bad_paths_and_bad_files_are_named() {
-        let ram = GuestRam::new(32 << 20, PageSize::Size4K).unwrap();
+        let ram = GuestRam::new(&[MemoryZone::new(32 << 20)]).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let load = |path: &Path| load(&ram, path, None, "", 0xe_0000).unwrap_err();
         assert!(load(&dir.path().join("absent")).source().is_some());
@@ -460,7 +487,7 @@ mod tests {
     /// Damage anywhere in a header must end in an error or in a kernel, never in a panic.
     #[test]
     fn damaged_headers_are_refused_or_loaded() {
-        let ram = GuestRam::new(32 << 20, PageSize::Size4K).unwrap();
+        let ram = GuestRam::new(&[MemoryZone::new(32 << 20)]).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("kernel");
         let mut elf = vec![0; 64 + 2 * 56 + 64];

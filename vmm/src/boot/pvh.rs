@@ -1,12 +1,13 @@
 //! Boot information of the PVH entry: the start info, the module list and the memory map.
 
 use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
-use vm_memory::{ByteValued, GuestMemoryMmap};
+use vm_memory::ByteValued;
 
 use super::{
     BootError, Initramfs,
     layout::{CMDLINE, MapEntry, PVH_INFO},
 };
+use crate::memory::GuestRam;
 
 /// "xEn3" with bit 7 of the first letter set (Xen's public/arch-x86/hvm/start_info.h).
 const MAGIC: u32 = 0x336e_c578;
@@ -22,7 +23,7 @@ const MEMORY_MAP: u64 = PVH_INFO + 0x80;
 /// # Errors
 /// Guest memory that cannot be written.
 pub fn write(
-    memory: &GuestMemoryMmap,
+    ram: &GuestRam,
     map: &[MapEntry],
     initramfs: Option<Initramfs>,
     rsdp: u64,
@@ -40,7 +41,7 @@ pub fn write(
         info.nr_modules = 1;
         info.modlist_paddr = MODULES;
         let module = hvm_modlist_entry { paddr: addr, size, ..Default::default() };
-        super::write(memory, module.as_slice(), MODULES, "PVH module list")?;
+        super::write(ram, module.as_slice(), MODULES, "PVH module list")?;
     }
     let mut table = Vec::new();
     for entry in map {
@@ -52,8 +53,8 @@ pub fn write(
         };
         table.extend_from_slice(entry.as_slice());
     }
-    super::write(memory, &table, MEMORY_MAP, "PVH memory map")?;
-    super::write(memory, info.as_slice(), PVH_INFO, "PVH start info")
+    super::write(ram, &table, MEMORY_MAP, "PVH memory map")?;
+    super::write(ram, info.as_slice(), PVH_INFO, "PVH start info")
 }
 
 #[cfg(test)]
@@ -63,16 +64,16 @@ mod tests {
     use super::*;
     use crate::{
         boot::layout::{self, memory_map},
-        config::PageSize,
+        config::MemoryZone,
         memory::GuestRam,
     };
 
     #[test]
     fn start_info_leads_to_map_and_module() {
-        let ram = GuestRam::new(32 << 20, PageSize::Size4K).unwrap();
-        let map = memory_map(ram.blocks());
+        let ram = GuestRam::new(&[MemoryZone::new(32 << 20)]).unwrap();
+        let map = memory_map(ram.blocks(), &[]);
         let module = Initramfs { addr: 0x100_0000, size: 77 };
-        write(ram.memory(), &map, Some(module), layout::ACPI_START).unwrap();
+        write(&ram, &map, Some(module), layout::ACPI_START).unwrap();
         let info: hvm_start_info = ram.memory().read_obj(GuestAddress(PVH_INFO)).unwrap();
         assert_eq!((info.magic, info.nr_modules), (MAGIC, 1));
         assert_eq!(info.memmap_entries as usize, map.len());

@@ -3,12 +3,12 @@
 use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
-use vm_memory::GuestMemoryMmap;
 
 use super::{
     BootError, Entry,
     layout::{GDT, PAGE_TABLES, PVH_INFO, ZERO_PAGE},
 };
+use crate::memory::GuestRam;
 
 /// CR0.PE: protected mode.
 const CR0_PE: u64 = 1;
@@ -105,11 +105,11 @@ fn gdt(entry: Entry) -> [u64; 5] {
 ///
 /// # Errors
 /// Guest memory that cannot be written.
-pub fn write_tables(memory: &GuestMemoryMmap, entry: Entry) -> Result<(), BootError> {
+pub fn write_tables(ram: &GuestRam, entry: Entry) -> Result<(), BootError> {
     let bytes: Vec<u8> = gdt(entry).iter().flat_map(|entry| entry.to_le_bytes()).collect();
-    super::write(memory, &bytes, GDT, "GDT")?;
+    super::write(ram, &bytes, GDT, "GDT")?;
     if let Entry::Linux64 { .. } = entry {
-        super::write(memory, &page_tables(), PAGE_TABLES, "page tables")?;
+        super::write(ram, &page_tables(), PAGE_TABLES, "page tables")?;
     }
     Ok(())
 }

@@ -3,10 +3,9 @@
 //! On a hardware-reduced platform Linux asks EFI for a reboot before it asks ACPI, and without EFI
 //! it goes straight to real mode and jumps to the firmware. Here it finds this.
 
-use vm_memory::GuestMemoryMmap;
-
 use super::{BootError, layout::RESET_VECTOR};
 use crate::devices::{RESET_PORT, RESET_VALUE};
+use crate::memory::GuestRam;
 
 /// mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; then hlt for ever.
 const fn code() -> [u8; 9] {
@@ -18,8 +17,8 @@ const fn code() -> [u8; 9] {
 ///
 /// # Errors
 /// Guest memory that cannot be written.
-pub fn write(memory: &GuestMemoryMmap) -> Result<(), BootError> {
-    super::write(memory, &code(), RESET_VECTOR, "reset vector")
+pub fn write(ram: &GuestRam) -> Result<(), BootError> {
+    super::write(ram, &code(), RESET_VECTOR, "reset vector")
 }
 
 #[cfg(test)]

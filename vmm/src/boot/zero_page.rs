@@ -1,12 +1,13 @@
 //! Boot information of the 64-bit Linux boot protocol: boot_params, the "zero page".
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
-use vm_memory::{ByteValued, GuestMemoryMmap};
+use vm_memory::ByteValued;
 
 use super::{
     BootError, Initramfs,
     layout::{CMDLINE, MapEntry, ZERO_PAGE},
 };
+use crate::memory::GuestRam;
 
 /// "This boot loader has no number assigned".
 const LOADER_UNDEFINED: u8 = 0xff;
@@ -21,7 +22,7 @@ const KERNEL_ALIGNMENT: u32 = 0x100_0000;
 /// # Errors
 /// Guest memory that cannot be written.
 pub fn write(
-    memory: &GuestMemoryMmap,
+    ram: &GuestRam,
     map: &[MapEntry],
     initramfs: Option<Initramfs>,
     header: Option<setup_header>,
@@ -53,7 +54,7 @@ pub fn write(
     }
     params.e820_table = table;
     params.e820_entries = count;
-    super::write(memory, params.as_slice(), ZERO_PAGE, "zero page")
+    super::write(ram, params.as_slice(), ZERO_PAGE, "zero page")
 }
 
 /// All of these lie below the hole, so 32 bits hold them.
@@ -68,17 +69,17 @@ mod tests {
     use super::*;
     use crate::{
         boot::layout::{self, memory_map},
-        config::PageSize,
+        config::MemoryZone,
         memory::GuestRam,
     };
 
     #[test]
     fn kernel_header_is_kept_and_completed() {
-        let ram = GuestRam::new(32 << 20, PageSize::Size4K).unwrap();
-        let map = memory_map(ram.blocks());
+        let ram = GuestRam::new(&[MemoryZone::new(32 << 20)]).unwrap();
+        let map = memory_map(ram.blocks(), &[]);
         let header = setup_header { init_size: 4711, ..Default::default() };
         let initramfs = Initramfs { addr: 0x180_0000, size: 99 };
-        write(ram.memory(), &map, Some(initramfs), Some(header), 7, layout::ACPI_START).unwrap();
+        write(&ram, &map, Some(initramfs), Some(header), 7, layout::ACPI_START).unwrap();
         let params: boot_params = ram.memory().read_obj(GuestAddress(ZERO_PAGE)).unwrap();
         assert_eq!({ params.hdr.init_size }, 4711);
         assert_eq!({ params.hdr.ramdisk_image }, 0x180_0000);
