@@ -15,9 +15,9 @@ use log::warn;
 use crate::delivery::{Cannot, Step, Told, Wait};
 use crate::event::{Event, Injection, Reach, Thread};
 use crate::ledger::{Place, State};
-use crate::mca::{Form, Kind, McaState, PAGE_SHIFT, PAGE_SIZE, Record, mcg};
+use crate::mca::{Form, Kind, McaState, PAGE_SHIFT, Record, mcg};
+use crate::read::{self, AccessError};
 use crate::relay::{IDLE_TICK, Inner, RETRY_FIRST, Shared};
-use crate::scan::is_poisoned;
 use crate::signal::{self, Caught, ThreadSlot};
 
 /// How long a vCPU that touched a bad page is held back while other processors leave their
@@ -121,10 +121,13 @@ impl VcpuPort {
         true
     }
 
-    /// Whether the host says that the page of guest RAM at `gpa` is bad.
-    pub fn is_poisoned(&self, gpa: u64) -> bool {
-        let hva = self.shared.ram().hva(gpa);
-        hva.is_some_and(|hva| is_poisoned(hva & !(PAGE_SIZE - 1)))
+    /// Whether the byte of guest RAM at `gpa` can be read, and if not, why. For exits that may be about
+    /// poison and may be about something else.
+    ///
+    /// # Errors
+    /// See [`AccessError`].
+    pub fn probe(&self, gpa: u64) -> Result<(), AccessError> {
+        read::read_ram(&self.shared.ram(), gpa, &mut [0]).map(drop)
     }
 
     /// Runs `wait`, which blocks while the virtual machine is paused. Meanwhile nobody waits for this

@@ -4,19 +4,21 @@
 //! nor panics, leaves no socket behind, and the terminal is as it was.
 
 use std::fs::File;
-use std::path::PathBuf;
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
+use mce_relay_tests::hooked::library;
 use mce_relay_tests::tiny::{POWER_OFF, elf};
 
 use crate::terminal::Terminal;
 
+/// tests/faults/fail.rs.
+const LIBRARY: &str = "libfail.so";
 /// How long a run may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// mov ecx, 1 << 28; 1: loop 1b. It keeps the guest busy long enough to look at the terminal.
-const DAWDLE: [u8; 7] = [0xb9, 0x00, 0x00, 0x00, 0x10, 0xe2, 0xfe];
+/// mov ecx, 1 << 18; 1: loop 1b. It keeps the guest busy long enough to look at the terminal.
+const DAWDLE: [u8; 7] = [0xb9, 0x00, 0x00, 0x04, 0x00, 0xe2, 0xfe];
 
 /// With this fail.rs marks the call that fails.
 const FAILS: &str = " fails";
@@ -34,21 +36,9 @@ const NO_MEMORY: Errno = (libc::ENOMEM, "ENOMEM");
 /// What a seccomp filter answers.
 const FORBIDDEN: Errno = (libc::EPERM, "EPERM");
 
-/// The library to preload, beside this program: target/release/deps/ has the one, and
-/// target/release/examples/ the other.
-fn library() -> Option<PathBuf> {
-    let me = std::env::current_exe().ok()?;
-    let mut near = me.ancestors().skip(1).take(3).map(|dir| dir.join("examples/libfail.so"));
-    near.find(|path| path.is_file())
-}
-
 /// Whether the library to preload is there.
 pub fn preload_available() -> Result<(), String> {
-    library().map(drop).ok_or_else(|| {
-        "needs target/release/examples/libfail.so \
-         (cargo build --release --examples -p mce-relay-tests)"
-            .to_owned()
-    })
+    library(LIBRARY).map(drop)
 }
 
 /// What was seen of a run.
@@ -74,14 +64,15 @@ fn run(code: &[u8], fail: Option<(usize, Errno)>) -> Seen {
     let before = terminal.modes();
     let mut child = terminal.start_with(|command| {
         command
-            .args(["--memory", "size=32M", "--cpus", "2", "--kernel"])
+            .args(["--memory-zone", "size=16M,shared=on", "--memory-zone", "size=16M,prefault=on"])
+            .args(["--cpus", "2", "--kernel"])
             .arg(at("kernel"))
             .args(["--api-socket", &format!("path={}", at("api").display())])
             .args(["--event-monitor", &format!("path={}", at("events").display())])
             .stderr(stderr)
             // It could silence the errors that are looked for.
             .env_remove("RUST_LOG")
-            .env("LD_PRELOAD", library().unwrap())
+            .env("LD_PRELOAD", library(LIBRARY).unwrap())
             .env("MCE_RELAY_FAIL_LOG", at("calls"));
         if let Some((number, (errno, _))) = fail {
             command

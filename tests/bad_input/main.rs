@@ -4,6 +4,7 @@
 
 mod faults;
 mod host;
+mod not_ours;
 mod terminal;
 mod values;
 
@@ -41,6 +42,10 @@ fn has_kvm_and_preload() -> Result<(), String> {
     has_kvm().and_then(|()| faults::preload_available())
 }
 
+fn has_kvm_and_hook() -> Result<(), String> {
+    has_kvm().and_then(|()| not_ours::available())
+}
+
 fn as_root_with_kvm() -> Result<(), String> {
     as_root().and_then(|()| has_kvm())
 }
@@ -76,6 +81,11 @@ fn main() -> ExitCode {
         host::no_permission_for_dev_kvm needs as_root_with_kvm,
         host::check_without_memory_failure needs no_memory_failure,
         host::poison_without_memory_failure needs has_vm_but_no_memory_failure,
+        not_ours::kill_bus_ends_it_with_the_default_action needs has_kvm_and_hook,
+        not_ours::a_bus_adrerr_ends_it_with_the_default_action needs has_kvm_and_hook,
+        not_ours::an_ar_of_its_own_memory_ends_it_with_a_status_of_its_own needs has_kvm_and_hook,
+        not_ours::an_ao_of_its_own_memory_is_reported_and_it_goes_on needs has_kvm_and_hook,
+        not_ours::guest_ram_that_is_cut_short_is_an_error_of_kvm needs has_kvm_and_hook,
         values::memory_of_zero needs has_kvm,
         values::more_memory_than_there_is needs has_kvm,
         values::memory_that_is_not_a_size needs anywhere,

@@ -81,7 +81,7 @@ impl Terminal {
         File::from(self.master.try_clone().unwrap()).write_all(keys).unwrap();
     }
 
-    fn wait_for(&self, what: impl Fn([libc::tcflag_t; 4]) -> bool) {
+    pub fn wait_for(&self, what: impl Fn([libc::tcflag_t; 4]) -> bool) {
         let start = Instant::now();
         while !what(self.modes()) {
             assert!(start.elapsed() < Duration::from_secs(60), "the modes stay {:?}", self.modes());

@@ -4,6 +4,7 @@
 
 mod bare;
 mod destat;
+mod loops;
 mod payload;
 mod policy;
 mod relayed;
@@ -39,6 +40,8 @@ fn main() -> ExitCode {
         relayed::an_ao_waits_for_cr4_mce needs has_kvm,
         relayed::an_ao_waits_for_its_bank_to_be_enabled needs has_kvm,
         relayed::an_ar_before_cr4_mce_stops_the_vcpu_and_harms_nobody needs has_kvm,
+        loops::a_guest_that_ignores_it needs has_kvm_and_uffd_poison,
+        loops::a_stack_that_is_bad needs has_kvm_and_uffd_poison,
         scan::marks_are_found_and_nothing_is_populated needs uffd::available,
         scan::a_marker_that_is_not_poison_is_left_alone needs scan::has_markers,
         scan::what_is_swapped_out_stays_there needs scan::has_zram_swap,

@@ -57,6 +57,10 @@ std::arch::global_asm!(
     "3: mov rdi, 0x30000",
     "mov rbx, [rdi]",
     "4: ud2",
+    ".org kvm_payload_start + 0xf0",
+    // +0xf0: load from the target page in kernel mode, for ever
+    "8: mov rbx, [0x30000]",
+    "jmp 8b",
     ".org kvm_payload_start + 0x100",
     // +0x100: #UD, by which user mode says that it is done
     "mov al, 1",
@@ -150,6 +154,8 @@ pub enum Start {
     OpenHandler = 0x80,
     /// Load from [`TARGET`] in user mode.
     LoadAsUser = 0xc0,
+    /// Load from [`TARGET`] in kernel mode, for ever.
+    LoadAsKernel = 0xf0,
 }
 
 const UD_HANDLER: u64 = 0x100;
@@ -168,6 +174,8 @@ pub enum Did {
     Shutdown,
     /// KVM_RUN was interrupted by a signal.
     Interrupted,
+    /// KVM could not make its access to RAM at this address, and handed it over as a device's.
+    Ram(u64),
 }
 
 /// Guest RAM: anonymous memory.
@@ -309,6 +317,11 @@ impl Payload {
                         _ => panic!("the payload wrote {word:#x} to port {port:#x}"),
                     }
                 }
+                Ok(VcpuExit::MmioRead(gpa, data)) if gpa < Ram::LEN => {
+                    data.fill(0xff);
+                    return Did::Ram(gpa);
+                }
+                Ok(VcpuExit::MmioWrite(gpa, _)) if gpa < Ram::LEN => return Did::Ram(gpa),
                 Ok(VcpuExit::Shutdown) => return Did::Shutdown,
                 Err(error) if error.errno() == libc::EINTR => return Did::Interrupted,
                 other => panic!("KVM_RUN: {other:?}"),

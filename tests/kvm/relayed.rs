@@ -23,7 +23,7 @@ fn forge(code: i32, ram: &Ram) {
 
 /// A payload with a relay, on this thread.
 pub struct Relayed {
-    port: VcpuPort,
+    pub port: VcpuPort,
     pub relay: Relay,
     pub payload: Payload,
     pub events: Receiver<Event>,

@@ -137,7 +137,7 @@ start() { # one boot; QEMU runs in the background afterwards
 # A command is started over once. A lab that dies before it is ready has run nothing yet.
 lost=
 for attempt in 1 2 3; do
-    ready=
+    ready='' still=''
     begun=$SECONDS
     start
     while :; do
@@ -152,6 +152,11 @@ for attempt in 1 2 3; do
             exit "$status"
         fi
         [ -z "$over" ] || break
+        if [ -n "$ready" ] && [ $(($(date +%s) - $(stat -c %Y "$job/control"))) -gt 120 ]; then
+            still="it stood still for two minutes"
+            stop
+            break
+        fi
         # Nobody listens any more, as after `| head`.
         [ -z "$tail" ] || kill -0 "$tail" 2>/dev/null || ! kill -0 "$qemu" 2>/dev/null || exit 141
         if [ "$SECONDS" -ge "$limit" ]; then
@@ -164,13 +169,13 @@ for attempt in 1 2 3; do
         sleep 0.1
     done
     code=0
-    wait "$qemu" || code=$?
+    [ -z "$qemu" ] || wait "$qemu" || code=$?
     stop
     if [ -z "$ready" ] && [ "$code" = 1 ]; then # QEMU's way to refuse its arguments; no fault to retry
         cat "$lab/qemu.log" >&2
         fail "QEMU did not start the lab (see above)"
     fi
-    why=$(grep -aom1 'Kernel panic.*' "$lab/console.log" | tr -d '\r') || why="QEMU ended without a status"
+    why=$(grep -aom1 'Kernel panic.*' "$lab/console.log" | tr -d '\r') || why=${still:-QEMU ended without a status}
     cp "$lab/console.log" "$lab/console.$attempt.log"
     [ -z "$lost" ] || break
     lost=$ready

@@ -8,8 +8,11 @@ mod burst;
 mod delivery;
 mod firmware;
 mod hardware;
+mod kinds;
 mod mce_test;
 mod means;
+mod memory;
+mod not_ours;
 mod placement;
 mod undeliverable;
 
@@ -17,6 +20,10 @@ use std::process::ExitCode;
 
 use mce_relay_tests::lab::{has_hardware, may_poison};
 use mce_relay_tests::suite;
+
+fn may_poison_the_vmm() -> Result<(), String> {
+    may_poison().and_then(|()| mce_relay_tests::hooked::library("libhook.so").map(drop))
+}
 
 fn in_lab_with_hardware() -> Result<(), String> {
     may_poison().and_then(|()| has_hardware())
@@ -71,11 +78,24 @@ fn main() -> ExitCode {
         firmware::retire_amd needs may_poison,
         firmware::retire_intel needs may_poison,
         firmware::retire_without_the_driver needs may_poison,
+        memory::anonymous needs may_poison,
+        memory::thp needs may_poison,
+        memory::shared needs may_poison,
+        memory::file needs may_poison,
+        memory::hugetlb needs may_poison,
+        memory::hugetlb_shared needs may_poison,
+        memory::a_huge_page_that_cannot_be_replaced needs may_poison,
+        memory::dump needs may_poison,
+        memory::the_vmms_own_touch needs may_poison,
+        memory::while_paused needs may_poison,
+        not_ours::a_page_of_the_vmm needs may_poison_the_vmm,
         undeliverable::stop needs may_poison,
         undeliverable::pause needs may_poison,
         undeliverable::reset needs may_poison,
         means::madvise needs may_poison,
         means::late_kill_says_nothing_until_a_touch needs may_poison,
+        kinds::as_on_bare_metal needs may_poison,
+        kinds::touched_as_on_bare_metal needs may_poison,
         mce_test::kvm_suite needs may_poison,
         placement::a_page_above_4_gib needs may_poison,
         // Last: after a hardware error the kernel refuses to heal pages until it reboots.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use mce_relay_tests::agent::{Page, hex};
 use mce_relay_tests::burst::{named_all, settled};
-use mce_relay_tests::guest::{Guest, Options, hva, mce_relay};
+use mce_relay_tests::guest::{Guest, Options, hva};
 use mce_relay_tests::lab;
 use serde_json::Value;
 
@@ -22,11 +22,13 @@ fn options(memory: &'static str) -> Options {
     Options { memory, reboot: true, pace, ..Options::amd(2).ghes().quiet() }
 }
 
-/// Two pages that share no huge page with each other, of many.
-fn far_apart(pages: &[Page]) -> (Page, Page) {
-    let first = pages[100];
-    let apart = |page: &&Page| page.gpa / HUGE != first.gpa / HUGE;
-    (first, *pages.iter().find(apart).expect("pages of two huge ones"))
+/// Pages of the agent that are as large as an extent of the host's, so that nothing of the guest's kernel
+/// is lost with them: a guest that loses that is a guest that dies, and rightly so.
+fn of_the_agent(guest: &mut Guest, extent: u64) -> Vec<Page> {
+    // Each SIGBUS costs the emulated guest its time; the account is in its kernel's log.
+    guest.agent.ask("sigbus count");
+    guest.agent.ask("early off");
+    guest.agent.alloc(if extent == HUGE { "thp" } else { "anon" }, 8)
 }
 
 /// Poisons `bad` and has the guest touch it before the relay has heard of it.
@@ -48,8 +50,10 @@ fn lost_with(bad: Page, extent: u64) -> BTreeSet<u64> {
 /// AO and AR on a guest with such memory, in extents of so many bytes; the guest and the pages it lost.
 fn poisoned(memory: &'static str, extent: u64) -> (Guest, BTreeSet<u64>) {
     let mut guest = Guest::boot(&options(memory));
-    let pages = guest.agent.alloc_many("anon", 1200);
-    let (ao, ar) = far_apart(&pages);
+    let pages = of_the_agent(&mut guest, extent);
+    let ar = pages[6];
+    // Somewhere in the middle of what is lost with it.
+    let ao = Page { gpa: pages[2].gpa + extent / 8192 * 4096, ..pages[2] };
 
     let start = Instant::now();
     guest.poison(ao.gpa, "hwpoison-inject");
@@ -59,7 +63,8 @@ fn poisoned(memory: &'static str, extent: u64) -> (Guest, BTreeSet<u64>) {
     let seen = guest.event("seen", ar);
     assert_eq!(seen["extent"], extent, "KVM_RUN says 4 KiB, the mapping says what it is: {seen}");
 
-    let lost: BTreeSet<u64> = lost_with(ao, extent).union(&lost_with(ar, extent)).copied().collect();
+    let lost: BTreeSet<u64> =
+        lost_with(ao, extent).union(&lost_with(ar, extent)).copied().collect();
     let ledger = settled(&guest);
     let (named, _) = named_all(&mut guest, lost.len());
     let known: BTreeSet<u64> = ledger.iter().map(|page| hex(&page["gpa"])).collect();
@@ -71,8 +76,7 @@ fn poisoned(memory: &'static str, extent: u64) -> (Guest, BTreeSet<u64>) {
         lost.len(),
         start.elapsed().as_secs_f64()
     );
-    let gone: Vec<Page> = pages.iter().filter(|page| lost.contains(&page.gpa)).copied().collect();
-    guest.agent.others_intact(&pages, &gone);
+    guest.agent.others_intact(&pages, &[ao, ar]);
     (guest, lost)
 }
 
@@ -165,7 +169,7 @@ pub fn file() {
 pub fn a_huge_page_that_cannot_be_replaced() {
     pool(RAM / HUGE);
     let mut guest = Guest::boot(&options("size=256M,hugepages=on"));
-    let bad = guest.agent.alloc("anon", 1)[0];
+    let bad = of_the_agent(&mut guest, HUGE)[3];
     guest.poison(bad.gpa, "hwpoison-inject");
     settled(&guest);
     guest.agent.tell("reboot");
@@ -190,10 +194,8 @@ pub fn a_huge_page_that_cannot_be_replaced() {
 /// 100 bad pages in guest RAM of two zones: the VMM reads around each of them, and the dump has holes there,
 /// exactly.
 pub fn dump() {
-    let mut guest = Guest::boot(&Options {
-        zones: &["size=128M", "size=128M,shared=on"],
-        ..options("")
-    });
+    let mut guest =
+        Guest::boot(&Options { zones: &["size=128M", "size=128M,shared=on"], ..options("") });
     let pages = guest.agent.alloc_many("anon", 4000);
     let bad: Vec<Page> = pages.iter().step_by(40).copied().collect();
     assert_eq!(bad.len(), 100);
@@ -205,7 +207,7 @@ pub fn dump() {
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     println!("    {}", String::from_utf8_lossy(&out.stdout).trim());
     let list: Value =
-        serde_json::from_slice(&std::fs::read(file.with_extension("json")).unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read(guest.path("dump.json")).unwrap()).unwrap();
     let holes: BTreeSet<u64> = list["poisoned"]
         .as_array()
         .unwrap()
@@ -242,7 +244,6 @@ pub fn dump() {
     guest.put("vm.resume");
     guest.agent.others_intact(&pages, &bad);
     guest.power_off();
-    drop(mce_relay);
 }
 
 /// The VMM meets a bad page that nobody has told it of: an error, an entry in the ledger, and the guest

@@ -39,8 +39,10 @@ pub struct Options {
     pub cpus: usize,
     /// `--lmce`.
     pub lmce: &'static str,
-    /// `--memory`.
+    /// `--memory`; not given when empty.
     pub memory: &'static str,
+    /// `--memory-zone`, once for each.
+    pub zones: &'static [&'static str],
     /// `--mce-kill`.
     pub kill: &'static str,
     /// `--on-undeliverable`, if it is to be given.
@@ -72,6 +74,7 @@ impl Options {
             cpus,
             lmce: "on",
             memory: "size=256M,shared=on",
+            zones: &[],
             kill: "early",
             on_undeliverable: None,
             pace: None,
@@ -173,7 +176,8 @@ impl Vmm {
             .args(["--kernel".as_ref(), options.file("vmlinux").as_os_str()])
             .args(["--initramfs".as_ref(), options.file("initramfs.cpio").as_os_str()])
             .args(["--cmdline", &options.kernel_words()])
-            .args(["--cpus", &options.cpus.to_string(), "--memory", options.memory])
+            .args(["--cpus", &options.cpus.to_string()])
+            .args(options.zones.iter().flat_map(|zone| ["--memory-zone", zone]))
             .args(["--cpu-vendor", options.vendor, "--lmce", options.lmce])
             .args(["--mce-kill", options.kill, "--ao-channel", options.ao_channel])
             .args(["--serial", &argument("file", "console")])
@@ -184,6 +188,7 @@ impl Vmm {
             command.arg("--no-reboot");
         }
         for (option, value) in [
+            ("--memory", Some(options.memory).filter(|memory| !memory.is_empty())),
             ("--on-undeliverable", options.on_undeliverable),
             ("--ao-pace", options.pace),
             ("--ghes-poll", options.ghes_poll),
@@ -232,6 +237,11 @@ impl Vmm {
         self.dir.path().join(name)
     }
 
+    /// A path in a directory that goes with the VMM.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.at(name)
+    }
+
     /// `--ao-channel` as it was given.
     pub fn ao_channel(&self) -> &'static str {
         self.options.ao_channel
@@ -252,10 +262,11 @@ impl Vmm {
         client::put(&self.at("api"), what).unwrap();
     }
 
-    /// Runs `mce-relay <command> --api-socket … args`.
+    /// Runs `mce-relay <command> --api-socket … args`; a command may be of two words.
     pub fn command(&self, command: &str, args: &[&str]) -> Output {
         let socket = format!("path={}", self.at("api").display());
-        let mut all = vec![command, "--api-socket", &socket];
+        let mut all: Vec<&str> = command.split(' ').collect();
+        all.extend(["--api-socket", &socket]);
         all.extend(args);
         mce_relay(&all)
     }

@@ -42,6 +42,33 @@ pub fn poll_banks(seconds: u32) {
     std::fs::write(path, seconds.to_string()).unwrap();
 }
 
+/// Gives this host's pool of huge pages of `size` (`2048kB`, say) exactly `free` free ones.
+pub fn set_pool(size: &str, free: u64) {
+    let pool = Path::new("/sys/kernel/mm/hugepages").join(format!("hugepages-{size}"));
+    let number = |file: &str| -> u64 {
+        std::fs::read_to_string(pool.join(file)).unwrap().trim().parse().unwrap()
+    };
+    let used = number("nr_hugepages") - number("free_hugepages");
+    std::fs::write(pool.join("nr_hugepages"), (used + free).to_string()).unwrap();
+    assert_eq!(number("free_hugepages"), free, "the pool of {size} pages of this host");
+}
+
+/// A line of this host's /proc/meminfo, in kB.
+pub fn meminfo(name: &str) -> u64 {
+    sum_of("/proc/meminfo", name)
+}
+
+/// The sum of such lines in /proc/<pid>/smaps, in kB.
+pub fn smaps(pid: u32, name: &str) -> u64 {
+    sum_of(&format!("/proc/{pid}/smaps"), name)
+}
+
+fn sum_of(path: &str, name: &str) -> u64 {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
+    let lines = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    lines.map(|rest| rest.split_whitespace().next().unwrap().parse::<u64>().unwrap()).sum()
+}
+
 // Documentation/admin-guide/mm/pagemap.rst
 const PM_PRESENT: u64 = 1 << 63;
 const PM_PFN: u64 = (1 << 55) - 1;

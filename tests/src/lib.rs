@@ -7,6 +7,7 @@ pub mod agent;
 pub mod burst;
 pub mod guest;
 pub mod history;
+pub mod hooked;
 pub mod lab;
 pub mod qemu;
 pub mod suite;

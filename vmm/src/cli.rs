@@ -126,6 +126,15 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Read a running guest's memory, bad pages or not.
+    ///
+    /// The VM does the reading, so a bad page is reported and harms neither the VM nor its guest. A
+    /// guest that runs meanwhile changes what is being read; `mce-relay pause` holds it still.
+    Memory {
+        /// What to do with it.
+        #[command(subcommand)]
+        command: MemoryCommand,
+    },
     /// Hold all vCPUs of a running VM; returns when none of them is in the guest any more.
     ///
     /// Memory errors are still taken meanwhile, and told when the VM goes on.
@@ -149,6 +158,54 @@ pub enum Command {
     /// Exit status 1 when something is missing without which no error can be relayed.
     Check {
         /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// What to do with a guest's memory.
+#[derive(Debug, Subcommand)]
+pub enum MemoryCommand {
+    /// Show some bytes of a running guest's memory.
+    ///
+    /// As a hexdump with guest-physical addresses, in the form of `hexdump -C`: a `*` stands for
+    /// lines like the one before. All bytes or none: when one of them is in a bad page, the error
+    /// names its address and how much can be read before it. Exit status 1 then.
+    Read {
+        /// API socket of the VM (path=PATH or PATH).
+        #[arg(long, value_name = "path=PATH")]
+        api_socket: ApiPath,
+        /// Guest-physical address of the first byte: 0x…, or decimal with K, M or G.
+        #[arg(long, value_parser = parse_number)]
+        gpa: u64,
+        /// Number of bytes, 1 or more, in the same forms.
+        #[arg(long, default_value = "64", value_parser = parse_number)]
+        len: u64,
+        /// Write the bytes as they are, to a file or a program; a terminal is refused.
+        #[arg(long, conflicts_with = "json")]
+        raw: bool,
+        /// Print JSON, with the bytes as hexadecimal digits.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Write all memory of a running guest to a file.
+    ///
+    /// In FILE the offset is the guest-physical address. It is sparse: what is no RAM or reads as
+    /// zeros is a hole. So are bad pages, which FILE.json lists with all else that is to be known
+    /// of the image. FILE.json is written last: a FILE without it is not complete (Ctrl-C). Both
+    /// are readable by their owner alone, as they hold the guest's secrets.
+    ///
+    /// `mce-relay pause` before makes it an image of one moment. Exit status 1, and nothing left
+    /// behind, when the image could not be completed or the guest started over meanwhile; bad
+    /// pages are no reason.
+    Dump {
+        /// API socket of the VM (path=PATH or PATH).
+        #[arg(long, value_name = "path=PATH")]
+        api_socket: ApiPath,
+        /// Where to write the image. Neither it nor FILE.json may exist.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Print JSON: what FILE.json holds.
         #[arg(long)]
         json: bool,
     },

@@ -63,6 +63,14 @@ pub fn get<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, ClientEr
     understood(socket, &ask(socket, "GET", what, &[])?)
 }
 
+/// `GET /api/v1/<what>` of what is not JSON: the bytes of the answer, all of them.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn get_bytes(socket: &Path, what: &str) -> Result<Vec<u8>, ClientError> {
+    ask(socket, "GET", what, &[])
+}
+
 fn understood<T: DeserializeOwned>(socket: &Path, body: &[u8]) -> Result<T, ClientError> {
     serde_json::from_slice(body)
         .map_err(|error| ClientError::Stranger { path: socket.to_owned(), what: error.to_string() })
@@ -121,11 +129,20 @@ fn ask(socket: &Path, method: &str, what: &str, body: &[u8]) -> Result<Vec<u8>, 
         header.name.eq_ignore_ascii_case("transfer-encoding")
             && header.value.eq_ignore_ascii_case(b"chunked")
     });
+    let announced = head
+        .headers
+        .iter()
+        .find(|header| header.name.eq_ignore_ascii_case("content-length"))
+        .and_then(|header| std::str::from_utf8(header.value).ok()?.trim().parse::<usize>().ok());
     let body = if chunked {
         unchunk(&answer[start..]).ok_or_else(|| stranger("a chunk is cut short".to_owned()))?
     } else {
         answer[start..].to_vec()
     };
+    // JSON shows that its end is missing; plain bytes do not.
+    if !chunked && announced.is_some_and(|len| body.len() < len) {
+        return Err(stranger("its answer is cut short".to_owned()));
+    }
     match head.code.unwrap_or_default() {
         200..=299 => Ok(body),
         status => {
@@ -164,6 +181,33 @@ mod tests {
         assert_eq!(unchunk(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n").unwrap(), b"abcde");
         assert_eq!(unchunk(b"5\r\nabc"), None);
         assert_eq!(unchunk(b""), None);
+    }
+
+    #[test]
+    fn bytes_are_taken_as_a_whole_or_not_at_all() {
+        for (len, whole) in [(3, true), (4, false)] {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("api");
+            let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+            let server = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                // Nothing of the request may be left behind: closing would reset the connection.
+                let mut request = Vec::new();
+                while !request.ends_with(b"\r\n\r\n") {
+                    let mut byte = [0];
+                    stream.read_exact(&mut byte).unwrap();
+                    request.push(byte[0]);
+                }
+                write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {len}\r\n\r\n").unwrap();
+                stream.write_all(b"\0\xffa").unwrap();
+            });
+            let bytes = get_bytes(&path, "vm.memory");
+            server.join().unwrap();
+            match bytes {
+                Ok(bytes) => assert!(whole && bytes == b"\0\xffa", "{bytes:?}"),
+                Err(error) => assert!(!whole && error.to_string().contains("cut short"), "{error}"),
+            }
+        }
     }
 
     #[test]

@@ -6,8 +6,10 @@
 //! plugs in by the traits [`vm::VmHooks`], [`vcpu::VcpuSetup`] and [`vcpu::VcpuHook`].
 //!
 //! Relay side: [`mce_inject`] is the back end that the relay asks for, [`ghes`] the ACPI error source
-//! that it uses beside, and [`run`] is where the VM and the relay meet. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
-//! programs see it; [`retire`] asks the guest to stop using a page; [`host`], [`poison`] and [`check`] are about the host.
+//! that it uses beside, and [`run`] is where the VM and the relay meet; [`last_resort`] is for what
+//! neither can take care of. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
+//! programs see it; [`retire`] asks the guest to stop using a page, [`dump`] reads its memory; [`host`],
+//! [`poison`] and [`check`] are about the host.
 
 pub mod acpi;
 pub mod api;
@@ -19,6 +21,7 @@ pub mod config;
 pub mod control;
 pub mod cpuid;
 pub mod devices;
+pub mod dump;
 pub mod events;
 pub mod ghes;
 pub mod host;

@@ -3,8 +3,8 @@
 use std::process::ExitCode;
 
 use log::LevelFilter;
-use mce_relay_vmm::cli::{self, ApiPath, Command};
-use mce_relay_vmm::{api, check, client, host, poison, retire, run, show};
+use mce_relay_vmm::cli::{self, ApiPath, Command, MemoryCommand};
+use mce_relay_vmm::{api, check, client, dump, host, poison, retire, run, show};
 
 fn fail(error: &dyn std::error::Error) -> ExitCode {
     eprintln!("mce-relay: {}", show::with_causes(error));
@@ -42,6 +42,26 @@ fn main() -> ExitCode {
             drop(bar);
             match done {
                 Ok(burst) => show::burst(&burst, via, json),
+                Err(error) => fail(&error),
+            }
+        }
+        Command::Memory { command: MemoryCommand::Read { api_socket, gpa, len, raw, json } } => {
+            // Before anything is read: the terminal will not become something else.
+            if let (true, Err(error)) = (raw, dump::check_raw()) {
+                return fail(&error);
+            }
+            match dump::read(&api_socket.0, gpa, len) {
+                Ok(stretch) if raw => show::raw(&stretch.bytes),
+                Ok(stretch) => show::print(&stretch, json),
+                Err(error) => fail(&error),
+            }
+        }
+        Command::Memory { command: MemoryCommand::Dump { api_socket, file, json } } => {
+            let mut bar = show::Progress::bytes("dumping");
+            let done = dump::dump(&api_socket.0, &file, &mut |n, of| bar.advance(n, of));
+            drop(bar);
+            match done {
+                Ok(dumped) => show::print(&dumped, json),
                 Err(error) => fail(&error),
             }
         }

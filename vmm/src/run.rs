@@ -9,8 +9,8 @@ use log::{error, warn};
 use mce_relay::ledger::State;
 use mce_relay::mca::{Kind, PAGE_SHIFT, Vendor};
 use mce_relay::{
-    AoChannel, Config, Event, FoundBy, KillPolicy, Ledger, RamError, RamMap, Relay, StartError,
-    VcpuPort, Verdict,
+    AccessError, AoChannel, Config, Event, FoundBy, KillPolicy, Ledger, RamError, RamMap, Relay,
+    StartError, VcpuPort, Verdict,
 };
 
 use crate::acpi::Table;
@@ -24,6 +24,7 @@ use crate::host;
 use crate::last_resort;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
+use crate::show;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
 
@@ -436,7 +437,13 @@ impl VcpuHook for RelayHook {
         self.port.park(wait);
     }
 
-    fn mmio_in_ram(&mut self, _: &mut VcpuFd, access: RamAccess) -> HookVerdict {
+    fn mmio_in_ram(&mut self, vcpu: &mut VcpuFd, access: RamAccess) -> HookVerdict {
+        if let Err(error @ AccessError::NoMemory { .. }) = self.port.probe(access.gpa) {
+            // Not poison, so there is nothing to tell the guest of; and nothing for it to go on with.
+            let rip = vcpu.get_regs().map_or(0, |regs| regs.rip);
+            let what = format!("{} (RIP {rip:#x})", show::with_causes(&error));
+            return HookVerdict::Stop(ExitReason::KvmError { vcpu: self.index, what });
+        }
         self.port.mmio_hit(access.gpa);
         HookVerdict::Run
     }
@@ -444,7 +451,8 @@ impl VcpuHook for RelayHook {
     fn run_failed(&mut self, _: &mut VcpuFd, failure: RunFailure) -> Option<HookVerdict> {
         // A KVM that says it so instead of by SIGBUS. What is not bad is somebody else's matter.
         let RunFailure::MemoryFault { gpa, .. } = failure else { return None };
-        self.port.is_poisoned(gpa).then(|| {
+        let bad = matches!(self.port.probe(gpa), Err(AccessError::Poisoned { .. }));
+        bad.then(|| {
             self.port.mmio_hit(gpa);
             HookVerdict::Run
         })

@@ -19,6 +19,8 @@ use crate::retire::Retired;
 
 /// Of more pages than this, a burst is summed up instead of shown one by one.
 const MANY_PAGES: usize = 32;
+/// Of more bytes than this, it is shown how many have been worked on.
+const MANY_BYTES: u64 = 64 << 20;
 /// Of more pages than this, a terminal shows the end of the table: the summary goes there.
 const MANY_ROWS: usize = 100;
 
@@ -43,6 +45,11 @@ fn write_json(out: &mut dyn Write, value: &impl Serialize) -> io::Result<()> {
 /// Prints `value` on stdout, as JSON or as its text. A reader that goes away is no error.
 pub fn print(value: &(impl Serialize + Display), json: bool) -> ExitCode {
     output(|out| if json { write_json(out, value) } else { writeln!(out, "{value}") })
+}
+
+/// Writes `bytes` to stdout as they are. A reader that goes away is no error.
+pub fn raw(bytes: &[u8]) -> ExitCode {
+    output(|out| out.write_all(bytes))
 }
 
 /// An error and what caused it, on one line.
@@ -71,34 +78,50 @@ pub fn table(header: &[&str]) -> Table {
     table
 }
 
-/// Shows how far a long burst is, where stderr is a terminal. Goes away when dropped.
+/// Shows how far a long work is, where stderr is a terminal. Goes away when dropped.
 #[derive(Debug)]
 pub struct Progress {
     what: &'static str,
+    template: &'static str,
+    /// No bar for this many or fewer.
+    many: u64,
     bar: Option<ProgressBar>,
 }
 
 impl Progress {
-    /// Of a work that is called so, as in "poisoning".
+    /// Of a work on pages that is called so, as in "poisoning".
     #[must_use]
     pub fn new(what: &'static str) -> Self {
-        Self { what, bar: None }
+        let template = "{prefix} {wide_bar} {pos} of {len} pages, {eta}";
+        Self { what, template, many: MANY_PAGES as u64, bar: None }
+    }
+
+    /// Of a work on bytes that is called so, as in "dumping".
+    #[must_use]
+    pub fn bytes(what: &'static str) -> Self {
+        let template = "{prefix} {wide_bar} {bytes} of {total_bytes}, {eta}";
+        Self { what, template, many: MANY_BYTES, bar: None }
     }
 
     /// `done` of `total` pages are done.
     pub fn step(&mut self, done: usize, total: usize) {
-        if total <= MANY_PAGES {
+        self.advance(done as u64, total as u64);
+    }
+
+    /// `done` of `total` pages or bytes are done.
+    pub fn advance(&mut self, done: u64, total: u64) {
+        if total <= self.many {
             return;
         }
-        let what = self.what;
+        let (what, template) = (self.what, self.template);
         let bar = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::new(total as u64).with_prefix(what);
-            match ProgressStyle::with_template("{prefix} {wide_bar} {pos} of {len} pages, {eta}") {
+            let bar = ProgressBar::new(total).with_prefix(what);
+            match ProgressStyle::with_template(template) {
                 Ok(style) => bar.with_style(style),
                 Err(_) => bar,
             }
         });
-        bar.set_position(done as u64);
+        bar.set_position(done);
     }
 }
 

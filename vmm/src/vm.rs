@@ -117,8 +117,8 @@ pub enum VmError {
     #[error("the CPUID list has {0} entries, more than KVM takes")]
     CpuidList(usize),
     /// A hook refused.
-    #[error("{0}")]
-    Hook(#[source] HookError),
+    #[error(transparent)]
+    Hook(HookError),
     /// Out of file descriptors, or the like.
     #[error("cannot {what}")]
     Os {

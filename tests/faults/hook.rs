@@ -1,0 +1,82 @@
+//! Preloaded into `mce-relay run`: a thread with memory of its own in the VMM's process, which does to it
+//! what it is told to. So a test can have the VMM's own memory go bad, and be touched, when it wants.
+//!
+//! MCE_RELAY_HOOK names a directory. The thread writes the address of its page there (`page`), and does
+//! what a file `do` says that appears: `touch` the page, `forge-ao` or `forge-ar` a memory failure of it,
+//! or touch a mapped file that has been cut short (`adrerr`, its address in the file `cut`).
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
+
+use std::fs::{self, File};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::time::Duration;
+
+#[path = "../../relay/tests/forge/mod.rs"]
+mod siginfo;
+use siginfo::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
+
+const PAGE: usize = 4096;
+
+#[used]
+#[unsafe(link_section = ".init_array")]
+static START: extern "C" fn() = start;
+
+extern "C" fn start() {
+    if let Some(dir) = std::env::var_os("MCE_RELAY_HOOK") {
+        std::thread::spawn(move || serve(&PathBuf::from(dir)));
+    }
+}
+
+/// A page of this process, of `file` or of nobody else.
+fn page(file: Option<&File>) -> *mut u8 {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let (flags, fd) = match file {
+        Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+        None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+    };
+    // SAFETY: a new mapping at an address of the kernel's choice; it stays as long as the process.
+    let page = unsafe { libc::mmap(ptr::null_mut(), PAGE, prot, flags, fd, 0) };
+    assert_ne!(page, libc::MAP_FAILED);
+    page.cast()
+}
+
+fn touch(page: *const u8) {
+    // SAFETY: a mapping of this process that is never unmapped. If it is bad, that is the point.
+    unsafe { page.read_volatile() };
+}
+
+/// Whole or not there at all, for who looks at it.
+fn tell(path: &Path, address: *const u8) {
+    fs::write(path.with_extension("new"), format!("{:#x}", address.addr())).unwrap();
+    fs::rename(path.with_extension("new"), path).unwrap();
+}
+
+fn serve(dir: &Path) {
+    let own = page(None);
+    // SAFETY: as in `touch`. Written, so that there is memory of its own behind it.
+    unsafe { own.write_volatile(1) };
+    tell(&dir.join("page"), own);
+    loop {
+        std::thread::sleep(Duration::from_millis(5));
+        let order = dir.join("do");
+        let Ok(what) = fs::read_to_string(&order) else { continue };
+        let _ = fs::remove_file(&order);
+        match what.as_str() {
+            "touch" => touch(own),
+            "forge-ao" => forge(BUS_MCEERR_AO, own.addr() as u64, 12),
+            "forge-ar" => forge(BUS_MCEERR_AR, own.addr() as u64, 12),
+            "adrerr" => {
+                let path = dir.join("mapped");
+                fs::write(&path, [1; PAGE]).unwrap();
+                let file = File::options().read(true).write(true).open(path).unwrap();
+                let cut = page(Some(&file));
+                touch(cut);
+                file.set_len(0).unwrap();
+                tell(&dir.join("cut"), cut);
+                touch(cut);
+            }
+            other => panic!("{other:?} is none of the orders"),
+        }
+    }
+}
