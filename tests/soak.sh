@@ -28,7 +28,8 @@ in_lab() { # what, command...
     echo "==== $1" >&2
     shift
     all=$((all + 1))
-    tests/lab/run.sh target/release/hold "$@" || failed=$((failed + 1))
+    # More than a lab has for the tests: some of it in pages of 1 GiB.
+    LAB_MEMORY=${LAB_MEMORY:-8G} tests/lab/run.sh target/release/hold "$@" || failed=$((failed + 1))
 }
 # Each in a lab of its own. Its clock can be half as fast as ours, and a burst has ten minutes as well.
 names=$("$soak" --list | sed -n 's/: test$//p')

@@ -3,6 +3,7 @@
 
 mod burst;
 mod channels;
+mod memory;
 mod soak;
 
 use std::process::ExitCode;
@@ -28,6 +29,13 @@ fn main() -> ExitCode {
         channels::machine_checks_amd needs may_poison,
         channels::machine_checks_intel needs may_poison,
         channels::machine_checks_newest_kernel needs with_newest_kernel,
+        memory::shared needs may_poison,
+        memory::prefaulted needs may_poison,
+        memory::private_file needs may_poison,
+        memory::hugetlb_shared needs may_poison,
+        memory::hugetlbfs_file needs may_poison,
+        memory::ten_reboots needs may_poison,
+        memory::gigantic needs may_poison,
         soak::amd needs may_poison,
         soak::intel_by_rendezvous needs may_poison,
         soak::intel_by_lmce needs may_poison,

@@ -63,6 +63,26 @@ pub fn smaps(pid: u32, name: &str) -> u64 {
     sum_of(&format!("/proc/{pid}/smaps"), name)
 }
 
+/// How many descriptors process `pid` has open.
+pub fn open_files(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count()
+}
+
+/// Resident memory of process `pid` in kB, but for mappings of at least `large` bytes.
+pub fn outside(pid: u32, large: u64) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
+    let (mut sum, mut is_large) = (0, false);
+    for line in text.lines() {
+        let number = || line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap();
+        if line.starts_with("Size:") {
+            is_large = number() * 1024 >= large;
+        } else if line.starts_with("Rss:") && !is_large {
+            sum += number();
+        }
+    }
+    sum
+}
+
 fn sum_of(path: &str, name: &str) -> u64 {
     let text = std::fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"));
     let lines = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
@@ -106,6 +126,24 @@ pub fn is_resident(pid: u32, hva: u64) -> bool {
 
 fn memory_of(pid: u32) -> File {
     OpenOptions::new().read(true).write(true).open(format!("/proc/{pid}/mem")).unwrap()
+}
+
+/// The memory of a process, to be read page by page.
+#[derive(Debug)]
+pub struct Memory(File);
+
+impl Memory {
+    /// That of `pid`.
+    pub fn of(pid: u32) -> Self {
+        Self(memory_of(pid))
+    }
+
+    /// The page of 4 KiB at `hva`.
+    pub fn page(&self, hva: u64) -> [u8; 4096] {
+        let mut page = [0; 4096];
+        self.0.read_exact_at(&mut page, hva).unwrap_or_else(|error| panic!("{hva:#x}: {error}"));
+        page
+    }
 }
 
 /// Writes a byte into the memory of process `pid`.

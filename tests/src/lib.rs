@@ -9,6 +9,7 @@ pub mod guest;
 pub mod history;
 pub mod hooked;
 pub mod lab;
+pub mod memory;
 pub mod qemu;
 pub mod suite;
 pub mod tiny;

@@ -1,0 +1,116 @@
+//! Guests with RAM of each kind: pages go bad, the guest learns of all that is lost with them, and when it
+//! starts over it has good memory there.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use serde_json::Value;
+
+use crate::agent::{Page, hex};
+use crate::burst::{named_all, settled};
+use crate::guest::{Guest, Options, hva};
+use crate::lab;
+
+const MIB: u64 = 1 << 20;
+/// Bytes of a huge page.
+pub const HUGE: u64 = 2 * MIB;
+/// Guest RAM of every guest here, in bytes.
+pub const RAM: u64 = 256 * MIB;
+
+/// An AMD guest that is told of AOs at once, and starts again when it resets itself. The pace is that of
+/// a guest with a quiet console, so that 512 pages do not take a minute.
+pub fn options(memory: &'static str) -> Options {
+    let pace = Some("burst=16,rate=100");
+    Options { memory, reboot: true, pace, ..Options::amd(2).ghes().quiet() }
+}
+
+/// Pages of the agent that are as large as an extent of the host's, so that nothing of the guest's kernel
+/// is lost with them: a guest that loses that is a guest that dies, and rightly so.
+pub fn of_the_agent(guest: &mut Guest, extent: u64) -> Vec<Page> {
+    // Each SIGBUS costs the emulated guest its time; the account is in its kernel's log.
+    guest.agent.ask("sigbus count");
+    guest.agent.ask("early off");
+    guest.agent.alloc(if extent == HUGE { "thp" } else { "anon" }, 8)
+}
+
+/// Poisons `bad` and has the guest touch it before the relay has heard of it.
+pub fn touched(guest: &mut Guest, bad: Page) {
+    let held = lab::hold_thread(guest.pid(), "mce-relay-ao");
+    guest.poison(bad.gpa, "hwpoison-inject");
+    let reply = guest.agent.touch(bad, "read");
+    assert_eq!(reply["sigbus"]["code"], "AR", "{reply}");
+    drop(held);
+    assert_eq!(guest.event("seen", bad)["kind"], "AR");
+}
+
+/// All pages of 4 KiB that are lost with `bad`.
+fn lost_with(bad: Page, extent: u64) -> BTreeSet<u64> {
+    let start = bad.gpa / extent * extent;
+    (start..start + extent).step_by(4096).collect()
+}
+
+/// AO and AR on a guest with such memory, in extents of so many bytes; the guest and the pages it lost.
+pub fn poisoned(memory: &'static str, extent: u64) -> (Guest, BTreeSet<u64>) {
+    let mut guest = Guest::boot(&options(memory));
+    let pages = of_the_agent(&mut guest, extent);
+    let ar = pages[6];
+    // Somewhere in the middle of what is lost with it.
+    let ao = Page { gpa: pages[2].gpa + extent / 8192 * 4096, ..pages[2] };
+
+    let start = Instant::now();
+    guest.poison(ao.gpa, "hwpoison-inject");
+    let seen = guest.event("seen", ao);
+    assert_eq!((&seen["kind"], &seen["extent"]), (&"AO".into(), &extent.into()), "{seen}");
+    touched(&mut guest, ar);
+    let seen = guest.event("seen", ar);
+    assert_eq!(seen["extent"], extent, "KVM_RUN says 4 KiB, the mapping says what it is: {seen}");
+
+    let lost: BTreeSet<u64> =
+        lost_with(ao, extent).union(&lost_with(ar, extent)).copied().collect();
+    let ledger = settled(&guest);
+    let (named, _) = named_all(&mut guest, lost.len());
+    let known: BTreeSet<u64> = ledger.iter().map(|page| hex(&page["gpa"])).collect();
+    assert_eq!(known, lost, "the ledger has what is gone, and nothing else");
+    let named: BTreeSet<u64> = named.into_iter().map(|pfn| pfn << 12).collect();
+    assert_eq!(named, lost, "and the guest's own kernel knows of every page");
+    println!(
+        "    {} pages in {:.1} s, each named by the guest's kernel; it lives",
+        lost.len(),
+        start.elapsed().as_secs_f64()
+    );
+    guest.agent.others_intact(&pages, &[ao, ar]);
+    (guest, lost)
+}
+
+/// Has the guest reboot, and sees that every page of `lost` is good memory now.
+pub fn whole_again(guest: &mut Guest, boot: u64, lost: &BTreeSet<u64>) {
+    guest.agent.tell("reboot");
+    guest.event_where("booting", "the next boot", |event| event["boot"] == boot);
+    guest.up_again();
+    let status = guest.status();
+    assert_eq!(status["vm"]["boot"], boot);
+    assert_eq!(status["pages"].as_array().map(Vec::len), Some(0), "{status}");
+    let past: Vec<&Value> = status["past"].as_array().unwrap().iter().collect();
+    let healed: BTreeSet<u64> = past.iter().map(|page| hex(&page["gpa"])).collect();
+    assert!(healed.is_superset(lost), "the ledger keeps what was");
+    assert!(past.iter().all(|page| page["state"] == "healed" && page["times"]["healed"].is_f64()));
+    let vm = guest.info();
+    for gpa in lost {
+        let at = hva(&vm, *gpa);
+        lab::write_memory(vm.pid, at + 7, 0xa5);
+        assert_eq!(lab::read_memory(vm.pid, at + 7).unwrap(), 0xa5, "{gpa:#x}");
+    }
+    let events = guest.events();
+    let events = events.iter().filter(|event| event["event"] == "healed");
+    let told: BTreeSet<u64> = events.map(|event| hex(&event["properties"]["gpa"])).collect();
+    assert!(told.is_superset(lost), "each healing is an event");
+    let pages = guest.agent.alloc("anon", 8);
+    guest.agent.others_intact(&pages, &[]);
+}
+
+/// All of it: AO, AR, reboot.
+pub fn heals(memory: &'static str, extent: u64) {
+    let (mut guest, lost) = poisoned(memory, extent);
+    whole_again(&mut guest, 2, &lost);
+    guest.power_off();
+}
