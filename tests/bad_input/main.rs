@@ -67,6 +67,15 @@ fn has_vm_but_no_memory_failure() -> Result<(), String> {
     Ok(())
 }
 
+fn empty_pool() -> Result<(), String> {
+    has_kvm()?;
+    let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    match std::fs::read_to_string(free) {
+        Ok(pages) if pages.trim() != "0" => Err("this host has free huge pages".to_owned()),
+        _ => Ok(()),
+    }
+}
+
 fn no_memory_failure() -> Result<(), String> {
     if Path::new("/proc/sys/vm/memory_failure_early_kill").exists() {
         return Err("this host's kernel has memory failure handling".to_owned());
@@ -89,6 +98,11 @@ fn main() -> ExitCode {
         values::memory_of_zero needs has_kvm,
         values::more_memory_than_there_is needs has_kvm,
         values::memory_that_is_not_a_size needs anywhere,
+        values::memory_of_kinds_that_do_not_go_together needs anywhere,
+        values::a_memory_file_that_is_not_there needs has_kvm,
+        values::a_memory_file_that_is_too_short needs has_kvm,
+        values::a_pool_of_huge_pages_that_is_too_small needs empty_pool,
+        values::memory_of_a_vm_that_is_not_there needs anywhere,
         values::a_kernel_that_is_not_one needs has_kvm,
         values::a_kernel_that_is_not_there needs has_kvm,
         values::an_initramfs_that_is_not_there needs has_vm,

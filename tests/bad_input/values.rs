@@ -30,6 +30,46 @@ pub fn memory_that_is_not_a_size() {
     refused(&run(&["--kernel", "x", "--memory", "size=lots"]), 2, &["lots", "512M"]);
 }
 
+pub fn memory_of_kinds_that_do_not_go_together() {
+    let memory = |text: &str| mce_relay(&["run", "--kernel", "x", "--memory", text]);
+    refused(&memory("size=1G,hugepages=maybe"), 2, &["maybe", "on or off"]);
+    refused(&memory("size=1G,hugepage_size=2M"), 2, &["hugepages=on"]);
+    refused(&memory("size=1G,hugepages=on,file=/x"), 2, &["exclude each other"]);
+    refused(&memory("shared=on"), 2, &["size is missing"]);
+    let both = ["run", "--kernel", "x", "--memory", "1G", "--memory-zone", "size=1G"];
+    refused(&mce_relay(&both), 2, &["--memory-zone", "leave --memory out"]);
+}
+
+pub fn a_memory_file_that_is_not_there() {
+    let out = run(&["--kernel", &kernel(), "--memory", "size=64M,file=/nowhere/ram"]);
+    refused(&out, 1, &["/nowhere/ram", "No such file"]);
+}
+
+pub fn a_memory_file_that_is_too_short() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ram").display().to_string();
+    std::fs::write(&path, "short").unwrap();
+    let out = run(&["--kernel", &kernel(), "--memory", &format!("size=64M,file={path}")]);
+    refused(&out, 1, &[&path, "5 bytes", "truncate -s 67108864"]);
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "short", "left as it was");
+}
+
+pub fn a_pool_of_huge_pages_that_is_too_small() {
+    let out = run(&["--kernel", &kernel(), "--memory", "size=256M,hugepages=on"]);
+    refused(&out, 1, &["huge pages", "2048"]);
+}
+
+pub fn memory_of_a_vm_that_is_not_there() {
+    let socket = ["--api-socket", "/nowhere/api"];
+    let read = [&["memory", "read", "--gpa", "0x1000"], &socket[..]].concat();
+    refused(&mce_relay(&read), 1, &["/nowhere/api"]);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dump").display().to_string();
+    refused(&mce_relay(&[&["memory", "dump", &file], &socket[..]].concat()), 1, &["/nowhere/api"]);
+    assert!(!std::path::Path::new(&file).exists(), "nothing is left behind");
+    refused(&mce_relay(&[&["memory", "read"], &socket[..]].concat()), 2, &["--gpa"]);
+}
+
 pub fn a_kernel_that_is_not_one() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("notes.txt");
@@ -187,6 +227,17 @@ pub fn a_gpa_outside_ram() {
         let args = ["poison", "--api-socket", &vm.api, "--via", "madvise", "--gpa", list];
         refused(&mce_relay(&args), 1, &[bad, "is not guest RAM"]);
     }
+    let memory =
+        |what: &[&str]| mce_relay(&[&["memory"], what, &["--api-socket", &vm.api]].concat());
+    refused(&memory(&["read", "--gpa", "3G"]), 1, &["0xc0000000", "0x0 to 0x7ffffff"]);
+    refused(&memory(&["read", "--gpa", "0x7ffffff", "--len", "2"]), 1, &["0x8000000"]);
+    refused(&memory(&["read", "--gpa", "0", "--len", "0"]), 1, &["--len is 0"]);
+    refused(&memory(&["read", "--gpa", "0", "--raw", "--json"]), 2, &["--raw", "--json"]);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("dump").display().to_string();
+    std::fs::write(&file, "mine").unwrap();
+    refused(&memory(&["dump", &file]), 1, &[&file, "left as it is"]);
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "mine");
     assert!(mce_relay(&["status", "--api-socket", &vm.api]).status.success(), "the VM runs on");
 }
 

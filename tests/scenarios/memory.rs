@@ -30,6 +30,7 @@ pub fn thp() {
     guest.poison(bad.gpa, "hwpoison-inject");
     assert_eq!(guest.event("seen", bad)["extent"], 4096);
     guest.agent.sigbus_ao(bad);
+    settled(&guest);
     touched(&mut guest, pages[20]);
     settled(&guest);
     assert_eq!(guest.pages().len(), 2, "two pages of 4 KiB");

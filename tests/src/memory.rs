@@ -33,7 +33,8 @@ pub fn of_the_agent(guest: &mut Guest, extent: u64) -> Vec<Page> {
     guest.agent.alloc(if extent == HUGE { "thp" } else { "anon" }, 8)
 }
 
-/// Poisons `bad` and has the guest touch it before the relay has heard of it.
+/// Poisons `bad` and has the guest touch it before the relay has heard of it. The relay has to be at rest:
+/// its thread is stopped where it is, and that must not be with its lock held.
 pub fn touched(guest: &mut Guest, bad: Page) {
     let held = lab::hold_thread(guest.pid(), "mce-relay-ao");
     guest.poison(bad.gpa, "hwpoison-inject");
@@ -58,12 +59,12 @@ pub fn poisoned(memory: &'static str, extent: u64) -> (Guest, BTreeSet<u64>) {
     let ao = Page { gpa: pages[2].gpa + extent / 8192 * 4096, ..pages[2] };
 
     let start = Instant::now();
-    guest.poison(ao.gpa, "hwpoison-inject");
-    let seen = guest.event("seen", ao);
-    assert_eq!((&seen["kind"], &seen["extent"]), (&"AO".into(), &extent.into()), "{seen}");
     touched(&mut guest, ar);
     let seen = guest.event("seen", ar);
     assert_eq!(seen["extent"], extent, "KVM_RUN says 4 KiB, the mapping says what it is: {seen}");
+    guest.poison(ao.gpa, "hwpoison-inject");
+    let seen = guest.event("seen", ao);
+    assert_eq!((&seen["kind"], &seen["extent"]), (&"AO".into(), &extent.into()), "{seen}");
 
     let lost: BTreeSet<u64> =
         lost_with(ao, extent).union(&lost_with(ar, extent)).copied().collect();
@@ -94,12 +95,17 @@ pub fn whole_again(guest: &mut Guest, boot: u64, lost: &BTreeSet<u64>) {
     let healed: BTreeSet<u64> = past.iter().map(|page| hex(&page["gpa"])).collect();
     assert!(healed.is_superset(lost), "the ledger keeps what was");
     assert!(past.iter().all(|page| page["state"] == "healed" && page["times"]["healed"].is_f64()));
+    // The new boot may be using them: it is held meanwhile, and finds what it had.
+    guest.put("vm.pause");
     let vm = guest.info();
     for gpa in lost {
-        let at = hva(&vm, *gpa);
-        lab::write_memory(vm.pid, at + 7, 0xa5);
-        assert_eq!(lab::read_memory(vm.pid, at + 7).unwrap(), 0xa5, "{gpa:#x}");
+        let at = hva(&vm, *gpa) + 7;
+        let before = lab::read_memory(vm.pid, at).unwrap();
+        lab::write_memory(vm.pid, at, !before);
+        assert_eq!(lab::read_memory(vm.pid, at).unwrap(), !before, "{gpa:#x}");
+        lab::write_memory(vm.pid, at, before);
     }
+    guest.put("vm.resume");
     let events = guest.events();
     let events = events.iter().filter(|event| event["event"] == "healed");
     let told: BTreeSet<u64> = events.map(|event| hex(&event["properties"]["gpa"])).collect();
