@@ -106,6 +106,9 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
         quick_faults = if quick { quick_faults + 1 } else { 0 };
         if starts_again(&reason, args.on_undeliverable, args.no_reboot) && quick_faults < HOPELESS {
             let by_policy = matches!(reason, ExitReason::Undeliverable(_));
+            if matches!(reason, ExitReason::TripleFault { .. }) {
+                warn!("{reason}");
+            }
             monitor.emit(VmEvent::Reset { reason: reason.to_string(), by_policy });
             machine.renew();
             continue;

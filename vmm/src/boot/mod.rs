@@ -268,7 +268,11 @@ fn load_kernel(ram: &GuestRam, path: &Path) -> Result<Loaded, BootError> {
     if let Some(gpa) = hole(ram, 0, layout::HIGH_RAM) {
         return Err(BootError::Hole { gpa });
     }
-    let load_error = |source| BootError::Load { path: path.into(), ram: ram.low_end(), source };
+    // A file that could be loaded before and cannot be now has met what is missing.
+    let load_error = |source| match hole(ram, 0, ram.low_end()) {
+        Some(gpa) => BootError::Hole { gpa },
+        None => BootError::Load { path: path.into(), ram: ram.low_end(), source },
+    };
 
     let loaded = match identify(&head) {
         Ok(Image::Vmlinux) => {
