@@ -1,6 +1,6 @@
 //! Guest RAM: zones of memory of several kinds, shown to the guest on both sides of the 32-bit hole.
 //!
-//! It outlives a boot. When the guest starts over its RAM is made good again in place ([`renew`]), so
+//! It outlives a boot. When the guest starts over its RAM is made good again in place ([`GuestRam::renew`]), so
 //! that addresses and file descriptors stay what they were.
 
 mod backing;
