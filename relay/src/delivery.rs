@@ -34,7 +34,7 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// hundred instructions.
 const LEAVE: Duration = Duration::from_secs(1);
 
-/// A touch of one page, told and met again, this often without a pause of [`LOOP_PAUSE`] in between, is a
+/// A touch of one page, told and met again, this often without a pause of ten seconds in between, is a
 /// loop: the guest takes the machine check and does nothing about the page. Linux never touches a page
 /// again that it was told of.
 pub const LOOP_ROUNDS: u32 = 64;

@@ -58,7 +58,7 @@ pub fn meminfo(name: &str) -> u64 {
     sum_of("/proc/meminfo", name)
 }
 
-/// The sum of such lines in /proc/<pid>/smaps, in kB.
+/// The sum of such lines in the smaps of process `pid`, in kB.
 pub fn smaps(pid: u32, name: &str) -> u64 {
     sum_of(&format!("/proc/{pid}/smaps"), name)
 }
