@@ -11,7 +11,7 @@ minutes=${SOAK_MINUTES:-10} rounds=${SOAK_ROUNDS:-10}
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || { echo "SOAK_MINUTES=$minutes is not a number above 0" >&2; exit 2; }
 [[ $rounds =~ ^[0-9]+$ ]] || { echo "SOAK_ROUNDS=$rounds is not a number" >&2; exit 2; }
 [[ ${SOAK_SEED:=} =~ ^[0-9]*$ ]] || { echo "SOAK_SEED=$SOAK_SEED is not a number" >&2; exit 2; }
-export MCE_RELAY_SOAK_MINUTES=$minutes
+export MCE_RELAY_SOAK=1 MCE_RELAY_SOAK_MINUTES=$minutes
 [ -z "$SOAK_SEED" ] || export MCE_RELAY_SOAK_SEED=$SOAK_SEED
 
 KERNEL=newest GUEST_IMAGE_DIR=$PWD/target/guest-image-newest guest-image/build.sh || exit 1

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use log::LevelFilter;
 use mce_relay_vmm::cli::{self, ApiPath, Command, MemoryCommand};
-use mce_relay_vmm::{api, check, client, dump, host, poison, retire, run, show};
+use mce_relay_vmm::{api, check, client, dump, host, last_resort, poison, retire, run, show};
 
 fn fail(error: &dyn std::error::Error) -> ExitCode {
     eprintln!("mce-relay: {}", show::with_causes(error));
@@ -32,10 +32,18 @@ fn main() -> ExitCode {
         .format_timestamp_millis()
         .init();
     match cli.command {
-        Command::Run(args) => match run::run(&args) {
-            Ok(status) => ExitCode::from(status),
-            Err(error) => fail(&error),
-        },
+        Command::Run(args) => {
+            // Before the relay's handler, which hands on to it. The process's and not the VM's: who runs a
+            // VM in a process of their own has their own.
+            if let Err(error) = last_resort::install() {
+                eprintln!("mce-relay: cannot install a handler for SIGBUS: {error}");
+                return ExitCode::FAILURE;
+            }
+            match run::run(&args) {
+                Ok(status) => ExitCode::from(status),
+                Err(error) => fail(&error),
+            }
+        }
         Command::Poison { api_socket, gpa, via, json } => {
             let mut bar = show::Progress::new("poisoning");
             let done = poison::poison_all(&api_socket.0, &gpa, via, &mut |n, of| bar.step(n, of));

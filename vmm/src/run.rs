@@ -21,7 +21,6 @@ use crate::control::{ExitReason, PauseReason, StopCause, Undeliverable, VmContro
 use crate::events::{Monitor, MonitorError, VmEvent};
 use crate::ghes::{self, Notify};
 use crate::host;
-use crate::last_resort;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
 use crate::show;
@@ -43,9 +42,6 @@ pub enum RunError {
     /// The VM.
     #[error(transparent)]
     Vm(#[from] VmError),
-    /// The handler of what nobody can take care of.
-    #[error("cannot install a handler for SIGBUS")]
-    LastResort(#[source] std::io::Error),
     /// The memory-failure policy.
     #[error("cannot set the memory-failure policy (prctl PR_MCE_KILL)")]
     Policy(#[source] std::io::Error),
@@ -75,8 +71,6 @@ enum RelayError {
 pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     // Before any thread is started: they inherit it, and only the relay's own takes AOs.
     KillPolicy::Late.set().map_err(RunError::Policy)?;
-    // Before the relay's, which hands on to it.
-    last_resort::install().map_err(RunError::LastResort)?;
     let ram = Arc::new(GuestRam::new(&args.zones())?);
     let monitor = Monitor::start(args.event_monitor.as_ref().map(|path| path.0.as_path()))?;
     let current = Current::default();
@@ -210,7 +204,6 @@ impl Machine<'_> {
                         return Err(error);
                     }
                     warn!("{error}; there are {} bad pages in guest memory", bad.len());
-                    self.enter(&bad);
                     self.renew();
                 }
             }
@@ -232,6 +225,8 @@ impl Machine<'_> {
 
     /// Has the guest find good memory when it starts over, and writes down what came of it.
     fn renew(&mut self) {
+        // With late kill, say, there are pages that nobody has heard of; they go the same way.
+        self.enter(&self.ram.find_poison());
         let emit = self.monitor.for_relay();
         let bad: Vec<u64> = self.ledger.pages().map(|page| page.gpa).collect();
         let renewed = self.ram.renew(&bad);
