@@ -584,12 +584,12 @@ impl Delivery {
         }
     }
 
-    /// The page at `gpa` is not the guest's any more: nobody has to be told of it.
-    pub fn gone(&mut self, gpa: u64) {
-        self.ao.retain(|waiting| *waiting != gpa);
-        self.ar.iter_mut().for_each(|queue| queue.retain(|waiting| *waiting != gpa));
+    /// The pages that `is_gone` accepts are not the guest's any more: nobody has to be told of them.
+    pub fn gone(&mut self, is_gone: &dyn Fn(u64) -> bool) {
+        self.ao.retain(|waiting| !is_gone(*waiting));
+        self.ar.iter_mut().for_each(|queue| queue.retain(|waiting| !is_gone(*waiting)));
         if let Some(channel) = self.firmware.as_mut() {
-            channel.met(gpa);
+            channel.gone(is_gone);
         }
     }
 
@@ -882,7 +882,7 @@ mod tests {
         let mut delivery = open(amd(), 2);
         delivery.push_ao(PAGE);
         delivery.push_ar(1, PAGE, LATER);
-        delivery.gone(PAGE);
+        delivery.gone(&|gpa| gpa == PAGE);
         assert_eq!(delivery.next(0, &ready(), LATER), Step::Idle);
         assert_eq!(delivery.next(1, &ready(), LATER), Step::Idle);
         assert!(delivery.is_idle());

@@ -225,6 +225,16 @@ impl Channel {
         }
     }
 
+    /// Those that `is_gone` accepts are no longer the guest's.
+    pub(crate) fn gone(&mut self, is_gone: &dyn Fn(u64) -> bool) {
+        self.lost.retain(|waiting| !is_gone(*waiting));
+        self.predicted.retain(|waiting| !is_gone(*waiting));
+        if let Some(lying) = self.lying.as_mut() {
+            let gone = lying.publication.gpas.iter().copied().filter(|gpa| is_gone(*gpa));
+            lying.met.extend(gone);
+        }
+    }
+
     /// Whether nothing waits here, neither to be told nor to be taken.
     pub(crate) fn is_idle(&self) -> bool {
         self.lost.is_empty() && self.predicted.is_empty() && self.lying.is_none() && !self.withdraw

@@ -302,6 +302,11 @@ impl Ledger {
         self.predicted.clear();
     }
 
+    /// What was predicted of memory in `gpas` does not matter any more: it is not the guest's.
+    pub(crate) fn unpredict(&mut self, gpas: std::ops::Range<u64>) {
+        self.predicted.retain(|gpa, _| !gpas.contains(gpa));
+    }
+
     /// The pages that were bad and are so no longer, in the order in which they were healed, or
     /// removed and put back.
     pub fn past(&self) -> impl Iterator<Item = &Page> {

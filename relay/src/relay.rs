@@ -55,7 +55,7 @@ pub struct Config {
     /// The ACPI error source that the guest was given, if it was given one.
     pub ghes: Option<Ghes>,
     /// What is known from before: empty, or [`Handle::ledger`] of the relay of the last boot, after
-    /// [`Ledger::heal`] for every page that has good memory again.
+    /// [`Ledger::heal`] for every page that has good memory again and [`Ledger::forget_predictions`].
     pub ledger: Ledger,
     /// Called with every event, in order, under the relay's lock: it must be quick, must not block
     /// and must not call the relay.
@@ -452,7 +452,12 @@ impl Handle {
     /// # Errors
     /// Not even the first byte could be read: see [`AccessError`].
     pub fn read(&self, gpa: u64, to: &mut [u8]) -> Result<usize, AccessError> {
-        read::read_ram(&self.0.ram(), gpa, to).inspect_err(|error| self.met(error))
+        // Held while the kernel copies: memory that is taken away is not unmapped before that is over.
+        let done = {
+            let ram = self.0.ram.read().unwrap_or_else(PoisonError::into_inner);
+            read::read_ram(&ram, gpa, to)
+        };
+        done.inspect_err(|error| self.met(error))
     }
 
     /// Writes `from` to guest memory at `gpa`, in the manner of [`Self::read`].
@@ -460,12 +465,17 @@ impl Handle {
     /// # Errors
     /// Not even the first byte could be written: see [`AccessError`].
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
-        read::write_ram(&self.0.ram(), gpa, from).inspect_err(|error| self.met(error))
+        let done = {
+            let ram = self.0.ram.read().unwrap_or_else(PoisonError::into_inner);
+            read::write_ram(&ram, gpa, from)
+        };
+        done.inspect_err(|error| self.met(error))
     }
 
     /// The VMM itself has met a bad page.
     fn met(&self, error: &AccessError) {
         let AccessError::Poisoned { gpa } = *error else { return };
+        let gpa = gpa & !(PAGE_SIZE - 1);
         let Some(hva) = self.0.ram().hva(gpa) else { return };
         let caught = Caught { kind: Kind::ActionOptional, hva, lsb: crate::mca::PAGE_SHIFT };
         let mut inner = self.0.lock();
@@ -506,10 +516,11 @@ impl Handle {
             Ok(less)
         })?;
         let region = gone.ok_or(RamError::NoRegion { gpa })?;
+        inner.delivery.gone(&|gpa| gpa >= region.gpa && gpa - region.gpa < region.len);
         for gpa in Self::known_within(&inner, region) {
-            inner.delivery.gone(gpa);
             self.0.set(&mut inner, gpa, State::Removed);
         }
+        inner.ledger.unpredict(region.gpa..region.gpa + region.len);
         self.0.emit(&Event::Removed { gpa, len: region.len });
         Ok(region)
     }

@@ -441,6 +441,7 @@ fn extents(running: &Running) -> Response<io::Cursor<Vec<u8>>> {
         Err(error) => return problem(500, format!("cannot look at the memory: {error}")),
     };
     extents.extend(running.relay.pages().iter().map(|page| (page.gpa, PAGE_SIZE)));
+    extents.extend(running.ram.removed());
     extents.sort_unstable();
     let mut all: Vec<Extent> = Vec::new();
     for (gpa, len) in extents {

@@ -13,8 +13,9 @@ use mce_relay::{
     StartError, VcpuPort, Verdict,
 };
 
-use crate::acpi::Table;
+use crate::acpi::{AcpiError, Table};
 use crate::api::{Api, ApiError, Current, Running, VmInfo};
+use crate::boot::BootError;
 use crate::cli::{ApiPath, RunArgs, Switch};
 use crate::config::{OnUndeliverable, VmConfig};
 use crate::control::{ExitReason, PauseReason, StopCause, Undeliverable, VmControl};
@@ -94,9 +95,8 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     let (mut boot, mut quick_faults) = (0, 0);
     loop {
         boot += 1;
-        let begun = Instant::now();
-        let reason = machine.boot(boot, &current)?;
-        let quick = begun.elapsed() < QUICK && matches!(reason, ExitReason::TripleFault { .. });
+        let (reason, ran) = machine.boot(boot, &current)?;
+        let quick = ran < QUICK && matches!(reason, ExitReason::TripleFault { .. });
         quick_faults = if quick { quick_faults + 1 } else { 0 };
         if starts_again(&reason, args.on_undeliverable, args.no_reboot) && quick_faults < HOPELESS {
             let by_policy = matches!(reason, ExitReason::Undeliverable(_));
@@ -133,8 +133,8 @@ struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// Boots the guest once and runs it to its end.
-    fn boot(&mut self, boot: u32, current: &Current) -> Result<ExitReason, VmError> {
+    /// Boots the guest once and runs it to its end; how it ended, and after how long.
+    fn boot(&mut self, boot: u32, current: &Current) -> Result<(ExitReason, Duration), VmError> {
         let args = self.args;
         let (vm, made) = self.make()?;
         let caps = made.setup.caps();
@@ -168,13 +168,15 @@ impl Machine<'_> {
             control: vm.control().clone(),
             ram: Arc::clone(&self.ram),
         }));
+        let begun = Instant::now();
         let reason = vm.run();
+        let ran = begun.elapsed();
         current.set(None);
         // Here the relay goes, and with it its thread; the vCPU threads are gone already. What its
         // thread entered until then is in the ledger.
         drop(made);
         self.ledger = relay.ledger();
-        Ok(reason)
+        Ok((reason, ran))
     }
 
     /// Builds the VM. A bad page in its way is entered, replaced, and it is tried again.
@@ -200,7 +202,14 @@ impl Machine<'_> {
                         self.ledger = relay.ledger();
                     }
                     let bad = self.ram.find_poison();
-                    if bad.is_empty() || tries == TRIES {
+                    // Of huge pages an older kernel does not say it; they are asked one by one then.
+                    let huge = self.ram.blocks().iter().any(|block| block.page_size > PAGE_SIZE);
+                    let by_memory = matches!(
+                        error,
+                        VmError::Boot(BootError::Write { .. } | BootError::CopyInitramfs { .. })
+                            | VmError::Acpi(AcpiError::Write(_))
+                    );
+                    if (bad.is_empty() && !(huge && by_memory)) || tries == TRIES {
                         return Err(error);
                     }
                     warn!("{error}; there are {} bad pages in guest memory", bad.len());

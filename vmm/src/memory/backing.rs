@@ -178,6 +178,39 @@ impl Backing {
         Ok(())
     }
 
+    /// The same for one huge page, without a moment in which nothing is mapped there: the kernel unmaps
+    /// what MAP_FIXED replaces before it asks the pool, and another thread could get the place.
+    pub(super) fn exchange(&self, start: u64) -> io::Result<()> {
+        let len = self.page_size;
+        if len == PAGE_SIZE {
+            return self.map_at(start, len);
+        }
+        let mut other = Self { hva: reserve(len, len)?, len, file: None, ..self.copy() };
+        other.file = self.file.as_ref().map(|(file, offset)| (Arc::clone(file), offset + start));
+        other.map_at(0, len)?;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: moves a mapping of our own over another one, to which no reference leads.
+        let moved =
+            unsafe { libc::mremap(other.at(0), size(len)?, size(len)?, flags, self.at(start)) };
+        if moved == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            // Linux before 5.16 does not move huge pages.
+            return match error.raw_os_error() {
+                Some(libc::EINVAL) => self.map_at(start, len),
+                _ => Err(error),
+            };
+        }
+        // It is part of this mapping now.
+        other.hva = 0;
+        Ok(())
+    }
+
+    /// The kind of this mapping, and no mapping.
+    fn copy(&self) -> Self {
+        let Self { page_size, shared, thp, prefault, .. } = *self;
+        Self { hva: 0, len: 0, page_size, file: None, shared, thp, prefault }
+    }
+
     /// Puts a mapping that nobody can use at `start..start + len`, so that nothing else of this
     /// process ever comes to lie in the guest's memory.
     pub(super) fn plug(&self, start: u64, len: u64) -> io::Result<()> {
@@ -212,10 +245,10 @@ impl Backing {
         }
     }
 
-    /// Gives all of it memory, if that was asked for.
-    pub(super) fn prefault(&self) -> io::Result<()> {
+    /// Gives a part of it memory, if that was asked for.
+    pub(super) fn prefault(&self, start: u64, len: u64) -> io::Result<()> {
         match self.prefault {
-            true => self.advise(0, self.len, libc::MADV_POPULATE_WRITE),
+            true => self.advise(start, len, libc::MADV_POPULATE_WRITE),
             false => Ok(()),
         }
     }

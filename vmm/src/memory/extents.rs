@@ -29,9 +29,10 @@ impl GuestRam {
                 Some((file, offset)) if backing.is_shared() && backing.page_size() == PAGE_SIZE => {
                     data_of(file, offset, backing.len())?
                 }
-                // A private copy hides what is in the file; asking for both is not worth it.
-                Some(_) if !backing.is_shared() => vec![(0, backing.len())],
-                _ => mapped(backing)?,
+                // A private copy hides what is in the file, and a file of huge pages does not say where
+                // it has holes. Its pages are promised anyway.
+                Some(_) => vec![(0, backing.len())],
+                None => mapped(backing)?,
             };
             for (start, len) in within {
                 let gpa = block.gpa + start;

@@ -326,12 +326,18 @@ impl GuestRam {
     }
 
     fn prefault(&self) -> Result<(), MemoryError> {
+        let removed = self.removed();
         for (block, backing) in self.blocks.iter().zip(&self.backings) {
-            backing.prefault().map_err(|source| MemoryError::Prefault {
-                gpa: block.gpa,
-                bytes: block.len,
-                source,
-            })?;
+            // Between what is no longer there, which is ascending.
+            let (mut at, end) = (block.gpa, block.gpa + block.len);
+            let gaps = removed.iter().copied().filter(|(gpa, _)| block.contains_gpa(*gpa));
+            for (gpa, len) in gaps.chain([(end, 0)]) {
+                if gpa > at {
+                    let error = |source| MemoryError::Prefault { gpa: at, bytes: gpa - at, source };
+                    backing.prefault(at - block.gpa, gpa - at).map_err(error)?;
+                }
+                at = gpa + len;
+            }
         }
         Ok(())
     }

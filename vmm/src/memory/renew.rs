@@ -24,7 +24,7 @@ pub struct Renewed {
 }
 
 impl GuestRam {
-    /// Makes all of it good, and empty where it is not hugetlb. `bad` are the guest-physical addresses
+    /// Makes all of it good, and fresh where it is not hugetlb. `bad` are the guest-physical addresses
     /// of the pages of 4 KiB that are known to be bad. No vCPU may be running.
     pub fn renew(&self, bad: &[u64]) -> Renewed {
         let mut renewed = Renewed::default();
@@ -121,7 +121,7 @@ fn replace(backing: &Backing, start: u64) -> io::Result<()> {
         return Ok(());
     }
     // A userfaultfd that is registered there, or a kernel that does not take MADV_DONTNEED for it.
-    backing.map_at(start, len)?;
+    backing.exchange(start)?;
     backing.advise(start, len, libc::MADV_POPULATE_WRITE)
 }
 
