@@ -30,7 +30,10 @@ impl Vmm {
         std::fs::write(at("kernel"), elf(code)).unwrap();
         let serial = format!("file={}", at("serial"));
         let (kernel, api, events) = (at("kernel"), at("api"), at("events"));
-        let common = ["mce-relay", "run", "--kernel", &kernel, "--memory", "32M"];
+        // A page of a memfd stays in the page cache while userfaultfd marks it: a guest that touches it in
+        // between finds it, where anonymous memory would be an error of KVM.
+        let memory = "size=32M,shared=on";
+        let common = ["mce-relay", "run", "--kernel", &kernel, "--memory", memory];
         let files = ["--serial", &serial, "--api-socket", &api, "--event-monitor", &events];
         let line = common.iter().chain(&files).chain(options);
         let Command::Run(args) = Cli::parse_from(line).command else { unreachable!() };
