@@ -113,8 +113,12 @@ impl Uffd {
 
     /// Marks the page at `hva` as bad. What it held is gone.
     pub fn poison(&self, hva: u64) -> io::Result<()> {
-        self.register(hva..hva + 4096, UFFDIO_REGISTER_MODE_MISSING)?;
         let page = std::ptr::with_exposed_provenance_mut(usize::try_from(hva).unwrap());
+        // A page that nobody has touched yet would be missing for a guest that comes to it before the
+        // mark is there.
+        // SAFETY: populating changes no contents.
+        check(unsafe { libc::madvise(page, 4096, libc::MADV_POPULATE_WRITE) })?;
+        self.register(hva..hva + 4096, UFFDIO_REGISTER_MODE_MISSING)?;
         loop {
             // SAFETY: the page is guest RAM, into which no reference exists.
             check(unsafe { libc::madvise(page, 4096, libc::MADV_DONTNEED) })?;
