@@ -99,7 +99,7 @@ pub enum OnUndeliverable {
     /// Pause the VM; `mce-relay resume` has the vCPU touch the page again, and if the guest still
     /// cannot be told, it is paused again.
     Pause,
-    /// Start the guest again with fresh memory; with --no-reboot, end with exit status 6.
+    /// Start the guest again with good memory; with --no-reboot, end with exit status 6.
     Reset,
 }
 

@@ -34,8 +34,8 @@ fn why_not_of(pools: &Path, bytes: u64, page: u64) -> Option<MemoryError> {
     }
     let free = pool.number("free_hugepages").saturating_sub(pool.number("resv_hugepages"));
     // The kernel makes more than the pool has, up to here.
-    let surplus = pool.number("nr_overcommit_hugepages")
-        - pool.number("surplus_hugepages").min(pool.number("nr_overcommit_hugepages"));
+    let most = pool.number("nr_overcommit_hugepages");
+    let surplus = most.saturating_sub(pool.number("surplus_hugepages"));
     if free.saturating_add(surplus) >= wanted {
         return None;
     }
