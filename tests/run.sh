@@ -7,7 +7,7 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-passed=0 failed=0 skipped=0 summary=''
+passed=0 failed=0 skipped=0 booted=0 summary=''
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 
@@ -27,6 +27,7 @@ tier() { # name command...
             END { print all + n }' "$log"
     }
     p=$(count passed) f=$(count failed) s=$(count ignored)
+    booted=$((booted + $(grep -c 'BOOTED AGAIN: ' "$log")))
     if [ "$status" != 0 ] && [ "$f" = 0 ]; then
         f=1 # it died before it could count
     elif [ "$status" = 0 ] && [ $((p + s)) = 0 ]; then
@@ -94,4 +95,5 @@ fi
 
 printf '\n%s' "$summary"
 echo "$passed passed, $failed failed, $skipped skipped"
+[ "$booted" = 0 ] || echo "$booted guests stood still in their boot and were booted again: look for BOOTED AGAIN above"
 [ "$failed" = 0 ]

@@ -17,6 +17,8 @@ pub enum Thread {
     Vcpu(usize),
     /// Some other thread of the process.
     Other,
+    /// The thread that had the page poisoned itself ([`crate::Handle::poisoning`]).
+    Caller,
 }
 
 impl fmt::Display for Thread {
@@ -25,6 +27,7 @@ impl fmt::Display for Thread {
             Self::Relay => f.write_str("the relay's thread"),
             Self::Vcpu(vcpu) => write!(f, "the thread of vCPU {vcpu}"),
             Self::Other => f.write_str("a thread outside the relay"),
+            Self::Caller => f.write_str("the thread that had the page poisoned"),
         }
     }
 }
@@ -105,6 +108,9 @@ pub enum Event {
         lsb: u8,
         /// Who took it.
         thread: Thread,
+        /// It was forged ([`crate::Handle::forge`]); the page is whole.
+        #[cfg_attr(feature = "serde", serde(default))]
+        forged: bool,
     },
     /// The address is not guest RAM.
     Outside {
@@ -225,8 +231,12 @@ pub enum Event {
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Caught { kind, hva, lsb, thread } => {
-                write!(f, "caught: SIGBUS BUS_MCEERR_{kind}, HVA {hva:#x}, lsb {lsb}, on {thread}")
+            Self::Caught { kind, hva, lsb, thread, forged } => {
+                let forged = if *forged { "FORGED " } else { "" };
+                write!(
+                    f,
+                    "caught: {forged}SIGBUS BUS_MCEERR_{kind}, HVA {hva:#x}, lsb {lsb}, on {thread}"
+                )
             }
             Self::Outside { kind, hva, lsb } => {
                 write!(f, "outside: {kind} at HVA {hva:#x} (lsb {lsb}) is not guest RAM")

@@ -17,6 +17,8 @@ pub enum FoundBy {
     Scan,
     /// The VMM itself wanted to read or write it ([`crate::Handle::read`]).
     Access,
+    /// A signal that was forged ([`crate::Handle::forge`]): the page is whole.
+    Forged,
 }
 
 impl std::fmt::Display for FoundBy {
@@ -25,6 +27,7 @@ impl std::fmt::Display for FoundBy {
             Self::Signal => "signal",
             Self::Scan => "scan",
             Self::Access => "access",
+            Self::Forged => "forged signal",
         })
     }
 }
@@ -241,7 +244,11 @@ impl Ledger {
             predicted.state = State::Undeliverable { why: Cannot::WentBad };
             predicted.times.note(&predicted.state, now);
         }
-        if found_by == FoundBy::Signal {
+        if page.found_by == FoundBy::Forged && found_by != FoundBy::Forged {
+            // It really went bad.
+            page.found_by = found_by;
+        }
+        if matches!(found_by, FoundBy::Signal | FoundBy::Forged) {
             page.signals = page.signals.saturating_add(1);
             page.kind = kind;
         }

@@ -23,6 +23,7 @@ pub mod cper;
 pub mod delivery;
 pub mod event;
 pub mod firmware;
+mod forge;
 pub mod ghes;
 
 mod last_words;
@@ -51,6 +52,7 @@ mod sync {
 
 pub use event::Event;
 pub use firmware::AoChannel;
+pub use forge::ForgeError;
 pub use ghes::{Bell, Ghes};
 pub use ledger::{FoundBy, Ledger, Page, Place, Predicted};
 pub use pace::Pace;

@@ -149,9 +149,8 @@ impl VcpuPort {
         let mut held_since = None;
         loop {
             self.slot.clear_attention();
-            while let Some(caught) = self.slot.take() {
-                let is_ram = shared.enter(&mut inner, caught, Thread::Vcpu(me));
-                if !is_ram && caught.kind == Kind::ActionRequired {
+            for caught in shared.take(&mut inner, &self.slot, Thread::Vcpu(me)) {
+                if caught.kind == Kind::ActionRequired {
                     // Not under the lock: whoever was there before us may end the process, and have
                     // something to put in order first.
                     drop(inner);

@@ -9,7 +9,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -19,6 +19,7 @@ use log::warn;
 use crate::delivery::{Cannot, Delivery, Pending, Taken, Wait};
 use crate::event::{Event, Thread};
 use crate::firmware::AoChannel;
+use crate::forge::Forgery;
 use crate::ghes::{Ghes, Source};
 use crate::ledger::{FoundBy, Ledger, Page, Place, Predicted, State};
 use crate::mca::{Caps, Kind, PAGE_SIZE};
@@ -82,6 +83,8 @@ pub(crate) struct Inner {
     pub(crate) news: bool,
     /// Something new waits on the firmware-first channel.
     pub(crate) firmware_news: bool,
+    /// Failures that are not real.
+    pub(crate) forgery: Forgery,
 }
 
 impl Inner {
@@ -117,6 +120,8 @@ pub(crate) struct Shared {
     observer: Box<dyn Fn(&Event) + Send + Sync>,
     stop: AtomicBool,
     wake: OwnedFd,
+    /// How often guest RAM was looked through.
+    pub(crate) scans: AtomicU64,
 }
 
 impl Shared {
@@ -153,12 +158,15 @@ impl Shared {
     /// is not guest RAM.
     pub(crate) fn enter(&self, inner: &mut Inner, caught: Caught, thread: Thread) -> bool {
         let Caught { kind, hva, lsb } = caught;
-        self.emit(&Event::Caught { kind, hva, lsb, thread });
-        let vcpu = match thread {
-            Thread::Vcpu(vcpu) => Some(vcpu),
-            Thread::Relay | Thread::Other => None,
+        let forged = inner.forgery.knows(caught);
+        self.emit(&Event::Caught { kind, hva, lsb, thread, forged });
+        let (vcpu, kind) = match thread {
+            Thread::Vcpu(vcpu) => (Some(vcpu), kind),
+            Thread::Relay | Thread::Other => (None, kind),
+            Thread::Caller => (None, Kind::ActionOptional),
         };
-        let known = self.enter_pages(inner, caught, FoundBy::Signal, vcpu);
+        let found_by = if forged { FoundBy::Forged } else { FoundBy::Signal };
+        let known = self.enter_pages(inner, Caught { kind, hva, lsb }, found_by, vcpu);
         if !known {
             self.emit(&Event::Outside { kind, hva, lsb });
         }
@@ -358,6 +366,7 @@ impl Relay {
                 retry: RETRY_FIRST,
                 news: false,
                 firmware_news: false,
+                forgery: Forgery::default(),
             }),
             gathered: Condvar::new(),
             ram: RwLock::new(Arc::new(config.ram)),
@@ -366,6 +375,7 @@ impl Relay {
             stop: AtomicBool::new(false),
             // SAFETY: a descriptor that eventfd has just made, owned by nobody else.
             wake: unsafe { OwnedFd::from_raw_fd(wake) },
+            scans: AtomicU64::new(0),
         });
         let (ready, started) = std::sync::mpsc::sync_channel(1);
         let for_thread = Arc::clone(&shared);
@@ -427,7 +437,7 @@ impl Relay {
 
 /// A relay as any thread may use it.
 #[derive(Clone)]
-pub struct Handle(Arc<Shared>);
+pub struct Handle(pub(crate) Arc<Shared>);
 
 impl Handle {
     /// The pages of the ledger, by guest-physical address.
@@ -438,6 +448,18 @@ impl Handle {
     /// The pages that were bad in earlier boots, or in memory that was unplugged, and are so no longer.
     pub fn past(&self) -> Vec<Page> {
         self.0.lock().ledger.past().cloned().collect()
+    }
+
+    /// What `look` makes of all that is known, without a copy of it. It is called under the relay's
+    /// lock: it must be quick, must not block and must not use the relay.
+    pub fn inspect<R>(&self, look: impl FnOnce(&Ledger) -> R) -> R {
+        look(&self.0.lock().ledger)
+    }
+
+    /// How often guest RAM was looked through for bad pages that no signal named, since the start of
+    /// this relay.
+    pub fn scans(&self) -> u64 {
+        self.0.scans.load(Ordering::Relaxed)
     }
 
     /// All that is known, for the relay of the next boot.
@@ -632,10 +654,8 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     let mut any = false;
     let mut inner = shared.lock();
     slot.clear_attention();
-    while let Some(caught) = slot.take() {
-        any = true;
-        shared.enter(&mut inner, caught, Thread::Relay);
-    }
+    any |= !slot.is_empty();
+    shared.take(&mut inner, slot, Thread::Relay);
     while let Some(caught) = signal::take_orphan() {
         any = true;
         shared.enter(&mut inner, caught, Thread::Other);

@@ -6,6 +6,7 @@
 //! Failures that raise no signal at all (a page that is clean and could be dropped) show in the
 //! kernel's count of failures.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
@@ -84,6 +85,7 @@ impl Search {
         let ram = shared.ram();
         let found = self.scanner.scan(ram.hvas(), |hva| shared.knows(hva));
         let took = begin.elapsed();
+        shared.scans.fetch_add(1, Ordering::Relaxed);
         self.not_before = begin + took + (took * REST).max(REST_LEAST);
         match found {
             Ok(found) => {

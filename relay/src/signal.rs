@@ -277,17 +277,7 @@ pub(crate) fn give_up(caught: Caught) {
     let Caught { kind, hva, lsb } = caught;
     let code = last_words::code_of(kind);
     last_words::say(code, Origin::Fault { addr: hva, lsb }, next(previous, false));
-    // SAFETY: siginfo is plain data, all zero is a valid value to start from.
-    let mut info: siginfo_t = unsafe { std::mem::zeroed() };
-    // SAFETY: as in `on_sigbus`; nothing else refers to the local.
-    let mce = unsafe { &mut *(&raw mut info).cast::<MceInfo>() };
-    *mce = MceInfo {
-        signo: libc::SIGBUS,
-        errno: 0,
-        code,
-        addr: ptr::without_provenance_mut(usize::try_from(hva).unwrap_or(usize::MAX)),
-        addr_lsb: i16::from(lsb),
-    };
+    let mut info = failure(caught);
     // SAFETY: `previous` is an action that was in force.
     unsafe { sigaction(libc::SIGBUS, previous, ptr::null_mut()) };
     if previous.sa_sigaction == libc::SIG_IGN {
@@ -304,6 +294,30 @@ pub(crate) fn give_up(caught: Caught) {
     let ours = action();
     // SAFETY: as in `install`.
     unsafe { sigaction(libc::SIGBUS, &raw const ours, ptr::null_mut()) };
+}
+
+/// Sends this thread a signal as the kernel sends it for `caught`.
+pub(crate) fn send_failure(caught: Caught) {
+    let mut info = failure(caught);
+    // SAFETY: a whole siginfo of our own.
+    unsafe { send_to_oneself(libc::SIGBUS, &raw mut info) };
+}
+
+/// The siginfo that the kernel sends for `caught`.
+fn failure(caught: Caught) -> siginfo_t {
+    let Caught { kind, hva, lsb } = caught;
+    // SAFETY: siginfo is plain data, all zero is a valid value to start from.
+    let mut info: siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: as in `on_sigbus`; nothing else refers to the local.
+    let mce = unsafe { &mut *(&raw mut info).cast::<MceInfo>() };
+    *mce = MceInfo {
+        signo: libc::SIGBUS,
+        errno: 0,
+        code: last_words::code_of(kind),
+        addr: ptr::without_provenance_mut(usize::try_from(hva).unwrap_or(usize::MAX)),
+        addr_lsb: i16::from(lsb),
+    };
+    info
 }
 
 /// Where the signal came from.

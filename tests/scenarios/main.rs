@@ -100,12 +100,17 @@ fn main() -> ExitCode {
         undeliverable::pause needs may_poison,
         undeliverable::reset needs may_poison,
         means::madvise needs may_poison,
+        means::madvise_by_the_vmm needs may_poison,
+        means::uffd_and_signal needs may_poison,
+        means::a_process_of_the_guest needs may_poison,
+        means::filters_and_unpoison needs may_poison,
         means::late_kill_says_nothing_until_a_touch needs may_poison,
         kinds::as_on_bare_metal needs may_poison,
         kinds::touched_as_on_bare_metal needs may_poison,
         mce_test::kvm_suite needs may_poison,
         placement::a_page_above_4_gib needs may_poison,
         // Last: after a hardware error the kernel refuses to heal pages until it reboots.
+        means::mce_inject needs may_poison,
         hardware::from_the_bank_to_the_guests_process needs in_lab_with_hardware,
     ])
 }

@@ -36,6 +36,23 @@ impl Agent {
     /// Connects to the socket of the second serial port and waits for the agent's first words; with
     /// `log`, has it send the guest's kernel log from then on.
     pub fn connect(socket: &Path, log: bool, echo: bool) -> Result<Self, String> {
+        let mut agent = Self::at(socket, echo)?;
+        agent.event(|event| event["event"] == "hello")?;
+        // From here on; the lines of the boot are not worth their time on an emulated port.
+        if log {
+            agent.ask("log on");
+        }
+        Ok(agent)
+    }
+
+    /// Connects to an agent that said its first words to somebody else.
+    pub fn again(socket: &Path, echo: bool) -> Result<Self, String> {
+        let mut agent = Self::at(socket, echo)?;
+        agent.ask("ping");
+        Ok(agent)
+    }
+
+    fn at(socket: &Path, echo: bool) -> Result<Self, String> {
         let start = Instant::now();
         let out = loop {
             match UnixStream::connect(socket) {
@@ -45,13 +62,7 @@ impl Agent {
             }
         };
         let lines = BufReader::new(out.try_clone().map_err(|error| error.to_string())?);
-        let mut agent = Self { lines, out, events: VecDeque::new(), echo };
-        agent.event(|event| event["event"] == "hello")?;
-        // From here on; the lines of the boot are not worth their time on an emulated port.
-        if log {
-            agent.ask("log on");
-        }
-        Ok(agent)
+        Ok(Self { lines, out, events: VecDeque::new(), echo })
     }
 
     /// The next line, or why there is none before `deadline`.
@@ -81,6 +92,11 @@ impl Agent {
             println!("  guest | {}", value["line"].as_str().unwrap_or_default());
         }
         Ok(value)
+    }
+
+    /// Leaves the port to somebody else.
+    pub fn hang_up(&self) {
+        self.out.shutdown(std::net::Shutdown::Both).unwrap();
     }
 
     /// Sends a request that nobody may live to answer.

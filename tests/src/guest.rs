@@ -53,6 +53,8 @@ pub struct Options {
     pub ao_channel: &'static str,
     /// `--ghes-poll`, if it is to be given.
     pub ghes_poll: Option<&'static str>,
+    /// Run the VMM in this cgroup.
+    pub cgroup: Option<PathBuf>,
     /// Start the guest again when it resets itself (without `--no-reboot`).
     pub reboot: bool,
     /// More words for the guest kernel's command line.
@@ -80,6 +82,7 @@ impl Options {
             pace: None,
             ao_channel: "mce",
             ghes_poll: None,
+            cgroup: None,
             reboot: false,
             cmdline: "",
             quiet: false,
@@ -152,6 +155,9 @@ pub fn mce_relay(args: &[&str]) -> Output {
     Command::new(binary()).args(args).stdin(Stdio::null()).output().unwrap()
 }
 
+/// What is said of a guest whose agent does not answer.
+const DID_NOT: &str = "the guest did not come up";
+
 /// A VMM with its guest. Dropping it kills it, and prints what is known if a test is failing.
 #[derive(Debug)]
 pub struct Vmm {
@@ -195,6 +201,9 @@ impl Vmm {
         ] {
             command.args(value.map(|value| [option, value]).into_iter().flatten());
         }
+        if let Some(cgroup) = &options.cgroup {
+            lab::start_in(&mut command, cgroup);
+        }
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -225,8 +234,22 @@ impl Vmm {
     pub fn up(self) -> Guest {
         match self.agent() {
             Ok(agent) => Guest { vmm: self, agent },
-            Err(error) => panic!("the guest did not come up: {error}"),
+            Err(error) => self.did_not_come_up(DID_NOT, &error),
         }
+    }
+
+    /// Says what the VMM's threads do.
+    fn look(&self) {
+        println!("--- threads of the VMM, twice with a second between");
+        for _ in 0..2 {
+            println!("{}", lab::threads(self.pid()));
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+
+    fn did_not_come_up(&self, what: &str, error: &str) -> ! {
+        self.look();
+        panic!("{what}: {error}")
     }
 
     fn agent(&self) -> Result<Agent, String> {
@@ -276,7 +299,9 @@ impl Vmm {
         let out = self.command("poison", &["--gpa", &format!("{gpa:#x}"), "--via", via, "--json"]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         let done: Value = serde_json::from_slice(&out.stdout).unwrap();
-        self.poisoned.borrow_mut().push(hex(&done["pfn"]));
+        if !done["pfn"].is_null() {
+            self.poisoned.borrow_mut().push(hex(&done["pfn"]));
+        }
         done
     }
 
@@ -438,7 +463,22 @@ impl DerefMut for Guest {
 
 impl Guest {
     /// Boots a guest and waits for its agent.
+    ///
+    /// Once in some hundred boots a guest in the lab stands still before it has a console, long
+    /// before there is any poison. It is looked at, booted once more, and counted: the summary of
+    /// `make test` says how often.
     pub fn boot(options: &Options) -> Self {
+        let vmm = Vmm::start(options);
+        match vmm.agent() {
+            Ok(agent) => return Self { vmm, agent },
+            Err(error) if lab::may_poison().is_err() => vmm.did_not_come_up(DID_NOT, &error),
+            Err(error) => {
+                vmm.look();
+                tell(&vmm.dir);
+                println!("BOOTED AGAIN: {DID_NOT}: {error}");
+            }
+        }
+        drop(vmm);
         Vmm::start(options).up()
     }
 
@@ -446,8 +486,13 @@ impl Guest {
     pub fn up_again(&mut self) {
         match self.vmm.agent() {
             Ok(agent) => self.agent = agent,
-            Err(error) => panic!("the guest did not come up again: {error}"),
+            Err(error) => self.vmm.did_not_come_up("the guest did not come up again", &error),
         }
+    }
+
+    /// Connects to the agent once more, after it was left.
+    pub fn reconnect(&mut self) {
+        self.agent = Agent::again(&self.at("agent"), self.options.echo).unwrap();
     }
 
     /// Asks the guest to power off, and sees that the VMM ends well.

@@ -1,10 +1,14 @@
 //! The lab as seen from inside, and what tests ask of the host they run on.
 
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::marker::PhantomData;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Whether this runs in the lab (or on a host that was given over to it by MCE_RELAY_NATIVE=1).
 pub fn may_poison() -> Result<(), String> {
@@ -192,4 +196,87 @@ impl Drop for Held {
 /// The host-physical address behind `hva` of process `pid`.
 pub fn host_physical(pid: u32, hva: u64) -> u64 {
     Pagemap::of(pid).physical(hva)
+}
+
+/// What each thread of process `pid` is about: its state, its CPU time so far in clock ticks, and
+/// where it waits. For people who look into a VM that stands still.
+pub fn threads(pid: u32) -> String {
+    let mut all = String::new();
+    for entry in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+        let read = |file: &str| {
+            std::fs::read_to_string(entry.path().join(file)).unwrap_or_default().trim().to_owned()
+        };
+        // proc_pid_stat(5): the state is the first field behind the name, the times 12 and 13 on.
+        let stat = read("stat");
+        let fields: Vec<&str> =
+            stat.rsplit_once(')').map_or("", |it| it.1).split_whitespace().collect();
+        let field = |index: usize| fields.get(index).copied().unwrap_or("?");
+        all += &format!(
+            "{:16} {} user {:>5} kernel {:>6} wchan {} syscall {}\n",
+            read("comm"),
+            field(0),
+            field(11),
+            field(12),
+            read("wchan"),
+            read("syscall")
+        );
+    }
+    all
+}
+
+/// Has `command` start in `cgroup`.
+pub fn start_in(command: &mut Command, cgroup: &Path) {
+    let procs = CString::new(cgroup.join("cgroup.procs").into_os_string().into_vec()).unwrap();
+    let enter = move || {
+        // SAFETY: the path outlives the call; 0 stands for the process that writes.
+        unsafe {
+            let file = libc::open(procs.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+            if file < 0 || libc::write(file, c"0".as_ptr().cast(), 1) != 1 {
+                return Err(std::io::Error::last_os_error());
+            }
+            libc::close(file);
+        }
+        Ok(())
+    };
+    // SAFETY: what runs between fork and exec makes system calls and nothing else.
+    unsafe { command.pre_exec(enter) };
+}
+
+/// A memory cgroup below the root, on a file system that is mounted for it where none is.
+#[derive(Debug)]
+pub struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// Makes it.
+    pub fn new(name: &str) -> Self {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        let mounted = mounts.lines().find_map(|line| {
+            let mut words = line.split(' ').skip(1);
+            let at = words.next()?;
+            (words.next() == Some("cgroup2")).then(|| PathBuf::from(at))
+        });
+        let root = mounted.unwrap_or_else(|| {
+            let at = std::env::temp_dir().join("cgroup");
+            std::fs::create_dir_all(&at).unwrap();
+            let mount = Command::new("mount").args(["-t", "cgroup2", "none"]).arg(&at).status();
+            assert!(mount.unwrap().success(), "mount -t cgroup2 none {at:?}");
+            at
+        });
+        std::fs::write(root.join("cgroup.subtree_control"), "+memory").unwrap();
+        let dir = root.join(name);
+        std::fs::create_dir_all(&dir).unwrap();
+        Self(dir)
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Not while a process is left in it; it goes with the lab.
+        let _ = std::fs::remove_dir(&self.0);
+    }
 }

@@ -1,6 +1,6 @@
 //! Asks a running VM by its API socket.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,6 +12,8 @@ use serde::de::DeserializeOwned;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Header fields in an answer of ours; far more than it has.
 const MAX_HEADERS: usize = 32;
+/// And all of them together, in bytes.
+const MAX_HEAD: u64 = 64 << 10;
 
 /// Why a VM did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -98,54 +100,119 @@ pub fn put_json<T: DeserializeOwned>(
     understood(socket, &ask(socket, "PUT", what, &body)?)
 }
 
-fn ask(socket: &Path, method: &str, what: &str, body: &[u8]) -> Result<Vec<u8>, ClientError> {
+/// `GET /api/v1/<what>` of what comes line by line, for as long as there is more.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn lines(socket: &Path, what: &str) -> Result<Lines, ClientError> {
+    let (answer, path) = (open(socket, "GET", what, &[])?, socket.to_owned());
+    let stream = answer.into_stream().map_err(|source| ClientError::Talk {
+        path: socket.to_owned(),
+        source,
+    })?;
+    Ok(Lines { lines: stream.lines(), path })
+}
+
+/// Lines of an answer that goes on.
+pub struct Lines {
+    lines: io::Lines<Box<dyn BufRead + Send>>,
+    path: PathBuf,
+}
+
+impl Iterator for Lines {
+    type Item = Result<String, ClientError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let talk = |source| ClientError::Talk { path: self.path.clone(), source };
+        self.lines.next().map(|line| line.map_err(talk))
+    }
+}
+
+/// An answer whose head has been read.
+struct Answer {
+    stream: BufReader<UnixStream>,
+    status: u16,
+    chunked: bool,
+    /// Its length in bytes, where that was said.
+    len: Option<u64>,
+}
+
+impl Answer {
+    /// The rest of it, however long that takes.
+    fn into_stream(self) -> io::Result<Box<dyn BufRead + Send>> {
+        self.stream.get_ref().set_read_timeout(None)?;
+        Ok(if self.chunked {
+            Box::new(BufReader::new(chunked_transfer::Decoder::new(self.stream)))
+        } else {
+            Box::new(self.stream)
+        })
+    }
+
+    fn body(self) -> io::Result<Vec<u8>> {
+        let mut body = Vec::new();
+        if self.chunked {
+            chunked_transfer::Decoder::new(self.stream).read_to_end(&mut body)?;
+        } else {
+            // JSON shows that its end is missing; plain bytes do not.
+            self.stream.take(self.len.unwrap_or(u64::MAX)).read_to_end(&mut body)?;
+            if self.len.is_some_and(|len| (body.len() as u64) < len) {
+                return Err(io::Error::other("its answer is cut short"));
+            }
+        }
+        Ok(body)
+    }
+}
+
+/// Asks, and reads the head of the answer; one that is no success is an error.
+fn open(socket: &Path, method: &str, what: &str, body: &[u8]) -> Result<Answer, ClientError> {
     let path = || socket.to_owned();
     let mut stream = UnixStream::connect(socket)
         .map_err(|source| ClientError::Connect { path: path(), source })?;
-    let mut answer = Vec::new();
+    let mut head = Vec::new();
     let mut talk = || {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
-        write!(
-            stream,
+        let asked = format!(
             "{method} /api/v1/{what} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\
-             Connection: close\r\nTE: identity\r\n\r\n",
+             Connection: close\r\n\r\n",
             body.len()
-        )?;
-        stream.write_all(body)?;
-        stream.read_to_end(&mut answer)
+        );
+        // A VMM that refuses the body answers without taking it all.
+        let sent = stream.write_all(asked.as_bytes()).and_then(|()| stream.write_all(body));
+        let mut stream = BufReader::new(stream.try_clone()?);
+        while !head.ends_with(b"\r\n\r\n") {
+            let line = (&mut stream).take(MAX_HEAD).read_until(b'\n', &mut head);
+            if line? == 0 || head.len() as u64 > MAX_HEAD {
+                sent?;
+                break;
+            }
+        }
+        Ok(stream)
     };
-    talk().map_err(|source| ClientError::Talk { path: path(), source })?;
+    let stream = talk().map_err(|source| ClientError::Talk { path: path(), source })?;
 
     let stranger = |what: String| ClientError::Stranger { path: path(), what };
     let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
-    let mut head = httparse::Response::new(&mut headers);
-    let start = match head.parse(&answer) {
-        Ok(httparse::Status::Complete(start)) => start,
+    let mut parsed = httparse::Response::new(&mut headers);
+    match parsed.parse(&head) {
+        Ok(httparse::Status::Complete(_)) => {}
         Ok(httparse::Status::Partial) => return Err(stranger("its answer has no end".to_owned())),
         Err(error) => return Err(stranger(error.to_string())),
-    };
-    let chunked = head.headers.iter().any(|header| {
-        header.name.eq_ignore_ascii_case("transfer-encoding")
-            && header.value.eq_ignore_ascii_case(b"chunked")
-    });
-    let announced = head
-        .headers
-        .iter()
-        .find(|header| header.name.eq_ignore_ascii_case("content-length"))
-        .and_then(|header| std::str::from_utf8(header.value).ok()?.trim().parse::<usize>().ok());
-    let body = if chunked {
-        unchunk(&answer[start..]).ok_or_else(|| stranger("a chunk is cut short".to_owned()))?
-    } else {
-        answer[start..].to_vec()
-    };
-    // JSON shows that its end is missing; plain bytes do not.
-    if !chunked && announced.is_some_and(|len| body.len() < len) {
-        return Err(stranger("its answer is cut short".to_owned()));
     }
-    match head.code.unwrap_or_default() {
-        200..=299 => Ok(body),
+    let header = |name: &str| {
+        let found = parsed.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name));
+        found.map(|header| String::from_utf8_lossy(header.value).trim().to_ascii_lowercase())
+    };
+    let answer = Answer {
+        stream,
+        status: parsed.code.unwrap_or_default(),
+        chunked: header("transfer-encoding").is_some_and(|coding| coding == "chunked"),
+        len: header("content-length").and_then(|len| len.parse().ok()),
+    };
+    match answer.status {
+        200..=299 => Ok(answer),
         status => {
+            let body = answer.body().unwrap_or_default();
             let error = serde_json::from_slice::<serde_json::Value>(&body)
                 .ok()
                 .and_then(|body| body["error"].as_str().map(str::to_owned))
@@ -155,33 +222,18 @@ fn ask(socket: &Path, method: &str, what: &str, body: &[u8]) -> Result<Vec<u8>, 
     }
 }
 
-/// The body behind HTTP's chunked coding, which the server uses for long answers.
-fn unchunk(mut coded: &[u8]) -> Option<Vec<u8>> {
-    let mut body = Vec::new();
-    loop {
-        let httparse::Status::Complete((start, len)) = httparse::parse_chunk_size(coded).ok()?
-        else {
-            return None;
-        };
-        let end = start.checked_add(usize::try_from(len).ok()?)?;
-        body.extend_from_slice(coded.get(start..end)?);
-        if len == 0 {
-            return Some(body);
-        }
-        coded = coded.get(end + 2..)?;
+fn ask(socket: &Path, method: &str, what: &str, body: &[u8]) -> Result<Vec<u8>, ClientError> {
+    let answer = open(socket, method, what, body)?;
+    if answer.status == 204 {
+        return Ok(Vec::new());
     }
+    answer.body().map_err(|source| ClientError::Talk { path: socket.to_owned(), source })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn chunks_are_put_together() {
-        assert_eq!(unchunk(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n").unwrap(), b"abcde");
-        assert_eq!(unchunk(b"5\r\nabc"), None);
-        assert_eq!(unchunk(b""), None);
-    }
+    use crate::show;
 
     #[test]
     fn bytes_are_taken_as_a_whole_or_not_at_all() {
@@ -205,7 +257,7 @@ mod tests {
             server.join().unwrap();
             match bytes {
                 Ok(bytes) => assert!(whole && bytes == b"\0\xffa", "{bytes:?}"),
-                Err(error) => assert!(!whole && error.to_string().contains("cut short"), "{error}"),
+                Err(error) => assert!(!whole && show::with_causes(&error).contains("cut short"), "{error}"),
             }
         }
     }

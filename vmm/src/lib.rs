@@ -12,8 +12,10 @@
 //! [`poison`] and [`check`] are about the host.
 
 pub mod acpi;
+pub mod agent;
 pub mod api;
 pub mod boot;
+pub mod by_hand;
 pub mod check;
 pub mod cli;
 pub mod client;
@@ -23,12 +25,18 @@ pub mod cpuid;
 pub mod devices;
 pub mod dump;
 pub mod events;
+pub mod follow;
 pub mod ghes;
 pub mod host;
+pub mod inject;
 pub mod last_resort;
+pub mod manual;
+pub mod map;
 pub mod mce_inject;
 pub mod memory;
 pub mod msr;
+pub mod names;
+pub mod pages;
 pub mod poison;
 pub mod retire;
 pub mod run;

@@ -1,22 +1,27 @@
 //! The `mce-relay` command.
 
+use std::error::Error;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use log::LevelFilter;
-use mce_relay_vmm::cli::{self, ApiPath, Command, MemoryCommand};
-use mce_relay_vmm::{api, check, client, dump, host, last_resort, poison, retire, run, show};
+use mce_relay_vmm::cli::{
+    self, Command, InjectArgs, MemcgArg, MemoryCommand, PoisonArgs, VmArg,
+};
+use mce_relay_vmm::host::filter::{self, Filter};
+use mce_relay_vmm::poison::{self, FilterChoice, Order, PageRange};
+use mce_relay_vmm::{
+    agent, api, by_hand, check, client, dump, follow, host, inject, last_resort, manual, map,
+    names, pages, retire, run, show,
+};
 
-fn fail(error: &dyn std::error::Error) -> ExitCode {
-    eprintln!("mce-relay: {}", show::with_causes(error));
-    ExitCode::FAILURE
-}
+/// What a command comes to: its exit status, or words for the user.
+type Outcome = Result<ExitCode, Box<dyn Error>>;
 
 /// A request that is answered by its being done.
-fn put(socket: &ApiPath, what: &str) -> ExitCode {
-    match client::put(&socket.0, what) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error),
-    }
+fn put(vm: &VmArg, what: &str) -> Outcome {
+    client::put(&vm.socket()?, what)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn main() -> ExitCode {
@@ -31,73 +36,166 @@ fn main() -> ExitCode {
         .parse_default_env()
         .format_timestamp_millis()
         .init();
-    match cli.command {
+    match carry_out(cli.command) {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("mce-relay: {}", show::with_causes(&*error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn carry_out(command: Command) -> Outcome {
+    Ok(match command {
         Command::Run(args) => {
             // Before the relay's handler, which hands on to it. The process's and not the VM's: who runs a
             // VM in a process of their own has their own.
-            if let Err(error) = last_resort::install() {
-                eprintln!("mce-relay: cannot install a handler for SIGBUS: {error}");
-                return ExitCode::FAILURE;
-            }
-            match run::run(&args) {
-                Ok(status) => ExitCode::from(status),
-                Err(error) => fail(&error),
-            }
+            last_resort::install()
+                .map_err(|error| format!("cannot install a handler for SIGBUS: {error}"))?;
+            ExitCode::from(run::run(&args)?)
         }
-        Command::Poison { api_socket, gpa, via, json } => {
-            let mut bar = show::Progress::new("poisoning");
-            let done = poison::poison_all(&api_socket.0, &gpa, via, &mut |n, of| bar.step(n, of));
+        Command::List { json } => show::print(&names::list(), json),
+        Command::Poison(args) => poison_pages(&args)?,
+        Command::Unpoison { pfn, json } => show::unpoisoned(
+            &pfn.into_iter().map(|pfn| (pfn, host::unpoison(pfn))).collect::<Vec<_>>(),
+            json,
+        ),
+        Command::Inject(args) => inject_by_hand(&args)?,
+        Command::Status { vm, follow: true, json } => {
+            follow::status(&vm.socket()?, json)?;
+            ExitCode::SUCCESS
+        }
+        Command::Status { vm, follow: false, json } => {
+            show::status(&client::get::<api::Status>(&vm.socket()?, "relay.status")?, json)
+        }
+        Command::Events { vm, follow, json } => {
+            follow::events(&vm.socket()?, follow, json)?;
+            ExitCode::SUCCESS
+        }
+        Command::Pages { vm, map: true, json, .. } => show::map(&map::map(&vm.socket()?)?, json),
+        Command::Pages { vm, gpa, map: false, json } => {
+            let mut bar = show::Progress::new("looking at");
+            let found = pages::pages(&vm.socket()?, &gpa, &mut |n, of| bar.step(n, of));
             drop(bar);
-            match done {
-                Ok(burst) => show::burst(&burst, via, json),
-                Err(error) => fail(&error),
-            }
+            show::print(&found?, json)
         }
-        Command::Memory { command: MemoryCommand::Read { api_socket, gpa, len, raw, json } } => {
-            // Before anything is read: the terminal will not become something else.
-            if let (true, Err(error)) = (raw, dump::check_raw()) {
-                return fail(&error);
-            }
-            match dump::read(&api_socket.0, gpa, len) {
-                Ok(stretch) if raw => show::raw(&stretch.bytes),
-                Ok(stretch) => show::print(&stretch, json),
-                Err(error) => fail(&error),
-            }
-        }
-        Command::Memory { command: MemoryCommand::Dump { api_socket, file, json } } => {
-            let mut bar = show::Progress::bytes("dumping");
-            let done = dump::dump(&api_socket.0, &file, &mut |n, of| bar.advance(n, of));
-            drop(bar);
-            match done {
-                Ok(dumped) => show::print(&dumped, json),
-                Err(error) => fail(&error),
-            }
-        }
-        Command::Unpoison { pfn } => match host::unpoison(pfn) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => fail(&error),
-        },
-        Command::Status { api_socket, json } => {
-            match client::get::<api::Status>(&api_socket.0, "relay.status") {
-                Ok(status) => show::status(&status, json),
-                Err(error) => fail(&error),
-            }
-        }
-        Command::Retire { api_socket, gpa, json } => {
+        Command::Retire { vm, gpa, json } => {
             let mut bar = show::Progress::new("telling");
-            let done = retire::retire(&api_socket.0, &gpa, &mut |n, of| bar.step(n, of));
+            let done = retire::retire(&vm.socket()?, &gpa, &mut |n, of| bar.step(n, of));
             drop(bar);
-            match done {
-                Ok(pages) => show::retired(&pages, json),
-                Err(error) => fail(&error),
-            }
+            show::retired(&done?, json)
         }
-        Command::Pause { api_socket } => put(&api_socket, "vm.pause"),
-        Command::Resume { api_socket } => put(&api_socket, "vm.resume"),
+        Command::Memory { command } => memory(command)?,
+        Command::Pause { vm } => put(&vm, "vm.pause")?,
+        Command::Resume { vm } => put(&vm, "vm.resume")?,
+        Command::Shutdown { vm } => put(&vm, "vm.shutdown")?,
         Command::Check { json } => {
             let report = check::check();
             let printed = show::print(&report, json);
             if report.relays() { printed } else { ExitCode::FAILURE }
         }
+        Command::Completions { shell } => {
+            manual::completions(shell, &mut std::io::stdout())?;
+            ExitCode::SUCCESS
+        }
+        Command::Man { dir } => {
+            for page in manual::pages(&dir)? {
+                println!("{}", page.display());
+            }
+            ExitCode::SUCCESS
+        }
+    })
+}
+
+fn memory(command: MemoryCommand) -> Outcome {
+    Ok(match command {
+        MemoryCommand::Read { vm, gpa, len, raw, json } => {
+            if raw {
+                // Before anything is read: the terminal will not become something else.
+                dump::check_raw()?;
+            }
+            let stretch = dump::read(&vm.socket()?, gpa, len)?;
+            if raw { show::raw(&stretch.bytes) } else { show::print(&stretch, json) }
+        }
+        MemoryCommand::Dump { vm, file, json } => {
+            let mut bar = show::Progress::bytes("dumping");
+            let done = dump::dump(&vm.socket()?, &file, &mut |n, of| bar.advance(n, of));
+            drop(bar);
+            show::print(&done?, json)
+        }
+    })
+}
+
+/// The pages that `args` are about.
+fn chosen(args: &PoisonArgs, socket: &std::path::Path) -> Result<Vec<PageRange>, Box<dyn Error>> {
+    if let Some(count) = args.random {
+        let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
+        eprintln!("mce-relay: random pages by --seed {seed}");
+        return Ok(poison::random(socket, count.get(), seed)?);
     }
+    if let (Some(which), Some(agent)) = (&args.pid, &args.agent) {
+        let process = agent::process(&agent.0, which, args.max)?;
+        for page in &process.pages {
+            eprintln!(
+                "mce-relay: process {} ({}) of the guest has GPA {:#x} at {:#x} ({})",
+                process.pid, process.comm, page.gpa, page.va, page.area
+            );
+        }
+        return Ok(process.pages.iter().map(|page| PageRange::page(page.gpa)).collect());
+    }
+    Ok(args.gpa.clone())
+}
+
+fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
+    let PoisonArgs { filter_memcg, filter_dev, filter_flags, .. } = args;
+    let others = filter_dev.is_some() || filter_flags.is_some();
+    let memcg = match filter_memcg {
+        None if others => None,
+        None => return Ok(FilterChoice::OwnCgroup),
+        Some(MemcgArg::Nothing) if others => None,
+        Some(MemcgArg::Nothing) => return Ok(FilterChoice::Nothing),
+        Some(MemcgArg::Own) => {
+            let pid = client::get::<api::Ping>(&args.vm.socket()?, "vmm.ping")?.pid;
+            let own = filter::memcg_of(pid)?;
+            Some(own.ok_or("the VM has no memory cgroup of its own; --filter-memcg none does without")?.inode)
+        }
+        Some(MemcgArg::Inode(inode)) => Some(*inode),
+        Some(MemcgArg::Path(path)) => {
+            let found = std::fs::metadata(path)
+                .map_err(|error| format!("cannot look at the cgroup {}: {error}", path.display()))?;
+            Some(std::os::unix::fs::MetadataExt::ino(&found))
+        }
+    };
+    let (dev, flags) = (filter_dev.map(|dev| (dev.0, dev.1)), *filter_flags);
+    Ok(FilterChoice::Given(Filter { memcg, dev, flags }))
+}
+
+fn poison_pages(args: &PoisonArgs) -> Outcome {
+    let socket: PathBuf = args.vm.socket()?;
+    let ranges = chosen(args, &socket)?;
+    let order = Order {
+        socket: &socket,
+        ranges: &ranges,
+        via: args.via,
+        kind: args.kind.into(),
+        vcpu: args.vcpu,
+        filter: filter_of(args)?,
+    };
+    if args.dry_run {
+        return Ok(show::burst(&poison::plan(&order)?, args.via, args.json));
+    }
+    let mut bar = show::Progress::new("poisoning");
+    let done = poison::poison_all(&order, &mut |n, of| bar.step(n, of));
+    drop(bar);
+    Ok(show::burst(&done?, args.via, args.json))
+}
+
+fn inject_by_hand(args: &InjectArgs) -> Outcome {
+    let InjectArgs { vcpu, bank, addr, misc, broadcast, force, dry_run, .. } = *args;
+    let status = args.status.status;
+    let mcg_status = args.mcg_status.map_or(args.status.mcg_status, |given| given.0);
+    let request =
+        inject::Request { vcpu, bank, status, mcg_status, addr, misc, broadcast, force, dry_run };
+    let done: by_hand::ByHand = client::put_json(&args.vm.socket()?, "vm.inject", &request)?;
+    Ok(show::by_hand(&done, args.json))
 }

@@ -1,39 +1,55 @@
-//! Makes pages of a running guest's RAM go bad, on the host, as software can.
+//! Makes pages of a running guest's RAM go bad, on the host, by every means that software has.
 //!
 //! This side only poisons. What the VMM then catches, and what it tells its guest, is in the VM's
 //! own account (`mce-relay status`, the event monitor).
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, HashSet};
-use std::fs::File;
+pub mod inside;
+mod outside;
+mod targets;
+pub mod uffd;
+
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::ptr;
-use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use libc::{c_int, c_void, siginfo_t};
-use serde::Serialize;
-use vmm_sys_util::signal::register_signal_handler;
+use mce_relay::mca::Kind;
+use serde::{Deserialize, Serialize};
 
-use crate::api::VmInfo;
+pub use targets::{PageRange, random};
+pub(crate) use targets::{Target, targets};
+
+use crate::api::{Gpa, Poison, Poisoning, VmInfo};
 use crate::client::{self, ClientError};
-use crate::host::{self, HostError, Injector, PageFlags, Pagemap};
+use crate::host::filter::{Filter, FilterError};
+use crate::host::{self, HostError, PageFlags, Pagemap};
 
-const PAGE_SHIFT: u32 = 12;
 /// How long the kernel may take to mark the pages, after the last of them was asked for.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// So many pages are asked of the VMM at once.
+const AT_ONCE: usize = 1000;
 
-/// By what the host is asked to poison a page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+/// By what a page is made to go bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Means {
-    /// The hwpoison-inject module, by page frame number: the VMM gets an AO.
+    /// The hwpoison-inject module, by page frame number. The VMM gets an AO. Root.
     HwpoisonInject,
-    /// madvise(MADV_HWPOISON) on a second mapping of the page: the VMM gets an AO.
+    /// madvise(MADV_HWPOISON): by this command, on a mapping of its own, where the memory is shared;
+    /// else by the VMM. The caller gets an AR, the VMM an AO. Root.
     Madvise,
+    /// madvise(MADV_SOFT_OFFLINE): the page moves to another frame and the old one is never used
+    /// again. The guest notices nothing, and nothing goes into the ledger. Root.
+    SoftOffline,
+    /// The mce-inject module: the host's own machine-check code is made to believe in an error of the
+    /// page. The VMM gets an AO. Root; `unpoison` is off from then on.
+    MceInject,
+    /// UFFDIO_POISON, by the VMM on its own memory. Nothing is signalled until somebody touches the
+    /// page; then it is an AR. No privileges, no CONFIG_MEMORY_FAILURE (Linux 6.6).
+    Uffd,
+    /// A signal that the VMM forges for itself; the page is whole. Everything about it is labelled as
+    /// forged. No privileges.
+    Signal,
 }
 
 impl std::fmt::Display for Means {
@@ -41,35 +57,62 @@ impl std::fmt::Display for Means {
         f.write_str(match self {
             Self::HwpoisonInject => "hwpoison-inject",
             Self::Madvise => "madvise",
+            Self::SoftOffline => "soft-offline",
+            Self::MceInject => "mce-inject",
+            Self::Uffd => "uffd",
+            Self::Signal => "signal",
         })
     }
 }
 
-/// Some 4 KiB pages in a row, at least one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PageRange {
-    /// Number of the first page: its guest-physical address in units of 4 KiB.
-    first: u64,
-    /// Number of the page behind the last.
-    end: u64,
-}
-
-impl PageRange {
-    /// The page that holds the guest-physical address `gpa`.
-    pub fn page(gpa: u64) -> Self {
-        let first = gpa >> PAGE_SHIFT;
-        Self { first, end: first + 1 }
+impl Means {
+    /// What has been done to a page by it, in a word.
+    #[must_use]
+    pub fn done(self) -> &'static str {
+        match self {
+            Self::Signal => "FORGED (the page is whole)",
+            Self::SoftOffline => "taken out of use",
+            _ => "poisoned",
+        }
     }
 
-    /// All pages that hold an address from `start` to before `end`; `None` when there is none.
-    pub fn new(start: u64, end: u64) -> Option<Self> {
-        let last = end.checked_sub(1).filter(|last| start <= *last)?;
-        Some(Self { first: start >> PAGE_SHIFT, end: (last >> PAGE_SHIFT) + 1 })
+    /// Whether it is the host's page frame that goes bad.
+    fn is_of_frames(self) -> bool {
+        !matches!(self, Self::Uffd | Self::Signal)
     }
 }
 
-/// What was done to one page.
-#[derive(Debug, Serialize)]
+/// Which of hwpoison-inject's filters to use.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum FilterChoice {
+    /// The VM's own memory cgroup, where it has one: no wrong page frame can be somebody else's.
+    #[default]
+    OwnCgroup,
+    /// None; what is in force stays in force.
+    Nothing,
+    /// This one.
+    Given(Filter),
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub struct Order<'a> {
+    /// API socket of the VM.
+    pub socket: &'a Path,
+    /// Which pages.
+    pub ranges: &'a [PageRange],
+    /// By what means.
+    pub via: Means,
+    /// For a forged signal: which.
+    pub kind: Kind,
+    /// For a forged AR: the vCPU that is to have touched the page.
+    pub vcpu: u8,
+    /// For hwpoison-inject: which filter.
+    pub filter: FilterChoice,
+}
+
+/// What was done to one page, or is going to be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Poisoned {
     /// Guest-physical address of the page.
     #[serde(with = "mce_relay::event::hex")]
@@ -77,17 +120,34 @@ pub struct Poisoned {
     /// Host virtual address of the page in the VMM.
     #[serde(with = "mce_relay::event::hex")]
     pub hva: u64,
-    /// The host's page frame number.
-    #[serde(with = "mce_relay::event::hex")]
-    pub pfn: u64,
-    /// By what it was poisoned.
+    /// The host's page frame number, where it is known to this user.
+    #[serde(with = "mce_relay::event::hex_option")]
+    pub pfn: Option<u64>,
+    /// By what it is poisoned.
     pub via: Means,
+    /// The page is whole: only the signal is made up.
+    pub forged: bool,
+    /// The page frame that it moved to (soft offline).
+    #[serde(with = "mce_relay::event::hex_option")]
+    pub moved_to: Option<u64>,
+    /// Nothing was done.
+    pub dry_run: bool,
 }
 
 impl std::fmt::Display for Poisoned {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { gpa, hva, pfn, via } = self;
-        write!(f, "poisoned: GPA {gpa:#x} = HVA {hva:#x} of the VMM = host pfn {pfn:#x}, via {via}")
+        let Self { gpa, hva, pfn, via, moved_to, dry_run, forged: _ } = self;
+        f.write_str(if *dry_run { "would be " } else { "" })?;
+        f.write_str(via.done())?;
+        write!(f, ": GPA {gpa:#x} = HVA {hva:#x} of the VMM")?;
+        if let Some(pfn) = pfn {
+            write!(f, " = host pfn {pfn:#x}")?;
+        }
+        write!(f, ", via {via}")?;
+        match moved_to {
+            Some(to) => write!(f, ", moved to host pfn {to:#x}"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -103,12 +163,15 @@ pub struct NotPoisoned {
 /// What became of a list of pages.
 #[derive(Debug)]
 pub struct Burst {
-    /// The pages that the host has marked as poisoned, in the order asked for.
+    /// The pages to which it was done, in the order asked for. What the host marks as poisoned was
+    /// seen to be marked.
     pub poisoned: Vec<Poisoned>,
     /// The others.
     pub failed: Vec<NotPoisoned>,
     /// How long it took to poison them, without the looking before and after.
     pub took: Duration,
+    /// Things to know.
+    pub notes: Vec<String>,
 }
 
 /// Why a page was not poisoned.
@@ -144,14 +207,25 @@ pub enum PoisonError {
         /// Where there is RAM.
         ram: String,
     },
-    /// Nobody else can map the page.
-    #[error(
-        "the page at GPA {gpa:#x} is memory of the VMM alone, which no other process can poison by madvise; \
-         start the VM with --memory size=…,shared=on, or use --via hwpoison-inject"
-    )]
-    Private {
-        /// Guest-physical address of the page.
-        gpa: u64,
+    /// hwpoison-inject's filters cannot be used.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
+    /// The VM has not that many pages that could go bad.
+    #[error("{wanted} pages were asked for, and this guest has {there} that have memory and are whole")]
+    TooFew {
+        /// How many were asked for.
+        wanted: usize,
+        /// How many there are.
+        there: usize,
+    },
+    /// The VMM was asked, and could not.
+    #[error("{0}")]
+    Vmm(String),
+    /// A page that was to move did not.
+    #[error("the kernel took the request, but the page is where it was (page frame {pfn:#x})")]
+    NotMoved {
+        /// The page frame.
+        pfn: u64,
     },
     /// The VMM's memory cannot be opened.
     #[error("cannot open the VM's memory {path}; run it as root", path = .path.display())]
@@ -172,7 +246,7 @@ pub enum PoisonError {
         source: io::Error,
     },
     /// madvise was refused.
-    #[error("madvise(MADV_HWPOISON) was refused; it needs root (CAP_SYS_ADMIN)")]
+    #[error("madvise was refused; it needs root (CAP_SYS_ADMIN) and CONFIG_MEMORY_FAILURE")]
     Madvise(#[source] io::Error),
     /// The kernel took the request and did nothing.
     #[error(
@@ -197,77 +271,174 @@ pub enum PoisonError {
     },
 }
 
-/// Poisons the page that holds `gpa` in the VM behind `socket`, and sees that it is done.
-///
-/// # Errors
-/// See [`PoisonError`]; the page is unharmed then, unless it says otherwise.
-pub fn poison(socket: &Path, gpa: u64, via: Means) -> Result<Poisoned, PoisonError> {
-    let burst = poison_all(socket, &[PageRange::page(gpa)], via, &mut |_, _| {})?;
-    let Burst { poisoned, failed, .. } = burst;
-    match (poisoned.into_iter().next(), failed.into_iter().next()) {
-        (Some(page), _) => Ok(page),
-        (None, Some(failed)) => Err(failed.error),
-        // One page was asked for, so it is in one of the lists.
-        (None, None) => Err(PoisonError::OutsideRam { gpa, ram: "nothing there".to_owned() }),
-    }
-}
-
-/// Poisons all pages in `ranges` of the VM behind `socket`, each once, as fast as the kernel takes
-/// them, and sees that it is done. `progress` is called after each with the number of pages that the
-/// kernel was asked for and the number of all.
+/// Does to the pages what `order` says, each once, as fast as the kernel takes them, and sees that it
+/// is done. `progress` is called with the number of pages done so far and the number of all.
 ///
 /// # Errors
 /// See [`PoisonError`]; no page has been touched then. Later failures are in the answer.
 pub fn poison_all(
-    socket: &Path,
-    ranges: &[PageRange],
-    via: Means,
+    order: &Order<'_>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Burst, PoisonError> {
-    let vm: VmInfo = client::get(socket, "vm.info")?;
-    let targets = targets(&vm, ranges)?;
-    if !Path::new(host::EARLY_KILL_SYSCTL).exists() {
+    let vm: VmInfo = client::get(order.socket, "vm.info")?;
+    let targets = targets(&vm, order.ranges)?;
+    let (pages, mut looked) = look(&vm, order, &targets)?;
+    let by_vmm = match order.via {
+        Means::Uffd | Means::Signal => true,
+        // The VMM's own memory, which no other process can map.
+        Means::Madvise | Means::SoftOffline => targets.iter().any(|target| target.fd.is_none()),
+        Means::HwpoisonInject | Means::MceInject => false,
+    };
+    let mut notes = Vec::new();
+    let start = Instant::now();
+    let asked = if by_vmm {
+        ask_vmm(order, &targets, progress)?
+    } else {
+        let mut poisoner = outside::Poisoner::open(&vm, order, &mut notes)?;
+        let start_of_work = Instant::now();
+        let asked = outside::poison(&mut poisoner, &targets, &mut looked, progress);
+        notes.extend(poisoner.close());
+        let took = start_of_work.elapsed();
+        return Ok(settle(order, pages, asked, looked, took, notes));
+    };
+    let took = start.elapsed();
+    Ok(settle(order, pages, asked, looked, took, notes))
+}
+
+/// What [`poison_all`] would do.
+///
+/// # Errors
+/// See [`PoisonError`].
+pub fn plan(order: &Order<'_>) -> Result<Burst, PoisonError> {
+    let vm: VmInfo = client::get(order.socket, "vm.info")?;
+    let targets = targets(&vm, order.ranges)?;
+    let (mut pages, _) = look(&vm, order, &targets)?;
+    pages.iter_mut().for_each(|page| page.dry_run = true);
+    let notes = outside::filter_in_words(&vm, order)?.into_iter().collect();
+    Ok(Burst { poisoned: pages, failed: Vec::new(), took: Duration::ZERO, notes })
+}
+
+/// What is known of the host's side of a VM's pages, as far as this user may know it.
+struct Looked {
+    pagemap: Option<Pagemap>,
+    flags: Option<PageFlags>,
+}
+
+/// Looks at every page before the first is touched.
+fn look(
+    vm: &VmInfo,
+    order: &Order<'_>,
+    targets: &[Target],
+) -> Result<(Vec<Poisoned>, Looked), PoisonError> {
+    let via = order.via;
+    let needed = via.is_of_frames();
+    if needed && !Path::new(host::EARLY_KILL_SYSCTL).exists() {
         return Err(PoisonError::NoMemoryFailure);
     }
-    let pagemap = Pagemap::open(vm.pid)?;
-    for &Target { gpa, hva, .. } in &targets {
-        pagemap.pfn(hva).map_err(|source| PoisonError::Page { gpa, source })?;
+    let pagemap = match Pagemap::open(vm.pid) {
+        Ok(pagemap) => Some(pagemap),
+        Err(error) if needed => return Err(error.into()),
+        Err(_) => None,
+    };
+    let flags = match PageFlags::open() {
+        Ok(flags) => Some(flags),
+        Err(error) if needed => return Err(error.into()),
+        Err(_) => None,
+    };
+    let mut pages = Vec::with_capacity(targets.len());
+    for &Target { gpa, hva, .. } in targets {
+        let pfn = match pagemap.as_ref().map(|pagemap| pagemap.pfn(hva)) {
+            Some(Ok(pfn)) => Some(pfn),
+            Some(Err(source)) if needed => return Err(PoisonError::Page { gpa, source }),
+            _ => None,
+        };
+        let forged = via == Means::Signal;
+        pages.push(Poisoned { gpa, hva, pfn, via, forged, moved_to: None, dry_run: false });
     }
-    let flags = PageFlags::open()?;
-    let mut poisoner = Poisoner::open(&vm, via, &targets)?;
+    Ok((pages, Looked { pagemap, flags }))
+}
 
+/// One page that was asked for: the page frame that was behind it at that moment, and what the kernel
+/// said.
+type Asked = (Option<u64>, Result<(), PoisonError>);
+
+fn ask_vmm(
+    order: &Order<'_>,
+    targets: &[Target],
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<Asked>, PoisonError> {
+    let Order { via, kind, vcpu, .. } = *order;
     let mut asked = Vec::with_capacity(targets.len());
-    let start = Instant::now();
-    for target in &targets {
-        // The host may have moved the page since it was looked up, and the frame may be somebody
-        // else's by now. Looking again leaves no more time for that than poisoning one page does.
-        let result = pagemap.pfn(target.hva).map(|pfn| (pfn, poisoner.poison(target, pfn)));
-        asked.push((target, result));
+    for some in targets.chunks(AT_ONCE) {
+        let gpas = some.iter().map(|target| Gpa(target.gpa)).collect();
+        let body = Poison { gpas, via, kind, vcpu };
+        let done: Vec<Poisoning> = match client::put_json(order.socket, "vm.poison", &body) {
+            Ok(done) => done,
+            // What was done before is not lost, and neither is what was not.
+            Err(error) if !asked.is_empty() => {
+                let why = |error: &ClientError| Err(PoisonError::Vmm(error.to_string()));
+                asked.extend((asked.len()..targets.len()).map(|_| (None, why(&error))));
+                return Ok(asked);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        asked.extend(done.into_iter().map(|page| {
+            (None, page.error.map_or(Ok(()), |error| Err(PoisonError::Vmm(error))))
+        }));
         progress(asked.len(), targets.len());
     }
-    let took = start.elapsed();
+    Ok(asked)
+}
 
+/// Looks whether it was done.
+fn settle(
+    order: &Order<'_>,
+    pages: Vec<Poisoned>,
+    asked: Vec<Asked>,
+    looked: Looked,
+    took: Duration,
+    notes: Vec<String>,
+) -> Burst {
     let deadline = Instant::now() + PATIENCE;
-    let mut burst = Burst { poisoned: Vec::new(), failed: Vec::new(), took };
-    for (&Target { gpa, hva, .. }, result) in asked {
-        let error = match result {
-            Err(error) => Some(error.into()),
-            Ok((pfn, Ok(()))) => match wait_for_mark(&flags, pfn, deadline) {
-                Ok(true) => {
-                    burst.poisoned.push(Poisoned { gpa, hva, pfn, via });
-                    None
-                }
-                Ok(false) => Some(PoisonError::NotDone { pfn }),
-                Err(error) => Some(error.into()),
-            },
-            Ok((pfn, Err(error))) => Some(match flags.is_poisoned(pfn) {
-                Ok(true) => PoisonError::MarkedOnly { pfn, source: error.into() },
-                _ => error,
-            }),
-        };
-        burst.failed.extend(error.map(|error| NotPoisoned { gpa, error }));
+    let mut burst = Burst { poisoned: Vec::new(), failed: Vec::new(), took, notes };
+    for (mut page, (pfn, result)) in pages.into_iter().zip(asked) {
+        let gpa = page.gpa;
+        page.pfn = pfn.or(page.pfn);
+        match seen_to(order.via, &mut page, result, &looked, deadline) {
+            Ok(()) => burst.poisoned.push(page),
+            Err(error) => burst.failed.push(NotPoisoned { gpa, error }),
+        }
     }
-    Ok(burst)
+    burst
+}
+
+fn seen_to(
+    via: Means,
+    page: &mut Poisoned,
+    result: Result<(), PoisonError>,
+    looked: &Looked,
+    deadline: Instant,
+) -> Result<(), PoisonError> {
+    let (Some(flags), Some(pfn), true) = (&looked.flags, page.pfn, via.is_of_frames()) else {
+        return result;
+    };
+    if let Err(error) = result {
+        return Err(match flags.is_poisoned(pfn) {
+            Ok(true) => PoisonError::MarkedOnly { pfn, source: error.into() },
+            _ => error,
+        });
+    }
+    if !wait_for_mark(flags, pfn, deadline)? {
+        return Err(PoisonError::NotDone { pfn });
+    }
+    if via == Means::SoftOffline {
+        // It may be on its way back in, or nobody has asked for it yet.
+        page.moved_to = looked.pagemap.as_ref().and_then(|pagemap| pagemap.pfn(page.hva).ok());
+        if page.moved_to == Some(pfn) {
+            return Err(PoisonError::NotMoved { pfn });
+        }
+    }
+    Ok(())
 }
 
 fn wait_for_mark(flags: &PageFlags, pfn: u64, deadline: Instant) -> Result<bool, HostError> {
@@ -278,191 +449,6 @@ fn wait_for_mark(flags: &PageFlags, pfn: u64, deadline: Instant) -> Result<bool,
         if Instant::now() > deadline {
             return Ok(false);
         }
-        sleep(Duration::from_millis(10));
-    }
-}
-
-/// A page to be poisoned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Target {
-    pub(crate) gpa: u64,
-    hva: u64,
-    /// The VMM's descriptor of the file that other processes can map; `None` where there is none.
-    fd: Option<i32>,
-    /// Offset in that file.
-    offset: u64,
-    /// The pages that the file comes in, in bytes.
-    page_size: u64,
-}
-
-/// The pages of `ranges` in the order given, each once. All of them are guest RAM, so however long
-/// a range was written down, there are no more of them than the guest has pages.
-pub(crate) fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, PoisonError> {
-    for range in ranges {
-        let mut page = range.first;
-        while page < range.end {
-            let gpa = page << PAGE_SHIFT;
-            page = match vm.block(gpa) {
-                Some(block) => (block.gpa + block.len) >> PAGE_SHIFT,
-                None => return Err(PoisonError::OutsideRam { gpa, ram: vm.ram_in_words() }),
-            };
-        }
-    }
-    let mut known = HashSet::new();
-    let pages = ranges.iter().flat_map(|range| range.first..range.end);
-    let new = pages.map(|page| page << PAGE_SHIFT).filter(|gpa| known.insert(*gpa));
-    let target = |gpa| {
-        let block = vm.block(gpa)?;
-        let inside = gpa - block.gpa;
-        Some(Target {
-            gpa,
-            hva: block.hva + inside,
-            fd: block.fd.filter(|_| block.shared),
-            offset: block.fd_offset + inside,
-            page_size: block.page_size,
-        })
-    };
-    Ok(new.filter_map(target).collect())
-}
-
-/// One of the means, ready to be used again and again.
-enum Poisoner {
-    Inject(Injector),
-    /// In the process `pid`, with the files of its memory that have been opened.
-    Madvise {
-        pid: u32,
-        files: HashMap<i32, File>,
-    },
-}
-
-impl Poisoner {
-    fn open(vm: &VmInfo, via: Means, targets: &[Target]) -> Result<Self, PoisonError> {
-        match via {
-            Means::HwpoisonInject => Ok(Self::Inject(Injector::open()?)),
-            Means::Madvise => {
-                register_signal_handler(libc::SIGBUS, ignore)
-                    .map_err(|error| PoisonError::Madvise(error.into()))?;
-                if let Some(target) = targets.iter().find(|target| target.fd.is_none()) {
-                    return Err(PoisonError::Private { gpa: target.gpa });
-                }
-                Ok(Self::Madvise { pid: vm.pid, files: HashMap::new() })
-            }
-        }
-    }
-
-    fn poison(&mut self, target: &Target, pfn: u64) -> Result<(), PoisonError> {
-        match self {
-            Self::Inject(injector) => Ok(injector.corrupt(pfn)?),
-            Self::Madvise { pid, files } => {
-                // Checked when it was opened.
-                let fd = target.fd.ok_or(PoisonError::Private { gpa: target.gpa })?;
-                let file = match files.entry(fd) {
-                    Entry::Occupied(file) => file.into_mut(),
-                    Entry::Vacant(place) => {
-                        let path = PathBuf::from(format!("/proc/{pid}/fd/{fd}"));
-                        let file = File::options().read(true).write(true).open(&path);
-                        place.insert(file.map_err(|source| PoisonError::Memory { path, source })?)
-                    }
-                };
-                madvise(file, target.offset, target.page_size)
-            }
-        }
-    }
-}
-
-/// The kernel takes the caller of MADV_HWPOISON for one who touched the page, and sends it an AR,
-/// whatever its policy. The page is of no use to this process, so there is nothing to do about it.
-extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
-
-/// Poisons the page at `offset` of the VM's memory through a mapping of our own, so that the VMM is
-/// one of those who have it mapped and not the one who asked.
-fn madvise(memory: &File, offset: u64, page_size: u64) -> Result<(), PoisonError> {
-    const LEN: usize = 1 << PAGE_SHIFT;
-    let map_error = |source| PoisonError::Map { offset, source };
-    let odd = |error| map_error(io::Error::other(error));
-    // A file of huge pages is mapped by whole ones.
-    let inside = usize::try_from(offset % page_size).map_err(odd)?;
-    let at = libc::off_t::try_from(offset - offset % page_size).map_err(odd)?;
-    let all = usize::try_from(page_size).map_err(odd)?;
-    // SAFETY: a new mapping at an address of the kernel's choice; the file outlives the call, and
-    // nothing but madvise and munmap is done with it.
-    let page = unsafe {
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        libc::mmap(ptr::null_mut(), all, prot, libc::MAP_SHARED, memory.as_raw_fd(), at)
-    };
-    if page == libc::MAP_FAILED {
-        return Err(map_error(io::Error::last_os_error()));
-    }
-    // SAFETY: `page` is the mapping made above, and nothing refers into it.
-    let result = unsafe { libc::madvise(page.byte_add(inside), LEN, libc::MADV_HWPOISON) };
-    let error = io::Error::last_os_error();
-    // SAFETY: as above; it is not used afterwards.
-    unsafe { libc::munmap(page, all) };
-    if result == 0 { Ok(()) } else { Err(PoisonError::Madvise(error)) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::api::MemoryBlock;
-
-    fn block(gpa: u64, hva: u64, fd_offset: u64) -> MemoryBlock {
-        let (fd, shared, page_size) = (Some(3), true, 4096);
-        MemoryBlock { gpa, len: 0x10000, hva, fd, fd_offset, shared, page_size }
-    }
-
-    /// Two blocks of 16 pages, with a hole of as many between.
-    fn vm() -> VmInfo {
-        VmInfo {
-            memory: vec![block(0, 0x7000_0000, 0), block(0x20000, 0x8000_0000, 0x10000)],
-            ..crate::api::an_info()
-        }
-    }
-
-    fn gpas(ranges: &[PageRange]) -> Vec<u64> {
-        targets(&vm(), ranges).unwrap().iter().map(|target| target.gpa).collect()
-    }
-
-    #[test]
-    fn ranges_are_whole_pages_without_their_end() {
-        let range = |start, end| PageRange::new(start, end).unwrap();
-        assert_eq!(gpas(&[range(0x3000, 0x5000)]), [0x3000, 0x4000]);
-        assert_eq!(gpas(&[range(0x3fff, 0x4001)]), [0x3000, 0x4000], "whatever they touch");
-        assert_eq!(gpas(&[PageRange::page(0x5fff)]), [0x5000]);
-        assert_eq!(PageRange::new(0x3000, 0x3000), None);
-        assert_eq!(PageRange::new(0x3000, 0x2000), None);
-        assert_eq!(PageRange::new(0x3000, 0), None);
-    }
-
-    #[test]
-    fn each_page_once_in_the_order_given() {
-        let range = |start, end| PageRange::new(start, end).unwrap();
-        let list = [
-            PageRange::page(0x5123),
-            range(0x20000, 0x22000),
-            range(0x4000, 0x7000),
-            PageRange::page(0x5000),
-        ];
-        assert_eq!(gpas(&list), [0x5000, 0x20000, 0x21000, 0x4000, 0x6000]);
-        let (hva, fd, page_size) = (0x8000_1000, Some(3), 4096);
-        let target = Target { gpa: 0x21000, hva, fd, offset: 0x11000, page_size };
-        assert_eq!(targets(&vm(), &[PageRange::page(0x21000)]).unwrap(), [target]);
-    }
-
-    #[test]
-    fn one_address_outside_ram_is_named_and_refuses_all() {
-        let good = PageRange::page(0x1000);
-        for (range, bad) in [
-            (PageRange::page(0x10000), "0x10000"),
-            (PageRange::new(0xf000, 0x21000).unwrap(), "0x10000"),
-            (PageRange::new(0x2f000, 0x31000).unwrap(), "0x30000"),
-            (PageRange::page(u64::MAX), "0xfffffffffffff000"),
-            // Not one by one: this would take for ever.
-            (PageRange::new(0x20000, u64::MAX).unwrap(), "0x30000"),
-        ] {
-            let error = targets(&vm(), &[good, range]).unwrap_err().to_string();
-            let expected = format!("GPA {bad} is not guest RAM; this guest has 0x0 to 0xffff, ");
-            assert!(error.starts_with(&expected), "{range:?}: {error}");
-        }
+        std::thread::sleep(Duration::from_millis(10));
     }
 }

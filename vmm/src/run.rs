@@ -1,6 +1,6 @@
 //! `mce-relay run`: boots the guest with the relay in it, and starts it again when it resets itself.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -16,6 +16,7 @@ use mce_relay::{
 use crate::acpi::{AcpiError, Table};
 use crate::api::{Api, ApiError, Current, Running, VmInfo};
 use crate::boot::BootError;
+use crate::by_hand::Injector;
 use crate::cli::{ApiPath, RunArgs, Switch};
 use crate::config::{OnUndeliverable, VmConfig};
 use crate::control::{ExitReason, PauseReason, StopCause, Undeliverable, VmControl};
@@ -24,6 +25,7 @@ use crate::ghes::{self, Notify};
 use crate::host;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
+use crate::names::{self, NameError, VmName};
 use crate::show;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
@@ -37,6 +39,9 @@ pub enum RunError {
     /// The API.
     #[error(transparent)]
     Api(#[from] ApiError),
+    /// Its name.
+    #[error(transparent)]
+    Name(#[from] NameError),
     /// Its memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
@@ -74,8 +79,13 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     KillPolicy::Late.set().map_err(RunError::Policy)?;
     let ram = Arc::new(GuestRam::new(&args.zones())?);
     let monitor = Monitor::start(args.event_monitor.as_ref().map(|path| path.0.as_path()))?;
-    let current = Current::default();
-    let api = args.api_socket.as_ref().map(|path| Api::start(&path.0, current.clone()));
+    let current = Current::new(args.name.as_ref().map(VmName::as_str));
+    let socket = match (&args.api_socket, &args.name) {
+        (Some(ApiPath(path)), _) => Some(path.clone()),
+        (None, Some(name)) => Some(names::claim(name)?),
+        (None, None) => None,
+    };
+    let api = socket.as_ref().map(|path| Api::start(path, current.clone(), monitor.hub().clone()));
     let _api = api.transpose()?;
     if !Path::new(host::EARLY_KILL_SYSCTL).exists() {
         warn!(
@@ -91,7 +101,10 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
         serial: [args.serial.0.clone(), args.serial2.0.clone()],
         cpu_vendor: args.cpu_vendor.into(),
     };
-    let mut machine = Machine { args, config, ram, monitor: &monitor, ledger: Ledger::default() };
+    // Whoever follows events is told that there are no more before the API goes.
+    let _end = EndOfEvents(&monitor);
+    let ledger = Ledger::default();
+    let mut machine = Machine { args, config, socket, ram, monitor: &monitor, ledger };
     let (mut boot, mut quick_faults) = (0, 0);
     loop {
         boot += 1;
@@ -116,6 +129,15 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     }
 }
 
+/// Ends the events when dropped.
+struct EndOfEvents<'a>(&'a Monitor);
+
+impl Drop for EndOfEvents<'_> {
+    fn drop(&mut self) {
+        self.0.hub().end();
+    }
+}
+
 /// A guest that dies of a triple fault so soon after its start has not come up.
 const QUICK: Duration = Duration::from_secs(1);
 /// So many of them in a row: it will not come up.
@@ -127,6 +149,8 @@ const TRIES: u32 = 3;
 struct Machine<'a> {
     args: &'a RunArgs,
     config: VmConfig,
+    /// Of the API.
+    socket: Option<PathBuf>,
     ram: Arc<GuestRam>,
     monitor: &'a Monitor,
     ledger: Ledger,
@@ -149,6 +173,7 @@ impl Machine<'_> {
         let relay = made.relay.handle();
         current.set(Some(Running {
             info: VmInfo {
+                name: current.name(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 pid: vm.pid(),
                 boot,
@@ -167,6 +192,7 @@ impl Machine<'_> {
             relay: relay.clone(),
             control: vm.control().clone(),
             ram: Arc::clone(&self.ram),
+            injector: made.injector.clone(),
         }));
         let begun = Instant::now();
         let reason = vm.run();
@@ -186,6 +212,7 @@ impl Machine<'_> {
             tries += 1;
             let mut hooks = RelayHooks {
                 args: self.args,
+                socket: self.socket.as_deref(),
                 monitor: self.monitor,
                 ledger: self.ledger.clone(),
                 made: None,
@@ -276,8 +303,8 @@ fn notify(args: &RunArgs) -> Option<Notify> {
 }
 
 /// What a user can do about a paused VM.
-fn way_on(reason: &PauseReason, socket: Option<&ApiPath>) -> String {
-    let Some(ApiPath(path)) = socket else {
+fn way_on(reason: &PauseReason, socket: Option<&Path>) -> String {
+    let Some(path) = socket else {
         return "there is no --api-socket, so it can only be ended (SIGTERM)".to_owned();
     };
     let again = match reason {
@@ -312,6 +339,7 @@ fn exit_status(reason: &ExitReason) -> u8 {
 /// What the relay needs of a VM while it is built.
 struct RelayHooks<'a> {
     args: &'a RunArgs,
+    socket: Option<&'a Path>,
     monitor: &'a Monitor,
     ledger: Ledger,
     made: Option<Made>,
@@ -322,6 +350,7 @@ struct Made {
     setup: MceSetup,
     relay: Arc<Relay>,
     control: VmControl,
+    injector: Injector,
     _ram: Arc<GuestRam>,
 }
 
@@ -345,18 +374,19 @@ impl RelayHooks<'_> {
             ledger: self.ledger.clone(),
             observer: self.monitor.for_relay(),
         })?;
-        let (emit, socket) = (self.monitor.for_vm(), self.args.api_socket.clone());
+        let (emit, socket) = (self.monitor.for_vm(), self.socket.map(Path::to_owned));
         vm.control.observe_pauses(move |reason| {
             emit(match reason {
-                None => VmEvent::Resumed,
+                None => VmEvent::Resumed {},
                 Some(reason) => VmEvent::Paused {
                     reason: reason.clone(),
-                    way_on: way_on(reason, socket.as_ref()),
+                    way_on: way_on(reason, socket.as_deref()),
                 },
             });
         });
         let (relay, control) = (Arc::new(relay), vm.control.clone());
-        Ok(Made { setup, relay, control, _ram: Arc::clone(vm.ram) })
+        let injector = Injector::new(vm.cpus, setup.caps());
+        Ok(Made { setup, relay, control, injector, _ram: Arc::clone(vm.ram) })
     }
 }
 
@@ -377,6 +407,7 @@ impl VmHooks for RelayHooks<'_> {
             setup: made.setup,
             relay: Arc::clone(&made.relay),
             control: made.control.clone(),
+            injector: made.injector.clone(),
             on_undeliverable: self.args.on_undeliverable,
             guest: None,
         }))
@@ -389,6 +420,7 @@ struct RelaySetup {
     setup: MceSetup,
     relay: Arc<Relay>,
     control: VmControl,
+    injector: Injector,
     on_undeliverable: OnUndeliverable,
     guest: Option<GuestMca>,
 }
@@ -407,7 +439,8 @@ impl VcpuSetup for RelaySetup {
         // SAFETY: the byte lies in the vCPU's kvm_run mapping, and the vCPU's owner drops the hook
         // with the port in it before the vCPU (see `Vcpu::run`).
         let port = unsafe { self.relay.attach(usize::from(index), immediate_exit, kick)? };
-        Ok(Box::new(RelayHook { index, on_undeliverable, guest, port }))
+        let injector = self.injector;
+        Ok(Box::new(RelayHook { index, on_undeliverable, guest, port, injector }))
     }
 }
 
@@ -417,14 +450,19 @@ struct RelayHook {
     on_undeliverable: OnUndeliverable,
     guest: GuestMca,
     port: VcpuPort,
+    injector: Injector,
 }
 
 impl VcpuHook for RelayHook {
     fn wants_attention(&self) -> bool {
-        self.port.wants_attention()
+        self.port.wants_attention() || self.injector.wants(self.index)
     }
 
     fn before_run(&mut self, vcpu: &mut VcpuFd) -> HookVerdict {
+        // First, so that the relay finds the bank as the guest will.
+        if self.injector.wants(self.index) {
+            self.injector.serve(self.index, &mut self.guest.on(vcpu));
+        }
         match self.port.before_run(&mut self.guest.on(vcpu)) {
             Verdict::Run => HookVerdict::Run,
             Verdict::Undeliverable { gpa, why, rip } => {
@@ -506,13 +544,13 @@ mod tests {
     fn the_way_on_is_one_that_exists() {
         let what = Undeliverable { vcpu: 0, gpa: 0x1000, why: "test".into(), rip: 0 };
         let untold = PauseReason::Undeliverable(what);
-        let socket = ApiPath("/x".into());
-        let words = way_on(&untold, Some(&socket));
+        let socket = Path::new("/x");
+        let words = way_on(&untold, Some(socket));
         assert!(
             words.contains("resume --api-socket path=/x") && words.contains("again"),
             "{words}"
         );
-        assert!(!way_on(&PauseReason::Request, Some(&socket)).contains("again"));
+        assert!(!way_on(&PauseReason::Request, Some(socket)).contains("again"));
         assert!(way_on(&untold, None).contains("no --api-socket"));
     }
 

@@ -13,7 +13,10 @@ use mce_relay::{FoundBy, Page, Predicted};
 use serde::Serialize;
 
 use crate::api::{Status, VmInfo};
+use crate::by_hand::{ByHand, OnVcpu, Outcome};
 use crate::ghes::Notify;
+use crate::host::UnpoisonError;
+use crate::map::Map;
 use crate::poison::{Burst, Means, NotPoisoned, Poisoned};
 use crate::retire::Retired;
 
@@ -162,10 +165,56 @@ pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
         }
         (false, pages) => lines_of(burst, pages, via).try_for_each(|line| writeln!(out, "{line}")),
     });
+    for note in &burst.notes {
+        eprintln!("mce-relay: note: {note}");
+    }
     for (pages, error) in runs(burst.failed.iter().map(|f| (f.gpa, with_causes(&f.error)))) {
         eprintln!("mce-relay: failed: {pages}: {error}");
     }
     if burst.failed.is_empty() { printed } else { ExitCode::FAILURE }
+}
+
+/// Prints what became of page frames that were to be given back to the host. Exit status 1 when any
+/// was not.
+pub fn unpoisoned(pages: &[(u64, Result<(), UnpoisonError>)], json: bool) -> ExitCode {
+    #[derive(Serialize)]
+    struct Entry {
+        #[serde(with = "mce_relay::event::hex")]
+        pfn: u64,
+        error: Option<String>,
+    }
+    let entries: Vec<Entry> = pages
+        .iter()
+        .map(|(pfn, result)| Entry {
+            pfn: *pfn,
+            error: result.as_ref().err().map(|error| with_causes(error)),
+        })
+        .collect();
+    let printed = output(|out| {
+        if json {
+            return write_json(out, &entries);
+        }
+        let good = entries.iter().filter(|entry| entry.error.is_none());
+        good.map(|entry| entry.pfn)
+            .try_for_each(|pfn| writeln!(out, "back in use: host pfn {pfn:#x}"))
+    });
+    let failed: Vec<&String> = entries.iter().filter_map(|entry| entry.error.as_ref()).collect();
+    failed.iter().for_each(|error| eprintln!("mce-relay: {error}"));
+    if failed.is_empty() { printed } else { ExitCode::FAILURE }
+}
+
+/// Prints a map of guest RAM.
+pub fn map(map: &Map, json: bool) -> ExitCode {
+    let colour = io::stdout().is_terminal() && console::colors_enabled();
+    output(|out| if json { write_json(out, map) } else { map.write(out, colour) })
+}
+
+/// Prints what came of a machine check by hand. Exit status 1 when it was to be injected and is not
+/// there.
+pub fn by_hand(done: &ByHand, json: bool) -> ExitCode {
+    let printed = print(done, json);
+    let missing = |done: &OnVcpu| matches!(done.outcome, Outcome::NotThere { .. });
+    if done.done.iter().any(missing) { ExitCode::FAILURE } else { printed }
 }
 
 /// Prints what became of pages that the guest was to stop using: those it was told of on stdout, the
@@ -196,14 +245,19 @@ fn lines_of<'a>(
         return Box::new(pages.iter().map(ToString::to_string));
     }
     let took = burst.took.as_secs_f64();
-    let sum = format!("poisoned: {} of {all} pages in {took:.3} s, via {via}", pages.len());
+    let done = match pages.first() {
+        Some(page) if page.dry_run => format!("would be {}", via.done()),
+        _ => via.done().to_owned(),
+    };
+    let sum = format!("{done}: {} of {all} pages in {took:.3} s, via {via}", pages.len());
     let stretches = if burst.failed.is_empty() {
         Vec::new()
     } else {
         runs(pages.iter().map(|page| (page.gpa, ())))
     };
-    let stretches = stretches.into_iter().map(|(pages, ())| format!("poisoned: {pages}"));
-    Box::new(stretches.chain([sum]))
+    let stretches: Vec<String> =
+        stretches.into_iter().map(|(pages, ())| format!("{done}: {pages}")).collect();
+    Box::new(stretches.into_iter().chain([sum]))
 }
 
 /// Pages in a row of which the same is to be said, as words: `GPA 0x1000` or `GPA 0x1000..0x3000`.
@@ -231,6 +285,21 @@ pub fn status(status: &Status, json: bool) -> ExitCode {
             write_status(out, status, io::stdout().is_terminal())
         }
     })
+}
+
+/// A VM's status as [`status`] prints it, but JSON on one line.
+#[must_use]
+pub fn status_text(status: &Status, json: bool) -> String {
+    let mut text = Vec::new();
+    // Nothing can go wrong where there is memory.
+    let _ = if json {
+        serde_json::to_writer(&mut text, status)
+            .map_err(Into::into)
+            .and_then(|()| writeln!(text))
+    } else {
+        write_status(&mut text, status, io::stdout().is_terminal())
+    };
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Result<()> {
@@ -477,12 +546,21 @@ mod tests {
         let via = Means::Madvise;
         let burst = |good: u64, bad: u64| Burst {
             poisoned: (0..good)
-                .map(|n| Poisoned { gpa: n << 12, hva: 0x7000_0000, pfn: 0x42, via })
+                .map(|n| Poisoned {
+                    gpa: n << 12,
+                    hva: 0x7000_0000,
+                    pfn: Some(0x42),
+                    via,
+                    forged: false,
+                    moved_to: None,
+                    dry_run: false,
+                })
                 .collect(),
             failed: (0..bad)
                 .map(|n| NotPoisoned { gpa: (good + n) << 12, error: PoisonError::NoMemoryFailure })
                 .collect(),
             took: Duration::from_millis(1500),
+            notes: Vec::new(),
         };
         let lines = |good, bad| {
             let burst = burst(good, bad);

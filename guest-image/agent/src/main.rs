@@ -9,6 +9,7 @@ mod failures;
 mod kmsg;
 mod pages;
 mod port;
+mod process;
 mod proto;
 mod touch;
 
@@ -281,6 +282,7 @@ impl Agent {
             Request::Dmesg { pattern } => dmesg(&pattern),
             Request::Early { on } => early(on).map(|on| Body::Switch { on }),
             Request::Cpu { cpu } => pin(cpu),
+            Request::Process { which, max } => process::pages(&which, max),
             Request::Meminfo => {
                 Ok(Body::Meminfo { hardware_corrupted_kb: pages::meminfo("HardwareCorrupted")? })
             }

@@ -101,6 +101,7 @@ pub enum Request {
     Early { on: bool },
     Cpu { cpu: usize },
     Free { page: u32 },
+    Process { which: String, max: usize },
     Meminfo,
     Clock,
     Reboot,
@@ -108,7 +109,7 @@ pub enum Request {
 }
 
 const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
-                     early, cpu, free, meminfo, clock, reboot or poweroff";
+                     early, cpu, free, process, meminfo, clock, reboot or poweroff";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -203,6 +204,14 @@ pub fn parse(line: &str) -> Result<Request, String> {
             }
         }
         "free" => Request::Free { page: page(words.next(), "free PAGE")? },
+        "process" => {
+            let usage = "process PID|NAME [MAX], MAX pages, 1 to 4096";
+            let which = words.next().ok_or_else(|| wrong("nothing", usage))?.to_owned();
+            match optional(words.next(), |w| number(Some(w), usage))?.unwrap_or(64) {
+                max @ 1..=4096 => Request::Process { which, max },
+                max => return Err(wrong(&max.to_string(), usage)),
+            }
+        }
         "meminfo" => Request::Meminfo,
         "clock" => Request::Clock,
         "reboot" => Request::Reboot,
@@ -290,6 +299,17 @@ pub struct Sigbus {
     pub lsb: Option<i16>,
 }
 
+/// One page in the reply to `process`.
+#[derive(Debug, Serialize)]
+pub struct ProcessPage {
+    /// Its guest-physical address.
+    pub gpa: Hex,
+    /// Its virtual address in the process.
+    pub va: Hex,
+    /// The area that it lies in, as /proc/PID/maps calls it.
+    pub area: String,
+}
+
 /// One page in the reply to `alloc`.
 #[derive(Debug, Serialize)]
 pub struct PageInfo {
@@ -363,6 +383,12 @@ pub enum Body {
     None {},
     Alloc {
         pages: Vec<PageInfo>,
+    },
+    Process {
+        pid: u32,
+        /// Its name.
+        comm: String,
+        pages: Vec<ProcessPage>,
     },
     /// The compact form of the same.
     AllocRuns {

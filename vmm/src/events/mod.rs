@@ -1,22 +1,25 @@
-//! What happened, for people and programs: a line on the log, and a line of JSON in the event
-//! monitor's file.
+//! What happened, for people and programs: a line on the log, a line of JSON in the event monitor's
+//! file, and the same to clients of the API.
 //!
 //! The shape is Cloud Hypervisor's: `{"timestamp":{"secs":…,"nanos":…},"source":…,"event":…,
-//! "properties":{…}}`, the timestamp counted from the start of the VMM. Writing happens on a thread
-//! of its own, because a slow disk must not hold up a vCPU.
+//! "properties":{…}}`, the timestamp counted from the start of the VMM. `docs/events.md` has every
+//! field. Nobody who reports an event waits for those who read it: see [`hub`].
+
+pub mod counts;
+pub mod hub;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use log::{Level, info, log, warn};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::control::PauseReason;
+pub use hub::{Entry, Follower, Hub, Next, What};
 
 /// The event monitor's file could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -28,7 +31,7 @@ pub struct MonitorError {
 }
 
 /// Something that happened to the virtual machine itself.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "event", content = "properties")]
 pub enum VmEvent {
     /// A boot begins.
@@ -66,7 +69,7 @@ pub enum VmEvent {
         way_on: String,
     },
     /// The vCPUs go on.
-    Resumed,
+    Resumed {},
 }
 
 impl VmEvent {
@@ -89,23 +92,16 @@ impl std::fmt::Display for VmEvent {
             Self::Ended { how, status } => write!(f, "ended: {how} (exit status {status})"),
             Self::Reset { reason, .. } => write!(f, "{reason}; starting the guest again"),
             Self::Paused { reason, way_on } => write!(f, "paused: {reason}; {way_on}"),
-            Self::Resumed => f.write_str("resumed"),
+            Self::Resumed {} => f.write_str("resumed"),
         }
     }
 }
 
-enum Message {
-    Relay(Duration, mce_relay::Event),
-    Vm(Duration, VmEvent),
-    End,
-}
-
-/// The thread that writes events down. Dropping it writes what is left.
+/// Writes events down, on threads of its own. Dropping it ends the hub and writes what is left.
 #[derive(Debug)]
 pub struct Monitor {
-    start: Instant,
-    send: Sender<Message>,
-    thread: Option<JoinHandle<()>>,
+    hub: Hub,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Monitor {
@@ -118,62 +114,104 @@ impl Monitor {
             path: path.unwrap_or(Path::new("")).to_owned(),
             source,
         })?;
-        let (send, receive) = channel();
-        let thread = std::thread::spawn(move || write_down(&receive, file));
-        Ok(Self { start: Instant::now(), send, thread: Some(thread) })
+        let hub = Hub::default();
+        // One each: a terminal that is held must not hold up the file.
+        let follower = hub.follow();
+        let mut threads = vec![std::thread::spawn(move || write_log(follower))];
+        if let Some(file) = file {
+            let follower = hub.follow();
+            threads.push(std::thread::spawn(move || write_file(follower, file)));
+        }
+        Ok(Self { hub, threads })
+    }
+
+    /// Where the events are.
+    #[must_use]
+    pub fn hub(&self) -> &Hub {
+        &self.hub
     }
 
     /// A sink for the relay: quick, does not block.
     pub fn for_relay(&self) -> Box<dyn Fn(&mce_relay::Event) + Send + Sync> {
-        let (start, send) = (self.start, self.send.clone());
-        Box::new(move |event| {
-            // The receiver outlives every relay; without it there is nobody to tell.
-            let _ = send.send(Message::Relay(start.elapsed(), event.clone()));
-        })
+        let hub = self.hub.clone();
+        Box::new(move |event| hub.emit(What::Memory(event.clone())))
     }
 
     /// A sink for what other threads report of the VM: quick, does not block.
     pub fn for_vm(&self) -> impl Fn(VmEvent) + Send + Sync + 'static {
-        let (start, send) = (self.start, self.send.clone());
-        move |event| {
-            // As above.
-            let _ = send.send(Message::Vm(start.elapsed(), event));
-        }
+        let hub = self.hub.clone();
+        move |event| hub.emit(What::Vm(event))
     }
 
     /// Reports an event of the VM.
     pub fn emit(&self, event: VmEvent) {
-        let _ = self.send.send(Message::Vm(self.start.elapsed(), event));
+        self.hub.emit(What::Vm(event));
     }
 }
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        let _ = self.send.send(Message::End);
-        if let Some(thread) = self.thread.take() {
+        self.hub.end();
+        for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
 }
 
-fn write_down(messages: &Receiver<Message>, mut file: Option<File>) {
-    for message in messages {
-        let (line, result) = match message {
-            Message::Relay(time, event) => {
-                info!(target: "relay", "{event}");
-                (time, line(time, "relay", &event))
+fn write_log(mut follower: Follower) {
+    loop {
+        match follower.wait() {
+            Next::Event(entry) => match &entry.what {
+                What::Memory(event) => info!(target: "relay", "{event}"),
+                What::Vm(event) => log!(target: "vm", event.level(), "{event}"),
+            },
+            Next::Missed { events, .. } => {
+                warn!(target: "vm", "{events} events were not logged: the log is too slow for them");
             }
-            Message::Vm(time, event) => {
-                log!(target: "vm", event.level(), "{event}");
-                (time, line(time, "vm", &event))
-            }
-            Message::End => return,
-        };
-        let Some(out) = file.as_mut() else { continue };
-        if let Err(error) = out.write_all(result.as_bytes()) {
-            warn!("event monitor: {error}; no more events are written (since {line:?})");
-            file = None;
+            Next::End => return,
         }
+    }
+}
+
+fn write_file(mut follower: Follower, file: File) {
+    let mut out = BufWriter::new(file);
+    loop {
+        // What is there already goes in one piece, and is in the file before anybody waits.
+        let (next, flushed) = match follower.take() {
+            Some(next) => (next, Ok(())),
+            None => {
+                let flushed = out.flush();
+                (follower.wait(), flushed)
+            }
+        };
+        let written = match line_of(&next) {
+            Some(line) => flushed.and_then(|()| out.write_all(line.as_bytes())),
+            None => flushed.and_then(|()| out.flush()),
+        };
+        if let Err(error) = written {
+            warn!("event monitor: {error}; no more events are written");
+            return;
+        }
+        if matches!(next, Next::End) {
+            return;
+        }
+    }
+}
+
+/// What a follower is sent for `next`: a line of JSON with its line feed, or `None` at the end.
+#[must_use]
+pub fn line_of(next: &Next) -> Option<String> {
+    match next {
+        Next::Event(entry) => Some(match &entry.what {
+            What::Memory(event) => line(entry.time, "memory", event),
+            What::Vm(event) => line(entry.time, "vm", event),
+        }),
+        // Nobody's event: the follower itself is told that it was too slow.
+        Next::Missed { events, time } => {
+            let missed = json!({ "event": "missed", "properties": { "events": events } });
+            Some(line(*time, "monitor", &missed))
+        }
+        Next::End => None,
     }
 }
 
@@ -201,7 +239,7 @@ mod tests {
     fn a_line_has_the_four_fields() {
         let place = mce_relay::Place::Ghes { record: 1 };
         let event = mce_relay::Event::Acknowledged { gpa: 0x1000, place };
-        let line = line(Duration::new(2, 5), "relay", &event);
+        let line = line(Duration::new(2, 5), "memory", &event);
         let value: Value = serde_json::from_str(&line).unwrap();
         assert_eq!(value["timestamp"]["secs"], 2);
         assert_eq!(value["event"], "acknowledged");
@@ -214,7 +252,7 @@ mod tests {
         let path = tempfile::tempdir().unwrap().keep().join("events");
         let monitor = Monitor::start(Some(&path)).unwrap();
         for _ in 0..100 {
-            monitor.emit(VmEvent::Resumed);
+            monitor.emit(VmEvent::Resumed {});
         }
         drop(monitor);
         assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 100);

@@ -2,10 +2,17 @@
 //!
 //! All of it is root's: page frame numbers are hidden from everybody else.
 
+pub mod filter;
+pub mod flags;
+mod unpoison;
+pub mod x86_injector;
+
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+
+pub use unpoison::{UnpoisonError, unpoison};
 
 /// Where hwpoison-inject takes page frame numbers.
 pub const CORRUPT_PFN: &str = "/sys/kernel/debug/hwpoison/corrupt-pfn";
@@ -19,8 +26,6 @@ const PAGE_SHIFT: u32 = 12;
 const PM_PRESENT: u64 = 1 << 63;
 const PM_SWAP: u64 = 1 << 62;
 const PM_PFN: u64 = (1 << 55) - 1;
-// include/uapi/linux/kernel-page-flags.h
-const KPF_HWPOISON: u64 = 1 << 19;
 
 /// Why the host could not be asked, or told.
 #[derive(Debug, thiserror::Error)]
@@ -80,8 +85,10 @@ impl Table {
 
     fn read(&self, index: u64) -> Result<u64, HostError> {
         let mut entry = [0; 8];
+        // What is beyond the end of a file cannot be read from it, and neither can what no file holds.
+        let offset = index.saturating_mul(8);
         self.file
-            .read_exact_at(&mut entry, index * 8)
+            .read_exact_at(&mut entry, offset)
             .map_err(file_error("read", &self.path, self.mend))?;
         Ok(u64::from_ne_bytes(entry))
     }
@@ -137,7 +144,38 @@ impl PageFlags {
     /// # Errors
     /// It cannot be read.
     pub fn is_poisoned(&self, pfn: u64) -> Result<bool, HostError> {
-        Ok(self.0.read(pfn)? & KPF_HWPOISON != 0)
+        Ok(self.get(pfn)? & flags::HWPOISON != 0)
+    }
+
+    /// The flags of page frame `pfn`; [`flags`] has their names.
+    ///
+    /// # Errors
+    /// They cannot be read.
+    pub fn get(&self, pfn: u64) -> Result<u64, HostError> {
+        self.0.read(pfn)
+    }
+}
+
+/// How often the host's page frames are mapped.
+#[derive(Debug)]
+pub struct PageCounts(Table);
+
+impl PageCounts {
+    /// Opens /proc/kpagecount.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    pub fn open() -> Result<Self, HostError> {
+        let mend = "run it as root on a kernel with CONFIG_PROC_PAGE_MONITOR";
+        Table::open("/proc/kpagecount".into(), mend).map(Self)
+    }
+
+    /// How often page frame `pfn` is mapped.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn get(&self, pfn: u64) -> Result<u64, HostError> {
+        self.0.read(pfn)
     }
 }
 
@@ -180,14 +218,6 @@ impl Injector {
     }
 }
 
-/// Asks hwpoison-inject to heal page frame `pfn`.
-///
-/// # Errors
-/// The module is not there, or the kernel refuses: it does so from the first real hardware error on.
-pub fn unpoison(pfn: u64) -> Result<(), HostError> {
-    PfnFile::open(UNPOISON_PFN)?.write(pfn)
-}
-
 /// A file of hwpoison-inject that takes page frame numbers.
 #[derive(Debug)]
 struct PfnFile {
@@ -206,11 +236,13 @@ impl PfnFile {
 
     fn write(&self, pfn: u64) -> Result<(), HostError> {
         let mend = "the kernel refuses this page frame (its log says why)";
+        self.put(pfn).map_err(file_error("write to", self.path, mend))
+    }
+
+    fn put(&self, pfn: u64) -> io::Result<()> {
         // Each number in one write of its own, whatever the file's offset: see `simple_attr_write`
         // in fs/libfs.c.
-        (&self.file)
-            .write_all(format!("{pfn:#x}").as_bytes())
-            .map_err(file_error("write to", self.path, mend))
+        (&self.file).write_all(format!("{pfn:#x}").as_bytes())
     }
 }
 

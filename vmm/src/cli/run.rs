@@ -1,215 +1,14 @@
-//! The command line. Its forms are Cloud Hypervisor's, since its users are ours.
+//! `mce-relay run`: what to boot, and how.
 
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 
+use super::{ApiPath, parse_number};
+use crate::names::VmName;
 use crate::config::{CpuVendor, MemoryZone, OnUndeliverable, PageSize, SerialMode};
-use crate::poison::{Means, PageRange};
-
-/// Runs Linux guests on KVM and tells them of the host's memory errors.
-#[derive(Debug, Parser)]
-#[command(name = "mce-relay", version, max_term_width = 100)]
-pub struct Cli {
-    /// Say more on stderr: each step of each error (-v), and how (-vv). RUST_LOG overrides it.
-    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
-    pub verbose: u8,
-    /// What to do.
-    #[command(subcommand)]
-    pub command: Command,
-}
-
-/// Reads this process's command line. What makes no sense ends it, with words and status 2.
-#[must_use]
-pub fn parse() -> Cli {
-    let cli = Cli::parse();
-    if let Err(error) = cli.check() {
-        error.exit();
-    }
-    cli
-}
-
-impl Cli {
-    /// Checks what goes beyond single values.
-    fn check(&self) -> Result<(), clap::Error> {
-        match &self.command {
-            Command::Run(args) if args.ao_channel == AoChannel::Mce && args.ghes_poll.is_some() => {
-                let words = "--ghes-poll says how the guest looks for firmware-first records, and with \
-                             --ao-channel mce it is given none; leave one of the two out";
-                Err(Self::command().error(ErrorKind::ArgumentConflict, words))
-            }
-            Command::Run(args)
-                if !args.memory_zone.is_empty()
-                    && args.memory.as_ref().is_some_and(|memory| memory.0.size != 0) =>
-            {
-                let words = "--memory and --memory-zone both say what guest RAM is; leave --memory out, \
-                             or give it as size=0";
-                Err(Self::command().error(ErrorKind::ArgumentConflict, words))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-/// The commands.
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    /// Boot a guest and relay memory errors to it.
-    ///
-    /// A guest that resets itself, or dies of a triple fault, is started again in the same process,
-    /// with good memory in place of what went bad.
-    ///
-    /// Exit status: 0 the guest powered off, or the API ended it; 1 it could not be started, or this
-    /// program failed; 2 the command line is wrong; 3 the guest reset itself (with --no-reboot);
-    /// 4 triple fault (with --no-reboot, or three in a row right after the start); 5 KVM failed;
-    /// 6 the guest touched a bad page and could not be told (with --on-undeliverable stop, or reset
-    /// and --no-reboot); 7 memory of this program itself went bad; 128+N ended by signal N.
-    Run(Box<RunArgs>),
-    /// Make pages of a running guest go bad, on the host.
-    ///
-    /// All addresses are checked before the first page is poisoned; then the pages are poisoned as
-    /// fast as the kernel takes them, and looked at. Exit status 1 when not all of them are bad.
-    ///
-    /// Needs root, and a host kernel with memory failure handling. It really takes the page out of
-    /// use on this host: use the lab (make lab) unless the host is meant for it.
-    Poison {
-        /// API socket of the VM (path=PATH or PATH).
-        #[arg(long, value_name = "path=PATH")]
-        api_socket: ApiPath,
-        /// Guest-physical addresses and ranges, e.g. 0x1000,0x3000..0x8000: 0x…, or decimal with K,
-        /// M or G; a range is all pages from its start to before its end. May be given repeatedly.
-        #[arg(long, value_name = "LIST", required = true, value_delimiter = ',')]
-        gpa: Vec<PageRange>,
-        /// By what means.
-        #[arg(long, value_enum)]
-        via: Means,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Take a host page that software poisoned back into use.
-    ///
-    /// Needs root and the hwpoison-inject module. The kernel refuses it from the first real
-    /// hardware error on.
-    Unpoison {
-        /// The host's page frame number, as `poison` prints it.
-        #[arg(long, value_parser = parse_number)]
-        pfn: u64,
-    },
-    /// Show a running VM's bad pages, and what became of each.
-    Status {
-        /// API socket of the VM (path=PATH or PATH).
-        #[arg(long, value_name = "path=PATH")]
-        api_socket: ApiPath,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Have a running guest stop using pages that are whole and predicted to fail.
-    ///
-    /// The guest is told by a firmware-first record (a corrected error past its threshold). Linux then
-    /// moves what is in the page elsewhere and never uses it again; nothing is lost, and no process is
-    /// signalled. Returns when the guest has taken the record for every page; what it did with a page
-    /// only its own log and /proc/meminfo (HardwareCorrupted) say. Exit status 1 when a page could not
-    /// be told of, with the reason.
-    Retire {
-        /// API socket of the VM (path=PATH or PATH).
-        #[arg(long, value_name = "path=PATH")]
-        api_socket: ApiPath,
-        /// Guest-physical addresses and ranges, as for `poison`.
-        #[arg(long, value_name = "LIST", required = true, value_delimiter = ',')]
-        gpa: Vec<PageRange>,
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Read a running guest's memory, bad pages or not.
-    ///
-    /// The VM does the reading, so a bad page is reported and harms neither the VM nor its guest. A
-    /// guest that runs meanwhile changes what is being read; `mce-relay pause` holds it still.
-    Memory {
-        /// What to do with it.
-        #[command(subcommand)]
-        command: MemoryCommand,
-    },
-    /// Hold all vCPUs of a running VM; returns when none of them is in the guest any more.
-    ///
-    /// Memory errors are still taken meanwhile, and told when the VM goes on.
-    Pause {
-        /// API socket of the VM (path=PATH or PATH).
-        #[arg(long, value_name = "path=PATH")]
-        api_socket: ApiPath,
-    },
-    /// Let a paused VM go on.
-    ///
-    /// If it was paused because the guest touched a bad page and could not be told
-    /// (--on-undeliverable pause), the vCPU touches the page again, and if the guest still cannot be
-    /// told, the VM is paused again.
-    Resume {
-        /// API socket of the VM (path=PATH or PATH).
-        #[arg(long, value_name = "path=PATH")]
-        api_socket: ApiPath,
-    },
-    /// Show what this host and its kernel offer, and what to do about what is missing.
-    ///
-    /// Exit status 1 when something is missing without which no error can be relayed.
-    Check {
-        /// Print JSON.
-        #[arg(long)]
-        json: bool,
-    },
-}
-
-/// What to do with a guest's memory.
-#[derive(Debug, Subcommand)]
-pub enum MemoryCommand {
-    /// Show some bytes of a running guest's memory.
-    ///
-    /// As a hexdump with guest-physical addresses, in the form of `hexdump -C`: a `*` stands for
-    /// lines like the one before. All bytes or none: when one of them is in a bad page, the error
-    /// names its address and how much can be read before it. Exit status 1 then.
-    Read {
-        /// API socket of the VM (path=PATH or PATH).
-        #[arg(long, value_name = "path=PATH")]
-        api_socket: ApiPath,
-        /// Guest-physical address of the first byte: 0x…, or decimal with K, M or G.
-        #[arg(long, value_parser = parse_number)]
-        gpa: u64,
-        /// Number of bytes, 1 or more, in the same forms.
-        #[arg(long, default_value = "64", value_parser = parse_number)]
-        len: u64,
-        /// Write the bytes as they are, to a file or a program; a terminal is refused.
-        #[arg(long, conflicts_with = "json")]
-        raw: bool,
-        /// Print JSON, with the bytes as hexadecimal digits.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Write all memory of a running guest to a file.
-    ///
-    /// In FILE the offset is the guest-physical address. It is sparse: what is no RAM or reads as
-    /// zeros is a hole. So are bad pages, which FILE.json lists with all else that is to be known
-    /// of the image. FILE.json is written last: a FILE without it is not complete (Ctrl-C). Both
-    /// are readable by their owner alone, as they hold the guest's secrets.
-    ///
-    /// `mce-relay pause` before makes it an image of one moment. Exit status 1, and nothing left
-    /// behind, when the image could not be completed or the guest started over meanwhile; bad
-    /// pages are no reason.
-    Dump {
-        /// API socket of the VM (path=PATH or PATH).
-        #[arg(long, value_name = "path=PATH")]
-        api_socket: ApiPath,
-        /// Where to write the image. Neither it nor FILE.json may exist.
-        #[arg(value_name = "FILE")]
-        file: PathBuf,
-        /// Print JSON: what FILE.json holds.
-        #[arg(long)]
-        json: bool,
-    },
-}
 
 /// What to boot, and how.
 #[derive(Debug, Args)]
@@ -247,6 +46,10 @@ pub struct RunArgs {
     /// Second serial port, where the guest image's agent listens; forms as for --serial.
     #[arg(long, default_value = "off", value_name = "MODE")]
     pub serial2: Serial,
+    /// Call the VM so, and make its API socket where the other commands look for that name: in
+    /// $XDG_RUNTIME_DIR/mce-relay, or /run/mce-relay for root.
+    #[arg(long, value_name = "NAME", conflicts_with = "api_socket")]
+    pub name: Option<VmName>,
     /// Make an API socket (mode 0600) at this path, which must not exist.
     #[arg(long, value_name = "path=PATH")]
     pub api_socket: Option<ApiPath>,
@@ -341,21 +144,6 @@ impl From<Kill> for mce_relay::KillPolicy {
         match arg {
             Kill::Early => Self::Early,
             Kill::Late => Self::Late,
-        }
-    }
-}
-
-/// `path=PATH` or `PATH`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ApiPath(pub PathBuf);
-
-impl FromStr for ApiPath {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text.strip_prefix("path=").unwrap_or(text) {
-            "" => Err("the path is empty; expected path=PATH".to_owned()),
-            path => Ok(Self(path.into())),
         }
     }
 }
@@ -533,61 +321,26 @@ impl std::fmt::Display for AoPace {
     }
 }
 
-impl FromStr for PageRange {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let Some((start, end)) = text.split_once("..") else {
-            return parse_number(text).map(Self::page);
-        };
-        let number =
-            |text| parse_number(text).map_err(|error| format!("{error}, as in 0x3000..0x8000"));
-        let (start, end) = (number(start)?, number(end)?);
-        Self::new(start, end).ok_or_else(|| match start == end {
-            true => format!("{text} is empty: the end of a range is not part of it"),
-            false => format!("{text} ends before it starts"),
-        })
-    }
-}
-
-/// A number of bytes or an address: `0x…` or decimal, with K, M, G or T for powers of 1024.
-///
-/// # Errors
-/// Words for the user.
-pub fn parse_number(text: &str) -> Result<u64, String> {
-    let wrong = || format!("{text:?} is not a number; expected e.g. 512M, 4G, 4096 or 0x1000");
-    if let Some(digits) = text.strip_prefix("0x") {
-        return u64::from_str_radix(digits, 16).map_err(|_| wrong());
-    }
-    let (digits, shift) = match text.as_bytes().last() {
-        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
-        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
-        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
-        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} does not fit into 64 bits"))
-}
-
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
+    use super::super::{Cli, Command};
     use super::*;
 
-    #[test]
-    fn the_command_line_is_well_formed() {
-        Cli::command().debug_assert();
+    fn parse(more: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
+        let line = ["mce-relay", "run", "--kernel", "/x"].iter().chain(more).copied();
+        match Cli::try_parse_from(line).and_then(|cli| cli.check().map(|()| cli))?.command {
+            Command::Run(args) => Ok(args),
+            _ => unreachable!(),
+        }
     }
 
     #[test]
     fn channels() {
-        let parse = |more: &[&str]| {
-            let line = ["mce-relay", "run", "--kernel", "/x"].iter().chain(more).copied();
-            Cli::try_parse_from(line).and_then(|cli| cli.check().map(|()| cli))
-        };
-        let given = |more: &[&str]| match parse(more).unwrap().command {
-            Command::Run(args) => (args.ao_channel, args.ghes_poll),
-            _ => unreachable!(),
+        let given = |more: &[&str]| {
+            let args = parse(more).unwrap();
+            (args.ao_channel, args.ghes_poll)
         };
         assert_eq!(given(&[]), (AoChannel::Auto, None));
         assert_eq!(given(&["--ao-channel", "mce"]), (AoChannel::Mce, None));
@@ -601,16 +354,6 @@ mod tests {
         ] {
             let error = parse(bad).unwrap_err().to_string();
             assert!(error.contains(named), "{bad:?}: {error}");
-        }
-    }
-
-    #[test]
-    fn numbers() {
-        assert_eq!(parse_number("512M"), Ok(512 << 20));
-        assert_eq!(parse_number("0x1000"), Ok(4096));
-        assert_eq!(parse_number("4g"), Ok(4 << 30));
-        for bad in ["", "M", "0x", "-1", "1.5G", "99999999T", "0xg", "é"] {
-            assert!(parse_number(bad).unwrap_err().contains(bad), "{bad}");
         }
     }
 
@@ -649,12 +392,7 @@ mod tests {
 
     #[test]
     fn zones() {
-        let zones = |more: &[&str]| {
-            let line = ["mce-relay", "run", "--kernel", "/x"].iter().chain(more).copied();
-            let cli = Cli::try_parse_from(line).and_then(|cli| cli.check().map(|()| cli))?;
-            let Command::Run(args) = cli.command else { unreachable!() };
-            Ok::<_, clap::Error>(args.zones())
-        };
+        let zones = |more: &[&str]| parse(more).map(|args| args.zones());
         let sizes = |more: &[&str]| -> Vec<u64> {
             zones(more).unwrap().iter().map(|zone| zone.size >> 20).collect()
         };
@@ -693,30 +431,6 @@ mod tests {
     }
 
     #[test]
-    fn pages_and_ranges() {
-        assert_eq!("0x1000".parse(), Ok(PageRange::page(0x1000)));
-        assert_eq!("0x3000..0x8000".parse(), Ok(PageRange::new(0x3000, 0x8000).unwrap()));
-        assert_eq!("16M..17M".parse(), Ok(PageRange::new(16 << 20, 17 << 20).unwrap()));
-        for (bad, named) in [
-            ("", "\"\""),
-            ("0x3000..", "\"\""),
-            ("..0x3000", "\"\""),
-            ("0x3000...0x8000", ".0x8000"),
-            ("0x3000-0x8000", "0x3000-0x8000"),
-            ("0x8000..0x3000", "0x8000..0x3000 ends before it starts"),
-            ("0x3000..0x3000", "0x3000..0x3000 is empty"),
-        ] {
-            let error = bad.parse::<PageRange>().unwrap_err();
-            assert!(error.contains(named), "{bad}: {error}");
-        }
-        let list = ["mce-relay", "poison", "--api-socket", "/x", "--via", "madvise"];
-        let list = list.iter().copied().chain(["--gpa", "0x1000,0x3000..0x5000", "--gpa", "1M"]);
-        let Command::Poison { gpa, .. } = Cli::parse_from(list).command else { unreachable!() };
-        let expected = ["0x1000", "0x3000..0x5000", "1M"].map(|text| text.parse().unwrap());
-        assert_eq!(gpa, expected);
-    }
-
-    #[test]
     fn serial_forms() {
         assert_eq!("tty".parse(), Ok(Serial(SerialMode::Tty)));
         assert_eq!("file=/x".parse(), Ok(Serial(SerialMode::File("/x".into()))));
@@ -726,10 +440,8 @@ mod tests {
     }
 
     #[test]
-    fn cpus_and_paths() {
+    fn cpus() {
         assert_eq!("boot=2".parse(), Ok(Cpus(2)));
         assert!("0".parse::<Cpus>().is_err() && "256".parse::<Cpus>().is_err());
-        assert_eq!("path=/a".parse(), Ok(ApiPath("/a".into())));
-        assert!("path=".parse::<ApiPath>().is_err());
     }
 }

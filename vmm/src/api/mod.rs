@@ -1,0 +1,37 @@
+//! The API: JSON over HTTP/1.1 on a unix socket that only its owner can open.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /api/v1/vmm.ping` | [`Ping`] |
+//! | `GET /api/v1/vm.info` | [`VmInfo`] |
+//! | `GET /api/v1/relay.status` | [`Status`] |
+//! | `GET /api/v1/relay.events` | events, a line of JSON each: those that are kept; with `?follow=true` those that happen from then on, too |
+//! | `GET /api/v1/vm.memory?gpa=0x1000&len=64` | guest RAM as bytes, 1 to `len` (at most 4 MiB): up to the first page that cannot be read, or the end of a block. 410 when the first byte is of a bad page, 409 when there is no memory behind it any more |
+//! | `GET /api/v1/vm.extents` | an [`Extent`] for each stretch of guest RAM that has memory behind it |
+//! | `PUT /api/v1/vm.retire` | body [`Retire`]; a [`Retiring`] for each page |
+//! | `PUT /api/v1/vm.poison` | body [`Poison`]; a [`Poisoning`] for each page |
+//! | `PUT /api/v1/vm.inject` | body [`Request`](crate::inject::Request); what came of it on each vCPU. 409 when it would kill the guest and `force` is not set |
+//! | `PUT /api/v1/vm.pause` | 204 when no vCPU is in the guest any more; also if that is so already |
+//! | `PUT /api/v1/vm.resume` | 204; the vCPUs go on, whatever they were paused for |
+//! | `PUT /api/v1/vm.shutdown` | 204; the VM ends, paused or not |
+//! | `GET /api/v1/openapi.json` | all of this, as an OpenAPI document |
+//! | `GET /metrics` | counts and times in Prometheus' text format |
+//!
+//! A VM that was paused because a vCPU touched a bad page and cannot be told (`--on-undeliverable
+//! pause`) can be resumed like any other. The vCPU touches the page again, and if the guest still
+//! cannot be told, the VM is paused again.
+//!
+//! Errors are `{"error": "…"}` with a status of 4xx or 5xx. It runs on threads of its own and can
+//! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy it. Whoever
+//! is slow, or sends without end, holds up nobody else: `server` has the limits.
+
+mod metrics;
+mod routes;
+mod server;
+mod types;
+
+pub use server::{Api, ApiError};
+pub use types::*;
+
+/// The most that one `vm.memory` answers with, in bytes.
+pub const MAX_READ: u64 = 4 << 20;

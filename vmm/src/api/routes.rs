@@ -1,0 +1,429 @@
+//! What is asked for, and the answer to it. No sockets here.
+
+use std::time::Duration;
+
+use mce_relay::{AccessError, Handle};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::types::{
+    Current, Extent, Gpa, Ping, Poison, Problem, Retire, Retiring, Running, Status, VmInfo,
+};
+use super::{MAX_READ, metrics};
+use crate::by_hand::Refusal;
+use crate::cli::parse_number;
+use crate::control::{ExitReason, Parked, PauseReason, StopCause, VmControl};
+use crate::events::Hub;
+use crate::inject::Request as Inject;
+use crate::memory::PAGE_SIZE;
+use crate::poison::inside;
+use crate::show;
+
+/// How long an answer waits for the vCPUs to leave the guest. More than a vCPU may be held back by a
+/// machine check that other processors have to take part in (five seconds).
+const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The OpenAPI document of all this.
+const OPENAPI: &str = include_str!("../../../docs/openapi.json");
+
+const JSON: &str = "application/json";
+const BYTES: &str = "application/octet-stream";
+/// <https://prometheus.io/docs/instrumenting/exposition_formats/>
+const PROMETHEUS: &str = "text/plain; version=0.0.4";
+
+/// What can be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Route {
+    Ping,
+    Info,
+    Status,
+    Events,
+    Memory,
+    Extents,
+    Retire,
+    Poison,
+    Inject,
+    Pause,
+    Resume,
+    Shutdown,
+    OpenApi,
+    Metrics,
+}
+
+/// Path, method and route of each.
+pub(super) const ROUTES: [(&str, &str, Route); 14] = [
+    ("/api/v1/vmm.ping", "GET", Route::Ping),
+    ("/api/v1/vm.info", "GET", Route::Info),
+    ("/api/v1/relay.status", "GET", Route::Status),
+    ("/api/v1/relay.events", "GET", Route::Events),
+    ("/api/v1/vm.memory", "GET", Route::Memory),
+    ("/api/v1/vm.extents", "GET", Route::Extents),
+    ("/api/v1/vm.retire", "PUT", Route::Retire),
+    ("/api/v1/vm.poison", "PUT", Route::Poison),
+    ("/api/v1/vm.inject", "PUT", Route::Inject),
+    ("/api/v1/vm.pause", "PUT", Route::Pause),
+    ("/api/v1/vm.resume", "PUT", Route::Resume),
+    ("/api/v1/vm.shutdown", "PUT", Route::Shutdown),
+    ("/api/v1/openapi.json", "GET", Route::OpenApi),
+    ("/metrics", "GET", Route::Metrics),
+];
+
+impl Route {
+    /// The route of a request, or what is wrong with it.
+    pub(super) fn find(method: &str, path: &str) -> Result<Self, Answer> {
+        let Some((_, allowed, route)) = ROUTES.iter().find(|(known, _, _)| *known == path) else {
+            return Err(Answer::problem(404, format!("there is nothing at {path}")));
+        };
+        if *allowed != method {
+            let words = format!("{path} does not take the method {method}, but {allowed}");
+            return Err(Answer { allow: Some(allowed), ..Answer::problem(405, words) });
+        }
+        Ok(*route)
+    }
+
+    /// What its body looks like, where it has one.
+    fn example(self) -> Option<&'static str> {
+        match self {
+            Self::Retire => Some(r#"{"gpas":["0x1000","0x2000"]}"#),
+            Self::Poison => Some(r#"{"gpas":["0x1000"],"via":"signal","kind":"AO"}"#),
+            Self::Inject => Some(
+                r#"{"vcpu":0,"bank":9,"status":"0xbd000000000000c0","mcg_status":"0x5","addr":"0x1000","misc":"0x8c"}"#,
+            ),
+            _ => None,
+        }
+    }
+}
+
+/// A request.
+pub(super) struct Asked<'a> {
+    pub(super) route: Route,
+    pub(super) query: Option<&'a str>,
+    pub(super) body: &'a [u8],
+}
+
+/// An answer.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) status: u16,
+    /// The kind of content, if there is any.
+    pub(super) kind: Option<&'static str>,
+    pub(super) body: Vec<u8>,
+    /// The method that the path does take.
+    pub(super) allow: Option<&'static str>,
+}
+
+impl Answer {
+    fn of(status: u16, kind: &'static str, body: Vec<u8>) -> Self {
+        Self { status, kind: Some(kind), body, allow: None }
+    }
+
+    fn json(status: u16, body: &impl Serialize) -> Self {
+        // Plain structs of strings and numbers: their serialisation cannot fail.
+        Self::of(status, JSON, serde_json::to_vec(body).unwrap_or_default())
+    }
+
+    pub(super) fn problem(status: u16, error: String) -> Self {
+        Self::json(status, &Problem { error })
+    }
+
+    /// There is nothing to say but that it is done.
+    fn done() -> Self {
+        Self { status: 204, kind: None, body: Vec::new(), allow: None }
+    }
+}
+
+/// Answers what needs no connection of its own.
+pub(super) fn answer(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Answer {
+    match checked(asked, current, hub) {
+        Ok(answer) | Err(answer) => answer,
+    }
+}
+
+fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, Answer> {
+    let Asked { route, query, body } = *asked;
+    if let Some(query) = query.filter(|query| !query.is_empty() && route != Route::Memory) {
+        return Err(Answer::problem(400, format!("nothing is asked for by {query:?} here")));
+    }
+    let example = route.example();
+    let running = || {
+        let none = "the guest is between two boots; ask again".to_owned();
+        current.get().ok_or_else(|| Answer::problem(503, none))
+    };
+    let example = example.unwrap_or_default();
+    Ok(match route {
+        Route::Ping => Answer::json(
+            200,
+            &Ping {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                pid: std::process::id(),
+                name: current.name(),
+            },
+        ),
+        Route::OpenApi => Answer::of(200, JSON, OPENAPI.into()),
+        Route::Metrics => {
+            let text = metrics::text(current.get().as_ref(), hub);
+            Answer::of(200, PROMETHEUS, text.into_bytes())
+        }
+        Route::Info => Answer::json(200, &running()?.info()),
+        Route::Status => {
+            let running = running()?;
+            let relay = &running.relay;
+            let (pages, predicted, past) = (relay.pages(), relay.predicted(), relay.past());
+            Answer::json(200, &Status { pages, predicted, past, vm: running.info() })
+        }
+        Route::Memory => {
+            let running = running()?;
+            read_memory(&running.relay, query.unwrap_or_default(), &running.info)
+        }
+        Route::Extents => extents(&running()?),
+        Route::Retire => {
+            let running = running()?;
+            let Retire { gpas } = understood(body, example)?;
+            Answer::json(200, &retire(&running.relay, &gpas))
+        }
+        Route::Poison => {
+            let running = running()?;
+            let poison: Poison = understood(body, example)?;
+            match inside::poison(&running, &poison) {
+                Ok(pages) => Answer::json(200, &pages),
+                Err(error) => Answer::problem(400, show::with_causes(&error)),
+            }
+        }
+        Route::Inject => {
+            let running = running()?;
+            let request: Inject = understood(body, example)?;
+            match running.injector.inject(&request, &running.control) {
+                Ok(outcome) => Answer::json(200, &outcome),
+                Err(error @ Refusal::Wrong(_)) => Answer::problem(400, error.to_string()),
+                Err(error) => Answer::problem(409, error.to_string()),
+            }
+        }
+        Route::Shutdown => {
+            let cause = StopCause::Request("the API".to_owned());
+            running()?.control.stop(ExitReason::Stopped(cause));
+            Answer::done()
+        }
+        Route::Pause => pause(&running()?.control, PAUSE_PATIENCE),
+        Route::Resume => {
+            running()?.control.resume();
+            Answer::done()
+        }
+        // They have a connection of their own: see `server`.
+        Route::Events => Answer::problem(500, "events are not answered here".to_owned()),
+    })
+}
+
+/// A request's body, as JSON of the form that `example` shows.
+fn understood<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, Answer> {
+    serde_json::from_slice(body).map_err(|error| {
+        let words = format!("the body is not understood: {error}; expected e.g. {example}");
+        Answer::problem(400, words)
+    })
+}
+
+/// Whether `…?follow=true` is said.
+pub(super) fn follows(query: Option<&str>) -> Result<bool, String> {
+    match query {
+        None | Some("" | "follow=false") => Ok(false),
+        Some("follow=true") => Ok(true),
+        Some(other) => {
+            Err(format!("{other:?} is not understood; expected ?follow=true or nothing"))
+        }
+    }
+}
+
+/// `gpa` and `len` of `…?gpa=0x1000&len=64`.
+fn stretch(query: &str) -> Result<(u64, u64), String> {
+    const EXPECTED: &str = "expected ?gpa=0x1000&len=64";
+    let (mut gpa, mut len) = (None, None);
+    for part in query.split('&').filter(|part| !part.is_empty()) {
+        let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        let place = match key {
+            "gpa" => &mut gpa,
+            "len" => &mut len,
+            _ => return Err(format!("{key:?} is not understood; {EXPECTED}")),
+        };
+        let number = parse_number(value).map_err(|error| format!("{key}: {error}"))?;
+        if place.replace(number).is_some() {
+            return Err(format!("{key} is given twice; {EXPECTED}"));
+        }
+    }
+    match (gpa, len) {
+        (Some(gpa), Some(len @ 1..=MAX_READ)) => Ok((gpa, len)),
+        (Some(_), Some(len)) => Err(format!("len is {len}; expected 1 to {MAX_READ}")),
+        _ => Err(format!("gpa or len is missing; {EXPECTED}")),
+    }
+}
+
+fn read_memory(relay: &Handle, query: &str, vm: &VmInfo) -> Answer {
+    let (gpa, len) = match stretch(query) {
+        Ok(stretch) => stretch,
+        Err(error) => return Answer::problem(400, error),
+    };
+    // At most MAX_READ.
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    match relay.read(gpa, &mut bytes) {
+        Ok(read) => {
+            bytes.truncate(read);
+            Answer::of(200, BYTES, bytes)
+        }
+        Err(error @ AccessError::Poisoned { .. }) => Answer::problem(410, error.to_string()),
+        Err(error @ AccessError::NotRam { .. }) => {
+            Answer::problem(400, format!("{error}; this guest has {}", vm.ram_in_words()))
+        }
+        Err(error @ AccessError::NoMemory { .. }) => {
+            Answer::problem(409, show::with_causes(&error))
+        }
+    }
+}
+
+/// What has memory behind it, and what is bad: where the kernel shows a bad page as no page at all,
+/// the ledger knows it.
+fn extents(running: &Running) -> Answer {
+    let mut extents = match running.ram.extents() {
+        Ok(extents) => extents,
+        Err(error) => {
+            return Answer::problem(500, format!("cannot look at the memory: {error}"));
+        }
+    };
+    extents.extend(running.relay.pages().iter().map(|page| (page.gpa, PAGE_SIZE)));
+    extents.extend(running.ram.removed());
+    extents.sort_unstable();
+    let mut all: Vec<Extent> = Vec::new();
+    for (gpa, len) in extents {
+        match all.last_mut() {
+            Some(last) if last.gpa + last.len >= gpa => {
+                last.len = last.len.max(gpa + len - last.gpa);
+            }
+            _ => all.push(Extent { gpa, len }),
+        }
+    }
+    Answer::json(200, &all)
+}
+
+fn retire(relay: &Handle, gpas: &[Gpa]) -> Vec<Retiring> {
+    let ask = |gpa: &Gpa| {
+        let error = relay.retire(gpa.0).err().map(|error| error.to_string());
+        Retiring { gpa: *gpa, error }
+    };
+    gpas.iter().map(ask).collect()
+}
+
+fn pause(control: &VmControl, patience: Duration) -> Answer {
+    control.request_pause(PauseReason::Request);
+    match control.wait_parked(patience) {
+        Parked::All => Answer::done(),
+        Parked::Not(vcpus) => Answer::problem(
+            503,
+            format!(
+                "the pause is on its way, but {vcpus} of the vCPUs have not stopped yet; ask again"
+            ),
+        ),
+        Parked::Unpaused => Answer::problem(
+            503,
+            "the VM ended or was resumed before it had paused; ask again".to_owned(),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(route: Route, query: Option<&str>, body: &[u8]) -> (u16, String) {
+        let asked = Asked { route, query, body };
+        let Answer { status, body, .. } = answer(&asked, &Current::default(), &Hub::default());
+        (status, String::from_utf8(body).unwrap())
+    }
+
+    #[test]
+    fn between_two_boots_nothing_is_known_of_the_guest() {
+        for (_, _, route) in ROUTES {
+            let (status, words) = asked(route, None, b"");
+            match route {
+                Route::Ping | Route::OpenApi | Route::Metrics => assert_eq!(status, 200, "{words}"),
+                Route::Events => assert_eq!(status, 500),
+                _ => assert!(status == 503 && words.contains("between two boots"), "{words}"),
+            }
+        }
+    }
+
+    #[test]
+    fn a_path_takes_one_method() {
+        for (path, method, route) in ROUTES {
+            assert_eq!(Route::find(method, path).unwrap(), route);
+            let answer = Route::find("DELETE", path).unwrap_err();
+            assert_eq!((answer.status, answer.allow), (405, Some(method)));
+        }
+        assert_eq!(Route::find("GET", "/").unwrap_err().status, 404);
+    }
+
+    #[test]
+    fn a_body_is_understood_or_refused_with_a_reason() {
+        let body = |text: &str| {
+            understood::<Retire>(text.as_bytes(), Route::Retire.example().unwrap())
+                .map(|retire| retire.gpas)
+                .map_err(|answer| String::from_utf8(answer.body).unwrap())
+        };
+        assert_eq!(body(r#"{"gpas":["0x1000","0x2000"]}"#), Ok(vec![Gpa(0x1000), Gpa(0x2000)]));
+        for (bad, named) in [
+            ("", "EOF"),
+            ("{", "EOF"),
+            ("[]", "gpas"),
+            (r#"{"gpas":["4096"]}"#, "4096"),
+            (r#"{"gpas":[4096]}"#, "4096"),
+            (r#"{"gpas":["0x1ffffffffffffffff"]}"#, "0x1ffffffffffffffff"),
+            (r#"{"gpas":[],"more":1}"#, "more"),
+        ] {
+            let error = body(bad).unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+        for (_, _, route) in ROUTES {
+            let Some(example) = route.example() else { continue };
+            let good = match route {
+                Route::Retire => understood::<Retire>(example.as_bytes(), "").is_ok(),
+                Route::Poison => understood::<Poison>(example.as_bytes(), "").is_ok(),
+                Route::Inject => understood::<Inject>(example.as_bytes(), "").is_ok(),
+                _ => false,
+            };
+            assert!(good, "{route:?}: its example is no good one");
+        }
+    }
+
+    #[test]
+    fn a_query_is_understood_or_refused_with_a_reason() {
+        assert_eq!(stretch("gpa=0x1000&len=64"), Ok((0x1000, 64)));
+        assert_eq!(stretch("len=4M&gpa=0"), Ok((0, MAX_READ)));
+        for (bad, named) in [
+            ("", "missing"),
+            ("gpa=0x1000", "missing"),
+            ("gpa=0x1000&len=0", "len is 0"),
+            ("gpa=0x1000&len=4194305", "4194305"),
+            ("gpa=x&len=1", "\"x\""),
+            ("gpa=0x1000&len=1&raw=1", "\"raw\""),
+            ("gpa=0x1000&len=1&len=2", "len is given twice"),
+            ("gpa=-1&len=1", "\"-1\""),
+        ] {
+            let error = stretch(bad).unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+        assert_eq!(follows(None), Ok(false));
+        assert_eq!(follows(Some("follow=true")), Ok(true));
+        assert!(follows(Some("follow=1")).unwrap_err().contains("follow=1"));
+        assert_eq!(asked(Route::Info, Some("x=1"), b"").0, 400);
+    }
+
+    #[test]
+    fn a_pause_that_does_not_come_about_is_no_success() {
+        crate::vcpu::install_kick_handler();
+        let control = VmControl::new(1).unwrap();
+        // A vCPU that does not stop.
+        control.enrol(0);
+        assert_eq!(pause(&control, Duration::from_millis(5)).status, 503);
+        assert!(control.paused().is_some(), "it is asked for all the same");
+        control.leave(0);
+        assert_eq!(pause(&control, Duration::from_millis(5)).status, 204);
+        control.stop(ExitReason::PowerOff);
+        assert_eq!(pause(&control, Duration::from_millis(5)).status, 503);
+    }
+}

@@ -1,0 +1,289 @@
+//! Machine checks by hand: from the API to the vCPU's thread, the only place where one can be put in.
+//!
+//! The relay's own deliveries do not come this way, and it knows nothing of these: a bank that one of
+//! them fills is a bank that is full, as if the guest had found it so.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mce_relay::Mca;
+use mce_relay::mca::{Caps, McaState, Record, status};
+use serde::{Deserialize, Serialize};
+
+use crate::control::VmControl;
+use crate::inject::{self, Outlook, Request};
+
+/// How long a vCPU may take to come round.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What came of a machine check by hand.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ByHand {
+    /// What KVM and a Linux guest would make of it, as the vCPU stood.
+    pub outlook: Outlook,
+    /// What was done on each vCPU; empty when nothing was to be done.
+    pub done: Vec<OnVcpu>,
+}
+
+/// What was done on one vCPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OnVcpu {
+    /// Its index.
+    pub vcpu: u8,
+    /// The bank.
+    pub bank: u8,
+    /// What came of it.
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// What came of a record on one vCPU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "outcome")]
+pub enum Outcome {
+    /// The bank holds it.
+    Injected {
+        /// MCi_STATUS as read back.
+        #[serde(with = "mce_relay::event::hex")]
+        status: u64,
+        /// MCG_STATUS as read back.
+        #[serde(with = "mce_relay::event::hex")]
+        mcg_status: u64,
+    },
+    /// KVM took the call, and the bank holds something else.
+    NotThere {
+        /// MCi_STATUS as read back.
+        #[serde(with = "mce_relay::event::hex")]
+        status: u64,
+        /// MCG_STATUS as read back.
+        #[serde(with = "mce_relay::event::hex")]
+        mcg_status: u64,
+    },
+    /// Nothing was tried.
+    Skipped {
+        /// Why.
+        why: String,
+    },
+}
+
+impl std::fmt::Display for OnVcpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { vcpu, bank, outcome } = self;
+        match outcome {
+            Outcome::Injected { status, mcg_status } => write!(
+                f,
+                "injected: vCPU {vcpu}, bank {bank}: {} ({status:#018x}), MCG_STATUS {} ({mcg_status:#x})",
+                inject::status_words(*status),
+                inject::mcg_status_words(*mcg_status)
+            ),
+            Outcome::NotThere { status, mcg_status } => write!(
+                f,
+                "NOT injected: vCPU {vcpu}: KVM took the call, but bank {bank} holds {status:#018x} \
+                 and MCG_STATUS is {mcg_status:#x}"
+            ),
+            Outcome::Skipped { why } => write!(f, "skipped: vCPU {vcpu}: {why}"),
+        }
+    }
+}
+
+impl std::fmt::Display for ByHand {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.outlook)?;
+        self.done.iter().try_for_each(|done| write!(f, "\n{done}"))
+    }
+}
+
+/// Why nothing was injected.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// The request makes no sense.
+    #[error("{0}")]
+    Wrong(String),
+    /// It would kill the guest.
+    #[error("nothing was injected, as the guest may not survive it (force has it done all the same):\n{0}")]
+    Lethal(Outlook),
+    /// No vCPU is going to enter the guest.
+    #[error("the VM is paused, and a machine check is given to a vCPU on its way into the guest; resume it first")]
+    Paused,
+    /// The vCPU did not come round.
+    #[error("vCPU {vcpu} did not come round within {s} s; nothing was injected on it", s = PATIENCE.as_secs())]
+    Late {
+        /// Its index.
+        vcpu: u8,
+    },
+    /// KVM does not do it.
+    #[error("KVM refuses on vCPU {vcpu}: {error}")]
+    Kvm {
+        /// The vCPU.
+        vcpu: u8,
+        /// Its words.
+        error: io::Error,
+    },
+}
+
+/// What a vCPU's thread is to do.
+enum Work {
+    /// Say how it stands.
+    Look,
+    /// Put a record in, unless it stands otherwise than was thought and the guest would not survive.
+    Inject { request: Request, record: Record, online: usize },
+}
+
+enum Done {
+    State(Box<McaState>),
+    Injected(OnVcpu),
+}
+
+struct Job {
+    work: Work,
+    answer: SyncSender<Result<Done, Refusal>>,
+}
+
+#[derive(Default)]
+struct Door {
+    /// Whether there is a job; what the vCPU looks at before each entry.
+    knocked: AtomicBool,
+    job: Mutex<Option<Job>>,
+}
+
+struct Shared {
+    caps: Caps,
+    doors: Vec<Door>,
+    /// One at a time.
+    turn: Mutex<()>,
+}
+
+/// The way to the vCPUs of one VM. Cheap to clone.
+#[derive(Clone)]
+pub struct Injector(Arc<Shared>);
+
+impl Injector {
+    /// To so many vCPUs, whose guest was shown `caps`.
+    #[must_use]
+    pub fn new(vcpus: u8, caps: Caps) -> Self {
+        let doors = (0..vcpus).map(|_| Door::default()).collect();
+        Self(Arc::new(Shared { caps, doors, turn: Mutex::new(()) }))
+    }
+
+    /// Does what `request` says. Not to be called on a vCPU's thread.
+    ///
+    /// # Errors
+    /// See [`Refusal`].
+    pub fn inject(&self, request: &Request, control: &VmControl) -> Result<ByHand, Refusal> {
+        let Shared { caps, doors, turn } = &*self.0;
+        // There is nothing behind it that a panic could have left half done.
+        let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+        request.check(doors.len(), caps.banks()).map_err(Refusal::Wrong)?;
+        if control.paused().is_some() {
+            return Err(Refusal::Paused);
+        }
+        let vcpus = 0..u8::try_from(doors.len()).unwrap_or(u8::MAX);
+        let states = vcpus
+            .map(|vcpu| match self.ask(vcpu, Work::Look, control)? {
+                Done::State(state) => Ok(state),
+                Done::Injected(_) => Err(Refusal::Late { vcpu }),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let online = states.iter().filter(|state| !state.waits_for_sipi).count();
+        let outlook =
+            inject::outlook(request, caps, &states[usize::from(request.vcpu)], online);
+        if request.dry_run {
+            return Ok(ByHand { outlook, done: Vec::new() });
+        }
+        if outlook.lethal && !request.force {
+            return Err(Refusal::Lethal(outlook));
+        }
+        let mut done = Vec::new();
+        for (vcpu, state) in (0..).zip(&states) {
+            let record = match vcpu == request.vcpu {
+                true => request.record(),
+                false if !request.broadcast => continue,
+                false => inject::bystander_record(request),
+            };
+            if vcpu != request.vcpu && state.waits_for_sipi {
+                let (bank, why) = (record.bank, "the guest has not started it".to_owned());
+                done.push(OnVcpu { vcpu, bank, outcome: Outcome::Skipped { why } });
+                continue;
+            }
+            let work = Work::Inject { request: *request, record, online };
+            match self.ask(vcpu, work, control)? {
+                Done::Injected(outcome) => done.push(outcome),
+                Done::State(_) => return Err(Refusal::Late { vcpu }),
+            }
+        }
+        Ok(ByHand { outlook, done })
+    }
+
+    fn ask(&self, vcpu: u8, work: Work, control: &VmControl) -> Result<Done, Refusal> {
+        let door = &self.0.doors[usize::from(vcpu)];
+        let (answer, answered) = sync_channel(1);
+        *door.lock() = Some(Job { work, answer });
+        door.knocked.store(true, Ordering::Release);
+        control.kick(vcpu);
+        let result = answered.recv_timeout(PATIENCE);
+        // Whatever came too late is not done any more.
+        door.lock().take();
+        match result {
+            Ok(result) => result,
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
+                Err(Refusal::Late { vcpu })
+            }
+        }
+    }
+
+    /// Whether there is something to do on `vcpu`. One load.
+    #[inline]
+    #[must_use]
+    pub fn wants(&self, vcpu: u8) -> bool {
+        self.0.doors[usize::from(vcpu)].knocked.load(Ordering::Acquire)
+    }
+
+    /// Does it. To be called on that vCPU's thread, between two entries.
+    pub fn serve(&self, vcpu: u8, mca: &mut impl Mca) {
+        let door = &self.0.doors[usize::from(vcpu)];
+        door.knocked.store(false, Ordering::Release);
+        let Some(Job { work, answer }) = door.lock().take() else { return };
+        let done = self.done(vcpu, &work, mca);
+        // Nobody waits for it any more where there is no receiver.
+        let _ = answer.try_send(done);
+    }
+
+    fn done(&self, vcpu: u8, work: &Work, mca: &mut impl Mca) -> Result<Done, Refusal> {
+        let failed = |error| Refusal::Kvm { vcpu, error };
+        let state = mca.state().map_err(failed)?;
+        let Work::Inject { request, record, online } = work else {
+            return Ok(Done::State(Box::new(state)));
+        };
+        if vcpu == request.vcpu {
+            let outlook = inject::outlook(request, &self.0.caps, &state, *online);
+            if outlook.lethal && !request.force {
+                return Err(Refusal::Lethal(outlook));
+            }
+        } else if (state.mcip() || !state.cr4_mce) && !request.force {
+            let why = "it is in its machine-check handler, or has not opened it".to_owned();
+            let outcome = Outcome::Skipped { why };
+            return Ok(Done::Injected(OnVcpu { vcpu, bank: record.bank, outcome }));
+        }
+        mca.inject(record).map_err(failed)?;
+        let state = mca.state().map_err(failed)?;
+        let now = state.banks.get(usize::from(record.bank)).map_or(0, |bank| bank.status);
+        let mcg_status = state.mcg_status;
+        // KVM adds OVER where the bank was full.
+        let outcome = if now & !status::OVER == record.status & !status::OVER {
+            Outcome::Injected { status: now, mcg_status }
+        } else {
+            Outcome::NotThere { status: now, mcg_status }
+        };
+        Ok(Done::Injected(OnVcpu { vcpu, bank: record.bank, outcome }))
+    }
+}
+
+impl Door {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Job>> {
+        // A plain assignment is all that ever happens under the lock.
+        self.job.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,98 @@
+//! Values that several commands take.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use crate::poison::PageRange;
+
+/// `path=PATH` or `PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ApiPath(pub PathBuf);
+
+impl FromStr for ApiPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.strip_prefix("path=").unwrap_or(text) {
+            "" => Err("the path is empty; expected path=PATH".to_owned()),
+            path => Ok(Self(path.into())),
+        }
+    }
+}
+
+impl FromStr for PageRange {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let Some((start, end)) = text.split_once("..") else {
+            return parse_number(text).map(Self::page);
+        };
+        let number =
+            |text| parse_number(text).map_err(|error| format!("{error}, as in 0x3000..0x8000"));
+        let (start, end) = (number(start)?, number(end)?);
+        Self::new(start, end).ok_or_else(|| match start == end {
+            true => format!("{text} is empty: the end of a range is not part of it"),
+            false => format!("{text} ends before it starts"),
+        })
+    }
+}
+
+/// A number of bytes or an address: `0x…` or decimal, with K, M, G or T for powers of 1024.
+///
+/// # Errors
+/// Words for the user.
+pub fn parse_number(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is not a number; expected e.g. 512M, 4G, 4096 or 0x1000");
+    if let Some(digits) = text.strip_prefix("0x") {
+        return u64::from_str_radix(digits, 16).map_err(|_| wrong());
+    }
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| wrong())?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} does not fit into 64 bits"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers() {
+        assert_eq!(parse_number("512M"), Ok(512 << 20));
+        assert_eq!(parse_number("0x1000"), Ok(4096));
+        assert_eq!(parse_number("4g"), Ok(4 << 30));
+        for bad in ["", "M", "0x", "-1", "1.5G", "99999999T", "0xg", "é"] {
+            assert!(parse_number(bad).unwrap_err().contains(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn paths() {
+        assert_eq!("path=/a".parse(), Ok(ApiPath("/a".into())));
+        assert!("path=".parse::<ApiPath>().is_err());
+    }
+
+    #[test]
+    fn pages_and_ranges() {
+        assert_eq!("0x1000".parse(), Ok(PageRange::page(0x1000)));
+        assert_eq!("0x3000..0x8000".parse(), Ok(PageRange::new(0x3000, 0x8000).unwrap()));
+        assert_eq!("16M..17M".parse(), Ok(PageRange::new(16 << 20, 17 << 20).unwrap()));
+        for (bad, named) in [
+            ("", "\"\""),
+            ("0x3000..", "\"\""),
+            ("..0x3000", "\"\""),
+            ("0x3000...0x8000", ".0x8000"),
+            ("0x3000-0x8000", "0x3000-0x8000"),
+            ("0x8000..0x3000", "0x8000..0x3000 ends before it starts"),
+            ("0x3000..0x3000", "0x3000..0x3000 is empty"),
+        ] {
+            let error = bad.parse::<PageRange>().unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Where events meet those who follow them.
+//!
+//! Whoever reports an event puts it into one ring and goes on. Everybody who wants events reads that
+//! ring at a pace of their own: the log, the event monitor's file, each client of the API. So a
+//! follower that is slow, or stuck, costs neither memory nor anybody else's events: it is told how
+//! many it has missed when it comes back.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use super::VmEvent;
+use super::counts::Counts;
+
+/// So many events are kept for followers: some seconds of the worst that was seen.
+pub const KEPT: usize = 16_384;
+
+/// What happened.
+#[derive(Debug, Clone)]
+pub enum What {
+    /// To the guest's memory.
+    Memory(mce_relay::Event),
+    /// To the virtual machine.
+    Vm(VmEvent),
+}
+
+/// What happened, and when.
+#[derive(Debug)]
+pub struct Entry {
+    /// Since the start of the VMM.
+    pub time: Duration,
+    /// What.
+    pub what: What,
+}
+
+/// What a follower gets.
+#[derive(Debug)]
+pub enum Next {
+    /// The next event.
+    Event(Arc<Entry>),
+    /// Events went out of the ring before this follower came to them.
+    Missed {
+        /// How many.
+        events: u64,
+        /// When that was found, since the start of the VMM.
+        time: Duration,
+    },
+    /// There will be no more.
+    End,
+}
+
+struct Ring {
+    /// The last [`KEPT`] events.
+    kept: VecDeque<Arc<Entry>>,
+    /// Number of the first of them, counted from the start of the VMM.
+    first: u64,
+    ended: bool,
+    /// Tasks that wait for the next event. Threads wait on the condition variable.
+    wakers: Vec<Waker>,
+}
+
+struct Shared {
+    start: Instant,
+    ring: Mutex<Ring>,
+    news: Condvar,
+    counts: Counts,
+}
+
+/// The ring. Cheap to clone.
+#[derive(Clone)]
+pub struct Hub(Arc<Shared>);
+
+impl fmt::Debug for Hub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hub").finish_non_exhaustive()
+    }
+}
+
+impl Default for Hub {
+    fn default() -> Self {
+        let ring =
+            Ring { kept: VecDeque::new(), first: 0, ended: false, wakers: Vec::new() };
+        Self(Arc::new(Shared {
+            start: Instant::now(),
+            ring: Mutex::new(ring),
+            news: Condvar::new(),
+            counts: Counts::default(),
+        }))
+    }
+}
+
+impl Hub {
+    fn lock(&self) -> MutexGuard<'_, Ring> {
+        // Nothing under the lock can panic half-way.
+        self.0.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reports an event. Quick: it waits for no follower.
+    pub fn emit(&self, what: What) {
+        self.0.counts.count(&what);
+        let mut ring = self.lock();
+        // Under the lock, so that times are in the order of the events.
+        let time = self.0.start.elapsed();
+        ring.kept.push_back(Arc::new(Entry { time, what }));
+        if ring.kept.len() > KEPT {
+            ring.kept.pop_front();
+            ring.first += 1;
+        }
+        let wakers = std::mem::take(&mut ring.wakers);
+        drop(ring);
+        self.0.news.notify_all();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// How many of what there were.
+    #[must_use]
+    pub fn counts(&self) -> &Counts {
+        &self.0.counts
+    }
+
+    /// There will be no more events: followers come to their end.
+    pub fn end(&self) {
+        let mut ring = self.lock();
+        ring.ended = true;
+        let wakers = std::mem::take(&mut ring.wakers);
+        drop(ring);
+        self.0.news.notify_all();
+        wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Follows all events from the first on that is still kept.
+    #[must_use]
+    pub fn follow(&self) -> Follower {
+        let next = self.lock().first;
+        Follower { hub: self.clone(), next }
+    }
+
+    /// Follows the events that happen from now on.
+    #[must_use]
+    pub fn follow_from_now(&self) -> Follower {
+        let ring = self.lock();
+        let next = ring.first + ring.kept.len() as u64;
+        drop(ring);
+        Follower { hub: self.clone(), next }
+    }
+}
+
+/// A reader of the ring.
+#[derive(Debug)]
+pub struct Follower {
+    hub: Hub,
+    /// Number of the event that is next.
+    next: u64,
+}
+
+impl Follower {
+    fn take_from(&mut self, ring: &Ring) -> Option<Next> {
+        let Some(at) = self.next.checked_sub(ring.first) else {
+            let events = ring.first - self.next;
+            self.next = ring.first;
+            return Some(Next::Missed { events, time: self.hub.0.start.elapsed() });
+        };
+        // Beyond what an index can be there is no event either.
+        match usize::try_from(at).ok().and_then(|at| ring.kept.get(at)) {
+            Some(entry) => {
+                self.next += 1;
+                Some(Next::Event(Arc::clone(entry)))
+            }
+            None if ring.ended => Some(Next::End),
+            None => None,
+        }
+    }
+
+    /// The next event, if there is one already.
+    pub fn take(&mut self) -> Option<Next> {
+        let hub = self.hub.clone();
+        let ring = hub.lock();
+        self.take_from(&ring)
+    }
+
+    /// The next event, however long it takes. For threads.
+    pub fn wait(&mut self) -> Next {
+        let hub = self.hub.clone();
+        let mut ring = hub.lock();
+        loop {
+            if let Some(next) = self.take_from(&ring) {
+                return next;
+            }
+            ring = hub.0.news.wait(ring).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The next event. For tasks, which are woken when there is one.
+    pub fn poll(&mut self, context: &Context<'_>) -> Poll<Next> {
+        let hub = self.hub.clone();
+        let mut ring = hub.lock();
+        match self.take_from(&ring) {
+            Some(next) => Poll::Ready(next),
+            None => {
+                // A task that went away leaves one behind until the next event.
+                ring.wakers.push(context.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resumed() -> What {
+        What::Vm(VmEvent::Resumed {})
+    }
+
+    #[test]
+    fn everybody_gets_everything_in_order() {
+        let hub = Hub::default();
+        let mut early = hub.follow();
+        assert!(early.take().is_none());
+        for boot in 0..10 {
+            let (mcg_cap, vendor) = (String::new(), mce_relay::mca::Vendor::Amd);
+            hub.emit(What::Vm(VmEvent::Booting { boot, unix_time: 0.0, mcg_cap, vendor }));
+        }
+        let mut now = hub.follow_from_now();
+        let mut late = hub.follow();
+        hub.end();
+        for follower in [&mut early, &mut late] {
+            for expected in 0..10 {
+                let Next::Event(entry) = follower.wait() else { panic!("no event {expected}") };
+                assert!(matches!(entry.what, What::Vm(VmEvent::Booting { boot, .. }) if boot == expected));
+            }
+            assert!(matches!(follower.wait(), Next::End));
+        }
+        assert!(matches!(now.wait(), Next::End));
+    }
+
+    #[test]
+    fn who_stands_still_is_told_what_it_missed_and_goes_on() {
+        let hub = Hub::default();
+        let mut stuck = hub.follow();
+        for _ in 0..KEPT + 100 {
+            hub.emit(resumed());
+        }
+        assert_eq!(hub.lock().kept.len(), KEPT, "memory is bounded");
+        assert!(matches!(stuck.take(), Some(Next::Missed { events: 100, .. })));
+        let rest = std::iter::from_fn(|| stuck.take()).count();
+        assert_eq!(rest, KEPT);
+    }
+
+    #[test]
+    fn a_thread_that_waits_is_woken() {
+        let hub = Hub::default();
+        let mut follower = hub.follow();
+        let thread = std::thread::spawn(move || follower.wait());
+        hub.emit(resumed());
+        assert!(matches!(thread.join().unwrap(), Next::Event(_)));
+    }
+}

@@ -1,0 +1,165 @@
+//! MCi_STATUS and MCG_STATUS by the names of their bits.
+
+use std::str::FromStr;
+
+use mce_relay::mca::{Form, mcg, record, status};
+
+/// MCi_STATUS.PCC: the processor's context is corrupt (SDM vol. 3B, 17.3.2.2).
+pub(super) const PCC: u64 = 1 << 57;
+/// The error code in MCi_STATUS: MCACOD, bits 15:0.
+pub(super) const MCACOD: u64 = 0xffff;
+
+const STATUS: [(&str, u64); 12] = [
+    ("VAL", status::VAL),
+    ("OVER", status::OVER),
+    ("UC", status::UC),
+    ("EN", status::EN),
+    ("MISCV", status::MISCV),
+    ("ADDRV", status::ADDRV),
+    ("PCC", PCC),
+    ("S", status::S),
+    ("AR", status::AR),
+    // AMD: the task's context is corrupt (APM vol. 2, 9.3.2.2).
+    ("TCC", 1 << 55),
+    ("DEFERRED", status::DEFERRED),
+    ("POISON", status::POISON),
+];
+
+const MCG_STATUS: [(&str, u64); 4] =
+    [("RIPV", mcg::RIPV), ("EIPV", mcg::EIPV), ("MCIP", mcg::MCIP), ("LMCES", mcg::LMCES)];
+
+/// MCi_STATUS as a user writes it, and the MCG_STATUS that goes with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StatusArg {
+    /// MCi_STATUS.
+    pub status: u64,
+    /// MCG_STATUS where the whole was given by what it stands for, and else 0.
+    pub mcg_status: u64,
+}
+
+/// MCG_STATUS as a user writes it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct McgStatusArg(pub u64);
+
+/// What stands for the whole of MCi_STATUS and MCG_STATUS.
+const WHOLES: [&str; 5] = ["srao", "srar", "ucna", "deferred", "amd-ar"];
+
+fn whole(name: &str) -> Option<StatusArg> {
+    let form = match name {
+        "srao" => Form::Srao,
+        "srar" => Form::Srar,
+        "deferred" => Form::Deferred,
+        "amd-ar" => Form::AmdAr,
+        "ucna" => {
+            let srao = record(Form::Srao, 0, 0, false);
+            return Some(StatusArg { status: srao.status & !status::S, mcg_status: 0 });
+        }
+        _ => return None,
+    };
+    let record = record(form, 0, 0, false);
+    Some(StatusArg { status: record.status, mcg_status: record.mcg_status })
+}
+
+/// Names with `+` between, and numbers among them.
+fn bits(text: &str, names: &[(&str, u64)]) -> Result<u64, String> {
+    text.split('+').try_fold(0, |bits, term| {
+        let number = match term.strip_prefix("0x") {
+            Some(digits) => u64::from_str_radix(digits, 16).ok(),
+            None => term.parse().ok(),
+        };
+        let named = names.iter().find(|(name, _)| name.eq_ignore_ascii_case(term));
+        number.or(named.map(|(_, bit)| *bit)).map(|more| bits | more).ok_or_else(|| {
+            let all: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
+            format!("{term:?} is no bit; expected a number, or of {} with + between", all.join(", "))
+        })
+    })
+}
+
+impl FromStr for StatusArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some(whole) = whole(&text.to_ascii_lowercase()) {
+            return Ok(whole);
+        }
+        let status = bits(text, &STATUS)
+            .map_err(|error| format!("{error}; or the whole of it: {}", WHOLES.join(", ")))?;
+        Ok(Self { status, mcg_status: 0 })
+    }
+}
+
+impl FromStr for McgStatusArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        bits(text, &MCG_STATUS).map(Self)
+    }
+}
+
+/// The names of the bits of MCi_STATUS that are set, and its error code.
+#[must_use]
+pub fn status_words(value: u64) -> String {
+    // AMD's TCC is where Intel has AR; both read as AR.
+    let names = STATUS.iter().filter(|(name, _)| *name != "TCC");
+    let mut words = words(value & !MCACOD, names);
+    words.push(format!("MCACOD {:#x}", value & MCACOD));
+    words.join(" ")
+}
+
+/// The names of the bits of MCG_STATUS that are set.
+#[must_use]
+pub fn mcg_status_words(value: u64) -> String {
+    match value {
+        0 => "0".to_owned(),
+        _ => words(value, MCG_STATUS.iter()).join(" "),
+    }
+}
+
+fn words<'a>(value: u64, names: impl Iterator<Item = &'a (&'a str, u64)>) -> Vec<String> {
+    let mut left = value;
+    let mut words: Vec<String> = Vec::new();
+    for (name, bit) in names {
+        if value & bit != 0 {
+            left &= !bit;
+            words.push((*name).to_owned());
+        }
+    }
+    if left != 0 {
+        words.push(format!("{left:#x}"));
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_numbers_and_wholes() {
+        let status = |text: &str| text.parse::<StatusArg>().map(|arg| arg.status);
+        let srao = 0xBD00_0000_0000_00C0;
+        assert_eq!(status("srao"), Ok(srao));
+        assert_eq!(status("0xbd000000000000c0"), Ok(srao));
+        assert_eq!(status("VAL+uc+EN+MISCV+ADDRV+S+0xc0"), Ok(srao));
+        assert_eq!("SRAO".parse::<StatusArg>().unwrap().mcg_status, mcg::MCIP | mcg::RIPV);
+        assert_eq!(status("ucna"), Ok(srao & !status::S));
+        assert_eq!("MCIP+RIPV".parse(), Ok(McgStatusArg(5)));
+        for name in WHOLES {
+            status(name).unwrap();
+        }
+        for bad in ["", "VAL+", "VALID", "0xg", "VAL UC", "-1"] {
+            let error = status(bad).unwrap_err();
+            assert!(error.contains("expected a number") && error.contains("srao"), "{error}");
+        }
+        assert!("VAL".parse::<McgStatusArg>().unwrap_err().contains("MCIP"));
+    }
+
+    #[test]
+    fn words_for_values() {
+        assert_eq!(status_words(0xBD80_0000_0000_0134), "VAL UC EN MISCV ADDRV S AR MCACOD 0x134");
+        assert_eq!(status_words(1 << 63 | 1 << 20), "VAL 0x100000 MCACOD 0x0");
+        assert_eq!(mcg_status_words(7), "RIPV EIPV MCIP");
+        assert_eq!(mcg_status_words(0), "0");
+        assert_eq!(mcg_status_words(0x11), "RIPV 0x10");
+    }
+}

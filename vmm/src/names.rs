@@ -1,0 +1,291 @@
+//! Names of running VMs: where their API sockets are.
+//!
+//! A name is a socket in a directory that belongs to the user alone. Nothing else is kept, so a VM that
+//! is gone leaves nothing that has to be tidied up but, if it was killed, a socket that nobody
+//! listens at.
+
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use comfy_table::Cell;
+use serde::Serialize;
+
+use crate::api::{Ping, VmInfo};
+use crate::{client, show};
+
+/// The longest name, in bytes: a socket's path has room for 107.
+const MAX_LEN: usize = 48;
+const SUFFIX: &str = ".sock";
+
+/// The name of a VM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmName(String);
+
+impl VmName {
+    /// The name itself.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for VmName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let begins = text.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if begins && text.len() <= MAX_LEN && text.chars().all(good) {
+            return Ok(Self(text.to_owned()));
+        }
+        Err(format!(
+            "{text:?} is no name for a VM; expected 1 to {MAX_LEN} letters, digits, '-', '_' and '.', \
+             a letter or digit first"
+        ))
+    }
+}
+
+/// A VM as a user names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Which {
+    /// By its name.
+    Name(VmName),
+    /// By the path of its socket.
+    Path(PathBuf),
+}
+
+impl FromStr for Which {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains('/') {
+            return Ok(Self::Path(text.into()));
+        }
+        let expected = |error| format!("{error}; or a path with a '/' in it");
+        text.parse().map(Self::Name).map_err(expected)
+    }
+}
+
+/// Why a name leads nowhere.
+#[derive(Debug, thiserror::Error)]
+pub enum NameError {
+    /// No VM is called so.
+    #[error("no VM called {name:?} runs ({}); {others}", dir.display())]
+    Unknown {
+        /// The name.
+        name: String,
+        /// Where its socket would be.
+        dir: PathBuf,
+        /// Which do run.
+        others: String,
+    },
+    /// One runs already.
+    #[error("a VM called {0:?} runs already; choose another name")]
+    Taken(String),
+    /// The directory of the sockets is no good.
+    #[error("cannot use {dir} for the sockets of named VMs", dir = .dir.display())]
+    Dir {
+        /// The directory.
+        dir: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Where this user's sockets are.
+fn dir() -> PathBuf {
+    // SAFETY: has no preconditions.
+    let uid = unsafe { libc::getuid() };
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !dir.is_empty() => Path::new(&dir).join("mce-relay"),
+        _ if uid == 0 => "/run/mce-relay".into(),
+        _ => std::env::temp_dir().join(format!("mce-relay-{uid}")),
+    }
+}
+
+fn socket_in(dir: &Path, name: &VmName) -> PathBuf {
+    dir.join(format!("{}{SUFFIX}", name.0))
+}
+
+/// The path for the socket of a new VM called `name`. A socket of that name at which nobody listens
+/// any more is removed.
+///
+/// # Errors
+/// The name is taken, or there is no directory for it.
+pub fn claim(name: &VmName) -> Result<PathBuf, NameError> {
+    claim_in(&dir(), name)
+}
+
+fn claim_in(dir: &Path, name: &VmName) -> Result<PathBuf, NameError> {
+    let failed = |source| NameError::Dir { dir: dir.to_owned(), source };
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
+    // In /tmp somebody else may have been there first.
+    let found = dir.symlink_metadata().map_err(failed)?;
+    // SAFETY: has no preconditions.
+    let uid = unsafe { libc::geteuid() };
+    if !found.is_dir() || found.uid() != uid || found.mode() & 0o022 != 0 {
+        let words = "it is not a directory of this user's that nobody else can write to";
+        return Err(failed(io::Error::other(words)));
+    }
+    let path = socket_in(dir, name);
+    match UnixStream::connect(&path) {
+        Ok(_) => Err(NameError::Taken(name.0.clone())),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(&path).map_err(failed)?;
+            Ok(path)
+        }
+        Err(_) => Ok(path),
+    }
+}
+
+/// The socket of the VM that is meant.
+///
+/// # Errors
+/// No VM of that name runs.
+pub fn find(which: &Which) -> Result<PathBuf, NameError> {
+    match which {
+        Which::Path(path) => Ok(path.clone()),
+        Which::Name(name) => find_in(&dir(), name),
+    }
+}
+
+fn find_in(dir: &Path, name: &VmName) -> Result<PathBuf, NameError> {
+    let path = socket_in(dir, name);
+    if UnixStream::connect(&path).is_ok() {
+        return Ok(path);
+    }
+    let names: Vec<String> = sockets(dir).into_iter().map(|(name, _)| name).collect();
+    let others = match names.as_slice() {
+        [] => "none does that was given a name (`mce-relay run --name`)".to_owned(),
+        names => format!("these do: {}", names.join(", ")),
+    };
+    Err(NameError::Unknown { name: name.0.clone(), dir: dir.to_owned(), others })
+}
+
+/// Sockets in `dir` at which somebody listens, by name.
+fn sockets(dir: &Path) -> Vec<(String, PathBuf)> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut found: Vec<(String, PathBuf)> = entries
+        .filter_map(|entry| {
+            let file = entry.file_name().into_string().ok()?;
+            let name = file.strip_suffix(SUFFIX)?.to_owned();
+            UnixStream::connect(entry.path()).is_ok().then(|| (name, entry.path()))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+/// The named VMs that run.
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+pub struct List(Vec<Listed>);
+
+/// One of them.
+#[derive(Debug, Serialize)]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// Its API socket.
+    pub socket: PathBuf,
+    /// The VMM's process; null when it does not answer.
+    pub pid: Option<u32>,
+    /// Bytes of guest RAM; null between two boots.
+    pub memory: Option<u64>,
+    /// Whether its vCPUs are held.
+    pub paused: Option<bool>,
+}
+
+/// Looks for them.
+#[must_use]
+pub fn list() -> List {
+    let listed = |(name, socket): (String, PathBuf)| {
+        let ping = client::get::<Ping>(&socket, "vmm.ping").ok();
+        let info = client::get::<VmInfo>(&socket, "vm.info").ok();
+        Listed {
+            name,
+            pid: ping.map(|ping| ping.pid),
+            memory: info.as_ref().map(|info| info.memory.iter().map(|block| block.len).sum()),
+            paused: info.map(|info| info.paused),
+            socket,
+        }
+    };
+    List(sockets(&dir()).into_iter().map(listed).collect())
+}
+
+impl std::fmt::Display for List {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.is_empty() {
+            return f.write_str("no VM with a name runs");
+        }
+        let mut table = show::table(&["name", "pid", "memory", "state", "API socket"]);
+        for Listed { name, socket, pid, memory, paused } in &self.0 {
+            table.add_row([
+                Cell::new(name),
+                Cell::new(pid.map_or("?".to_owned(), |pid| pid.to_string())),
+                Cell::new(memory.map_or("?".to_owned(), |len| format!("{} MiB", len >> 20))),
+                Cell::new(match paused {
+                    Some(true) => "paused",
+                    Some(false) => "running",
+                    None => "between two boots",
+                }),
+                Cell::new(socket.display()),
+            ]);
+        }
+        write!(f, "{table}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn names_and_paths() {
+        for good in ["a", "vm-1", "A.b_c", "0"] {
+            assert!(matches!(good.parse(), Ok(Which::Name(_))), "{good}");
+        }
+        assert_eq!("./a".parse(), Ok(Which::Path("./a".into())));
+        let long = "x".repeat(49);
+        for bad in ["", ".", "..", "-a", "a b", "ä", &long] {
+            assert!(bad.parse::<Which>().unwrap_err().contains("expected 1 to 48"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_name_is_claimed_found_and_left() {
+        let top = tempfile::tempdir().unwrap();
+        let dir = top.path().join("new/mce-relay");
+        let name: VmName = "a".parse().unwrap();
+        let error = find_in(&dir, &name).unwrap_err().to_string();
+        assert!(error.contains("\"a\"") && error.contains("run --name"), "{error}");
+
+        let path = claim_in(&dir, &name).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
+        assert_eq!(find_in(&dir, &name).unwrap(), path);
+        assert!(matches!(claim_in(&dir, &name), Err(NameError::Taken(_))));
+        let error = find_in(&dir, &"b".parse().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("these do: a"), "{error}");
+
+        // As after a VMM that was killed.
+        drop(listener);
+        assert!(find_in(&dir, &name).is_err());
+        assert_eq!(claim_in(&dir, &name).unwrap(), path);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_directory_that_others_can_write_to_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let top = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(top.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        let error = claim_in(top.path(), &"a".parse().unwrap()).unwrap_err();
+        assert!(show::with_causes(&error).contains("nobody else"), "{error}");
+    }
+}

@@ -1,0 +1,187 @@
+//! Poisoning from outside the VMM: by page frame, or through a mapping of this process's own.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::ptr;
+
+use libc::{c_int, c_void, siginfo_t};
+use vmm_sys_util::signal::register_signal_handler;
+
+use super::{Asked, FilterChoice, Looked, Means, Order, PoisonError, Target};
+use crate::api::VmInfo;
+use crate::host::Injector;
+use crate::host::filter::{self, Filter, FilterInForce};
+use crate::host::x86_injector::X86Injector;
+
+/// One of the means, ready to be used again and again.
+pub(super) enum Poisoner {
+    Inject {
+        injector: Injector,
+        /// Put back when this goes.
+        filter: Option<FilterInForce>,
+    },
+    Mce(X86Injector),
+    /// In the process `pid`, with the files of its memory that have been opened.
+    Madvise {
+        pid: u32,
+        advice: c_int,
+        files: HashMap<i32, File>,
+    },
+}
+
+/// The filter that is to be in force, with words about it.
+fn chosen(vm: &VmInfo, order: &Order<'_>) -> Result<(Option<Filter>, Vec<String>), PoisonError> {
+    if order.via != Means::HwpoisonInject {
+        return Ok((None, Vec::new()));
+    }
+    let mut notes = Vec::new();
+    let filter = match &order.filter {
+        FilterChoice::Nothing => None,
+        FilterChoice::Given(filter) => Some(filter.clone()),
+        FilterChoice::OwnCgroup => match filter::memcg_of(vm.pid)? {
+            Some(group) if filter::has_memcg() => {
+                notes.push(format!(
+                    "only pages of the VM's own memory cgroup can be hit ({})",
+                    group.path.display()
+                ));
+                if group.processes > 1 {
+                    notes.push(format!("which has {} processes in it", group.processes));
+                }
+                Some(Filter { memcg: Some(group.inode), ..Filter::default() })
+            }
+            _ => None,
+        },
+    };
+    if filter.is_none()
+        && let Some(left) = filter::left_over()?
+    {
+        notes.push(format!("a filter of somebody else's is in force: {left}"));
+    }
+    Ok((filter, notes))
+}
+
+/// What would hold pages back, for people.
+pub(super) fn filter_in_words(
+    vm: &VmInfo,
+    order: &Order<'_>,
+) -> Result<Vec<String>, PoisonError> {
+    chosen(vm, order).map(|(_, notes)| notes)
+}
+
+impl Poisoner {
+    pub(super) fn open(
+        vm: &VmInfo,
+        order: &Order<'_>,
+        notes: &mut Vec<String>,
+    ) -> Result<Self, PoisonError> {
+        let madvise = |advice| {
+            register_signal_handler(libc::SIGBUS, ignore)
+                .map_err(|error| PoisonError::Madvise(error.into()))?;
+            Ok(Self::Madvise { pid: vm.pid, advice, files: HashMap::new() })
+        };
+        match order.via {
+            Means::Madvise => madvise(libc::MADV_HWPOISON),
+            Means::SoftOffline => madvise(libc::MADV_SOFT_OFFLINE),
+            Means::MceInject => Ok(Self::Mce(X86Injector::open()?)),
+            Means::HwpoisonInject | Means::Uffd | Means::Signal => {
+                let injector = Injector::open()?;
+                let (filter, more) = chosen(vm, order)?;
+                notes.extend(more);
+                let filter = filter.map(|filter| filter.apply()).transpose()?;
+                Ok(Self::Inject { injector, filter })
+            }
+        }
+    }
+
+    fn poison(&mut self, target: &Target, pfn: u64) -> Result<(), PoisonError> {
+        match self {
+            Self::Inject { injector, .. } => Ok(injector.corrupt(pfn)?),
+            Self::Mce(injector) => Ok(injector.inject(pfn)?),
+            Self::Madvise { pid, advice, files } => {
+                // `poison_all` asks the VMM where there is none.
+                let fd = target.fd.unwrap_or(-1);
+                let file = match files.entry(fd) {
+                    Entry::Occupied(file) => file.into_mut(),
+                    Entry::Vacant(place) => {
+                        let path = PathBuf::from(format!("/proc/{pid}/fd/{fd}"));
+                        let file = File::options().read(true).write(true).open(&path);
+                        place.insert(file.map_err(|source| PoisonError::Memory { path, source })?)
+                    }
+                };
+                madvise(file, target.offset, target.page_size, *advice)
+            }
+        }
+    }
+
+    /// Puts back what was changed; words about what could not be.
+    pub(super) fn close(self) -> Option<String> {
+        let Self::Inject { filter: Some(filter), .. } = self else { return None };
+        let error = filter.restore().err()?;
+        Some(format!("the filter that was in force before is not: {}", crate::show::with_causes(&error)))
+    }
+}
+
+/// Poisons all targets; what the kernel said to each.
+pub(super) fn poison(
+    poisoner: &mut Poisoner,
+    targets: &[Target],
+    looked: &mut Looked,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Vec<Asked> {
+    let mut asked = Vec::with_capacity(targets.len());
+    for target in targets {
+        // The host may have moved the page since it was looked up, and the frame may be somebody
+        // else's by now. Looking again leaves no more time for that than poisoning one page does.
+        let pfn = match &looked.pagemap {
+            Some(pagemap) => pagemap.pfn(target.hva),
+            None => Err(crate::host::HostError::Hidden),
+        };
+        asked.push(match pfn {
+            Ok(pfn) => (Some(pfn), poisoner.poison(target, pfn)),
+            Err(error) => (None, Err(error.into())),
+        });
+        progress(asked.len(), targets.len());
+    }
+    asked
+}
+
+/// The kernel takes the caller of MADV_HWPOISON for one who touched the page, and sends it an AR,
+/// whatever its policy. The page is of no use to this process, so there is nothing to do about it.
+extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
+
+/// Poisons the page at `offset` of the VM's memory through a mapping of our own, so that the VMM is
+/// one of those who have it mapped and not the one who asked.
+fn madvise(
+    memory: &File,
+    offset: u64,
+    page_size: u64,
+    advice: c_int,
+) -> Result<(), PoisonError> {
+    const LEN: usize = 4096;
+    let map_error = |source| PoisonError::Map { offset, source };
+    let odd = |error| map_error(io::Error::other(error));
+    // A file of huge pages is mapped by whole ones.
+    let inside = usize::try_from(offset % page_size).map_err(odd)?;
+    let at = libc::off_t::try_from(offset - offset % page_size).map_err(odd)?;
+    let all = usize::try_from(page_size).map_err(odd)?;
+    // SAFETY: a new mapping at an address of the kernel's choice; the file outlives the call, and
+    // nothing but madvise and munmap is done with it.
+    let page = unsafe {
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        libc::mmap(ptr::null_mut(), all, prot, libc::MAP_SHARED, memory.as_raw_fd(), at)
+    };
+    if page == libc::MAP_FAILED {
+        return Err(map_error(io::Error::last_os_error()));
+    }
+    // SAFETY: `page` is the mapping made above, and nothing refers into it.
+    let result = unsafe { libc::madvise(page.byte_add(inside), LEN, advice) };
+    let error = io::Error::last_os_error();
+    // SAFETY: as above; it is not used afterwards.
+    unsafe { libc::munmap(page, all) };
+    if result == 0 { Ok(()) } else { Err(PoisonError::Madvise(error)) }
+}
+

@@ -1,0 +1,192 @@
+//! Which pages: addresses and ranges, or some at random.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use super::PoisonError;
+use crate::api::{Extent, Status, VmInfo};
+use crate::client;
+
+const PAGE_SHIFT: u32 = 12;
+
+/// Some 4 KiB pages in a row, at least one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageRange {
+    /// Number of the first page: its guest-physical address in units of 4 KiB.
+    first: u64,
+    /// Number of the page behind the last.
+    end: u64,
+}
+
+impl PageRange {
+    /// The page that holds the guest-physical address `gpa`.
+    pub fn page(gpa: u64) -> Self {
+        let first = gpa >> PAGE_SHIFT;
+        Self { first, end: first + 1 }
+    }
+
+    /// All pages that hold an address from `start` to before `end`; `None` when there is none.
+    pub fn new(start: u64, end: u64) -> Option<Self> {
+        let last = end.checked_sub(1).filter(|last| start <= *last)?;
+        Some(Self { first: start >> PAGE_SHIFT, end: (last >> PAGE_SHIFT) + 1 })
+    }
+}
+
+/// A page to be poisoned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Target {
+    pub(crate) gpa: u64,
+    pub(crate) hva: u64,
+    /// The VMM's descriptor of the file that other processes can map; `None` where there is none.
+    pub(super) fd: Option<i32>,
+    /// Offset in that file.
+    pub(super) offset: u64,
+    /// The pages that the file comes in, in bytes.
+    pub(super) page_size: u64,
+}
+
+/// The pages of `ranges` in the order given, each once. All of them are guest RAM, so however long
+/// a range was written down, there are no more of them than the guest has pages.
+pub(crate) fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, PoisonError> {
+    for range in ranges {
+        let mut page = range.first;
+        while page < range.end {
+            let gpa = page << PAGE_SHIFT;
+            page = match vm.block(gpa) {
+                Some(block) => (block.gpa + block.len) >> PAGE_SHIFT,
+                None => return Err(PoisonError::OutsideRam { gpa, ram: vm.ram_in_words() }),
+            };
+        }
+    }
+    let mut known = HashSet::new();
+    let pages = ranges.iter().flat_map(|range| range.first..range.end);
+    let new = pages.map(|page| page << PAGE_SHIFT).filter(|gpa| known.insert(*gpa));
+    let target = |gpa| {
+        let block = vm.block(gpa)?;
+        let inside = gpa - block.gpa;
+        Some(Target {
+            gpa,
+            hva: block.hva + inside,
+            fd: block.fd.filter(|_| block.shared),
+            offset: block.fd_offset + inside,
+            page_size: block.page_size,
+        })
+    };
+    Ok(new.filter_map(target).collect())
+}
+
+/// `count` different pages, chosen by `seed` alone among those of the VM behind `socket` that have
+/// memory behind them and are whole: the same seed for the same guest in the same state gives the same
+/// pages.
+///
+/// # Errors
+/// The VM does not answer, or it has not that many.
+pub fn random(socket: &Path, count: usize, seed: u64) -> Result<Vec<PageRange>, PoisonError> {
+    let status: Status = client::get(socket, "relay.status")?;
+    let extents: Vec<Extent> = client::get(socket, "vm.extents")?;
+    let bad: HashSet<u64> = status.pages.iter().map(|page| page.gpa).collect();
+    choose(&extents, &bad, count, seed)
+}
+
+fn choose(
+    extents: &[Extent],
+    bad: &HashSet<u64>,
+    count: usize,
+    seed: u64,
+) -> Result<Vec<PageRange>, PoisonError> {
+    let pages = |extent: &Extent| {
+        let Extent { gpa, len } = *extent;
+        (gpa >> PAGE_SHIFT)..((gpa + len) >> PAGE_SHIFT)
+    };
+    let whole = extents.iter().flat_map(pages).map(|page| page << PAGE_SHIFT);
+    let whole: Vec<u64> = whole.filter(|gpa| !bad.contains(gpa)).collect();
+    if whole.len() < count {
+        return Err(PoisonError::TooFew { wanted: count, there: whole.len() });
+    }
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut chosen = random.choose_multiple(whole.iter(), count);
+    // Which of them come first is left to chance as well.
+    random.shuffle(&mut chosen);
+    Ok(chosen.into_iter().map(|gpa| PageRange::page(*gpa)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::MemoryBlock;
+
+    fn block(gpa: u64, hva: u64, fd_offset: u64) -> MemoryBlock {
+        let (fd, shared, page_size) = (Some(3), true, 4096);
+        MemoryBlock { gpa, len: 0x10000, hva, fd, fd_offset, shared, page_size }
+    }
+
+    /// Two blocks of 16 pages, with a hole of as many between.
+    fn vm() -> VmInfo {
+        VmInfo {
+            memory: vec![block(0, 0x7000_0000, 0), block(0x20000, 0x8000_0000, 0x10000)],
+            ..crate::api::an_info()
+        }
+    }
+
+    fn gpas(ranges: &[PageRange]) -> Vec<u64> {
+        targets(&vm(), ranges).unwrap().iter().map(|target| target.gpa).collect()
+    }
+
+    #[test]
+    fn ranges_are_whole_pages_without_their_end() {
+        let range = |start, end| PageRange::new(start, end).unwrap();
+        assert_eq!(gpas(&[range(0x3000, 0x5000)]), [0x3000, 0x4000]);
+        assert_eq!(gpas(&[range(0x3fff, 0x4001)]), [0x3000, 0x4000], "whatever they touch");
+        assert_eq!(gpas(&[PageRange::page(0x5fff)]), [0x5000]);
+        assert_eq!(PageRange::new(0x3000, 0x3000), None);
+        assert_eq!(PageRange::new(0x3000, 0x2000), None);
+        assert_eq!(PageRange::new(0x3000, 0), None);
+    }
+
+    #[test]
+    fn each_page_once_in_the_order_given() {
+        let range = |start, end| PageRange::new(start, end).unwrap();
+        let list = [
+            PageRange::page(0x5123),
+            range(0x20000, 0x22000),
+            range(0x4000, 0x7000),
+            PageRange::page(0x5000),
+        ];
+        assert_eq!(gpas(&list), [0x5000, 0x20000, 0x21000, 0x4000, 0x6000]);
+        let (hva, fd, page_size) = (0x8000_1000, Some(3), 4096);
+        let target = Target { gpa: 0x21000, hva, fd, offset: 0x11000, page_size };
+        assert_eq!(targets(&vm(), &[PageRange::page(0x21000)]).unwrap(), [target]);
+    }
+
+    #[test]
+    fn one_address_outside_ram_is_named_and_refuses_all() {
+        let good = PageRange::page(0x1000);
+        for (range, bad) in [
+            (PageRange::page(0x10000), "0x10000"),
+            (PageRange::new(0xf000, 0x21000).unwrap(), "0x10000"),
+            (PageRange::new(0x2f000, 0x31000).unwrap(), "0x30000"),
+            (PageRange::page(u64::MAX), "0xfffffffffffff000"),
+            // Not one by one: this would take for ever.
+            (PageRange::new(0x20000, u64::MAX).unwrap(), "0x30000"),
+        ] {
+            let error = targets(&vm(), &[good, range]).unwrap_err().to_string();
+            let expected = format!("GPA {bad} is not guest RAM; this guest has 0x0 to 0xffff, ");
+            assert!(error.starts_with(&expected), "{range:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_seed_chooses_whole_pages_that_have_memory() {
+        let extents = [Extent { gpa: 0x1000, len: 0x4000 }, Extent { gpa: 0x100_0000, len: 0x8000 }];
+        let bad = HashSet::from([0x2000, 0x100_7000]);
+        let chosen = |count, seed| choose(&extents, &bad, count, seed);
+        let all = chosen(10, 1).unwrap();
+        let different: HashSet<u64> = all.iter().map(|range| range.first << PAGE_SHIFT).collect();
+        assert_eq!(different.len(), 10);
+        assert!(different.is_disjoint(&bad));
+        assert_eq!(chosen(3, 7).unwrap(), chosen(3, 7).unwrap());
+        assert!((0..20).any(|seed| chosen(3, seed).unwrap() != chosen(3, 7).unwrap()));
+        let error = chosen(11, 1).unwrap_err().to_string();
+        assert!(error.contains("11") && error.contains("10"), "{error}");
+    }
+}
