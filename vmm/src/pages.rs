@@ -52,8 +52,9 @@ pub enum Presence {
     Present,
     /// It was never written, or nobody has it mapped now.
     Absent,
-    /// It is on a swap device.
-    Swapped,
+    /// Its entry in the page table leads somewhere else: it is swapped out, or marked as bad without
+    /// the ledger's knowing, as by userfaultfd.
+    NotMapped,
     /// Its entry in the page table says that it is bad.
     Poisoned,
     /// This user is not shown.
@@ -65,7 +66,7 @@ impl std::fmt::Display for Presence {
         f.write_str(match self {
             Self::Present => "present",
             Self::Absent => "no memory",
-            Self::Swapped => "swapped out",
+            Self::NotMapped => "swapped out or marked",
             Self::Poisoned => "poisoned",
             Self::Unknown => "?",
         })
@@ -152,7 +153,7 @@ impl Entries {
             _ if entry & PM_PRESENT != 0 => (Presence::Present, pfn),
             // A bad page's entry looks like that of one on a swap device, and of a huge page like nothing.
             _ if bad => (Presence::Poisoned, None),
-            _ if entry & PM_SWAP != 0 => (Presence::Swapped, None),
+            _ if entry & PM_SWAP != 0 => (Presence::NotMapped, None),
             _ => (Presence::Absent, None),
         })
     }

@@ -25,7 +25,7 @@ use crate::host::filter::{Filter, FilterError};
 use crate::host::{self, HostError, PageFlags, Pagemap};
 
 /// How long the kernel may take to mark the pages, after the last of them was asked for.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(1);
 /// So many pages are asked of the VMM at once.
 const AT_ONCE: usize = 1000;
 

@@ -411,13 +411,18 @@ fn summary(pages: &[Page]) -> String {
         .map(|(name, count)| format!("{count} {name}"))
         .collect();
     let found = |by| pages.iter().filter(|page| page.found_by == by).count();
-    let (scanned, met) = (found(FoundBy::Scan), found(FoundBy::Access));
-    let signalled = pages.len() - scanned - met;
-    let met = if met > 0 { format!(", by the VMM's own access {met}") } else { String::new() };
+    let more = |words: &str, by| match found(by) {
+        0 => String::new(),
+        count => format!(", {words} {count}"),
+    };
     format!(
-        "bad pages: {}: {} (found by signal {signalled}, by scan {scanned}{met})",
+        "bad pages: {}: {} (found by signal {}, by scan {}{}{})",
         pages.len(),
-        counts.join(", ")
+        counts.join(", "),
+        found(FoundBy::Signal),
+        found(FoundBy::Scan),
+        more("by the VMM's own access", FoundBy::Access),
+        more("FORGED and whole", FoundBy::Forged)
     )
 }
 

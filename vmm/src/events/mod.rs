@@ -91,6 +91,7 @@ impl std::fmt::Display for VmEvent {
             }
             Self::Ended { how, status } => write!(f, "ended: {how} (exit status {status})"),
             Self::Reset { reason, .. } => write!(f, "{reason}; starting the guest again"),
+            Self::Paused { reason, way_on } if way_on.is_empty() => write!(f, "paused: {reason}"),
             Self::Paused { reason, way_on } => write!(f, "paused: {reason}; {way_on}"),
             Self::Resumed {} => f.write_str("resumed"),
         }

@@ -20,6 +20,8 @@ use super::{HostError, PageFlags, file_error};
 const DIR: &str = "/sys/kernel/debug/mce-inject";
 /// How often the host polls its banks, in seconds; there is one file for all processors.
 const CHECK_INTERVAL: &str = "/sys/devices/system/machinecheck/machinecheck0/check_interval";
+/// The kind of injection, into the hardware; the kernel takes the last character for a line feed.
+const HARDWARE: &str = "hw\n";
 /// The processor whose bank it is; the one that is always there.
 const CPU: &str = "0";
 /// The poll comes a second later, and the handling of the page right after it.
@@ -46,7 +48,7 @@ impl X86Injector {
     /// # Errors
     /// It is not there, or this user may not use it.
     pub fn open() -> Result<Self, HostError> {
-        put(&Path::new(DIR).join("flags"), "hw")?;
+        put(&Path::new(DIR).join("flags"), HARDWARE)?;
         let flags = PageFlags::open()?;
         let interval = Path::new(CHECK_INTERVAL);
         let mend = "run it as root on a kernel with CONFIG_X86_MCE";
@@ -73,7 +75,7 @@ impl X86Injector {
         // controllers'.
         for bank in (0..self.banks).rev() {
             let error = record(Form::Deferred, pfn << PAGE_SHIFT, bank, false);
-            put(&file("flags"), "hw")?;
+            put(&file("flags"), HARDWARE)?;
             put(&file("cpu"), CPU)?;
             put(&file("status"), &format!("{:#x}", error.status))?;
             put(&file("addr"), &format!("{:#x}", error.addr))?;
