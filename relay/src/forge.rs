@@ -58,15 +58,20 @@ impl Shared {
             mem::take(&mut inner.forgery.queued).into_iter().partition(|(to, _)| *to == whose);
         inner.forgery.queued = others;
         let mine: Vec<(Option<usize>, Caught)> = mine;
+        let mut nobodys = Vec::new();
+        let mut empty = |inner: &mut Inner| {
+            while let Some(caught) = slot.take() {
+                if !self.enter(inner, caught, thread) {
+                    nobodys.push(caught);
+                }
+            }
+        };
+        empty(inner);
         for (_, caught) in mine {
             inner.forgery.sent.push(caught);
             signal::send_failure(caught);
-        }
-        let mut nobodys = Vec::new();
-        while let Some(caught) = slot.take() {
-            if !self.enter(inner, caught, thread) {
-                nobodys.push(caught);
-            }
+            // One by one, as the slot does not hold many.
+            empty(inner);
         }
         // What found the slot full was counted there, and is no mark for a later one.
         inner.forgery.sent.clear();

@@ -3,9 +3,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
 mod faults;
+mod followers;
 mod host;
 mod not_ours;
+mod sockets;
 mod terminal;
+mod tools;
+mod unprivileged;
 mod values;
 
 use std::path::Path;
@@ -67,6 +71,15 @@ fn has_vm_but_no_memory_failure() -> Result<(), String> {
     Ok(())
 }
 
+/// What does not depend on the kernel, and takes long.
+fn once() -> Result<(), String> {
+    has_kvm()?;
+    match std::env::var_os("MCE_RELAY_LAB") {
+        Some(_) => Err("is run outside the lab; nothing in it depends on the kernel".to_owned()),
+        None => Ok(()),
+    }
+}
+
 fn empty_pool() -> Result<(), String> {
     has_kvm()?;
     let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
@@ -95,6 +108,14 @@ fn main() -> ExitCode {
         not_ours::an_ar_of_its_own_memory_ends_it_with_a_status_of_its_own needs has_kvm_and_hook,
         not_ours::an_ao_of_its_own_memory_is_reported_and_it_goes_on needs has_kvm_and_hook,
         not_ours::guest_ram_that_is_cut_short_is_an_error_of_kvm needs has_kvm_and_hook,
+        followers::three_of_them_one_stuck needs once,
+        sockets::requests needs once,
+        sockets::clients_that_hang needs once,
+        tools::command_lines needs anywhere,
+        tools::of_a_vm_that_runs needs has_kvm,
+        tools::a_machine_check_that_kills needs has_kvm,
+        tools::a_forged_ar_of_a_guest_that_cannot_be_told needs has_kvm,
+        unprivileged::what_works_and_what_does_not needs as_root_with_kvm,
         values::memory_of_zero needs has_kvm,
         values::more_memory_than_there_is needs has_kvm,
         values::memory_that_is_not_a_size needs anywhere,

@@ -11,5 +11,6 @@ pub mod hooked;
 pub mod lab;
 pub mod memory;
 pub mod qemu;
+pub mod spinning;
 pub mod suite;
 pub mod tiny;

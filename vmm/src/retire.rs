@@ -62,8 +62,11 @@ pub fn retire(
 ) -> Result<Vec<Retired>, RetireError> {
     let vm: VmInfo = client::get(socket, "vm.info")?;
     let gpas: Vec<u64> = targets(&vm, ranges)?.into_iter().map(|target| target.gpa).collect();
-    let body = api::Retire { gpas: gpas.iter().copied().map(Gpa).collect() };
-    let asked: Vec<Retiring> = client::put_json(socket, "vm.retire", &body)?;
+    let mut asked: Vec<Retiring> = Vec::with_capacity(gpas.len());
+    for some in gpas.chunks(api::MAX_PAGES) {
+        let body = api::Retire { gpas: some.iter().copied().map(Gpa).collect() };
+        asked.extend(client::put_json::<Vec<Retiring>>(socket, "vm.retire", &body)?);
+    }
     let mut retired = Vec::new();
     let mut open = Vec::new();
     for Retiring { gpa: Gpa(gpa), error } in asked {

@@ -33,5 +33,8 @@ mod types;
 pub use server::{Api, ApiError};
 pub use types::*;
 
+/// The most pages that one `vm.retire` or `vm.poison` may name.
+pub const MAX_PAGES: usize = 4096;
+
 /// The most that one `vm.memory` answers with, in bytes.
 pub const MAX_READ: u64 = 4 << 20;

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 use super::types::{
     Current, Extent, Gpa, Ping, Poison, Problem, Retire, Retiring, Running, Status, VmInfo,
 };
-use super::{MAX_READ, metrics};
+use super::{MAX_PAGES, MAX_READ, metrics};
 use crate::by_hand::Refusal;
 use crate::cli::parse_number;
 use crate::control::{ExitReason, Parked, PauseReason, StopCause, VmControl};
@@ -179,11 +179,13 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
         Route::Retire => {
             let running = running()?;
             let Retire { gpas } = understood(body, example)?;
+            not_too_many(&gpas)?;
             Answer::json(200, &retire(&running.relay, &gpas))
         }
         Route::Poison => {
             let running = running()?;
             let poison: Poison = understood(body, example)?;
+            not_too_many(&poison.gpas)?;
             match inside::poison(&running, &poison) {
                 Ok(pages) => Answer::json(200, &pages),
                 Err(error) => Answer::problem(400, show::with_causes(&error)),
@@ -219,6 +221,17 @@ fn understood<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, Answ
         let words = format!("the body is not understood: {error}; expected e.g. {example}");
         Answer::problem(400, words)
     })
+}
+
+/// The answer says something of each.
+fn not_too_many(gpas: &[Gpa]) -> Result<(), Answer> {
+    match gpas.len() {
+        0..=MAX_PAGES => Ok(()),
+        len => {
+            let words = format!("gpas has {len} addresses; expected {MAX_PAGES} at most, so ask in parts");
+            Err(Answer::problem(400, words))
+        }
+    }
 }
 
 /// Whether `…?follow=true` is said.

@@ -40,9 +40,9 @@ const MAX_BODY: usize = 1 << 20;
 /// All header lines of a request together, in bytes; what is written is buffered no further either.
 const MAX_BUFFER: usize = 16 << 10;
 /// How long a client may take to say what it wants, also on a connection that it keeps.
-const HEADER_PATIENCE: Duration = Duration::from_secs(10);
+const HEADER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a request's body may take.
-const BODY_PATIENCE: Duration = Duration::from_secs(30);
+const BODY_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a request may take as a whole, the reading of its answer included. A stream of events may
 /// last.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(120);

@@ -24,7 +24,6 @@ pub struct PoisonArgs {
         long,
         value_name = "LIST",
         value_delimiter = ',',
-        required_unless_present_any = ["random", "pid"],
         conflicts_with_all = ["random", "pid"]
     )]
     pub gpa: Vec<PageRange>,
@@ -82,6 +81,10 @@ impl PoisonArgs {
         let filtered = self.filter_memcg.is_some()
             || self.filter_dev.is_some()
             || self.filter_flags.is_some();
+        if self.gpa.is_empty() && self.random.is_none() && self.pid.is_none() {
+            let words = "which pages? --gpa LIST, --random N, or --pid PROCESS of the guest's";
+            return Err(Cli::command().error(ErrorKind::MissingRequiredArgument, words));
+        }
         // Said here, as clap drops what a conflict makes impossible.
         if self.seed.is_some() && self.random.is_none() {
             return conflict("--seed is for --random N; leave it out");

@@ -1,0 +1,168 @@
+//! A `mce-relay run` whose guest is a loop of one instruction: a VM that is there, and nothing more.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use mce_relay_vmm::api::{Status, VmInfo};
+use mce_relay_vmm::client;
+use tempfile::TempDir;
+
+use crate::guest::binary;
+use crate::hooked::SPIN;
+use crate::tiny::elf;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// An ordinary user, nobody, with a /dev/kvm of their own and nothing else.
+#[derive(Debug, Clone, Copy)]
+pub struct Nobody;
+
+impl Nobody {
+    const ID: u32 = 65534;
+    /// In a mount namespace of its own, so that the machine's /dev/kvm stays as it is. Its arguments: a
+    /// directory to mount at, the user's id, and what to run.
+    const SCRIPT: &str = "set -e; dev=$1 id=$2; shift 2
+        mount -t tmpfs -o mode=755 none $dev
+        mknod $dev/kvm c $(stat -c '0x%t 0x%T' /dev/kvm)
+        chown $id:$id $dev/kvm; chmod 600 $dev/kvm
+        mount --bind $dev/kvm /dev/kvm
+        exec setpriv --reuid $id --regid $id --clear-groups -- \"$@\"";
+
+    /// Runs `program` as that user; `dir` is theirs, with a directory `dev` in it.
+    fn command(self, program: &Path, dir: &Path) -> Command {
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "--propagation", "private", "sh", "-c", Self::SCRIPT, "sh"]);
+        command.arg(dir.join("dev")).arg(Self::ID.to_string()).arg(program);
+        command
+    }
+}
+
+/// The VMM. Dropping it kills it.
+#[derive(Debug)]
+pub struct Spinning {
+    child: Child,
+    dir: TempDir,
+    binary: PathBuf,
+    user: Option<Nobody>,
+}
+
+impl Spinning {
+    /// Starts it with `more` options and waits until it answers.
+    pub fn start(more: &[&str]) -> Self {
+        Self::of(None, more)
+    }
+
+    /// The same as another user, with a copy of the program that this user may read.
+    pub fn start_as(user: Nobody, more: &[&str]) -> Self {
+        Self::of(Some(user), more)
+    }
+
+    fn of(user: Option<Nobody>, more: &[&str]) -> Self {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("kernel"), elf(&SPIN)).unwrap();
+        let mut program = binary();
+        if user.is_some() {
+            std::fs::copy(&program, at("mce-relay")).unwrap();
+            program = at("mce-relay");
+            std::fs::create_dir(at("dev")).unwrap();
+            std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+            let id = Some(Nobody::ID);
+            std::os::unix::fs::chown(dir.path(), id, id).unwrap();
+        }
+        let mut command = match user {
+            Some(user) => user.command(&program, dir.path()),
+            None => Command::new(&program),
+        };
+        command.args(["run", "--serial", "off", "--memory", "32M", "--kernel"]).arg(at("kernel"));
+        command.args(["--api-socket", &format!("path={}", at("api").display())]).args(more);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(std::fs::File::create(at("stderr")).unwrap());
+        let child = command.spawn().unwrap();
+        let mut vmm = Self { child, dir, binary: program, user };
+        let start = Instant::now();
+        while client::get::<VmInfo>(&vmm.socket(), "vm.info").is_err() {
+            let ended = vmm.child.try_wait().unwrap();
+            assert!(
+                ended.is_none() && start.elapsed() < PATIENCE,
+                "the VMM does not answer, exit status {ended:?}: {}",
+                vmm.stderr()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        vmm
+    }
+
+    /// Its API socket.
+    pub fn socket(&self) -> PathBuf {
+        self.path("api")
+    }
+
+    /// A path in its directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// What it has said on stderr.
+    pub fn stderr(&self) -> String {
+        std::fs::read_to_string(self.path("stderr")).unwrap_or_default()
+    }
+
+    /// Runs `mce-relay <command> --api-socket … args` as the VMM's own user.
+    pub fn command(&self, command: &str, args: &[&str]) -> Output {
+        let socket = format!("path={}", self.socket().display());
+        let mut all: Vec<&str> = command.split(' ').collect();
+        all.extend(["--api-socket", &socket]);
+        all.extend(args);
+        self.tool(&all)
+    }
+
+    /// Runs `mce-relay args` as the VMM's own user.
+    pub fn tool(&self, args: &[&str]) -> Output {
+        let mut tool = match self.user {
+            Some(user) => user.command(&self.binary, self.dir.path()),
+            None => Command::new(&self.binary),
+        };
+        tool.args(args).stdin(Stdio::null()).output().unwrap()
+    }
+
+    /// What runs.
+    pub fn info(&self) -> VmInfo {
+        client::get(&self.socket(), "vm.info").unwrap()
+    }
+
+    /// The ledger.
+    pub fn status(&self) -> Status {
+        client::get(&self.socket(), "relay.status").unwrap()
+    }
+
+    /// Ends it by the API; its exit status.
+    pub fn shut_down(mut self) -> ExitStatus {
+        client::put(&self.socket(), "vm.shutdown").unwrap();
+        let start = Instant::now();
+        loop {
+            match self.child.try_wait().unwrap() {
+                Some(status) => return status,
+                None if start.elapsed() > PATIENCE => panic!("the VMM does not end"),
+                None => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+    }
+}
+
+impl Drop for Spinning {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            println!("--- stderr of the VMM\n{}", self.stderr());
+        }
+    }
+}
