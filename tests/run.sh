@@ -76,8 +76,8 @@ in_labs() {
         # shellcheck disable=SC2016 # expanded inside
         tests/lab/run.sh target/release/hold sh -c 'worst=0 binary=$1; shift
             for name; do "$binary" --exact "$name" || worst=$?; done; exit $worst' \
-            sh "$1" "${names[@]:0:8}" || worst=$?
-        names=("${names[@]:8}")
+            sh "$1" "${names[@]:0:12}" || worst=$?
+        names=("${names[@]:12}")
     done
     return "$worst"
 }

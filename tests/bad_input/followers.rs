@@ -110,14 +110,17 @@ pub fn three_of_them_one_stuck() {
     }
     peak = peak.max(lab::outside(vm.pid(), 32 << 20));
     let rate = total as f64 / took;
-    println!("    {total} events in {took:.1} s ({rate:.0} a second), {asked} of them forged signals");
+    println!(
+        "    {total} events in {took:.1} s ({rate:.0} a second), {asked} of them forged signals"
+    );
     assert!(rate >= RATE as f64, "{rate:.0} events a second");
 
     let late = Arc::new(Seen::default());
     let for_thread = Arc::clone(&late);
     let reader = std::thread::spawn(move || follow(stuck, &for_thread));
     let start = Instant::now();
-    let sum = |seen: &Seen| seen.events.load(Ordering::Relaxed) + seen.missed.load(Ordering::Relaxed);
+    let sum =
+        |seen: &Seen| seen.events.load(Ordering::Relaxed) + seen.missed.load(Ordering::Relaxed);
     while (sum(&late) < total || live.iter().any(|seen| sum(seen) < total))
         && start.elapsed() < Duration::from_secs(20)
     {
@@ -130,13 +133,17 @@ pub fn three_of_them_one_stuck() {
     // And the end of the VM.
     let total = total + 1;
     for seen in &live {
-        let (events, missed) = (seen.events.load(Ordering::Relaxed), seen.missed.load(Ordering::Relaxed));
+        let (events, missed) =
+            (seen.events.load(Ordering::Relaxed), seen.missed.load(Ordering::Relaxed));
         println!("    a live follower: {events} events, {missed} missed");
         assert_eq!((events, missed), (total, 0));
         assert_eq!(seen.caught.load(Ordering::Relaxed), asked as u64);
     }
-    let (events, missed) = (late.events.load(Ordering::Relaxed), late.missed.load(Ordering::Relaxed));
-    println!("    the stuck one: {events} events, told of {missed} that it missed; {peak} kB at most");
+    let (events, missed) =
+        (late.events.load(Ordering::Relaxed), late.missed.load(Ordering::Relaxed));
+    println!(
+        "    the stuck one: {events} events, told of {missed} that it missed; {peak} kB at most"
+    );
     assert_eq!(events + missed, total);
     assert!(missed > 0);
     assert!(peak < 32 * 1024, "{peak} kB outside guest RAM");

@@ -45,7 +45,12 @@ pub fn requests() {
     let vm = Spinning::start(&["--cpus", "2"]);
     let socket = vm.socket();
     let inject = |more: &str| {
-        put("vm.inject", &format!(r#"{{"vcpu":0,"bank":9,"status":"0xbd000000000000c0","mcg_status":"0x5","addr":"0x1000","misc":"0x8c"{more}}}"#))
+        put(
+            "vm.inject",
+            &format!(
+                r#"{{"vcpu":0,"bank":9,"status":"0xbd000000000000c0","mcg_status":"0x5","addr":"0x1000","misc":"0x8c"{more}}}"#
+            ),
+        )
     };
     let deep = "[".repeat(100_000);
     let many = format!(r#"{{"gpas":[{}]}}"#, vec!["\"0x0\""; 40_000].join(","));
@@ -130,7 +135,10 @@ pub fn requests() {
     }
     std::thread::sleep(Duration::from_millis(300));
     let (now, open) = (memory(&vm), lab::open_files(vm.pid()));
-    println!("    {} requests, {before} kB before and {now} kB after, {open} files", requests.len());
+    println!(
+        "    {} requests, {before} kB before and {now} kB after, {open} files",
+        requests.len()
+    );
     assert!(now < before + 2048, "{before} kB before, {now} kB after");
     assert!(open <= files, "{files} files before, {open} after");
     assert!(vm.status().pages.is_empty(), "{:?}", vm.status().pages);
@@ -148,7 +156,9 @@ pub fn clients_that_hang() {
 
     let mut endless = UnixStream::connect(&socket).unwrap();
     endless
-        .write_all(b"PUT /api/v1/vm.retire HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        .write_all(
+            b"PUT /api/v1/vm.retire HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
+        )
         .unwrap();
     let chunk = [b"10000\r\n".to_vec(), vec![b' '; 0x10000], b"\r\n".to_vec()].concat();
     let sent = (0..16_384).take_while(|_| endless.write_all(&chunk).is_ok()).count();

@@ -15,9 +15,17 @@ pub fn command_lines() {
         (&["poison", "--via", "uffd", "--gpa", "0"], false, &["--vm", "--api-socket"]),
         (&["poison", "--vm", "a b", "--via", "uffd", "--gpa", "0"], false, &["\"a b\"", "letters"]),
         (&["poison", "--vm", "", "--via", "uffd", "--gpa", "0"], false, &["\"\"", "letters"]),
-        (&["poison", "--vm", "nobody", "--vm", "b", "--via", "uffd", "--gpa", "0"], false, &["--vm"]),
+        (
+            &["poison", "--vm", "nobody", "--vm", "b", "--via", "uffd", "--gpa", "0"],
+            false,
+            &["--vm"],
+        ),
         (&["poison", "--gpa", "0"], true, &["--via"]),
-        (&["poison", "--via", "hammer", "--gpa", "0"], true, &["hammer", "hwpoison-inject", "uffd"]),
+        (
+            &["poison", "--via", "hammer", "--gpa", "0"],
+            true,
+            &["hammer", "hwpoison-inject", "uffd"],
+        ),
         (&["poison", "--via", "uffd"], true, &["--gpa", "--random", "--pid"]),
         (&["poison", "--via", "uffd", "--gpa", "0", "--random", "1"], true, &["--random"]),
         (&["poison", "--via", "uffd", "--random", "0"], true, &["0"]),
@@ -28,19 +36,47 @@ pub fn command_lines() {
         (&["poison", "--via", "uffd", "--pid", "1"], true, &["--agent"]),
         (&["poison", "--via", "uffd", "--pid", "1", "--agent", "path="], true, &["empty"]),
         (&["poison", "--via", "uffd", "--gpa", "0", "--agent", "/x"], true, &["--pid"]),
-        (&["poison", "--via", "uffd", "--pid", "1", "--agent", "/x", "--max", "0"], true, &["4096"]),
+        (
+            &["poison", "--via", "uffd", "--pid", "1", "--agent", "/x", "--max", "0"],
+            true,
+            &["4096"],
+        ),
         (&["poison", "--via", "uffd", "--gpa", "0..0"], true, &["0..0 is empty"]),
         (&["poison", "--via", "uffd", "--gpa", "99999999999999999999"], true, &["not a number"]),
         (&["poison", "--via", "signal", "--gpa", "0", "--kind", "ue"], true, &["ue", "ao", "ar"]),
         (&["poison", "--via", "signal", "--gpa", "0", "--kind", "ar"], true, &["--force"]),
         (&["poison", "--via", "uffd", "--gpa", "0", "--kind", "ar"], true, &["--via signal"]),
         (&["poison", "--via", "signal", "--gpa", "0", "--vcpu", "256"], true, &["256"]),
-        (&["poison", "--via", "uffd", "--gpa", "0", "--filter-dev", "8:1"], true, &["hwpoison-inject"]),
-        (&["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-dev", "sda"], true, &["sda", "MAJOR:MINOR"]),
-        (&["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-flags", "anon"], true, &["MASK=VALUE"]),
-        (&["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-flags", "blue=blue"], true, &["blue", "anon"]),
-        (&["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-flags", "huge=anon"], true, &["not in the mask"]),
-        (&["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-memcg", "mine"], true, &["mine", "inode"]),
+        (
+            &["poison", "--via", "uffd", "--gpa", "0", "--filter-dev", "8:1"],
+            true,
+            &["hwpoison-inject"],
+        ),
+        (
+            &["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-dev", "sda"],
+            true,
+            &["sda", "MAJOR:MINOR"],
+        ),
+        (
+            &["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-flags", "anon"],
+            true,
+            &["MASK=VALUE"],
+        ),
+        (
+            &["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-flags", "blue=blue"],
+            true,
+            &["blue", "anon"],
+        ),
+        (
+            &["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-flags", "huge=anon"],
+            true,
+            &["not in the mask"],
+        ),
+        (
+            &["poison", "--via", "hwpoison-inject", "--gpa", "0", "--filter-memcg", "mine"],
+            true,
+            &["mine", "inode"],
+        ),
         (&["unpoison"], false, &["--pfn"]),
         (&["unpoison", "--pfn", "0xfoo"], false, &["0xfoo"]),
         (&["unpoison", "--pfn", "-1"], false, &["-1"]),
@@ -89,8 +125,14 @@ pub fn of_a_vm_that_runs() {
         (&["poison", "--via", "signal", "--gpa", "0x2000000"], &["0x2000000", "0x1ffffff"]),
         (&["poison", "--via", "uffd", "--gpa", "0x1fff000..0x2001000"], &["0x2000000"]),
         (&["poison", "--via", "uffd", "--random", "100000"], &["100000"]),
-        (&["poison", "--via", "signal", "--kind", "ar", "--force", "--vcpu", "2", "--gpa", "0"], &["vCPU 2", "0 to 1"]),
-        (&["poison", "--via", "uffd", "--pid", "1", "--agent", "/nowhere/agent"], &["/nowhere/agent", "--serial2"]),
+        (
+            &["poison", "--via", "signal", "--kind", "ar", "--force", "--vcpu", "2", "--gpa", "0"],
+            &["vCPU 2", "0 to 1"],
+        ),
+        (
+            &["poison", "--via", "uffd", "--pid", "1", "--agent", "/nowhere/agent"],
+            &["/nowhere/agent", "--serial2"],
+        ),
         (&["inject", "--vcpu", "2", "--status", "srao"], &["vCPU 2", "0 to 1"]),
         (&["inject", "--bank", "10", "--status", "srao"], &["bank 10", "0 to 9"]),
         (&["inject", "--status", "UC+EN"], &["VAL"]),
@@ -110,7 +152,10 @@ pub fn of_a_vm_that_runs() {
     assert!(vm.command("resume", &[]).status.success());
     let out = vm.command("inject", &["--status", "srao", "--dry-run", "--json"]);
     let said: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
-    assert_eq!((&said["outlook"]["kvm"], &said["done"]), (&"triple-fault".into(), &serde_json::json!([])));
+    assert_eq!(
+        (&said["outlook"]["kvm"], &said["done"]),
+        (&"triple-fault".into(), &serde_json::json!([]))
+    );
 
     // The socket's last client may not have been seen to go yet.
     std::thread::sleep(std::time::Duration::from_millis(200));
@@ -150,7 +195,10 @@ pub fn a_forged_ar_of_a_guest_that_cannot_be_told() {
     }
     let status = vm.status();
     let page = &status.pages[0];
-    assert_eq!((page.gpa, page.kind.to_string(), page.found_by.to_string()), (0x3000, "AR".into(), "forged signal".into()));
+    assert_eq!(
+        (page.gpa, page.kind.to_string(), page.found_by.to_string()),
+        (0x3000, "AR".into(), "forged signal".into())
+    );
     let text = String::from_utf8(vm.command("status", &[]).stdout).unwrap();
     assert!(text.contains("FORGED and whole 1") && text.contains("PAUSED"), "{text}");
     let events = String::from_utf8(vm.command("events", &[]).stdout).unwrap();

@@ -21,7 +21,10 @@ pub fn what_works_and_what_does_not() {
 
     works(&vm.command("status", &[]));
     let listed = works(&vm.command("events", &["--json"]));
-    assert_eq!(serde_json::from_str::<Value>(listed.lines().next().unwrap()).unwrap()["source"], "vm");
+    assert_eq!(
+        serde_json::from_str::<Value>(listed.lines().next().unwrap()).unwrap()["source"],
+        "vm"
+    );
     works(&vm.command("pause", &[]));
     works(&vm.command("resume", &[]));
     works(&vm.command("memory read", &["--gpa", "0x1000"]));
@@ -31,7 +34,8 @@ pub fn what_works_and_what_does_not() {
     works(&vm.tool(&["completions", "bash"]));
     works(&vm.command("inject", &["--status", "deferred", "--addr", "0x1000"]));
     works(&vm.command("poison", &["--via", "signal", "--gpa", "0x9000"]));
-    let pages: Value = serde_json::from_str(&works(&vm.command("pages", &["--gpa", "0x9000", "--json"]))).unwrap();
+    let pages: Value =
+        serde_json::from_str(&works(&vm.command("pages", &["--gpa", "0x9000", "--json"]))).unwrap();
     let page = &pages["pages"][0];
     assert_eq!((&page["pfn"], &page["ledger"]["found_by"]), (&Value::Null, &"forged".into()));
     assert_eq!(page["presence"], "present", "{pages}");
@@ -48,7 +52,9 @@ pub fn what_works_and_what_does_not() {
         let out = vm.command("poison", &["--via", via, "--gpa", "0xb000"]);
         let words = String::from_utf8_lossy(&out.stderr).into_owned();
         assert!(
-            ["root", "CAP_SYS_ADMIN", "CONFIG_MEMORY_FAILURE"].iter().any(|word| words.contains(word)),
+            ["root", "CAP_SYS_ADMIN", "CONFIG_MEMORY_FAILURE"]
+                .iter()
+                .any(|word| words.contains(word)),
             "{via}: {words}"
         );
         refused(&out, 1, &[]);

@@ -153,8 +153,13 @@ pub fn a_real_ar_from_guest_user_mode() {
     assert_eq!(relayed.run_to(|did| did == Did::UserDone), Did::UserDone, "the guest goes on");
 
     let caught: Vec<Event> = relayed.events.try_iter().collect();
-    let by_kernel =
-        Event::Caught { kind: Kind::ActionRequired, hva, lsb: 12, thread: Thread::Vcpu(0), forged: false };
+    let by_kernel = Event::Caught {
+        kind: Kind::ActionRequired,
+        hva,
+        lsb: 12,
+        thread: Thread::Vcpu(0),
+        forged: false,
+    };
     assert!(caught.contains(&by_kernel), "{caught:?}");
     let state = relayed.relay.pages()[0].state;
     assert!(matches!(state, State::Injected { .. } | State::Acknowledged { .. }), "{state:?}");

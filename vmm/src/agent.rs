@@ -101,7 +101,8 @@ struct ReplyPage {
 /// See [`AgentError`].
 pub fn process(socket: &Path, which: &str, max: u32) -> Result<Process, AgentError> {
     if which.is_empty() || which.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        let words = format!("{which:?} is no process; expected its pid, or its name without blanks");
+        let words =
+            format!("{which:?} is no process; expected its pid, or its name without blanks");
         return Err(AgentError::Refused(words));
     }
     let path = || socket.to_owned();
@@ -127,7 +128,8 @@ pub fn process(socket: &Path, which: &str, max: u32) -> Result<Process, AgentErr
         }
         let Reply { pid, comm, pages } =
             serde_json::from_value(value).map_err(|error| stranger(error.to_string()))?;
-        let page = |ReplyPage { gpa, va, area }: ReplyPage| ProcessPage { gpa: gpa.0, va: va.0, area };
+        let page =
+            |ReplyPage { gpa, va, area }: ReplyPage| ProcessPage { gpa: gpa.0, va: va.0, area };
         return Ok(Process { pid, comm, pages: pages.into_iter().map(page).collect() });
     }
 }
@@ -190,7 +192,8 @@ mod tests {
 
     #[test]
     fn what_goes_wrong_is_said() {
-        let error = answered("{\"reply\":\"process\",\"ok\":false,\"error\":\"no sh\"}\n").unwrap_err();
+        let error =
+            answered("{\"reply\":\"process\",\"ok\":false,\"error\":\"no sh\"}\n").unwrap_err();
         assert!(matches!(&error, AgentError::Refused(words) if words == "no sh"), "{error}");
         let error = answered("login: \n").unwrap_err();
         assert!(error.to_string().contains("login:"), "{error}");

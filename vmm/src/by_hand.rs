@@ -103,10 +103,14 @@ pub enum Refusal {
     #[error("{0}")]
     Wrong(String),
     /// It would kill the guest.
-    #[error("nothing was injected, as the guest may not survive it (force has it done all the same):\n{0}")]
+    #[error(
+        "nothing was injected, as the guest may not survive it (force has it done all the same):\n{0}"
+    )]
     Lethal(Outlook),
     /// No vCPU is going to enter the guest.
-    #[error("the VM is paused, and a machine check is given to a vCPU on its way into the guest; resume it first")]
+    #[error(
+        "the VM is paused, and a machine check is given to a vCPU on its way into the guest; resume it first"
+    )]
     Paused,
     /// The vCPU did not come round.
     #[error("vCPU {vcpu} did not come round within {s} s; nothing was injected on it", s = PATIENCE.as_secs())]
@@ -188,8 +192,7 @@ impl Injector {
             })
             .collect::<Result<Vec<_>, _>>()?;
         let online = states.iter().filter(|state| !state.waits_for_sipi).count();
-        let outlook =
-            inject::outlook(request, caps, &states[usize::from(request.vcpu)], online);
+        let outlook = inject::outlook(request, caps, &states[usize::from(request.vcpu)], online);
         if request.dry_run {
             return Ok(ByHand { outlook, done: Vec::new() });
         }

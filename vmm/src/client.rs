@@ -106,10 +106,9 @@ pub fn put_json<T: DeserializeOwned>(
 /// See [`ClientError`].
 pub fn lines(socket: &Path, what: &str) -> Result<Lines, ClientError> {
     let (answer, path) = (open(socket, "GET", what, &[])?, socket.to_owned());
-    let stream = answer.into_stream().map_err(|source| ClientError::Talk {
-        path: socket.to_owned(),
-        source,
-    })?;
+    let stream = answer
+        .into_stream()
+        .map_err(|source| ClientError::Talk { path: socket.to_owned(), source })?;
     Ok(Lines { lines: stream.lines(), path })
 }
 
@@ -257,7 +256,9 @@ mod tests {
             server.join().unwrap();
             match bytes {
                 Ok(bytes) => assert!(whole && bytes == b"\0\xffa", "{bytes:?}"),
-                Err(error) => assert!(!whole && show::with_causes(&error).contains("cut short"), "{error}"),
+                Err(error) => {
+                    assert!(!whole && show::with_causes(&error).contains("cut short"), "{error}")
+                }
             }
         }
     }

@@ -90,11 +90,8 @@ impl Timeline {
         let since = self.last.map_or(Duration::ZERO, |last| time.saturating_sub(last));
         self.last = Some(time);
         let (words, style) = in_words(&event);
-        let words = if self.colour {
-            style.force_styling(true).apply_to(words).to_string()
-        } else {
-            words
-        };
+        let words =
+            if self.colour { style.force_styling(true).apply_to(words).to_string() } else { words };
         format!("{when} {:>+9.3}  {words}", since.as_secs_f64())
     }
 }
@@ -197,7 +194,10 @@ mod tests {
         assert!(line.starts_with("2001-09-09T01:46:41.500Z    +0.000  VM: boot 1"), "{line}");
         let healed = r#"{"timestamp":{"secs":3,"nanos":0},"source":"memory","event":"healed","properties":{"gpa":"0x1000"}}"#;
         let line = timeline.line(healed);
-        assert!(line.starts_with("2001-09-09T01:46:43.000Z    +1.500  healed: GPA 0x1000"), "{line}");
+        assert!(
+            line.starts_with("2001-09-09T01:46:43.000Z    +1.500  healed: GPA 0x1000"),
+            "{line}"
+        );
         let missed = r#"{"timestamp":{"secs":3,"nanos":0},"source":"monitor","event":"missed","properties":{"events":7}}"#;
         assert!(timeline.line(missed).ends_with("7 events were missed here"));
         let unknown = r#"{"timestamp":{"secs":3,"nanos":0},"source":"memory","event":"new","properties":{"x":1}}"#;

@@ -5,9 +5,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use log::LevelFilter;
-use mce_relay_vmm::cli::{
-    self, Command, InjectArgs, MemcgArg, MemoryCommand, PoisonArgs, VmArg,
-};
+use mce_relay_vmm::cli::{self, Command, InjectArgs, MemcgArg, MemoryCommand, PoisonArgs, VmArg};
 use mce_relay_vmm::host::filter::{self, Filter};
 use mce_relay_vmm::poison::{self, FilterChoice, Order, PageRange};
 use mce_relay_vmm::{
@@ -157,12 +155,18 @@ fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
         Some(MemcgArg::Own) => {
             let pid = client::get::<api::Ping>(&args.vm.socket()?, "vmm.ping")?.pid;
             let own = filter::memcg_of(pid)?;
-            Some(own.ok_or("the VM has no memory cgroup of its own; --filter-memcg none does without")?.inode)
+            Some(
+                own.ok_or(
+                    "the VM has no memory cgroup of its own; --filter-memcg none does without",
+                )?
+                .inode,
+            )
         }
         Some(MemcgArg::Inode(inode)) => Some(*inode),
         Some(MemcgArg::Path(path)) => {
-            let found = std::fs::metadata(path)
-                .map_err(|error| format!("cannot look at the cgroup {}: {error}", path.display()))?;
+            let found = std::fs::metadata(path).map_err(|error| {
+                format!("cannot look at the cgroup {}: {error}", path.display())
+            })?;
             Some(std::os::unix::fs::MetadataExt::ino(&found))
         }
     };

@@ -220,7 +220,11 @@ impl Map {
             }
             end = block.last().map_or(end, |last| last.gpa + last.len);
         }
-        writeln!(out, "each character is {} KiB and shows the worst in it:", self.bytes_per_cell >> 10)?;
+        writeln!(
+            out,
+            "each character is {} KiB and shows the worst in it:",
+            self.bytes_per_cell >> 10
+        )?;
         for mark in Mark::ALL {
             let count = match self.pages.get(mark.words()) {
                 Some(count) => format!(": {count} pages"),
@@ -263,7 +267,8 @@ mod tests {
     #[test]
     fn a_cell_shows_the_worst_in_it() {
         let vm = vm(&[(0, 64 << 20), (4 << 30, 64 << 20)]);
-        let extents = [Extent { gpa: 0, len: 128 << 10 }, Extent { gpa: (4 << 30) + 4096, len: 4096 }];
+        let extents =
+            [Extent { gpa: 0, len: 128 << 10 }, Extent { gpa: (4 << 30) + 4096, len: 4096 }];
         let marks = [
             (0x1000, Mark::Acknowledged),
             (0x2000, Mark::Waiting),
@@ -280,7 +285,10 @@ mod tests {
         let mut text = Vec::new();
         map.write(&mut text, false).unwrap();
         let text = String::from_utf8(text).unwrap();
-        assert!(text.starts_with("           0x0  w#....") && text.contains("no RAM for"), "{text}");
+        assert!(
+            text.starts_with("           0x0  w#....") && text.contains("no RAM for"),
+            "{text}"
+        );
         assert!(text.contains("w  bad, and waits to be told: 1 pages"), "{text}");
         assert!(!text.contains('\u{1b}'));
         let mut text = Vec::new();

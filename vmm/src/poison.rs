@@ -211,7 +211,9 @@ pub enum PoisonError {
     #[error(transparent)]
     Filter(#[from] FilterError),
     /// The VM has not that many pages that could go bad.
-    #[error("{wanted} pages were asked for, and this guest has {there} that have memory and are whole")]
+    #[error(
+        "{wanted} pages were asked for, and this guest has {there} that have memory and are whole"
+    )]
     TooFew {
         /// How many were asked for.
         wanted: usize,
@@ -382,9 +384,11 @@ fn ask_vmm(
             }
             Err(error) => return Err(error.into()),
         };
-        asked.extend(done.into_iter().map(|page| {
-            (None, page.error.map_or(Ok(()), |error| Err(PoisonError::Vmm(error))))
-        }));
+        asked.extend(
+            done.into_iter().map(|page| {
+                (None, page.error.map_or(Ok(()), |error| Err(PoisonError::Vmm(error))))
+            }),
+        );
         progress(asked.len(), targets.len());
     }
     Ok(asked)

@@ -293,9 +293,7 @@ pub fn status_text(status: &Status, json: bool) -> String {
     let mut text = Vec::new();
     // Nothing can go wrong where there is memory.
     let _ = if json {
-        serde_json::to_writer(&mut text, status)
-            .map_err(Into::into)
-            .and_then(|()| writeln!(text))
+        serde_json::to_writer(&mut text, status).map_err(Into::into).and_then(|()| writeln!(text))
     } else {
         write_status(&mut text, status, io::stdout().is_terminal())
     };

@@ -228,7 +228,8 @@ fn not_too_many(gpas: &[Gpa]) -> Result<(), Answer> {
     match gpas.len() {
         0..=MAX_PAGES => Ok(()),
         len => {
-            let words = format!("gpas has {len} addresses; expected {MAX_PAGES} at most, so ask in parts");
+            let words =
+                format!("gpas has {len} addresses; expected {MAX_PAGES} at most, so ask in parts");
             Err(Answer::problem(400, words))
         }
     }

@@ -239,9 +239,8 @@ impl Server {
     async fn answer(&self, request: Request<Incoming>, limit: &Limit) -> Reply {
         limit.set(Some(Instant::now() + REQUEST_PATIENCE));
         let (head, body) = request.into_parts();
-        let too_long = || {
-            whole(Answer::problem(413, format!("the body is longer than {MAX_BODY} bytes")))
-        };
+        let too_long =
+            || whole(Answer::problem(413, format!("the body is longer than {MAX_BODY} bytes")));
         if body.size_hint().lower() > MAX_BODY as u64 {
             return too_long();
         }
@@ -434,8 +433,10 @@ mod tests {
         let status = status_of(ask(&path, announced));
         assert!(status.contains("413"), "{status}");
 
-        let mut chunks =
-            ask(&path, "PUT /api/v1/vm.retire HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n");
+        let mut chunks = ask(
+            &path,
+            "PUT /api/v1/vm.retire HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
+        );
         let chunk = format!("10000\r\n{}\r\n", " ".repeat(0x10000));
         // It is cut off somewhere on the way.
         let sent = (0..1000).take_while(|_| chunks.write_all(chunk.as_bytes()).is_ok()).count();
@@ -455,7 +456,8 @@ mod tests {
         let kept = client::get_bytes(&path, "relay.events").unwrap();
         assert_eq!(kept.split(|byte| *byte == b'\n').count(), 3 + 1);
 
-        let mut stream = ask(&path, "GET /api/v1/relay.events?follow=true HTTP/1.1\r\nHost: x\r\n\r\n");
+        let mut stream =
+            ask(&path, "GET /api/v1/relay.events?follow=true HTTP/1.1\r\nHost: x\r\n\r\n");
         let mut got = vec![0; 64];
         stream.read_exact(&mut got).unwrap();
         emit(5);

@@ -7,10 +7,10 @@ use mce_relay::mca::{Kind, Vendor};
 use mce_relay::{AoChannel, Handle, KillPolicy, Pace, Page};
 use serde::{Deserialize, Serialize};
 
+use crate::by_hand::Injector;
 use crate::config::OnUndeliverable;
 use crate::control::{PauseReason, VmControl};
 use crate::ghes::Notify;
-use crate::by_hand::Injector;
 use crate::memory::{GuestRam, RamBlock};
 use crate::poison::Means;
 

@@ -78,9 +78,8 @@ impl PoisonArgs {
     /// Checks what goes beyond single values.
     pub(super) fn check(&self) -> Result<(), clap::Error> {
         let conflict = |words: &str| Err(Cli::command().error(ErrorKind::ArgumentConflict, words));
-        let filtered = self.filter_memcg.is_some()
-            || self.filter_dev.is_some()
-            || self.filter_flags.is_some();
+        let filtered =
+            self.filter_memcg.is_some() || self.filter_dev.is_some() || self.filter_flags.is_some();
         if self.gpa.is_empty() && self.random.is_none() && self.pid.is_none() {
             let words = "which pages? --gpa LIST, --random N, or --pid PROCESS of the guest's";
             return Err(Cli::command().error(ErrorKind::MissingRequiredArgument, words));
@@ -93,7 +92,9 @@ impl PoisonArgs {
             return conflict("--agent and --max are for --pid; leave them out");
         }
         if filtered && self.via != Means::HwpoisonInject {
-            return conflict("filters are hwpoison-inject's; leave them out, or use --via hwpoison-inject");
+            return conflict(
+                "filters are hwpoison-inject's; leave them out, or use --via hwpoison-inject",
+            );
         }
         if self.kind == KindArg::Ar && self.via != Means::Signal {
             return conflict(
@@ -167,9 +168,9 @@ impl FromStr for DevArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let numbers = text.split_once(':').and_then(|(major, minor)| {
-            Some(Self(major.parse().ok()?, minor.parse().ok()?))
-        });
+        let numbers = text
+            .split_once(':')
+            .and_then(|(major, minor)| Some(Self(major.parse().ok()?, minor.parse().ok()?)));
         numbers.ok_or_else(|| format!("{text:?} is no device; expected MAJOR:MINOR, e.g. 8:1"))
     }
 }
@@ -202,7 +203,10 @@ mod tests {
         let with = |more: &[&str]| parse(&[&inject[..], more].concat());
         assert_eq!(with(&[]).unwrap().filter_memcg, None);
         let given = with(&["--filter-memcg", "own", "--filter-dev", "8:1"]).unwrap();
-        assert_eq!((given.filter_memcg, given.filter_dev), (Some(MemcgArg::Own), Some(DevArg(8, 1))));
+        assert_eq!(
+            (given.filter_memcg, given.filter_dev),
+            (Some(MemcgArg::Own), Some(DevArg(8, 1)))
+        );
         parse(&["--via", "signal", "--gpa", "0", "--kind", "ar", "--force"]).unwrap();
         parse(&["--via", "uffd", "--random", "3", "--seed", "9"]).unwrap();
         parse(&["--via", "uffd", "--pid", "agent", "--agent", "/y", "--max", "4"]).unwrap();

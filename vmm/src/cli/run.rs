@@ -7,8 +7,8 @@ use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 
 use super::{ApiPath, parse_number};
-use crate::names::VmName;
 use crate::config::{CpuVendor, MemoryZone, OnUndeliverable, PageSize, SerialMode};
+use crate::names::VmName;
 
 /// What to boot, and how.
 #[derive(Debug, Args)]

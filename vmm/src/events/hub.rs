@@ -80,8 +80,7 @@ impl fmt::Debug for Hub {
 
 impl Default for Hub {
     fn default() -> Self {
-        let ring =
-            Ring { kept: VecDeque::new(), first: 0, ended: false, wakers: Vec::new() };
+        let ring = Ring { kept: VecDeque::new(), first: 0, ended: false, wakers: Vec::new() };
         Self(Arc::new(Shared {
             start: Instant::now(),
             ring: Mutex::new(ring),
@@ -230,7 +229,9 @@ mod tests {
         for follower in [&mut early, &mut late] {
             for expected in 0..10 {
                 let Next::Event(entry) = follower.wait() else { panic!("no event {expected}") };
-                assert!(matches!(entry.what, What::Vm(VmEvent::Booting { boot, .. }) if boot == expected));
+                assert!(
+                    matches!(entry.what, What::Vm(VmEvent::Booting { boot, .. }) if boot == expected)
+                );
             }
             assert!(matches!(follower.wait(), Next::End));
         }

@@ -39,7 +39,9 @@ pub enum FilterError {
         source: io::Error,
     },
     /// Somebody else uses them now.
-    #[error("another mce-relay uses hwpoison-inject's filters at this moment; try again when it is done")]
+    #[error(
+        "another mce-relay uses hwpoison-inject's filters at this moment; try again when it is done"
+    )]
     Busy,
     /// The VM's cgroup cannot be found out.
     #[error("cannot find out the memory cgroup of process {pid}")]
@@ -177,7 +179,9 @@ fn read(path: &Path) -> Result<u64, FilterError> {
         Some(hex) => u64::from_str_radix(hex, 16),
         None => digits.parse(),
     };
-    number.map_err(|error| failed("understand", path, "it should hold a number")(io::Error::other(error)))
+    number.map_err(|error| {
+        failed("understand", path, "it should hold a number")(io::Error::other(error))
+    })
 }
 
 fn write(path: &Path, value: u64) -> Result<(), FilterError> {

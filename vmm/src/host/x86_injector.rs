@@ -57,7 +57,8 @@ impl X86Injector {
             .trim()
             .to_owned();
         let dir = interval.parent().unwrap_or(interval);
-        let banks = (0..u8::MAX).take_while(|bank| dir.join(format!("bank{bank}")).exists()).count();
+        let banks =
+            (0..u8::MAX).take_while(|bank| dir.join(format!("bank{bank}")).exists()).count();
         let banks = u8::try_from(banks).unwrap_or(u8::MAX);
         put(interval, "1")?;
         Ok(Self { flags, banks, interval: before })

@@ -70,7 +70,10 @@ fn bits(text: &str, names: &[(&str, u64)]) -> Result<u64, String> {
         let named = names.iter().find(|(name, _)| name.eq_ignore_ascii_case(term));
         number.or(named.map(|(_, bit)| *bit)).map(|more| bits | more).ok_or_else(|| {
             let all: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
-            format!("{term:?} is no bit; expected a number, or of {} with + between", all.join(", "))
+            format!(
+                "{term:?} is no bit; expected a number, or of {} with + between",
+                all.join(", ")
+            )
         })
     })
 }

@@ -75,7 +75,9 @@ impl fmt::Display for Outlook {
             Guest::Logs => "writes it to its log",
             Guest::IsolatesPage => "takes the page out of use",
             Guest::IsolatesPageAtPoll => "takes the page out of use when it next polls its banks",
-            Guest::KillsWhatRuns => "kills the process that runs there, or panics if its kernel does",
+            Guest::KillsWhatRuns => {
+                "kills the process that runs there, or panics if its kernel does"
+            }
             Guest::Dies => "dies",
         };
         write!(f, "KVM {kvm}: {}\nLinux {guest}: {}", self.kvm_why, self.guest_why)
@@ -160,9 +162,10 @@ fn polled(request: &Request, caps: &Caps) -> (Guest, &'static str) {
         Vendor::Amd if has(status::DEFERRED) && !has(status::UC) && page => {
             (Guest::IsolatesPageAtPoll, "a deferred error (every five minutes by default)")
         }
-        Vendor::Amd if has(status::UC) => {
-            (Guest::Nothing, "its poll leaves uncorrected errors to a machine check that never comes")
-        }
+        Vendor::Amd if has(status::UC) => (
+            Guest::Nothing,
+            "its poll leaves uncorrected errors to a machine check that never comes",
+        ),
         Vendor::Intel if has(status::UC) && has(status::EN) && caps.has(cap::SER_P) && page => {
             (Guest::IsolatesPageAtPoll, "UCNA (every five minutes by default)")
         }
@@ -195,7 +198,10 @@ fn handled(
         return (Guest::Dies, "PCC: the processor's context is corrupt");
     }
     if !mcg(mcg::MCIP) {
-        return (Guest::Dies, "MCG_STATUS has no MCIP, which its handler takes for broken hardware");
+        return (
+            Guest::Dies,
+            "MCG_STATUS has no MCIP, which its handler takes for broken hardware",
+        );
     }
     match caps.vendor {
         Vendor::Amd => amd(request, caps, over),

@@ -79,7 +79,10 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
             let vcpu = (asked.kind == Kind::ActionRequired).then_some(usize::from(asked.vcpu));
             if let Some(vcpu) = vcpu.filter(|vcpu| *vcpu >= info.vcpus) {
                 let last = info.vcpus - 1;
-                return Err(InsideError::NoVcpu { vcpu: u8::try_from(vcpu).unwrap_or(u8::MAX), last });
+                return Err(InsideError::NoVcpu {
+                    vcpu: u8::try_from(vcpu).unwrap_or(u8::MAX),
+                    last,
+                });
             }
             Ok(each(&|gpa, _, _| running.relay.forge(gpa, vcpu).map_err(|e| e.to_string())))
         }

@@ -65,10 +65,7 @@ fn chosen(vm: &VmInfo, order: &Order<'_>) -> Result<(Option<Filter>, Vec<String>
 }
 
 /// What would hold pages back, for people.
-pub(super) fn filter_in_words(
-    vm: &VmInfo,
-    order: &Order<'_>,
-) -> Result<Vec<String>, PoisonError> {
+pub(super) fn filter_in_words(vm: &VmInfo, order: &Order<'_>) -> Result<Vec<String>, PoisonError> {
     chosen(vm, order).map(|(_, notes)| notes)
 }
 
@@ -121,7 +118,10 @@ impl Poisoner {
     pub(super) fn close(self) -> Option<String> {
         let Self::Inject { filter: Some(filter), .. } = self else { return None };
         let error = filter.restore().err()?;
-        Some(format!("the filter that was in force before is not: {}", crate::show::with_causes(&error)))
+        Some(format!(
+            "the filter that was in force before is not: {}",
+            crate::show::with_causes(&error)
+        ))
     }
 }
 
@@ -155,12 +155,7 @@ extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
 /// Poisons the page at `offset` of the VM's memory through a mapping of our own, so that the VMM is
 /// one of those who have it mapped and not the one who asked.
-fn madvise(
-    memory: &File,
-    offset: u64,
-    page_size: u64,
-    advice: c_int,
-) -> Result<(), PoisonError> {
+fn madvise(memory: &File, offset: u64, page_size: u64, advice: c_int) -> Result<(), PoisonError> {
     const LEN: usize = 4096;
     let map_error = |source| PoisonError::Map { offset, source };
     let odd = |error| map_error(io::Error::other(error));
@@ -184,4 +179,3 @@ fn madvise(
     unsafe { libc::munmap(page, all) };
     if result == 0 { Ok(()) } else { Err(PoisonError::Madvise(error)) }
 }
-

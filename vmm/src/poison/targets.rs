@@ -177,7 +177,8 @@ mod tests {
 
     #[test]
     fn a_seed_chooses_whole_pages_that_have_memory() {
-        let extents = [Extent { gpa: 0x1000, len: 0x4000 }, Extent { gpa: 0x100_0000, len: 0x8000 }];
+        let extents =
+            [Extent { gpa: 0x1000, len: 0x4000 }, Extent { gpa: 0x100_0000, len: 0x8000 }];
         let bad = HashSet::from([0x2000, 0x100_7000]);
         let chosen = |count, seed| choose(&extents, &bad, count, seed);
         let all = chosen(10, 1).unwrap();

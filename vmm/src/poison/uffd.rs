@@ -137,9 +137,8 @@ impl Uffd {
     /// # Errors
     /// The kernel does not do it; the page is as it was, or empty.
     pub fn poison(&self, hva: u64, len: u64) -> io::Result<()> {
-        let page = std::ptr::with_exposed_provenance_mut(
-            usize::try_from(hva).map_err(io::Error::other)?,
-        );
+        let page =
+            std::ptr::with_exposed_provenance_mut(usize::try_from(hva).map_err(io::Error::other)?);
         let size = usize::try_from(len).map_err(io::Error::other)?;
         let range = hva..hva + len;
         self.register(range.clone(), UFFDIO_REGISTER_MODE_MISSING)?;
@@ -174,7 +173,8 @@ mod tests {
                 return;
             }
         };
-        let ram = crate::memory::GuestRam::new(&[crate::config::MemoryZone::new(64 << 20)]).unwrap();
+        let ram =
+            crate::memory::GuestRam::new(&[crate::config::MemoryZone::new(64 << 20)]).unwrap();
         let hva = ram.blocks()[0].hva;
         uffd.poison(hva + 0x3000, 4096).unwrap();
         assert_eq!(ram.find_poison(), [0x3000]);
