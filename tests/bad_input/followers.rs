@@ -84,7 +84,7 @@ pub fn three_of_them_one_stuck() {
     };
     // As many again as are kept, so that the stuck one has missed some whatever the machine.
     let begin = Instant::now();
-    let mut asked = 0;
+    let mut asked = 0_u32;
     let mut peak = 0;
     while begin.elapsed() < Duration::from_secs(seconds) {
         for _ in 0..10 {
@@ -92,7 +92,7 @@ pub fn three_of_them_one_stuck() {
             asked += 60;
         }
         peak = peak.max(lab::outside(vm.pid(), 32 << 20));
-        let due = Duration::from_secs_f64((asked * 2) as f64 / (RATE as f64 * 1.1));
+        let due = Duration::from_secs_f64(f64::from(asked * 2) / (RATE as f64 * 1.1));
         if seconds > 5 && due > begin.elapsed() {
             std::thread::sleep(due - begin.elapsed());
         }
@@ -137,7 +137,7 @@ pub fn three_of_them_one_stuck() {
             (seen.events.load(Ordering::Relaxed), seen.missed.load(Ordering::Relaxed));
         println!("    a live follower: {events} events, {missed} missed");
         assert_eq!((events, missed), (total, 0));
-        assert_eq!(seen.caught.load(Ordering::Relaxed), asked as u64);
+        assert_eq!(seen.caught.load(Ordering::Relaxed), u64::from(asked));
     }
     let (events, missed) =
         (late.events.load(Ordering::Relaxed), late.missed.load(Ordering::Relaxed));

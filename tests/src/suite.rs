@@ -31,11 +31,14 @@ pub fn run(tests: &'static [Test]) -> ExitCode {
                 Ok(())
             }),
             Err(reason) => {
-                if !arguments.list {
-                    println!("SKIPPED {}: {reason}", test.name);
-                }
+                let said = reason.clone();
                 // Asked for all the same (--ignored), it says so instead of passing.
-                Trial::test(test.name, || Err(Failed::from(reason))).with_ignored_flag(true)
+                let trial =
+                    Trial::test(test.name, || Err(Failed::from(reason))).with_ignored_flag(true);
+                if !arguments.list && !arguments.is_filtered_out(&trial) {
+                    println!("SKIPPED {}: {said}", test.name);
+                }
+                trial
             }
         })
         .collect();
