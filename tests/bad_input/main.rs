@@ -6,6 +6,7 @@ mod faults;
 mod followers;
 mod host;
 mod not_ours;
+mod schema;
 mod sockets;
 mod terminal;
 mod tools;
@@ -109,6 +110,9 @@ fn main() -> ExitCode {
         not_ours::an_ao_of_its_own_memory_is_reported_and_it_goes_on needs has_kvm_and_hook,
         not_ours::guest_ram_that_is_cut_short_is_an_error_of_kvm needs has_kvm_and_hook,
         followers::three_of_them_one_stuck needs once,
+        schema::events needs anywhere,
+        schema::pages needs anywhere,
+        schema::the_api needs has_kvm,
         sockets::requests needs once,
         sockets::clients_that_hang needs once,
         tools::command_lines needs anywhere,
