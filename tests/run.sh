@@ -83,6 +83,7 @@ in_labs() {
 }
 tier 'tier 1: pure' all "${pure[@]}"
 tier 'tier 2: KVM, cost, bad input, on this machine' all "${kvm[@]}"
+tier 'tier 2: requests made from the OpenAPI document' tests/fuzz/api.sh 30
 if [ "${NATIVE:-}" = 1 ]; then
     echo 'NATIVE=1: this poisons some 30 pages of this host, under guests started for it, and asks the kernel to' >&2
     echo 'take each back into use afterwards; it refuses if it has seen a real hardware error' >&2

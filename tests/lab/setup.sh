@@ -17,6 +17,10 @@ need xz xz-utils
 need zstd zstd
 need flock util-linux
 need setpriv util-linux
+# For the fuzzer of the API, which lives in an environment of its own below target/.
+if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+    missing+=(python3 python3-venv)
+fi
 # The package busybox has the same name but needs the C library, which no initramfs here has.
 if ! command -v busybox >/dev/null || ldd "$(command -v busybox)" >/dev/null 2>&1; then
     missing+=(busybox-static)

@@ -11,12 +11,11 @@ use super::types::{
 };
 use super::{MAX_PAGES, MAX_READ, metrics};
 use crate::by_hand::Refusal;
-use crate::cli::parse_number;
 use crate::control::{ExitReason, Parked, PauseReason, StopCause, VmControl};
 use crate::events::Hub;
 use crate::inject::Request as Inject;
 use crate::memory::PAGE_SIZE;
-use crate::poison::inside;
+use crate::poison::inside::{self, InsideError};
 use crate::show;
 
 /// How long an answer waits for the vCPUs to leave the guest. More than a vCPU may be held back by a
@@ -188,7 +187,7 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             not_too_many(&poison.gpas)?;
             match inside::poison(&running, &poison) {
                 Ok(pages) => Answer::json(200, &pages),
-                Err(error) => Answer::problem(400, show::with_causes(&error)),
+                Err(error) => Answer::problem(status_of(&error), show::with_causes(&error)),
             }
         }
         Route::Inject => {
@@ -196,7 +195,7 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             let request: Inject = understood(body, example)?;
             match running.injector.inject(&request, &running.control) {
                 Ok(outcome) => Answer::json(200, &outcome),
-                Err(error @ Refusal::Wrong(_)) => Answer::problem(400, error.to_string()),
+                Err(error @ Refusal::Late { .. }) => Answer::problem(503, error.to_string()),
                 Err(error) => Answer::problem(409, error.to_string()),
             }
         }
@@ -257,7 +256,9 @@ fn stretch(query: &str) -> Result<(u64, u64), String> {
             "len" => &mut len,
             _ => return Err(format!("{key:?} is not understood; {EXPECTED}")),
         };
-        let number = parse_number(value).map_err(|error| format!("{key}: {error}"))?;
+        let number = number(value).ok_or_else(|| {
+            format!("{key} is {value:?}; expected 0x and 1 to 16 digits, or 1 to 19 decimal ones")
+        })?;
         if place.replace(number).is_some() {
             return Err(format!("{key} is given twice; {EXPECTED}"));
         }
@@ -266,6 +267,26 @@ fn stretch(query: &str) -> Result<(u64, u64), String> {
         (Some(gpa), Some(len @ 1..=MAX_READ)) => Ok((gpa, len)),
         (Some(_), Some(len)) => Err(format!("len is {len}; expected 1 to {MAX_READ}")),
         _ => Err(format!("gpa or len is missing; {EXPECTED}")),
+    }
+}
+
+/// Exactly what the OpenAPI document says.
+fn number(text: &str) -> Option<u64> {
+    let (digits, radix, most) = match text.strip_prefix("0x") {
+        Some(digits) => (digits, 16, 16),
+        None => (text, 10, 19),
+    };
+    let fine = (1..=most).contains(&digits.len()) && digits.chars().all(|c| c.is_digit(radix));
+    fine.then(|| u64::from_str_radix(digits, radix).ok())?
+}
+
+/// What is wrong with the request itself, with what it names, with the VM's state, or with the moment.
+fn status_of(error: &InsideError) -> u16 {
+    match error {
+        InsideError::Outside(_) => 400,
+        InsideError::NotRam { .. } | InsideError::NoVcpu { .. } => 404,
+        InsideError::Uffd(_) => 409,
+        InsideError::NotParked => 503,
     }
 }
 
@@ -283,7 +304,7 @@ fn read_memory(relay: &Handle, query: &str, vm: &VmInfo) -> Answer {
         }
         Err(error @ AccessError::Poisoned { .. }) => Answer::problem(410, error.to_string()),
         Err(error @ AccessError::NotRam { .. }) => {
-            Answer::problem(400, format!("{error}; this guest has {}", vm.ram_in_words()))
+            Answer::problem(404, format!("{error}; this guest has {}", vm.ram_in_words()))
         }
         Err(error @ AccessError::NoMemory { .. }) => {
             Answer::problem(409, show::with_causes(&error))
@@ -407,7 +428,7 @@ mod tests {
     #[test]
     fn a_query_is_understood_or_refused_with_a_reason() {
         assert_eq!(stretch("gpa=0x1000&len=64"), Ok((0x1000, 64)));
-        assert_eq!(stretch("len=4M&gpa=0"), Ok((0, MAX_READ)));
+        assert_eq!(stretch("len=4194304&gpa=0"), Ok((0, MAX_READ)));
         for (bad, named) in [
             ("", "missing"),
             ("gpa=0x1000", "missing"),
@@ -417,6 +438,10 @@ mod tests {
             ("gpa=0x1000&len=1&raw=1", "\"raw\""),
             ("gpa=0x1000&len=1&len=2", "len is given twice"),
             ("gpa=-1&len=1", "\"-1\""),
+            ("gpa=+1&len=1", "\"+1\""),
+            ("gpa=1K&len=1", "\"1K\""),
+            ("gpa=0x&len=1", "\"0x\""),
+            ("gpa=99999999999999999999&len=1", "19 decimal"),
         ] {
             let error = stretch(bad).unwrap_err();
             assert!(error.contains(named), "{bad}: {error}");

@@ -153,7 +153,7 @@ pub struct Poison {
     #[serde(default = "ao")]
     pub kind: Kind,
     /// For forged ARs: the vCPU that is to have touched the page.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::inject::small")]
     pub vcpu: u8,
 }
 

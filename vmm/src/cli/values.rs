@@ -43,6 +43,10 @@ impl FromStr for PageRange {
 /// Words for the user.
 pub fn parse_number(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is not a number; expected e.g. 512M, 4G, 4096 or 0x1000");
+    // Rust's own parsers take a sign.
+    if text.contains('+') {
+        return Err(wrong());
+    }
     if let Some(digits) = text.strip_prefix("0x") {
         return u64::from_str_radix(digits, 16).map_err(|_| wrong());
     }
@@ -66,7 +70,7 @@ mod tests {
         assert_eq!(parse_number("512M"), Ok(512 << 20));
         assert_eq!(parse_number("0x1000"), Ok(4096));
         assert_eq!(parse_number("4g"), Ok(4 << 30));
-        for bad in ["", "M", "0x", "-1", "1.5G", "99999999T", "0xg", "é"] {
+        for bad in ["", "M", "0x", "-1", "1.5G", "99999999T", "0xg", "é", "+1", "0x+1"] {
             assert!(parse_number(bad).unwrap_err().contains(bad), "{bad}");
         }
     }

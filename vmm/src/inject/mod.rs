@@ -4,7 +4,7 @@ mod bits;
 mod outlook;
 
 use mce_relay::mca::{self, BYSTANDER_BANKS, Record, status};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 pub use bits::{McgStatusArg, StatusArg, mcg_status_words, status_words};
 pub use outlook::{Guest, Kvm, Outlook, outlook};
@@ -14,8 +14,10 @@ pub use outlook::{Guest, Kvm, Outlook, outlook};
 #[serde(deny_unknown_fields)]
 pub struct Request {
     /// The vCPU that is to get it.
+    #[serde(deserialize_with = "small")]
     pub vcpu: u8,
     /// The bank.
+    #[serde(deserialize_with = "small")]
     pub bank: u8,
     /// MCi_STATUS.
     #[serde(with = "mce_relay::event::hex")]
@@ -68,6 +70,14 @@ impl Request {
         }
         Ok(())
     }
+}
+
+/// A whole number of 0 to 255 in JSON, which has one kind of number: 9.0 is 9.
+pub(crate) fn small<'de, D: Deserializer<'de>>(from: D) -> Result<u8, D::Error> {
+    let number = f64::deserialize(from)?;
+    let found = (0..=u8::MAX).find(|small| f64::from(*small) == number);
+    let wrong = || format!("{number} is not a whole number of 0 to 255");
+    found.ok_or_else(|| serde::de::Error::custom(wrong()))
 }
 
 /// What the other vCPUs are given when `request` is for all of them.
