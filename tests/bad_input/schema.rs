@@ -201,7 +201,9 @@ pub fn pages() {
 fn ask(socket: &Path, method: &str, path: &str, body: &str) -> (u16, String, Vec<u8>) {
     let mut stream = UnixStream::connect(socket).unwrap();
     let len = body.len();
-    let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n");
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n"
+    );
     stream.write_all((head + body).as_bytes()).unwrap();
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();
@@ -233,7 +235,11 @@ pub fn the_api() {
             _ => ("", ""),
         };
         let (status, kind, answer) = ask(&socket, &method, &format!("{path}{query}"), body);
-        assert!(status == 200 || status == 204, "{path}: {status} {}", String::from_utf8_lossy(&answer));
+        assert!(
+            status == 200 || status == 204,
+            "{path}: {status} {}",
+            String::from_utf8_lossy(&answer)
+        );
         let response = &operation["responses"][status.to_string()];
         assert!(response.is_object(), "{path}: {status} is not in the document");
         if status == 200 {
@@ -245,7 +251,9 @@ pub fn the_api() {
         }
         if path.ends_with("relay.events") {
             let schema = Schema::of("Event");
-            for line in String::from_utf8(answer).unwrap().lines().filter(|line| line.starts_with('{')) {
+            for line in
+                String::from_utf8(answer).unwrap().lines().filter(|line| line.starts_with('{'))
+            {
                 schema.check(&serde_json::from_str(line).unwrap());
             }
         }

@@ -39,8 +39,11 @@ impl Schema {
 
     /// Fails with everything that is not as the schema says.
     pub fn check(&self, value: &Value) {
-        let errors: Vec<String> =
-            self.0.iter_errors(value).map(|error| format!("{}: {error}", error.instance_path)).collect();
+        let errors: Vec<String> = self
+            .0
+            .iter_errors(value)
+            .map(|error| format!("{}: {error}", error.instance_path))
+            .collect();
         assert!(errors.is_empty(), "{}\n{value:#}", errors.join("\n"));
     }
 }
