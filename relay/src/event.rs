@@ -321,7 +321,12 @@ pub mod hex {
     /// It is not `0x` and up to 16 hexadecimal digits.
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<u64, D::Error> {
         let text = String::deserialize(from)?;
+        // The standard library's parser takes a sign.
+        let digits = |digits: &&str| {
+            (1..=16).contains(&digits.len()) && digits.bytes().all(|byte| byte.is_ascii_hexdigit())
+        };
         text.strip_prefix("0x")
+            .filter(digits)
             .and_then(|digits| u64::from_str_radix(digits, 16).ok())
             .ok_or_else(|| D::Error::custom(format!("expected \"0x…\", got {text:?}")))
     }

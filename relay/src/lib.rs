@@ -61,3 +61,4 @@ pub use port::{Mca, VcpuPort, Verdict};
 pub use ram::{RamError, RamMap, RamRegion};
 pub use read::AccessError;
 pub use relay::{Config, Handle, Relay, RetireError, StartError};
+pub use signal::{Handled, Signals};

@@ -29,7 +29,7 @@ use crate::port::{Round, VcpuPort};
 use crate::ram::{RamError, RamMap, RamRegion};
 use crate::read::{self, AccessError};
 use crate::search::Search;
-use crate::signal::{self, Caught, Slot, ThreadSlot};
+use crate::signal::{self, Caught, Signals, Slot, ThreadSlot};
 
 /// First pause before a vCPU that could not be told is looked at again.
 pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(5);
@@ -55,6 +55,8 @@ pub struct Config {
     pub ao_channel: AoChannel,
     /// The ACPI error source that the guest was given, if it was given one.
     pub ghes: Option<Ghes>,
+    /// Who has the process's SIGBUS handler.
+    pub signals: Signals,
     /// What is known from before: empty, or [`Handle::ledger`] of the relay of the last boot, after
     /// [`Ledger::heal`] for every page that has good memory again and [`Ledger::forget_predictions`].
     pub ledger: Ledger,
@@ -327,7 +329,7 @@ pub enum RetireError {
 }
 
 impl Relay {
-    /// Installs the SIGBUS handler, sets late kill on the calling thread, and starts the relay's
+    /// Installs the SIGBUS handler (unless `config` says that the host has one), sets late kill on the calling thread, and starts the relay's
     /// own thread, with early kill unless `config` says late.
     ///
     /// Call it before other threads are started: they inherit the policy, and the kernel tells one
@@ -339,7 +341,7 @@ impl Relay {
         if config.vcpus == 0 {
             return Err(StartError::NoVcpu);
         }
-        signal::install().map_err(StartError::Handler)?;
+        signal::set_up(config.signals).map_err(StartError::Handler)?;
         KillPolicy::Late.set().map_err(StartError::Policy)?;
         // SAFETY: eventfd takes no pointer; the result is checked below.
         let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };

@@ -9,12 +9,15 @@
 //! before, or to the default action with the true `siginfo`, after one line on stderr
 //! (`last_words.rs`). Nobody but this process itself can
 //! forge a memory failure: the kernel lets another one send codes of 0 and below only.
+//!
+//! A host that has a SIGBUS handler of its own and wants to keep it ([`Signals::Host`]) calls [`handle`]
+//! in it, and does what it always did with what is not ours.
 
 use std::io;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libc::{c_int, c_void, sigaction, siginfo_t};
@@ -39,6 +42,45 @@ thread_local! {
     static SLOT: AtomicPtr<Slot> = const { AtomicPtr::new(ptr::null_mut()) };
     /// `kvm_run.immediate_exit` of the vCPU that the calling thread runs, or null.
     static IMMEDIATE_EXIT: AtomicPtr<u8> = const { AtomicPtr::new(ptr::null_mut()) };
+    /// The next memory failure of the calling thread is not ours: it was looked at, and is sent again for
+    /// whoever else is there.
+    static NOT_OURS: AtomicBool = const { AtomicBool::new(false) };
+}
+
+/// Who has the process's SIGBUS handler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Signals {
+    /// The relay installs its own, once for the process, and hands on what is not its own.
+    #[default]
+    Install,
+    /// The host has one, which calls [`handle`]. It is to be installed before the relay is started, with
+    /// SA_SIGINFO and SA_ONSTACK.
+    Host,
+}
+
+/// What became of a SIGBUS that was shown to [`handle`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Handled {
+    /// It is a memory failure that the relay takes care of: return from the handler.
+    Handled,
+    /// It is not the relay's. Do what you do without it.
+    NotOurs,
+}
+
+/// Shows the relay a SIGBUS. For a host's own handler, first thing in it: async-signal-safe, some plain
+/// atomic stores, no system call.
+///
+/// An AO is always taken, on any thread: one of memory that is not the guest's shows as the event
+/// [`Outside`](crate::Event::Outside). An AR is taken on a thread that takes part (a vCPU's with its port),
+/// since nobody can act on it elsewhere; if it turns out not to be of guest RAM, it is sent to the thread
+/// again, and is `NotOurs` then. The same goes for an AR that comes again and again without the thread's
+/// coming round: its code loads from the bad page itself.
+pub fn handle(info: &siginfo_t) -> Handled {
+    // SAFETY: a siginfo of SIGBUS begins as MceInfo does (include/uapi/asm-generic/siginfo.h), and is
+    // larger.
+    let mce = unsafe { &*ptr::from_ref(info).cast::<MceInfo>() };
+    if store(mce) { Handled::Handled } else { Handled::NotOurs }
 }
 
 /// The calling thread's slot, or null. Async-signal-safe.
@@ -85,7 +127,7 @@ impl ThreadSlot {
     /// # Errors
     /// The handler is not installed, or the thread is attached already.
     pub(crate) unsafe fn attach(immediate_exit: *mut u8) -> io::Result<Self> {
-        if !*installed() {
+        if !process().ready {
             return Err(io::Error::other("the SIGBUS handler is not installed"));
         }
         if !own_slot().is_null() {
@@ -147,10 +189,34 @@ struct Process {
     orphans: Orphans,
 }
 
-/// Whether the handler is installed. Not for the handler: it locks.
-fn installed() -> MutexGuard<'static, bool> {
-    static INSTALLED: Mutex<bool> = Mutex::new(false);
-    INSTALLED.lock().unwrap_or_else(PoisonError::into_inner)
+/// How far this process is with its handler.
+struct Setup {
+    /// Somebody's handler stores what is ours.
+    ready: bool,
+    /// It is our own.
+    installed: bool,
+}
+
+/// Not for the handler: it locks.
+fn process() -> MutexGuard<'static, Setup> {
+    static SETUP: Mutex<Setup> = Mutex::new(Setup { ready: false, installed: false });
+    SETUP.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Makes this process ready for memory failures, once for each way; later calls do nothing.
+///
+/// # Errors
+/// `sigaction(2)` fails.
+pub fn set_up(signals: Signals) -> io::Result<()> {
+    match signals {
+        Signals::Install => install(),
+        Signals::Host => {
+            let previous = in_force(libc::SIGBUS).ok_or_else(io::Error::last_os_error)?;
+            PROCESS.get_or_init(|| Process { previous, orphans: Orphans::new() });
+            process().ready = true;
+            Ok(())
+        }
+    }
 }
 
 /// Installs the SIGBUS handler for this process, once; later calls do nothing.
@@ -158,8 +224,8 @@ fn installed() -> MutexGuard<'static, bool> {
 /// # Errors
 /// `sigaction(2)` fails.
 pub fn install() -> io::Result<()> {
-    let mut installed = installed();
-    if *installed {
+    let mut setup = process();
+    if setup.installed {
         return Ok(());
     }
     let previous = in_force(libc::SIGBUS).ok_or_else(io::Error::last_os_error)?;
@@ -172,7 +238,8 @@ pub fn install() -> io::Result<()> {
     if unsafe { sigaction(libc::SIGBUS, &raw const new, ptr::null_mut()) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    *installed = true;
+    setup.installed = true;
+    setup.ready = true;
     Ok(())
 }
 
@@ -198,10 +265,8 @@ struct MceInfo {
 }
 
 extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
-    // SAFETY: the kernel passes a valid siginfo with SA_SIGINFO, and its layout for SIGBUS begins
-    // as MceInfo does (include/uapi/asm-generic/siginfo.h).
-    let mce = unsafe { &*info.cast::<MceInfo>() };
-    if !store(mce) {
+    // SAFETY: the kernel passes a valid siginfo with SA_SIGINFO.
+    if handle(unsafe { &*info }) == Handled::NotOurs {
         hand_on(signal, info, context);
     }
 }
@@ -213,6 +278,9 @@ fn store(mce: &MceInfo) -> bool {
         BUS_MCEERR_AO => Kind::ActionOptional,
         _ => return false,
     };
+    if NOT_OURS.with(|not_ours| not_ours.swap(false, Ordering::Relaxed)) {
+        return false;
+    }
     // An lsb is at most 63; a nonsensical one is kept to its low byte.
     let lsb = mce.addr_lsb.to_le_bytes()[0];
     let caught = Caught { kind, hva: mce.addr as u64, lsb };
@@ -270,30 +338,18 @@ fn hand_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
 }
 
 /// An action-required failure that was stored, and turned out to be of memory that is not the guest's:
-/// whoever was there before us has it now, with the same siginfo, or the default action. Returns when
-/// that was a handler that did.
+/// it is sent to this thread again, and whoever else is there has it with the same siginfo, or the default
+/// action. Returns when that was a handler that did.
 pub(crate) fn give_up(caught: Caught) {
-    let Some(Process { previous, .. }) = PROCESS.get() else { return };
-    let Caught { kind, hva, lsb } = caught;
-    let code = last_words::code_of(kind);
-    last_words::say(code, Origin::Fault { addr: hva, lsb }, next(previous, false));
-    let mut info = failure(caught);
-    // SAFETY: `previous` is an action that was in force.
-    unsafe { sigaction(libc::SIGBUS, previous, ptr::null_mut()) };
-    if previous.sa_sigaction == libc::SIG_IGN {
-        // The kernel ignores this of no memory failure that a thread has run into.
-        set_default(libc::SIGBUS);
-    }
-    // SAFETY: a whole siginfo of our own.
-    unsafe { send_to_oneself(libc::SIGBUS, &raw mut info) };
+    // Only this thread looks at it, and between here and the signal it takes no other: AOs go to the
+    // relay's thread.
+    NOT_OURS.with(|not_ours| not_ours.store(true, Ordering::Relaxed));
+    send_failure(caught);
     if is_default(libc::SIGBUS) {
-        // std's handler leaves it so, and expects the fault to come again.
-        // SAFETY: as above.
-        unsafe { send_to_oneself(libc::SIGBUS, &raw mut info) };
+        // What is handed on to the default action (std's handler leaves it in force, too) is expected to
+        // happen again.
+        send_failure(caught);
     }
-    let ours = action();
-    // SAFETY: as in `install`.
-    unsafe { sigaction(libc::SIGBUS, &raw const ours, ptr::null_mut()) };
 }
 
 /// Sends this thread a signal as the kernel sends it for `caught`.

@@ -17,7 +17,7 @@ use mce_relay::ledger::{Place, State};
 use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
 use mce_relay::{
     AoChannel, Bell, Config, Event, Ghes, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay,
-    RetireError, StartError, VcpuPort, Verdict,
+    RetireError, Signals, StartError, VcpuPort, Verdict,
 };
 
 /// Guest RAM: the block's page, and pages to go bad.
@@ -173,6 +173,7 @@ fn config(hva: u64, caps: Caps, ao_channel: AoChannel, ghes: Option<Ghes>) -> Co
         pace: Pace { burst: 16, rate: 1000 },
         ao_channel,
         ghes,
+        signals: Signals::default(),
         ledger: Ledger::default(),
         observer: Box::new(|_| {}),
     }

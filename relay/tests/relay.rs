@@ -19,7 +19,8 @@ use mce_relay::mca::{
     BANKS, Bank, Caps, Form, Kind, MAX_BANKS, McaState, Record, Vendor, cap, mcg, status,
 };
 use mce_relay::{
-    AoChannel, Config, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal,
+    AoChannel, Config, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Signals, Verdict,
+    signal,
 };
 
 const HVA: u64 = 0x7f00_0000_0000;
@@ -84,6 +85,7 @@ fn start_paced(caps: Caps, vcpus: usize, pace: Pace) -> (Relay, Receiver<Event>)
         pace,
         ao_channel: AoChannel::default(),
         ghes: None,
+        signals: Signals::default(),
         ledger: Ledger::default(),
         observer: Box::new(move |event| drop(tx.send(event.clone()))),
     })
@@ -406,6 +408,7 @@ fn start_with(ram: &[RamRegion], ledger: Ledger) -> (Relay, Receiver<Event>) {
         pace: Pace { burst: 1000, rate: 1_000_000 },
         ao_channel: AoChannel::default(),
         ghes: None,
+        signals: Signals::default(),
         ledger,
         observer: Box::new(move |event| drop(tx.send(event.clone()))),
     });

@@ -4,6 +4,7 @@
 
 mod faults;
 mod followers;
+mod handlers;
 mod host;
 mod not_ours;
 mod schema;
@@ -100,6 +101,8 @@ fn no_memory_failure() -> Result<(), String> {
 fn main() -> ExitCode {
     suite::run(mce_relay_tests::tests![
         faults::every_call_that_can_fail needs has_kvm_and_preload,
+        handlers::the_default_action_has_what_is_not_ours needs anywhere,
+        handlers::a_foreign_handler_has_what_is_not_ours needs anywhere,
         host::no_dev_kvm needs as_root,
         host::no_permission_for_dev_kvm needs as_root_with_kvm,
         host::check_without_memory_failure needs no_memory_failure,

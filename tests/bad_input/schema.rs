@@ -10,12 +10,15 @@ use mce_relay::event::{Injection, Reach, Thread};
 use mce_relay::firmware::Why;
 use mce_relay::ledger::{Place, State, Times};
 use mce_relay::mca::{Form, Kind, Vendor};
-use mce_relay::{Event, FoundBy, Page};
-use mce_relay_tests::schema::{Schema, document};
+use mce_relay::{AoChannel, Event, FoundBy, KillPolicy, Pace, Page, Predicted};
+use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
+use mce_relay_vmm::api::{MemoryBlock, Status, VmInfo};
+use mce_relay_vmm::config::OnUndeliverable;
 use mce_relay_vmm::control::{PauseReason, Undeliverable};
 use mce_relay_vmm::events::{Entry, Next, VmEvent, What, line_of};
-use serde_json::Value;
+use mce_relay_vmm::ghes::Notify;
+use serde_json::{Map, Value, json};
 
 const GPA: u64 = 0x1_2345_6000;
 
@@ -116,6 +119,11 @@ fn memory_events() -> Vec<Event> {
     all
 }
 
+fn pause_reasons() -> [PauseReason; 3] {
+    let untold = Undeliverable { vcpu: 1, gpa: GPA, why: "x".into(), rip: u64::MAX };
+    [PauseReason::Request, PauseReason::Marking, PauseReason::Undeliverable(untold)]
+}
+
 fn vm_events() -> Vec<VmEvent> {
     let mut all = vec![VmEvent::Resumed {}, VmEvent::Ended { how: "x".into(), status: 143 }];
     for vendor in [Vendor::Intel, Vendor::Amd] {
@@ -125,11 +133,110 @@ fn vm_events() -> Vec<VmEvent> {
     for by_policy in [false, true] {
         all.push(VmEvent::Reset { reason: "x".into(), by_policy });
     }
-    let untold = Undeliverable { vcpu: 1, gpa: GPA, why: "x".into(), rip: u64::MAX };
-    for reason in [PauseReason::Request, PauseReason::Undeliverable(untold)] {
+    for reason in pause_reasons() {
         all.push(VmEvent::Paused { reason, way_on: "x".into() });
     }
     all
+}
+
+fn infos() -> Vec<VmInfo> {
+    let block = MemoryBlock {
+        gpa: 0,
+        len: 1 << 30,
+        hva: 0x7f00_0000_0000,
+        fd: None,
+        fd_offset: 0,
+        shared: false,
+        page_size: 4096,
+    };
+    let of_a_file = MemoryBlock { gpa: 1 << 32, fd: Some(5), shared: true, ..block };
+    let info = VmInfo {
+        name: None,
+        version: "0.1.0".into(),
+        pid: 1,
+        boot: 1,
+        vcpus: 254,
+        vendor: Vendor::Amd,
+        mcg_cap: "0x10a".into(),
+        mce_kill: KillPolicy::Early,
+        ao_channel: AoChannel::Auto,
+        ghes: None,
+        ao_pace: Pace::default(),
+        on_undeliverable: OnUndeliverable::Stop,
+        paused: false,
+        pause_reason: None,
+        memory: vec![block, of_a_file],
+    };
+    let mut all = vec![info.clone(), VmInfo { name: Some("x".into()), ..info.clone() }];
+    for ghes in [Notify::Interrupt, Notify::Poll { millis: 1000 }] {
+        all.push(VmInfo { ghes: Some(ghes), ..info.clone() });
+    }
+    for reason in pause_reasons() {
+        all.push(VmInfo { paused: true, pause_reason: Some(reason), ..info.clone() });
+    }
+    for mce_kill in [KillPolicy::Late, KillPolicy::Default] {
+        all.push(VmInfo { mce_kill, ..info.clone() });
+    }
+    for ao_channel in [AoChannel::Mce, AoChannel::Ghes] {
+        all.push(VmInfo { ao_channel, ..info.clone() });
+    }
+    for on_undeliverable in [OnUndeliverable::Pause, OnUndeliverable::Reset] {
+        all.push(VmInfo { on_undeliverable, ..info.clone() });
+    }
+    all.push(VmInfo { vendor: Vendor::Intel, ..info });
+    all
+}
+
+/// Where in `value` there are objects, as JSON pointers.
+fn objects(value: &Value, at: &str, found: &mut Vec<String>) {
+    match value {
+        Value::Object(fields) => {
+            found.push(at.to_owned());
+            for (name, value) in fields {
+                objects(value, &format!("{at}/{name}"), found);
+            }
+        }
+        Value::Array(values) => {
+            for (index, value) in values.iter().enumerate() {
+                objects(value, &format!("{at}/{index}"), found);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Sees that `schema` takes `value`, and does not if anything in it, however deep, is left out, is called
+/// otherwise or is of another type, or if there is more. How many changes were refused.
+fn exactly(schema: &Schema, value: &Value) -> usize {
+    schema.check(value);
+    let mut found = Vec::new();
+    objects(value, "", &mut found);
+    let mut changes = 0;
+    for at in &found {
+        let mut refused = |what: &str, change: &dyn Fn(&mut Map<String, Value>)| {
+            let mut other = value.clone();
+            change(other.pointer_mut(at).unwrap().as_object_mut().unwrap());
+            assert!(!schema.accepts(&other), "{at}: {what} is not noticed: {other:#}");
+            changes += 1;
+        };
+        refused("one more", &|fields| drop(fields.insert("more".into(), Value::Null)));
+        for (name, field) in value.pointer(at).unwrap().as_object().unwrap() {
+            // An address as a number among them.
+            let another = match field {
+                Value::Null => json!(true),
+                Value::String(_) | Value::Bool(_) => json!(7),
+                _ => json!("7"),
+            };
+            refused(name, &|fields| drop(fields.remove(name)));
+            refused(name, &|fields| drop(fields.insert(name.clone(), another.clone())));
+            refused(name, &|fields| drop(fields.insert(name.clone(), json!([field]))));
+            refused(name, &|fields| {
+                let field = fields.remove(name).unwrap();
+                fields.insert(format!("{name}s"), field);
+            });
+        }
+    }
+    changes
 }
 
 /// Every event there is, as it is written; and that the schema is one that refuses.
@@ -142,63 +249,94 @@ pub fn events() {
         .chain(vm_events().into_iter().map(What::Vm))
         .map(|what| Next::Event(Entry { time, what }.into()));
     let all: Vec<Next> = entries.chain([Next::Missed { events: 7, time }]).collect();
-    let mut changed = 0;
+    let mut changes = 0;
     for next in &all {
-        let event: Value = serde_json::from_str(&line_of(next).unwrap()).unwrap();
-        schema.check(&event);
-        // Whatever is left out, or called otherwise, or of another type, is noticed.
-        let properties = event["properties"].as_object().unwrap();
-        for (name, value) in properties {
-            let with = |change: &dyn Fn(&mut serde_json::Map<String, Value>)| {
-                let mut other = event.clone();
-                change(other["properties"].as_object_mut().unwrap());
-                assert!(!schema.accepts(&other), "{name} is not looked at: {other:#}");
-            };
-            with(&|it| drop(it.remove(name)));
-            with(&|it| drop(it.insert("more".into(), value.clone())));
-            with(&|it| drop(it.insert(name.clone(), serde_json::json!([[value]]))));
-            changed += 3;
-        }
-        for field in ["timestamp", "source", "event"] {
-            let mut other = event.clone();
-            other.as_object_mut().unwrap().remove(field);
-            assert!(!schema.accepts(&other), "{field} is not looked at");
-        }
+        let event = serde_json::from_str(&line_of(next).unwrap()).unwrap();
+        changes += exactly(&schema, &event);
     }
-    println!("    {} events accepted, {changed} changed ones refused", all.len());
+    println!("    {} events accepted, {changes} changed ones refused", all.len());
 }
 
-/// Every state of a page, as the ledger has it.
+/// Every state of a page, as the ledger has it, and everything that relay.status says of a VM.
 pub fn pages() {
-    let schema = Schema::of("Page");
     let now = SystemTime::now();
-    let all = states();
-    for state in &all {
-        let times = Times { injected: Some(now), healed: Some(now), ..Times::new(now) };
-        let page = Page {
-            gpa: GPA,
-            hva: GPA,
-            lsb: 12,
-            kind: Kind::ActionOptional,
-            found_by: FoundBy::Scan,
-            signals: 0,
-            state: *state,
-            times,
-        };
-        let json = serde_json::to_value(&page).unwrap();
-        schema.check(&json);
-        let mut other = json.clone();
-        other["state"] = "lost".into();
-        assert!(!schema.accepts(&other));
-        let mut other = json;
-        other["gpa"] = 4096.into();
-        assert!(!schema.accepts(&other));
+    let times = Times { injected: Some(now), healed: Some(now), ..Times::new(now) };
+    let page = |state| Page {
+        gpa: GPA,
+        hva: GPA,
+        lsb: 12,
+        kind: Kind::ActionOptional,
+        found_by: FoundBy::Scan,
+        signals: 0,
+        state,
+        times,
+    };
+    let predicted = |state| Predicted { gpa: GPA, state, times };
+    let (of_page, of_predicted) = (Schema::of("Page"), Schema::of("Predicted"));
+    let (states, infos) = (states(), infos());
+    let mut changes = 0;
+    for state in &states {
+        let value = serde_json::to_value(page(*state)).unwrap();
+        changes += exactly(&of_page, &value);
+        let mut unknown = value;
+        unknown["state"] = "lost".into();
+        assert!(!of_page.accepts(&unknown), "{unknown:#}");
+        let value = serde_json::to_value(predicted(*state)).unwrap();
+        changes += exactly(&of_predicted, &value);
     }
-    println!("    {} states", all.len());
+    let of_status = Schema::of("Status");
+    let vms = infos.len();
+    for vm in infos {
+        let status = Status {
+            vm,
+            pages: vec![page(State::Seen)],
+            predicted: vec![predicted(State::Seen)],
+            past: vec![page(State::Healed)],
+        };
+        changes += exactly(&of_status, &serde_json::to_value(status).unwrap());
+    }
+    println!("    {} states and {vms} VMs accepted, {changes} changed ones refused", states.len());
 }
 
-/// Status, kind of content and body of the answer to a request.
-fn ask(socket: &Path, method: &str, path: &str, body: &str) -> (u16, String, Vec<u8>) {
+/// The answer to a request.
+struct Answer {
+    status: u16,
+    head: String,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    /// A header's value, or nothing.
+    fn header(&self, name: &str) -> &str {
+        let mut fields = self.head.lines().filter_map(|line| line.split_once(": "));
+        fields.find(|(other, _)| *other == name).map_or("", |(_, value)| value)
+    }
+
+    /// Sees that it is one that the document has for `operation`.
+    fn check(&self, request: &str, operation: &Value) {
+        let Self { status, body, .. } = self;
+        let words = String::from_utf8_lossy(&body[..body.len().min(500)]);
+        let response = resolved(&operation["responses"][status.to_string()]);
+        assert!(response.is_object(), "{request}: {status} is not in the document: {words}");
+        if let Some(headers) = response["headers"].as_object() {
+            for (name, header) in headers {
+                let value = self.header(&name.to_lowercase());
+                Schema::at(&header["schema"]).check(&value.into());
+            }
+        }
+        let kind = self.header("content-type");
+        let Some(kinds) = response.get("content") else {
+            assert!(body.is_empty() && kind.is_empty(), "{request}: {kind:?}, {words}");
+            return;
+        };
+        assert!(kinds[kind].is_object(), "{request}: {kind:?} is not in the document");
+        if kind == "application/json" {
+            Schema::at(&kinds[kind]["schema"]).check(&serde_json::from_slice(body).unwrap());
+        }
+    }
+}
+
+fn ask(socket: &Path, method: &str, path: &str, body: &str) -> Answer {
     let mut stream = UnixStream::connect(socket).unwrap();
     let len = body.len();
     let head = format!(
@@ -210,59 +348,77 @@ fn ask(socket: &Path, method: &str, path: &str, body: &str) -> (u16, String, Vec
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n").unwrap();
     let head = String::from_utf8_lossy(&answer[..end]).into_owned();
     let status = head.split(' ').nth(1).unwrap().parse().unwrap();
-    let kind = head.lines().find_map(|line| line.strip_prefix("content-type: "));
-    (status, kind.unwrap_or_default().to_owned(), answer.split_off(end + 4))
+    Answer { status, head, body: answer.split_off(end + 4) }
 }
 
-/// Each path of the document, asked for in a good way: the answer is one of the document's.
+/// Each path of the document, asked for in a good way, by the wrong methods and in bad ways: the answer is
+/// one of the document's.
 pub fn the_api() {
     let vm = Spinning::start(&["--cpus", "2", "--on-undeliverable", "pause"]);
     let socket = vm.socket();
     assert!(vm.command("poison", &["--via", "signal", "--gpa", "0x5000"]).status.success());
-    let inject = r#"{"vcpu":1,"bank":2,"status":"0x9c00180000000000","mcg_status":"0x0","addr":"0x5000","misc":"0x8c"}"#;
     let paths = document()["paths"].as_object().unwrap();
     let mut asked = 0;
     for (path, item) in paths {
         let (method, operation) = item.as_object().unwrap().iter().next().unwrap();
         let method = method.to_uppercase();
-        let (query, body) = match path.rsplit('.').next().unwrap() {
-            "memory" => ("?gpa=0x5000&len=16", ""),
-            "retire" => ("", r#"{"gpas":["0x6000"]}"#),
-            "poison" => ("", r#"{"gpas":["0x7000"],"via":"signal"}"#),
-            "inject" => ("", inject),
-            // At the end.
-            "shutdown" => continue,
-            _ => ("", ""),
-        };
-        let (status, kind, answer) = ask(&socket, &method, &format!("{path}{query}"), body);
-        assert!(
-            status == 200 || status == 204,
-            "{path}: {status} {}",
-            String::from_utf8_lossy(&answer)
-        );
-        let response = &operation["responses"][status.to_string()];
-        assert!(response.is_object(), "{path}: {status} is not in the document");
-        if status == 200 {
-            let content = &response["content"][&kind];
-            assert!(content.is_object(), "{path}: {kind:?} is not in the document");
-            if kind == "application/json" {
-                Schema::at(&content["schema"]).check(&serde_json::from_slice(&answer).unwrap());
-            }
+        for wrong in ["PATCH", if method == "GET" { "PUT" } else { "GET" }] {
+            let answer = ask(&socket, wrong, path, "");
+            assert_eq!((answer.status, answer.header("allow")), (405, method.as_str()), "{path}");
+            answer.check(path, operation);
         }
+        // At the end.
+        if path.ends_with("shutdown") {
+            continue;
+        }
+        let query = if path.ends_with("memory") { "?gpa=0x5000&len=16" } else { "" };
+        let body = match operation.get("requestBody") {
+            Some(body) => {
+                let content = &body["content"]["application/json"];
+                Schema::at(&content["schema"]).check(&content["example"]);
+                content["example"].to_string()
+            }
+            None => String::new(),
+        };
+        let answer = ask(&socket, &method, &format!("{path}{query}"), &body);
+        let words = String::from_utf8_lossy(&answer.body);
+        assert!(answer.status == 200 || answer.status == 204, "{path}: {} {words}", answer.status);
+        answer.check(path, operation);
         if path.ends_with("relay.events") {
             let schema = Schema::of("Event");
-            for line in
-                String::from_utf8(answer).unwrap().lines().filter(|line| line.starts_with('{'))
-            {
+            // Between the sizes of chunks.
+            let lines: Vec<&str> = words.lines().filter(|line| line.starts_with('{')).collect();
+            assert!(!lines.is_empty(), "{words}");
+            for line in lines {
                 schema.check(&serde_json::from_str(line).unwrap());
             }
         }
-        let (status, kind, answer) = ask(&socket, "PATCH", path, "");
-        assert_eq!((status, kind.as_str()), (405, "application/json"));
-        Schema::of("Problem").check(&serde_json::from_slice(&answer).unwrap());
         asked += 1;
     }
-    let (_, _, served) = ask(&socket, "GET", "/api/v1/openapi.json", "");
+    for (method, path, query, body, status) in [
+        ("get", "/api/v1/vm.info", "?x=1", "", 400),
+        ("get", "/metrics", "?x", "", 400),
+        ("get", "/api/v1/relay.events", "?follow=1", "", 400),
+        ("get", "/api/v1/vm.memory", "?gpa=0x5000", "", 400),
+        ("get", "/api/v1/vm.memory", "?gpa=0x5000&len=4194305", "", 400),
+        ("get", "/api/v1/vm.memory", "?gpa=0x2000000&len=1", "", 404),
+        ("put", "/api/v1/vm.retire", "", "{}", 400),
+        ("put", "/api/v1/vm.poison", "", r#"{"gpas":["0x2000000"],"via":"signal"}"#, 404),
+        ("put", "/api/v1/vm.poison", "", r#"{"gpas":["0x1000"],"via":"mce-inject"}"#, 400),
+        (
+            "put",
+            "/api/v1/vm.inject",
+            "",
+            r#"{"vcpu":2,"bank":2,"status":"0x8000000000000000","mcg_status":"0x0","addr":"0x0","misc":"0x0"}"#,
+            409,
+        ),
+    ] {
+        let request = format!("{path}{query}");
+        let answer = ask(&socket, &method.to_uppercase(), &request, body);
+        assert_eq!(answer.status, status, "{request} {body}");
+        answer.check(&request, &paths[path][method]);
+    }
+    let served = ask(&socket, "GET", "/api/v1/openapi.json", "").body;
     assert_eq!(&serde_json::from_slice::<Value>(&served).unwrap(), document());
     println!("    {asked} of {} paths", paths.len());
     assert_eq!(vm.shut_down().code(), Some(0));

@@ -99,15 +99,15 @@ pub fn requests() {
         (put("vm.poison", r#"{"gpas":["0x1000"],"via":"mce-inject"}"#), &[400]),
         (put("vm.poison", r#"{"gpas":["0x2000000"],"via":"signal"}"#), &[404]),
         (put("vm.poison", r#"{"gpas":["0x1000"],"via":"signal","kind":"UE"}"#), &[400]),
-        (put("vm.poison", r#"{"gpas":["0x1000"],"via":"signal","kind":"AR","vcpu":2}"#), &[400]),
+        (put("vm.poison", r#"{"gpas":["0x1000"],"via":"signal","kind":"AR","vcpu":2}"#), &[404]),
         (put("vm.poison", r#"{"gpas":["0x1000"],"via":"signal","vcpu":-1}"#), &[400]),
         (put("vm.inject", "{}"), &[400]),
-        (inject(r#","bank":9"#), &[400]),
+        (inject(r#","bank":9"#), &[409]),
         (inject(r#","colour":"red""#), &[400]),
         (inject(r#","force":"yes""#), &[400]),
         (inject(""), &[409]),
-        (put("vm.inject", r#"{"vcpu":255,"bank":9,"status":"0x0","mcg_status":"0x0","addr":"0x0","misc":"0x0"}"#), &[400]),
-        (put("vm.inject", r#"{"vcpu":0,"bank":99,"status":"0x8000000000000000","mcg_status":"0x0","addr":"0x0","misc":"0x0"}"#), &[400]),
+        (put("vm.inject", r#"{"vcpu":255,"bank":9,"status":"0x0","mcg_status":"0x0","addr":"0x0","misc":"0x0"}"#), &[409]),
+        (put("vm.inject", r#"{"vcpu":0,"bank":99,"status":"0x8000000000000000","mcg_status":"0x0","addr":"0x0","misc":"0x0"}"#), &[409]),
         (b"PUT /api/v1/vm.retire HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n".to_vec(), &[400]),
         (b"PUT /api/v1/vm.retire HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n".to_vec(), &[400]),
         (b"PUT /api/v1/vm.retire HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999999\r\n\r\n".to_vec(), &[400]),
@@ -168,7 +168,7 @@ pub fn clients_that_hang() {
     let mut deaf = UnixStream::connect(&socket).unwrap();
     for _ in 0..200 {
         deaf.set_write_timeout(Some(Duration::from_millis(50))).unwrap();
-        if deaf.write_all(&get("/api/v1/vm.memory?gpa=0&len=4M")).is_err() {
+        if deaf.write_all(&get("/api/v1/vm.memory?gpa=0&len=4194304")).is_err() {
             break;
         }
     }

@@ -51,9 +51,12 @@ before=$(files)
 
 # Not: what ends the VM, a stream that does not end, and what takes the guest's memory away. Its guest is
 # a loop of two instructions, so nothing of it is lost by the rest.
-$venv/bin/schemathesis --config-file tests/fuzz/schemathesis.toml run docs/openapi.json --url "http://127.0.0.1:$port" --max-examples "$cases" \
+top=$PWD
+# It leaves its notes where it is run.
+(cd "$dir" && "$top/$venv/bin/schemathesis" --config-file "$top/tests/fuzz/schemathesis.toml" \
+    run "$top/docs/openapi.json" --url "http://127.0.0.1:$port" --max-examples "$cases" \
     --exclude-path /api/v1/vm.shutdown --exclude-path /api/v1/relay.events --workers 1 \
-    --request-timeout 30 --generation-database none --no-color \
+    --request-timeout 30 --generation-database none --no-color) \
     >"$dir/out" 2>&1
 status=$?
 cat "$dir/out"

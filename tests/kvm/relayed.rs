@@ -7,7 +7,8 @@ use mce_relay::event::Injection;
 use mce_relay::ledger::State;
 use mce_relay::mca::{Form, mcg, record};
 use mce_relay::{
-    AoChannel, Config, Event, KillPolicy, Ledger, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict,
+    AoChannel, Config, Event, KillPolicy, Ledger, Pace, RamMap, RamRegion, Relay, Signals,
+    VcpuPort, Verdict,
 };
 
 use crate::payload::{Did, Payload, Ram, Start, TARGET, handled};
@@ -42,6 +43,7 @@ impl Relayed {
             pace: Pace::default(),
             ao_channel: AoChannel::default(),
             ghes: None,
+            signals: Signals::default(),
             ledger: Ledger::default(),
             observer: Box::new(move |event| drop(send.send(event.clone()))),
         })

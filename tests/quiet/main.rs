@@ -15,7 +15,8 @@ use std::ptr;
 use libc::{c_int, pid_t};
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor};
 use mce_relay::{
-    AoChannel, Config, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, VcpuPort, Verdict,
+    AoChannel, Config, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Signals, VcpuPort,
+    Verdict,
 };
 use mce_relay_tests::lab::has_kvm;
 use mce_relay_tests::suite;
@@ -51,6 +52,7 @@ fn attach() -> (Relay, VcpuPort) {
         pace: Pace::default(),
         ao_channel: AoChannel::default(),
         ghes: None,
+        signals: Signals::default(),
         ledger: Ledger::default(),
         observer: Box::new(|_| {}),
     })

@@ -1,6 +1,7 @@
 //! From the hardware down, with nothing forged on the way.
 
 use mce_relay::mca::{Form, record};
+use mce_relay_tests::agent::hex;
 use mce_relay_tests::guest::{Guest, Options};
 use mce_relay_tests::lab;
 
@@ -13,7 +14,7 @@ pub fn from_the_bank_to_the_guests_process() {
     let bad = pages[2];
     let vm = guest.status()["vm"].clone();
     let low = &vm["memory"][0];
-    let hva = low["hva"].as_u64().unwrap() + bad.gpa - low["gpa"].as_u64().unwrap();
+    let hva = hex(&low["hva"]) + bad.gpa - hex(&low["gpa"]);
     let physical = lab::host_physical(guest.pid(), hva);
 
     // A deferred error, as an AMD memory controller logs it when it finds bad data by itself.

@@ -19,11 +19,11 @@ pub fn kvm_suite() {
         .unwrap()
         .iter()
         .find(|b| {
-            let (start, len) = (b["gpa"].as_u64().unwrap(), b["len"].as_u64().unwrap());
+            let (start, len) = (hex(&b["gpa"]), b["len"].as_u64().unwrap());
             (start..start + len).contains(&victim.gpa)
         })
         .expect("a block of RAM that holds it");
-    let hva = block["hva"].as_u64().unwrap() + victim.gpa - block["gpa"].as_u64().unwrap();
+    let hva = hex(&block["hva"]) + victim.gpa - hex(&block["gpa"]);
     println!("    3. its host virtual address: {hva:#x}");
     let physical = lab::host_physical(guest.pid(), hva);
     println!("    4. its host page frame: {:#x}", physical >> 12);

@@ -5,12 +5,36 @@ use std::sync::OnceLock;
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
-/// The document.
+/// The document, whose references all lead somewhere.
 pub fn document() -> &'static Value {
     static DOCUMENT: OnceLock<Value> = OnceLock::new();
     DOCUMENT.get_or_init(|| {
-        serde_json::from_str(include_str!("../../docs/openapi.json")).expect("docs/openapi.json")
+        let document: Value = serde_json::from_str(include_str!("../../docs/openapi.json"))
+            .expect("docs/openapi.json");
+        references(&document, &document);
+        document
     })
+}
+
+/// Sees that every reference in `part` of `document` leads somewhere.
+fn references(part: &Value, document: &Value) {
+    match part {
+        Value::Object(fields) => {
+            if let Some(Value::String(to)) = fields.get("$ref") {
+                let found = to.strip_prefix('#').and_then(|to| document.pointer(to));
+                assert!(found.is_some(), "there is nothing at {to}");
+            }
+            fields.values().for_each(|part| references(part, document));
+        }
+        Value::Array(parts) => parts.iter().for_each(|part| references(part, document)),
+        _ => {}
+    }
+}
+
+/// What a part of the document stands for: itself, or what it refers to.
+pub fn resolved(part: &Value) -> &Value {
+    let to = part["$ref"].as_str().and_then(|to| to.strip_prefix('#'));
+    to.and_then(|to| document().pointer(to)).unwrap_or(part)
 }
 
 /// Checks values against one of its schemas.

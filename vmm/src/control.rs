@@ -69,6 +69,8 @@ impl fmt::Display for Undeliverable {
 pub enum PauseReason {
     /// Asked for from outside.
     Request,
+    /// Pages are being marked as bad, which the guest must not see half done. It is over in a moment.
+    Marking,
     /// The user's policy for what cannot be told.
     Undeliverable(Undeliverable),
 }
@@ -77,6 +79,7 @@ impl fmt::Display for PauseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Request => f.write_str("on request"),
+            Self::Marking => f.write_str("while pages are marked as bad"),
             Self::Undeliverable(what) => what.fmt(f),
         }
     }
@@ -236,14 +239,19 @@ impl VmControl {
     /// Makes every vCPU leave the guest and wait, and returns at once; [`Self::wait_parked`] tells
     /// when they do. May be called on a vCPU's own thread, which then has to go round its loop.
     ///
-    /// A VM that ends stays ending. Of several reasons the first is kept, except that a page that
-    /// cannot be told of counts more than a request.
+    /// A VM that ends stays ending. Of several reasons the first is kept, except that a request counts
+    /// more than what is over in a moment, and a page that cannot be told of more than both.
     pub fn request_pause(&self, reason: PauseReason) {
         let mut inner = self.lock();
         let news = match self.state() {
             State::Running => true,
             State::Paused => {
-                inner.pause == Some(PauseReason::Request) && reason != PauseReason::Request
+                let weight = |reason: &PauseReason| match reason {
+                    PauseReason::Marking => 0,
+                    PauseReason::Request => 1,
+                    PauseReason::Undeliverable(_) => 2,
+                };
+                inner.pause.as_ref().is_none_or(|known| weight(known) < weight(&reason))
             }
             State::Ending => return,
         };
@@ -287,6 +295,17 @@ impl VmControl {
             self.tell_observer(None);
         }
         self.0.changed.notify_all();
+    }
+
+    /// Lets the vCPUs go on if they are paused for `reason`, and not (any more) for another.
+    pub fn resume_from(&self, reason: &PauseReason) {
+        let mut inner = self.lock();
+        if self.state() == State::Paused && inner.pause.as_ref() == Some(reason) {
+            self.0.state.store(State::Running as u8, Ordering::Release);
+            inner.pause = None;
+            self.tell_observer(None);
+            self.0.changed.notify_all();
+        }
     }
 
     /// Why the VM is paused, if it is.

@@ -10,7 +10,7 @@ use mce_relay::ledger::State;
 use mce_relay::mca::{Kind, PAGE_SHIFT, Vendor};
 use mce_relay::{
     AccessError, AoChannel, Config, Event, FoundBy, KillPolicy, Ledger, RamError, RamMap, Relay,
-    StartError, VcpuPort, Verdict,
+    Signals, StartError, VcpuPort, Verdict,
 };
 
 use crate::acpi::{AcpiError, Table};
@@ -308,6 +308,7 @@ fn way_on(reason: &PauseReason, socket: Option<&Path>) -> String {
         return "there is no --api-socket, so it can only be ended (SIGTERM)".to_owned();
     };
     let again = match reason {
+        PauseReason::Marking => return "it goes on by itself".to_owned(),
         PauseReason::Request => "",
         PauseReason::Undeliverable(_) => {
             " (the vCPU touches the page again, and if the guest still cannot be told, it is paused again)"
@@ -371,6 +372,7 @@ impl RelayHooks<'_> {
                 .map(|notify| ghes::source(vm.vm, notify))
                 .transpose()
                 .map_err(RelayError::Source)?,
+            signals: Signals::Install,
             ledger: self.ledger.clone(),
             observer: self.monitor.for_relay(),
         })?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 use mce_relay::{AccessError, Handle};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use super::types::{
     Current, Extent, Gpa, Ping, Poison, Problem, Retire, Retiring, Running, Status, VmInfo,
@@ -78,6 +79,11 @@ impl Route {
             return Err(Answer { allow: Some(allowed), ..Answer::problem(405, words) });
         }
         Ok(*route)
+    }
+
+    /// Whether it is answered without waiting for anybody but whoever else reads the same few words.
+    pub(super) fn is_quick(self) -> bool {
+        matches!(self, Self::Ping | Self::OpenApi | Self::Info | Self::Shutdown | Self::Resume)
     }
 
     /// What its body looks like, where it has one.
@@ -216,10 +222,20 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
 
 /// A request's body, as JSON of the form that `example` shows.
 fn understood<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, Answer> {
-    serde_json::from_slice(body).map_err(|error| {
+    let wrong = |error: &dyn std::fmt::Display| {
         let words = format!("the body is not understood: {error}; expected e.g. {example}");
         Answer::problem(400, words)
-    })
+    };
+    // serde takes lists for structs, and objects for words; the document does not.
+    let body: Value = serde_json::from_slice(body).map_err(|error| wrong(&error))?;
+    match &body {
+        Value::Object(fields) if fields.values().any(Value::is_object) => {
+            return Err(wrong(&"there is an object in an object"));
+        }
+        Value::Object(_) => {}
+        _ => return Err(wrong(&"it is no object")),
+    }
+    serde_json::from_value(body).map_err(|error| wrong(&error))
 }
 
 /// The answer says something of each.
@@ -249,15 +265,19 @@ pub(super) fn follows(query: Option<&str>) -> Result<bool, String> {
 fn stretch(query: &str) -> Result<(u64, u64), String> {
     const EXPECTED: &str = "expected ?gpa=0x1000&len=64";
     let (mut gpa, mut len) = (None, None);
-    for part in query.split('&').filter(|part| !part.is_empty()) {
+    for part in query.split('&') {
         let (key, value) = part.split_once('=').unwrap_or((part, ""));
         let place = match key {
             "gpa" => &mut gpa,
             "len" => &mut len,
             _ => return Err(format!("{key:?} is not understood; {EXPECTED}")),
         };
-        let number = number(value).ok_or_else(|| {
-            format!("{key} is {value:?}; expected 0x and 1 to 16 digits, or 1 to 19 decimal ones")
+        let number = number(value).filter(|_| key == "gpa" || !value.starts_with("0x"));
+        let number = number.ok_or_else(|| match key {
+            "gpa" => {
+                format!("gpa is {value:?}; expected 0x and 1 to 16 digits, or 1 to 19 decimal ones")
+            }
+            _ => format!("len is {value:?}; expected 1 to {MAX_READ}"),
         })?;
         if place.replace(number).is_some() {
             return Err(format!("{key} is given twice; {EXPECTED}"));
@@ -384,6 +404,15 @@ mod tests {
     }
 
     #[test]
+    fn the_document_has_every_path_and_no_other() {
+        let document: Value = serde_json::from_str(OPENAPI).unwrap();
+        assert_eq!(document["paths"].as_object().unwrap().len(), ROUTES.len());
+        for (path, method, _) in ROUTES {
+            assert!(document["paths"][path][method.to_lowercase()].is_object(), "{path}");
+        }
+    }
+
+    #[test]
     fn a_path_takes_one_method() {
         for (path, method, route) in ROUTES {
             assert_eq!(Route::find(method, path).unwrap(), route);
@@ -404,7 +433,10 @@ mod tests {
         for (bad, named) in [
             ("", "EOF"),
             ("{", "EOF"),
-            ("[]", "gpas"),
+            ("[]", "no object"),
+            (r#"[["0x1000"]]"#, "no object"),
+            (r#"{"gpas":{"0":"0x1000"}}"#, "in an object"),
+            (r#"{"gpas":["0x+1"]}"#, "0x+1"),
             (r#"{"gpas":["4096"]}"#, "4096"),
             (r#"{"gpas":[4096]}"#, "4096"),
             (r#"{"gpas":["0x1ffffffffffffffff"]}"#, "0x1ffffffffffffffff"),
@@ -430,8 +462,10 @@ mod tests {
         assert_eq!(stretch("gpa=0x1000&len=64"), Ok((0x1000, 64)));
         assert_eq!(stretch("len=4194304&gpa=0"), Ok((0, MAX_READ)));
         for (bad, named) in [
-            ("", "missing"),
+            ("", "\"\" is not understood"),
             ("gpa=0x1000", "missing"),
+            ("gpa=0x1000&&len=1", "\"\""),
+            ("gpa=0x1000&len=0x1", "len is \"0x1\""),
             ("gpa=0x1000&len=0", "len is 0"),
             ("gpa=0x1000&len=4194305", "4194305"),
             ("gpa=x&len=1", "\"x\""),

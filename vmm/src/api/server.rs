@@ -176,18 +176,22 @@ async fn serve(
 async fn connection(
     stream: tokio::net::UnixStream,
     server: Arc<Server>,
-    _place: OwnedSemaphorePermit,
+    place: OwnedSemaphorePermit,
 ) {
+    let place = Arc::new(place);
     let limit = Arc::new(Limit::new());
     let for_requests = Arc::clone(&limit);
     let service = service_fn(move |request| {
         let (server, limit) = (Arc::clone(&server), Arc::clone(&for_requests));
-        async move { Ok::<_, Infallible>(server.answer(request, &limit).await) }
+        let place = Arc::clone(&place);
+        async move { Ok::<_, Infallible>(server.answer(request, &limit, &place).await) }
     });
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_PATIENCE)
         .max_buf_size(MAX_BUFFER)
+        // A client that has said everything is still there for the answer.
+        .half_close(true)
         .serve_connection(TokioIo::new(stream), service);
     tokio::select! {
         done = serving => {
@@ -236,7 +240,12 @@ impl Server {
         Self { current, hub, followers: Arc::new(Semaphore::new(MAX_FOLLOWERS)) }
     }
 
-    async fn answer(&self, request: Request<Incoming>, limit: &Limit) -> Reply {
+    async fn answer(
+        &self,
+        request: Request<Incoming>,
+        limit: &Limit,
+        place: &Arc<OwnedSemaphorePermit>,
+    ) -> Reply {
         limit.set(Some(Instant::now() + REQUEST_PATIENCE));
         let (head, body) = request.into_parts();
         let too_long =
@@ -268,7 +277,15 @@ impl Server {
             };
         }
         let (current, hub) = (self.current.clone(), self.hub.clone());
+        if route.is_quick() {
+            // Not behind those who wait for a vCPU.
+            let asked = Asked { route, query: head.uri.query(), body: &body };
+            return whole(routes::answer(&asked, &current, &hub));
+        }
+        // The place is kept until the work is done, also of a client that has gone away.
+        let place = Arc::clone(place);
         let work = tokio::task::spawn_blocking(move || {
+            let _place = place;
             routes::answer(&Asked { route, query: head.uri.query(), body: &body }, &current, &hub)
         });
         match work.await {
@@ -469,6 +486,24 @@ mod tests {
         let text = String::from_utf8(got).unwrap();
         assert_eq!(text.matches("resumed").count(), 8, "{text}");
         assert!(text.ends_with("0\r\n\r\n"), "the stream is complete: {text}");
+    }
+
+    #[test]
+    fn a_client_that_has_said_everything_gets_its_answer() {
+        let (_dir, path, hub, _api) = served();
+        let mut stream =
+            ask(&path, "GET /api/v1/vmm.ping HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        assert!(answer.contains("\"pid\""), "{answer}");
+
+        // One that follows events and goes away is noticed at the next one.
+        let follower =
+            ask(&path, "GET /api/v1/relay.events?follow=true HTTP/1.1\r\nHost: x\r\n\r\n");
+        drop(follower);
+        (0..3).for_each(|_| hub.emit(What::Vm(VmEvent::Resumed {})));
+        client::get::<Value>(&path, "vmm.ping").unwrap();
     }
 
     #[test]

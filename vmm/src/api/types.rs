@@ -28,10 +28,12 @@ pub struct Extent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryBlock {
     /// Guest-physical address of its first byte.
+    #[serde(with = "mce_relay::event::hex")]
     pub gpa: u64,
     /// Length.
     pub len: u64,
     /// Where the VMM has mapped it.
+    #[serde(with = "mce_relay::event::hex")]
     pub hva: u64,
     /// The descriptor of the file behind it, in the VMM's process; null for anonymous memory.
     pub fd: Option<i32>,

@@ -131,17 +131,13 @@ fn advise(hva: u64, advice: libc::c_int) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The vCPUs, held while this lives; they go on afterwards unless they were held before.
-struct Held<'a> {
-    running: &'a Running,
-    was_paused: bool,
-}
+/// The vCPUs, held while this lives; they go on afterwards unless they are held for something else.
+struct Held<'a>(&'a Running);
 
 impl<'a> Held<'a> {
     fn new(running: &'a Running) -> Result<Self, InsideError> {
-        let was_paused = running.control.paused().is_some();
-        let held = Self { running, was_paused };
-        running.control.request_pause(PauseReason::Request);
+        let held = Self(running);
+        running.control.request_pause(PauseReason::Marking);
         match running.control.wait_parked(PAUSE_PATIENCE) {
             Parked::All => Ok(held),
             Parked::Not(_) | Parked::Unpaused => Err(InsideError::NotParked),
@@ -151,9 +147,6 @@ impl<'a> Held<'a> {
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
-        // A vCPU may have met what it cannot be told of on its way out, and then it stays.
-        if !self.was_paused && self.running.control.paused() == Some(PauseReason::Request) {
-            self.running.control.resume();
-        }
+        self.0.control.resume_from(&PauseReason::Marking);
     }
 }
