@@ -10,7 +10,7 @@ use std::mem;
 use crate::event::Thread;
 use crate::mca::{Kind, PAGE_SHIFT, PAGE_SIZE};
 use crate::relay::{Handle, Inner, Shared};
-use crate::signal::{self, Caught, ThreadSlot};
+use crate::signal::{self, Caught, ExitByte, ThreadSlot};
 
 /// Why a memory failure is not forged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -113,8 +113,7 @@ impl Handle {
     /// # Errors
     /// This thread takes memory failures already.
     pub fn poisoning<R>(&self, poison: impl FnOnce() -> R) -> std::io::Result<R> {
-        // SAFETY: a null `immediate_exit` is always allowed.
-        let slot = unsafe { ThreadSlot::attach(std::ptr::null_mut()) }?;
+        let slot = ThreadSlot::attach(ExitByte::NONE)?;
         let result = poison();
         let mut inner = self.0.lock();
         while let Some(caught) = slot.take() {

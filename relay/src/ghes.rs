@@ -99,8 +99,7 @@ impl Source {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        // SAFETY: the page is guest RAM, which no reference leads to (contract of `RamRegion`).
-        unsafe { read::write(self.hva + offset, bytes) }
+        read::write(self.hva + offset, bytes)
     }
 
     /// What lies in the block.

@@ -19,6 +19,8 @@
 //! check: [`firmware`] decides, [`cper::record`] makes the record, [`ghes`] puts it where the guest
 //! finds it and rings the [`Bell`].
 
+#![deny(unsafe_code)]
+
 pub mod cper;
 pub mod delivery;
 pub mod event;
@@ -26,19 +28,21 @@ pub mod firmware;
 mod forge;
 pub mod ghes;
 
-mod last_words;
 pub mod ledger;
 pub mod mca;
 mod pace;
-mod policy;
 mod port;
 mod ram;
+#[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod read;
 mod relay;
+#[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod scan;
 mod search;
+#[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod signal;
 mod slot;
+pub mod watch;
 
 /// Where [`slot`] gets its atomics; `tests/loom.rs` gives it loom's.
 mod sync {
@@ -56,9 +60,8 @@ pub use forge::ForgeError;
 pub use ghes::{Bell, Ghes};
 pub use ledger::{FoundBy, Ledger, Page, Place, Predicted};
 pub use pace::Pace;
-pub use policy::KillPolicy;
 pub use port::{Mca, VcpuPort, Verdict};
 pub use ram::{RamError, RamMap, RamRegion};
 pub use read::AccessError;
 pub use relay::{Config, Handle, Relay, RetireError, StartError};
-pub use signal::{Handled, Signals};
+pub use signal::{ExitByte, Handled, KillPolicy, Signals};

@@ -51,8 +51,7 @@ pub fn read_ram(ram: &RamMap, gpa: u64, to: &mut [u8]) -> Result<usize, AccessEr
 /// Not even the first byte could be written.
 pub fn write_ram(ram: &RamMap, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
     let (hva, len) = stretch(ram, gpa, from.len())?;
-    // SAFETY: guest RAM, which no reference leads to (contract of `RamRegion`).
-    reached(gpa, hva, unsafe { write_some(hva, &from[..len]) })
+    reached(gpa, hva, write_some(hva, &from[..len]))
 }
 
 /// Where `gpa` is, and how many of `len` bytes from there are in the same region.
@@ -96,22 +95,18 @@ fn read_some(hva: u64, to: &mut [u8]) -> io::Result<usize> {
 /// # Errors
 /// EFAULT where the memory is bad, read-only or there is none; part may have been written then.
 ///
-/// # Safety
-/// The bytes at `hva` belong to the guest, or to nobody: no reference of Rust's leads to them.
-pub(crate) unsafe fn write(hva: u64, from: &[u8]) -> io::Result<()> {
-    // SAFETY: this function's contract is the other's.
-    whole(unsafe { write_some(hva, from) }?, from.len())
+/// `hva` is of guest RAM, whose bytes no reference of Rust's leads to (the contract of `RamRegion`), or of
+/// nobody.
+pub(crate) fn write(hva: u64, from: &[u8]) -> io::Result<()> {
+    whole(write_some(hva, from)?, from.len())
 }
 
 /// The same up to the first page that cannot be reached; how many bytes.
-///
-/// # Safety
-/// As for [`write`].
-unsafe fn write_some(hva: u64, from: &[u8]) -> io::Result<usize> {
+fn write_some(hva: u64, from: &[u8]) -> io::Result<usize> {
     let local = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
     let remote = libc::iovec { iov_base: hva as *mut libc::c_void, iov_len: from.len() };
     // SAFETY: the kernel reads `from.len()` bytes at `from` and checks `remote` itself; that nothing
-    // of Rust's is changed there is this function's contract.
+    // of Rust's is changed there is what `write` asks of its callers.
     let copied = unsafe {
         libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
     };
@@ -134,16 +129,14 @@ mod tests {
     fn copies_both_ways_and_survives_what_is_not_there() {
         let mut page = [0_u8; 64];
         let hva = (&raw mut page) as u64;
-        // SAFETY: the array outlives the call and is not read through a reference meanwhile.
-        unsafe { write(hva + 8, &[1, 2, 3]).unwrap() };
+        write(hva + 8, &[1, 2, 3]).unwrap();
         let mut back = [0; 5];
         read(hva + 7, &mut back).unwrap();
         assert_eq!(back, [0, 1, 2, 3, 0]);
 
         let efault = |result: io::Result<()>| result.unwrap_err().raw_os_error();
         assert_eq!(efault(read(0, &mut back)), Some(libc::EFAULT));
-        // SAFETY: nothing is mapped at address zero.
-        assert_eq!(efault(unsafe { write(0, &[1]) }), Some(libc::EFAULT));
+        assert_eq!(efault(write(0, &[1])), Some(libc::EFAULT));
     }
 
     #[test]
@@ -183,7 +176,6 @@ mod tests {
             at as u64
         };
         assert!(read(hva + 4000, &mut [0; 200]).is_err());
-        // SAFETY: nobody else knows the page.
-        assert!(unsafe { write(hva + 4000, &[0; 200]) }.is_err());
+        assert!(write(hva + 4000, &[0; 200]).is_err());
     }
 }

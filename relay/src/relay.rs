@@ -7,8 +7,6 @@
 
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
@@ -24,12 +22,11 @@ use crate::ghes::{Ghes, Source};
 use crate::ledger::{FoundBy, Ledger, Page, Place, Predicted, State};
 use crate::mca::{Caps, Kind, PAGE_SIZE};
 use crate::pace::Pace;
-use crate::policy::KillPolicy;
 use crate::port::{Round, VcpuPort};
 use crate::ram::{RamError, RamMap, RamRegion};
 use crate::read::{self, AccessError};
 use crate::search::Search;
-use crate::signal::{self, Caught, Signals, Slot, ThreadSlot};
+use crate::signal::{self, Caught, ExitByte, KillPolicy, Signals, Slot, ThreadSlot, Wake};
 
 /// First pause before a vCPU that could not be told is looked at again.
 pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(5);
@@ -65,6 +62,32 @@ pub struct Config {
     pub observer: Box<dyn Fn(&Event) + Send + Sync>,
 }
 
+impl Config {
+    /// For a guest with `vcpus` processors that was shown `caps` and has `ram`, with defaults for the rest:
+    /// early kill, the default pace, AOs by machine check, a handler of the relay's own, an empty ledger.
+    /// `observer` is called with every event: see [`Self::observer`].
+    #[must_use]
+    pub fn new(
+        vcpus: usize,
+        caps: Caps,
+        ram: RamMap,
+        observer: impl Fn(&Event) + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            vcpus,
+            caps,
+            ram,
+            policy: KillPolicy::Early,
+            pace: Pace::default(),
+            ao_channel: AoChannel::default(),
+            ghes: None,
+            signals: Signals::default(),
+            ledger: Ledger::default(),
+            observer: Box::new(observer),
+        }
+    }
+}
+
 pub(crate) struct Attached {
     slot: Arc<Slot>,
     kick: Box<dyn Fn() + Send>,
@@ -92,6 +115,9 @@ pub(crate) struct Inner {
 impl Inner {
     /// An AO for the page at `gpa`, which nobody has heard of.
     pub(crate) fn push_ao(&mut self, gpa: u64) {
+        if self.vcpus.is_empty() {
+            return;
+        }
         self.delivery.push_ao(gpa);
         self.news = true;
         self.firmware_news = true;
@@ -121,7 +147,7 @@ pub(crate) struct Shared {
     start: Instant,
     observer: Box<dyn Fn(&Event) + Send + Sync>,
     stop: AtomicBool,
-    wake: OwnedFd,
+    wake: Wake,
     /// How often guest RAM was looked through.
     pub(crate) scans: AtomicU64,
 }
@@ -141,10 +167,7 @@ impl Shared {
 
     /// Wakes the relay's thread.
     pub(crate) fn wake(&self) {
-        let one = 1u64;
-        // SAFETY: writes eight bytes from a live u64 to a descriptor we own. It can only fail on a
-        // full counter, and then the thread is being woken already.
-        unsafe { libc::write(self.wake.as_raw_fd(), (&raw const one).cast(), 8) };
+        self.wake.wake();
     }
 
     /// The time since the relay was started, as [`Delivery`] wants it.
@@ -341,13 +364,14 @@ impl Relay {
         if config.vcpus == 0 {
             return Err(StartError::NoVcpu);
         }
+        Self::without_vcpus(config)
+    }
+
+    /// The same, and there may be nobody to tell but the observer.
+    pub(crate) fn without_vcpus(config: Config) -> Result<Self, StartError> {
         signal::set_up(config.signals).map_err(StartError::Handler)?;
         KillPolicy::Late.set().map_err(StartError::Policy)?;
-        // SAFETY: eventfd takes no pointer; the result is checked below.
-        let wake = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if wake < 0 {
-            return Err(StartError::Thread(io::Error::last_os_error()));
-        }
+        let wake = Wake::new().map_err(StartError::Thread)?;
         let mut delivery = Delivery::new(config.caps, config.vcpus, config.pace);
         let mut source = None;
         if let Some(ghes) = config.ghes {
@@ -375,8 +399,7 @@ impl Relay {
             start: Instant::now(),
             observer: config.observer,
             stop: AtomicBool::new(false),
-            // SAFETY: a descriptor that eventfd has just made, owned by nobody else.
-            wake: unsafe { OwnedFd::from_raw_fd(wake) },
+            wake,
             scans: AtomicU64::new(0),
         });
         let (ready, started) = std::sync::mpsc::sync_channel(1);
@@ -393,20 +416,16 @@ impl Relay {
         Ok(relay)
     }
 
-    /// Attaches the calling thread as the one that runs `vcpu`. `kick` makes that vCPU leave
-    /// KVM_RUN; it may be called from any thread. A signal whose handler calls
+    /// Attaches the calling thread as the one that runs `vcpu`, whose `kvm_run.immediate_exit` is `exit`.
+    /// `kick` makes that vCPU leave KVM_RUN; it may be called from any thread. A signal whose handler calls
     /// [`signal::request_exit`] does it without a race.
-    ///
-    /// # Safety
-    /// `immediate_exit` is null or points to `kvm_run.immediate_exit` of the vCPU, and stays mapped
-    /// until the port is dropped.
     ///
     /// # Errors
     /// There is no such vCPU, or the vCPU or the thread is attached already.
-    pub unsafe fn attach(
+    pub fn attach(
         &self,
         vcpu: usize,
-        immediate_exit: *mut u8,
+        exit: ExitByte,
         kick: Box<dyn Fn() + Send>,
     ) -> io::Result<VcpuPort> {
         let mut inner = self.shared.lock();
@@ -417,8 +436,7 @@ impl Relay {
             }
             Some(None) => {}
         }
-        // SAFETY: this function's contract is that of `ThreadSlot::attach`.
-        let slot = unsafe { ThreadSlot::attach(immediate_exit)? };
+        let slot = ThreadSlot::attach(exit)?;
         // Errors may have arrived before the thread did.
         slot.shared().ask_attention();
         inner.vcpus[vcpu] = Some(Attached { slot: slot.shared(), kick, parked: false });
@@ -549,6 +567,18 @@ impl Handle {
         Ok(region)
     }
 
+    /// There is good memory again in the pages of `len` bytes at guest-physical `gpa`.
+    pub(crate) fn replaced(&self, gpa: u64, len: u64) {
+        let mut inner = self.0.lock();
+        let now = SystemTime::now();
+        let within = RamRegion::new(gpa, gpa, len);
+        for gpa in Self::known_within(&inner, within) {
+            if inner.ledger.heal(gpa, now) {
+                self.0.emit(&Event::Healed { gpa });
+            }
+        }
+    }
+
     fn known_within(inner: &Inner, region: RamRegion) -> Vec<u64> {
         let known = inner.ledger.pages().map(|page| page.gpa);
         known.filter(|gpa| *gpa >= region.gpa && *gpa - region.gpa < region.len).collect()
@@ -617,8 +647,7 @@ fn relay_thread(
 ) {
     let policy = if policy == KillPolicy::Late { policy } else { KillPolicy::Early };
     let set_up = || {
-        // SAFETY: a null `immediate_exit` is always allowed.
-        let slot = unsafe { ThreadSlot::attach(ptr::null_mut()) }.map_err(StartError::Thread)?;
+        let slot = ThreadSlot::attach(ExitByte::NONE).map_err(StartError::Thread)?;
         policy.set().map_err(StartError::Policy)?;
         Ok(slot)
     };
@@ -646,7 +675,7 @@ fn relay_thread(
         let firmware = source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
         let pause = call_those_who_wait(shared, &mut call_at).min(firmware);
         let pause = search.as_ref().map_or(pause, |search| pause.min(search.pause()));
-        sleep_until_signal(&slot, &shared.wake, pause);
+        shared.wake.sleep(&slot, pause);
     }
 }
 
@@ -695,33 +724,4 @@ fn call_those_who_wait(shared: &Shared, call_at: &mut Option<Instant>) -> Durati
     let at = call_at.map_or(clock + next, |at| at.min(clock + next));
     *call_at = Some(at);
     at - clock
-}
-
-/// Sleeps until a signal is stored in `slot`, `wake` is written, or `pause` is over. SIGBUS is
-/// blocked only between the look and the sleep, so that no signal falls into the gap.
-fn sleep_until_signal(slot: &ThreadSlot, wake: &OwnedFd, pause: Duration) {
-    let timeout = libc::timespec {
-        // At most IDLE_TICK.
-        tv_sec: libc::time_t::try_from(pause.as_secs()).unwrap_or(1),
-        tv_nsec: libc::c_long::from(pause.subsec_nanos()),
-    };
-    let mut fd = libc::pollfd { fd: wake.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-    // SAFETY: the sets are initialised by sigemptyset before they are read; every pointer is to a
-    // live local; ppoll restores the mask it replaced.
-    unsafe {
-        let mut bus = std::mem::zeroed::<libc::sigset_t>();
-        let mut before = std::mem::zeroed::<libc::sigset_t>();
-        libc::sigemptyset(&raw mut bus);
-        libc::sigaddset(&raw mut bus, libc::SIGBUS);
-        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const bus, &raw mut before);
-        if slot.is_empty() {
-            libc::sigdelset(&raw mut before, libc::SIGBUS);
-            libc::ppoll(&raw mut fd, 1, &raw const timeout, &raw const before);
-        }
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const bus, ptr::null_mut());
-    }
-    let mut count = 0u64;
-    // SAFETY: reads eight bytes into a live u64 from a descriptor we own; it does not block, and
-    // whether there was anything to read does not matter.
-    unsafe { libc::read(wake.as_raw_fd(), (&raw mut count).cast(), 8) };
 }

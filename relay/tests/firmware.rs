@@ -16,8 +16,8 @@ use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_OFFSET};
 use mce_relay::ledger::{Place, State};
 use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
 use mce_relay::{
-    AoChannel, Bell, Config, Event, Ghes, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay,
-    RetireError, Signals, StartError, VcpuPort, Verdict,
+    AoChannel, Bell, Config, Event, ExitByte, Ghes, KillPolicy, Ledger, Mca, Pace, RamMap,
+    RamRegion, Relay, RetireError, Signals, StartError, VcpuPort, Verdict,
 };
 
 /// Guest RAM: the block's page, and pages to go bad.
@@ -197,8 +197,7 @@ impl Machine {
         let observer = Box::new(move |event: &Event| all.lock().unwrap().push(event.clone()));
         let config = Config { observer, pace, ..config(hva, caps, ao_channel, Some(ghes)) };
         let relay = Relay::start(config).unwrap();
-        // SAFETY: a null `immediate_exit` is always allowed.
-        let port = unsafe { relay.attach(0, std::ptr::null_mut(), Box::new(|| {})) }.unwrap();
+        let port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
         let state = McaState {
             waits_for_sipi: false,
             cr4_mce: true,

@@ -19,8 +19,8 @@ use mce_relay::mca::{
     BANKS, Bank, Caps, Form, Kind, MAX_BANKS, McaState, Record, Vendor, cap, mcg, status,
 };
 use mce_relay::{
-    AoChannel, Config, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Signals, Verdict,
-    signal,
+    AoChannel, Config, ExitByte, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Signals,
+    Verdict, signal,
 };
 
 const HVA: u64 = 0x7f00_0000_0000;
@@ -103,8 +103,7 @@ fn amd() -> Caps {
 }
 
 fn attach(relay: &Relay, vcpu: usize) -> mce_relay::VcpuPort {
-    // SAFETY: a null `immediate_exit` is always allowed.
-    unsafe { relay.attach(vcpu, std::ptr::null_mut(), Box::new(|| {})) }.unwrap()
+    relay.attach(vcpu, ExitByte::NONE, Box::new(|| {})).unwrap()
 }
 
 /// Runs `body` on a thread of its own: a policy and a slot belong to a thread.
@@ -375,13 +374,11 @@ fn attaching_twice_is_refused() {
     on_own_thread(|| {
         let (relay, _events) = start(amd(), 1);
         let port = attach(&relay, 0);
-        // SAFETY: a null `immediate_exit` is always allowed.
-        let again = unsafe { relay.attach(0, std::ptr::null_mut(), Box::new(|| {})) };
+        let again = relay.attach(0, ExitByte::NONE, Box::new(|| {}));
         assert!(again.is_err());
         drop(port);
         drop(attach(&relay, 0));
-        // SAFETY: as above.
-        assert!(unsafe { relay.attach(1, std::ptr::null_mut(), Box::new(|| {})) }.is_err());
+        assert!(relay.attach(1, ExitByte::NONE, Box::new(|| {})).is_err());
         signal::request_exit();
     });
 }

@@ -4,6 +4,7 @@
 
 mod bare;
 mod destat;
+mod embed;
 mod loops;
 mod payload;
 mod policy;
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         destat::a_guest_that_clears_destat_survives needs has_kvm,
         destat::the_other_registers_of_scalable_mca_stay_faults needs has_kvm,
         destat::a_guest_of_mce_relay_run_survives needs has_kvm,
+        embed::the_example_runs_and_is_short needs has_kvm,
         relayed::a_forged_ar_is_told_by_machine_check needs has_kvm,
         relayed::a_forged_ao_to_oneself_is_logged needs has_kvm,
         relayed::an_ao_waits_while_mcip needs has_kvm,

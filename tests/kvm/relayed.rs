@@ -7,8 +7,8 @@ use mce_relay::event::Injection;
 use mce_relay::ledger::State;
 use mce_relay::mca::{Form, mcg, record};
 use mce_relay::{
-    AoChannel, Config, Event, KillPolicy, Ledger, Pace, RamMap, RamRegion, Relay, Signals,
-    VcpuPort, Verdict,
+    AoChannel, Config, Event, ExitByte, KillPolicy, Ledger, Pace, RamMap, RamRegion, Relay,
+    Signals, VcpuPort, Verdict,
 };
 
 use crate::payload::{Did, Payload, Ram, Start, TARGET, handled};
@@ -51,7 +51,8 @@ impl Relayed {
         let exit = &raw mut payload.vcpu.get_kvm_run().immediate_exit;
         // The payload leaves the guest by itself at every beat, so nobody has to kick it.
         // SAFETY: `port` is dropped before `payload`, whose kvm_run the byte lies in (field order).
-        let port = unsafe { relay.attach(0, exit, Box::new(|| {})) }.unwrap();
+        let exit = unsafe { ExitByte::new(exit) };
+        let port = relay.attach(0, exit, Box::new(|| {})).unwrap();
         Self { port, relay, payload, events }
     }
 

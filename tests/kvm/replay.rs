@@ -17,7 +17,7 @@ use crate::stepper::{Stepper, steppers};
 /// Histories of one test, as far as there is time.
 const CASES: u32 = 500;
 const LEAST: u32 = 5;
-const TIME: Duration = Duration::from_secs(15);
+const TIME: Duration = Duration::from_secs(6);
 
 /// A vCPU of KVM, and the model that is to be its equal in all it does.
 struct Both {

@@ -10,13 +10,12 @@ use std::hint::black_box;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
-use std::ptr;
 
 use libc::{c_int, pid_t};
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor};
 use mce_relay::{
-    AoChannel, Config, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Signals, VcpuPort,
-    Verdict,
+    AoChannel, Config, ExitByte, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Signals,
+    VcpuPort, Verdict,
 };
 use mce_relay_tests::lab::has_kvm;
 use mce_relay_tests::suite;
@@ -57,8 +56,7 @@ fn attach() -> (Relay, VcpuPort) {
         observer: Box::new(|_| {}),
     })
     .unwrap();
-    // SAFETY: a null `immediate_exit` is always allowed.
-    let port = unsafe { relay.attach(0, ptr::null_mut(), Box::new(|| {})) }.unwrap();
+    let port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
     (relay, port)
 }
 

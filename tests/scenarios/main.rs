@@ -15,22 +15,22 @@ mod memory;
 mod not_ours;
 mod placement;
 mod undeliverable;
+mod watch;
 
 use std::process::ExitCode;
 
 use mce_relay_tests::lab::{has_hardware, may_poison};
 use mce_relay_tests::suite;
 
-/// For what differs from its neighbour in the number of vCPUs or the vendor alone: a test run has twenty
-/// minutes.
+/// For what differs little from its neighbour (in the number of vCPUs, the vendor, the kind of file): a test
+/// run has twenty minutes.
 fn may_soak() -> Result<(), String> {
     may_poison()?;
     match std::env::var_os("MCE_RELAY_SOAK") {
         Some(_) => Ok(()),
-        None => Err(
-            "is left to make soak; its neighbour, of the other vendor or with two vCPUs, is run"
-                .to_owned(),
-        ),
+        None => {
+            Err("is left to make soak; a neighbour that differs from it little is run".to_owned())
+        }
     }
 }
 
@@ -64,7 +64,7 @@ fn main() -> ExitCode {
         burst::intel_by_lmce needs may_poison,
         delivery::while_the_handler_runs needs may_poison,
         delivery::while_an_amd_guest_boots needs may_poison,
-        delivery::while_an_intel_guest_boots needs may_poison,
+        delivery::while_an_intel_guest_boots needs may_soak,
         delivery::a_touch_after_the_ao needs may_poison,
         delivery::a_touch_while_the_ao_waits needs may_poison,
         delivery::a_touch_before_the_ao_amd needs may_poison,
@@ -82,7 +82,7 @@ fn main() -> ExitCode {
         firmware::a_touch_is_a_machine_check needs may_poison,
         firmware::a_guest_without_the_driver_amd needs may_poison,
         firmware::a_guest_without_the_driver_intel needs may_soak,
-        firmware::a_guest_without_acpi needs may_poison,
+        firmware::a_guest_without_acpi needs may_soak,
         firmware::a_guest_without_the_reserved_page needs may_poison,
         firmware::a_record_that_is_never_taken needs may_poison,
         firmware::a_block_that_is_scribbled_over needs may_poison,
@@ -93,13 +93,14 @@ fn main() -> ExitCode {
         firmware::retire_without_the_driver needs may_poison,
         memory::anonymous needs may_poison,
         memory::thp needs may_poison,
-        memory::file needs may_poison,
+        memory::file needs may_soak,
         memory::hugetlb needs may_poison,
         memory::a_huge_page_that_cannot_be_replaced needs may_poison,
         memory::dump needs may_poison,
         memory::the_vmms_own_touch needs may_poison,
         memory::while_paused needs may_poison,
         not_ours::a_page_of_the_vmm needs may_poison_the_vmm,
+        watch::a_cache_loses_one_entry needs may_poison,
         undeliverable::stop needs may_poison,
         undeliverable::pause needs may_poison,
         undeliverable::reset needs may_poison,

@@ -216,6 +216,21 @@ pub fn filters_and_unpoison() {
         assert_eq!(filters(), before, "{filter:?}: everything is as it was");
     }
     guest.agent.others_intact(&pages, &gone);
+    // Ctrl-C in the middle of many: some are done, and the filters are as they were.
+    let many = guest.agent.alloc_many("anon", 512);
+    let list: Vec<String> = many.iter().map(|page| format!("{:#x}", page.gpa)).collect();
+    let child = guest.spawn("poison", &["--via", "hwpoison-inject", "--gpa", &list.join(",")]);
+    while filters() == before {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // SAFETY: sends a signal to a child that has not been waited for.
+    unsafe { libc::kill(child.id().cast_signed(), libc::SIGINT) };
+    let out = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    println!("    {}", said.lines().last().unwrap_or_default());
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("interrupted before its turn"), "{said}");
+    assert_eq!(filters(), before);
     guest.power_off();
 
     for page in &frames {

@@ -294,6 +294,15 @@ impl Vmm {
         mce_relay(&all)
     }
 
+    /// Starts the same and does not wait for it.
+    pub fn spawn(&self, command: &str, args: &[&str]) -> Child {
+        let socket = format!("path={}", self.at("api").display());
+        let mut tool = Command::new(binary());
+        tool.args([command, "--api-socket", &socket]).args(args);
+        tool.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        tool.spawn().unwrap()
+    }
+
     /// Poisons the host's page behind `gpa`; the command's account of it.
     pub fn poison(&self, gpa: u64, via: &str) -> Value {
         let out = self.command("poison", &["--gpa", &format!("{gpa:#x}"), "--via", via, "--json"]);

@@ -223,6 +223,9 @@ pub enum PoisonError {
     /// The VMM was asked, and could not.
     #[error("{0}")]
     Vmm(String),
+    /// The user stopped it.
+    #[error("interrupted before its turn came; it is as it was")]
+    Interrupted,
     /// A page that was to move did not.
     #[error("the kernel took the request, but the page is where it was (page frame {pfn:#x})")]
     NotMoved {
@@ -296,9 +299,11 @@ pub fn poison_all(
     let asked = if by_vmm {
         ask_vmm(order, &targets, progress)?
     } else {
+        // Before anything of the host's is changed.
+        let interrupted = outside::Interrupted::new();
         let mut poisoner = outside::Poisoner::open(&vm, order, &mut notes)?;
         let start_of_work = Instant::now();
-        let asked = outside::poison(&mut poisoner, &targets, &mut looked, progress);
+        let asked = outside::poison(&mut poisoner, &targets, &mut looked, &interrupted, progress);
         notes.extend(poisoner.close());
         let took = start_of_work.elapsed();
         return Ok(settle(order, pages, asked, looked, took, notes));
@@ -427,6 +432,9 @@ fn seen_to(
         return result;
     };
     if let Err(error) = result {
+        if matches!(error, PoisonError::Interrupted) {
+            return Err(error);
+        }
         return Err(match flags.is_poisoned(pfn) {
             Ok(true) => PoisonError::MarkedOnly { pfn, source: error.into() },
             _ => error,

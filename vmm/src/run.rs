@@ -9,8 +9,8 @@ use log::{error, warn};
 use mce_relay::ledger::State;
 use mce_relay::mca::{Kind, PAGE_SHIFT, Vendor};
 use mce_relay::{
-    AccessError, AoChannel, Config, Event, FoundBy, KillPolicy, Ledger, RamError, RamMap, Relay,
-    Signals, StartError, VcpuPort, Verdict,
+    AccessError, AoChannel, Config, Event, ExitByte, FoundBy, KillPolicy, Ledger, RamError, RamMap,
+    Relay, Signals, StartError, VcpuPort, Verdict,
 };
 
 use crate::acpi::{AcpiError, Table};
@@ -440,7 +440,8 @@ impl VcpuSetup for RelaySetup {
         let kick = Box::new(move || control.kick(index));
         // SAFETY: the byte lies in the vCPU's kvm_run mapping, and the vCPU's owner drops the hook
         // with the port in it before the vCPU (see `Vcpu::run`).
-        let port = unsafe { self.relay.attach(usize::from(index), immediate_exit, kick)? };
+        let exit = unsafe { ExitByte::new(immediate_exit) };
+        let port = self.relay.attach(usize::from(index), exit, kick)?;
         let injector = self.injector;
         Ok(Box::new(RelayHook { index, on_undeliverable, guest, port, injector }))
     }

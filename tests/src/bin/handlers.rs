@@ -18,8 +18,8 @@ use libc::{c_int, c_void, siginfo_t};
 use mce_relay::mca::{BANKS, Bank, Caps, Kind, MAX_BANKS, McaState, Record, Vendor, cap};
 use mce_relay::signal::{BUS_MCEERR_AR, handle};
 use mce_relay::{
-    AoChannel, Config, Event, Handled, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay,
-    Signals,
+    AoChannel, Config, Event, ExitByte, Handled, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion,
+    Relay, Signals,
 };
 
 /// Nothing is there, and nothing has to be: the signals are forged.
@@ -162,8 +162,7 @@ fn main() -> ExitCode {
     };
     relay.handle().forge(0x1000, None).unwrap();
     println!("AO at {:#x}", seen(Kind::ActionOptional));
-    // SAFETY: a null `immediate_exit` is always allowed.
-    let mut port = unsafe { relay.attach(0, ptr::null_mut(), Box::new(|| {})) }.unwrap();
+    let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
     let mut vcpu = Ready(Vec::new());
     forge_ar(usize::try_from(HVA).unwrap() + 0x5000);
     let _ = port.before_run(&mut vcpu);

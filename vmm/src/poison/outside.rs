@@ -7,8 +7,11 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use libc::{c_int, c_void, siginfo_t};
+use signal_hook::SigId;
 use vmm_sys_util::signal::register_signal_handler;
 
 use super::{Asked, FilterChoice, Looked, Means, Order, PoisonError, Target};
@@ -125,15 +128,48 @@ impl Poisoner {
     }
 }
 
+/// While this lives a Ctrl-C ends the work and not the process, which has to put back what it changed.
+pub(super) struct Interrupted {
+    flag: Arc<AtomicBool>,
+    ids: Vec<SigId>,
+}
+
+impl Interrupted {
+    pub(super) fn new() -> Self {
+        let flag = Arc::new(AtomicBool::new(false));
+        let register = |signal| signal_hook::flag::register(signal, Arc::clone(&flag)).ok();
+        let ids = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].into_iter().filter_map(register);
+        let ids = ids.collect();
+        Self { flag, ids }
+    }
+
+    fn is_set(&self) -> bool {
+        self.flag.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Interrupted {
+    fn drop(&mut self) {
+        for id in self.ids.drain(..) {
+            signal_hook::low_level::unregister(id);
+        }
+    }
+}
+
 /// Poisons all targets; what the kernel said to each.
 pub(super) fn poison(
     poisoner: &mut Poisoner,
     targets: &[Target],
     looked: &mut Looked,
+    interrupted: &Interrupted,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Vec<Asked> {
     let mut asked = Vec::with_capacity(targets.len());
     for target in targets {
+        if interrupted.is_set() {
+            asked.push((None, Err(PoisonError::Interrupted)));
+            continue;
+        }
         // The host may have moved the page since it was looked up, and the frame may be somebody
         // else's by now. Looking again leaves no more time for that than poisoning one page does.
         let pfn = match &looked.pagemap {

@@ -7,11 +7,15 @@
 //!
 //! Everything else (other codes, an AR where nobody can act) goes to the handler that was there
 //! before, or to the default action with the true `siginfo`, after one line on stderr
-//! (`last_words.rs`). Nobody but this process itself can
+//! (`last_words`). Nobody but this process itself can
 //! forge a memory failure: the kernel lets another one send codes of 0 and below only.
 //!
 //! A host that has a SIGBUS handler of its own and wants to keep it ([`Signals::Host`]) calls [`handle`]
 //! in it, and does what it always did with what is not ours.
+
+mod last_words;
+mod policy;
+mod wake;
 
 use std::io;
 use std::marker::PhantomData;
@@ -22,8 +26,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libc::{c_int, c_void, sigaction, siginfo_t};
 
-use crate::last_words::{self, From as Origin, Next};
 use crate::mca::Kind;
+use last_words::{From as Origin, Next};
+pub use policy::KillPolicy;
+pub(crate) use wake::Wake;
+
 pub use crate::slot::Caught;
 use crate::slot::Orphans;
 pub(crate) use crate::slot::Slot;
@@ -93,7 +100,7 @@ fn own_slot() -> *const Slot {
 pub fn request_exit() {
     let exit = IMMEDIATE_EXIT.with(|exit| exit.load(Ordering::Acquire));
     if !exit.is_null() {
-        // SAFETY: `ThreadSlot::attach`'s caller keeps the byte mapped for as long as this thread is
+        // SAFETY: `ExitByte::new`'s caller keeps the byte mapped for as long as this thread is
         // attached, and every access to it from Rust is atomic or by the kernel.
         unsafe { AtomicU8::from_ptr(exit) }.store(1, Ordering::Relaxed);
     }
@@ -109,6 +116,26 @@ pub(crate) fn take_orphan_overrun() -> u32 {
     PROCESS.get().map_or(0, |process| process.orphans.take_dropped())
 }
 
+/// `kvm_run.immediate_exit` of a vCPU, which the handler writes so that a KVM_RUN that is about to start ends
+/// at once.
+#[derive(Debug)]
+pub struct ExitByte(*mut u8);
+
+impl ExitByte {
+    /// None: of a thread that is not in a KVM_RUN, or whose run ends soon enough by itself.
+    pub const NONE: Self = Self(ptr::null_mut());
+
+    /// The byte at `immediate_exit`.
+    ///
+    /// # Safety
+    /// It stays mapped, and is written by nobody but atomically or by the kernel, until the port that is
+    /// attached with it is dropped.
+    #[must_use]
+    pub unsafe fn new(immediate_exit: *mut u8) -> Self {
+        Self(immediate_exit)
+    }
+}
+
 /// The calling thread's membership: while it lives, memory failures signalled to this thread are
 /// stored. It must be dropped on the thread that made it, so it is not `Send`.
 #[derive(Debug)]
@@ -118,15 +145,11 @@ pub(crate) struct ThreadSlot {
 }
 
 impl ThreadSlot {
-    /// Attaches the calling thread. `immediate_exit` is `kvm_run.immediate_exit` of the vCPU that
-    /// this thread runs, or null.
-    ///
-    /// # Safety
-    /// `immediate_exit` is null or stays valid for one-byte writes until the value is dropped.
+    /// Attaches the calling thread; the handler makes the KVM_RUN that `exit` belongs to end at once.
     ///
     /// # Errors
     /// The handler is not installed, or the thread is attached already.
-    pub(crate) unsafe fn attach(immediate_exit: *mut u8) -> io::Result<Self> {
+    pub(crate) fn attach(exit: ExitByte) -> io::Result<Self> {
         if !process().ready {
             return Err(io::Error::other("the SIGBUS handler is not installed"));
         }
@@ -134,7 +157,7 @@ impl ThreadSlot {
             return Err(io::Error::other("this thread takes memory failures already"));
         }
         let slot = Arc::new(Slot::new());
-        IMMEDIATE_EXIT.with(|exit| exit.store(immediate_exit, Ordering::Release));
+        IMMEDIATE_EXIT.with(|byte| byte.store(exit.0, Ordering::Release));
         SLOT.with(|own| own.store(Arc::as_ptr(&slot).cast_mut(), Ordering::Release));
         Ok(Self { slot, not_send: PhantomData })
     }
@@ -453,7 +476,7 @@ mod tests {
         let mut exit = 0_u8;
         let exit = &raw mut exit;
         // SAFETY: the byte outlives the slot.
-        let slot = unsafe { ThreadSlot::attach(exit) }.unwrap();
+        let slot = ThreadSlot::attach(unsafe { ExitByte::new(exit) }).unwrap();
         assert!(store(&AO));
         assert!(slot.attention());
         // SAFETY: a local of this function.
@@ -471,8 +494,7 @@ mod tests {
     #[test]
     fn a_full_slot_keeps_an_ao_and_hands_an_ar_on() {
         install().unwrap();
-        // SAFETY: a null `immediate_exit` is always allowed.
-        let slot = unsafe { ThreadSlot::attach(ptr::null_mut()) }.unwrap();
+        let slot = ThreadSlot::attach(ExitByte::NONE).unwrap();
         let ar = MceInfo { code: BUS_MCEERR_AR, ..AO };
         while slot.take_overrun() == 0 {
             assert!(store(&AO));
@@ -485,8 +507,7 @@ mod tests {
     #[test]
     fn only_memory_failures_are_ours() {
         install().unwrap();
-        // SAFETY: a null `immediate_exit` is always allowed.
-        let slot = unsafe { ThreadSlot::attach(ptr::null_mut()) }.unwrap();
+        let slot = ThreadSlot::attach(ExitByte::NONE).unwrap();
         let codes = [libc::SI_USER, libc::SI_QUEUE, libc::SI_TKILL, libc::BUS_ADRERR, 0x80];
         for code in codes.into_iter().chain([-BUS_MCEERR_AO, BUS_MCEERR_AO + 1, i32::MIN]) {
             assert!(!store(&MceInfo { code, ..AO }), "si_code {code}");

@@ -1,0 +1,195 @@
+//! A virtual machine monitor on bare kvm-ioctls that has its guest told of memory errors.
+//!
+//! The guest is a few instructions in real mode: it loads from one page again and again, and has a
+//! machine-check handler that takes what is in the banks and goes on with the next page. The lines that the
+//! adoption takes end in `//+`; all others are there without it. Run it: `cargo run -p mce-relay --example
+//! embed`.
+
+use std::error::Error;
+use std::io;
+
+use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_userspace_memory_region, kvm_x86_mce};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use mce_relay::mca::{BANKS, Bank, CR4_MCE, Caps, MAX_BANKS, McaState, Record, Vendor, cap, msr}; //+
+use mce_relay::{Config, ExitByte, Mca, RamMap, RamRegion, Relay, Verdict}; //+
+use vmm_sys_util::ioctl::ioctl_with_ref; //+
+
+std::arch::global_asm!(
+    ".pushsection .rodata.embed_guest, \"a\"",
+    ".code16",
+    ".global embed_guest, embed_guest_end",
+    "embed_guest:",
+    "mov eax, cr4", // open the machine-check handler
+    "or eax, 0x40",
+    "mov cr4, eax",
+    "mov si, 0x8000",
+    "2: mov al, [si]", // load from a page, and say so
+    "out 0x10, al",
+    "jmp 2b",
+    ".org embed_guest + 0x80", // #MC
+    "mov ecx, 0x401",
+    "3: rdmsr",
+    "test edx, edx",
+    "jns 4f",
+    "inc ecx",
+    "rdmsr", // MCi_ADDR of a bank that is valid
+    "out 0x20, eax",
+    "dec ecx",
+    "xor eax, eax",
+    "xor edx, edx",
+    "wrmsr",
+    "4: add ecx, 4",
+    "cmp ecx, 0x401 + 4 * 10",
+    "jb 3b",
+    "xor eax, eax",
+    "xor edx, edx",
+    "mov ecx, 0x17a", // and MCG_STATUS last
+    "wrmsr",
+    "add si, 0x1000", // do without that page
+    "iret",
+    "embed_guest_end:",
+    ".code64",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static embed_guest: u8;
+    static embed_guest_end: u8;
+}
+
+const RAM: usize = 1 << 20;
+const CODE: u16 = 0x1000;
+const MC_HANDLER: u16 = CODE + 0x80;
+
+/// `include/uapi/linux/kvm.h`: `_IOW(KVMIO, 0x9c, __u64)`, and `_IOW(KVMIO, 0x9e, struct kvm_x86_mce)`.
+const KVM_X86_SETUP_MCE: u64 = 0x4008_ae9c; //+
+const KVM_X86_SET_MCE: u64 = 0x4040_ae9e; //+
+
+struct Vcpu<'a>(&'a VcpuFd); //+
+
+impl Mca for Vcpu<'_> {
+    //+
+    fn state(&mut self) -> io::Result<McaState> {
+        //+
+        let banks = (0..BANKS).flat_map(|bank| [msr::mc_ctl(bank), msr::mc_status(bank)]); //+
+        let wanted = [msr::MCG_STATUS, msr::MCG_CTL].into_iter().chain(banks); //+
+        let entry = |index| kvm_msr_entry { index, ..Default::default() }; //+
+        let wanted: Vec<kvm_msr_entry> = wanted.map(entry).collect(); //+
+        let mut msrs =
+            Msrs::from_entries(&wanted).map_err(|_| io::Error::other("too many MSRs"))?; //+
+        if self.0.get_msrs(&mut msrs)? != wanted.len() {
+            //+
+            return Err(io::Error::other("an MSR cannot be read")); //+
+        } //+
+        let value: Vec<u64> = msrs.as_slice().iter().map(|entry| entry.data).collect(); //+
+        let (events, regs) = (self.0.get_vcpu_events()?, self.0.get_regs()?); //+
+        let mut banks = [Bank::default(); MAX_BANKS]; //+
+        for (bank, pair) in banks.iter_mut().zip(value[2..].chunks_exact(2)) {
+            //+
+            *bank = Bank { ctl: pair[0], status: pair[1] }; //+
+        } //+
+        Ok(McaState {
+            //+
+            waits_for_sipi: false,                           //+
+            cr4_mce: self.0.get_sregs()?.cr4 & CR4_MCE != 0, //+
+            mcg_status: value[0],                            //+
+            mcg_ctl: value[1],                               //+
+            lmce: false,                                     //+
+            event_in_flight: events.interrupt.injected | events.exception.injected != 0, //+
+            interrupts_on: regs.rflags & 1 << 9 != 0,        //+
+            rip: regs.rip,                                   //+
+            banks,                                           //+
+        }) //+
+    } //+
+
+    fn inject(&mut self, record: &Record) -> io::Result<()> {
+        //+
+        let Record { bank, status, addr, misc, mcg_status } = *record; //+
+        let mce = kvm_x86_mce { bank, status, addr, misc, mcg_status, ..Default::default() }; //+
+        // SAFETY: the ioctl reads one kvm_x86_mce.
+        match unsafe { ioctl_with_ref(self.0, KVM_X86_SET_MCE, &mce) } {
+            //+
+            0 => Ok(()),                          //+
+            _ => Err(io::Error::last_os_error()), //+
+        } //+
+    } //+
+} //+
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let kvm = Kvm::new()?;
+    let vm = kvm.create_vm()?;
+    // SAFETY: a new private mapping at an address of the kernel's choice.
+    let ram = unsafe {
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        libc::mmap(std::ptr::null_mut(), RAM, prot, flags, -1, 0)
+    };
+    if ram == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error().into());
+    }
+    let hva = ram.expose_provenance() as u64;
+    let (start, end) = (&raw const embed_guest, &raw const embed_guest_end);
+    let vector = 18 * 4;
+    // SAFETY: the code lies between the two symbols, and both places are inside the new mapping.
+    unsafe {
+        start.copy_to(ram.cast::<u8>().add(CODE.into()), end.addr() - start.addr());
+        ram.cast::<u8>().add(vector).cast::<u16>().write(MC_HANDLER);
+    }
+    let region = kvm_userspace_memory_region {
+        memory_size: RAM as u64,
+        userspace_addr: hva,
+        ..Default::default()
+    };
+    // SAFETY: the mapping outlives the VM.
+    unsafe { vm.set_user_memory_region(region)? };
+
+    let mcg_cap = cap::CTL_P | cap::SER_P | u64::from(BANKS); //+
+    let ram = RamMap::new(&[RamRegion::new(hva, 0, RAM as u64)])?; //+
+    let caps = Caps { vendor: Vendor::Intel, mcg_cap, succor: false }; //+
+    let relay = Relay::start(Config::new(1, caps, ram, |event| println!("relay: {event}")))?; //+
+
+    let mut vcpu = vm.create_vcpu(0)?;
+    // SAFETY: the ioctl reads one u64.
+    if unsafe { ioctl_with_ref(&vcpu, KVM_X86_SETUP_MCE, &mcg_cap) } != 0 {
+        //+
+        return Err(io::Error::last_os_error().into()); //+
+    } //+
+    let mut sregs = vcpu.get_sregs()?;
+    (sregs.cs.base, sregs.cs.selector) = (0, 0);
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&kvm_regs { rip: CODE.into(), rsp: 0x7000, rflags: 2, ..Default::default() })?;
+    let exit = &raw mut vcpu.get_kvm_run().immediate_exit; //+
+    // SAFETY: the byte is mapped as long as the vCPU is there, which the port does not outlive.
+    let exit = unsafe { ExitByte::new(exit) }; //+
+    let mut port = relay.attach(0, exit, Box::new(|| {}))?; //+
+    // What goes bad here: a page that nobody has touched since (AO), and one that the guest touches (AR).
+    let mut bad = [(0x8000, None), (0x9000, Some(0))].into_iter();
+    let mut told = Vec::new();
+    while told.len() < 2 {
+        vcpu.set_kvm_immediate_exit(0);
+        match port.before_run(&mut Vcpu(&vcpu)) {
+            //+
+            Verdict::Run => {} //+
+            Verdict::Undeliverable { gpa, why, .. } => {
+                return Err(format!("{gpa:#x}: {why}").into());
+            } //+
+        } //+
+        match vcpu.run() {
+            Ok(VcpuExit::IoOut(0x10, _)) => {
+                if let Some((gpa, vcpu)) = bad.next() {
+                    relay.handle().forge(gpa, vcpu)?;
+                }
+            }
+            Ok(VcpuExit::IoOut(0x20, data)) => {
+                let gpa = u32::from_le_bytes(data.try_into()?);
+                println!("guest: machine check for {gpa:#x}, going on without that page");
+                told.push(gpa);
+            }
+            Ok(other) => return Err(format!("the guest: {other:?}").into()),
+            Err(error) if error.errno() == libc::EINTR => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    println!("the guest lives, and was told of {told:#x?}");
+    Ok(())
+}
