@@ -146,11 +146,10 @@ fn chosen(args: &PoisonArgs, socket: &std::path::Path) -> Result<Vec<PageRange>,
 
 fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
     let PoisonArgs { filter_memcg, filter_dev, filter_flags, .. } = args;
-    let others = filter_dev.is_some() || filter_flags.is_some();
+    let (dev, flags) = (filter_dev.map(|dev| (dev.0, dev.1)), *filter_flags);
     let memcg = match filter_memcg {
-        None if others => None,
-        None => return Ok(FilterChoice::OwnCgroup),
-        Some(MemcgArg::Nothing) if others => None,
+        None => return Ok(FilterChoice::OwnCgroup(Filter { memcg: None, dev, flags })),
+        Some(MemcgArg::Nothing) if dev.is_some() || flags.is_some() => None,
         Some(MemcgArg::Nothing) => return Ok(FilterChoice::Nothing),
         Some(MemcgArg::Own) => {
             let pid = client::get::<api::Ping>(&args.vm.socket()?, "vmm.ping")?.pid;
@@ -170,7 +169,6 @@ fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
             Some(std::os::unix::fs::MetadataExt::ino(&found))
         }
     };
-    let (dev, flags) = (filter_dev.map(|dev| (dev.0, dev.1)), *filter_flags);
     Ok(FilterChoice::Given(Filter { memcg, dev, flags }))
 }
 

@@ -83,11 +83,11 @@ impl Means {
 }
 
 /// Which of hwpoison-inject's filters to use.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FilterChoice {
-    /// The VM's own memory cgroup, where it has one: no wrong page frame can be somebody else's.
-    #[default]
-    OwnCgroup,
+    /// The VM's own memory cgroup, where it has one, and what else this says: no wrong page frame can be
+    /// somebody else's.
+    OwnCgroup(Filter),
     /// None; what is in force stays in force.
     Nothing,
     /// This one.

@@ -45,7 +45,7 @@ fn chosen(vm: &VmInfo, order: &Order<'_>) -> Result<(Option<Filter>, Vec<String>
     let filter = match &order.filter {
         FilterChoice::Nothing => None,
         FilterChoice::Given(filter) => Some(filter.clone()),
-        FilterChoice::OwnCgroup => match filter::memcg_of(vm.pid)? {
+        FilterChoice::OwnCgroup(others) => match filter::memcg_of(vm.pid)? {
             Some(group) if filter::has_memcg() => {
                 notes.push(format!(
                     "only pages of the VM's own memory cgroup can be hit ({})",
@@ -54,9 +54,9 @@ fn chosen(vm: &VmInfo, order: &Order<'_>) -> Result<(Option<Filter>, Vec<String>
                 if group.processes > 1 {
                     notes.push(format!("which has {} processes in it", group.processes));
                 }
-                Some(Filter { memcg: Some(group.inode), ..Filter::default() })
+                Some(Filter { memcg: Some(group.inode), ..others.clone() })
             }
-            _ => None,
+            _ => Some(others.clone()).filter(|others| *others != Filter::default()),
         },
     };
     if filter.is_none()
