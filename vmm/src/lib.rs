@@ -7,12 +7,13 @@
 //!
 //! Relay side: [`mce_inject`] is the back end that the relay asks for, [`ghes`] the ACPI error source
 //! that it uses beside, and [`run`] is where the VM and the relay meet; [`last_resort`] is for what
-//! neither can take care of. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
+//! neither can take care of, and [`allocator`] keeps the process small. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
 //! programs see it; [`retire`] asks the guest to stop using a page, [`dump`] reads its memory; [`host`],
 //! [`poison`] and [`check`] are about the host.
 
 pub mod acpi;
 pub mod agent;
+pub mod allocator;
 pub mod api;
 pub mod boot;
 pub mod by_hand;

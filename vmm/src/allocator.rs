@@ -1,0 +1,32 @@
+//! How much memory the process keeps that it no longer uses.
+//!
+//! glibc gives each thread an arena of its own, and raises the size from which a block is given back at
+//! once to that of the largest one freed so far. With one client that sends large requests, every thread
+//! of the API keeps some megabytes for good; a VMM is one of hundreds on a host.
+
+/// Blocks from this size on are mapped on their own, and given back as soon as they are freed. Setting it
+/// also ends its adapting to what is freed.
+#[cfg(target_env = "gnu")]
+const MMAP_THRESHOLD: libc::c_int = 128 << 10;
+
+/// Free memory at the end of the heap above this many bytes is given back.
+#[cfg(target_env = "gnu")]
+const TRIM_THRESHOLD: libc::c_int = 128 << 10;
+
+/// Has the allocator give back what is freed. To be done before the first thread starts.
+///
+/// One arena for all threads: vCPU threads do not allocate while they run the guest, so nobody waits long
+/// for its lock.
+pub fn keep_small() {
+    #[cfg(target_env = "gnu")]
+    for (option, value) in [
+        (libc::M_ARENA_MAX, 1),
+        (libc::M_MMAP_THRESHOLD, MMAP_THRESHOLD),
+        (libc::M_TRIM_THRESHOLD, TRIM_THRESHOLD),
+    ] {
+        // SAFETY: it changes settings of the allocator only, and refuses values that it does not know.
+        if unsafe { libc::mallopt(option, value) } == 0 {
+            log::debug!("the C library does not take option {option} of its allocator");
+        }
+    }
+}
