@@ -27,7 +27,6 @@ pub mod event;
 pub mod firmware;
 mod forge;
 pub mod ghes;
-
 pub mod ledger;
 pub mod mca;
 mod pace;
@@ -42,6 +41,7 @@ mod search;
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod signal;
 mod slot;
+pub mod syscalls;
 pub mod watch;
 
 /// Where [`slot`] gets its atomics; `tests/loom.rs` gives it loom's.

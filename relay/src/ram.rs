@@ -37,6 +37,27 @@ impl RamRegion {
     }
 }
 
+#[cfg(feature = "vm-memory")]
+impl RamRegion {
+    /// The regions of `memory`, as kept in pages of 4 KiB: set [`Self::page_shift`] of those that are in
+    /// hugetlb pages.
+    ///
+    /// # Errors
+    /// A region is not mapped by this process.
+    pub fn all_of(
+        memory: &impl vm_memory::GuestMemoryBackend,
+    ) -> Result<Vec<Self>, vm_memory::GuestMemoryError> {
+        use vm_memory::{Address, GuestMemoryRegion, MemoryRegionAddress};
+        let one = |region: &_| {
+            let hva = GuestMemoryRegion::get_host_address(region, MemoryRegionAddress(0))?;
+            let gpa = GuestMemoryRegion::start_addr(region).raw_value();
+            let hva = hva.expose_provenance() as u64;
+            Ok(Self::new(hva, gpa, GuestMemoryRegion::len(region)))
+        };
+        memory.iter().map(one).collect()
+    }
+}
+
 /// Why a list of regions is not a description of guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RamError {
@@ -64,16 +85,20 @@ pub enum RamError {
 #[derive(Debug)]
 struct Segment {
     hva: Range<u64>,
-    /// The guest-physical address of the segment's first byte in each region, ascending.
-    gpas: Vec<u64>,
+    /// Where in [`RamMap::gpas`] the guest-physical addresses of its first byte are, ascending.
+    gpas: Range<usize>,
     /// The largest of its regions.
     page_shift: u8,
 }
 
-/// Guest RAM, indexed both ways. Lookups are binary searches.
+/// Guest RAM, indexed both ways. Lookups are binary searches; one by host address takes some 40 ns among
+/// 10,000 regions (docs/embedding.md has the figures).
 #[derive(Debug)]
 pub struct RamMap {
     segments: Vec<Segment>,
+    /// Where each segment ends. A search touches nothing else.
+    ends: Vec<u64>,
+    gpas: Vec<u64>,
     by_gpa: Vec<RamRegion>,
 }
 
@@ -102,12 +127,12 @@ impl RamMap {
                 return Err(RamError::Overlap(pair[0], pair[1]));
             }
         }
-        Ok(Self { segments: Self::segments(&by_gpa), by_gpa })
+        Ok(Self::index(by_gpa))
     }
 
     /// Cuts the host addresses at every start and end of a region.
-    fn segments(by_gpa: &[RamRegion]) -> Vec<Segment> {
-        let mut by_hva = by_gpa.to_vec();
+    fn index(by_gpa: Vec<RamRegion>) -> Self {
+        let mut by_hva = by_gpa.clone();
         by_hva.sort_by_key(|region| region.hva);
         let mut cuts: Vec<u64> =
             by_hva.iter().flat_map(|region| [region.hva, region.hva + region.len]).collect();
@@ -115,6 +140,7 @@ impl RamMap {
         cuts.dedup();
 
         let mut segments = Vec::with_capacity(cuts.len());
+        let mut gpas = Vec::with_capacity(by_gpa.len());
         let mut starting = by_hva.iter().peekable();
         let mut open: Vec<&RamRegion> = Vec::new();
         for cut in cuts.windows(2) {
@@ -126,13 +152,14 @@ impl RamMap {
             if open.is_empty() {
                 continue;
             }
-            let mut gpas: Vec<u64> =
-                open.iter().map(|region| region.gpa + (hva.start - region.hva)).collect();
-            gpas.sort_unstable();
+            let first = gpas.len();
+            gpas.extend(open.iter().map(|region| region.gpa + (hva.start - region.hva)));
+            gpas[first..].sort_unstable();
             let page_shift = open.iter().map(|region| region.page_shift).max().unwrap_or(12);
-            segments.push(Segment { hva, gpas, page_shift });
+            segments.push(Segment { hva, gpas: first..gpas.len(), page_shift });
         }
-        segments
+        let ends = segments.iter().map(|segment| segment.hva.end).collect();
+        Self { segments, ends, gpas, by_gpa }
     }
 
     /// The same with one region more, as when memory is plugged in.
@@ -157,16 +184,21 @@ impl RamMap {
     }
 
     fn segment(&self, hva: u64) -> Option<&Segment> {
-        let at = self.segments.partition_point(|segment| segment.hva.end <= hva);
-        self.segments.get(at).filter(|segment| segment.hva.contains(&hva))
+        let at = self.ends.partition_point(|end| *end <= hva);
+        self.segments.get(at).filter(|segment| segment.hva.start <= hva)
+    }
+
+    /// The guest-physical addresses of the segment's first byte.
+    fn gpas_of(&self, segment: &Segment) -> &[u64] {
+        &self.gpas[segment.gpas.clone()]
     }
 
     /// Every guest-physical address that shows the byte at host address `hva`, ascending; empty
     /// when it is not guest RAM.
-    pub fn gpas(&self, hva: u64) -> Vec<u64> {
-        self.segment(hva).map_or_else(Vec::new, |segment| {
-            segment.gpas.iter().map(|gpa| gpa + (hva - segment.hva.start)).collect()
-        })
+    pub fn gpas(&self, hva: u64) -> impl ExactSizeIterator<Item = u64> + use<'_> {
+        let segment = self.segment(hva);
+        let offset = segment.map_or(0, |segment| hva - segment.hva.start);
+        segment.map_or(&[][..], |segment| self.gpas_of(segment)).iter().map(move |gpa| gpa + offset)
     }
 
     /// `log2` of what is gone when `hva` is and a signal says `lsb`. The mapping is asked as well as
@@ -194,13 +226,13 @@ impl RamMap {
         let size = 1u64 << self.extent(hva, lsb);
         let start = hva & !(size - 1);
         let end = start.saturating_add(size);
-        let first = self.segments.partition_point(|segment| segment.hva.end <= start);
+        let first = self.ends.partition_point(|end| *end <= start);
         let mut pages = Vec::new();
         for segment in self.segments[first..].iter().take_while(|s| s.hva.start < end) {
             let clipped = segment.hva.start.max(start)..segment.hva.end.min(end);
             for page in clipped.step_by(PAGE_STEP) {
                 let offset = page - segment.hva.start;
-                pages.extend(segment.gpas.iter().map(|gpa| (page, gpa + offset)));
+                pages.extend(self.gpas_of(segment).iter().map(|gpa| (page, gpa + offset)));
             }
         }
         pages
@@ -222,6 +254,18 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[cfg(feature = "vm-memory")]
+    #[test]
+    fn a_map_of_vm_memorys_regions() {
+        use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+        let regions = [(GuestAddress(0), 0x1000), (GuestAddress(0x10_0000), 0x3000)];
+        let memory = GuestMemoryMmap::<()>::from_ranges(&regions).unwrap();
+        let map = RamMap::new(&RamRegion::all_of(&memory).unwrap()).unwrap();
+        let hva = memory.get_host_address(GuestAddress(0x10_1000)).unwrap().addr() as u64;
+        assert!(map.gpas(hva).eq([0x10_1000]));
+        assert_eq!(map.regions().len(), 2);
+    }
 
     const G: u64 = 1 << 30;
 
@@ -247,11 +291,11 @@ mod tests {
     fn regions_come_and_go() {
         let map = RamMap::new(&[region(0x10_0000, 0, 0x4000)]).unwrap();
         let more = map.with(region(0x20_0000, 0x8000, 0x2000)).unwrap();
-        assert_eq!(more.gpas(0x20_1000), [0x9000]);
+        assert!(more.gpas(0x20_1000).eq([0x9000]));
         assert!(matches!(map.with(region(0x20_0000, 0x3000, 0x2000)), Err(RamError::Overlap(..))));
         let (less, gone) = more.without(0).unwrap();
         assert_eq!(gone, region(0x10_0000, 0, 0x4000));
-        assert!(less.gpas(0x10_0000).is_empty() && less.hva(0).is_none());
+        assert!(less.gpas(0x10_0000).len() == 0 && less.hva(0).is_none());
         assert_eq!(less.hva(0x8000), Some(0x20_0000));
         assert!(matches!(less.without(0x1000), Err(RamError::NoRegion { gpa: 0x1000 })));
         assert!(less.without(0x8000).unwrap().0.regions().is_empty());
@@ -264,21 +308,21 @@ mod tests {
             region(0x7000_c000_0000, 4 * G, 2 * G),
         ])
         .unwrap();
-        assert_eq!(map.gpas(0x7000_0000_1234), [0x1234]);
-        assert_eq!(map.gpas(0x7000_c000_1000), [4 * G + 0x1000]);
+        assert!(map.gpas(0x7000_0000_1234).eq([0x1234]));
+        assert!(map.gpas(0x7000_c000_1000).eq([4 * G + 0x1000]));
         assert_eq!(map.hva(4 * G + 0x1000), Some(0x7000_c000_1000));
         assert_eq!(map.hva(3 * G), None, "the hole");
         assert_eq!(map.hva(6 * G), None);
-        assert!(map.gpas(0x6fff_ffff_ffff).is_empty());
-        assert!(map.gpas(0x7001_4000_0000).is_empty());
+        assert_eq!(map.gpas(0x6fff_ffff_ffff).len(), 0);
+        assert_eq!(map.gpas(0x7001_4000_0000).len(), 0);
     }
 
     #[test]
     fn an_alias_is_found_at_each_of_its_addresses() {
         let map = RamMap::new(&[region(0x10_0000, 0, 0x4000), region(0x10_2000, 0x8000, 0x2000)])
             .unwrap();
-        assert_eq!(map.gpas(0x10_1000), [0x1000]);
-        assert_eq!(map.gpas(0x10_2010), [0x2010, 0x8010]);
+        assert!(map.gpas(0x10_1000).eq([0x1000]));
+        assert!(map.gpas(0x10_2010).eq([0x2010, 0x8010]));
         assert_eq!(map.pages(0x10_3000, 12), [(0x10_3000, 0x3000), (0x10_3000, 0x9000)]);
     }
 
@@ -326,7 +370,7 @@ mod tests {
                 .filter(|r| r.hvas().contains(&probe))
                 .map(|r| r.gpa + (probe - r.hva))
                 .collect();
-            prop_assert_eq!(map.gpas(probe), expect.clone());
+            prop_assert_eq!(map.gpas(probe).collect::<Vec<_>>(), expect.clone());
             for gpa in expect {
                 prop_assert_eq!(map.hva(gpa), Some(probe));
             }

@@ -8,7 +8,7 @@
 use std::io;
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -57,6 +57,10 @@ pub struct Config {
     /// What is known from before: empty, or [`Handle::ledger`] of the relay of the last boot, after
     /// [`Ledger::heal`] for every page that has good memory again and [`Ledger::forget_predictions`].
     pub ledger: Ledger,
+    /// Called on the relay's own thread once that is set up: to restrict its system calls
+    /// ([`syscalls::RELAY`](crate::syscalls::RELAY)), say, or to place it on a processor. If it fails there is
+    /// no relay.
+    pub on_thread: Box<dyn FnOnce() -> io::Result<()> + Send>,
     /// Called with every event, in order, under the relay's lock: it must be quick, must not block
     /// and must not call the relay.
     pub observer: Box<dyn Fn(&Event) + Send + Sync>,
@@ -64,8 +68,8 @@ pub struct Config {
 
 impl Config {
     /// For a guest with `vcpus` processors that was shown `caps` and has `ram`, with defaults for the rest:
-    /// early kill, the default pace, AOs by machine check, a handler of the relay's own, an empty ledger.
-    /// `observer` is called with every event: see [`Self::observer`].
+    /// early kill, the default pace, AOs by machine check, a handler of the relay's own, an empty ledger,
+    /// nothing to do on the relay's thread. `observer` is called with every event: see [`Self::observer`].
     #[must_use]
     pub fn new(
         vcpus: usize,
@@ -83,6 +87,7 @@ impl Config {
             ghes: None,
             signals: Signals::default(),
             ledger: Ledger::default(),
+            on_thread: Box::new(|| Ok(())),
             observer: Box::new(observer),
         }
     }
@@ -110,6 +115,8 @@ pub(crate) struct Inner {
     pub(crate) firmware_news: bool,
     /// Failures that are not real.
     pub(crate) forgery: Forgery,
+    /// AOs that are not of this relay's memory.
+    strays: Vec<Caught>,
 }
 
 impl Inner {
@@ -150,6 +157,22 @@ pub(crate) struct Shared {
     wake: Wake,
     /// How often guest RAM was looked through.
     pub(crate) scans: AtomicU64,
+    /// Another relay has heard of a failure: there may be one here that nobody was signalled.
+    hinted: AtomicBool,
+}
+
+/// The relays of this process.
+static RELAYS: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
+
+fn relays() -> MutexGuard<'static, Vec<Weak<Shared>>> {
+    // Whole entries are put in and taken out.
+    RELAYS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The relays of this process but `own`.
+fn others(own: &Shared) -> Vec<Arc<Shared>> {
+    let all = relays().iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
+    all.into_iter().filter(|other| !std::ptr::eq(&raw const **other, own)).collect()
 }
 
 impl Shared {
@@ -192,14 +215,34 @@ impl Shared {
         };
         let found_by = if forged { FoundBy::Forged } else { FoundBy::Signal };
         let known = self.enter_pages(inner, Caught { kind, hva, lsb }, found_by, vcpu);
-        if !known {
+        if !known && kind == Kind::ActionOptional {
+            // The kernel tells one thread of a process; with two VMs in it that may be the other's.
+            inner.strays.push(caught);
+        } else if !known {
             self.emit(&Event::Outside { kind, hva, lsb });
         }
         inner.retry = RETRY_FIRST;
-        if inner.news && thread != Thread::Relay {
+        if (inner.news || !known) && thread != Thread::Relay {
             self.wake();
         }
         known
+    }
+
+    /// Gives AOs that are not of this relay's memory to those of this process whose they are. Without the
+    /// lock, as they may have something for this one.
+    fn hand_over(&self, strays: &[Caught]) {
+        let others = others(self);
+        for &caught in strays {
+            let Caught { kind, hva, lsb } = caught;
+            let theirs: Vec<_> =
+                others.iter().filter(|other| other.ram().gpas(hva).len() > 0).collect();
+            for other in &theirs {
+                other.enter(&mut other.lock(), caught, Thread::Other);
+            }
+            if theirs.is_empty() {
+                self.emit(&Event::Outside { kind, hva, lsb });
+            }
+        }
     }
 
     /// All pages that are lost with the one at `caught.hva`, of which `vcpu` has touched that one if
@@ -393,6 +436,7 @@ impl Relay {
                 news: false,
                 firmware_news: false,
                 forgery: Forgery::default(),
+                strays: Vec::new(),
             }),
             gathered: Condvar::new(),
             ram: RwLock::new(Arc::new(config.ram)),
@@ -401,18 +445,26 @@ impl Relay {
             stop: AtomicBool::new(false),
             wake,
             scans: AtomicU64::new(0),
+            hinted: AtomicBool::new(false),
         });
         let (ready, started) = std::sync::mpsc::sync_channel(1);
         let for_thread = Arc::clone(&shared);
-        let policy = config.policy;
+        let own = Own {
+            policy: config.policy,
+            source,
+            // With late kill the user wants to hear of a page when it is touched, not before.
+            search: if config.policy == KillPolicy::Late { None } else { Search::new() },
+            set_up: config.on_thread,
+        };
         let thread = std::thread::Builder::new()
             .name("mce-relay-ao".into())
-            .spawn(move || relay_thread(&for_thread, policy, source, &ready))
+            .spawn(move || relay_thread(&for_thread, own, &ready))
             .map_err(StartError::Thread)?;
         let relay = Self { shared, thread: Some(thread) };
         started
             .recv()
             .map_err(|_| StartError::Thread(io::Error::other("it ended before it was ready")))??;
+        relays().push(Arc::downgrade(&relay.shared));
         Ok(relay)
     }
 
@@ -628,6 +680,8 @@ impl Handle {
 
 impl Drop for Relay {
     fn drop(&mut self) {
+        let own = Arc::as_ptr(&self.shared);
+        relays().retain(|one| one.strong_count() > 0 && !std::ptr::eq(one.as_ptr(), own));
         self.shared.stop.store(true, Ordering::Release);
         self.shared.wake();
         if let Some(thread) = self.thread.take()
@@ -638,17 +692,27 @@ impl Drop for Relay {
     }
 }
 
+/// What the relay's thread has for itself; it is made before, so that the thread opens nothing.
+struct Own {
+    policy: KillPolicy,
+    source: Option<Source>,
+    search: Option<Search>,
+    /// [`Config::on_thread`].
+    set_up: Box<dyn FnOnce() -> io::Result<()> + Send>,
+}
+
 /// The relay's thread: takes AOs, and sees to it that whatever waits is looked at again.
 fn relay_thread(
     shared: &Shared,
-    policy: KillPolicy,
-    mut source: Option<Source>,
+    own: Own,
     ready: &std::sync::mpsc::SyncSender<Result<(), StartError>>,
 ) {
+    let Own { policy, mut source, mut search, set_up } = own;
     let policy = if policy == KillPolicy::Late { policy } else { KillPolicy::Early };
     let set_up = || {
         let slot = ThreadSlot::attach(ExitByte::NONE).map_err(StartError::Thread)?;
         policy.set().map_err(StartError::Policy)?;
+        set_up().map_err(StartError::Thread)?;
         Ok(slot)
     };
     let slot = match set_up() {
@@ -660,11 +724,9 @@ fn relay_thread(
         }
     };
     let _ = ready.send(Ok(()));
-    // With late kill the user wants to hear of a page when it is touched, not before.
-    let mut search = if policy == KillPolicy::Late { None } else { Search::new() };
     let mut call_at = None;
     while !shared.stop.load(Ordering::Acquire) {
-        let hint = take_signals(shared, &slot);
+        let hint = take_signals(shared, &slot) | shared.hinted.swap(false, Ordering::Relaxed);
         if let Some(search) = search.as_mut() {
             if hint {
                 search.hint();
@@ -679,8 +741,9 @@ fn relay_thread(
     }
 }
 
-/// Enters what the handler has stored for this thread and for threads outside the relay. True when
-/// there was anything: there may be pages whose signals were swallowed.
+/// Enters what the handler has stored for this thread and for threads outside the relay, and sees to it that
+/// other relays get what is theirs. True when there was anything: there may be pages whose signals were
+/// swallowed.
 fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     let mut any = false;
     let mut inner = shared.lock();
@@ -695,6 +758,15 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     if signals > 0 {
         any = true;
         shared.emit(&Event::Overrun { signals });
+    }
+    let strays = std::mem::take(&mut inner.strays);
+    drop(inner);
+    if any || !strays.is_empty() {
+        shared.hand_over(&strays);
+        for other in others(shared) {
+            other.hinted.store(true, Ordering::Relaxed);
+            other.wake();
+        }
     }
     any
 }

@@ -45,7 +45,8 @@ const BATCH: usize = 512;
 
 // include/uapi/linux/fs.h
 const PROCFS_IOCTL_MAGIC: u32 = b'f' as u32;
-const PAGEMAP_SCAN: libc::Ioctl = libc::_IOWR::<PmScanArg>(PROCFS_IOCTL_MAGIC, 16);
+/// The ioctl of /proc/self/pagemap that finds candidates (Linux 6.7).
+pub const PAGEMAP_SCAN: libc::Ioctl = libc::_IOWR::<PmScanArg>(PROCFS_IOCTL_MAGIC, 16);
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 
 /// `struct pm_scan_arg`.
@@ -77,6 +78,7 @@ struct PageRegion {
 
 // Documentation/admin-guide/mm/pagemap.rst
 const PAGEMAP: &str = "/proc/self/pagemap";
+const STATUS: &str = "/proc/self/status";
 const PM_ENTRY_LEN: usize = 8;
 const PM_UFFD_WP: u64 = 1 << 57;
 const PM_SWAP: u64 = 1 << 62;
@@ -108,6 +110,8 @@ impl fmt::Display for Method {
 #[derive(Debug)]
 pub struct Scanner {
     pagemap: File,
+    /// /proc/self/status, where it says how much is swapped out.
+    status: Option<File>,
     method: Method,
     /// What the last look at the page tables found.
     runs: Box<[PageRegion]>,
@@ -140,6 +144,7 @@ impl Scanner {
         };
         let mut scanner = Self {
             pagemap,
+            status: File::open(STATUS).ok(),
             method,
             runs: vec![PageRegion::default(); RUNS].into(),
             entries: vec![0; entries].into(),
@@ -219,7 +224,8 @@ impl Scanner {
         // From the cheapest question to the dearest; the last is the one that decides.
         found.extend(pages().zip(in_core).filter_map(|(page, in_core)| {
             (!known(page)
-                && (in_core || (swap.is_empty() && !self.is_write_protected(page)))
+                && (in_core
+                    || (swap.is_empty(self.status.as_ref()) && !self.is_write_protected(page)))
                 && is_poisoned(page))
             .then_some(page)
         }));
@@ -334,10 +340,12 @@ struct Swap {
 }
 
 impl Swap {
-    fn is_empty(&mut self) -> bool {
+    fn is_empty(&mut self, status: Option<&File>) -> bool {
         *self.is_empty.get_or_insert_with(|| {
-            fs::read("/proc/self/status")
-                .is_ok_and(|status| value_of(&status, b"VmSwap:") == Some(0))
+            let mut text = [0; COUNT_LEN];
+            status
+                .and_then(|status| status.read_at(&mut text, 0).ok())
+                .is_some_and(|len| value_of(&text[..len], b"VmSwap:") == Some(0))
         })
     }
 }
@@ -348,7 +356,7 @@ const NODE_TOTAL: &str = "memory_failure/total";
 /// Where it shows how much memory is lost.
 const MEMINFO: &str = "/proc/meminfo";
 const HARDWARE_CORRUPTED: &[u8] = b"HardwareCorrupted:";
-/// More than /proc/meminfo has, and all of a sysfs file.
+/// More than /proc/meminfo and /proc/self/status have, and all of a sysfs file.
 const COUNT_LEN: usize = 4096;
 
 /// The kernel's count of memory failures on this host, cheap to ask again and again: it moves for

@@ -15,12 +15,10 @@ use std::thread::JoinHandle;
 use crate::event::Event;
 use crate::ledger::FoundBy;
 use crate::mca::{Caps, Kind, PAGE_SIZE, Vendor};
-use crate::pace::Pace;
 use crate::ram::{RamError, RamMap, RamRegion};
 use crate::read::AccessError;
 use crate::relay::{Config, Handle, Relay, StartError};
-use crate::signal::{KillPolicy, Signals};
-use crate::{AoChannel, Ledger};
+use crate::signal::Signals;
 
 /// Memory that is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,19 +71,11 @@ impl Watch {
             // Without a receiver the watch is being dropped.
             let _ = send.send(Some(Lost { range, address, extent, kind, found_by }));
         };
-        let relay = Relay::without_vcpus(Config {
-            vcpus: 0,
-            // Nobody is told of anything by machine check.
-            caps: Caps { vendor: Vendor::Intel, mcg_cap: 0, succor: false },
-            ram: RamMap::new(&[]).map_err(|error| StartError::Thread(io::Error::other(error)))?,
-            policy: KillPolicy::Early,
-            pace: Pace::default(),
-            ao_channel: AoChannel::default(),
-            ghes: None,
-            signals,
-            ledger: Ledger::default(),
-            observer: Box::new(observer),
-        })?;
+        // Nobody is told of anything by machine check.
+        let caps = Caps { vendor: Vendor::Intel, mcg_cap: 0, succor: false };
+        let ram = RamMap::new(&[]).map_err(|error| StartError::Thread(io::Error::other(error)))?;
+        let relay =
+            Relay::without_vcpus(Config { signals, ..Config::new(0, caps, ram, observer) })?;
         let calls = std::thread::Builder::new()
             .name("mce-relay-lost".into())
             .spawn(move || news.iter().map_while(|news| news).for_each(&mut lost))

@@ -16,8 +16,8 @@ use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_OFFSET};
 use mce_relay::ledger::{Place, State};
 use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
 use mce_relay::{
-    AoChannel, Bell, Config, Event, ExitByte, Ghes, KillPolicy, Ledger, Mca, Pace, RamMap,
-    RamRegion, Relay, RetireError, Signals, StartError, VcpuPort, Verdict,
+    AoChannel, Bell, Config, Event, ExitByte, Ghes, Mca, Pace, RamMap, RamRegion, Relay,
+    RetireError, StartError, VcpuPort, Verdict,
 };
 
 /// Guest RAM: the block's page, and pages to go bad.
@@ -165,18 +165,9 @@ fn amd() -> Caps {
 
 fn config(hva: u64, caps: Caps, ao_channel: AoChannel, ghes: Option<Ghes>) -> Config {
     let region = RamRegion::new(hva, RAM, LEN as u64);
-    Config {
-        vcpus: 1,
-        caps,
-        ram: RamMap::new(&[region]).unwrap(),
-        policy: KillPolicy::Early,
-        pace: Pace { burst: 16, rate: 1000 },
-        ao_channel,
-        ghes,
-        signals: Signals::default(),
-        ledger: Ledger::default(),
-        observer: Box::new(|_| {}),
-    }
+    let pace = Pace { burst: 16, rate: 1000 };
+    let ram = RamMap::new(&[region]).unwrap();
+    Config { pace, ao_channel, ghes, ..Config::new(1, caps, ram, |_| {}) }
 }
 
 impl Machine {

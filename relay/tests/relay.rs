@@ -18,10 +18,7 @@ use mce_relay::ledger::State;
 use mce_relay::mca::{
     BANKS, Bank, Caps, Form, Kind, MAX_BANKS, McaState, Record, Vendor, cap, mcg, status,
 };
-use mce_relay::{
-    AoChannel, Config, ExitByte, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Signals,
-    Verdict, signal,
-};
+use mce_relay::{Config, ExitByte, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal};
 
 const HVA: u64 = 0x7f00_0000_0000;
 
@@ -77,20 +74,9 @@ fn start(caps: Caps, vcpus: usize) -> (Relay, Receiver<Event>) {
 fn start_paced(caps: Caps, vcpus: usize, pace: Pace) -> (Relay, Receiver<Event>) {
     let (tx, rx) = channel();
     let ram = RamMap::new(&[RamRegion::new(HVA, 0x10_0000, 0x10_0000)]).unwrap();
-    let relay = Relay::start(Config {
-        vcpus,
-        caps,
-        ram,
-        policy: KillPolicy::Early,
-        pace,
-        ao_channel: AoChannel::default(),
-        ghes: None,
-        signals: Signals::default(),
-        ledger: Ledger::default(),
-        observer: Box::new(move |event| drop(tx.send(event.clone()))),
-    })
-    .unwrap();
-    (relay, rx)
+    let observer = move |event: &Event| drop(tx.send(event.clone()));
+    let config = Config { pace, ..Config::new(vcpus, caps, ram, observer) };
+    (Relay::start(config).unwrap(), rx)
 }
 
 fn intel() -> Caps {
@@ -104,6 +90,16 @@ fn amd() -> Caps {
 
 fn attach(relay: &Relay, vcpu: usize) -> mce_relay::VcpuPort {
     relay.attach(vcpu, ExitByte::NONE, Box::new(|| {})).unwrap()
+}
+
+/// Waits for an event.
+fn wait_for(events: &Receiver<Event>, wanted: impl Fn(&Event) -> bool) {
+    loop {
+        let event = events.recv_timeout(Duration::from_secs(10));
+        if wanted(&event.unwrap_or_else(|error| panic!("the event did not come: {error}"))) {
+            return;
+        }
+    }
 }
 
 /// Runs `body` on a thread of its own: a policy and a slot belong to a thread.
@@ -186,8 +182,32 @@ fn an_address_outside_guest_ram_is_reported_and_told_to_nobody() {
         let mut port = attach(&relay, 0);
         forge(BUS_MCEERR_AO, 0x1000, 12);
         assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
-        assert!(events.try_iter().any(|e| matches!(e, Event::Outside { hva: 0x1000, .. })));
+        wait_for(&events, |e| matches!(e, Event::Outside { hva: 0x1000, .. }));
         assert!(relay.pages().is_empty());
+    });
+}
+
+/// The kernel signals one thread of the process, whichever VM's memory it is.
+#[test]
+fn of_two_relays_each_has_what_is_its_own() {
+    on_own_thread(|| {
+        const OTHERS: u64 = HVA + 0x100_0000_0000;
+        let (own, events) = start_with(&[RamRegion::new(HVA, 0, 0x10_000)], Ledger::default());
+        let (other, others) = start_with(&[RamRegion::new(OTHERS, 0, 0x10_000)], Ledger::default());
+        let mut ports = [attach(&own, 0)];
+        let model = Model::new();
+        forge(BUS_MCEERR_AO, OTHERS + 0x5000, 12);
+        assert_eq!(ports[0].before_run(&mut model.clone()), Verdict::Run);
+        wait_for(&others, |event| matches!(event, Event::Seen { gpa: 0x5000, .. }));
+        assert_eq!(own.pages(), []);
+        assert_eq!(other.pages()[0].gpa, 0x5000);
+        assert!(!events.try_iter().any(|event| matches!(event, Event::Outside { .. })));
+
+        // One that has gone has nothing any more.
+        drop(other);
+        forge(BUS_MCEERR_AO, OTHERS + 0x6000, 12);
+        assert_eq!(ports[0].before_run(&mut model.clone()), Verdict::Run);
+        wait_for(&events, |event| matches!(event, Event::Outside { .. }));
     });
 }
 
@@ -397,19 +417,11 @@ fn own_memory() -> u64 {
 
 fn start_with(ram: &[RamRegion], ledger: Ledger) -> (Relay, Receiver<Event>) {
     let (tx, rx) = channel();
-    let relay = Relay::start(Config {
-        vcpus: 1,
-        caps: amd(),
-        ram: RamMap::new(ram).unwrap(),
-        policy: KillPolicy::Early,
-        pace: Pace { burst: 1000, rate: 1_000_000 },
-        ao_channel: AoChannel::default(),
-        ghes: None,
-        signals: Signals::default(),
-        ledger,
-        observer: Box::new(move |event| drop(tx.send(event.clone()))),
-    });
-    (relay.unwrap(), rx)
+    let observer = move |event: &Event| drop(tx.send(event.clone()));
+    let pace = Pace { burst: 1000, rate: 1_000_000 };
+    let config =
+        Config { pace, ledger, ..Config::new(1, amd(), RamMap::new(ram).unwrap(), observer) };
+    (Relay::start(config).unwrap(), rx)
 }
 
 #[test]
@@ -477,8 +489,9 @@ fn memory_comes_and_goes_while_the_relay_runs() {
             forge(BUS_MCEERR_AO, hva, 12);
             assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
         };
+        // Not yet.
         caught(second.hva);
-        assert!(events.try_iter().any(|event| matches!(event, Event::Outside { .. })), "not yet");
+        wait_for(&events, |event| matches!(event, Event::Outside { .. }));
 
         handle.add_ram(second).unwrap();
         assert!(handle.add_ram(second).is_err(), "twice");
@@ -493,7 +506,8 @@ fn memory_comes_and_goes_while_the_relay_runs() {
         let gone = |event| matches!(event, Event::Removed { gpa: 0x10_0000, len: 0x10_000 });
         assert!(events.try_iter().any(gone));
         caught(second.hva + 0x4000);
-        assert!(events.try_iter().any(|event| matches!(event, Event::Outside { .. })), "no more");
+        // No more.
+        wait_for(&events, |event| matches!(event, Event::Outside { .. }));
         assert_eq!(gpas(), [0x2000, 0x10_3000]);
 
         // What is plugged in there next is other memory.

@@ -56,6 +56,12 @@ struct Seen {
 
 /// Runs a VM whose guest is `code`, and has the call of this number fail.
 fn run(code: &[u8], fail: Option<(usize, Errno)>) -> Seen {
+    // The library writes a file on every thread.
+    run_under("false", code, fail)
+}
+
+/// The same with this `--seccomp`.
+fn run_under(seccomp: &str, code: &[u8], fail: Option<(usize, Errno)>) -> Seen {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     std::fs::write(at("kernel"), elf(code)).unwrap();
@@ -65,7 +71,7 @@ fn run(code: &[u8], fail: Option<(usize, Errno)>) -> Seen {
     let mut child = terminal.start_with(|command| {
         command
             .args(["--memory-zone", "size=16M,shared=on", "--memory-zone", "size=16M,prefault=on"])
-            .args(["--cpus", "2", "--kernel"])
+            .args(["--cpus", "2", "--seccomp", seccomp, "--kernel"])
             .arg(at("kernel"))
             .args(["--api-socket", &format!("path={}", at("api").display())])
             .args(["--event-monitor", &format!("path={}", at("events").display())])
@@ -180,6 +186,16 @@ fn failures(calls: &[String]) -> Vec<(usize, Errno)> {
         .map(|number| (number, NO_MEMORY))
         .chain(policies.map(|call| (number(call), FORBIDDEN)))
         .collect()
+}
+
+/// A kernel that takes no filter of system calls is said to be one, with what to do; nothing is left behind.
+pub fn no_filters_in_this_kernel() {
+    // The first is PR_MCE_KILL, the second PR_SET_NO_NEW_PRIVS, which comes before every filter.
+    let seen = run_under("true", &POWER_OFF, Some((2, FORBIDDEN)));
+    println!("    {}", seen.stderr.trim_end());
+    assert_eq!(seen.failed(), Some(format!("2 prctl {:#x}", libc::PR_SET_NO_NEW_PRIVS).as_str()));
+    assert!(seen.complaints().is_empty(), "{seen:#?}");
+    assert!(seen.code() == Some(1) && seen.stderr.contains("--seccomp false"), "{seen:#?}");
 }
 
 pub fn every_call_that_can_fail() {

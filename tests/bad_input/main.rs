@@ -8,6 +8,7 @@ mod handlers;
 mod host;
 mod not_ours;
 mod schema;
+mod seccomp;
 mod sockets;
 mod terminal;
 mod tools;
@@ -82,6 +83,13 @@ fn once() -> Result<(), String> {
     }
 }
 
+fn uffd_that_poisons() -> Result<(), String> {
+    match mce_relay_vmm::poison::uffd::Uffd::open() {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("needs UFFDIO_POISON (Linux 6.6): {error}")),
+    }
+}
+
 fn empty_pool() -> Result<(), String> {
     has_kvm()?;
     let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
@@ -101,6 +109,7 @@ fn no_memory_failure() -> Result<(), String> {
 fn main() -> ExitCode {
     suite::run(mce_relay_tests::tests![
         faults::every_call_that_can_fail needs has_kvm_and_preload,
+        faults::no_filters_in_this_kernel needs has_kvm_and_preload,
         handlers::the_default_action_has_what_is_not_ours needs anywhere,
         handlers::a_foreign_handler_has_what_is_not_ours needs anywhere,
         host::no_dev_kvm needs as_root,
@@ -116,6 +125,9 @@ fn main() -> ExitCode {
         schema::events needs anywhere,
         schema::pages needs anywhere,
         schema::the_api needs has_kvm,
+        seccomp::a_forbidden_call_ends_it needs has_kvm_and_hook,
+        seccomp::it_is_carried_out_where_nobody_forbids_it needs has_kvm_and_hook,
+        seccomp::the_components_lists_are_exact needs uffd_that_poisons,
         sockets::requests needs once,
         sockets::clients_that_hang needs once,
         tools::command_lines needs anywhere,

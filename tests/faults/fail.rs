@@ -1,6 +1,6 @@
 //! Preloaded into `mce-relay run` (LD_PRELOAD): makes one of its calls to the kernel fail, so that
-//! a test can see what comes of it. Each call of KVM, for memory, for an eventfd and for the
-//! memory-failure policy has a number, from 1 on in the order in which they are made.
+//! a test can see what comes of it. Each call of KVM, for memory, for an eventfd, for the memory-failure
+//! policy and before a seccomp filter has a number, from 1 on in the order in which they are made.
 //!
 //! * MCE_RELAY_FAIL_AT: the number of the call that fails; without it none does.
 //! * MCE_RELAY_FAIL_ERRNO: what it fails with, as a number; ENOMEM without it.
@@ -163,7 +163,8 @@ pub unsafe extern "C" fn prctl(
     fourth: c_ulong,
     fifth: c_ulong,
 ) -> c_int {
-    if option == libc::PR_MCE_KILL && fails("prctl", c_ulong::from(option.cast_unsigned())) {
+    let counts = [libc::PR_MCE_KILL, libc::PR_SET_NO_NEW_PRIVS].contains(&option);
+    if counts && fails("prctl", c_ulong::from(option.cast_unsigned())) {
         return -1;
     }
     let option = c_long::from(option);

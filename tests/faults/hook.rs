@@ -4,12 +4,16 @@
 //! MCE_RELAY_HOOK names a directory. The thread writes the address of its page there (`page`), and does
 //! what a file `do` says that appears: `touch` the page, `forge-ao` or `forge-ar` a memory failure of it,
 //! or touch a mapped file that has been cut short (`adrerr`, its address in the file `cut`).
+//!
+//! On SIGUSR1 any thread makes the system call that comes with the signal (see `Stray` in
+//! tests/src/hooked.rs), and adds a byte to the file `strays`.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
 use std::fs::{self, File};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, IntoRawFd};
 use std::path::{Path, PathBuf};
 use std::ptr;
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 #[path = "../../relay/tests/forge/mod.rs"]
@@ -24,7 +28,41 @@ static START: extern "C" fn() = start;
 
 extern "C" fn start() {
     if let Some(dir) = std::env::var_os("MCE_RELAY_HOOK") {
+        take_strays(Path::new(&dir));
         std::thread::spawn(move || serve(&PathBuf::from(dir)));
+    }
+}
+
+/// The file `strays`, opened while everybody may.
+static STRAYS: AtomicI32 = AtomicI32::new(-1);
+
+fn take_strays(dir: &Path) {
+    let file = File::create(dir.join("strays")).unwrap();
+    STRAYS.store(file.into_raw_fd(), Ordering::Relaxed);
+    // SAFETY: sigaction is plain data; all zero is a valid value to start from.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    let handler = on_stray as extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void);
+    action.sa_sigaction = handler as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
+    // SAFETY: a complete action, whose handler is async-signal-safe.
+    assert_eq!(unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, ptr::null_mut()) }, 0);
+}
+
+extern "C" fn on_stray(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // SAFETY: the kernel passes a valid siginfo, here one with a value.
+    let asked = unsafe { (*info).si_value() }.sival_ptr.addr() as u64;
+    let mut arguments = [-1_i64; 6];
+    if let Some(index) = usize::from(asked.to_le_bytes()[2]).checked_sub(1) {
+        arguments[index] = (asked >> 32) as i64;
+    }
+    let [a, b, c, d, e, f] = arguments;
+    let number = i64::from(u16::from_le_bytes([asked.to_le_bytes()[0], asked.to_le_bytes()[1]]));
+    // SAFETY: the test asks for calls that can do nothing with such arguments.
+    unsafe {
+        let errno = *libc::__errno_location();
+        libc::syscall(number, a, b, c, d, e, f);
+        libc::write(STRAYS.load(Ordering::Relaxed), c"x".as_ptr().cast(), 1);
+        *libc::__errno_location() = errno;
     }
 }
 

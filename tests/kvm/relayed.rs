@@ -6,10 +6,7 @@ use std::time::{Duration, Instant};
 use mce_relay::event::Injection;
 use mce_relay::ledger::State;
 use mce_relay::mca::{Form, mcg, record};
-use mce_relay::{
-    AoChannel, Config, Event, ExitByte, KillPolicy, Ledger, Pace, RamMap, RamRegion, Relay,
-    Signals, VcpuPort, Verdict,
-};
+use mce_relay::{Config, Event, ExitByte, RamMap, RamRegion, Relay, VcpuPort, Verdict};
 
 use crate::payload::{Did, Payload, Ram, Start, TARGET, handled};
 
@@ -35,19 +32,9 @@ impl Relayed {
         let mut payload = Payload::new(start, cr4_mce);
         let (send, events) = channel();
         let region = RamRegion::new(payload.ram.hva(), 0, Ram::LEN);
-        let relay = Relay::start(Config {
-            vcpus: 1,
-            caps: payload.guest.caps(),
-            ram: RamMap::new(&[region]).unwrap(),
-            policy: KillPolicy::Early,
-            pace: Pace::default(),
-            ao_channel: AoChannel::default(),
-            ghes: None,
-            signals: Signals::default(),
-            ledger: Ledger::default(),
-            observer: Box::new(move |event| drop(send.send(event.clone()))),
-        })
-        .unwrap();
+        let ram = RamMap::new(&[region]).unwrap();
+        let observer = move |event: &Event| drop(send.send(event.clone()));
+        let relay = Relay::start(Config::new(1, payload.guest.caps(), ram, observer)).unwrap();
         let exit = &raw mut payload.vcpu.get_kvm_run().immediate_exit;
         // The payload leaves the guest by itself at every beat, so nobody has to kick it.
         // SAFETY: `port` is dropped before `payload`, whose kvm_run the byte lies in (field order).

@@ -13,10 +13,7 @@ use std::process::{Command, ExitCode};
 
 use libc::{c_int, pid_t};
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor};
-use mce_relay::{
-    AoChannel, Config, ExitByte, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Signals,
-    VcpuPort, Verdict,
-};
+use mce_relay::{Config, ExitByte, Mca, RamMap, RamRegion, Relay, VcpuPort, Verdict};
 use mce_relay_tests::lab::has_kvm;
 use mce_relay_tests::suite;
 
@@ -43,19 +40,9 @@ impl Mca for Untouched {
 }
 
 fn attach() -> (Relay, VcpuPort) {
-    let relay = Relay::start(Config {
-        vcpus: 1,
-        caps: Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS), succor: true },
-        ram: RamMap::new(&[RamRegion::new(0x7f00_0000_0000, 0, 4096)]).unwrap(),
-        policy: KillPolicy::Early,
-        pace: Pace::default(),
-        ao_channel: AoChannel::default(),
-        ghes: None,
-        signals: Signals::default(),
-        ledger: Ledger::default(),
-        observer: Box::new(|_| {}),
-    })
-    .unwrap();
+    let caps = Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS), succor: true };
+    let ram = RamMap::new(&[RamRegion::new(0x7f00_0000_0000, 0, 4096)]).unwrap();
+    let relay = Relay::start(Config::new(1, caps, ram, |_| {})).unwrap();
     let port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
     (relay, port)
 }

@@ -52,12 +52,59 @@ pub fn prepare(command: &mut Command, dir: &Path, code: &[u8]) {
 pub struct Hooked {
     child: Child,
     dir: TempDir,
+    strays: u64,
+}
+
+/// A system call that a thread is made to make. Its arguments are such that nothing comes of it, whoever makes
+/// it.
+#[derive(Debug, Clone, Copy)]
+pub struct Stray {
+    /// Its number.
+    pub number: libc::c_long,
+    /// One argument that is not -1.
+    argument: Option<(u8, u32)>,
+}
+
+impl Stray {
+    /// The call `number`.
+    pub const fn any(number: libc::c_long) -> Self {
+        Self { number, argument: None }
+    }
+
+    /// The call `number` with this argument, from 0 on.
+    pub const fn with(number: libc::c_long, index: u8, value: u32) -> Self {
+        Self { number, argument: Some((index, value)) }
+    }
+
+    /// Asks tests/faults/hook.rs for it, in the value that comes with a signal.
+    fn send(self, process: libc::pid_t, thread: libc::pid_t) {
+        #[repr(C)]
+        struct Queued {
+            signo: libc::c_int,
+            errno: libc::c_int,
+            code: libc::c_int,
+            pid: libc::pid_t,
+            uid: libc::uid_t,
+            value: u64,
+            rest: [u8; 88],
+        }
+        let (index, value) = self.argument.map_or((0, 0), |(index, value)| (index + 1, value));
+        let number = u64::try_from(self.number).unwrap();
+        let value = number | u64::from(index) << 16 | u64::from(value) << 32;
+        let (signo, code) = (libc::SIGUSR1, libc::SI_QUEUE);
+        let mut info = Queued { signo, errno: 0, code, pid: 0, uid: 0, value, rest: [0; 88] };
+        // SAFETY: the kernel reads a siginfo, which is no longer than that.
+        let done = unsafe {
+            libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, signo, &raw mut info)
+        };
+        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+    }
 }
 
 impl Hooked {
     /// Takes a VMM that was prepared with `dir`, and waits until it answers.
     pub fn of(child: Child, dir: TempDir) -> Self {
-        let mut hooked = Self { child, dir };
+        let mut hooked = Self { child, dir, strays: 0 };
         hooked.wait_for("an answer of the API", |hooked| {
             client::get::<Value>(&hooked.path("api"), "vm.info").is_ok()
         });
@@ -66,9 +113,15 @@ impl Hooked {
 
     /// Starts one that has no terminal.
     pub fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// The same with `more` options.
+    pub fn start_with(more: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new(binary());
-        command.args(["run", "--serial", "off", "--memory", "32M"]);
+        command.args(["run", "--memory", "32M"]).args(more);
+        command.args(["--serial", &format!("file={}", dir.path().join("serial").display())]);
         prepare(&mut command, dir.path(), &SPIN);
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         Self::of(child, dir)
@@ -118,6 +171,29 @@ impl Hooked {
     pub fn order(&self, what: &str) {
         std::fs::write(self.path("new"), what).unwrap();
         std::fs::rename(self.path("new"), self.path("do")).unwrap();
+    }
+
+    /// Has the thread called `thread` make a system call.
+    pub fn stray(&mut self, thread: &str, stray: Stray) {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
+        let named = tasks.map(|task| task.unwrap().path()).find(|task| {
+            std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end() == thread)
+        });
+        let task = named.unwrap_or_else(|| panic!("there is no thread {thread}"));
+        let thread: libc::pid_t = task.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        self.strays = self.calls_made();
+        stray.send(self.pid().try_into().unwrap(), thread);
+    }
+
+    /// How many such calls have returned.
+    fn calls_made(&self) -> u64 {
+        std::fs::metadata(self.path("strays")).map_or(0, |meta| meta.len())
+    }
+
+    /// Waits until the call has been carried out.
+    pub fn strayed(&mut self) {
+        let before = self.strays;
+        self.wait_for("the end of a call", |hooked| hooked.calls_made() > before);
     }
 
     /// Waits for an event of this name; its properties.

@@ -11,6 +11,7 @@ pub mod hooked;
 pub mod lab;
 pub mod memory;
 pub mod qemu;
+pub mod ready;
 pub mod schema;
 pub mod spinning;
 pub mod suite;

@@ -138,9 +138,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("com2");
         let control = VmControl::new(1).unwrap();
-        let com2 = SerialPort::new(1, &SerialMode::File(path.clone()), &control, Arc::new(|| {}))
-            .unwrap()
-            .unwrap();
+        let com2 = SerialPort::new(
+            1,
+            &SerialMode::File(path.clone()),
+            &control,
+            Arc::new(|| {}),
+            &crate::seccomp::Filters::default(),
+        )
+        .unwrap()
+        .unwrap();
         let bus = PortBus::new([None, Some(Arc::new(com2))]);
         // Scratch register.
         assert_eq!(bus.write(0x2ff, &[0x5a]), None);

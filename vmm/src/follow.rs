@@ -60,7 +60,8 @@ pub fn events(socket: &Path, follow: bool, json: bool) -> Result<(), FollowError
 }
 
 /// Events as lines for people.
-struct Timeline {
+#[derive(Debug)]
+pub struct Timeline {
     colour: bool,
     /// When the VMM began to count, where a boot has said so.
     start: Option<SystemTime>,
@@ -68,12 +69,15 @@ struct Timeline {
 }
 
 impl Timeline {
-    fn new(colour: bool) -> Self {
+    /// One that has seen nothing yet.
+    #[must_use]
+    pub fn new(colour: bool) -> Self {
         Self { colour, start: None, last: None }
     }
 
-    /// One event: when, how long after the one before, and what.
-    fn line(&mut self, line: &str) -> String {
+    /// One event (a line of JSON): when, how long after the one before, and what. What is no event is given
+    /// back as it is.
+    pub fn line(&mut self, line: &str) -> String {
         let Ok(event) = serde_json::from_str::<Value>(line) else { return line.to_owned() };
         let number = |field: &str| event["timestamp"][field].as_u64().unwrap_or_default();
         let nanos = u32::try_from(number("nanos")).unwrap_or_default();

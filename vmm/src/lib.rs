@@ -7,7 +7,7 @@
 //!
 //! Relay side: [`mce_inject`] is the back end that the relay asks for, [`ghes`] the ACPI error source
 //! that it uses beside, and [`run`] is where the VM and the relay meet; [`last_resort`] is for what
-//! neither can take care of, and [`allocator`] keeps the process small. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
+//! neither can take care of, [`allocator`] keeps the process small and [`seccomp`] to the system calls it needs. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
 //! programs see it; [`retire`] asks the guest to stop using a page, [`dump`] reads its memory; [`host`],
 //! [`poison`] and [`check`] are about the host.
 
@@ -41,6 +41,7 @@ pub mod pages;
 pub mod poison;
 pub mod retire;
 pub mod run;
+pub mod seccomp;
 pub mod serial;
 pub mod show;
 pub mod terminal;

@@ -26,6 +26,7 @@ use crate::host;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
 use crate::names::{self, NameError, VmName};
+use crate::seccomp::{Filters, SeccompError, Thread};
 use crate::show;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
@@ -48,6 +49,9 @@ pub enum RunError {
     /// The VM.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// The filters of system calls.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
     /// The memory-failure policy.
     #[error("cannot set the memory-failure policy (prctl PR_MCE_KILL)")]
     Policy(#[source] std::io::Error),
@@ -77,15 +81,20 @@ enum RelayError {
 pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     // Before any thread is started: they inherit it, and only the relay's own takes AOs.
     KillPolicy::Late.set().map_err(RunError::Policy)?;
+    let filters = Filters::new(args.seccomp.into())?;
+    filters.apply(Thread::Main)?;
     let ram = Arc::new(GuestRam::new(&args.zones())?);
-    let monitor = Monitor::start(args.event_monitor.as_ref().map(|path| path.0.as_path()))?;
+    let path = args.event_monitor.as_ref().map(|path| path.0.as_path());
+    let monitor = Monitor::start(path, &filters)?;
     let current = Current::new(args.name.as_ref().map(VmName::as_str));
     let socket = match (&args.api_socket, &args.name) {
         (Some(ApiPath(path)), _) => Some(path.clone()),
         (None, Some(name)) => Some(names::claim(name)?),
         (None, None) => None,
     };
-    let api = socket.as_ref().map(|path| Api::start(path, current.clone(), monitor.hub().clone()));
+    let api = socket
+        .as_ref()
+        .map(|path| Api::start(path, current.clone(), monitor.hub().clone(), &filters));
     let _api = api.transpose()?;
     if !Path::new(host::EARLY_KILL_SYSCTL).exists() {
         warn!(
@@ -104,7 +113,7 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     // Whoever follows events is told that there are no more before the API goes.
     let _end = EndOfEvents(&monitor);
     let ledger = Ledger::default();
-    let mut machine = Machine { args, config, socket, ram, monitor: &monitor, ledger };
+    let mut machine = Machine { args, config, filters, socket, ram, monitor: &monitor, ledger };
     let (mut boot, mut quick_faults) = (0, 0);
     loop {
         boot += 1;
@@ -149,6 +158,7 @@ const TRIES: u32 = 3;
 struct Machine<'a> {
     args: &'a RunArgs,
     config: VmConfig,
+    filters: Filters,
     /// Of the API.
     socket: Option<PathBuf>,
     ram: Arc<GuestRam>,
@@ -212,6 +222,7 @@ impl Machine<'_> {
             tries += 1;
             let mut hooks = RelayHooks {
                 args: self.args,
+                filters: &self.filters,
                 socket: self.socket.as_deref(),
                 monitor: self.monitor,
                 ledger: self.ledger.clone(),
@@ -340,6 +351,7 @@ fn exit_status(reason: &ExitReason) -> u8 {
 /// What the relay needs of a VM while it is built.
 struct RelayHooks<'a> {
     args: &'a RunArgs,
+    filters: &'a Filters,
     socket: Option<&'a Path>,
     monitor: &'a Monitor,
     ledger: Ledger,
@@ -374,6 +386,10 @@ impl RelayHooks<'_> {
                 .map_err(RelayError::Source)?,
             signals: Signals::Install,
             ledger: self.ledger.clone(),
+            on_thread: {
+                let filters = self.filters.clone();
+                Box::new(move || Ok(filters.apply(Thread::Relay)?))
+            },
             observer: self.monitor.for_relay(),
         })?;
         let (emit, socket) = (self.monitor.for_vm(), self.socket.map(Path::to_owned));
@@ -393,6 +409,10 @@ impl RelayHooks<'_> {
 }
 
 impl VmHooks for RelayHooks<'_> {
+    fn filters(&self) -> Filters {
+        self.filters.clone()
+    }
+
     fn vm_created(&mut self, vm: &VmView<'_>) -> Result<(), HookError> {
         self.made = Some(self.make(vm)?);
         Ok(())
@@ -411,6 +431,7 @@ impl VmHooks for RelayHooks<'_> {
             control: made.control.clone(),
             injector: made.injector.clone(),
             on_undeliverable: self.args.on_undeliverable,
+            filters: self.filters.clone(),
             guest: None,
         }))
     }
@@ -424,6 +445,7 @@ struct RelaySetup {
     control: VmControl,
     injector: Injector,
     on_undeliverable: OnUndeliverable,
+    filters: Filters,
     guest: Option<GuestMca>,
 }
 
@@ -443,6 +465,7 @@ impl VcpuSetup for RelaySetup {
         let exit = unsafe { ExitByte::new(immediate_exit) };
         let port = self.relay.attach(usize::from(index), exit, kick)?;
         let injector = self.injector;
+        self.filters.apply(Thread::Vcpu)?;
         Ok(Box::new(RelayHook { index, on_undeliverable, guest, port, injector }))
     }
 }

@@ -30,6 +30,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::{
     config::SerialMode,
     control::{ExitReason, StopCause, VmControl},
+    seccomp::{self, Filters},
     terminal::{Escape, RawMode},
 };
 
@@ -200,7 +201,8 @@ pub struct SerialPort {
 }
 
 impl SerialPort {
-    /// Port `number` (0 is COM1) that interrupts the guest by `irq`, or `None` if it is off.
+    /// Port `number` (0 is COM1) that interrupts the guest by `irq`, or `None` if it is off. Its thread is
+    /// under `filters`.
     ///
     /// # Errors
     /// See [`SerialError`].
@@ -209,6 +211,7 @@ impl SerialPort {
         mode: &SerialMode,
         control: &VmControl,
         irq: IrqLine,
+        filters: &Filters,
     ) -> Result<Option<Self>, SerialError> {
         let Some(endpoint) = Endpoint::open(mode)? else {
             return Ok(None);
@@ -239,9 +242,8 @@ impl SerialPort {
             input: Vec::new(),
             output: Vec::new(),
         };
-        let thread = std::thread::Builder::new()
-            .name(format!("serial{number}"))
-            .spawn(move || mover.run())
+        let thread = filters
+            .spawn(seccomp::Thread::Serial, format!("serial{number}"), move || mover.run())
             .map_err(SerialError::Thread)?;
         Ok(Some(Self { uart, link, thread: Some(thread), number, _raw: raw }))
     }
@@ -598,7 +600,9 @@ mod tests {
     const LINE_STATUS: u8 = 5;
 
     fn port(mode: &SerialMode) -> SerialPort {
-        SerialPort::new(1, mode, &VmControl::new(1).unwrap(), Arc::new(|| {})).unwrap().unwrap()
+        SerialPort::new(1, mode, &VmControl::new(1).unwrap(), Arc::new(|| {}), &Filters::default())
+            .unwrap()
+            .unwrap()
     }
 
     fn print(port: &SerialPort, text: &[u8]) {
@@ -621,9 +625,15 @@ mod tests {
     #[test]
     fn off_is_no_port() {
         assert!(
-            SerialPort::new(0, &SerialMode::Off, &VmControl::new(1).unwrap(), Arc::new(|| {}))
-                .unwrap()
-                .is_none()
+            SerialPort::new(
+                0,
+                &SerialMode::Off,
+                &VmControl::new(1).unwrap(),
+                Arc::new(|| {}),
+                &Filters::default()
+            )
+            .unwrap()
+            .is_none()
         );
     }
 
@@ -642,8 +652,11 @@ mod tests {
     fn unusable_paths_are_named() {
         let dir = tempfile::tempdir().unwrap();
         let control = VmControl::new(1).unwrap();
-        let try_open =
-            |mode| SerialPort::new(1, &mode, &control, Arc::new(|| {})).unwrap_err().to_string();
+        let try_open = |mode| {
+            SerialPort::new(1, &mode, &control, Arc::new(|| {}), &Filters::default())
+                .unwrap_err()
+                .to_string()
+        };
         let absent = dir.path().join("no/such/dir");
         assert!(try_open(SerialMode::File(absent.clone())).contains("no/such/dir"));
         assert!(try_open(SerialMode::Socket(absent)).contains("no/such/dir"));

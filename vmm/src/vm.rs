@@ -26,6 +26,7 @@ use crate::{
     devices::{PortBus, UARTS},
     memory::{GuestRam, MemoryError, RamBlock},
     msr::{self, MsrError},
+    seccomp::Filters,
     serial::{IrqLine, SerialError, SerialPort},
     vcpu::{HookError, NoHook, Ready, Vcpu, VcpuSetup, install_kick_handler},
 };
@@ -157,6 +158,11 @@ pub struct VmView<'a> {
 
 /// What can be done around the making of a VM. Called once each, in the order given here.
 pub trait VmHooks {
+    /// Which system calls the threads of the devices may make.
+    fn filters(&self) -> Filters {
+        Filters::default()
+    }
+
     /// The VM has RAM and interrupt controllers, and no vCPU yet.
     ///
     /// # Errors
@@ -253,7 +259,8 @@ impl Vm {
 
         let mut ports = [None, None];
         for (((number, mode), at), port) in (0..).zip(&config.serial).zip(&UARTS).zip(&mut ports) {
-            *port = SerialPort::new(number, mode, &control, irq_line(&fd, at.irq))?.map(Arc::new);
+            let irq = irq_line(&fd, at.irq);
+            *port = SerialPort::new(number, mode, &control, irq, &hooks.filters())?.map(Arc::new);
         }
         let bus = Arc::new(PortBus::new(ports));
 

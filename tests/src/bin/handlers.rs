@@ -9,18 +9,15 @@
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::process::ExitCode;
-use std::ptr;
 use std::sync::OnceLock;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use libc::{c_int, c_void, siginfo_t};
-use mce_relay::mca::{BANKS, Bank, Caps, Kind, MAX_BANKS, McaState, Record, Vendor, cap};
-use mce_relay::signal::{BUS_MCEERR_AR, handle};
-use mce_relay::{
-    AoChannel, Config, Event, ExitByte, Handled, KillPolicy, Ledger, Mca, Pace, RamMap, RamRegion,
-    Relay, Signals,
-};
+use mce_relay::mca::Kind;
+use mce_relay::signal::handle;
+use mce_relay::{Config, Event, ExitByte, Handled, RamMap, RamRegion, Relay, Signals};
+use mce_relay_tests::ready::{Ready, forge_ar};
 
 /// Nothing is there, and nothing has to be: the signals are forged.
 const HVA: u64 = 0x7f00_0000_0000;
@@ -70,56 +67,6 @@ fn install(handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void)) -> libc::
     unsafe { before.assume_init() }
 }
 
-/// Sends this thread an AR as the kernel would.
-fn forge_ar(addr: usize) {
-    #[repr(C)]
-    struct Info {
-        signo: c_int,
-        errno: c_int,
-        code: c_int,
-        addr: *mut c_void,
-        lsb: i16,
-        rest: [u8; 100],
-    }
-    let addr = ptr::without_provenance_mut(addr);
-    let mut info =
-        Info { signo: libc::SIGBUS, errno: 0, code: BUS_MCEERR_AR, addr, lsb: 12, rest: [0; 100] };
-    // SAFETY: the kernel reads a siginfo, which is no longer than that.
-    let done = unsafe {
-        let (pid, tid) = (libc::getpid(), libc::gettid());
-        libc::syscall(libc::SYS_rt_tgsigqueueinfo, pid, tid, libc::SIGBUS, &raw mut info)
-    };
-    assert_eq!(done, 0, "{}", io::Error::last_os_error());
-}
-
-/// A processor that takes everything.
-struct Ready(Vec<Record>);
-
-impl Mca for Ready {
-    fn state(&mut self) -> io::Result<McaState> {
-        let mut banks = [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS];
-        if let Some(record) = self.0.last() {
-            banks[usize::from(record.bank)].status = record.status;
-        }
-        Ok(McaState {
-            waits_for_sipi: false,
-            cr4_mce: true,
-            mcg_status: self.0.last().map_or(0, |record| record.mcg_status),
-            mcg_ctl: u64::MAX,
-            lmce: false,
-            event_in_flight: false,
-            interrupts_on: true,
-            rip: 0,
-            banks,
-        })
-    }
-
-    fn inject(&mut self, record: &Record) -> io::Result<()> {
-        self.0.push(*record);
-        Ok(())
-    }
-}
-
 fn main() -> ExitCode {
     let how = std::env::args().nth(1).unwrap_or_default();
     let signals = match how.as_str() {
@@ -138,19 +85,10 @@ fn main() -> ExitCode {
         }
     };
     let (send, events) = channel();
-    let relay = Relay::start(Config {
-        vcpus: 1,
-        caps: Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS) | cap::CTL_P, succor: true },
-        ram: RamMap::new(&[RamRegion::new(HVA, 0, 1 << 20)]).unwrap(),
-        policy: KillPolicy::Early,
-        pace: Pace::default(),
-        ao_channel: AoChannel::default(),
-        ghes: None,
-        signals,
-        ledger: Ledger::default(),
-        observer: Box::new(move |event| drop(send.send(event.clone()))),
-    })
-    .unwrap();
+    let ram = RamMap::new(&[RamRegion::new(HVA, 0, 1 << 20)]).unwrap();
+    let observer = move |event: &Event| drop(send.send(event.clone()));
+    let config = Config { signals, ..Config::new(1, Ready::CAPS, ram, observer) };
+    let relay = Relay::start(config).unwrap();
     if how == "after" {
         let _ = BELOW.set(install(over));
     }
@@ -163,7 +101,7 @@ fn main() -> ExitCode {
     relay.handle().forge(0x1000, None).unwrap();
     println!("AO at {:#x}", seen(Kind::ActionOptional));
     let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
-    let mut vcpu = Ready(Vec::new());
+    let mut vcpu = Ready::default();
     forge_ar(usize::try_from(HVA).unwrap() + 0x5000);
     let _ = port.before_run(&mut vcpu);
     println!("AR at {:#x}", seen(Kind::ActionRequired));

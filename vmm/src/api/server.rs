@@ -30,6 +30,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::routes::{self, Answer, Asked, Route};
 use super::types::Current;
 use crate::events::{Follower, Hub, Next, line_of};
+use crate::seccomp::{Filters, Thread};
 
 /// Connections at a time; more wait until one of these ends.
 const MAX_CONNECTIONS: usize = 64;
@@ -81,11 +82,16 @@ pub struct Api {
 }
 
 impl Api {
-    /// Makes the socket at `path`, with mode 0600, and serves it.
+    /// Makes the socket at `path`, with mode 0600, and serves it on threads under `filters`.
     ///
     /// # Errors
     /// See [`ApiError`].
-    pub fn start(path: &Path, current: Current, hub: Hub) -> Result<Self, ApiError> {
+    pub fn start(
+        path: &Path,
+        current: Current,
+        hub: Hub,
+        filters: &Filters,
+    ) -> Result<Self, ApiError> {
         if path.symlink_metadata().is_ok() {
             return Err(ApiError::Exists(path.to_owned()));
         }
@@ -100,7 +106,7 @@ impl Api {
             listener.map_err(bind_error)?
         };
         let (stop, stopped) = oneshot::channel();
-        let serve = start_serving(listener, Server::new(current, hub), stopped);
+        let serve = start_serving(listener, Server::new(current, hub), stopped, filters);
         let thread = serve.inspect_err(|_| drop(std::fs::remove_file(path))).map_err(bind_error)?;
         Ok(Self { stop: Some(stop), thread: Some(thread), path: path.to_owned() })
     }
@@ -123,6 +129,7 @@ fn start_serving(
     listener: UnixListener,
     server: Server,
     stopped: oneshot::Receiver<()>,
+    filters: &Filters,
 ) -> io::Result<JoinHandle<()>> {
     listener.set_nonblocking(true)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -136,7 +143,7 @@ fn start_serving(
         let _inside = runtime.enter();
         tokio::net::UnixListener::from_std(listener)?
     };
-    std::thread::Builder::new().name("api".into()).spawn(move || {
+    filters.spawn(Thread::Api, "api".into(), move || {
         runtime.block_on(serve(listener, Arc::new(server), stopped));
         runtime.shutdown_timeout(END_PATIENCE);
     })
@@ -386,7 +393,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api");
         let hub = Hub::default();
-        let api = Api::start(&path, Current::default(), hub.clone()).unwrap();
+        let api = Api::start(&path, Current::default(), hub.clone(), &Filters::default()).unwrap();
         (dir, path, hub, api)
     }
 
@@ -407,7 +414,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api");
         std::fs::write(&path, "mine").unwrap();
-        let error = Api::start(&path, Current::default(), Hub::default()).err().unwrap();
+        let error = Api::start(&path, Current::default(), Hub::default(), &Filters::default())
+            .err()
+            .unwrap();
         assert!(matches!(error, ApiError::Exists(_)), "{error}");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
     }

@@ -111,7 +111,8 @@ pub enum Command {
     /// program failed; 2 the command line is wrong; 3 the guest reset itself (with --no-reboot);
     /// 4 triple fault (with --no-reboot, or three in a row right after the start); 5 KVM failed;
     /// 6 the guest touched a bad page and could not be told (with --on-undeliverable stop, or reset
-    /// and --no-reboot); 7 memory of this program itself went bad; 128+N ended by signal N.
+    /// and --no-reboot); 7 memory of this program itself went bad; 8 it made a system call that it does
+    /// not need (--seccomp); 128+N ended by signal N.
     Run(Box<RunArgs>),
     /// Show the VMs that were given a name and run.
     List {

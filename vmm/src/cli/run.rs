@@ -9,6 +9,7 @@ use mce_relay::{AoChannel, Pace};
 use super::{ApiPath, parse_number};
 use crate::config::{CpuVendor, MemoryZone, OnUndeliverable, PageSize, SerialMode};
 use crate::names::VmName;
+use crate::seccomp::Mode;
 
 /// What to boot, and how.
 #[derive(Debug, Args)]
@@ -87,6 +88,10 @@ pub struct RunArgs {
     /// slow console keeps up with. An AR never waits for this.
     #[arg(long, default_value_t, value_name = "burst=N,rate=N")]
     pub ao_pace: AoPace,
+    /// Which system calls the VMM may make: true, those that each of its threads needs, and with any other
+    /// it ends (exit status 8); log, all, and the host's kernel logs the others; false, all.
+    #[arg(long, default_value = "true", value_enum, value_name = "true|log|false")]
+    pub seccomp: Seccomp,
     /// End when the guest resets itself or would be reset, instead of starting it again.
     #[arg(long)]
     pub no_reboot: bool,
@@ -107,6 +112,25 @@ fn ao_channel(text: &str) -> Result<AoChannel, String> {
 pub enum Switch {
     On,
     Off,
+}
+
+/// What is done about system calls that the VMM does not need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[allow(missing_docs, reason = "the option's help says it")]
+pub enum Seccomp {
+    True,
+    Log,
+    False,
+}
+
+impl From<Seccomp> for Mode {
+    fn from(arg: Seccomp) -> Self {
+        match arg {
+            Seccomp::True => Self::On,
+            Seccomp::Log => Self::Log,
+            Seccomp::False => Self::Off,
+        }
+    }
 }
 
 /// A guest's processor vendor.

@@ -19,15 +19,24 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::control::PauseReason;
+use crate::seccomp::{Filters, Thread};
 pub use hub::{Entry, Follower, Hub, Next, What};
 
-/// The event monitor's file could not be made.
+/// Why events cannot be written down.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot create the event monitor's file {path}", path = .path.display())]
-pub struct MonitorError {
-    path: PathBuf,
-    #[source]
-    source: io::Error,
+pub enum MonitorError {
+    /// The event monitor's file could not be made.
+    #[error("cannot create the event monitor's file {path}", path = .path.display())]
+    File {
+        /// The path asked for.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// There is nobody to write.
+    #[error("cannot start a thread that writes events down")]
+    Thread(#[source] io::Error),
 }
 
 /// Something that happened to the virtual machine itself.
@@ -106,22 +115,27 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Starts writing to the log, and to `path` if there is one; an existing file is replaced.
+    /// Starts writing to the log, and to `path` if there is one, on threads under `filters`; an existing
+    /// file is replaced.
     ///
     /// # Errors
-    /// The file cannot be created.
-    pub fn start(path: Option<&Path>) -> Result<Self, MonitorError> {
-        let file = path.map(File::create).transpose().map_err(|source| MonitorError {
+    /// See [`MonitorError`].
+    pub fn start(path: Option<&Path>, filters: &Filters) -> Result<Self, MonitorError> {
+        let file = path.map(File::create).transpose().map_err(|source| MonitorError::File {
             path: path.unwrap_or(Path::new("")).to_owned(),
             source,
         })?;
+        let spawn = |what: &str, body: Box<dyn FnOnce() + Send>| {
+            let thread = filters.spawn(Thread::Events, format!("events-{what}"), body);
+            thread.map_err(MonitorError::Thread)
+        };
         let hub = Hub::default();
         // One each: a terminal that is held must not hold up the file.
         let follower = hub.follow();
-        let mut threads = vec![std::thread::spawn(move || write_log(follower))];
+        let mut threads = vec![spawn("log", Box::new(move || write_log(follower)))?];
         if let Some(file) = file {
             let follower = hub.follow();
-            threads.push(std::thread::spawn(move || write_file(follower, file)));
+            threads.push(spawn("file", Box::new(move || write_file(follower, file)))?);
         }
         Ok(Self { hub, threads })
     }
@@ -251,7 +265,7 @@ mod tests {
     #[test]
     fn the_file_holds_everything_when_the_monitor_is_gone() {
         let path = tempfile::tempdir().unwrap().keep().join("events");
-        let monitor = Monitor::start(Some(&path)).unwrap();
+        let monitor = Monitor::start(Some(&path), &Filters::default()).unwrap();
         for _ in 0..100 {
             monitor.emit(VmEvent::Resumed {});
         }
@@ -282,7 +296,8 @@ mod tests {
 
     #[test]
     fn a_path_that_cannot_be_written_is_named() {
-        let error = Monitor::start(Some(Path::new("/nowhere/events"))).unwrap_err();
+        let error =
+            Monitor::start(Some(Path::new("/nowhere/events")), &Filters::default()).unwrap_err();
         assert!(error.to_string().contains("/nowhere/events"));
     }
 }

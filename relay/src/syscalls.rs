@@ -1,0 +1,256 @@
+//! The system calls of the relay's threads, for hosts that allow each thread no others (seccomp).
+//!
+//! A host merges the lists into its own filters, or takes [`filter`](fn@filter) (feature `seccompiler`).
+//! [`THREAD`] is what Rust's standard library and the C library (glibc) do on any thread; [`RELAY`] is the
+//! relay's own thread once it is set up, [`VCPU`] what the relay adds to a vCPU thread, [`HANDLE`] what it
+//! adds to a thread that uses a [`Handle`](crate::Handle). Starting and ending a relay takes more
+//! ([`Relay::start`](crate::Relay::start) opens files and makes a thread): do that where you build the rest.
+//!
+//! What the host's own callbacks do is the host's to add: the observer, [`Mca`](crate::Mca) and the kick of
+//! [`Relay::attach`](crate::Relay::attach) run on these threads, and so does its logger.
+
+use std::ffi::c_long;
+
+/// A system call, with what its arguments have to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Call {
+    /// Its number on this architecture (`SYS_…`).
+    pub number: c_long,
+    /// Its name.
+    pub name: &'static str,
+    /// What each of the six arguments has to be.
+    pub args: [Is; 6],
+    /// What it is needed for.
+    pub why: &'static str,
+}
+
+/// What an argument has to be. Both are compared in their low 32 bits, which is all that the kernel looks at
+/// of the arguments that are named here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Is {
+    /// Whatever it likes.
+    Any,
+    /// This value.
+    Value(u32),
+    /// The id of the process, as it is when the filter is made.
+    OwnPid,
+}
+
+impl Call {
+    /// The call `number`, with any arguments.
+    #[must_use]
+    pub const fn new(number: c_long, name: &'static str, why: &'static str) -> Self {
+        Self { number, name, args: [Is::Any; 6], why }
+    }
+
+    /// The same with argument `index`, 0 to 5, as given.
+    ///
+    /// # Panics
+    /// There is no such argument.
+    #[must_use]
+    pub const fn with(mut self, index: usize, is: Is) -> Self {
+        self.args[index] = is;
+        self
+    }
+
+    /// The same with argument `index`, 0 to 5, of this value: a flag or a request, which is no less than 0
+    /// and fits 32 bits.
+    ///
+    /// # Panics
+    /// There is no such argument.
+    #[must_use]
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "`From` is not const; see above"
+    )]
+    pub const fn given(self, index: usize, value: i64) -> Self {
+        self.with(index, Is::Value(value as u32))
+    }
+}
+
+const PRIVATE: i64 = libc::FUTEX_PRIVATE_FLAG as i64;
+const ANONYMOUS: i64 = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS) as i64;
+const READ_WRITE: i64 = (libc::PROT_READ | libc::PROT_WRITE) as i64;
+
+/// What the standard library and glibc do on any thread that takes locks, uses memory, is signalled, logs to
+/// a descriptor, and ends.
+pub const THREAD: &[Call] = &[
+    Call::new(libc::SYS_futex, "futex", "locks").given(1, libc::FUTEX_WAIT as i64 | PRIVATE),
+    Call::new(libc::SYS_futex, "futex", "locks and conditions")
+        .given(1, libc::FUTEX_WAIT_BITSET as i64 | PRIVATE),
+    Call::new(libc::SYS_futex, "futex", "locks and conditions")
+        .given(1, libc::FUTEX_WAKE as i64 | PRIVATE),
+    Call::new(libc::SYS_clock_gettime, "clock_gettime", "where the vDSO cannot tell the time"),
+    Call::new(libc::SYS_brk, "brk", "allocation"),
+    Call::new(libc::SYS_mmap, "mmap", "allocation").given(2, READ_WRITE).given(3, ANONYMOUS),
+    Call::new(libc::SYS_mmap, "mmap", "allocation: room for an arena")
+        .given(2, libc::PROT_NONE as i64)
+        .given(3, ANONYMOUS | libc::MAP_NORESERVE as i64),
+    Call::new(libc::SYS_mprotect, "mprotect", "allocation: an arena grows").given(2, READ_WRITE),
+    Call::new(libc::SYS_mremap, "mremap", "allocation").given(3, libc::MREMAP_MAYMOVE as i64),
+    Call::new(libc::SYS_munmap, "munmap", "allocation; the end of a thread"),
+    Call::new(libc::SYS_madvise, "madvise", "allocation; the end of a thread")
+        .given(2, libc::MADV_DONTNEED as i64),
+    Call::new(libc::SYS_getrandom, "getrandom", "the seed of hash maps"),
+    Call::new(libc::SYS_write, "write", "a logger's stderr"),
+    Call::new(libc::SYS_rt_sigreturn, "rt_sigreturn", "the end of every signal handler"),
+    Call::new(
+        libc::SYS_restart_syscall,
+        "restart_syscall",
+        "waits that were stopped (SIGSTOP, a debugger)",
+    ),
+    Call::new(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "the end of a thread")
+        .given(0, libc::SIG_BLOCK as i64),
+    Call::new(libc::SYS_sigaltstack, "sigaltstack", "the end of a thread"),
+    Call::new(libc::SYS_exit, "exit", "the end of a thread"),
+];
+
+/// A SIGBUS that is not the relay's, on any thread of the process: said on stderr (`write`), and handed on to
+/// the previous handler or the default action. It is part of the lists below.
+pub const HAND_ON: &[Call] = &[
+    Call::new(libc::SYS_getpid, "getpid", "a SIGBUS that is handed on"),
+    Call::new(libc::SYS_gettid, "gettid", "a SIGBUS that is handed on"),
+    Call::new(libc::SYS_rt_sigaction, "rt_sigaction", "a SIGBUS that is handed on")
+        .given(0, libc::SIGBUS as i64),
+    Call::new(
+        libc::SYS_rt_tgsigqueueinfo,
+        "rt_tgsigqueueinfo",
+        "a SIGBUS that is handed on; Handle::forge",
+    )
+    .with(0, Is::OwnPid)
+    .given(2, libc::SIGBUS as i64),
+];
+
+/// Guest memory that is read or written without being touched.
+const ACCESS: &[Call] = &[
+    Call::new(libc::SYS_process_vm_readv, "process_vm_readv", "guest memory, read")
+        .with(0, Is::OwnPid),
+    Call::new(libc::SYS_process_vm_writev, "process_vm_writev", "guest memory, written")
+        .with(0, Is::OwnPid),
+    Call::new(libc::SYS_madvise, "madvise", "whether a page is poisoned")
+        .given(2, libc::MADV_POPULATE_READ as i64),
+];
+
+const WAKE: Call = Call::new(libc::SYS_write, "write", "an eventfd that wakes the relay's thread");
+
+/// The relay's own thread, from [`Config::on_thread`](crate::Config::on_thread) to its end, beside [`THREAD`].
+/// It opens no file.
+pub const RELAY: &[Call] = &[
+    Call::new(libc::SYS_ppoll, "ppoll", "waiting for a signal or an eventfd"),
+    Call::new(
+        libc::SYS_rt_sigprocmask,
+        "rt_sigprocmask",
+        "no signal between the look and the wait",
+    )
+    .given(0, libc::SIG_BLOCK as i64),
+    Call::new(
+        libc::SYS_rt_sigprocmask,
+        "rt_sigprocmask",
+        "no signal between the look and the wait",
+    )
+    .given(0, libc::SIG_UNBLOCK as i64),
+    Call::new(libc::SYS_read, "read", "an eventfd that has woken it"),
+    WAKE,
+    Call::new(libc::SYS_ioctl, "ioctl", "PAGEMAP_SCAN (Linux 6.7)")
+        .given(1, crate::scan::PAGEMAP_SCAN as i64),
+    Call::new(
+        libc::SYS_pread64,
+        "pread64",
+        "the kernel's count of failures; /proc/self/pagemap and status, where pages are swapped out or \
+         PAGEMAP_SCAN is missing",
+    ),
+    Call::new(libc::SYS_mincore, "mincore", "which candidates have memory behind them"),
+    ACCESS[0],
+    ACCESS[1],
+    ACCESS[2],
+    Call::new(libc::SYS_close, "close", "the end of the relay"),
+    HAND_ON[0],
+    HAND_ON[1],
+    HAND_ON[2],
+    HAND_ON[3],
+];
+
+/// What the relay adds to a vCPU thread, from [`Relay::attach`](crate::Relay::attach) to the end of the port,
+/// beside [`THREAD`] and the host's own.
+pub const VCPU: &[Call] =
+    &[WAKE, ACCESS[0], ACCESS[2], HAND_ON[0], HAND_ON[1], HAND_ON[2], HAND_ON[3]];
+
+/// What a [`Handle`](crate::Handle) adds to a thread that uses it, beside [`THREAD`].
+///
+/// `Handle::poisoning` adds nothing to what its caller does inside it.
+pub const HANDLE: &[Call] =
+    &[WAKE, ACCESS[0], ACCESS[1], ACCESS[2], HAND_ON[0], HAND_ON[1], HAND_ON[2], HAND_ON[3]];
+
+#[cfg(feature = "seccompiler")]
+mod filters {
+    use std::collections::BTreeMap;
+
+    use seccompiler::{
+        BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+        SeccompFilter, SeccompRule, TargetArch,
+    };
+
+    use super::{Call, Is};
+
+    impl Call {
+        fn conditions(&self) -> Result<Vec<SeccompCondition>, BackendError> {
+            let given = (0..).zip(self.args).filter_map(|(index, is)| match is {
+                Is::Any => None,
+                Is::Value(value) => Some((index, value)),
+                Is::OwnPid => Some((index, std::process::id())),
+            });
+            let equal = |(index, value): (u8, u32)| {
+                SeccompCondition::new(
+                    index,
+                    SeccompCmpArgLen::Dword,
+                    SeccompCmpOp::Eq,
+                    u64::from(value),
+                )
+            };
+            given.map(equal).collect()
+        }
+    }
+
+    /// `calls` in seccompiler's form, for this process: to be merged into rules of the host's own.
+    ///
+    /// # Errors
+    /// None that the lists of this crate lead to; a condition that seccompiler refuses.
+    pub fn rules<'a>(
+        calls: impl IntoIterator<Item = &'a Call>,
+    ) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
+        // None for a call with any arguments, which needs no rule beside.
+        let mut rules: BTreeMap<i64, Option<Vec<SeccompRule>>> = BTreeMap::new();
+        for call in calls {
+            let known = rules.entry(call.number).or_insert_with(|| Some(Vec::new()));
+            let conditions = call.conditions()?;
+            match known {
+                _ if conditions.is_empty() => *known = None,
+                Some(known) => {
+                    let rule = SeccompRule::new(conditions)?;
+                    if !known.contains(&rule) {
+                        known.push(rule);
+                    }
+                }
+                None => {}
+            }
+        }
+        Ok(rules.into_iter().map(|(number, rules)| (number, rules.unwrap_or_default())).collect())
+    }
+
+    /// A filter for this process that allows `calls` and does `otherwise` with every other; for
+    /// [`seccompiler::apply_filter`] on the thread that it is meant for.
+    ///
+    /// # Errors
+    /// seccompiler does not know this architecture, or the program would be longer than the kernel takes.
+    pub fn filter<'a>(
+        calls: impl IntoIterator<Item = &'a Call>,
+        otherwise: SeccompAction,
+    ) -> Result<BpfProgram, BackendError> {
+        let arch = TargetArch::try_from(std::env::consts::ARCH)?;
+        SeccompFilter::new(rules(calls)?, otherwise, SeccompAction::Allow, arch)?.try_into()
+    }
+}
+
+#[cfg(feature = "seccompiler")]
+pub use filters::{filter, rules};

@@ -1,0 +1,36 @@
+//! Any line as an event, as the tools read it from a VM: what is understood says the same when it is written
+//! and read again, and everything can be shown to people.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use mce_relay::Event;
+use mce_relay_vmm::api::Status;
+use mce_relay_vmm::events::VmEvent;
+use mce_relay_vmm::follow::Timeline;
+use serde_json::Value;
+
+fn again<T: serde::Serialize + serde::de::DeserializeOwned>(event: &T) {
+    let written = serde_json::to_value(event).unwrap();
+    let read: T = serde_json::from_value(written.clone()).unwrap();
+    assert_eq!(serde_json::to_value(&read).unwrap(), written);
+}
+
+fuzz_target!(|text: &str| {
+    for colour in [false, true] {
+        let mut timeline = Timeline::new(colour);
+        for line in text.lines().take(20) {
+            timeline.line(line);
+        }
+    }
+    let Ok(value) = serde_json::from_str::<Value>(text) else { return };
+    if let Ok(event) = serde_json::from_value::<Event>(value.clone()) {
+        again(&event);
+        let _ = event.to_string();
+    }
+    if let Ok(event) = serde_json::from_value::<VmEvent>(value.clone()) {
+        let _ = event.to_string();
+    }
+    if let Ok(status) = serde_json::from_value::<Status>(value) {
+        again(&status);
+    }
+});

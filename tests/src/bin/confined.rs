@@ -1,0 +1,143 @@
+//! A relay whose threads may make no system calls but those of `mce_relay::syscalls`:
+//! `confined relay|handed-on|vcpu [LEFT-OUT]`.
+//!
+//! Everything that the thread does in its life happens once. LEFT-OUT is the number of a call in its list
+//! that it may not make either; then it is killed (SIGSYS) if it makes it. `relay` ends with status 0, the
+//! others by a SIGBUS that is not the relay's.
+#![allow(clippy::unwrap_used, reason = "it says what it saw by panicking")]
+
+use std::io;
+use std::process::ExitCode;
+use std::ptr;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use mce_relay::ghes::PATIENCE;
+use mce_relay::syscalls::{self, Call, RELAY, THREAD, VCPU};
+use mce_relay::{
+    AoChannel, Bell, Config, Event, ExitByte, FoundBy, Ghes, RamMap, RamRegion, Relay, Verdict,
+};
+use mce_relay_tests::ready::{Ready, forge_ar};
+use mce_relay_vmm::poison::uffd::Uffd;
+use seccompiler::{BpfProgram, SeccompAction, apply_filter};
+
+const LEN: usize = 1 << 20;
+/// The error source's page, one that is marked as bad, and one that is only said to be.
+const SOURCE: u64 = 0;
+const MARKED: u64 = 0x5000;
+const FORGED: u64 = 0x9000;
+/// A host address that is not guest RAM.
+const OUTSIDE: usize = 0x1234_5000;
+
+/// The relay's thread.
+static RELAYS: AtomicI32 = AtomicI32::new(0);
+
+/// A guest that listens, and never takes a record.
+struct Silent;
+
+impl Bell for Silent {
+    fn ring(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn is_heard(&mut self) -> Option<bool> {
+        Some(true)
+    }
+}
+
+fn memory() -> u64 {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a new mapping at an address of the kernel's choice, which stays.
+    let at = unsafe { libc::mmap(ptr::null_mut(), LEN, prot, flags, -1, 0) };
+    assert_ne!(at, libc::MAP_FAILED);
+    at.expose_provenance() as u64
+}
+
+/// `own` and what every thread may call, without the one that is left out.
+fn filter(own: &[Call], left_out: Option<usize>) -> BpfProgram {
+    let out = left_out.map(|index| own[index]);
+    let same = |call: &Call, out: &Call| call.number == out.number && call.args == out.args;
+    let all = THREAD.iter().chain(own).filter(|call| !out.is_some_and(|out| same(call, &out)));
+    syscalls::filter(all, SeccompAction::KillProcess).unwrap()
+}
+
+fn confine(program: &BpfProgram) -> io::Result<()> {
+    apply_filter(program).map_err(io::Error::other)
+}
+
+/// Waits for the event that `wanted` is about.
+fn wait(events: &Receiver<Event>, what: &str, wanted: impl Fn(&Event) -> bool) {
+    loop {
+        match events.recv_timeout(Duration::from_secs(10)) {
+            Ok(event) if wanted(&event) => return,
+            Ok(event) => println!("{event}"),
+            Err(error) => panic!("no {what}: {error}"),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let how = args.next().unwrap_or_default();
+    let left_out: Option<usize> = args.next().map(|index| index.parse().unwrap());
+    if !["relay", "handed-on", "vcpu"].contains(&how.as_str()) {
+        eprintln!("confined: got {how:?}, expected relay, handed-on or vcpu");
+        return ExitCode::from(2);
+    }
+    let of = |one: bool| left_out.filter(|_| one);
+    let (relays, vcpus) = (filter(RELAY, of(how != "vcpu")), filter(VCPU, of(how == "vcpu")));
+    let hva = memory();
+    let uffd = Uffd::open().unwrap();
+    uffd.poison(hva + MARKED, 4096).unwrap();
+    let (send, events) = channel();
+    let observer = move |event: &Event| drop(send.send(event.clone()));
+    let ram = RamMap::new(&[RamRegion::new(hva, 0, LEN as u64)]).unwrap();
+    let mut config = Config::new(1, Ready::CAPS, ram, observer);
+    config.ao_channel = AoChannel::Ghes;
+    config.ghes = Some(Ghes { page: SOURCE, bell: Box::new(Silent), patience: PATIENCE });
+    config.on_thread = Box::new(move || {
+        // SAFETY: has no preconditions.
+        RELAYS.store(unsafe { libc::gettid() }, Ordering::Relaxed);
+        confine(&relays)
+    });
+    let relay = Relay::start(config).unwrap();
+    let handle = relay.handle();
+    // What its first look finds.
+    wait(&events, "page by a scan", |event| {
+        matches!(event, Event::Seen { found_by: FoundBy::Scan, .. })
+    });
+    wait(&events, "record", |event| matches!(event, Event::Injected { .. }));
+    handle.forge(FORGED, None).unwrap();
+    wait(&events, "forged page", |event| {
+        matches!(event, Event::Seen { found_by: FoundBy::Forged, .. })
+    });
+    match how.as_str() {
+        // Its look at the kernel's count, once a second.
+        "relay" => std::thread::sleep(Duration::from_millis(1100)),
+        "handed-on" => {
+            let to = RELAYS.load(Ordering::Relaxed);
+            // SAFETY: a signal to a thread of this process.
+            unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), to, libc::SIGBUS) };
+            std::thread::sleep(Duration::from_secs(10));
+        }
+        _ => {
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
+                    confine(&vcpus).unwrap();
+                    let mut vcpu = Ready::default();
+                    handle.forge(FORGED + 0x1000, Some(0)).unwrap();
+                    assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+                    assert!(port.probe(MARKED).is_err());
+                    // Not of guest RAM, which is found out here.
+                    forge_ar(OUTSIDE);
+                    let _ = port.before_run(&mut vcpu);
+                });
+            });
+        }
+    }
+    drop(relay);
+    ExitCode::SUCCESS
+}

@@ -1,0 +1,67 @@
+//! A host of the relay without KVM: a processor that takes everything, and memory failures that never
+//! happened.
+
+use std::io;
+use std::ptr;
+
+use libc::{c_int, c_void};
+use mce_relay::Mca;
+use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
+use mce_relay::signal::BUS_MCEERR_AR;
+
+/// Sends this thread an AR as the kernel would.
+pub fn forge_ar(addr: usize) {
+    #[repr(C)]
+    struct Info {
+        signo: c_int,
+        errno: c_int,
+        code: c_int,
+        addr: *mut c_void,
+        lsb: i16,
+        rest: [u8; 100],
+    }
+    let addr = ptr::without_provenance_mut(addr);
+    let mut info =
+        Info { signo: libc::SIGBUS, errno: 0, code: BUS_MCEERR_AR, addr, lsb: 12, rest: [0; 100] };
+    // SAFETY: the kernel reads a siginfo, which is no longer than that.
+    let done = unsafe {
+        let (pid, tid) = (libc::getpid(), libc::gettid());
+        libc::syscall(libc::SYS_rt_tgsigqueueinfo, pid, tid, libc::SIGBUS, &raw mut info)
+    };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+}
+
+/// A processor that takes everything.
+#[derive(Debug, Default)]
+pub struct Ready(Vec<Record>);
+
+impl Ready {
+    /// What it has of a machine-check architecture.
+    pub const CAPS: Caps =
+        Caps { vendor: Vendor::Amd, mcg_cap: BANKS as u64 | cap::CTL_P, succor: true };
+}
+
+impl Mca for Ready {
+    fn state(&mut self) -> io::Result<McaState> {
+        let mut banks = [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS];
+        if let Some(record) = self.0.last() {
+            banks[usize::from(record.bank)].status = record.status;
+        }
+        Ok(McaState {
+            waits_for_sipi: false,
+            cr4_mce: true,
+            mcg_status: self.0.last().map_or(0, |record| record.mcg_status),
+            mcg_ctl: u64::MAX,
+            lmce: false,
+            event_in_flight: false,
+            interrupts_on: true,
+            rip: 0,
+            banks,
+        })
+    }
+
+    fn inject(&mut self, record: &Record) -> io::Result<()> {
+        self.0.push(*record);
+        Ok(())
+    }
+}
