@@ -11,6 +11,7 @@ help:
 	@echo 'make lab            a shell in the lab;  make lab CMD="…"  runs a command there'
 	@echo 'make soak           hours: large bursts, random poison and touches (SOAK_MINUTES, 10; SOAK_SEED), then'
 	@echo '                    the scenarios over and over (SOAK_ROUNDS, 10)'
+	@echo 'make fuzz           each fuzz target for a minute (FUZZ_SECONDS, 60; TARGETS="siginfo intervals …")'
 	@echo 'make peer           bursts of failures on QEMU, for comparison (PEER_BURSTS, VENDOR=amd|intel)'
 	@echo 'make build          target/release/mce-relay'
 	@echo 'make guest-image    the guest (KERNEL=package or file)'
@@ -46,6 +47,9 @@ test: build guest-image lab-image
 soak: build guest-image lab-image
 	tests/soak.sh
 
+fuzz: setup
+	tests/fuzz/run.sh $(TARGETS)
+
 # The line beside ours: the same bursts on the newest QEMU that Debian offers. Not part of the tests.
 PEER_BURSTS ?= 8 64 512 4096
 peer: build guest-image lab-image
@@ -71,4 +75,4 @@ check:
 clean:
 	rm -rf target
 
-.PHONY: help setup build guest-image lab-image run test soak peer lab check clean
+.PHONY: help setup build guest-image lab-image run test soak fuzz peer lab check clean

@@ -80,14 +80,16 @@ impl Timeline {
     pub fn line(&mut self, line: &str) -> String {
         let Ok(event) = serde_json::from_str::<Value>(line) else { return line.to_owned() };
         let number = |field: &str| event["timestamp"][field].as_u64().unwrap_or_default();
-        let nanos = u32::try_from(number("nanos")).unwrap_or_default();
-        let time = Duration::new(number("secs"), nanos);
+        // Whatever these numbers are, they are only shown.
+        let nanos = Duration::from_nanos(number("nanos"));
+        let time = Duration::from_secs(number("secs")).saturating_add(nanos);
         if let Some(unix) = event["properties"]["unix_time"].as_f64()
             && let Ok(unix) = Duration::try_from_secs_f64(unix)
         {
-            self.start = (SystemTime::UNIX_EPOCH + unix).checked_sub(time);
+            self.start = SystemTime::UNIX_EPOCH.checked_add(unix).and_then(|t| t.checked_sub(time));
         }
-        let when = match self.start.and_then(|start| Timestamp::try_from(start + time).ok()) {
+        let when = self.start.and_then(|start| start.checked_add(time));
+        let when = match when.and_then(|when| Timestamp::try_from(when).ok()) {
             Some(when) => format!("{when:.3}"),
             None => format!("{:>12.3} s", time.as_secs_f64()),
         };
@@ -209,5 +211,15 @@ mod tests {
         assert_eq!(timeline.line("no JSON"), "no JSON");
         let mut coloured = Timeline::new(true);
         assert!(coloured.line(healed).contains("\u{1b}["));
+    }
+    #[test]
+    fn times_that_cannot_be_are_shown_all_the_same() {
+        for line in [
+            include_str!("../../tests/fuzz/seeds/events/far-future"),
+            include_str!("../../tests/fuzz/seeds/events/long-ago"),
+        ] {
+            let shown = Timeline::new(false).line(line);
+            assert!(shown.contains("booting"), "{shown}");
+        }
     }
 }

@@ -7,7 +7,7 @@ use mce_relay::Event;
 use mce_relay_vmm::api::Status;
 use mce_relay_vmm::events::VmEvent;
 use mce_relay_vmm::follow::Timeline;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn again<T: serde::Serialize + serde::de::DeserializeOwned>(event: &T) {
     let written = serde_json::to_value(event).unwrap();
@@ -23,11 +23,12 @@ fuzz_target!(|text: &str| {
         }
     }
     let Ok(value) = serde_json::from_str::<Value>(text) else { return };
-    if let Ok(event) = serde_json::from_value::<Event>(value.clone()) {
+    let typed = json!({ "event": value["event"], "properties": value["properties"] });
+    if let Ok(event) = serde_json::from_value::<Event>(typed.clone()) {
         again(&event);
         let _ = event.to_string();
     }
-    if let Ok(event) = serde_json::from_value::<VmEvent>(value.clone()) {
+    if let Ok(event) = serde_json::from_value::<VmEvent>(typed) {
         let _ = event.to_string();
     }
     if let Ok(status) = serde_json::from_value::<Status>(value) {
