@@ -60,15 +60,18 @@ pub fn caps(lmce: bool) -> Caps {
     Caps { vendor: Vendor::Intel, mcg_cap, succor: false }
 }
 
-/// A vCPU whose guest has handled whatever it was given by the time anybody looks.
+/// A vCPU that shows what it was given once, and whose guest has handled it when anybody looks again.
 #[derive(Debug, Clone)]
-pub struct Quick(McaState);
+pub struct Quick {
+    state: McaState,
+    given: Option<Record>,
+}
 
 impl Quick {
     /// One that takes local machine checks if `lmce`.
     #[must_use]
     pub fn new(lmce: bool) -> Self {
-        Self(McaState {
+        let state = McaState {
             waits_for_sipi: false,
             cr4_mce: true,
             mcg_status: 0,
@@ -78,22 +81,29 @@ impl Quick {
             interrupts_on: true,
             rip: 0,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
-        })
+        };
+        Self { state, given: None }
     }
 
-    /// As [`Mca::state`].
+    /// Its state with nothing in its banks.
     #[must_use]
-    pub fn now(&self) -> &McaState {
-        &self.0
+    pub fn empty(&self) -> &McaState {
+        &self.state
     }
 }
 
 impl Mca for Quick {
     fn state(&mut self) -> io::Result<McaState> {
-        Ok(self.0)
+        let mut state = self.state;
+        if let Some(record) = self.given.take() {
+            state.banks[usize::from(record.bank)].status = record.status;
+            state.mcg_status = record.mcg_status;
+        }
+        Ok(state)
     }
 
-    fn inject(&mut self, _: &Record) -> io::Result<()> {
+    fn inject(&mut self, record: &Record) -> io::Result<()> {
+        self.given = Some(*record);
         Ok(())
     }
 }

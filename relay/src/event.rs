@@ -3,8 +3,9 @@
 use std::fmt;
 
 use crate::delivery::{Cannot, Wait};
+use crate::failure::Kind;
 use crate::ledger::{FoundBy, Place, State};
-use crate::mca::{Form, Kind};
+use crate::mca::Form;
 
 /// Who took a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -8,7 +8,7 @@
 use std::mem;
 
 use crate::event::Thread;
-use crate::mca::{Kind, PAGE_SHIFT, PAGE_SIZE};
+use crate::failure::{Kind, PAGE_SHIFT, PAGE_SIZE};
 use crate::relay::{Handle, Inner, Shared};
 use crate::signal::{self, Caught, ExitByte, ThreadSlot};
 

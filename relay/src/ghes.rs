@@ -11,9 +11,9 @@ use log::{debug, warn};
 use crate::cper::{self, MAX_LEN, Notice, STATUS_LEN};
 use crate::delivery::{Cannot, Pending, Wait};
 use crate::event::{Event, Injection};
+use crate::failure::{Kind, PAGE_SIZE};
 use crate::firmware::{Block, Outcome, Publication, Sight, Step, Why};
 use crate::ledger::{Place, State};
-use crate::mca::{Kind, PAGE_SIZE};
 use crate::read;
 use crate::relay::{IDLE_TICK, Inner, Shared};
 

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::time::SystemTime;
 
 use crate::delivery::{Cannot, Wait};
-use crate::mca::{Form, Kind};
+use crate::failure::Kind;
+use crate::mca::Form;
 
 /// How the relay came to know of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -24,6 +24,7 @@
 pub mod cper;
 pub mod delivery;
 pub mod event;
+mod failure;
 pub mod firmware;
 mod forge;
 pub mod ghes;
@@ -55,6 +56,7 @@ mod sync {
 }
 
 pub use event::Event;
+pub use failure::{Kind, PAGE_SHIFT, PAGE_SIZE};
 pub use firmware::AoChannel;
 pub use forge::ForgeError;
 pub use ghes::{Bell, Ghes};

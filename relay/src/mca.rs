@@ -4,12 +4,13 @@
 //! Bit positions are those of the Intel SDM volume 3B chapter 17 ("Machine-Check Architecture")
 //! and of the AMD APM volume 2 chapter 9; what Linux makes of each combination was read in
 //! `arch/x86/kernel/cpu/mce/severity.c` and `core.c` of 6.1 and 6.12.
+//!
+//! This module, [`delivery`](crate::delivery) and the injecting half of [`VcpuPort`](crate::VcpuPort) are x86's.
+//! Signals, translation, ledger, search, guarded reads and the firmware-first channel are not: a back end for
+//! another architecture (on ARM an external abort by KVM_SET_VCPU_EVENTS, and the same firmware-first records)
+//! has its place beside these three.
 
-/// Bytes in the unit of memory a guest is told of. Linux takes no record whose address is
-/// coarser than this (`mce_usable_address`), so larger extents are told page by page.
-pub const PAGE_SIZE: u64 = 4096;
-/// `log2` of [`PAGE_SIZE`], the `si_addr_lsb` of one 4 KiB page.
-pub const PAGE_SHIFT: u8 = 12;
+pub use crate::failure::{Kind, PAGE_SHIFT, PAGE_SIZE};
 
 /// Number of banks KVM can hold at most (`KVM_MAX_MCE_BANKS`, `arch/x86/include/asm/kvm_host.h`).
 pub const MAX_BANKS: usize = MAX_BANKS_U8 as usize;
@@ -122,27 +123,6 @@ pub mod status {
 /// MCi_MISC of a physical address (address mode 2, bits 8:6) with 4 KiB granularity (bits 5:0),
 /// SDM vol. 3B, 17.3.2.4.
 pub const MISC_PHYSICAL_4K: u64 = (2 << 6) | PAGE_SHIFT as u64;
-
-/// What a memory error asks of whoever uses the page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub enum Kind {
-    /// Action optional: a page is gone, nobody has touched it.
-    #[cfg_attr(feature = "serde", serde(rename = "AO"))]
-    ActionOptional,
-    /// Action required: a vCPU touched the page and cannot go on.
-    #[cfg_attr(feature = "serde", serde(rename = "AR"))]
-    ActionRequired,
-}
-
-impl std::fmt::Display for Kind {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::ActionOptional => "AO",
-            Self::ActionRequired => "AR",
-        })
-    }
-}
 
 /// Whose machine-check architecture the guest believes it runs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -14,8 +14,9 @@ use log::warn;
 
 use crate::delivery::{Cannot, Step, Told, Wait};
 use crate::event::{Event, Injection, Reach, Thread};
+use crate::failure::{Kind, PAGE_SHIFT};
 use crate::ledger::{Place, State};
-use crate::mca::{Form, Kind, McaState, PAGE_SHIFT, Record, mcg};
+use crate::mca::{Form, McaState, Record, mcg};
 use crate::read::{self, AccessError};
 use crate::relay::{IDLE_TICK, Inner, RETRY_FIRST, Shared};
 use crate::signal::{self, Caught, ThreadSlot};

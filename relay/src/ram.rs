@@ -6,10 +6,10 @@
 
 use std::ops::Range;
 
-use crate::mca::PAGE_SIZE;
+use crate::failure::PAGE_SIZE;
 
 /// [`PAGE_SIZE`] as the standard library's iterators want it; 4096 fits any usize.
-const PAGE_STEP: usize = 1 << crate::mca::PAGE_SHIFT;
+const PAGE_STEP: usize = 1 << crate::failure::PAGE_SHIFT;
 
 /// One stretch of guest RAM: `len` bytes at guest-physical `gpa`, mapped by this process at `hva`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +29,7 @@ impl RamRegion {
     /// A stretch in pages of 4 KiB, of which the host loses one at a time.
     #[must_use]
     pub const fn new(hva: u64, gpa: u64, len: u64) -> Self {
-        Self { hva, gpa, len, page_shift: crate::mca::PAGE_SHIFT }
+        Self { hva, gpa, len, page_shift: crate::failure::PAGE_SHIFT }
     }
 
     fn hvas(&self) -> Range<u64> {

@@ -5,7 +5,7 @@
 
 use std::io;
 
-use crate::mca::PAGE_SIZE;
+use crate::failure::PAGE_SIZE;
 use crate::ram::RamMap;
 use crate::scan::is_poisoned;
 

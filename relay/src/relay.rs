@@ -16,11 +16,12 @@ use log::warn;
 
 use crate::delivery::{Cannot, Delivery, Pending, Taken, Wait};
 use crate::event::{Event, Thread};
+use crate::failure::{Kind, PAGE_SIZE};
 use crate::firmware::AoChannel;
 use crate::forge::Forgery;
 use crate::ghes::{Ghes, Source};
 use crate::ledger::{FoundBy, Ledger, Page, Place, Predicted, State};
-use crate::mca::{Caps, Kind, PAGE_SIZE};
+use crate::mca::Caps;
 use crate::pace::Pace;
 use crate::port::{Round, VcpuPort};
 use crate::ram::{RamError, RamMap, RamRegion};
@@ -571,7 +572,7 @@ impl Handle {
         let AccessError::Poisoned { gpa } = *error else { return };
         let gpa = gpa & !(PAGE_SIZE - 1);
         let Some(hva) = self.0.ram().hva(gpa) else { return };
-        let caught = Caught { kind: Kind::ActionOptional, hva, lsb: crate::mca::PAGE_SHIFT };
+        let caught = Caught { kind: Kind::ActionOptional, hva, lsb: crate::failure::PAGE_SHIFT };
         let mut inner = self.0.lock();
         if inner.ledger.get(gpa).is_none() {
             self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use log::{debug, warn};
 
 use crate::event::Event;
+use crate::failure::{Kind, PAGE_SHIFT};
 use crate::ledger::FoundBy;
-use crate::mca::{Kind, PAGE_SHIFT};
 use crate::relay::{IDLE_TICK, RETRY_FIRST, Shared};
 use crate::scan::{FailureCounter, Scanner};
 use crate::signal::Caught;

@@ -7,7 +7,7 @@
 //! The atomics come from `crate::sync`, so that `tests/loom.rs` runs this very file on loom's and
 //! goes through every interleaving and every order in which a processor may show the stores.
 
-use crate::mca::Kind;
+use crate::failure::Kind;
 use crate::sync::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 /// Signals that are held between two looks. SIGBUS does not queue, so one look follows few signals.

@@ -13,8 +13,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::event::Event;
+use crate::failure::{Kind, PAGE_SIZE};
 use crate::ledger::FoundBy;
-use crate::mca::{Caps, Kind, PAGE_SIZE, Vendor};
+use crate::mca::{Caps, Vendor};
 use crate::ram::{RamError, RamMap, RamRegion};
 use crate::read::AccessError;
 use crate::relay::{Config, Handle, Relay, StartError};

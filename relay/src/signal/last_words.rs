@@ -6,7 +6,7 @@
 use libc::{c_int, pid_t, uid_t};
 
 use super::{BUS_MCEERR_AO, BUS_MCEERR_AR};
-use crate::mca::Kind;
+use crate::failure::Kind;
 
 /// Longer than any line below.
 const LEN: usize = 320;

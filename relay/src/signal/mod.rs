@@ -26,7 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use libc::{c_int, c_void, sigaction, siginfo_t};
 
-use crate::mca::Kind;
+use crate::failure::Kind;
 use last_words::{From as Origin, Next};
 pub use policy::KillPolicy;
 pub(crate) use wake::Wake;

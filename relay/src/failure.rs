@@ -1,0 +1,28 @@
+//! What a memory failure is, on any architecture.
+
+/// Bytes in the unit of memory a guest is told of. Linux takes no record whose address is
+/// coarser than this (`mce_usable_address`), so larger extents are told page by page.
+pub const PAGE_SIZE: u64 = 4096;
+/// `log2` of [`PAGE_SIZE`], the `si_addr_lsb` of one 4 KiB page.
+pub const PAGE_SHIFT: u8 = 12;
+
+/// What a memory error asks of whoever uses the page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Kind {
+    /// Action optional: a page is gone, nobody has touched it.
+    #[cfg_attr(feature = "serde", serde(rename = "AO"))]
+    ActionOptional,
+    /// Action required: a vCPU touched the page and cannot go on.
+    #[cfg_attr(feature = "serde", serde(rename = "AR"))]
+    ActionRequired,
+}
+
+impl std::fmt::Display for Kind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::ActionOptional => "AO",
+            Self::ActionRequired => "AR",
+        })
+    }
+}
