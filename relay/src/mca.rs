@@ -159,6 +159,39 @@ impl Caps {
     pub fn has(&self, bit: u64) -> bool {
         self.mcg_cap & bit != 0
     }
+
+    /// The registers that a vCPU's state is read from, for [`Self::state`].
+    #[must_use]
+    pub fn state_msrs(&self) -> Vec<u32> {
+        let lmce = self.has(cap::LMCE_P).then_some(msr::MCG_EXT_CTL);
+        let banks = (0..self.banks()).flat_map(|bank| [msr::mc_ctl(bank), msr::mc_status(bank)]);
+        [msr::MCG_STATUS, msr::MCG_CTL].into_iter().chain(lmce).chain(banks).collect()
+    }
+
+    /// The state that `values` of [`Self::state_msrs`], in their order, are of. What is in no such register is
+    /// false and 0: fill it in.
+    #[must_use]
+    pub fn state(&self, values: &[u64]) -> McaState {
+        let mut values = values.iter().copied();
+        let mut next = || values.next().unwrap_or_default();
+        let (mcg_status, mcg_ctl) = (next(), next());
+        let lmce = self.has(cap::LMCE_P) && next() & msr::MCG_EXT_CTL_LMCE != 0;
+        let mut banks = [Bank::default(); MAX_BANKS];
+        for bank in banks.iter_mut().take(usize::from(self.banks())) {
+            *bank = Bank { ctl: next(), status: next() };
+        }
+        McaState {
+            waits_for_sipi: false,
+            cr4_mce: false,
+            mcg_status,
+            mcg_ctl,
+            lmce,
+            event_in_flight: false,
+            interrupts_on: false,
+            rip: 0,
+            banks,
+        }
+    }
 }
 
 /// The form in which an error is told.
@@ -316,6 +349,27 @@ impl McaState {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_state_has_every_register_in_its_place() {
+        for lmce in [0, cap::LMCE_P] {
+            let caps =
+                Caps { vendor: Vendor::Intel, mcg_cap: 3 | cap::CTL_P | lmce, succor: false };
+            let registers = caps.state_msrs();
+            let values: Vec<u64> = registers.iter().map(|register| u64::from(*register)).collect();
+            let state = caps.state(&values);
+            assert_eq!((state.mcg_status, state.mcg_ctl), (0x17a, 0x17b));
+            // The register's number has the bit clear.
+            assert_eq!(registers.contains(&0x4d0), lmce != 0);
+            assert!(!state.lmce);
+            for (bank, at) in state.banks.iter().zip(0..3) {
+                assert_eq!((bank.ctl, bank.status), (0x400 + 4 * at, 0x401 + 4 * at));
+            }
+            assert!(state.banks[3..].iter().all(|bank| *bank == Bank::default()));
+        }
+        let caps = Caps { vendor: Vendor::Intel, mcg_cap: 3 | cap::LMCE_P, succor: false };
+        assert!(caps.state(&[0, 0, 1]).lmce);
+    }
 
     /// The numbers that were seen to work with Linux guests, as literals on purpose.
     #[test]

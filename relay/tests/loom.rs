@@ -9,7 +9,11 @@ use std::sync::Arc;
 
 use loom::sync::atomic::AtomicBool;
 use loom::thread;
-use mce_relay::mca;
+
+/// Where `slot` finds what a failure is.
+mod failure {
+    pub(crate) use mce_relay::Kind;
+}
 
 #[path = "../src/slot.rs"]
 #[allow(dead_code, reason = "the models use no more of it than the handler and its readers do")]
@@ -49,9 +53,9 @@ use sync::{Ordering, model};
 /// One of a few signals that differ from each other, and from an empty entry, in all they have.
 fn signal(number: u8) -> Caught {
     let kind = if number.is_multiple_of(2) {
-        mca::Kind::ActionRequired
+        failure::Kind::ActionRequired
     } else {
-        mca::Kind::ActionOptional
+        failure::Kind::ActionOptional
     };
     Caught { kind, hva: 0x7f00_0000_1000 + u64::from(number), lsb: 12 + number }
 }

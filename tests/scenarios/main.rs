@@ -101,6 +101,7 @@ fn main() -> ExitCode {
         memory::while_paused needs may_poison,
         not_ours::a_page_of_the_vmm needs may_poison_the_vmm,
         watch::a_cache_loses_one_entry needs may_poison,
+        watch::the_guest_of_another_vmm_lives needs may_poison,
         undeliverable::stop needs may_poison,
         undeliverable::pause needs may_poison,
         undeliverable::reset needs may_poison,

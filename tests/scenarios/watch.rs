@@ -1,5 +1,6 @@
-//! A program without a guest (relay/examples/cache.rs): a page of its own goes bad, and it loses one entry
-//! instead of its life.
+//! The component in other programs than ours: one without a guest (relay/examples/cache.rs) loses one entry
+//! instead of its life when a page of its own goes bad, and the guest of another VMM (relay/examples/embed.rs)
+//! goes on with the next page.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -10,16 +11,18 @@ use mce_relay_tests::guest::binary;
 use mce_relay_tests::lab;
 use mce_relay_vmm::host;
 
-struct Cache {
+/// One of the component's examples.
+struct Program {
     child: Child,
     ask: ChildStdin,
     lines: Receiver<String>,
 }
 
-impl Cache {
-    fn start() -> Self {
-        let program = binary().with_file_name("examples").join("cache");
+impl Program {
+    fn start(name: &'static str, args: &[&str]) -> Self {
+        let program = binary().with_file_name("examples").join(name);
         let mut child = Command::new(&program)
+            .args(args)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -28,16 +31,14 @@ impl Cache {
         let out = BufReader::new(child.stdout.take().unwrap());
         std::thread::spawn(move || {
             for line in out.lines().map_while(Result::ok) {
-                println!("    cache | {line}");
+                println!("    {name} | {line}");
                 if send.send(line).is_err() {
                     return;
                 }
             }
         });
         let ask = child.stdin.take().unwrap();
-        let mut cache = Self { child, ask, lines };
-        cache.wait_for("ready");
-        cache
+        Self { child, ask, lines }
     }
 
     fn wait_for(&mut self, start: &str) -> String {
@@ -55,18 +56,26 @@ impl Cache {
         self.wait_for(answer)
     }
 
-    /// Poisons the page that holds `key`, by the injector.
-    fn poison(&mut self, key: &str) {
+    /// Poisons the page that holds `key` of the cache's.
+    fn poison_entry(&mut self, key: &str) {
         let line = self.ask(&format!("where {key}"), &format!("{key} at "));
-        let address = line.rsplit_once("0x").unwrap().1;
-        let address = u64::from_str_radix(address, 16).unwrap();
+        self.poison(address(&line));
+    }
+
+    /// Poisons the page at `address`, by the injector.
+    fn poison(&self, address: u64) {
         let pfn = lab::host_physical(self.child.id(), address) >> 12;
         std::fs::write(host::CORRUPT_PFN, format!("{pfn:#x}")).unwrap();
         assert!(host::is_poisoned(pfn).unwrap());
     }
 }
 
-impl Drop for Cache {
+/// The address at the end of `line`.
+fn address(line: &str) -> u64 {
+    u64::from_str_radix(line.rsplit_once("0x").unwrap().1, 16).unwrap()
+}
+
+impl Drop for Program {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -74,11 +83,12 @@ impl Drop for Cache {
 }
 
 pub fn a_cache_loses_one_entry() {
-    let mut cache = Cache::start();
+    let mut cache = Program::start("cache", &[]);
+    cache.wait_for("ready");
     for key in ["a", "b", "c", "d"] {
         cache.ask(&format!("put {key} the value of {key}"), &format!("put {key}"));
     }
-    cache.poison("b");
+    cache.poison_entry("b");
     let lost = cache.wait_for("lost b");
     assert!(lost.contains("4096 bytes"), "{lost}");
     cache.ask("get b", "b is not there");
@@ -87,7 +97,7 @@ pub fn a_cache_loses_one_entry() {
     cache.ask("put b again", "put b");
     assert_eq!(cache.ask("get b", "b = "), "b = again");
     for key in ["a", "c", "d"] {
-        cache.poison(key);
+        cache.poison_entry(key);
     }
     // Read at once: an error, or gone already, and never the end of the process.
     for key in ["a", "c", "d"] {
@@ -105,4 +115,20 @@ pub fn a_cache_loses_one_entry() {
     assert_eq!(cache.ask("get b", "b = "), "b = again");
     writeln!(cache.ask, "quit").unwrap();
     assert_eq!(cache.child.wait().unwrap().code(), Some(0));
+}
+
+/// An AO and an AR, or two ARs, of real pages under a guest that nothing of our VMM has to do with.
+pub fn the_guest_of_another_vmm_lives() {
+    for (late, first) in [(false, 0xd000), (true, 0x8000)] {
+        let args: &[&str] = if late { &["--outside", "--late"] } else { &["--outside"] };
+        let mut vmm = Program::start("embed", args);
+        let ram = address(&vmm.wait_for("ready"));
+        // Early, nobody touches the first page; the guest loads from the other one by then.
+        for page in [first, 0x9000] {
+            vmm.poison(ram + page);
+            vmm.wait_for(&format!("guest: machine check for {page:#x}"));
+        }
+        vmm.wait_for("the guest lives");
+        assert_eq!(vmm.child.wait().unwrap().code(), Some(0));
+    }
 }

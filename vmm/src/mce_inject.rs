@@ -24,7 +24,7 @@ use kvm_ioctls::{
 };
 use log::warn;
 use mce_relay::Mca;
-use mce_relay::mca::{BANKS, Bank, CR4_MCE, Caps, MAX_BANKS, McaState, Record, Vendor, cap, msr};
+use mce_relay::mca::{BANKS, CR4_MCE, Caps, MAX_BANKS, McaState, Record, Vendor, cap, msr};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 
 use ioctls::{KVM_X86_GET_MCE_CAP_SUPPORTED, KVM_X86_SET_MCE, KVM_X86_SETUP_MCE};
@@ -319,42 +319,30 @@ pub struct VcpuMca<'a> {
 
 impl Mca for VcpuMca<'_> {
     fn state(&mut self) -> io::Result<McaState> {
-        let caps = &self.guest.caps;
-        let banks = caps.banks();
-        let lmce_in_kvm = caps.has(cap::LMCE_P) && !self.guest.shown_by_us;
-        let mut indices = vec![msr::MCG_STATUS, msr::MCG_CTL];
-        if lmce_in_kvm {
-            indices.push(msr::MCG_EXT_CTL);
+        let mut in_kvm = self.guest.caps;
+        if self.guest.shown_by_us {
+            in_kvm.mcg_cap &= !cap::LMCE_P;
         }
-        let first_bank = indices.len();
-        indices.extend((0..banks).flat_map(|bank| [msr::mc_ctl(bank), msr::mc_status(bank)]));
-        let values = read_msrs(self.vcpu, &indices).map_err(|(_, error)| error)?;
+        let values = read_msrs(self.vcpu, &in_kvm.state_msrs()).map_err(|(_, error)| error)?;
+        let banks = in_kvm.state(&values);
 
         let events = self.vcpu.get_vcpu_events()?;
         let regs = self.vcpu.get_regs()?;
-        let mut state = McaState {
+        Ok(McaState {
             waits_for_sipi: matches!(
                 self.vcpu.get_mp_state()?.mp_state,
                 KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED
             ),
             cr4_mce: self.vcpu.get_sregs()?.cr4 & CR4_MCE != 0,
-            mcg_status: values[0],
-            mcg_ctl: values[1],
-            lmce: if lmce_in_kvm { values[2] } else { self.guest.mcg_ext_ctl }
-                & msr::MCG_EXT_CTL_LMCE
-                != 0,
+            lmce: banks.lmce || self.guest.mcg_ext_ctl & msr::MCG_EXT_CTL_LMCE != 0,
             event_in_flight: events.interrupt.injected != 0
                 || events.nmi.injected != 0
                 || events.exception.injected != 0
                 || events.exception.pending != 0,
             interrupts_on: regs.rflags & RFLAGS_IF != 0,
             rip: regs.rip,
-            banks: [Bank::default(); MAX_BANKS],
-        };
-        for (bank, pair) in state.banks.iter_mut().zip(values[first_bank..].chunks_exact(2)) {
-            *bank = Bank { ctl: pair[0], status: pair[1] };
-        }
-        Ok(state)
+            ..banks
+        })
     }
 
     fn inject(&mut self, record: &Record) -> io::Result<()> {
