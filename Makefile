@@ -15,7 +15,7 @@ help:
 	@echo 'make peer           bursts of failures on QEMU, for comparison (PEER_BURSTS, VENDOR=amd|intel)'
 	@echo 'make build          target/release/mce-relay'
 	@echo 'make guest-image    the guest (KERNEL=package or file)'
-	@echo 'make check          formatting, lints, documentation, another architecture, licences'
+	@echo 'make check          formatting, lints, documentation, portability, packing, licences'
 	@echo 'make clean          remove target/'
 
 setup:
@@ -66,7 +66,8 @@ check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --locked --workspace --no-deps
-	tests/aarch64.sh
+	tests/portable.sh
+	$(CARGO) package --quiet --locked --allow-dirty -p mce-relay
 	@if $(CARGO) deny --version >/dev/null 2>&1; then \
 		$(CARGO) deny --offline check bans licenses sources; \
 	else \

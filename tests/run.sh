@@ -62,6 +62,10 @@ all() {
     done
     return "$worst"
 }
+examples() {
+    cargo test --release --locked --quiet -p mce-relay --all-features --doc &&
+        cargo test --release --locked --quiet -p mce-relay-tests --doc
+}
 # The same in the lab, as one command there.
 in_lab() {
     # shellcheck disable=SC2016 # expanded inside
@@ -82,6 +86,7 @@ in_labs() {
     return "$worst"
 }
 tier 'tier 1: pure' all "${pure[@]}"
+tier 'tier 1: examples in the documentation' examples
 tier 'tier 2: KVM, cost, bad input, on this machine' all "${kvm[@]}"
 tier 'tier 2: requests made from the OpenAPI document' tests/fuzz/api.sh 30
 if [ "${NATIVE:-}" = 1 ]; then

@@ -15,6 +15,62 @@
 //! [`ledger::Ledger::enter`] merges it, [`delivery::Delivery::next`] decides, [`mca::record`] makes
 //! the record, [`Mca::inject`] hands it to the hypervisor, and every step is an [`Event`].
 //!
+//! ```
+//! use std::io;
+//! use std::sync::mpsc::channel;
+//!
+//! use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap, msr};
+//! use mce_relay::{Config, Event, ExitByte, Mca, RamMap, RamRegion, Relay, Verdict};
+//!
+//! // What the guest is shown: an AMD processor that recovers.
+//! const CAPS: Caps =
+//!     Caps { vendor: Vendor::Amd, mcg_cap: cap::CTL_P | BANKS as u64, succor: true };
+//!
+//! /// A vCPU: the values of `CAPS.state_msrs()`. A real one has KVM_GET_MSRS and KVM_X86_SET_MCE.
+//! struct Vcpu(Vec<u64>);
+//!
+//! impl Vcpu {
+//!     fn register(&mut self, index: u32) -> &mut u64 {
+//!         let at = CAPS.state_msrs().iter().position(|msr| *msr == index);
+//!         &mut self.0[at.unwrap()]
+//!     }
+//! }
+//!
+//! impl Mca for Vcpu {
+//!     fn state(&mut self) -> io::Result<McaState> {
+//!         Ok(McaState { cr4_mce: true, interrupts_on: true, ..CAPS.state(&self.0) })
+//!     }
+//!
+//!     fn inject(&mut self, record: &Record) -> io::Result<()> {
+//!         *self.register(msr::mc_status(record.bank)) = record.status;
+//!         *self.register(msr::MCG_STATUS) = record.mcg_status;
+//!         Ok(())
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! // Where guest RAM is: HVA, GPA, length.
+//! let ram = RamMap::new(&[RamRegion::new(0x7f00_0000_0000, 0, 1 << 30)])?;
+//! let (send, events) = channel();
+//! let observer = move |event: &Event| drop(send.send(event.to_string()));
+//! let relay = Relay::start(Config::new(1, CAPS, ram, observer))?;
+//!
+//! // On the vCPU's thread, with kvm_run.immediate_exit and a way to make it leave KVM_RUN.
+//! let mut vcpu = Vcpu(vec![0; CAPS.state_msrs().len()]);
+//! (0..BANKS).for_each(|bank| *vcpu.register(msr::mc_ctl(bank)) = u64::MAX);
+//! *vcpu.register(msr::MCG_CTL) = u64::MAX;
+//! let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {}))?;
+//!
+//! // The guest touches a bad page: here by a signal that says so, and comes round.
+//! relay.handle().forge(0x5000, Some(0))?;
+//! assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+//! let told: Vec<String> = events.try_iter().collect();
+//! assert!(told.last().unwrap().starts_with("injected"), "{told:?}");
+//! assert_eq!(relay.pages()[0].gpa, 0x5000);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! A guest that was given an ACPI error source can be told of what it has not touched without a machine
 //! check: [`firmware`] decides, [`cper::record`] makes the record, [`ghes`] puts it where the guest
 //! finds it and rings the [`Bell`].

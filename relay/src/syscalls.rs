@@ -1,6 +1,6 @@
 //! The system calls of the relay's threads, for hosts that allow each thread no others (seccomp).
 //!
-//! A host merges the lists into its own filters, or takes [`filter`](fn@filter) (feature `seccompiler`).
+//! A host merges the lists into its own filters, or takes `filter` and `merge` (feature `seccompiler`).
 //! [`THREAD`] is what Rust's standard library and the C library (glibc) do on any thread; [`RELAY`] is the
 //! relay's own thread once it is set up, [`VCPU`] what the relay adds to a vCPU thread, [`HANDLE`] what it
 //! adds to a thread that uses a [`Handle`](crate::Handle). Starting and ending a relay takes more
@@ -8,6 +8,25 @@
 //!
 //! What the host's own callbacks do is the host's to add: the observer, [`Mca`](crate::Mca) and the kick of
 //! [`Relay::attach`](crate::Relay::attach) run on these threads, and so does its logger.
+
+//! ```
+//! # #[cfg(feature = "seccompiler")]
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use mce_relay::syscalls::{RELAY, THREAD, VCPU, filter, merge};
+//!
+//! // Ready-made, for the relay's thread alone, as Config::on_thread:
+//! let program = filter(THREAD.iter().chain(RELAY), seccompiler::SeccompAction::Trap)?;
+//! let on_thread = move || seccompiler::apply_filter(&program).map_err(std::io::Error::other);
+//!
+//! // Or merged into the rules that you have of your vCPU threads:
+//! let mut own = std::collections::BTreeMap::from([(libc::SYS_exit, Vec::new())]);
+//! merge(&mut own, VCPU)?;
+//! # drop((on_thread, own));
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "seccompiler"))]
+//! # fn main() {}
+//! ```
 
 use std::ffi::c_long;
 
@@ -185,6 +204,7 @@ pub const HANDLE: &[Call] =
 #[cfg(feature = "seccompiler")]
 mod filters {
     use std::collections::BTreeMap;
+    use std::collections::btree_map::Entry;
 
     use seccompiler::{
         BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
@@ -238,6 +258,31 @@ mod filters {
         Ok(rules.into_iter().map(|(number, rules)| (number, rules.unwrap_or_default())).collect())
     }
 
+    /// Adds `calls` to `rules`, for this process: what either allows is allowed.
+    ///
+    /// # Errors
+    /// See [`rules()`].
+    pub fn merge<'a>(
+        rules: &mut BTreeMap<i64, Vec<SeccompRule>>,
+        calls: impl IntoIterator<Item = &'a Call>,
+    ) -> Result<(), BackendError> {
+        for (number, more) in self::rules(calls)? {
+            match rules.entry(number) {
+                Entry::Vacant(entry) => drop(entry.insert(more)),
+                // No rule means any arguments.
+                Entry::Occupied(mut entry) if entry.get().is_empty() || more.is_empty() => {
+                    entry.get_mut().clear();
+                }
+                Entry::Occupied(mut entry) => {
+                    let more = more.into_iter().filter(|rule| !entry.get().contains(rule));
+                    let more: Vec<_> = more.collect();
+                    entry.get_mut().extend(more);
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// A filter for this process that allows `calls` and does `otherwise` with every other; for
     /// [`seccompiler::apply_filter`] on the thread that it is meant for.
     ///
@@ -253,4 +298,27 @@ mod filters {
 }
 
 #[cfg(feature = "seccompiler")]
-pub use filters::{filter, rules};
+pub use filters::{filter, merge, rules};
+
+#[cfg(all(test, feature = "seccompiler"))]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn what_either_allows_is_allowed() {
+        let calls = [
+            Call::new(1, "any", ""),
+            Call::new(2, "given", "").given(0, 5),
+            Call::new(3, "given", "").given(0, 5),
+        ];
+        let given = rules(&[Call::new(1, "given", "").given(0, 7)]).unwrap();
+        let mut own = BTreeMap::from([(1, given[&1].clone()), (2, Vec::new())]);
+        merge(&mut own, &calls).unwrap();
+        assert!(own[&1].is_empty() && own[&2].is_empty(), "{own:?}");
+        assert_eq!(own[&3].len(), 1);
+        merge(&mut own, &[Call::new(3, "given", "").given(0, 6), calls[2]]).unwrap();
+        assert_eq!(own[&3].len(), 2, "once each");
+    }
+}

@@ -6,6 +6,30 @@
 //! for pages whose signals were swallowed, and a thread of its own calls back, outside any signal handler
 //! and any lock of the relay's. Whoever reads such memory does it by [`Watch::read`], which returns an error
 //! where a load would end the process.
+//!
+//! ```
+//! use mce_relay::Signals;
+//! use mce_relay::watch::Watch;
+//!
+//! #[repr(align(4096))]
+//! struct Page([u8; 4096]);
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let watch = Watch::start(Signals::Install, |lost| {
+//!     println!("{} bytes at {:#x} are gone: drop what was there", lost.extent, lost.address);
+//! })?;
+//! let page = Box::new(Page([7; 4096]));
+//! let address = page.0.as_ptr().expose_provenance() as u64;
+//! watch.add(address, 4096, 12)?;
+//! let mut byte = [0];
+//! match watch.read(address + 5, &mut byte) {
+//!     Ok(_) => assert_eq!(byte, [7]),
+//!     Err(error) => println!("that entry is lost: {error}"),
+//! }
+//! watch.remove(address)?;
+//! # Ok(())
+//! # }
+//! ```
 
 use std::io;
 use std::sync::mpsc::{Sender, channel};

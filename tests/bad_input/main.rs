@@ -127,6 +127,7 @@ fn main() -> ExitCode {
         schema::the_api needs has_kvm,
         seccomp::a_forbidden_call_ends_it needs has_kvm_and_hook,
         seccomp::it_is_carried_out_where_nobody_forbids_it needs has_kvm_and_hook,
+        seccomp::the_document_has_the_components_lists needs anywhere,
         seccomp::the_components_lists_are_exact needs uffd_that_poisons,
         sockets::requests needs once,
         sockets::clients_that_hang needs once,

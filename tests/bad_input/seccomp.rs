@@ -1,10 +1,10 @@
 //! System calls that nobody needs, and those that somebody does: `--seccomp`, and `mce_relay::syscalls`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 
-use mce_relay::syscalls::{Call, HAND_ON, RELAY, THREAD, VCPU};
+use mce_relay::syscalls::{Call, HAND_ON, HANDLE, Is, RELAY, THREAD, VCPU};
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{Hooked, Stray};
 use mce_relay_vmm::api::VmInfo;
@@ -61,6 +61,39 @@ pub fn it_is_carried_out_where_nobody_forbids_it() {
         let (status, stderr) = vmm.ended();
         assert_eq!(status.code(), Some(0), "{mode}: {stderr}");
     }
+}
+
+/// The table in docs/embedding.md has the component's lists, whole and nothing else; and the example that prints
+/// them has as many.
+pub fn the_document_has_the_components_lists() {
+    let document = include_str!("../../docs/embedding.md");
+    let lists = [("any thread", THREAD), ("relay", RELAY), ("vcpu", VCPU), ("handle", HANDLE)];
+    let mut rows: Vec<String> =
+        lists.iter().flat_map(|(on, list)| list.iter().map(|call| row(on, call))).collect();
+    let is_row = |line: &&str| lists.iter().any(|(on, _)| line.starts_with(&format!("| {on} | `")));
+    let mut found: Vec<&str> = document.lines().filter(is_row).collect();
+    rows.sort();
+    found.sort_unstable();
+    assert_eq!(found, rows);
+
+    let example = binary().with_file_name("examples").join("seccomp");
+    let out = Command::new(example).output().unwrap();
+    let printed: HashMap<String, Vec<serde_json::Value>> =
+        serde_json::from_slice(&out.stdout).unwrap();
+    for (on, list) in lists {
+        assert_eq!(printed[on].len(), list.len(), "{on}");
+    }
+}
+
+/// A call's row.
+fn row(on: &str, call: &Call) -> String {
+    let given = (0..).zip(call.args).filter_map(|(index, is): (u8, _)| match is {
+        Is::Any => None,
+        Is::Value(value) => Some(format!("{index} = {value:#x}")),
+        Is::OwnPid => Some(format!("{index} = own pid")),
+    });
+    let args = given.collect::<Vec<_>>().join(", ");
+    format!("| {on} | `{}` | {args} | {} |", call.name, call.why)
 }
 
 /// How tests/src/bin/confined.rs ended.

@@ -3,6 +3,11 @@
 //! A test says what it saw by panicking; the runner turns that into a failure with its words.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
+/// The examples of docs/embedding.md, which run.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/embedding.md")]
+pub struct Embedding;
+
 pub mod agent;
 pub mod burst;
 pub mod guest;

@@ -4,7 +4,7 @@
 //! user asked for another, and what an error relay needs: machine-check bits, and on an AMD-style
 //! guest the recovery bits without which Linux panics on any uncorrected error.
 
-use std::arch::x86_64::__cpuid;
+use std::arch::x86_64::{__cpuid, CpuidResult};
 
 use kvm_bindings::{KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2 as Leaf};
 
@@ -29,13 +29,20 @@ pub struct CpuSpec {
 /// Length of a processor's name.
 pub const BRAND_LEN: usize = 48;
 
+/// CPUID of this processor.
+#[allow(unused_unsafe, reason = "it is safe since Rust 1.94")]
+fn host_leaf(function: u32) -> CpuidResult {
+    // SAFETY: every processor that KVM runs on has the instruction.
+    unsafe { __cpuid(function) }
+}
+
 /// The name of this host's processor, for [`CpuSpec::brand`].
 #[must_use]
 pub fn host_brand() -> [u8; BRAND_LEN] {
     let mut brand = [0; BRAND_LEN];
-    if __cpuid(0x8000_0000).eax >= 0x8000_0004 {
+    if host_leaf(0x8000_0000).eax >= 0x8000_0004 {
         for (function, part) in (0x8000_0002..).zip(brand.chunks_exact_mut(16)) {
-            let leaf = __cpuid(function);
+            let leaf = host_leaf(function);
             for (to, from) in part.chunks_exact_mut(4).zip([leaf.eax, leaf.ebx, leaf.ecx, leaf.edx])
             {
                 to.copy_from_slice(&from.to_le_bytes());
