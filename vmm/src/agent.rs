@@ -1,6 +1,10 @@
 //! Asks the agent in a guest, by the socket of the guest's second serial port.
+//!
+//! What comes from there is a guest's: it is believed as far as that guest itself is concerned, and
+//! no further.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -12,10 +16,17 @@ use serde_json::Value;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The longest line that is taken for one of its.
 const MAX_LINE: u64 = 1 << 20;
+/// The longest name of a process; the kernel's own limit is 15 for a program's and 63 for its own.
+const MAX_NAME: usize = 64;
+/// So many characters are shown of what it says; its longest error has fewer.
+const MAX_SHOWN: usize = 400;
 
 /// Why the agent gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
+    /// What was asked for cannot be the name of a process.
+    #[error("{0:?} is no process; expected its pid in the guest, or its name without blanks")]
+    Name(String),
     /// Nobody listens there.
     #[error(
         "cannot reach the guest's second serial port at {path}; it is the path that was given to \
@@ -29,10 +40,23 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
+    /// The VMM has not even taken the request.
+    #[error(
+        "somebody else is connected to the agent's port at {path}, or the guest does not take what \
+         somebody sent there before; it is for one client at a time, so end the other",
+        path = .path.display()
+    )]
+    Taken {
+        /// The socket.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// The guest says nothing, or not all of it.
     #[error(
-        "no agent answers at {path}: the guest is not up yet, has no agent on its second serial port, or \
-         somebody else is connected to it (one client at a time)",
+        "no agent answers at {path}; wait until the guest is up, and see that it runs one on its \
+         second serial port, as the guest image does",
         path = .path.display()
     )]
     Silent {
@@ -66,7 +90,7 @@ pub struct ProcessPage {
     pub gpa: u64,
     /// Virtual address in that process.
     pub va: u64,
-    /// The area that it lies in, as /proc/PID/maps calls it.
+    /// The area that it lies in, as /proc/PID/maps calls it; without control characters.
     pub area: String,
 }
 
@@ -75,7 +99,7 @@ pub struct ProcessPage {
 pub struct Process {
     /// Its pid there.
     pub pid: u32,
-    /// Its name.
+    /// Its name; without control characters.
     pub comm: String,
     /// Some of its pages, at least one.
     pub pages: Vec<ProcessPage>,
@@ -100,59 +124,138 @@ struct ReplyPage {
 /// # Errors
 /// See [`AgentError`].
 pub fn process(socket: &Path, which: &str, max: u32) -> Result<Process, AgentError> {
-    if which.is_empty() || which.contains(|c: char| c.is_whitespace() || c.is_control()) {
-        let words =
-            format!("{which:?} is no process; expected its pid, or its name without blanks");
-        return Err(AgentError::Refused(words));
+    process_within(socket, which, max, PATIENCE)
+}
+
+fn process_within(
+    socket: &Path,
+    which: &str,
+    max: u32,
+    patience: Duration,
+) -> Result<Process, AgentError> {
+    let unfit = |c: char| c.is_whitespace() || c.is_control();
+    if which.is_empty() || which.len() > MAX_NAME || which.contains(unfit) {
+        return Err(AgentError::Name(which.chars().take(MAX_NAME).collect()));
     }
     let path = || socket.to_owned();
-    let mut stream = UnixStream::connect(socket)
+    let stranger = |what: String| AgentError::Stranger { path: path(), what };
+    let stream = UnixStream::connect(socket)
         .map_err(|source| AgentError::Connect { path: path(), source })?;
-    let silent = |source| AgentError::Silent { path: path(), source };
-    writeln!(stream, "process {which} {max}").map_err(silent)?;
-    let deadline = Instant::now() + PATIENCE;
-    let mut lines = BufReader::new(stream);
+    let mut port = Port::new(stream, patience);
+
+    // An agent answers to words that it does not know, too, and repeats the first. What comes before
+    // that answers somebody who asked earlier and left: the pages of another process, perhaps. The
+    // empty line ends what that one may have left unfinished.
+    let mark = format!("sync-{:016x}", fastrand::u64(..));
+    let asked = format!("\n{mark}\nprocess {which} {max}\n");
+    let failed = |source: io::Error, port: &Port| match source.kind() {
+        io::ErrorKind::InvalidData => stranger(source.to_string()),
+        _ if port.is_unread() => AgentError::Taken { path: path(), source },
+        _ => AgentError::Silent { path: path(), source },
+    };
+    port.send(&asked).map_err(|source| failed(source, &port))?;
+
+    let (mut is_first, mut is_ours) = (true, false);
     loop {
-        let line = next_line(&mut lines, deadline).map_err(silent)?;
-        let stranger = |what: String| AgentError::Stranger { path: path(), what };
-        let value: Value = serde_json::from_slice(&line).map_err(|error| {
-            stranger(format!("{error} in {:?}", String::from_utf8_lossy(&line).trim_end()))
-        })?;
-        // Events, and the reply to what somebody asked before.
-        if value["reply"] != "process" {
+        let line = port.line().map_err(|source| failed(source, &port))?;
+        let value: Value = match serde_json::from_slice(&line) {
+            Ok(value) => value,
+            // The port keeps the end of what nobody has read, so the first line may be half of one.
+            Err(_) if is_first && line.trim_ascii_end().ends_with(b"}") => Value::Null,
+            Err(error) => {
+                let line = plain(String::from_utf8_lossy(&line).trim_end());
+                return Err(stranger(format!("{error} in {line:?}")));
+            }
+        };
+        is_first = false;
+        if value["reply"] == mark {
+            is_ours = true;
+        }
+        // Events, and replies to others.
+        if !is_ours || value["reply"] != "process" {
             continue;
         }
         if value["ok"] != true {
-            let words = value["error"].as_str().unwrap_or("it failed").to_owned();
-            return Err(AgentError::Refused(words));
+            return Err(AgentError::Refused(plain(value["error"].as_str().unwrap_or("it failed"))));
         }
         let Reply { pid, comm, pages } =
-            serde_json::from_value(value).map_err(|error| stranger(error.to_string()))?;
-        let page =
-            |ReplyPage { gpa, va, area }: ReplyPage| ProcessPage { gpa: gpa.0, va: va.0, area };
-        return Ok(Process { pid, comm, pages: pages.into_iter().map(page).collect() });
+            serde_json::from_value(value).map_err(|error| stranger(plain(&error.to_string())))?;
+        let count = u32::try_from(pages.len()).unwrap_or(u32::MAX);
+        if !(1..=max).contains(&count) {
+            return Err(stranger(format!("it gave {count} pages when asked for 1 to {max}")));
+        }
+        let page = |ReplyPage { gpa, va, area }: ReplyPage| ProcessPage {
+            gpa: gpa.0,
+            va: va.0,
+            area: plain(&area),
+        };
+        let pages = pages.into_iter().map(page).collect();
+        return Ok(Process { pid, comm: plain(&comm), pages });
     }
 }
 
-fn next_line(lines: &mut BufReader<UnixStream>, deadline: Instant) -> io::Result<Vec<u8>> {
-    let mut line = Vec::new();
-    while !line.ends_with(b"\n") {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            let words = format!("nothing came within {} s", PATIENCE.as_secs());
-            return Err(io::Error::new(io::ErrorKind::TimedOut, words));
-        }
-        lines.get_ref().set_read_timeout(Some(left))?;
-        let room = MAX_LINE.saturating_sub(line.len() as u64);
-        match lines.take(room).read_until(b'\n', &mut line) {
-            Ok(0) if room == 0 => return Err(io::Error::other("a line without end")),
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
+/// A guest's words, not too many and without what would steer a terminal.
+fn plain(words: &str) -> String {
+    let harmless = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    words.chars().take(MAX_SHOWN).map(harmless).collect()
+}
+
+/// The conversation, with its end.
+struct Port {
+    lines: BufReader<UnixStream>,
+    patience: Duration,
+    deadline: Instant,
+}
+
+impl Port {
+    fn new(stream: UnixStream, patience: Duration) -> Self {
+        Self { lines: BufReader::new(stream), patience, deadline: Instant::now() + patience }
     }
-    Ok(line)
+
+    fn send(&mut self, text: &str) -> io::Result<()> {
+        let mut stream = self.lines.get_ref();
+        stream.set_write_timeout(Some(self.patience))?;
+        stream.write_all(text.as_bytes())
+    }
+
+    /// The next line.
+    fn line(&mut self) -> io::Result<Vec<u8>> {
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let words = format!("no answer came within {:?}", self.patience);
+                return Err(io::Error::new(io::ErrorKind::TimedOut, words));
+            }
+            self.lines.get_ref().set_read_timeout(Some(left))?;
+            let room = MAX_LINE.saturating_sub(line.len() as u64);
+            match (&mut self.lines).take(room).read_until(b'\n', &mut line) {
+                Ok(0) if room == 0 => {
+                    let words = "a line without end";
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, words));
+                }
+                Ok(0) => {
+                    let words = "the VMM has closed the port";
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, words));
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(line)
+    }
+
+    /// Whether the other side has left something unread. The VMM takes the next client only when the
+    /// one before has gone, and what a client sends until then stays in its socket.
+    fn is_unread(&self) -> bool {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: TIOCOUTQ, which is SIOCOUTQ for a socket, writes one int; the descriptor is open.
+        let done = unsafe {
+            libc::ioctl(self.lines.get_ref().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes)
+        };
+        done == 0 && bytes > 0
+    }
 }
 
 #[cfg(test)]
@@ -161,18 +264,39 @@ mod tests {
 
     use super::*;
 
-    /// What becomes of a request that is answered so.
-    fn answered(lines: &'static str) -> Result<Process, AgentError> {
+    const REPLY: &str = concat!(
+        "{\"reply\":\"process\",\"ok\":true,\"pid\":7,\"comm\":\"sh\",\"pages\":",
+        "[{\"gpa\":\"0x5000\",\"va\":\"0x7f00\",\"area\":\"[heap]\"}]}\n",
+    );
+
+    fn reply() -> Process {
+        let page = ProcessPage { gpa: 0x5000, va: 0x7f00, area: "[heap]".to_owned() };
+        Process { pid: 7, comm: "sh".to_owned(), pages: vec![page] }
+    }
+
+    /// What becomes of a request when `before` is what waits at the port, and `after` what the agent
+    /// says to it.
+    fn answered(before: &str, after: &str) -> Result<Process, AgentError> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent");
         let listener = UnixListener::bind(&path).unwrap();
+        let (before, after) = (before.to_owned(), after.to_owned());
         let server = std::thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();
-            let mut stream = BufReader::new(stream);
-            let mut asked = String::new();
-            stream.read_line(&mut asked).unwrap();
-            assert_eq!(asked, "process sh 2\n");
-            stream.get_mut().write_all(lines.as_bytes()).unwrap();
+            let mut lines = BufReader::new(stream);
+            let mut next = || {
+                let mut line = String::new();
+                lines.read_line(&mut line).unwrap();
+                line
+            };
+            assert_eq!(next(), "\n", "ends what somebody left unfinished");
+            let mark = next();
+            assert_eq!(next(), "process sh 2\n");
+            let mark = mark.trim_end();
+            assert!(mark.len() <= 32, "the agent repeats no more of a word");
+            let text = format!("{before}{{\"reply\":\"{mark}\",\"ok\":false}}\n{after}");
+            // Who has had enough does not take all of it.
+            let _ = lines.get_mut().write_all(text.as_bytes());
         });
         let result = process(&path, "sh", 2);
         server.join().unwrap();
@@ -181,27 +305,76 @@ mod tests {
 
     #[test]
     fn pages_are_taken_from_between_the_events() {
-        let found = answered(concat!(
-            "{\"event\":\"kmsg\",\"line\":\"x\"}\n",
-            "{\"reply\":\"process\",\"ok\":true,\"pid\":7,\"comm\":\"sh\",\"pages\":",
-            "[{\"gpa\":\"0x5000\",\"va\":\"0x7f00\",\"area\":\"[heap]\"}]}\n",
-        ));
-        let page = ProcessPage { gpa: 0x5000, va: 0x7f00, area: "[heap]".to_owned() };
-        assert_eq!(found.unwrap(), Process { pid: 7, comm: "sh".to_owned(), pages: vec![page] });
+        let event = "{\"event\":\"kmsg\",\"line\":\"x\"}\n";
+        let found = answered(event, &format!("{event}{REPLY}"));
+        assert_eq!(found.unwrap(), reply());
+    }
+
+    #[test]
+    fn what_others_left_at_the_port_is_passed_over() {
+        let older = REPLY.replace("0x5000", "0x666000").replace(":7,", ":6,");
+        let failed = "{\"reply\":\"process\",\"ok\":false,\"error\":\"not yours\"}\n";
+        let half = "t\":\"kmsg\",\"line\":\"x\"}\n";
+        assert_eq!(answered(&format!("{half}{older}{failed}"), REPLY).unwrap(), reply());
+        let error = answered(&format!("{older}{half}"), REPLY).unwrap_err();
+        assert!(
+            matches!(error, AgentError::Stranger { .. }),
+            "only the first can be half: {error}"
+        );
     }
 
     #[test]
     fn what_goes_wrong_is_said() {
-        let error =
-            answered("{\"reply\":\"process\",\"ok\":false,\"error\":\"no sh\"}\n").unwrap_err();
-        assert!(matches!(&error, AgentError::Refused(words) if words == "no sh"), "{error}");
-        let error = answered("login: \n").unwrap_err();
+        let no = "{\"reply\":\"process\",\"ok\":false,\"error\":\"no \\u001b[2Jsh\"}\n";
+        let error = answered("", no).unwrap_err();
+        assert!(
+            matches!(&error, AgentError::Refused(words) if words == "no \u{fffd}[2Jsh"),
+            "{error}"
+        );
+        let error = answered("login: \n", "").unwrap_err();
         assert!(error.to_string().contains("login:"), "{error}");
-        let error = answered("{\"event\":\"kmsg\"").unwrap_err();
+        let error = answered("", "{\"event\":\"kmsg\"").unwrap_err();
         assert!(matches!(error, AgentError::Silent { .. }), "{error}");
         let error = process(Path::new("/nowhere/agent"), "sh", 1).unwrap_err();
         assert!(error.to_string().contains("--serial2"), "{error}");
-        let error = process(Path::new("/nowhere/agent"), "a b", 1).unwrap_err();
-        assert!(error.to_string().contains("\"a b\""), "{error}");
+        for name in ["a b", "", "a\n", &"x".repeat(65)] {
+            let error = process(Path::new("/nowhere/agent"), name, 1).unwrap_err();
+            assert!(error.to_string().contains("is no process"), "{error}");
+        }
+    }
+
+    #[test]
+    fn no_more_is_taken_than_was_asked_for() {
+        let page = "{\"gpa\":\"0x5000\",\"va\":\"0x7f00\",\"area\":\"x\"}";
+        for pages in ["", &[page; 3].join(",")] {
+            let text = format!(
+                "{{\"reply\":\"process\",\"ok\":true,\"pid\":7,\"comm\":\"sh\",\"pages\":[{pages}]}}\n"
+            );
+            let error = answered("", &text).unwrap_err();
+            assert!(error.to_string().contains("asked for 1 to 2"), "{error}");
+        }
+        let error = answered("", &"x".repeat((1 << 20) + 1)).unwrap_err();
+        assert!(error.to_string().contains("without end"), "{error}");
+    }
+
+    #[test]
+    fn a_port_that_others_use_is_told_from_a_guest_without_an_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent");
+        let listener = UnixListener::bind(&path).unwrap();
+        let soon = Duration::from_millis(200);
+        // Nobody accepts.
+        let error = process_within(&path, "sh", 1, soon).unwrap_err();
+        assert!(error.to_string().contains("somebody else"), "{error}");
+        drop(listener.accept().unwrap());
+        // Somebody takes all and says nothing.
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut taken = Vec::new();
+            stream.read_to_end(&mut taken).unwrap();
+        });
+        let error = process_within(&path, "sh", 1, soon).unwrap_err();
+        assert!(matches!(error, AgentError::Silent { .. }), "{error}");
+        server.join().unwrap();
     }
 }

@@ -10,6 +10,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::ptr;
+use std::time::Instant;
 
 use crate::failures::{self, Failures};
 use crate::proto::{Body, Hex, How, Kind, Outcome, PageInfo, State};
@@ -267,6 +268,7 @@ impl Pages {
         let index = offset / 8;
         let addr = page.mapping.va() + index * 8;
         let mut errno = None;
+        let begun = Instant::now();
         let result = match how {
             How::Read => {
                 // SAFETY: `addr` is a word inside a page of ours, mapped for reading.
@@ -281,13 +283,14 @@ impl Pages {
                 copied.map(|copied| copied.map_err(|error| errno = Some(error)).ok())
             }
         };
+        let nanos = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let (outcome, intact, sigbus) = match result {
             Ok(_) if errno.is_some() => (Outcome::Errno, None, None),
             Ok(intact) => (Outcome::Ok, intact, None),
             Err(fault) => (Outcome::Sigbus, None, Some(fault.into())),
         };
         page.bad |= outcome != Outcome::Ok;
-        Ok(Body::Touch { page: number, how, result: outcome, errno, intact, sigbus })
+        Ok(Body::Touch { page: number, how, result: outcome, errno, intact, sigbus, nanos })
     }
 
     /// Takes those pages for bad that the kernel's log names.
@@ -588,7 +591,7 @@ mod tests {
         assert!(json.contains(r#""result":"sigbus","sigbus":{"code":2,"#), "{json}");
         let reply = pages.touch(0, How::KernelCopy, 0).unwrap();
         let json = serde_json::to_string(&reply).unwrap();
-        assert!(json.contains(r#""result":"errno","errno":"EFAULT"}"#), "{json}");
+        assert!(json.contains(r#""result":"errno","errno":"EFAULT","nanos":"#), "{json}");
         assert_eq!(check(&mut pages, &[]), r#"{"intact":1,"bad":[1],"skipped":[[0,1]]}"#);
     }
 

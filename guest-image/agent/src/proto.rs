@@ -11,6 +11,10 @@ use serde::{Serialize, Serializer};
 
 /// Most pages that one `alloc` may ask for: more would make a reply that blocks the port.
 pub const MAX_ALLOC: u32 = 4096;
+/// Most pages that one `process` may ask for, for the same reason.
+pub const MAX_PROCESS: usize = 4096;
+/// And how many it gives where none are asked for.
+const DEFAULT_PROCESS: usize = 64;
 
 /// An address or another number that JSON carries as `"0x…"`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,8 +211,8 @@ pub fn parse(line: &str) -> Result<Request, String> {
         "process" => {
             let usage = "process PID|NAME [MAX], MAX pages, 1 to 4096";
             let which = words.next().ok_or_else(|| wrong("nothing", usage))?.to_owned();
-            match optional(words.next(), |w| number(Some(w), usage))?.unwrap_or(64) {
-                max @ 1..=4096 => Request::Process { which, max },
+            match optional(words.next(), |w| number(Some(w), usage))?.unwrap_or(DEFAULT_PROCESS) {
+                max @ 1..=MAX_PROCESS => Request::Process { which, max },
                 max => return Err(wrong(&max.to_string(), usage)),
             }
         }
@@ -421,6 +425,8 @@ pub enum Body {
         intact: Option<bool>,
         #[serde(skip_serializing_if = "Option::is_none")]
         sigbus: Option<Sigbus>,
+        /// How long it took, a SIGBUS and the way back from its handler included.
+        nanos: u64,
     },
     Check {
         /// Pages read in full and found as they were written.
@@ -576,6 +582,8 @@ mod tests {
             ("early on", Request::Early { on: true }),
             ("cpu 1", Request::Cpu { cpu: 1 }),
             ("free 2", Request::Free { page: 2 }),
+            ("process 17", Request::Process { which: "17".into(), max: 64 }),
+            ("process sh 4096", Request::Process { which: "sh".into(), max: 4096 }),
             ("meminfo", Request::Meminfo),
             ("clock", Request::Clock),
             ("reboot", Request::Reboot),
@@ -618,6 +626,11 @@ mod tests {
             ("early maybe", "\"maybe\"", "early on|off"),
             ("dmesg ", "\"nothing\"", "dmesg TEXT"),
             ("cpu 4096", "\"4096\"", "0 to 1023"),
+            ("process", "\"nothing\"", "process PID|NAME"),
+            ("process sh 0", "\"0\"", "1 to 4096"),
+            ("process 1 4097", "\"4097\"", "1 to 4096"),
+            ("process sh some", "\"some\"", "MAX pages"),
+            ("process sh 1 2", "\"2\"", "one word too many"),
             ("ping pong", "\"pong\"", "one word too many"),
         ] {
             let error = parse(line).unwrap_err();
@@ -650,10 +663,11 @@ mod tests {
             errno: None,
             intact: None,
             sigbus: Some(sigbus),
+            nanos: 1500,
         };
         assert_eq!(
             json(&Reply::new("touch".into(), Ok(touch))),
-            r#"{"reply":"touch","ok":true,"page":1,"how":"read","result":"sigbus","sigbus":{"code":"AR","addr":"0x1234","lsb":12}}"#
+            r#"{"reply":"touch","ok":true,"page":1,"how":"read","result":"sigbus","sigbus":{"code":"AR","addr":"0x1234","lsb":12},"nanos":1500}"#
         );
         let runs = vec![(Hex(0x1234000), 3), (Hex(0x1000), 1)];
         let body = Body::AllocRuns { kind: Kind::Anon, bytes: 4096, first: 17, runs };
@@ -671,6 +685,16 @@ mod tests {
         assert_eq!(
             json(&Reply::new("alloc".into(), Ok(Body::Alloc { pages: vec![page] }))),
             r#"{"reply":"alloc","ok":true,"pages":[{"page":0,"kind":"anon","va":"0x7000","gpa":"0x1234000","bytes":4096}]}"#
+        );
+    }
+
+    #[test]
+    fn pages_of_a_process_have_their_shape() {
+        let page = ProcessPage { gpa: Hex(0x5000), va: Hex(0x7f00_1000), area: "[heap]".into() };
+        let body = Body::Process { pid: 7, comm: "sh".into(), pages: vec![page] };
+        assert_eq!(
+            json(&Reply::new("process".into(), Ok(body))),
+            r#"{"reply":"process","ok":true,"pid":7,"comm":"sh","pages":[{"gpa":"0x5000","va":"0x7f001000","area":"[heap]"}]}"#
         );
     }
 
