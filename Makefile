@@ -11,6 +11,7 @@ help:
 	@echo 'make lab            a shell in the lab;  make lab CMD="…"  runs a command there'
 	@echo 'make soak           hours: large bursts, random poison and touches (SOAK_MINUTES, 10; SOAK_SEED), then'
 	@echo '                    the scenarios over and over (SOAK_ROUNDS, 10)'
+	@echo 'make bench          figures beside QEMU and beside the physical floor (FIGURES="criterion boot …"): target/bench/'
 	@echo 'make fuzz           each fuzz target for a minute (FUZZ_SECONDS, 60; TARGETS="siginfo intervals …")'
 	@echo 'make peer           bursts of failures on QEMU, for comparison (PEER_BURSTS, VENDOR=amd|intel)'
 	@echo 'make build          target/release/mce-relay'
@@ -23,7 +24,7 @@ setup:
 
 build:
 	$(SAY) 'building mce-relay and its tests'
-	$(CARGO) build --release --locked --workspace --bins --tests --examples
+	$(CARGO) build --release --locked --workspace --exclude mce-relay-bench --bins --tests --examples
 
 guest-image: setup
 	$(SAY) 'guest image'
@@ -46,6 +47,12 @@ test: build guest-image lab-image
 
 soak: build guest-image lab-image
 	tests/soak.sh
+
+bench: build guest-image lab-image
+	$(SAY) 'building the benchmarks'
+	$(CARGO) build --release --locked -p mce-relay-bench
+	command -v valgrind >/dev/null || NEED=valgrind tests/lab/setup.sh
+	FIGURES='$(FIGURES)' bench/run.sh
 
 fuzz: setup
 	tests/fuzz/run.sh $(TARGETS)
@@ -77,4 +84,4 @@ check:
 clean:
 	rm -rf target
 
-.PHONY: help setup build guest-image lab-image run test soak fuzz peer lab check clean
+.PHONY: help setup build guest-image lab-image run test soak bench fuzz peer lab check clean

@@ -43,7 +43,7 @@ executables() { # cargo-arguments...
         sed -n 's/^ *Executable .*(\(.*\))$/\1/p'
 }
 
-mapfile -t pure < <(executables --workspace --all-features --lib --bins; executables -p mce-relay --all-features --test '*'; executables -p mce-relay-agent --test '*'; executables -p mce-relay-tests --test histories)
+mapfile -t pure < <(executables --workspace --exclude mce-relay-bench --all-features --lib --bins; executables -p mce-relay --all-features --test '*'; executables -p mce-relay-agent --test '*'; executables -p mce-relay-tests --test histories)
 mapfile -t kvm < <(executables -p mce-relay-tests --test kvm --test quiet --test bad_input)
 mapfile -t scenarios < <(executables -p mce-relay-tests --test scenarios)
 if [ ${#pure[@]} = 0 ] || [ ${#kvm[@]} != 3 ] || [ ${#scenarios[@]} != 1 ]; then

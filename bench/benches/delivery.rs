@@ -15,7 +15,7 @@ use mce_relay::{Config, Event, ExitByte, Pace, RamMap, Relay, Verdict};
 use mce_relay_bench::{Quick, caps, regions};
 
 const INTERVALS: u64 = 10_000;
-const VCPUS: [usize; 3] = [1, 16, 512];
+const VCPUS: [usize; 6] = [1, 2, 4, 8, 16, 512];
 const PACE: Pace = Pace { burst: 1_000_000, rate: 1_000_000 };
 
 fn decisions(c: &mut Criterion) {

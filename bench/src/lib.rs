@@ -2,10 +2,17 @@
 //! record at once, and the simplest structures that answer the same questions.
 #![allow(clippy::unwrap_used, reason = "a benchmark that cannot be set up has nothing to say")]
 
+pub mod figure;
+
 use std::io;
 
 use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
 use mce_relay::{Mca, RamRegion};
+
+/// Says what is being measured, to whoever waits.
+pub fn progress(what: &str) {
+    eprintln!("bench: {what}");
+}
 
 /// Length of a region.
 pub const LEN: u64 = 2 << 20;

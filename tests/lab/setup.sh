@@ -17,6 +17,7 @@ need xz xz-utils
 need zstd zstd
 need flock util-linux
 need setpriv util-linux
+[ -z "${NEED:-}" ] || need "$NEED" "$NEED" # what one command alone wants
 # For libFuzzer.
 need g++ g++
 # For the fuzzer of the API, which lives in an environment of its own below target/.

@@ -83,6 +83,29 @@ fn ser_p() -> Result<PathBuf, String> {
     }
 }
 
+/// QEMU's machines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Machine {
+    /// A PC of today.
+    Q35,
+    /// A PC of yesterday, QEMU's default.
+    Pc,
+    /// The one for short boots.
+    Microvm,
+}
+
+impl Machine {
+    fn arguments(self) -> &'static [&'static str] {
+        const KVM: [&str; 2] = ["-machine", "q35,accel=kvm,memory-backend=ram"];
+        match self {
+            Self::Q35 => &KVM,
+            Self::Pc => &["-machine", "pc,accel=kvm,memory-backend=ram"],
+            // With the firmware that QEMU means for it; its second serial port is for the agent.
+            Self::Microvm => &["-machine", "microvm,accel=kvm,memory-backend=ram,rtc=on"],
+        }
+    }
+}
+
 /// A running guest and its QEMU. Dropping it kills both.
 #[derive(Debug)]
 pub struct Qemu {
@@ -100,6 +123,19 @@ impl Qemu {
     /// # Errors
     /// What did not come up, and QEMU's own words.
     pub fn boot(qemu: &Path, style: Style, cpus: usize) -> Result<Self, String> {
+        Self::boot_on(qemu, Machine::Q35, style, cpus)
+    }
+
+    /// The same on another machine.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn boot_on(
+        qemu: &Path,
+        machine: Machine,
+        style: Style,
+        cpus: usize,
+    ) -> Result<Self, String> {
         let dir = tempfile::tempdir().map_err(|error| format!("no place for sockets: {error}"))?;
         let at = |name: &str| dir.path().join(name).display().to_string();
         let log = File::create(at("log")).map_err(|error| format!("{}: {error}", at("log")))?;
@@ -109,7 +145,7 @@ impl Qemu {
         }
         let mut child = command
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
-            .args(["-machine", "q35,accel=kvm,memory-backend=ram"])
+            .args(machine.arguments())
             .args(["-cpu", &style.cpu(), "-smp", &cpus.to_string(), "-m", &format!("{RAM_MIB}M")])
             // The same kind of memory as under mce-relay.
             .args(["-object", &format!("memory-backend-memfd,id=ram,size={RAM_MIB}M,share=on")])
@@ -117,7 +153,20 @@ impl Qemu {
             .args(["-initrd".as_ref(), image("initramfs.cpio").as_os_str()])
             .args(["-append", CMDLINE])
             .args(["-serial", &format!("file:{}", at("console"))])
-            .args(["-serial", &format!("unix:{},server=on,wait=off", at("agent"))])
+            .args(match machine {
+                Machine::Microvm => [
+                    "-chardev".to_owned(),
+                    format!("socket,id=agent,path={},server=on,wait=off", at("agent")),
+                    "-device".to_owned(),
+                    "isa-serial,chardev=agent,index=1".to_owned(),
+                ],
+                _ => [
+                    "-serial".to_owned(),
+                    format!("unix:{},server=on,wait=off", at("agent")),
+                    "-name".to_owned(),
+                    "guest".to_owned(),
+                ],
+            })
             .args(["-qmp", &format!("unix:{},server=on,wait=off", at("monitor"))])
             // A guest that resets or dies is kept as it is, with its log in its memory.
             .args(["-action", "reboot=shutdown,shutdown=pause"])

@@ -11,6 +11,11 @@ use mce_relay::signal::BUS_MCEERR_AR;
 
 /// Sends this thread an AR as the kernel would.
 pub fn forge_ar(addr: usize) {
+    forge(BUS_MCEERR_AR, addr);
+}
+
+/// Sends this thread a memory failure of this `si_code` as the kernel would.
+pub fn forge(code: c_int, addr: usize) {
     #[repr(C)]
     struct Info {
         signo: c_int,
@@ -21,8 +26,7 @@ pub fn forge_ar(addr: usize) {
         rest: [u8; 100],
     }
     let addr = ptr::without_provenance_mut(addr);
-    let mut info =
-        Info { signo: libc::SIGBUS, errno: 0, code: BUS_MCEERR_AR, addr, lsb: 12, rest: [0; 100] };
+    let mut info = Info { signo: libc::SIGBUS, errno: 0, code, addr, lsb: 12, rest: [0; 100] };
     // SAFETY: the kernel reads a siginfo, which is no longer than that.
     let done = unsafe {
         let (pid, tid) = (libc::getpid(), libc::gettid());

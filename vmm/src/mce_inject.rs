@@ -348,6 +348,11 @@ impl Mca for VcpuMca<'_> {
     fn inject(&mut self, record: &Record) -> io::Result<()> {
         set_mce(self.vcpu, record)
     }
+
+    fn read_back(&mut self, bank: u8) -> io::Result<(u64, u64)> {
+        let values = read_msrs(self.vcpu, &[msr::mc_status(bank), msr::MCG_STATUS]);
+        values.map(|values| (values[0], values[1])).map_err(|(_, error)| error)
+    }
 }
 
 /// `KVM_X86_SET_MCE`, as bare as it is: a return of `Ok` says only that KVM took the call.

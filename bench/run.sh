@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Measures us beside others and writes target/bench/report.md. FIGURES names what is measured, all without it:
+#   counted    instructions, by callgrind
+#   criterion  what is inside a process
+#   delivery exits scan ledger    on this machine's KVM and memory
+#   boot touch burst              whole guests in the lab, beside QEMU
+# What was measured before and is not now stays in the report.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=target/bench raw=target/bench/raw
+mkdir -p $raw
+bin=target/release
+all='counted criterion delivery exits scan ledger boot touch burst'
+figures=${FIGURES:-$all}
+for figure in $figures; do
+    case " $all " in
+    *" $figure "*) ;;
+    *) echo "bench: there is no figure $figure; expected of: $all" >&2; exit 2 ;;
+    esac
+done
+has() { case " $figures " in *" $1 "*) ;; *) return 1 ;; esac; }
+of() { # those of the named figures that are wanted
+    local one
+    for one; do if has "$one"; then printf '%s\n' "$one"; fi; done
+}
+say() { printf '\n==== bench: %s\n' "$*" >&2; }
+
+say 'the judge of what follows'
+cargo test --release --locked --quiet -p mce-relay-bench --lib >&2
+
+{
+    printf '%s, %s processors; Linux %s; ' "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -1)" "$(nproc)" "$(uname -r)"
+    rustc --version
+} >$raw/machine
+
+if has counted; then
+    say 'instructions, by callgrind'
+    for what in empty deliver handler; do
+        only=()
+        [ $what != handler ] || only=(--collect-atstart=no '--toggle-collect=*shown_to_the_relay*')
+        # As many rounds as report.rs divides by.
+        valgrind -q --tool=callgrind --callgrind-out-file=$raw/$what.callgrind "${only[@]}" $bin/counted $what 100000
+    done
+fi
+if has criterion; then
+    say 'inside a process'
+    cargo bench --locked --quiet -p mce-relay-bench -- --noplot >&2
+    rm -rf $raw/criterion
+    cp -r target/criterion $raw/criterion
+fi
+mapfile -t here < <(of delivery exits scan ledger)
+if [ ${#here[@]} != 0 ]; then
+    say 'on this machine'
+    $bin/here $raw/here.json "${here[@]}"
+fi
+mapfile -t beside < <(of boot touch burst)
+if [ ${#beside[@]} != 0 ]; then
+    say 'whole guests, in the lab'
+    qemu=$(tests/peer/qemu.sh)
+    LAB_TIMEOUT=${LAB_TIMEOUT:-1800} tests/lab/run.sh $bin/hold $bin/beside "$qemu" "${beside[@]}"
+    cp target/lab/out/beside.json $raw/
+    if has burst; then
+        LAB_TIMEOUT=${LAB_TIMEOUT:-1800} tests/lab/run.sh $bin/hold $bin/peer "$qemu" amd 512
+        cp target/lab/out/peer.json $raw/
+    fi
+fi
+$bin/report $out
