@@ -253,6 +253,7 @@ impl Vm {
         let [com1, com2] = &config.serial;
         // Kernel first: a mistake in its path should not truncate a serial output file.
         let uarts = [com1, com2].map(|mode| *mode != crate::config::SerialMode::Off);
+        boot::mp_table::write(&ram, config.cpus).map_err(AcpiError::Write)?;
         let rsdp = acpi::write(&ram, config.cpus, uarts, &tables)?;
         let entry =
             boot::load(&ram, &config.kernel, config.initramfs.as_deref(), &config.cmdline, rsdp)?;

@@ -12,17 +12,12 @@ use plotters::prelude::*;
 use serde_json::Value;
 
 /// Why goals are missed, as far as profiling has shown it: the beginning of the figure's name, and the reason.
-const REASONS: [(&str, &str); 5] = [
+const REASONS: [(&str, &str); 4] = [
     (
         "forged failure to the first instruction",
         "Before it injects, the relay reads the vCPU's state by five ioctls and its banks once more afterwards (\"never \
          injected of what was not\"); each ioctl on a vCPU loads and puts it, which on a nested host takes some 4.5 µs. \
          KVM_CAP_SYNC_REGS would save two of them.",
-    ),
-    (
-        "boot to the agent's first word",
-        "The guest waits 3.7 s for find_smp_config: without an MP table Linux looks through 64 KiB at 0xf0000, and maps \
-         them anew for each 16 bytes, which an emulated processor is slow at. QEMU's firmware has one.",
     ),
     (
         "memory of the VMM",

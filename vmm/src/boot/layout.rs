@@ -17,10 +17,14 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 /// ACPI tables; the RSDP comes first, where a scan for it looks too.
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the ACPI tables (exclusive).
-pub const ACPI_END: u64 = 0xf_0000;
+pub const ACPI_END: u64 = MP_TABLE;
+/// The MP table; what leads to it lies at [`LOW_RAM_END`].
+pub const MP_TABLE: u64 = 0xe_e000;
+/// End of the MP table (exclusive).
+pub const MP_TABLE_END: u64 = 0xf_0000;
 /// Reserved like the tables: the page that the firmware-first records lie in comes first (see
 /// [`crate::ghes`]), the rest is empty.
-pub const FIRMWARE_START: u64 = ACPI_END;
+pub const FIRMWARE_START: u64 = MP_TABLE_END;
 /// End of [`FIRMWARE_START`] (exclusive).
 pub const FIRMWARE_END: u64 = 0xf_f000;
 /// Where a processor in real mode enters a PC's firmware (F000:FFF0).

@@ -4,6 +4,7 @@
 //! 64-bit Linux boot protocol ([`zero_page`]) for a bzImage or a vmlinux without it.
 
 pub mod layout;
+pub mod mp_table;
 pub mod pvh;
 pub mod regs;
 pub mod reset_vector;
