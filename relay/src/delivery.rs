@@ -654,12 +654,12 @@ impl Delivery {
         aos.count()
     }
 
-    /// The error `vcpu` is to be told of next.
     /// Whether an error waits to be told on `vcpu`.
     pub(crate) fn has_something_for(&self, vcpu: usize) -> bool {
         self.first(vcpu).is_some()
     }
 
+    /// The error `vcpu` is to be told of next.
     fn first(&self, vcpu: usize) -> Option<Pending> {
         let ar = self.ar.get(vcpu).and_then(VecDeque::front);
         match ar {

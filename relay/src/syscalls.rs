@@ -125,31 +125,30 @@ pub const THREAD: &[Call] = &[
     Call::new(libc::SYS_exit, "exit", "the end of a thread"),
 ];
 
+const GETPID: Call = Call::new(libc::SYS_getpid, "getpid", "a SIGBUS that is handed on");
+const GETTID: Call = Call::new(libc::SYS_gettid, "gettid", "a SIGBUS that is handed on");
+const SIGACTION: Call =
+    Call::new(libc::SYS_rt_sigaction, "rt_sigaction", "a SIGBUS that is handed on")
+        .given(0, libc::SIGBUS as i64);
+const SIGQUEUE: Call = Call::new(
+    libc::SYS_rt_tgsigqueueinfo,
+    "rt_tgsigqueueinfo",
+    "a SIGBUS that is handed on; Handle::forge",
+)
+.with(0, Is::OwnPid)
+.given(2, libc::SIGBUS as i64);
+
 /// A SIGBUS that is not the relay's, on any thread of the process: said on stderr (`write`), and handed on to
 /// the previous handler or the default action. It is part of the lists below.
-pub const HAND_ON: &[Call] = &[
-    Call::new(libc::SYS_getpid, "getpid", "a SIGBUS that is handed on"),
-    Call::new(libc::SYS_gettid, "gettid", "a SIGBUS that is handed on"),
-    Call::new(libc::SYS_rt_sigaction, "rt_sigaction", "a SIGBUS that is handed on")
-        .given(0, libc::SIGBUS as i64),
-    Call::new(
-        libc::SYS_rt_tgsigqueueinfo,
-        "rt_tgsigqueueinfo",
-        "a SIGBUS that is handed on; Handle::forge",
-    )
-    .with(0, Is::OwnPid)
-    .given(2, libc::SIGBUS as i64),
-];
+pub const HAND_ON: &[Call] = &[GETPID, GETTID, SIGACTION, SIGQUEUE];
 
-/// Guest memory that is read or written without being touched.
-const ACCESS: &[Call] = &[
-    Call::new(libc::SYS_process_vm_readv, "process_vm_readv", "guest memory, read")
-        .with(0, Is::OwnPid),
+const READ: Call = Call::new(libc::SYS_process_vm_readv, "process_vm_readv", "guest memory, read")
+    .with(0, Is::OwnPid);
+const WRITE: Call =
     Call::new(libc::SYS_process_vm_writev, "process_vm_writev", "guest memory, written")
-        .with(0, Is::OwnPid),
-    Call::new(libc::SYS_madvise, "madvise", "whether a page is poisoned")
-        .given(2, libc::MADV_POPULATE_READ as i64),
-];
+        .with(0, Is::OwnPid);
+const IS_POISONED: Call = Call::new(libc::SYS_madvise, "madvise", "whether a page is poisoned")
+    .given(2, libc::MADV_POPULATE_READ as i64);
 
 const WAKE: Call = Call::new(libc::SYS_write, "write", "an eventfd that wakes the relay's thread");
 
@@ -180,26 +179,24 @@ pub const RELAY: &[Call] = &[
          PAGEMAP_SCAN is missing",
     ),
     Call::new(libc::SYS_mincore, "mincore", "which candidates have memory behind them"),
-    ACCESS[0],
-    ACCESS[1],
-    ACCESS[2],
+    READ,
+    WRITE,
+    IS_POISONED,
     Call::new(libc::SYS_close, "close", "the end of the relay"),
-    HAND_ON[0],
-    HAND_ON[1],
-    HAND_ON[2],
-    HAND_ON[3],
+    GETPID,
+    GETTID,
+    SIGACTION,
+    SIGQUEUE,
 ];
 
 /// What the relay adds to a vCPU thread, from [`Relay::attach`](crate::Relay::attach) to the end of the port,
 /// beside [`THREAD`] and the host's own.
-pub const VCPU: &[Call] =
-    &[WAKE, ACCESS[0], ACCESS[2], HAND_ON[0], HAND_ON[1], HAND_ON[2], HAND_ON[3]];
+pub const VCPU: &[Call] = &[WAKE, READ, IS_POISONED, GETPID, GETTID, SIGACTION, SIGQUEUE];
 
 /// What a [`Handle`](crate::Handle) adds to a thread that uses it, beside [`THREAD`].
 ///
 /// `Handle::poisoning` adds nothing to what its caller does inside it.
-pub const HANDLE: &[Call] =
-    &[WAKE, ACCESS[0], ACCESS[1], ACCESS[2], HAND_ON[0], HAND_ON[1], HAND_ON[2], HAND_ON[3]];
+pub const HANDLE: &[Call] = &[WAKE, READ, WRITE, IS_POISONED, GETPID, GETTID, SIGACTION, SIGQUEUE];
 
 #[cfg(feature = "seccompiler")]
 mod filters {
