@@ -51,10 +51,11 @@ soak: build guest-image lab-image
 bench: build guest-image lab-image
 	$(SAY) 'building the benchmarks'
 	$(CARGO) build --release --locked -p mce-relay-bench
-	command -v valgrind >/dev/null || NEED=valgrind tests/lab/setup.sh
+	@NEED=valgrind tests/lab/setup.sh
 	FIGURES='$(FIGURES)' bench/run.sh
 
-fuzz: setup
+fuzz:
+	@NEED=g++ tests/lab/setup.sh # libFuzzer is C++
 	tests/fuzz/run.sh $(TARGETS)
 
 # The line beside ours: the same bursts on the newest QEMU that Debian offers. Not part of the tests.
@@ -71,6 +72,7 @@ export CMD
 
 check:
 	$(CARGO) fmt --all --check
+	rustfmt --edition 2024 --check tests/fuzz/targets/*.rs
 	$(CARGO) clippy --release --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --locked --workspace --no-deps
 	tests/portable.sh

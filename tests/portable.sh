@@ -8,6 +8,7 @@ oldest=$(sed -n 's/^rust-version = "\(.*\)"/\1.0/p' Cargo.toml)
 
 available() { [ -d "$(rustc --print target-libdir --target $triple 2>/dev/null)" ]; }
 if ! available; then
+    echo "asking rustup for the library of $triple" >&2
     timeout 180 rustup target add $triple >/dev/null 2>&1 || true
 fi
 if available; then
@@ -19,6 +20,7 @@ fi
 
 installed() { rustup run "$oldest" rustc --version >/dev/null 2>&1; }
 if ! installed; then
+    echo "asking rustup for Rust $oldest" >&2
     timeout 180 rustup toolchain install "$oldest" --profile minimal >/dev/null 2>&1 || true
 fi
 if installed; then

@@ -25,7 +25,8 @@ struct Region {
 
 impl Region {
     fn region(self) -> RamRegion {
-        let page_shift = *[12, 12, 12, 21, 30, self.shift].get(usize::from(self.shift)).unwrap_or(&12);
+        let page_shift =
+            *[12, 12, 12, 21, 30, self.shift].get(usize::from(self.shift)).unwrap_or(&12);
         match self.raw {
             Some((hva, gpa, len)) => RamRegion { hva, gpa, len, page_shift },
             None => {

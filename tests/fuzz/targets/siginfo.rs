@@ -8,7 +8,9 @@ use std::sync::mpsc::{Receiver, channel};
 use libfuzzer_sys::fuzz_target;
 use mce_relay::mca::Kind;
 use mce_relay::signal::{BUS_MCEERR_AO, BUS_MCEERR_AR, handle};
-use mce_relay::{Config, Event, ExitByte, Handled, Pace, RamMap, RamRegion, Relay, Signals, VcpuPort};
+use mce_relay::{
+    Config, Event, ExitByte, Handled, Pace, RamMap, RamRegion, Relay, Signals, VcpuPort,
+};
 use mce_relay_tests::ready::Ready;
 
 /// Nothing is there, and nothing has to be.
