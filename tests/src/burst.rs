@@ -120,18 +120,22 @@ pub fn settled(guest: &Guest) -> Vec<Value> {
 /// # Panics
 /// They differ; says how.
 pub fn same_pages(bad: &[Page], named: &BTreeSet<u64>, ledger: &[Value]) {
-    let bad: BTreeSet<u64> = bad.iter().map(|page| page.gpa >> 12).collect();
+    same_frames(&bad.iter().map(|page| page.gpa >> 12).collect(), named, ledger);
+}
+
+/// As [`same_pages`], with page frame numbers.
+pub fn same_frames(bad: &BTreeSet<u64>, named: &BTreeSet<u64>, ledger: &[Value]) {
     let done = |page: &&Value| page["state"] == "acknowledged";
     let seen: BTreeSet<u64> = ledger.iter().map(|page| hex(&page["gpa"]) >> 12).collect();
     let told: BTreeSet<u64> =
         ledger.iter().filter(done).map(|page| hex(&page["gpa"]) >> 12).collect();
     let mut wrong = String::new();
     for (what, left, right) in [
-        ("poisoned, not in the ledger", &bad, &seen),
-        ("in the ledger, not poisoned", &seen, &bad),
+        ("poisoned, not in the ledger", bad, &seen),
+        ("in the ledger, not poisoned", &seen, bad),
         ("in the ledger, not acknowledged", &seen, &told),
-        ("poisoned, not named by the guest's kernel", &bad, named),
-        ("named by the guest's kernel, not poisoned", named, &bad),
+        ("poisoned, not named by the guest's kernel", bad, named),
+        ("named by the guest's kernel, not poisoned", named, bad),
     ] {
         let some: Vec<String> = left.difference(right).map(|pfn| format!("{pfn:#x}")).collect();
         if !some.is_empty() {

@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::Value;
 
 use crate::agent::{Page, hex};
-use crate::burst::{named_all, settled};
+use crate::burst::{named_all, same_frames, settled};
 use crate::guest::{Guest, Options, hva};
 use crate::lab;
 
@@ -18,9 +18,10 @@ pub const HUGE: u64 = 2 * MIB;
 pub const RAM: u64 = 256 * MIB;
 
 /// An AMD guest that is told of AOs at once, and starts again when it resets itself. The pace is that of
-/// a guest with a quiet console, so that 512 pages do not take a minute.
+/// a guest with a quiet console, so that 512 pages do not take a minute; and it leaves most of the 16
+/// places of Linux' queue free, as the worker that empties it may be late by a fifth of a second here.
 pub fn options(memory: &'static str) -> Options {
-    let pace = Some("burst=16,rate=100");
+    let pace = Some("burst=4,rate=50");
     Options { memory, reboot: true, pace, ..Options::amd(2).ghes().quiet() }
 }
 
@@ -69,11 +70,9 @@ pub fn poisoned(memory: &'static str, extent: u64) -> (Guest, BTreeSet<u64>) {
     let lost: BTreeSet<u64> =
         lost_with(ao, extent).union(&lost_with(ar, extent)).copied().collect();
     let ledger = settled(&guest);
-    let (named, _) = named_all(&mut guest, lost.len());
-    let known: BTreeSet<u64> = ledger.iter().map(|page| hex(&page["gpa"])).collect();
-    assert_eq!(known, lost, "the ledger has what is gone, and nothing else");
-    let named: BTreeSet<u64> = named.into_iter().map(|pfn| pfn << 12).collect();
-    assert_eq!(named, lost, "and the guest's own kernel knows of every page");
+    let (named, account) = named_all(&mut guest, lost.len());
+    println!("    the guest's account: {account}");
+    same_frames(&lost.iter().map(|gpa| gpa >> 12).collect(), &named, &ledger);
     println!(
         "    {} pages in {:.1} s, each named by the guest's kernel; it lives",
         lost.len(),
