@@ -50,69 +50,69 @@ pub enum Wait {
     /// The vCPU has not been started by the guest.
     NotStarted {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// CR4.MCE is clear: the guest has not opened its machine-check handler (yet).
     Cr4MceClear {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// MCG_STATUS.MCIP is set: the guest is in its handler.
     Mcip {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// MCG_CTL is not all ones: the guest has switched reporting off.
     McgCtlOff {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// MCi_CTL is not all ones: the guest has switched this bank off.
     BankCtlOff {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
         /// The bank in question.
         bank: u8,
     },
     /// MCi_STATUS.VAL is set: the guest has not taken the last error out of the bank.
     BankValid {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
         /// The bank in question.
         bank: u8,
     },
     /// The guest was shown too few banks for this kind of error.
     NoBank {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// The guest has cleared MCG_STATUS.MCIP, but may not have left its handler yet. Linux returns
     /// from it on the stack that the next machine check begins to fill from the top.
     InHandler {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// An interrupt or exception is on its way into the guest; a machine check on top of it would
     /// make the hypervisor forget it.
     EventInFlight {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// CR4.MCE has only just been set: the guest may be about to wipe its banks.
     JustOpened {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// The guest started over on the vCPU before it took the record out of its bank; it will be
     /// told again.
     Restarted {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// The vCPU is held by a pause of the virtual machine.
     Paused {
         /// The vCPU in question.
-        vcpu: usize,
+        vcpu: u32,
     },
     /// The guest has as many records on its hands as its own queue is trusted to hold ([`Pace`]).
     Pace,
@@ -673,6 +673,8 @@ impl Delivery {
 
     /// The bank of `vcpu` that can take a record of `form` now.
     fn place(&self, vcpu: usize, state: &McaState, form: Form) -> Result<u8, Wait> {
+        let of = vcpu;
+        let vcpu = index(of);
         if state.waits_for_sipi {
             return Err(Wait::NotStarted { vcpu });
         }
@@ -689,7 +691,7 @@ impl Delivery {
         }
         // An AR was met by what the vCPU was doing when it was stopped; it cannot be put off.
         if form == Form::Srao {
-            self.may_be_interrupted(vcpu, state)?;
+            self.may_be_interrupted(of, state)?;
         }
         let banks: &[u8] = match form {
             Form::Srao => &[AO_BANK],
@@ -703,7 +705,7 @@ impl Delivery {
 
     /// The bank in which `vcpu`, which did nothing, can take part in a rendezvous now.
     fn bystander_bank(&self, vcpu: usize, state: &McaState) -> Result<u8, Wait> {
-        let bank = free_bank(vcpu, state, &BYSTANDER_BANKS)?;
+        let bank = free_bank(index(vcpu), state, &BYSTANDER_BANKS)?;
         self.may_be_interrupted(vcpu, state)?;
         Ok(bank)
     }
@@ -711,10 +713,10 @@ impl Delivery {
     /// Whether a machine check that `vcpu` did not call for would harm what it is doing.
     fn may_be_interrupted(&self, vcpu: usize, state: &McaState) -> Result<(), Wait> {
         if self.vcpus.get(vcpu).is_some_and(|seen| seen.in_handler) {
-            return Err(Wait::InHandler { vcpu });
+            return Err(Wait::InHandler { vcpu: index(vcpu) });
         }
         if state.event_in_flight {
-            return Err(Wait::EventInFlight { vcpu });
+            return Err(Wait::EventInFlight { vcpu: index(vcpu) });
         }
         Ok(())
     }
@@ -724,7 +726,7 @@ impl Delivery {
         let since = self.vcpus.get(vcpu).and_then(|seen| seen.open_since);
         let settled = since.is_some_and(|since| now.saturating_sub(since) >= SETTLE);
         if !form.raises_mc() && !settled {
-            return Err(Wait::JustOpened { vcpu });
+            return Err(Wait::JustOpened { vcpu: index(vcpu) });
         }
         match self.room_at() {
             Some(at) if at <= now => Ok(()),
@@ -742,13 +744,18 @@ impl Delivery {
     }
 }
 
+/// A vCPU's index as the ledger keeps it, in half the memory. There are no vCPUs beyond.
+pub(crate) fn index(vcpu: usize) -> u32 {
+    u32::try_from(vcpu).unwrap_or(u32::MAX)
+}
+
 /// Whether a machine check would shut the vCPU down, whatever is in its banks.
 fn is_closed(state: &McaState) -> bool {
     state.waits_for_sipi || !state.cr4_mce
 }
 
 /// The first of `banks` that is enabled and empty, or why the first one is not.
-fn free_bank(vcpu: usize, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
+fn free_bank(vcpu: u32, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
     if state.mcip() {
         return Err(Wait::Mcip { vcpu });
     }

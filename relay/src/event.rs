@@ -84,7 +84,7 @@ pub enum Injection {
     /// By a record in the status block of the ACPI error source, and the guest was notified.
     Ghes {
         /// Number of the record; 1 for the first.
-        record: u64,
+        record: u32,
         /// How many pages it names.
         pages: usize,
     },

@@ -109,7 +109,7 @@ pub struct Sight {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Publication {
     /// 1 for the first record of this channel, and so on.
-    pub number: u64,
+    pub number: u32,
     /// What it says.
     pub notice: Notice,
     /// Guest-physical addresses of its pages, at least one and at most [`MAX_PAGES`].
@@ -126,7 +126,7 @@ pub enum Outcome {
         /// What it was told.
         notice: Notice,
         /// The record's number.
-        record: u64,
+        record: u32,
     },
     /// The page is not told of here.
     Returned {
@@ -170,7 +170,7 @@ pub(crate) struct Channel {
     predicted: VecDeque<u64>,
     lying: Option<Lying>,
     /// Records published so far.
-    records: u64,
+    records: u32,
     /// How long the guest has had for what it is to do next.
     waited: Duration,
     looked_at: Option<Duration>,
@@ -332,7 +332,8 @@ impl Channel {
             Notice::Predicted => &mut self.predicted,
         };
         let gpas: Vec<u64> = queue.drain(..room.min(queue.len())).collect();
-        self.records += 1;
+        // It may come round after 4,294,967,295 records, which are 13 years of ten a second.
+        self.records = self.records.wrapping_add(1);
         self.waited = Duration::ZERO;
         let publication = Publication { number: self.records, notice, gpas };
         self.lying = Some(Lying { publication: publication.clone(), met: Vec::new() });

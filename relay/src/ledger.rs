@@ -1,11 +1,13 @@
 //! Every poisoned page, and what became of it: the only state the relay keeps.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::SystemTime;
 
 use crate::delivery::{Cannot, Wait};
 use crate::failure::Kind;
 use crate::mca::Form;
+use crate::table::Table;
 
 /// How the relay came to know of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +43,7 @@ pub enum Place {
     /// Into a bank, by or for a machine check.
     Mce {
         /// The vCPU that was given it.
-        vcpu: usize,
+        vcpu: u32,
         /// The bank.
         bank: u8,
         /// The form it was told in.
@@ -50,7 +52,7 @@ pub enum Place {
     /// Into the status block of the ACPI error source.
     Ghes {
         /// Number of the record, which may name several pages; 1 for the first.
-        record: u64,
+        record: u32,
     },
 }
 
@@ -215,7 +217,7 @@ pub struct Predicted {
 /// The pages, by guest-physical address. It outlives a boot: give the next relay the last one's.
 #[derive(Debug, Clone, Default)]
 pub struct Ledger {
-    pages: BTreeMap<u64, Page>,
+    pages: Table,
     /// What was bad once, in the order in which it ended.
     past: Vec<Page>,
     predicted: BTreeMap<u64, Predicted>,
@@ -232,9 +234,9 @@ impl Ledger {
         found_by: FoundBy,
         now: SystemTime,
     ) -> bool {
-        let mut new = false;
-        let page = self.pages.entry(gpa).or_insert_with(|| {
-            new = true;
+        let known = self.pages.get(gpa);
+        let new = known.is_none();
+        let mut page = known.unwrap_or_else(|| {
             let times = Times::new(now);
             Page { gpa, hva, lsb, kind, found_by, signals: 0, state: State::Seen, times }
         });
@@ -253,18 +255,20 @@ impl Ledger {
             page.signals = page.signals.saturating_add(1);
             page.kind = kind;
         }
+        self.pages.put(&page);
         new
     }
 
     /// Sets what became of the page at `gpa`. True when that is news.
     pub fn set(&mut self, gpa: u64, state: State, now: SystemTime) -> bool {
         // What still comes of a record about a page that is no longer there is no news.
-        let news = |page: &&mut Page| page.state != state && page.state != State::Removed;
-        let Some(page) = self.pages.get_mut(&gpa).filter(news) else {
+        let news = |page: &Page| page.state != state && page.state != State::Removed;
+        let Some(mut page) = self.pages.get(gpa).filter(news) else {
             return false;
         };
         page.state = state;
         page.times.note(&state, now);
+        self.pages.put(&page);
         true
     }
 
@@ -274,7 +278,7 @@ impl Ledger {
         let open = |page: &Predicted| {
             !matches!(page.state, State::Acknowledged { .. } | State::Undeliverable { .. })
         };
-        if self.pages.contains_key(&gpa) || self.predicted.get(&gpa).is_some_and(open) {
+        if self.pages.contains(gpa) || self.predicted.get(&gpa).is_some_and(open) {
             return false;
         }
         let page = Predicted { gpa, state: State::Seen, times: Times::new(now) };
@@ -296,7 +300,7 @@ impl Ledger {
     /// There is good memory at `gpa` now: the page is no longer bad, and its entry goes to
     /// [`Self::past`]. False when it was not bad.
     pub fn heal(&mut self, gpa: u64, now: SystemTime) -> bool {
-        let Some(mut page) = self.pages.remove(&gpa) else { return false };
+        let Some(mut page) = self.pages.remove(gpa) else { return false };
         if page.state != State::Removed {
             page.state = State::Healed;
             page.times.note(&page.state, now);
@@ -311,7 +315,7 @@ impl Ledger {
     }
 
     /// What was predicted of memory in `gpas` does not matter any more: it is not the guest's.
-    pub(crate) fn unpredict(&mut self, gpas: std::ops::Range<u64>) {
+    pub(crate) fn unpredict(&mut self, gpas: Range<u64>) {
         self.predicted.retain(|gpa, _| !gpas.contains(gpa));
     }
 
@@ -327,13 +331,33 @@ impl Ledger {
     }
 
     /// The page at `gpa`, if it is known to be bad.
-    pub fn get(&self, gpa: u64) -> Option<&Page> {
-        self.pages.get(&gpa)
+    pub fn get(&self, gpa: u64) -> Option<Page> {
+        self.pages.get(gpa)
+    }
+
+    /// Whether the page at `gpa` is known to be bad.
+    pub fn contains(&self, gpa: u64) -> bool {
+        self.pages.contains(gpa)
+    }
+
+    /// How many pages are known to be bad.
+    pub fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    /// Whether no page is known to be bad.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// All pages, by guest-physical address.
-    pub fn pages(&self) -> impl Iterator<Item = &Page> {
-        self.pages.values()
+    pub fn pages(&self) -> impl Iterator<Item = Page> {
+        self.within(0..u64::MAX)
+    }
+
+    /// The pages in `gpas`, by guest-physical address.
+    pub fn within(&self, gpas: Range<u64>) -> impl Iterator<Item = Page> {
+        self.pages.range(gpas)
     }
 }
 
@@ -345,6 +369,7 @@ mod tests {
     fn a_page_is_new_once_and_news_once() {
         let now = SystemTime::UNIX_EPOCH;
         let mut ledger = Ledger::default();
+        assert!(ledger.is_empty());
         let signal = FoundBy::Signal;
         assert!(ledger.enter(0x1000, 0x7000, 12, Kind::ActionOptional, signal, now));
         assert!(!ledger.enter(0x1000, 0x7000, 12, Kind::ActionRequired, signal, now));
@@ -356,7 +381,7 @@ mod tests {
         assert!(ledger.set(0x1000, waiting, now));
         assert!(!ledger.set(0x1000, waiting, now), "the same again is no news");
         assert!(!ledger.set(0x2000, waiting, now), "an unknown page has no state");
-        assert_eq!(ledger.pages().count(), 1);
+        assert_eq!((ledger.len(), ledger.pages().count()), (1, 1));
         let later = now + std::time::Duration::from_secs(1);
         let place = Place::Mce { vcpu: 0, bank: 9, form: Form::Deferred };
         assert!(ledger.set(0x1000, State::Acknowledged { place }, later));

@@ -99,6 +99,7 @@ mod search;
 pub mod signal;
 mod slot;
 pub mod syscalls;
+mod table;
 pub mod watch;
 
 /// Where [`slot`] gets its atomics; `tests/loom.rs` gives it loom's.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use crate::delivery::{Cannot, Step, Told, Wait};
+use crate::delivery::{Cannot, Step, Told, Wait, index};
 use crate::event::{Event, Injection, Reach, Thread};
 use crate::failure::{Kind, PAGE_SHIFT};
 use crate::ledger::{Place, State};
@@ -284,7 +284,7 @@ impl Shared {
         // A vCPU that has shown its state is in the round, not here.
         if parked && let Some(round) = inner.round.as_mut().filter(|r| r.asked.contains(&vcpu)) {
             if round.outcome.is_none() {
-                round.settle(Err(Wait::Paused { vcpu }));
+                round.settle(Err(Wait::Paused { vcpu: index(vcpu) }));
             }
             self.leave(&mut inner, vcpu);
             self.gathered.notify_all();
@@ -305,7 +305,7 @@ impl Shared {
                 leader,
                 asked: vec![leader],
                 states: vec![None; count],
-                outcome: Some(Err(Wait::Paused { vcpu })),
+                outcome: Some(Err(Wait::Paused { vcpu: index(vcpu) })),
                 leaving: vec![leader],
             });
             return;
@@ -449,7 +449,7 @@ impl Shared {
         inner.retry = RETRY_FIRST;
         // It may be asleep, and it is the one who looks for the acknowledgement.
         self.wake();
-        let place = Place::Mce { vcpu, bank: record.bank, form };
+        let place = Place::Mce { vcpu: index(vcpu), bank: record.bank, form };
         self.set(inner, pending.gpa, State::Injected { place });
         let by = Injection::Mce {
             vcpu,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use log::warn;
 
-use crate::delivery::{Cannot, Delivery, Pending, Taken, Wait};
+use crate::delivery::{Cannot, Delivery, Pending, Taken, Wait, index};
 use crate::event::{Event, Thread};
 use crate::failure::{Kind, PAGE_SIZE};
 use crate::firmware::AoChannel;
@@ -265,7 +265,7 @@ impl Shared {
             // Of a larger extent only the page that was named stops anybody.
             let named = page_hva <= hva && hva - page_hva < PAGE_SIZE;
             let kind = if named { kind } else { Kind::ActionOptional };
-            let known = inner.ledger.get(gpa).is_some();
+            let known = inner.ledger.contains(gpa);
             if known && !named {
                 continue;
             }
@@ -312,11 +312,11 @@ impl Shared {
             inner.retry = RETRY_FIRST;
             match *taken {
                 Taken::Acknowledged { gpa, bank, form } => {
-                    self.acknowledged(inner, gpa, Place::Mce { vcpu, bank, form });
+                    self.acknowledged(inner, gpa, Place::Mce { vcpu: index(vcpu), bank, form });
                 }
                 Taken::Lost { gpa } => {
                     let error = Pending { gpa, kind: Kind::ActionOptional };
-                    self.waiting(inner, error, Wait::Restarted { vcpu });
+                    self.waiting(inner, error, Wait::Restarted { vcpu: index(vcpu) });
                 }
             }
         }
@@ -499,7 +499,7 @@ impl Relay {
 
     /// The pages of the ledger, by guest-physical address.
     pub fn pages(&self) -> Vec<Page> {
-        self.shared.lock().ledger.pages().cloned().collect()
+        self.shared.lock().ledger.pages().collect()
     }
 
     /// A handle for other threads.
@@ -515,7 +515,7 @@ pub struct Handle(pub(crate) Arc<Shared>);
 impl Handle {
     /// The pages of the ledger, by guest-physical address.
     pub fn pages(&self) -> Vec<Page> {
-        self.0.lock().ledger.pages().cloned().collect()
+        self.0.lock().ledger.pages().collect()
     }
 
     /// The pages that were bad in earlier boots, or in memory that was unplugged, and are so no longer.
@@ -574,7 +574,7 @@ impl Handle {
         let Some(hva) = self.0.ram().hva(gpa) else { return };
         let caught = Caught { kind: Kind::ActionOptional, hva, lsb: crate::failure::PAGE_SHIFT };
         let mut inner = self.0.lock();
-        if inner.ledger.get(gpa).is_none() {
+        if !inner.ledger.contains(gpa) {
             self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);
             drop(inner);
             self.0.wake();
@@ -633,8 +633,8 @@ impl Handle {
     }
 
     fn known_within(inner: &Inner, region: RamRegion) -> Vec<u64> {
-        let known = inner.ledger.pages().map(|page| page.gpa);
-        known.filter(|gpa| *gpa >= region.gpa && *gpa - region.gpa < region.len).collect()
+        let RamRegion { gpa, len, .. } = region;
+        inner.ledger.within(gpa..gpa + len).map(|page| page.gpa).collect()
     }
 
     /// Puts another map in place; whoever looks something up has the old one or the new one, whole.

@@ -112,7 +112,7 @@ impl Shared {
     /// Whether the page at `hva` is in the ledger, at every guest address that shows it.
     fn knows(&self, hva: u64) -> bool {
         let inner = self.lock();
-        self.ram().gpas(hva).all(|gpa| inner.ledger.get(gpa).is_some())
+        self.ram().gpas(hva).all(|gpa| inner.ledger.contains(gpa))
     }
 
     /// Enters pages that were found by looking.
@@ -121,15 +121,15 @@ impl Shared {
             return;
         }
         let mut inner = self.lock();
-        let before = inner.ledger.pages().count();
+        let before = inner.ledger.len();
         for &hva in hvas {
             // A vCPU may have met it in the meantime, or it is one of a huge page that is known now.
-            if !self.ram().gpas(hva).all(|gpa| inner.ledger.get(gpa).is_some()) {
+            if !self.ram().gpas(hva).all(|gpa| inner.ledger.contains(gpa)) {
                 let caught = Caught { kind: Kind::ActionOptional, hva, lsb: PAGE_SHIFT };
                 self.enter_pages(&mut inner, caught, FoundBy::Scan, None);
             }
         }
-        let pages = inner.ledger.pages().count() - before;
+        let pages = inner.ledger.len() - before;
         if pages > 0 {
             inner.retry = RETRY_FIRST;
             // More than 500,000 years do not fit.

@@ -284,8 +284,8 @@ impl Machine<'_> {
             }
         }
         for (gpa, len) in renewed.removed {
-            let pages = self.ledger.pages().map(|page| page.gpa);
-            let within: Vec<u64> = pages.filter(|at| *at >= gpa && at - gpa < len).collect();
+            let within: Vec<u64> =
+                self.ledger.within(gpa..gpa + len).map(|page| page.gpa).collect();
             for gpa in within {
                 self.ledger.set(gpa, State::Removed, now);
             }

@@ -399,7 +399,7 @@ impl Audit {
                 assert_eq!(error.kind, Kind::ActionRequired, "an AO can wait");
                 self.is_true(error.kind, by, states, now);
                 if let Wait::BankValid { vcpu, bank } = by
-                    && let Some(in_bank) = self.in_banks.get(&(vcpu, bank))
+                    && let Some(in_bank) = self.in_banks.get(&(vcpu as usize, bank))
                 {
                     let ar = in_bank.error.kind == Kind::ActionRequired;
                     assert!(ar, "an AR that an AO's record is in the way of: {by}");
@@ -418,20 +418,21 @@ impl Audit {
     /// `wait`, of an error of `kind`, has to be the truth about `states`.
     fn is_true(&mut self, kind: Kind, wait: Wait, states: &[McaState], now: Duration) {
         self.counts.count(name(wait));
+        let of = |vcpu: u32| &states[vcpu as usize];
         let truth = match wait {
-            Wait::NotStarted { vcpu } => states[vcpu].waits_for_sipi,
-            Wait::Cr4MceClear { vcpu } => !states[vcpu].cr4_mce,
-            Wait::Mcip { vcpu } => states[vcpu].mcip(),
-            Wait::McgCtlOff { vcpu } => states[vcpu].mcg_ctl != u64::MAX,
+            Wait::NotStarted { vcpu } => of(vcpu).waits_for_sipi,
+            Wait::Cr4MceClear { vcpu } => !of(vcpu).cr4_mce,
+            Wait::Mcip { vcpu } => of(vcpu).mcip(),
+            Wait::McgCtlOff { vcpu } => of(vcpu).mcg_ctl != u64::MAX,
             Wait::BankCtlOff { vcpu, bank: number } => {
-                bank(&states[vcpu], number).ctl != u64::MAX && number < self.caps.banks()
+                bank(of(vcpu), number).ctl != u64::MAX && number < self.caps.banks()
             }
-            Wait::BankValid { vcpu, bank: number } => bank(&states[vcpu], number).valid(),
+            Wait::BankValid { vcpu, bank: number } => bank(of(vcpu), number).valid(),
             Wait::NoBank { .. } => self.lacks_banks(kind),
-            Wait::InHandler { vcpu } => !states[vcpu].interrupts_on,
-            Wait::EventInFlight { vcpu } => states[vcpu].event_in_flight,
+            Wait::InHandler { vcpu } => !of(vcpu).interrupts_on,
+            Wait::EventInFlight { vcpu } => of(vcpu).event_in_flight,
             Wait::JustOpened { vcpu } => {
-                let since = self.handlers[vcpu].seen_open_since;
+                let since = self.handlers[vcpu as usize].seen_open_since;
                 since.is_some_and(|since| now.saturating_sub(since) < SETTLE)
             }
             Wait::Pace => {

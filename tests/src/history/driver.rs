@@ -192,10 +192,12 @@ impl<V: Vcpu> Driver<V> {
             self.audit.taken(vcpu, taken, &state, self.now);
             match taken {
                 Taken::Acknowledged { gpa, bank, form } => {
-                    self.set(gpa, State::Acknowledged { place: Place::Mce { vcpu, bank, form } });
+                    let place = Place::Mce { vcpu: vcpu as u32, bank, form };
+                    self.set(gpa, State::Acknowledged { place });
                 }
                 Taken::Lost { gpa } => {
-                    self.set(gpa, State::Waiting { wait: Wait::Restarted { vcpu } });
+                    let wait = Wait::Restarted { vcpu: vcpu as u32 };
+                    self.set(gpa, State::Waiting { wait });
                 }
             }
         }
@@ -231,10 +233,8 @@ impl<V: Vcpu> Driver<V> {
                 self.audit.injected(told);
                 self.delivery.told(told);
                 if let Some((error, form)) = error {
-                    self.set(
-                        error.gpa,
-                        State::Injected { place: Place::Mce { vcpu, bank: record.bank, form } },
-                    );
+                    let place = Place::Mce { vcpu: vcpu as u32, bank: record.bank, form };
+                    self.set(error.gpa, State::Injected { place });
                 }
             } else {
                 assert!(self.vcpus[vcpu].resume(), "{TRIPLE_FAULT}: {record:x?} for vCPU {vcpu}");
