@@ -192,11 +192,11 @@ impl<V: Vcpu> Driver<V> {
             self.audit.taken(vcpu, taken, &state, self.now);
             match taken {
                 Taken::Acknowledged { gpa, bank, form } => {
-                    let place = Place::Mce { vcpu: vcpu as u32, bank, form };
+                    let place = Place::Mce { vcpu: number(vcpu), bank, form };
                     self.set(gpa, State::Acknowledged { place });
                 }
                 Taken::Lost { gpa } => {
-                    let wait = Wait::Restarted { vcpu: vcpu as u32 };
+                    let wait = Wait::Restarted { vcpu: number(vcpu) };
                     self.set(gpa, State::Waiting { wait });
                 }
             }
@@ -233,7 +233,7 @@ impl<V: Vcpu> Driver<V> {
                 self.audit.injected(told);
                 self.delivery.told(told);
                 if let Some((error, form)) = error {
-                    let place = Place::Mce { vcpu: vcpu as u32, bank: record.bank, form };
+                    let place = Place::Mce { vcpu: number(vcpu), bank: record.bank, form };
                     self.set(error.gpa, State::Injected { place });
                 }
             } else {
@@ -294,4 +294,9 @@ impl<V: Vcpu> Driver<V> {
             }
         }
     }
+}
+
+/// A vCPU's index as the ledger has it.
+fn number(vcpu: usize) -> u32 {
+    u32::try_from(vcpu).expect("a history has a few vCPUs")
 }
