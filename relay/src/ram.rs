@@ -85,11 +85,41 @@ pub enum RamError {
 #[derive(Debug)]
 struct Segment {
     hva: Range<u64>,
-    /// Where in [`RamMap::gpas`] the guest-physical addresses of its first byte are, ascending.
-    gpas: Range<usize>,
+    /// The lowest guest-physical address of its first byte.
+    gpa: u64,
+    /// Where in [`RamMap::aliases`] the other ones are, ascending. Most have none.
+    aliases: Range<usize>,
     /// The largest of its regions.
     page_shift: u8,
 }
+
+/// The guest-physical addresses that show a byte, ascending: see [`RamMap::gpas`].
+#[derive(Debug, Clone)]
+struct Gpas<'a> {
+    /// The next one. Beside the others, because it nearly always is the only one.
+    next: Option<u64>,
+    /// Those after it, less `offset`.
+    aliases: &'a [u64],
+    offset: u64,
+}
+
+impl Iterator for Gpas<'_> {
+    type Item = u64;
+
+    #[inline]
+    fn next(&mut self) -> Option<u64> {
+        let gpa = self.next?;
+        self.next = self.aliases.split_off_first().map(|alias| alias + self.offset);
+        Some(gpa)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let left = self.aliases.len() + usize::from(self.next.is_some());
+        (left, Some(left))
+    }
+}
+
+impl ExactSizeIterator for Gpas<'_> {}
 
 /// Guest RAM, indexed both ways. Lookups are binary searches; one by host address takes some 25 ns among
 /// 10,000 regions.
@@ -98,7 +128,7 @@ pub struct RamMap {
     segments: Vec<Segment>,
     /// Where each segment ends. A search touches nothing else.
     ends: Vec<u64>,
-    gpas: Vec<u64>,
+    aliases: Vec<u64>,
     by_gpa: Vec<RamRegion>,
 }
 
@@ -140,7 +170,7 @@ impl RamMap {
         cuts.dedup();
 
         let mut segments = Vec::with_capacity(cuts.len());
-        let mut gpas = Vec::with_capacity(by_gpa.len());
+        let mut aliases = Vec::new();
         let mut starting = by_hva.iter().peekable();
         let mut open: Vec<&RamRegion> = Vec::new();
         for cut in cuts.windows(2) {
@@ -149,17 +179,17 @@ impl RamMap {
             while let Some(region) = starting.next_if(|region| region.hva <= hva.start) {
                 open.push(region);
             }
-            if open.is_empty() {
-                continue;
-            }
-            let first = gpas.len();
-            gpas.extend(open.iter().map(|region| region.gpa + (hva.start - region.hva)));
-            gpas[first..].sort_unstable();
+            let gpa = |region: &&RamRegion| region.gpa + (hva.start - region.hva);
+            let mut gpas: Vec<u64> = open.iter().map(gpa).collect();
+            gpas.sort_unstable();
+            let Some((first, others)) = gpas.split_first() else { continue };
+            let at = aliases.len();
+            aliases.extend_from_slice(others);
             let page_shift = open.iter().map(|region| region.page_shift).max().unwrap_or(12);
-            segments.push(Segment { hva, gpas: first..gpas.len(), page_shift });
+            segments.push(Segment { hva, gpa: *first, aliases: at..aliases.len(), page_shift });
         }
         let ends = segments.iter().map(|segment| segment.hva.end).collect();
-        Self { segments, ends, gpas, by_gpa }
+        Self { segments, ends, aliases, by_gpa }
     }
 
     /// The same with one region more, as when memory is plugged in.
@@ -183,22 +213,27 @@ impl RamMap {
         Ok((Self::new(&regions)?, gone))
     }
 
+    #[inline]
     fn segment(&self, hva: u64) -> Option<&Segment> {
         let at = self.ends.partition_point(|end| *end <= hva);
         self.segments.get(at).filter(|segment| segment.hva.start <= hva)
     }
 
-    /// The guest-physical addresses of the segment's first byte.
-    fn gpas_of(&self, segment: &Segment) -> &[u64] {
-        &self.gpas[segment.gpas.clone()]
+    /// The addresses that show what is `offset` bytes behind the first one of `segment`.
+    #[inline]
+    fn gpas_of(&self, segment: &Segment, offset: u64) -> Gpas<'_> {
+        let aliases = &self.aliases[segment.aliases.clone()];
+        Gpas { next: Some(segment.gpa + offset), aliases, offset }
     }
 
     /// Every guest-physical address that shows the byte at host address `hva`, ascending; empty
     /// when it is not guest RAM.
+    #[inline]
     pub fn gpas(&self, hva: u64) -> impl ExactSizeIterator<Item = u64> + use<'_> {
-        let segment = self.segment(hva);
-        let offset = segment.map_or(0, |segment| hva - segment.hva.start);
-        segment.map_or(&[][..], |segment| self.gpas_of(segment)).iter().map(move |gpa| gpa + offset)
+        match self.segment(hva) {
+            Some(segment) => self.gpas_of(segment, hva - segment.hva.start),
+            None => Gpas { next: None, aliases: &[], offset: 0 },
+        }
     }
 
     /// `log2` of what is gone when `hva` is and a signal says `lsb`. The mapping is asked as well as
@@ -232,7 +267,7 @@ impl RamMap {
             let clipped = segment.hva.start.max(start)..segment.hva.end.min(end);
             for page in clipped.step_by(PAGE_STEP) {
                 let offset = page - segment.hva.start;
-                pages.extend(self.gpas_of(segment).iter().map(|gpa| (page, gpa + offset)));
+                pages.extend(self.gpas_of(segment, offset).map(|gpa| (page, gpa)));
             }
         }
         pages
