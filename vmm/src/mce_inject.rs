@@ -328,12 +328,13 @@ impl Mca for VcpuMca<'_> {
 
         let events = self.vcpu.get_vcpu_events()?;
         let regs = self.vcpu.get_regs()?;
+        let cr4_mce = self.vcpu.get_sregs()?.cr4 & CR4_MCE != 0;
+        let waits = [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED];
         Ok(McaState {
-            waits_for_sipi: matches!(
-                self.vcpu.get_mp_state()?.mp_state,
-                KVM_MP_STATE_UNINITIALIZED | KVM_MP_STATE_INIT_RECEIVED
-            ),
-            cr4_mce: self.vcpu.get_sregs()?.cr4 & CR4_MCE != 0,
+            // INIT clears CR4 (SDM vol. 3, table 9-1), so a vCPU with CR4.MCE does not wait, and a call
+            // is saved.
+            waits_for_sipi: !cr4_mce && waits.contains(&self.vcpu.get_mp_state()?.mp_state),
+            cr4_mce,
             lmce: banks.lmce || self.guest.mcg_ext_ctl & msr::MCG_EXT_CTL_LMCE != 0,
             event_in_flight: events.interrupt.injected != 0
                 || events.nmi.injected != 0

@@ -169,7 +169,6 @@ fn delivery() -> Vec<Figure> {
             "KVM_GET_VCPU_EVENTS",
             timed(Box::new(|| assert!(black_box(vcpu.get_vcpu_events()).is_ok()))),
         ),
-        ("KVM_GET_MP_STATE", timed(Box::new(|| assert!(black_box(vcpu.get_mp_state()).is_ok())))),
     ];
     let whole = with.guest;
     let states = timed(Box::new(|| assert!(black_box(whole.on(&with.vcpu).state()).is_ok())));
@@ -181,7 +180,7 @@ fn delivery() -> Vec<Figure> {
         series,
         goal: Goal::Shown,
         command: "make bench FIGURES=delivery".into(),
-        note: "22 MSRs and four ioctls more, of which these are".into(),
+        note: "22 MSRs and these three ioctls".into(),
     };
     vec![state, Figure {
         what: "forged failure to the first instruction of the guest's #MC handler".into(),
@@ -345,7 +344,7 @@ fn ledger() -> Vec<Figure> {
         let mut ledger = Ledger::default();
         let begun = Instant::now();
         // Not in the order of their addresses: 999,983 has no factor in common with a million.
-        let gpas = (0..PAGES).map(|page| page * 999_983 % PAGES * stride << PAGE_SHIFT);
+        let gpas = (0..PAGES).map(|page| (page * 999_983 % PAGES * stride) << PAGE_SHIFT);
         for (record, gpa) in (1..).zip(gpas) {
             let (hva, kind) = (FAR_HVA + gpa, Kind::ActionOptional);
             ledger.enter(gpa, hva, PAGE_SHIFT, kind, FoundBy::Signal, SystemTime::now());
