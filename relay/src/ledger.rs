@@ -321,13 +321,18 @@ impl Ledger {
 
     /// The pages that were bad and are so no longer, in the order in which they were healed, or
     /// removed and put back.
-    pub fn past(&self) -> impl Iterator<Item = &Page> {
+    pub fn past(&self) -> impl ExactSizeIterator<Item = &Page> {
         self.past.iter()
     }
 
     /// The pages that were predicted to fail, by guest-physical address.
-    pub fn predicted(&self) -> impl Iterator<Item = &Predicted> {
+    pub fn predicted(&self) -> impl ExactSizeIterator<Item = &Predicted> {
         self.predicted.values()
+    }
+
+    /// Those in `gpas`.
+    pub fn predicted_within(&self, gpas: Range<u64>) -> impl Iterator<Item = &Predicted> {
+        self.predicted.range(gpas).map(|(_, page)| page)
     }
 
     /// The page at `gpa`, if it is known to be bad.

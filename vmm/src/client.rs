@@ -62,7 +62,14 @@ pub enum ClientError {
 /// # Errors
 /// See [`ClientError`].
 pub fn get<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, ClientError> {
-    understood(socket, &ask(socket, "GET", what, &[])?)
+    let path = || socket.to_owned();
+    let talk = |source| ClientError::Talk { path: path(), source };
+    let answer = open(socket, "GET", what, &[])?;
+    // As it comes: a long ledger is not to be here twice.
+    serde_json::from_reader(answer.reader()).map_err(|error| match error.is_io() {
+        true => talk(error.into()),
+        false => ClientError::Stranger { path: path(), what: error.to_string() },
+    })
 }
 
 /// `GET /api/v1/<what>` of what is not JSON: the bytes of the answer, all of them.
@@ -145,6 +152,15 @@ impl Answer {
         } else {
             Box::new(self.stream)
         })
+    }
+
+    /// Its body, which has to come without a longer break.
+    fn reader(self) -> Box<dyn Read> {
+        if self.chunked {
+            Box::new(BufReader::new(chunked_transfer::Decoder::new(self.stream)))
+        } else {
+            Box::new(self.stream.take(self.len.unwrap_or(u64::MAX)))
+        }
     }
 
     fn body(self) -> io::Result<Vec<u8>> {

@@ -22,15 +22,17 @@
 //! cannot be told, the VM is paused again.
 //!
 //! Errors are `{"error": "…"}` with a status of 4xx or 5xx. It runs on threads of its own and can
-//! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy it. Whoever
+//! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy a part of it. Whoever
 //! is slow, or sends without end, holds up nobody else: `server` has the limits.
 
 mod metrics;
 mod routes;
 mod server;
+mod status;
 mod types;
 
 pub use server::{Api, ApiError};
+pub use status::StatusPieces;
 pub use types::*;
 
 /// The most pages that one `vm.retire` or `vm.poison` may name.

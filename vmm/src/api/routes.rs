@@ -26,7 +26,7 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 /// The OpenAPI document of all this.
 const OPENAPI: &str = include_str!("../../../docs/openapi.json");
 
-const JSON: &str = "application/json";
+pub(super) const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
 /// <https://prometheus.io/docs/instrumenting/exposition_formats/>
 const PROMETHEUS: &str = "text/plain; version=0.0.4";
@@ -339,7 +339,9 @@ fn extents(running: &Running) -> Answer {
             return Answer::problem(500, format!("cannot look at the memory: {error}"));
         }
     };
-    extents.extend(running.relay.pages().iter().map(|page| (page.gpa, PAGE_SIZE)));
+    running
+        .relay
+        .inspect(|ledger| extents.extend(ledger.pages().map(|page| (page.gpa, PAGE_SIZE))));
     extents.extend(running.ram.removed());
     extents.sort_unstable();
     let mut all: Vec<Extent> = Vec::new();

@@ -16,7 +16,8 @@ use std::task::{Context, Poll, ready};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use http_body_util::{BodyExt, Either, Full, Limited};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::{Body, Bytes, Frame, Incoming};
 use hyper::header::{ALLOW, CONTENT_TYPE};
 use hyper::server::conn::http1;
@@ -27,7 +28,8 @@ use log::{debug, warn};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::routes::{self, Answer, Asked, Route};
+use super::routes::{self, Answer, Asked, JSON, Route};
+use super::status::StatusPieces;
 use super::types::Current;
 use crate::events::{Follower, Hub, Next, line_of};
 use crate::seccomp::{Filters, Thread};
@@ -234,7 +236,7 @@ impl Limit {
     }
 }
 
-type Reply = Response<Either<Full<Bytes>, Events>>;
+type Reply = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 struct Server {
     current: Current,
@@ -283,6 +285,14 @@ impl Server {
                 Err(error) => whole(Answer::problem(400, error)),
             };
         }
+        if route == Route::Status
+            && head.uri.query().is_none_or(str::is_empty)
+            && let Some(running) =
+                self.current.get().filter(|running| StatusPieces::are_many(&running.relay))
+        {
+            let info = running.info();
+            return pieces(StatusPieces::new(running.relay, &info), JSON);
+        }
         let (current, hub) = (self.current.clone(), self.hub.clone());
         if route.is_quick() {
             // Not behind those who wait for a vCPU.
@@ -310,9 +320,7 @@ impl Server {
             limit.set(None);
         }
         let events = Events { follower: self.hub.follow(), follow, ended: false, _place: place };
-        let mut response = Response::new(Either::Right(events));
-        response.headers_mut().insert(CONTENT_TYPE, kind("application/x-ndjson"));
-        response
+        pieces(events, "application/x-ndjson")
     }
 }
 
@@ -325,9 +333,19 @@ fn kind(kind: &'static str) -> hyper::header::HeaderValue {
     hyper::header::HeaderValue::from_static(kind)
 }
 
+/// An answer that is made while it is sent.
+fn pieces(
+    body: impl Body<Data = Bytes, Error = Infallible> + Send + 'static,
+    of: &'static str,
+) -> Reply {
+    let mut response = Response::new(body.boxed_unsync());
+    response.headers_mut().insert(CONTENT_TYPE, kind(of));
+    response
+}
+
 fn whole(answer: Answer) -> Reply {
     let Answer { status, kind: content, body, allow } = answer;
-    let mut response = Response::new(Either::Left(Full::new(Bytes::from(body))));
+    let mut response = Response::new(Full::new(Bytes::from(body)).boxed_unsync());
     *response.status_mut() =
         StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     if let Some(content) = content {

@@ -1,0 +1,166 @@
+//! What became of every bad page, as one JSON document that is made while it is sent: a million pages are
+//! some 400 MB of it, and neither the relay's lock nor the VMM's memory is to notice.
+
+use std::convert::Infallible;
+use std::mem;
+use std::ops::Range;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use hyper::body::{Body, Bytes, Frame};
+use mce_relay::Handle;
+use mce_relay::ledger::Ledger;
+use serde::Serialize;
+
+use super::types::VmInfo;
+
+/// Pages in a piece: some 50 KB, and the relay's lock is held for some tens of microseconds.
+const PAGES: usize = 128;
+
+/// A [`Status`](super::Status) as JSON, piece by piece. Each is what the ledger says at that moment, so a
+/// page may be ahead of one that was in a piece before.
+pub struct StatusPieces {
+    relay: Handle,
+    part: Part,
+    /// How the document goes on, before anything else.
+    text: Vec<u8>,
+    /// The list has an element already.
+    comma: bool,
+}
+
+/// What of the document comes next.
+enum Part {
+    /// Bad pages from this address on.
+    Pages(u64),
+    /// Those that are predicted to fail, likewise.
+    Predicted(u64),
+    /// Those that were bad once, from this one on.
+    Past(usize),
+    /// Nothing.
+    End,
+}
+
+impl StatusPieces {
+    /// What became of every bad page of the VM that `info` is about, and that `relay` is of.
+    #[must_use]
+    pub fn new(relay: Handle, info: &VmInfo) -> Self {
+        let mut text = b"{\"vm\":".to_vec();
+        write(&mut text, info);
+        text.extend_from_slice(b",\"pages\":[");
+        Self { relay, part: Part::Pages(0), text, comma: false }
+    }
+
+    /// Whether the status of `relay` is so long that it is better sent in pieces.
+    pub(super) fn are_many(relay: &Handle) -> bool {
+        let len = |ledger: &Ledger| ledger.len() + ledger.predicted().len() + ledger.past().len();
+        relay.inspect(len) > PAGES
+    }
+
+    fn list(&mut self, elements: &[impl Serialize]) {
+        for element in elements {
+            if mem::replace(&mut self.comma, true) {
+                self.text.push(b',');
+            }
+            write(&mut self.text, element);
+        }
+    }
+}
+
+impl Iterator for StatusPieces {
+    type Item = Vec<u8>;
+
+    fn next(&mut self) -> Option<Vec<u8>> {
+        let from = |gpa: u64| -> Range<u64> { gpa..u64::MAX };
+        let end = match self.part {
+            Part::End => return None,
+            Part::Pages(next) => {
+                let pages: Vec<_> =
+                    self.relay.inspect(|ledger| ledger.within(from(next)).take(PAGES).collect());
+                self.list(&pages);
+                let last = pages.get(PAGES - 1);
+                self.part = last.map_or(Part::Predicted(0), |page| Part::Pages(page.gpa + 1));
+                last.is_none().then_some("],\"predicted\":[")
+            }
+            Part::Predicted(next) => {
+                let pages: Vec<_> = self.relay.inspect(|ledger| {
+                    ledger.predicted_within(from(next)).take(PAGES).cloned().collect()
+                });
+                self.list(&pages);
+                let last = pages.get(PAGES - 1);
+                self.part = last.map_or(Part::Past(0), |page| Part::Predicted(page.gpa + 1));
+                last.is_none().then_some("],\"past\":[")
+            }
+            Part::Past(next) => {
+                let pages: Vec<_> = self
+                    .relay
+                    .inspect(|ledger| ledger.past().skip(next).take(PAGES).cloned().collect());
+                self.list(&pages);
+                let full = pages.len() == PAGES;
+                self.part = if full { Part::Past(next + PAGES) } else { Part::End };
+                (!full).then_some("]}")
+            }
+        };
+        if let Some(end) = end {
+            self.text.extend_from_slice(end.as_bytes());
+            self.comma = false;
+        }
+        Some(mem::take(&mut self.text))
+    }
+}
+
+fn write(text: &mut Vec<u8>, what: &impl Serialize) {
+    // Plain structs of strings and numbers, into memory: it cannot fail.
+    let _ = serde_json::to_writer(text, what);
+}
+
+impl Body for StatusPieces {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(self.next().map(|piece| Ok(Frame::data(Bytes::from(piece)))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mce_relay::mca::{Caps, Vendor};
+    use mce_relay::{Config, RamMap, RamRegion, Relay};
+
+    use super::*;
+    use crate::api::{Status, an_info};
+
+    /// A page of 1 GiB is lost: 262,144 pages by one signal.
+    #[test]
+    fn every_page_is_in_one_of_the_pieces() {
+        const GIB: u64 = 1 << 30;
+        let huge =
+            RamRegion { page_shift: 30, ..RamRegion::new(0x7e00_0000_0000, 4 * GIB, 2 * GIB) };
+        let caps = Caps { vendor: Vendor::Intel, mcg_cap: 10, succor: false };
+        let map = RamMap::new(&[huge]).unwrap();
+        let relay = Relay::start(Config::new(1, caps, map, |_| {})).unwrap();
+        let handle = relay.handle();
+        assert!(!StatusPieces::are_many(&handle));
+        let empty = StatusPieces::new(handle.clone(), &an_info()).flatten().collect::<Vec<u8>>();
+        let empty: Status = serde_json::from_slice(&empty).unwrap();
+        assert!(empty.pages.is_empty() && empty.predicted.is_empty() && empty.past.is_empty());
+
+        handle.forge(5 * GIB + 0x1000, None).unwrap();
+        while handle.inspect(Ledger::len) == 0 {
+            std::thread::yield_now();
+        }
+        assert!(StatusPieces::are_many(&handle));
+        let (mut largest, mut all) = (0, Vec::new());
+        for piece in StatusPieces::new(handle, &an_info()) {
+            largest = largest.max(piece.len());
+            all.extend(piece);
+        }
+        assert!(largest < 100_000, "{largest} bytes in a piece");
+        let status: Status = serde_json::from_slice(&all).unwrap();
+        let gpas = (5 * GIB..6 * GIB).step_by(4096);
+        assert!(status.pages.iter().map(|page| page.gpa).eq(gpas), "{}", status.pages.len());
+    }
+}
