@@ -15,6 +15,7 @@ help:
 	@echo 'make fuzz           each fuzz target for a minute (FUZZ_SECONDS, 60; TARGETS="siginfo intervals …")'
 	@echo 'make peer           bursts of failures on QEMU, for comparison (PEER_BURSTS, VENDOR=amd|intel)'
 	@echo 'make build          target/release/mce-relay'
+	@echo 'make dist           target/dist/mce-relay: the same for other machines, static and small'
 	@echo 'make guest-image    the guest (KERNEL=package or file)'
 	@echo 'make check          formatting, lints, documentation, portability, packing, licences'
 	@echo 'make clean          remove target/'
@@ -25,6 +26,12 @@ setup:
 build:
 	$(SAY) 'building mce-relay and its tests'
 	$(CARGO) build --release --locked --workspace --exclude mce-relay-bench --bins --tests --examples
+
+# Static, so that the C library's part is what is used of it; relocations are packed (DT_RELR).
+dist:
+	$(SAY) 'building mce-relay, static and small'
+	$(CARGO) rustc --profile dist --locked -p mce-relay-vmm --bin mce-relay -- \
+		-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs
 
 guest-image: setup
 	$(SAY) 'guest image'
@@ -48,7 +55,7 @@ test: build guest-image lab-image
 soak: build guest-image lab-image
 	tests/soak.sh
 
-bench: build guest-image lab-image
+bench: build dist guest-image lab-image
 	$(SAY) 'building the benchmarks'
 	$(CARGO) build --release --locked -p mce-relay-bench
 	@NEED=valgrind tests/lab/setup.sh
@@ -86,4 +93,4 @@ check:
 clean:
 	rm -rf target
 
-.PHONY: help setup build guest-image lab-image run test soak bench fuzz peer lab check clean
+.PHONY: help setup build dist guest-image lab-image run test soak bench fuzz peer lab check clean

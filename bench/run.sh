@@ -3,6 +3,8 @@
 #   counted    instructions, by callgrind
 #   criterion  what is inside a process
 #   delivery exits scan ledger    on this machine's KVM and memory
+#   api        deliveries while clients ask, on this machine's KVM
+#   slowed     the component built without optimisation, which has to show
 #   boot touch burst              whole guests in the lab, beside QEMU
 # What was measured before and is not now stays in the report.
 set -euo pipefail
@@ -10,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=target/bench raw=target/bench/raw
 mkdir -p $raw
 bin=target/release
-all='counted criterion delivery exits scan ledger boot touch burst'
+all='counted criterion slowed delivery exits scan ledger api boot touch burst'
 figures=${FIGURES:-$all}
 for figure in $figures; do
     case " $all " in
@@ -33,13 +35,16 @@ cargo test --release --locked --quiet -p mce-relay-bench --lib >&2
     rustc --version
 } >$raw/machine
 
+count() { # program what to
+    local only=()
+    [ "$2" != handler ] || only=(--collect-atstart=no '--toggle-collect=*shown_to_the_relay*')
+    # As many rounds as report.rs divides by.
+    valgrind -q --tool=callgrind --callgrind-out-file="$3" "${only[@]}" "$1" "$2" 100000
+}
 if has counted; then
     say 'instructions, by callgrind'
     for what in empty deliver handler; do
-        only=()
-        [ $what != handler ] || only=(--collect-atstart=no '--toggle-collect=*shown_to_the_relay*')
-        # As many rounds as report.rs divides by.
-        valgrind -q --tool=callgrind --callgrind-out-file=$raw/$what.callgrind "${only[@]}" $bin/counted $what 100000
+        count $bin/counted $what $raw/$what.callgrind
     done
 fi
 if has criterion; then
@@ -48,16 +53,30 @@ if has criterion; then
     rm -rf $raw/criterion
     cp -r target/criterion $raw/criterion
 fi
+if has slowed; then
+    say 'the component built without optimisation'
+    slow=(--release --locked --quiet -p mce-relay-bench --target-dir target/slowed --config 'profile.release.package.mce-relay.opt-level=0')
+    cargo build "${slow[@]}" --bin counted
+    mkdir -p $raw/slowed
+    count target/slowed/release/counted handler $raw/slowed/handler.callgrind
+    cargo bench "${slow[@]}" --bench delivery -- --noplot 'decisions/AR by LMCE/1$' >&2
+    rm -rf $raw/slowed/criterion
+    cp -r target/slowed/criterion $raw/slowed/criterion
+fi
 mapfile -t here < <(of delivery exits scan ledger)
 if [ ${#here[@]} != 0 ]; then
     say 'on this machine'
     $bin/here $raw/here.json "${here[@]}"
 fi
+if has api; then
+    say 'deliveries while clients ask'
+    $bin/under_load $raw/under_load.json
+fi
 mapfile -t beside < <(of boot touch burst)
 if [ ${#beside[@]} != 0 ]; then
     say 'whole guests, in the lab'
     qemu=$(tests/peer/qemu.sh)
-    LAB_TIMEOUT=${LAB_TIMEOUT:-1800} tests/lab/run.sh $bin/hold $bin/beside "$qemu" "${beside[@]}"
+    LAB_TIMEOUT=${LAB_TIMEOUT:-1800} tests/lab/run.sh $bin/hold env MCE_RELAY_BIN=target/dist/mce-relay $bin/beside "$qemu" "${beside[@]}"
     cp target/lab/out/beside.json $raw/
     if has burst; then
         LAB_TIMEOUT=${LAB_TIMEOUT:-1800} tests/lab/run.sh $bin/hold $bin/peer "$qemu" amd 512

@@ -42,6 +42,8 @@ pub enum Goal {
     AtMostTimes(f64, String),
     /// Both.
     Both(f64, f64, String),
+    /// This many times the median of the series called so, at least: it has to show as slower.
+    AtLeastTimes(f64, String),
     /// Equal to this.
     Exactly(f64),
     /// Within the spread of the series called so: no difference can be measured.
@@ -138,6 +140,14 @@ impl Figure {
             )),
         };
         match &self.goal {
+            Goal::AtLeastTimes(factor, name) => match self.of(name) {
+                None => Judgement::NotMeasured(name.clone()),
+                Some(theirs) if ours >= factor * theirs => Judgement::Met,
+                Some(theirs) => Judgement::Missed(format!(
+                    "{:.2} times {name} where {factor} at least was to show",
+                    ours / theirs
+                )),
+            },
             Goal::AtMost(most) => at_most(*most),
             Goal::AtMostTimes(factor, name) => times(*factor, name),
             Goal::Both(most, factor, name) => match at_most(*most) {
@@ -196,6 +206,8 @@ mod tests {
         assert!(!met(figure(&[1.0, 2.1, 9.0], &[], Goal::AtMost(2.0))));
         assert!(met(figure(&[7.0], &[10.0], Goal::AtMostTimes(0.7, other()))));
         assert!(!met(figure(&[7.1], &[10.0], Goal::AtMostTimes(0.7, other()))));
+        assert!(met(figure(&[2.0], &[1.0], Goal::AtLeastTimes(2.0, other()))));
+        assert!(!met(figure(&[1.9], &[1.0], Goal::AtLeastTimes(2.0, other()))));
         assert!(!met(figure(&[7.0], &[10.0], Goal::Both(6.0, 0.7, other()))));
         assert!(met(figure(&[10.0, 11.0, 12.0], &[10.5, 11.5, 12.5], Goal::NoDifference(other()))));
         assert!(!met(figure(

@@ -50,19 +50,24 @@ pub struct Spinning {
 impl Spinning {
     /// Starts it with `more` options and waits until it answers.
     pub fn start(more: &[&str]) -> Self {
-        Self::of(None, more)
+        Self::of(&SPIN, None, more)
+    }
+
+    /// The same with `code` as its guest, see [`elf`].
+    pub fn start_with(code: &[u8], more: &[&str]) -> Self {
+        Self::of(code, None, more)
     }
 
     /// The same as another user, with a copy of the program that this user may read.
     pub fn start_as(user: Nobody, more: &[&str]) -> Self {
-        Self::of(Some(user), more)
+        Self::of(&SPIN, Some(user), more)
     }
 
-    fn of(user: Option<Nobody>, more: &[&str]) -> Self {
+    fn of(code: &[u8], user: Option<Nobody>, more: &[&str]) -> Self {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        std::fs::write(at("kernel"), elf(&SPIN)).unwrap();
+        std::fs::write(at("kernel"), elf(code)).unwrap();
         let mut program = binary();
         if user.is_some() {
             std::fs::copy(&program, at("mce-relay")).unwrap();

@@ -31,3 +31,69 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
     file.extend(code);
     file
 }
+
+// A guest that takes machine checks and does nothing else. In 32-bit mode at 1 MiB, as `elf` puts it; the
+// handler empties all banks, clears MCG_STATUS (MSR 0x17a) and goes back to sleep, without IRET, which not
+// every KVM emulates in this mode.
+std::arch::global_asm!(
+    ".pushsection .rodata.takes_machine_checks, \"a\"",
+    ".global takes_machine_checks_start",
+    ".global takes_machine_checks_end",
+    ".code32",
+    "takes_machine_checks_start:",
+    "lgdt [0x100080]",
+    "lidt [0x100088]",
+    // Nobody interrupts: the interrupt controllers (8259) are masked.
+    "mov al, 0xff",
+    "out 0x21, al",
+    "out 0xa1, al",
+    // CR4.MCE.
+    "mov eax, cr4",
+    "or eax, 0x40",
+    "mov cr4, eax",
+    "1: mov esp, 0x80000",
+    "sti",
+    "2: hlt",
+    "jmp 2b",
+    // +0x40: #MC
+    ".org takes_machine_checks_start + 0x40",
+    "mov ecx, 0x401",
+    "xor eax, eax",
+    "xor edx, edx",
+    "4: wrmsr",
+    "add ecx, 4",
+    "cmp ecx, 0x401 + 4 * 10",
+    "jb 4b",
+    "mov ecx, 0x17a",
+    "wrmsr",
+    "jmp 1b",
+    // +0x80: where the tables below are, and their last bytes
+    ".org takes_machine_checks_start + 0x80",
+    ".word 23",
+    ".long 0x100090",
+    ".org takes_machine_checks_start + 0x88",
+    ".word 19 * 8 - 1",
+    ".long 0x1000b0",
+    // +0x90: a flat code segment (selector 8) and a flat data segment
+    ".org takes_machine_checks_start + 0x90",
+    ".quad 0, 0x00cf9b000000ffff, 0x00cf93000000ffff",
+    // +0xb0: 19 interrupt gates, of which only the last, 18, leads somewhere
+    ".org takes_machine_checks_start + 0xb0",
+    ".fill 18, 8, 0",
+    ".word 0x40, 8, 0x8e00, 0x10",
+    "takes_machine_checks_end:",
+    ".code64",
+    ".popsection",
+);
+
+unsafe extern "C" {
+    static takes_machine_checks_start: u8;
+    static takes_machine_checks_end: u8;
+}
+
+/// The code of a guest that takes every machine check at once and is asleep otherwise, for [`elf`].
+pub fn takes_machine_checks() -> &'static [u8] {
+    let (start, end) = (&raw const takes_machine_checks_start, &raw const takes_machine_checks_end);
+    // SAFETY: both symbols bound one stretch of constant bytes, above.
+    unsafe { std::slice::from_raw_parts(start, end.addr() - start.addr()) }
+}

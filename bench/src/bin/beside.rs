@@ -100,7 +100,8 @@ fn boot(qemu: &Path) -> Vec<Figure> {
             series: series(sizes),
             goal: Goal::AtMost(3.0),
             command: "make bench FIGURES=boot".into(),
-            note: "resident, private and shared, from smaps, with the guest up".into(),
+            note: "resident, private and shared, from smaps, with the guest up; mce-relay as `make dist` builds it"
+                .into(),
         },
     ]
 }
@@ -135,6 +136,7 @@ fn touch(qemu: &Path) -> Vec<Figure> {
     let own: Vec<f64> = pages
         .iter()
         .map(|page| {
+            progress(&format!("GPA {:#x}", page.gpa));
             guest.poison(page.gpa, "hwpoison-inject");
             let reply = guest.agent.touch(*page, "read");
             std::thread::sleep(Duration::from_millis(300));
@@ -153,6 +155,7 @@ fn touch(qemu: &Path) -> Vec<Figure> {
                 agent.alloc("anon", PAGES)
             });
             for page in pages.unwrap_or_default() {
+                progress(&format!("GPA {:#x}", page.gpa));
                 poison(guest.pid(), guest.hva(page.gpa).unwrap());
                 // It takes the AO, which its guest hears of at its next poll only.
                 std::thread::sleep(Duration::from_millis(300));
@@ -192,10 +195,15 @@ fn burst(_: &Path) -> Vec<Figure> {
     let begun = Instant::now();
     guest.poison_many(&gpas);
     let (mut learned, mut last) = (0.0, 0.0);
+    let mut said = begun;
     while learned < 512.0 && begun.elapsed() < PATIENCE {
         let now = guest.agent.failures_count()["pfns"].as_f64().unwrap_or_default();
         if now > learned {
             (learned, last) = (now, begun.elapsed().as_secs_f64());
+        }
+        if said.elapsed() > Duration::from_secs(5) {
+            progress(&format!("the guest has learned of {learned}"));
+            said = Instant::now();
         }
         std::thread::sleep(Duration::from_millis(500));
     }

@@ -26,8 +26,10 @@ use mce_relay::{Config, ExitByte, Kind, Mca, PAGE_SHIFT, Pace, RamMap, RamRegion
 use mce_relay_bench::figure::{Figure, Goal, Series, US};
 use mce_relay_bench::{caps, progress};
 use mce_relay_tests::ready::forge;
+use mce_relay_vmm::api::StatusPieces;
 use mce_relay_vmm::mce_inject::set_mce;
 use mce_relay_vmm::poison::uffd::Uffd;
+use serde_json::json;
 
 #[allow(dead_code, reason = "the tests use all of it")]
 #[path = "../../../tests/kvm/payload.rs"]
@@ -380,5 +382,48 @@ fn ledger() -> Vec<Figure> {
         ]);
         drop(ledger);
     }
+    figures.extend(status());
     figures
+}
+
+/// The status of more than a million pages, as the API sends it.
+fn status() -> [Figure; 2] {
+    const GIB: u64 = 1 << 30;
+    let huge = RamRegion { page_shift: 30, ..RamRegion::new(FAR_HVA, FAR_GPA, 4 * GIB) };
+    let relay =
+        Relay::start(Config::new(1, caps(false), RamMap::new(&[huge]).unwrap(), |_| {})).unwrap();
+    let handle = relay.handle();
+    for page in 0..4 {
+        handle.forge(FAR_GPA + page * GIB, None).unwrap();
+        while handle.inspect(|ledger| ledger.len() as u64) != (page + 1) * GIB / 4096 {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    let info = serde_json::from_value(json!({
+        "name": null, "version": "", "pid": 1, "boot": 1, "vcpus": 1, "vendor": "intel", "mcg_cap": "0x10a",
+        "mce_kill": "early", "ao_channel": "auto", "ghes": null, "ao_pace": { "burst": 16, "rate": 10 },
+        "on_undeliverable": "stop", "paused": false, "pause_reason": null, "memory": [],
+    }))
+    .unwrap();
+    let (before, begun) = (resident(), Instant::now());
+    let (mut largest, mut bytes, mut most) = (0, 0, 0.0_f64);
+    for (index, piece) in StatusPieces::new(handle, &info).enumerate() {
+        (largest, bytes) = (largest.max(piece.len()), bytes + piece.len());
+        if index % 512 == 0 {
+            most = most.max(resident() - before);
+        }
+    }
+    let took = begun.elapsed().as_secs_f64();
+    let figure = |what: &str, unit: &str, value, goal| Figure {
+        what: what.into(),
+        unit: unit.into(),
+        series: vec![Series::new(US, vec![value])],
+        goal,
+        command: "make bench FIGURES=ledger".into(),
+        note: format!("{bytes} bytes of JSON in pieces of at most {largest}"),
+    };
+    [
+        figure("status of 1,048,576 pages: memory it takes", "MiB", most, Goal::AtMost(1.0)),
+        figure("status of 1,048,576 pages: time", "s", took, Goal::Shown),
+    ]
 }

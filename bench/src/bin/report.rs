@@ -52,7 +52,8 @@ fn report(dir: &Path) -> Result<(), Box<dyn Error>> {
     let raw = dir.join("raw");
     let mut figures = counted(&raw);
     figures.extend(criterion(&raw));
-    for file in ["here.json", "beside.json"] {
+    figures.extend(slowed(&raw));
+    for file in ["here.json", "under_load.json", "beside.json"] {
         if let Ok(text) = fs::read_to_string(raw.join(file)) {
             figures.extend(serde_json::from_str::<Vec<Figure>>(&text)?);
         }
@@ -108,6 +109,31 @@ fn counted(raw: &Path) -> Vec<Figure> {
         });
     }
     figures
+}
+
+/// What a build that is slow on purpose shows: the component without optimisation. If it did not show as
+/// slower, nothing else here would mean anything.
+fn slowed(raw: &Path) -> Vec<Figure> {
+    const BUILD: &str = "the build that is measured";
+    let handler = |raw: &Path| total(raw, "handler").map(|total| total / ROUNDS);
+    let deciding = |raw: &Path| samples(raw, "decisions", "AR by LMCE", "1");
+    let slow = raw.join("slowed");
+    let counted = |raw: &Path| handler(raw).into_iter().collect();
+    [
+        ("instructions", "signal handler's body", counted(&slow), counted(raw)),
+        ("ns", "deciding on an AR", deciding(&slow), deciding(raw)),
+    ]
+    .into_iter()
+    .filter(|(_, _, slow, _)| !slow.is_empty())
+    .map(|(unit, what, slow, own)| Figure {
+        what: format!("slowed on purpose: {what}"),
+        unit: unit.into(),
+        series: vec![Series::new(US, slow), Series::new(BUILD, own)],
+        goal: Goal::AtLeastTimes(1.5, BUILD.into()),
+        command: "make bench FIGURES=slowed".into(),
+        note: "the component built without optimisation, to see that the harness shows it".into(),
+    })
+    .collect()
 }
 
 /// The values that criterion has measured of one benchmark, in its own unit of nanoseconds.
@@ -197,6 +223,7 @@ fn goal(figure: &Figure) -> String {
     match &figure.goal {
         Goal::AtMost(most) => format!("at most {}", number(*most)),
         Goal::AtMostTimes(factor, name) => format!("at most {factor} × {name}"),
+        Goal::AtLeastTimes(factor, name) => format!("at least {factor} × {name}"),
         Goal::Both(most, factor, name) => {
             format!("at most {} and {factor} × {name}", number(*most))
         }
