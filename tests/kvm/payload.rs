@@ -253,6 +253,8 @@ pub struct Payload {
     pub guest: GuestMca,
     pub vm: VmFd,
     pub ram: Ram,
+    /// The registers at a load that showed as MMIO.
+    undo: Option<kvm_regs>,
 }
 
 impl Payload {
@@ -278,7 +280,7 @@ impl Payload {
         vcpu.set_sregs(&long_mode(vcpu.get_sregs().unwrap(), cr4_mce)).unwrap();
         let rip = CODE as u64 + start as u64;
         vcpu.set_regs(&kvm_regs { rip, rsp: STACK, rflags: 2, ..Default::default() }).unwrap();
-        Self { vcpu, guest, vm, ram }
+        Self { vcpu, guest, vm, ram, undo: None }
     }
 
     /// Goes on at `start`.
@@ -293,6 +295,10 @@ impl Payload {
     /// Has KVM finish the last exit's I/O, without running the guest.
     pub fn finish_io(&mut self) {
         finish_io(&mut self.vcpu);
+        // As the VMM does, see vmm/src/vcpu.rs.
+        if let Some(regs) = self.undo.take() {
+            self.vcpu.set_regs(&regs).unwrap();
+        }
     }
 
     /// Runs to the payload's next word.
@@ -319,6 +325,7 @@ impl Payload {
                 }
                 Ok(VcpuExit::MmioRead(gpa, data)) if gpa < Ram::LEN => {
                     data.fill(0xff);
+                    self.undo = Some(self.vcpu.get_regs().unwrap());
                     return Did::Ram(gpa);
                 }
                 Ok(VcpuExit::MmioWrite(gpa, _)) if gpa < Ram::LEN => return Did::Ram(gpa),

@@ -13,7 +13,9 @@ use std::{
     },
 };
 
+use kvm_bindings::kvm_regs;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use log::warn;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::{
@@ -204,6 +206,10 @@ struct Runner<'a> {
     control: &'a VmControl,
     /// The last exit is completed by the next KVM_RUN.
     incomplete: bool,
+    /// The registers at a load that met poison. KVM finishes the instruction with what it never read; with
+    /// these it has not begun, and a guest that is told of the page and goes on does the load again, as on
+    /// a processor.
+    undo: Option<kvm_regs>,
 }
 
 enum Step {
@@ -276,6 +282,7 @@ impl Vcpu {
             ram: &ram,
             control: &control,
             incomplete: false,
+            undo: None,
         };
         if let Some(reason) = runner.run_loop() {
             control.stop(reason);
@@ -335,6 +342,7 @@ impl Runner<'_> {
     fn complete(&mut self) {
         for _ in 0..MAX_COMPLETIONS {
             if !self.incomplete {
+                self.undo();
                 return;
             }
             self.set_immediate_exit(1);
@@ -342,6 +350,14 @@ impl Runner<'_> {
                 self.control.stop(reason);
                 return;
             }
+        }
+    }
+
+    /// Puts the registers back to where they were before a load that met poison.
+    fn undo(&mut self) {
+        let Some(regs) = self.undo.take() else { return };
+        if let Err(error) = self.fd.set_regs(&regs) {
+            warn!("vCPU {}: goes on behind a load that met poison: {error}", self.index);
         }
     }
 
@@ -425,6 +441,10 @@ impl Runner<'_> {
         match then {
             Then::Step(step) => step,
             Then::RamAccess(access) => {
+                // A store has been done as far as the registers go, and is lost with the page.
+                if !access.write && self.undo.is_none() {
+                    self.undo = self.fd.get_regs().ok();
+                }
                 let verdict = self.hook.mmio_in_ram(self.fd, access);
                 self.obey(verdict)
             }
