@@ -3,9 +3,9 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::process::Output;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use mce_relay_tests::agent::{Page, hex};
+use mce_relay_tests::agent::{PATIENCE, Page, hex};
 use mce_relay_tests::guest::{Guest, Options, hva, mce_relay};
 use mce_relay_tests::lab::{self, Cgroup};
 use serde_json::Value;
@@ -83,11 +83,61 @@ fn moves(guest: &mut Guest, page: Page) {
     assert_eq!(guest.agent.ask("meminfo")["hardware_corrupted_kb"], before);
 }
 
+/// How often a guest may be met in its kernel by an AR that is meant for a process of it.
+const TRIES: usize = 5;
+
+/// Has the agent load from a page of its own without a pause, on vCPU 1, and `hit` give that vCPU an AR for
+/// the page meanwhile. The page, and what the agent met.
+///
+/// Nearly always the vCPU is in user mode then. In the guest's timer interrupt it is not, and Linux
+/// panics when its kernel meets an AR: it starts over, and is hit again.
+fn hit_in_user_mode(guest: &mut Guest, hit: impl Fn(&Guest, Page)) -> (Page, Value) {
+    for _ in 0..TRIES {
+        let boot = guest.status()["vm"]["boot"].as_u64().unwrap();
+        let bad = guest.agent.alloc("anon", 4)[1];
+        guest.agent.ask("cpu 1");
+        let request = format!("touch {} spin", bad.number);
+        guest.agent.tell(&request);
+        // More than the agent needs to read that and begin.
+        std::thread::sleep(Duration::from_secs(1));
+        hit(guest, bad);
+        if let Some(reply) = reply_before_reboot(guest, &request, boot) {
+            return (bad, reply);
+        }
+        println!(
+            "    the AR met the guest in its kernel, which panicked; once more in the next boot"
+        );
+        guest.up_again();
+    }
+    panic!(
+        "{TRIES} times the vCPU was in the guest's kernel, though a process of it is busy there"
+    );
+}
+
+/// The agent's reply to `request`; none when the guest, in this `boot`, starts over instead.
+fn reply_before_reboot(guest: &mut Guest, request: &str, boot: u64) -> Option<Value> {
+    let start = Instant::now();
+    loop {
+        let error = match guest.agent.reply(request, Instant::now() + Duration::from_secs(1)) {
+            Ok(reply) => return Some(reply),
+            Err(error) => error,
+        };
+        let is_next =
+            |event: &Value| event["event"] == "booting" && event["properties"]["boot"] == boot + 1;
+        if guest.events().iter().any(is_next) {
+            return None;
+        }
+        assert!(start.elapsed() < PATIENCE, "{request}: {error}");
+        // The VMM may have closed the port, and then the answer is there at once.
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
 /// What needs no privileges: a page that the kernel takes for bad for the VMM alone, which is an AR when
-/// the guest touches it, and a forged signal, which is labelled wherever it shows. Beside them a page that
-/// moves.
+/// the guest touches it, and forged signals, an AO and an AR, which are labelled wherever they show. Beside
+/// them a page that moves.
 pub fn uffd_and_signal() {
-    let mut guest = Guest::boot(&Options::amd(2).ghes());
+    let mut guest = Guest::boot(&Options { reboot: true, ..Options::amd(2).ghes() });
     let pages = guest.agent.alloc("anon", 8);
     let (touched, forged) = (pages[2], pages[5]);
 
@@ -115,7 +165,52 @@ pub fn uffd_and_signal() {
 
     moves(&mut guest, pages[7]);
     guest.agent.others_intact(&pages, &[touched, forged]);
+    forged_ar(&mut guest);
     guest.power_off();
+}
+
+/// A forged AR, while a process of the guest's runs on that vCPU: for the guest it is as if that process had
+/// touched a bad page.
+fn forged_ar(guest: &mut Guest) {
+    let (bad, reply) = hit_in_user_mode(guest, |guest, bad| {
+        let gpa = format!("{:#x}", bad.gpa);
+        let ar = ["--via", "signal", "--kind", "ar", "--vcpu", "1", "--force", "--json"];
+        let done = poison(guest, &[&ar[..], &["--gpa", &gpa]].concat());
+        assert_eq!(done["forged"], true, "{done}");
+    });
+    assert_eq!((&reply["result"], &reply["sigbus"]["code"]), (&"sigbus".into(), &"AR".into()));
+    println!("    guest: {}", guest.agent.memory_failure(bad));
+    let hva = hva(&guest.info(), bad.gpa);
+    let caught = guest.event_where("caught", "the page", |caught| hex(&caught["hva"]) == hva);
+    assert_eq!(
+        (&caught["kind"], &caught["forged"], &caught["thread"]["vcpu"]),
+        (&"AR".into(), &true.into(), &1.into()),
+        "{caught}"
+    );
+    let acknowledged = guest.event("acknowledged", bad);
+    assert_eq!(acknowledged["vcpu"], 1, "{acknowledged}");
+    let entry = guest.ledger(bad).unwrap();
+    assert_eq!(
+        (&entry["kind"], &entry["found_by"], &entry["state"]),
+        (&"AR".into(), &"forged".into(), &"acknowledged".into()),
+        "{entry}"
+    );
+    let pfn = lab::host_physical(guest.pid(), hva) >> 12;
+    assert!(!mce_relay_vmm::host::is_poisoned(pfn).unwrap(), "the page is whole");
+    nothing_else_lost(guest);
+}
+
+/// Sees that the agent, which knows which of its pages are bad, has lost no other.
+fn nothing_else_lost(guest: &mut Guest) {
+    let check = guest.agent.ask("check");
+    assert_eq!(check["bad"].as_array().map(Vec::len), Some(0), "{check}");
+}
+
+/// Runs `mce-relay poison` with `more`, which holds `--json`; what it printed.
+fn poison(guest: &Guest, more: &[&str]) -> Value {
+    let out = guest.command("poison", more);
+    assert!(out.status.success(), "{more:?}: {}", String::from_utf8_lossy(&out.stderr));
+    serde_json::from_slice(&out.stdout).unwrap()
 }
 
 /// Pages of one of the guest's processes, which the guest's own agent names.

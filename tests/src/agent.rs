@@ -28,6 +28,8 @@ pub struct Agent {
     lines: BufReader<UnixStream>,
     out: UnixStream,
     events: VecDeque<Value>,
+    /// The beginning of a line whose end has not come yet.
+    begun: Vec<u8>,
     /// Print every line of the guest's kernel log as it comes.
     pub echo: bool,
 }
@@ -62,21 +64,20 @@ impl Agent {
             }
         };
         let lines = BufReader::new(out.try_clone().map_err(|error| error.to_string())?);
-        Ok(Self { lines, out, events: VecDeque::new(), echo })
+        Ok(Self { lines, out, events: VecDeque::new(), begun: Vec::new(), echo })
     }
 
     /// The next line, or why there is none before `deadline`.
     fn line(&mut self, deadline: Instant) -> Result<Value, String> {
-        let mut line = Vec::new();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(format!("the guest's agent was silent for {PATIENCE:?}"));
+                return Err("the guest's agent was silent for too long".to_owned());
             }
             self.out.set_read_timeout(Some(left)).map_err(|error| error.to_string())?;
-            match self.lines.read_until(b'\n', &mut line) {
+            match self.lines.read_until(b'\n', &mut self.begun) {
                 Ok(0) => return Err("the VMM closed the agent's serial port".to_owned()),
-                Ok(_) if line.ends_with(b"\n") => break,
+                Ok(_) if self.begun.ends_with(b"\n") => break,
                 Ok(_) => {}
                 Err(error)
                     if matches!(
@@ -86,6 +87,7 @@ impl Agent {
                 Err(error) => return Err(error.to_string()),
             }
         }
+        let line = std::mem::take(&mut self.begun);
         let value: Value = serde_json::from_slice(&line)
             .map_err(|error| format!("{error}: {:?}", String::from_utf8_lossy(&line)))?;
         if self.echo && value["event"] == "kmsg" {
@@ -107,12 +109,17 @@ impl Agent {
     /// Sends one request and waits for its reply; events that come first are kept.
     pub fn ask(&mut self, request: &str) -> Value {
         self.tell(request);
-        let deadline = Instant::now() + PATIENCE;
+        let reply = self.reply(request, Instant::now() + PATIENCE);
+        reply.unwrap_or_else(|error| panic!("{request}: {error}"))
+    }
+
+    /// Waits for the reply to `request`, which was sent before, until `deadline`.
+    pub fn reply(&mut self, request: &str, deadline: Instant) -> Result<Value, String> {
         loop {
-            let value = self.line(deadline).unwrap_or_else(|error| panic!("{request}: {error}"));
+            let value = self.line(deadline)?;
             if value.get("reply").is_some() {
                 assert_eq!(value["ok"], true, "{request}: {value}");
-                return value;
+                return Ok(value);
             }
             self.events.push_back(value);
         }
@@ -183,7 +190,7 @@ impl Agent {
         Clock { host: asked + took / 2, guest, error: took / 2 }
     }
 
-    /// Touches a page; `how` is read, write or kernel-copy.
+    /// Touches a page; `how` is read, write, kernel-copy or spin.
     pub fn touch(&mut self, page: Page, how: &str) -> Value {
         self.ask(&format!("touch {} {how}", page.number))
     }

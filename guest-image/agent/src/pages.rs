@@ -10,7 +10,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::ptr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::failures::{self, Failures};
 use crate::proto::{Body, Hex, How, Kind, Outcome, PageInfo, State};
@@ -23,6 +23,8 @@ const FRAME_POISONED: u64 = 1 << 19;
 /// (poison, migration, devices): it takes them from the top of its 32, and how many depends on
 /// its configuration. A guest with 16 swap areas is not expected.
 const SPECIAL_SWAP_TYPE: u64 = 16;
+/// How long `touch PAGE spin` goes on at most.
+const SPIN: Duration = Duration::from_secs(30);
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 const THP_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
 
@@ -278,6 +280,13 @@ impl Pages {
                 // SAFETY: the same, mapped for writing too; nothing in Rust refers to it.
                 unsafe { touch::write(addr, pattern(number, index)) }.map(|()| None)
             }
+            How::Spin => loop {
+                // SAFETY: as for a read.
+                match unsafe { touch::spin(addr) } {
+                    Ok(()) if begun.elapsed() < SPIN => {}
+                    ended => break ended.map(|()| None),
+                }
+            },
             How::KernelCopy => {
                 let copied = copy_by_kernel(page.mapping.va(), number, offset)?;
                 copied.map(|copied| copied.map_err(|error| errno = Some(error)).ok())
@@ -589,6 +598,9 @@ mod tests {
         let reply = pages.touch(0, How::Read, 0).unwrap();
         let json = serde_json::to_string(&reply).unwrap();
         assert!(json.contains(r#""result":"sigbus","sigbus":{"code":2,"#), "{json}");
+        let reply = pages.touch(0, How::Spin, 0).unwrap();
+        let json = serde_json::to_string(&reply).unwrap();
+        assert!(json.contains(r#""how":"spin","result":"sigbus","sigbus":{"code":2,"#), "{json}");
         let reply = pages.touch(0, How::KernelCopy, 0).unwrap();
         let json = serde_json::to_string(&reply).unwrap();
         assert!(json.contains(r#""result":"errno","errno":"EFAULT","nanos":"#), "{json}");

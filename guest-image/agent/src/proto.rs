@@ -76,6 +76,9 @@ pub enum How {
     Write,
     /// A system call that makes the kernel copy the 4 KiB from user memory.
     KernelCopy,
+    /// Load after load in user mode, until one fails or half a minute has passed: so the CPU is in
+    /// user mode when something from outside comes.
+    Spin,
 }
 
 /// What `failures` is to do.
@@ -147,9 +150,13 @@ pub fn parse(line: &str) -> Result<Request, String> {
             Request::Gpa { page: page(words.next(), usage)?, offset: offset(words.next(), usage)? }
         }
         "touch" => {
-            let usage = "touch PAGE read|write|kernel-copy [OFFSET], OFFSET in bytes";
-            let hows =
-                [("read", How::Read), ("write", How::Write), ("kernel-copy", How::KernelCopy)];
+            let usage = "touch PAGE read|write|kernel-copy|spin [OFFSET], OFFSET in bytes";
+            let hows = [
+                ("read", How::Read),
+                ("write", How::Write),
+                ("kernel-copy", How::KernelCopy),
+                ("spin", How::Spin),
+            ];
             Request::Touch {
                 page: page(words.next(), usage)?,
                 how: choice(words.next(), &hows, usage)?,

@@ -21,13 +21,19 @@ pub const BUS_MCEERR_AO: i32 = 5;
 core::arch::global_asm!(
     ".pushsection .text.agent_touch, \"ax\", @progbits",
     ".globl agent_touch_begin, agent_touch_end, agent_touch_recover",
-    ".globl agent_touch_read, agent_touch_write, agent_touch_copy, agent_touch_syswrite",
+    ".globl agent_touch_read, agent_touch_write, agent_touch_spin, agent_touch_copy",
+    ".globl agent_touch_syswrite",
     "agent_touch_begin:",
     "agent_touch_read:",
     "mov rax, [rdi]",
     "ret",
     "agent_touch_write:",
     "mov [rdi], rsi",
+    "ret",
+    "agent_touch_spin:", // rdi from, rsi times
+    "mov rax, [rdi]",
+    "dec rsi",
+    "jnz agent_touch_spin",
     "ret",
     "agent_touch_copy:", // rdi to, rsi from, rdx words
     "mov rcx, rdx",
@@ -53,6 +59,7 @@ unsafe extern "C" {
     static agent_touch_recover: u8;
     fn agent_touch_read(addr: usize) -> u64;
     fn agent_touch_write(addr: usize, value: u64);
+    fn agent_touch_spin(addr: usize, times: u64);
     fn agent_touch_copy(to: usize, from: usize, words: usize);
     fn agent_touch_syswrite(fd: i32, from: usize, bytes: usize) -> isize;
 }
@@ -302,6 +309,23 @@ pub unsafe fn write(addr: usize, value: u64) -> Result<(), Fault> {
     end(())
 }
 
+/// How often [`spin`] loads the word: some hundredths of a second.
+const LOADS: u64 = 1 << 24;
+
+/// Loads one word again and again for a moment.
+///
+/// # Safety
+/// As for [`read`].
+///
+/// # Errors
+/// The SIGBUS that one of the loads raised, or that came meanwhile.
+pub unsafe fn spin(addr: usize) -> Result<(), Fault> {
+    let _one = begin();
+    // SAFETY: as for `read`; the count is not 0, so it comes to its end.
+    unsafe { agent_touch_spin(addr, LOADS) };
+    end(())
+}
+
 /// Copies `words` words upwards.
 ///
 /// # Safety
@@ -390,6 +414,7 @@ pub mod tests {
                     |offset: usize| Err(Fault { code: 2, addr: (va + offset) as u64, lsb: 0 });
                 assert_eq!(read(va).map(|_| ()), expected(0));
                 assert_eq!(write(va + 8, 1), expected(8));
+                assert_eq!(spin(va), expected(0));
                 let to = buffer.as_mut_ptr().addr();
                 assert_eq!(copy(to, va, 512), expected(0));
                 let null = File::options().write(true).open("/dev/null").unwrap();
@@ -403,5 +428,7 @@ pub mod tests {
         let word = 42u64;
         // SAFETY: a local variable.
         assert_eq!(unsafe { read((&raw const word).addr()) }, Ok(42));
+        // SAFETY: the same.
+        assert_eq!(unsafe { spin((&raw const word).addr()) }, Ok(()));
     }
 }
