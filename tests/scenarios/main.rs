@@ -109,6 +109,7 @@ fn main() -> ExitCode {
         means::madvise_by_the_vmm needs may_poison,
         means::uffd_and_signal needs may_poison,
         means::a_process_of_the_guest needs may_poison,
+        means::by_hand needs may_poison,
         means::filters_and_unpoison needs may_poison,
         means::late_kill_says_nothing_until_a_touch needs may_poison,
         kinds::as_on_bare_metal needs may_poison,

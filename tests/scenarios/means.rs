@@ -230,7 +230,93 @@ pub fn a_process_of_the_guest() {
     assert_eq!(planned["dry_run"], true, "{planned}");
     guest.reconnect();
     guest.agent.others_intact(&pages, &[]);
+    deferred_by_hand(&mut guest, pages[5]);
     guest.power_off();
+}
+
+/// Runs `mce-relay inject` about `page` with `more`; the words of its outlook, which are printed, too, and
+/// what it did on each vCPU.
+fn inject(guest: &Guest, page: Page, more: &[&str]) -> (Value, Value) {
+    let gpa = format!("{:#x}", page.gpa);
+    let out = guest.command("inject", &[&["--json", "--addr", &gpa], more].concat());
+    assert!(out.status.success(), "{more:?}: {}", String::from_utf8_lossy(&out.stderr));
+    let mut done: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let outlook = done["outlook"].take();
+    println!(
+        "    {}: Linux {}: {}",
+        more.join(" "),
+        outlook["guest"].as_str().unwrap(),
+        outlook["guest_why"].as_str().unwrap()
+    );
+    (outlook, done["done"].take())
+}
+
+/// Sees that the guest's kernel takes `page`, of which a machine check by hand told it, out of use, as the
+/// outlook said; and that nothing else came of it.
+fn isolated(guest: &mut Guest, page: Page) {
+    println!("    guest: {}", guest.agent.memory_failure(page));
+    guest.agent.sigbus_ao(page);
+    assert!(guest.ledger(page).is_none(), "it does not go through the relay: {}", guest.status());
+    nothing_else_lost(guest);
+}
+
+/// Machine checks by hand, on two vCPUs that wait for each other in their handlers: what the guest's own
+/// kernel makes of each is what was said before.
+pub fn by_hand() {
+    let mut guest = Guest::boot(&Options { reboot: true, ..Options::intel(2, false) });
+    let bad = guest.agent.alloc("anon", 8)[3];
+
+    // What the guest would not survive is not done.
+    let gpa = format!("{:#x}", bad.gpa);
+    let out = guest.command("inject", &["--status", "srao", "--addr", &gpa]);
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("Linux dies: its other vCPUs are not called"), "{said}");
+    nothing_else_lost(&mut guest);
+
+    let (outlook, done) = inject(&guest, bad, &["--status", "srao", "--broadcast"]);
+    assert_eq!(
+        (&outlook["kvm"], &outlook["guest"], &outlook["lethal"]),
+        (&"machine-check".into(), &"isolates-page".into(), &false.into()),
+        "{outlook}"
+    );
+    let on: Vec<&Value> = done.as_array().unwrap().iter().map(|on| &on["outcome"]).collect();
+    assert_eq!(on, ["injected", "injected"], "{done}");
+    isolated(&mut guest, bad);
+
+    let (bad, reply) = hit_in_user_mode(&mut guest, |guest, bad| {
+        let srar = ["--status", "srar", "--vcpu", "1", "--broadcast", "--force"];
+        let (outlook, done) = inject(guest, bad, &srar);
+        assert_eq!(
+            (&outlook["kvm"], &outlook["guest"], &outlook["lethal"]),
+            (&"machine-check".into(), &"kills-what-runs".into(), &true.into()),
+            "{outlook}"
+        );
+        assert_eq!(done[1]["outcome"], "injected", "{done}");
+    });
+    // The process that ran there is killed, unless it takes the signal, as the agent does.
+    assert_eq!((&reply["result"], &reply["sigbus"]["code"]), (&"sigbus".into(), &"AR".into()));
+    println!("    guest: {}", guest.agent.memory_failure(bad));
+    let access = format!("Uncorrected hardware memory error in user-access at {:x}", bad.gpa);
+    let log = guest.agent.ask(&format!("dmesg {access}"));
+    assert_eq!(log["count"], 1, "{access}: {log}");
+    assert!(guest.ledger(bad).is_none(), "{}", guest.status());
+    nothing_else_lost(&mut guest);
+    guest.power_off();
+}
+
+/// A deferred error by hand into an AMD guest, which finds it when it polls its banks.
+fn deferred_by_hand(guest: &mut Guest, bad: Page) {
+    let (outlook, done) = inject(guest, bad, &["--status", "deferred"]);
+    assert_eq!(
+        (&outlook["kvm"], &outlook["guest"], &outlook["lethal"]),
+        (&"logs".into(), &"isolates-page-at-poll".into(), &false.into()),
+        "{outlook}"
+    );
+    assert_eq!(done[0]["outcome"], "injected", "{done}");
+    // Its poll is every five minutes.
+    guest.agent.ask("interval 1");
+    isolated(guest, bad);
 }
 
 /// From the host's machine-check code down, by the kernel's mce-inject module. Afterwards the kernel
