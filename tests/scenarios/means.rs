@@ -213,7 +213,8 @@ fn poison(guest: &Guest, more: &[&str]) -> Value {
     serde_json::from_slice(&out.stdout).unwrap()
 }
 
-/// Pages of one of the guest's processes, which the guest's own agent names.
+/// Pages of one of the guest's processes, which the guest's own agent names, and pages at random; and what
+/// is only planned is not done.
 pub fn a_process_of_the_guest() {
     let mut guest = Guest::boot(&Options::amd(2).ghes());
     let agent = format!("path={}", guest.path("agent").display());
@@ -221,17 +222,71 @@ pub fn a_process_of_the_guest() {
     // The agent's socket takes one client at a time.
     let init = guest.agent.ask("process 1 16");
     assert_eq!(init["pid"], 1, "{init}");
+    let own = guest.agent.ask("ping")["pid"].to_string();
     guest.agent.hang_up();
-    let more = ["--pid", "1", "--agent", &agent, "--max", "1", "--dry-run"];
-    let more = [&more[..], &["--via", "uffd", "--json"]].concat();
-    let out = guest.command("poison", &more);
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    let planned: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let of = |pid, more: &[&str]| {
+        let all = ["--pid", pid, "--agent", &agent, "--via", "uffd", "--json"];
+        poison(&guest, &[&all[..], more].concat())
+    };
+    let planned = of("1", &["--dry-run"]);
     assert_eq!(planned["dry_run"], true, "{planned}");
+    // Of itself the agent names what it has allocated first.
+    let named: Vec<u64> = gpas(&of(&own, &["--max", "2"]));
     guest.reconnect();
-    guest.agent.others_intact(&pages, &[]);
-    deferred_by_hand(&mut guest, pages[5]);
-    guest.power_off();
+    let bad: Vec<Page> = pages.iter().filter(|page| named.contains(&page.gpa)).copied().collect();
+    assert_eq!((named.len(), bad.len()), (2, 2), "{named:#x?} are of {pages:#x?}");
+    println!("    process {own} of the guest has lost {:#x} and {:#x}", bad[0].gpa, bad[1].gpa);
+    assert!(guest.pages().is_empty(), "nobody was told: {}", guest.status());
+    for page in &bad {
+        let reply = guest.agent.touch(*page, "read");
+        assert_eq!(reply["sigbus"]["code"], "AR", "{reply}");
+        println!("    guest: {}", guest.agent.memory_failure(*page));
+        guest.event("acknowledged", *page);
+    }
+    // The second one may have been found by a look at the page tables meanwhile.
+    assert_eq!(guest.ledger(bad[0]).unwrap()["kind"], "AR", "{}", guest.status());
+    guest.agent.others_intact(&pages, &bad);
+
+    let whole = *pages.iter().rfind(|page| !bad.contains(page)).unwrap();
+    only_planned(&guest, whole);
+    deferred_by_hand(&mut guest, whole);
+    at_random(guest);
+}
+
+/// The addresses in what `mce-relay poison --json` printed of several pages.
+fn gpas(done: &Value) -> Vec<u64> {
+    done.as_array().unwrap().iter().map(|page| hex(&page["gpa"])).collect()
+}
+
+/// A dry run names the host's page frame, and leaves it as it is.
+fn only_planned(guest: &Guest, page: Page) {
+    let gpa = format!("{:#x}", page.gpa);
+    let plan = poison(guest, &["--gpa", &gpa, "--via", "hwpoison-inject", "--dry-run", "--json"]);
+    assert_eq!(plan["dry_run"], true, "{plan}");
+    let pfn = hex(&plan["pfn"]);
+    assert_eq!(lab::host_physical(guest.pid(), hva(&guest.info(), page.gpa)) >> 12, pfn);
+    assert!(!mce_relay_vmm::host::is_poisoned(pfn).unwrap(), "{plan}");
+    assert!(guest.ledger(page).is_none(), "{}", guest.status());
+}
+
+/// A seed chooses the same pages again, for the same guest in the same state: one that is held. It does not
+/// go on afterwards, as any page may be among them, its kernel's own as well.
+fn at_random(mut guest: Guest) {
+    guest.put("vm.pause");
+    let random = ["--random", "3", "--seed", "7", "--via", "uffd", "--json"];
+    let planned = gpas(&poison(&guest, &[&random[..], &["--dry-run"]].concat()));
+    let read =
+        |gpa: u64| guest.command("memory read", &["--gpa", &format!("{gpa:#x}"), "--len", "8"]);
+    assert!(planned.iter().all(|gpa| read(*gpa).status.success()), "{planned:#x?} are whole");
+    let done = gpas(&poison(&guest, &random));
+    assert_eq!((planned.len(), &planned), (3, &done), "the same pages by the same seed");
+    println!("    three pages at random: {done:#x?}");
+    for gpa in done {
+        let said = String::from_utf8_lossy(&read(gpa).stderr).into_owned();
+        assert!(said.contains(&format!("poisoned at GPA {gpa:#x}")), "{said}");
+    }
+    guest.put("vm.shutdown");
+    assert_eq!(guest.ended().code(), Some(0));
 }
 
 /// Runs `mce-relay inject` about `page` with `more`; the words of its outlook, which are printed, too, and

@@ -260,7 +260,7 @@ impl Agent {
 
     fn perform(&mut self, request: Request) -> Result<Body, String> {
         match request {
-            Request::Ping => Ok(Body::None {}),
+            Request::Ping => Ok(Body::Ping { pid: std::process::id() }),
             Request::Alloc { kind, count, runs } => self.pages.alloc(kind, count, runs),
             Request::Gpa { page, offset } => self.pages.gpa(page, offset),
             Request::Touch { page, how, offset } => self.pages.touch(page, how, offset),
@@ -282,7 +282,9 @@ impl Agent {
             Request::Dmesg { pattern } => dmesg(&pattern),
             Request::Early { on } => early(on).map(|on| Body::Switch { on }),
             Request::Cpu { cpu } => pin(cpu),
-            Request::Process { which, max } => process::pages(&which, max),
+            Request::Process { which, max } => {
+                process::pages(&which, max, &|va| self.pages.owns(va))
+            }
             Request::Meminfo => {
                 Ok(Body::Meminfo { hardware_corrupted_kb: pages::meminfo("HardwareCorrupted")? })
             }

@@ -156,6 +156,13 @@ struct Page {
     bad: bool,
 }
 
+impl Page {
+    fn holds(&self, addr: u64) -> bool {
+        let va = self.mapping.va() as u64;
+        (va..va + self.kind.bytes() as u64).contains(&addr)
+    }
+}
+
 /// All pages by number.
 #[derive(Default)]
 pub struct Pages {
@@ -353,12 +360,14 @@ impl Pages {
 
     /// The page at an address that a signal named, which is known to be bad from now on.
     pub fn hit(&mut self, addr: u64) -> Option<u32> {
-        let (number, page) = self.pages.iter_mut().find(|(_, page)| {
-            let va = page.mapping.va() as u64;
-            (va..va + page.kind.bytes() as u64).contains(&addr)
-        })?;
+        let (number, page) = self.pages.iter_mut().find(|(_, page)| page.holds(addr))?;
         page.bad = true;
         Some(*number)
+    }
+
+    /// Whether this address of the agent's lies in one of them.
+    pub fn owns(&self, addr: u64) -> bool {
+        self.pages.values().any(|page| page.holds(addr))
     }
 }
 

@@ -27,11 +27,12 @@ const MAX_NAME: usize = 64;
 const MAX_PIDS: usize = 16;
 
 /// Pages of the process `which` (its pid or its name), `max` at most: resident, and of its own data.
-/// Heap and stack come first.
+/// Heap and stack come first; of this agent itself those areas for which `is_alloced` is true, since those
+/// are pages that it can lose.
 ///
 /// # Errors
 /// There is no such process, or it has no such pages.
-pub fn pages(which: &str, max: usize) -> Result<Body, String> {
+pub fn pages(which: &str, max: usize, is_alloced: &dyn Fn(u64) -> bool) -> Result<Body, String> {
     let (pid, comm) = find(which)?;
     let path = |file: &str| format!("/proc/{pid}/{file}");
     let failed = |e: io::Error| failed(pid, &comm, &e);
@@ -49,7 +50,8 @@ pub fn pages(which: &str, max: usize) -> Result<Body, String> {
         return Err(format!("process {pid} ({comm}) has ended"));
     }
     let mut areas: Vec<Area<'_>> = maps.lines().filter_map(area).collect();
-    areas.sort_by_key(|area| area.kind);
+    let is_own = pid == std::process::id();
+    areas.sort_by_key(|area| (!(is_own && is_alloced(area.start)), area.kind));
 
     let pagemap = File::open(path("pagemap")).map_err(failed)?;
     let flags = File::open(KPAGEFLAGS).map_err(|e| {
@@ -247,6 +249,7 @@ fn cut(text: &str, max: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pages::Pages;
 
     #[test]
     fn lines_of_maps() {
@@ -340,13 +343,17 @@ mod tests {
     #[test]
     fn pages_are_found_in_order_and_no_more_than_asked_for() {
         let own = std::process::id();
-        match pages(&own.to_string(), 3) {
+        let mut owned = Pages::default();
+        owned.alloc(crate::proto::Kind::Anon, 2, false).unwrap();
+        match pages(&own.to_string(), 3, &|va| owned.owns(va)) {
             Ok(Body::Process { pid, pages, .. }) => {
                 assert_eq!(pid, own);
                 assert!((1..=3).contains(&pages.len()), "{pages:?}");
                 assert!(
                     pages.iter().all(|page| page.gpa.0.is_multiple_of(FRAME) && page.gpa.0 > 0)
                 );
+                let first: Vec<bool> = pages.iter().map(|page| owned.owns(page.va.0)).collect();
+                assert_eq!(first, [true, true, false], "what it can lose comes first: {pages:?}");
             }
             Ok(other) => panic!("{other:?}"),
             // Who is not root, or has no kpageflags.

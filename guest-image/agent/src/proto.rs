@@ -392,6 +392,10 @@ pub enum Outcome {
 #[serde(untagged)]
 pub enum Body {
     None {},
+    Ping {
+        /// The agent's own, for `process`.
+        pid: u32,
+    },
     Alloc {
         pages: Vec<PageInfo>,
     },

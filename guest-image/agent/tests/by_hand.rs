@@ -64,6 +64,7 @@ fn every_request_has_one_reply_in_order() {
         if has_log { "failures true" } else { "failures false" },
     ];
     assert_eq!(seen, expected);
+    assert!(lines[1]["pid"].as_u64().is_some_and(|pid| pid > 0), "{:?}", lines[1]);
     assert_eq!(lines[2]["pages"].as_array().unwrap().len(), 3);
     assert_eq!(lines[3]["intact"], true);
     assert_eq!(lines[4]["result"], "ok");
