@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use mce_relay_tests::agent::{PATIENCE, Page, hex};
 use mce_relay_tests::guest::{Guest, Options, hva, mce_relay};
-use mce_relay_tests::lab::{self, Cgroup};
+use mce_relay_tests::lab::{self, Cgroup, OwnPage};
+use mce_relay_vmm::host::Injector;
 use serde_json::Value;
 
 /// madvise(MADV_HWPOISON) by another process that shares the page. The kernel takes that process
@@ -404,8 +405,15 @@ fn unpoison(page: &Value) -> Output {
 }
 
 /// Each of hwpoison-inject's filters lets its pages through and holds the others back, and is gone
-/// afterwards; pages that software has poisoned can be given back to the host.
+/// afterwards; pages that software has poisoned can be given back to the host, when the VM does not use them
+/// any more.
 pub fn filters_and_unpoison() {
+    // What all of this needs is here.
+    let out = mce_relay(&["check"]);
+    let report = String::from_utf8_lossy(&out.stdout);
+    assert_eq!(out.status.code(), Some(0), "mce-relay check: {report}");
+    assert!(report.contains("memory errors of this host can be relayed to guests"), "{report}");
+
     let (own, other) = (Cgroup::new("vm"), Cgroup::new("other"));
     let options = Options { cgroup: Some(own.path().to_owned()), ..Options::intel(1, true) };
     let mut guest = Guest::boot(&options);
@@ -441,6 +449,11 @@ pub fn filters_and_unpoison() {
         let out = guest.command("poison", &more);
         let said = String::from_utf8_lossy(&out.stderr);
         assert_eq!(out.status.success(), passes, "{filter:?}: {said}");
+        assert_eq!(
+            said.contains(&format!("{OWN_CGROUP} can be hit ({own_path})")),
+            !filter.contains(&"--filter-memcg"),
+            "{filter:?}: {said}"
+        );
         if passes {
             let done: Value = serde_json::from_slice(&out.stdout).unwrap();
             frames.push(done);
@@ -452,21 +465,10 @@ pub fn filters_and_unpoison() {
         assert_eq!(filters(), before, "{filter:?}: everything is as it was");
     }
     guest.agent.others_intact(&pages, &gone);
-    // Ctrl-C in the middle of many: some are done, and the filters are as they were.
     let many = guest.agent.alloc_many("anon", 512);
-    let list: Vec<String> = many.iter().map(|page| format!("{:#x}", page.gpa)).collect();
-    let child = guest.spawn("poison", &["--via", "hwpoison-inject", "--gpa", &list.join(",")]);
-    while filters() == before {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    // SAFETY: sends a signal to a child that has not been waited for.
-    unsafe { libc::kill(child.id().cast_signed(), libc::SIGINT) };
-    let out = child.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&out.stderr);
-    println!("    {}", said.lines().last().unwrap_or_default());
-    assert_eq!(out.status.code(), Some(1), "{said}");
-    assert!(said.contains("interrupted before its turn"), "{said}");
+    held_back_and_interrupted(&guest, &many, &own_inode);
     assert_eq!(filters(), before);
+    in_use(&frames[0]);
     guest.power_off();
 
     for page in &frames {
@@ -480,7 +482,70 @@ pub fn filters_and_unpoison() {
     println!("    {} host pages poisoned and given back", frames.len());
 }
 
-/// What hwpoison-inject's filters are set to.
+/// What is said of the filter that is the default.
+const OWN_CGROUP: &str = "only pages of the VM's own memory cgroup";
+
+/// While the default filter is in force it names the VM's own cgroup, `inode`, and a page of somebody else
+/// survives that is hit. Ctrl-C in the middle of many: some are done, and the others are said not to be.
+fn held_back_and_interrupted(guest: &Guest, many: &[Page], inode: &str) {
+    let bystander = OwnPage::new();
+    let injector = Injector::open().unwrap();
+    let list: Vec<String> = many.iter().map(|page| format!("{:#x}", page.gpa)).collect();
+    let child = guest.spawn("poison", &["--via", "hwpoison-inject", "--gpa", &list.join(",")]);
+    let start = Instant::now();
+    while filter("enable") != "1" {
+        assert!(start.elapsed() < Duration::from_secs(20), "no filter comes into force");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    lab::stop(child.id());
+    // It was not done with its pages before it stood still.
+    assert_eq!((filter("enable"), filter("memcg")), ("1".to_owned(), inode.to_owned()));
+    let pfn = bystander.pfn();
+    injector.corrupt(pfn).unwrap();
+    let is_poisoned = |pfn| mce_relay_vmm::host::is_poisoned(pfn).unwrap();
+    assert!(!is_poisoned(pfn), "page frame {pfn:#x} is another process's");
+    assert!(bystander.is_whole());
+
+    // SAFETY: sends signals to a child that has not been waited for.
+    unsafe {
+        libc::kill(child.id().cast_signed(), libc::SIGINT);
+        libc::kill(child.id().cast_signed(), libc::SIGCONT);
+    }
+    let out = child.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&out.stderr);
+    println!("    {}", said.lines().last().unwrap_or_default());
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("interrupted before its turn") && said.contains(OWN_CGROUP), "{said}");
+
+    // The filter was what held that page back.
+    let pfn = bystander.pfn();
+    injector.corrupt(pfn).unwrap();
+    assert!(is_poisoned(pfn), "without the filter page frame {pfn:#x} is hit");
+    drop(bystander);
+    let back = match mce_relay_vmm::host::unpoison(pfn) {
+        Ok(()) => "given back".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    println!("    a page of another process: held back by the filter, and hit without it; {back}");
+}
+
+/// A page frame that the VM has in its memory yet is not given back, and that is said.
+fn in_use(page: &Value) {
+    let out = unpoison(page);
+    let said = String::from_utf8_lossy(&out.stderr);
+    println!("    {}", said.trim_end());
+    assert_eq!(out.status.code(), Some(1), "{said}");
+    assert!(said.contains("still has it mapped") && said.contains("end the VM"), "{said}");
+    assert!(mce_relay_vmm::host::is_poisoned(hex(&page["pfn"])).unwrap());
+}
+
+/// What one of hwpoison-inject's filters is set to.
+fn filter(name: &str) -> String {
+    let path = format!("/sys/kernel/debug/hwpoison/corrupt-filter-{name}");
+    std::fs::read_to_string(path).unwrap().trim().to_owned()
+}
+
+/// What all of them are set to.
 fn filters() -> Vec<(String, String)> {
     let dir = std::fs::read_dir("/sys/kernel/debug/hwpoison").unwrap();
     let names = dir.map(|entry| entry.unwrap().file_name().into_string().unwrap());

@@ -161,6 +161,64 @@ pub fn read_memory(pid: u32, hva: u64) -> std::io::Result<u8> {
     memory_of(pid).read_exact_at(&mut byte, hva).map(|()| byte[0])
 }
 
+/// A page of this process's own that may go bad: nothing else lies in it.
+#[derive(Debug)]
+pub struct OwnPage(*mut u64);
+
+impl OwnPage {
+    const WORD: u64 = 0x5a5a_0ff1_ce00_5a5a;
+
+    /// A new one, with a word in it.
+    #[expect(clippy::new_without_default, reason = "it maps memory")]
+    pub fn new() -> Self {
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        // SAFETY: a new mapping at an address of the kernel's choice. That it is no part of a huge page is
+        // advice, which a kernel without those does not need.
+        let page = unsafe {
+            let page = libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0);
+            assert_ne!(page, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+            libc::madvise(page, 4096, libc::MADV_NOHUGEPAGE);
+            page.cast::<u64>()
+        };
+        // SAFETY: the mapping is ours alone, and a page long.
+        unsafe { page.write_volatile(Self::WORD) };
+        Self(page)
+    }
+
+    /// The host's page frame behind it.
+    pub fn pfn(&self) -> u64 {
+        host_physical(std::process::id(), self.0.addr() as u64) >> 12
+    }
+
+    /// Whether it holds what it should; a page that is bad ends this process.
+    pub fn is_whole(&self) -> bool {
+        // SAFETY: as for the write.
+        unsafe { self.0.read_volatile() == Self::WORD }
+    }
+}
+
+impl Drop for OwnPage {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours, and nothing refers to it any more.
+        unsafe { libc::munmap(self.0.cast(), 4096) };
+    }
+}
+
+/// Has process `pid`, a child of this one, stand still, and waits until it does, or has ended.
+pub fn stop(pid: u32) {
+    let child = pid.cast_signed();
+    // SAFETY: all-zero is a valid siginfo_t, which waitid fills in; with WNOWAIT the child can be waited
+    // for once more.
+    let stopped = unsafe {
+        let mut info: libc::siginfo_t = std::mem::zeroed();
+        let what = libc::WSTOPPED | libc::WEXITED | libc::WNOWAIT;
+        libc::kill(child, libc::SIGSTOP) == 0
+            && libc::waitid(libc::P_PID, pid, &raw mut info, what) == 0
+    };
+    assert!(stopped, "process {pid}: {}", std::io::Error::last_os_error());
+}
+
 /// A thread of another process that stands still until this is dropped; signals for it wait.
 #[derive(Debug)]
 pub struct Held {
