@@ -165,6 +165,16 @@ impl Agent {
         pages
     }
 
+    /// Has the agent take memory until it comes by the pages at `gpas` or little is left, and write and read
+    /// those; how many it came by.
+    pub fn claim(&mut self, gpas: &BTreeSet<u64>) -> usize {
+        let frames = spans(gpas.iter().map(|gpa| gpa / PAGE_SIZE)).join(" ");
+        let reply = self.ask(&format!("claim {frames}"));
+        assert_eq!(reply["wanted"], gpas.len(), "{reply}");
+        assert_eq!(reply["intact"], reply["held"], "they hold what was written: {reply}");
+        reply["held"].as_u64().and_then(|held| usize::try_from(held).ok()).unwrap()
+    }
+
     /// What the guest's kernel has logged of failed memory since its boot, in numbers.
     pub fn failures_count(&mut self) -> Value {
         self.ask("failures count")

@@ -5,6 +5,7 @@
 //! every line of the kernel's log. `agent PORT [log=off]`: PORT is a serial port, or `-` for
 //! stdin and stdout. See `proto` for the language.
 
+mod claim;
 mod failures;
 mod kmsg;
 mod pages;
@@ -285,6 +286,7 @@ impl Agent {
             Request::Process { which, max } => {
                 process::pages(&which, max, &|va| self.pages.owns(va))
             }
+            Request::Claim { frames } if self.port.serial => claim::claim(&frames, usize::MAX),
             Request::Meminfo => {
                 Ok(Body::Meminfo { hardware_corrupted_kb: pages::meminfo("HardwareCorrupted")? })
             }
@@ -292,7 +294,7 @@ impl Agent {
                 let micros = kmsg::clock().map_err(|e| format!("/dev/kmsg: {e}"))?;
                 Ok(Body::Clock { time: micros as f64 / 1e6 })
             }
-            Request::Reboot | Request::Poweroff => {
+            Request::Claim { .. } | Request::Reboot | Request::Poweroff => {
                 Err("refused: only over a serial port, because - may be your own machine".into())
             }
         }

@@ -16,7 +16,8 @@ use crate::failures::{self, Failures};
 use crate::proto::{Body, Hex, How, Kind, Outcome, PageInfo, State};
 use crate::touch::{self, Fault};
 
-const FRAME: usize = 4096;
+/// Bytes of a page frame.
+pub const FRAME: usize = 4096;
 /// KPF_HWPOISON in /proc/kpageflags.
 const FRAME_POISONED: u64 = 1 << 19;
 /// Swap types from here up are not swap areas but what the kernel keeps in non-present entries
@@ -68,6 +69,19 @@ fn words_at(path: &str, index: u64, count: usize) -> io::Result<Vec<u64>> {
 fn entries(va: usize, bytes: usize) -> Result<Vec<u64>, String> {
     words_at("/proc/self/pagemap", (va / FRAME) as u64, bytes / FRAME)
         .map_err(|e| format!("/proc/self/pagemap: {e}; is /proc mounted?"))
+}
+
+/// The page frames behind `bytes` bytes of this process's memory; 0 where there is none, or where the
+/// kernel hides them (not root).
+///
+/// # Errors
+/// There is no /proc.
+pub fn frames(va: usize, bytes: usize) -> Result<Vec<u64>, String> {
+    let frame = |entry: u64| match decode(entry) {
+        Entry::Present(frame) => frame,
+        _ => 0,
+    };
+    Ok(entries(va, bytes)?.into_iter().map(frame).collect())
 }
 
 /// Whether the kernel marks one of these frames as poisoned; `None` where it does not say.
@@ -371,7 +385,8 @@ impl Pages {
     }
 }
 
-fn is_pattern(page: u32, first: usize, words: &[u64]) -> bool {
+/// Whether `words` are those of page `page` from the word `first` on.
+pub fn is_pattern(page: u32, first: usize, words: &[u64]) -> bool {
     words.iter().enumerate().all(|(index, word)| *word == pattern(page, first + index))
 }
 
@@ -430,14 +445,7 @@ fn make(kind: Kind, number: u32) -> Result<Page, String> {
         }
     };
     filled.map_err(|fault| format!("SIGBUS (code {}) while it was filled", fault.code))?;
-    let entries = entries(va, bytes)?;
-    let frames: Vec<u64> = entries
-        .iter()
-        .map(|entry| match decode(*entry) {
-            Entry::Present(frame) => frame,
-            _ => 0,
-        })
-        .collect();
+    let frames = frames(va, bytes)?;
     // Frames are hidden (all zero) from users other than root.
     let known = frames[0] != 0;
     let whole = frames.windows(2).all(|pair| pair[1] == pair[0] + 1);

@@ -109,6 +109,7 @@ pub enum Request {
     Cpu { cpu: usize },
     Free { page: u32 },
     Process { which: String, max: usize },
+    Claim { frames: Vec<RangeInclusive<u32>> },
     Meminfo,
     Clock,
     Reboot,
@@ -116,7 +117,7 @@ pub enum Request {
 }
 
 const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
-                     early, cpu, free, process, meminfo, clock, reboot or poweroff";
+                     early, cpu, free, process, claim, meminfo, clock, reboot or poweroff";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -222,6 +223,15 @@ pub fn parse(line: &str) -> Result<Request, String> {
                 max @ 1..=MAX_PROCESS => Request::Process { which, max },
                 max => return Err(wrong(&max.to_string(), usage)),
             }
+        }
+        "claim" => {
+            let usage = "claim FRAME..., each a page frame or FIRST-LAST";
+            let frames: Result<Vec<_>, _> = words.by_ref().map(|w| pages(w, usage)).collect();
+            let frames = frames?;
+            if frames.is_empty() {
+                return Err(wrong("nothing", usage));
+            }
+            Request::Claim { frames }
         }
         "meminfo" => Request::Meminfo,
         "clock" => Request::Clock,
@@ -474,6 +484,16 @@ pub enum Body {
         /// pages.
         ao: u32,
     },
+    Claim {
+        /// Page frames asked for.
+        wanted: u64,
+        /// Those of them that the agent came by.
+        held: usize,
+        /// Those of these that hold what was written to them.
+        intact: usize,
+        /// How much memory it took.
+        mib: usize,
+    },
     Interval {
         /// Seconds, read back from the kernel.
         interval: String,
@@ -595,6 +615,7 @@ mod tests {
             ("free 2", Request::Free { page: 2 }),
             ("process 17", Request::Process { which: "17".into(), max: 64 }),
             ("process sh 4096", Request::Process { which: "sh".into(), max: 4096 }),
+            ("claim 7 0x10-0x1f", Request::Claim { frames: vec![7..=7, 16..=31] }),
             ("meminfo", Request::Meminfo),
             ("clock", Request::Clock),
             ("reboot", Request::Reboot),
@@ -642,6 +663,8 @@ mod tests {
             ("process 1 4097", "\"4097\"", "1 to 4096"),
             ("process sh some", "\"some\"", "MAX pages"),
             ("process sh 1 2", "\"2\"", "one word too many"),
+            ("claim", "\"nothing\"", "claim FRAME"),
+            ("claim 3-2", "\"3-2\"", "FIRST-LAST"),
             ("ping pong", "\"pong\"", "one word too many"),
         ] {
             let error = parse(line).unwrap_err();

@@ -34,7 +34,7 @@ fn talk(arguments: &[&str], requests: &str) -> Vec<Value> {
 fn every_request_has_one_reply_in_order() {
     let requests = "ping\r\n\n\ralloc anon 3\ntouch 1 read\ntouch 1 kernel-copy\nfree 1\n\
                     check except 0\nlog off\nearly off\nearly on\ncpu 0\njump\ngpa 77\npoweroff\n\
-                    alloc anon 2 runs\nsigbus count\nfailures count\n";
+                    alloc anon 2 runs\nsigbus count\nfailures count\nclaim 1\n";
     let has_log = std::fs::File::open("/dev/kmsg").is_ok();
     let mut lines = talk(&["-", "log=off"], requests);
     // Where there is no log, that is said once.
@@ -62,6 +62,7 @@ fn every_request_has_one_reply_in_order() {
         "alloc true",
         "sigbus true",
         if has_log { "failures true" } else { "failures false" },
+        "claim false",
     ];
     assert_eq!(seen, expected);
     assert!(lines[1]["pid"].as_u64().is_some_and(|pid| pid > 0), "{:?}", lines[1]);
