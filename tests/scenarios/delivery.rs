@@ -5,13 +5,9 @@ use std::time::Duration;
 
 use mce_relay_tests::agent::{Page, hex};
 use mce_relay_tests::burst::{named_all, nothing_lost, same_pages, settled};
-use mce_relay_tests::guest::{Guest, Options, Vmm, hva};
+use mce_relay_tests::guest::{Guest, MIDDLE, Options, Vmm, hva};
 use mce_relay_tests::lab;
 use serde_json::Value;
-
-/// The middle of the guest's RAM: free memory from the first moment on, as far as can be from the
-/// kernel and the initramfs, from where Linux begins to allocate.
-const MIDDLE: u64 = 128 << 20;
 
 /// Where in `events` the event `name` about the page at `gpa` is.
 fn at(events: &[Value], name: &str, gpa: u64) -> Vec<usize> {
@@ -180,13 +176,7 @@ pub fn a_touch_before_the_ao_intel() {
 fn a_page_without_a_signal(options: &Options) {
     let mut guest = Guest::boot(&options.clone().quiet());
     guest.agent.ask("interval 1");
-    let vm = guest.info();
-    let untouched = |gpa: &u64| !lab::is_resident(vm.pid, hva(&vm, *gpa));
-    let gpa = (MIDDLE..MIDDLE + (64 << 20)).step_by(4096).find(untouched);
-    let bad = Page { number: u64::MAX, gpa: gpa.expect("a page that the guest never touched") };
-    // A read gives it memory, and leaves it clean.
-    lab::read_memory(vm.pid, hva(&vm, bad.gpa)).unwrap();
-
+    let bad = guest.clean_page();
     guest.poison_many(&[bad.gpa]);
     assert_eq!(guest.event("seen", bad)["found_by"], "scan");
     let (named, account) = named_all(&mut guest, 1);

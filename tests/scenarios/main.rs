@@ -15,6 +15,7 @@ mod memory;
 mod not_ours;
 mod placement;
 mod undeliverable;
+mod unprivileged;
 mod watch;
 
 use std::process::ExitCode;
@@ -102,6 +103,7 @@ fn main() -> ExitCode {
         not_ours::a_page_of_the_vmm needs may_poison_the_vmm,
         watch::a_cache_loses_one_entry needs may_poison,
         watch::the_guest_of_another_vmm_lives needs may_poison,
+        unprivileged::real_failures_under_nobodys_vmm needs may_poison,
         undeliverable::stop needs may_poison,
         undeliverable::pause needs may_poison,
         undeliverable::reset needs may_poison,

@@ -16,6 +16,7 @@ use tempfile::TempDir;
 
 use crate::agent::{Agent, PATIENCE, Page, hex};
 use crate::lab;
+use crate::spinning::Nobody;
 
 /// The guest kernel's command line. A slow console makes a machine check slow, so it says little.
 /// noxsave: the emulated host lets guests change XCR0 without KVM noticing.
@@ -23,6 +24,10 @@ const CMDLINE: &str = "console=ttyS0,115200 loglevel=4 panic=-1 noxsave";
 /// For bursts: each line on the console costs the guest milliseconds, and its log has to hold three
 /// lines a page. The last `loglevel` counts.
 const QUIET: &str = "loglevel=0 log_buf_len=4M";
+
+/// The middle of the guest's RAM: free memory from the first moment on, as far as can be from the
+/// kernel and the initramfs, from where Linux begins to allocate.
+pub const MIDDLE: u64 = 128 << 20;
 
 /// Where guest-image/build.sh puts the guest's image, below `target/`.
 const IMAGE: &str = "guest-image";
@@ -55,6 +60,8 @@ pub struct Options {
     pub ghes_poll: Option<&'static str>,
     /// Run the VMM in this cgroup.
     pub cgroup: Option<PathBuf>,
+    /// Run the VMM as this user.
+    pub user: Option<Nobody>,
     /// Start the guest again when it resets itself (without `--no-reboot`).
     pub reboot: bool,
     /// More words for the guest kernel's command line.
@@ -83,6 +90,7 @@ impl Options {
             ao_channel: "mce",
             ghes_poll: None,
             cgroup: None,
+            user: None,
             reboot: false,
             cmdline: "",
             quiet: false,
@@ -175,12 +183,21 @@ impl Vmm {
         let at = |name: &str| dir.path().join(name);
         let argument = |form: &str, name: &str| format!("{form}={}", at(name).display());
         let log = std::fs::File::create(at("log")).unwrap();
-        let mut command = Command::new(binary());
+        let (program, kernel) = (binary(), options.file("vmlinux"));
+        let initramfs = options.file("initramfs.cpio");
+        let (mut command, [kernel, initramfs]) = match options.user {
+            None => (Command::new(program), [kernel, initramfs]),
+            Some(user) => {
+                let files = [program.as_path(), &kernel, &initramfs];
+                let [program, kernel, initramfs] = user.settle(dir.path(), files);
+                (user.command(&program, dir.path()), [kernel, initramfs])
+            }
+        };
         command
             .arg("-v")
             .arg("run")
-            .args(["--kernel".as_ref(), options.file("vmlinux").as_os_str()])
-            .args(["--initramfs".as_ref(), options.file("initramfs.cpio").as_os_str()])
+            .args(["--kernel".as_ref(), kernel.as_os_str()])
+            .args(["--initramfs".as_ref(), initramfs.as_os_str()])
             .args(["--cmdline", &options.kernel_words()])
             .args(["--cpus", &options.cpus.to_string()])
             .args(options.zones.iter().flat_map(|zone| ["--memory-zone", zone]))
@@ -342,6 +359,19 @@ impl Vmm {
         let path = format!("/proc/{}/mem", vm.pid);
         let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
         GuestMemory { file, offset: block.hva + (gpa - block.gpa) }
+    }
+
+    /// A page that the guest never wrote, with memory: it is clean for the host, whose kernel takes it away
+    /// without a signal to anybody.
+    pub fn clean_page(&self) -> Page {
+        let vm = self.info();
+        let untouched = |gpa: &u64| !lab::is_resident(vm.pid, hva(&vm, *gpa));
+        let gpa = (MIDDLE..MIDDLE + (64 << 20)).step_by(4096).find(untouched);
+        let page =
+            Page { number: u64::MAX, gpa: gpa.expect("a page that the guest never touched") };
+        // A read gives it memory, and leaves it clean.
+        lab::read_memory(vm.pid, hva(&vm, page.gpa)).unwrap();
+        page
     }
 
     /// What `mce-relay status --json` says.

@@ -1,5 +1,6 @@
 //! A `mce-relay run` whose guest is a loop of one instruction: a VM that is there, and nothing more.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -29,8 +30,25 @@ impl Nobody {
         mount --bind $dev/kvm /dev/kvm
         exec setpriv --reuid $id --regid $id --clear-groups -- \"$@\"";
 
-    /// Runs `program` as that user; `dir` is theirs, with a directory `dev` in it.
-    fn command(self, program: &Path, dir: &Path) -> Command {
+    /// Makes `dir` theirs, with copies of `files` in it, which they may not be able to read where these lie;
+    /// the copies.
+    pub(crate) fn settle<const N: usize>(self, dir: &Path, files: [&Path; N]) -> [PathBuf; N] {
+        let mode = |path: &Path| {
+            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        };
+        std::fs::create_dir(dir.join("dev")).unwrap();
+        mode(dir);
+        std::os::unix::fs::chown(dir, Some(Self::ID), Some(Self::ID)).unwrap();
+        files.map(|file| {
+            let copy = dir.join(file.file_name().unwrap());
+            std::fs::copy(file, &copy).unwrap();
+            mode(&copy);
+            copy
+        })
+    }
+
+    /// Runs `program` as that user; `dir` was settled.
+    pub(crate) fn command(self, program: &Path, dir: &Path) -> Command {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "sh", "-c", Self::SCRIPT, "sh"]);
         command.arg(dir.join("dev")).arg(Self::ID.to_string()).arg(program);
@@ -64,18 +82,12 @@ impl Spinning {
     }
 
     fn of(code: &[u8], user: Option<Nobody>, more: &[&str]) -> Self {
-        use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         std::fs::write(at("kernel"), elf(code)).unwrap();
         let mut program = binary();
-        if user.is_some() {
-            std::fs::copy(&program, at("mce-relay")).unwrap();
-            program = at("mce-relay");
-            std::fs::create_dir(at("dev")).unwrap();
-            std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-            let id = Some(Nobody::ID);
-            std::os::unix::fs::chown(dir.path(), id, id).unwrap();
+        if let Some(user) = user {
+            [program] = user.settle(dir.path(), [&program]);
         }
         let mut command = match user {
             Some(user) => user.command(&program, dir.path()),
