@@ -94,7 +94,7 @@ fn main() -> ExitCode {
         firmware::retire_without_the_driver needs may_soak,
         memory::anonymous needs may_poison,
         memory::thp needs may_poison,
-        memory::file needs may_soak,
+        memory::file needs may_poison,
         memory::hugetlb needs may_poison,
         memory::a_huge_page_that_cannot_be_replaced needs may_poison,
         memory::dump needs may_poison,
