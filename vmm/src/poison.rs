@@ -22,7 +22,7 @@ pub(crate) use targets::{Target, targets};
 use crate::api::{Gpa, Poison, Poisoning, VmInfo};
 use crate::client::{self, ClientError};
 use crate::host::filter::{Filter, FilterError};
-use crate::host::{self, HostError, PageFlags, Pagemap};
+use crate::host::{self, HostError, PageFlags, Pagemap, x86_injector};
 
 /// How long the kernel may take to mark the pages, after the last of them was asked for.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -341,6 +341,9 @@ fn look(
     let needed = via.is_of_frames();
     if needed && !Path::new(host::EARLY_KILL_SYSCTL).exists() {
         return Err(PoisonError::NoMemoryFailure);
+    }
+    if via == Means::MceInject {
+        x86_injector::check_processor()?;
     }
     let pagemap = match Pagemap::open(vm.pid) {
         Ok(pagemap) => Some(pagemap),

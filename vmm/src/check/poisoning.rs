@@ -5,7 +5,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use super::gap::{Found, Gap, sysctl, there};
 use super::{Section, Standing, privileges};
-use crate::host::{self, filter};
+use crate::host::{self, filter, x86_injector};
 use crate::poison::uffd::Uffd;
 
 const MCELOG: &str = "/dev/mcelog";
@@ -16,6 +16,9 @@ const MEMCG_FILTER: &str = "/sys/kernel/debug/hwpoison/corrupt-filter-memcg";
 
 const LOAD_HWPOISON: &str = "as root: mount -t debugfs none /sys/kernel/debug; \
                              modprobe hwpoison-inject (CONFIG_HWPOISON_INJECT)";
+
+const LOAD_MCE_INJECT: &str = "as root: mount -t debugfs none /sys/kernel/debug; \
+                               modprobe mce-inject (CONFIG_X86_MCE_INJECT)";
 
 pub(super) fn look(section: &mut Section<'_>) {
     use Standing::Missing;
@@ -38,13 +41,12 @@ pub(super) fn look(section: &mut Section<'_>) {
         mend("use a host kernel with CONFIG_MEMCG to hold back other processes' pages"),
     );
     section.add("unpoison", there(host::UNPOISON_PFN), Missing, LOAD_HWPOISON);
-    section.add(
-        "mce-inject",
-        there(MCE_INJECT),
-        Missing,
-        "as root: mount -t debugfs none /sys/kernel/debug; modprobe mce-inject \
-         (CONFIG_X86_MCE_INJECT)",
-    );
+    let survives = x86_injector::check_processor().map_err(|error| Gap::of("mce-inject", &error));
+    let mend = match survives {
+        Ok(()) => LOAD_MCE_INJECT,
+        Err(_) => "optional: use hwpoison-inject, or a host with processors of AMD's make",
+    };
+    section.add("mce-inject", survives.and_then(|()| there(MCE_INJECT)), Missing, mend);
     section.add(
         MCELOG,
         there(MCELOG),

@@ -52,6 +52,16 @@ pub enum HostError {
         /// The address in the VMM.
         hva: u64,
     },
+    /// A host that a machine check by software would be the end of.
+    #[error(
+        "mce-inject is for processors of AMD's make (AuthenticAMD, HygonGenuine), and this host's are {vendor}: \
+         their machine checks go to all of them, and the kernel would wait for the others and panic; \
+         use --via hwpoison-inject"
+    )]
+    Processor {
+        /// As /proc/cpuinfo has it.
+        vendor: String,
+    },
     /// The page is bad already, or swapped out.
     #[error("the page at HVA {hva:#x} is not mapped: it is poisoned already, or swapped out")]
     NotMapped {

@@ -7,7 +7,10 @@
 //! the host's way is real but for who wrote the registers. The module's "sw" mode does not do: it logs a
 //! record without a severity, and such a one never gets to `memory_failure`.
 //!
-//! Intel's processors do not let software write a bank, so it takes an AMD one, or an emulated one.
+//! Intel's processors do not let software write a bank, and their machine checks go to all processors: of one
+//! that comes on a single processor without MCG_STATUS.LMCES, as the module raises it (`int $18`), the handler
+//! waits for all others (`mce_start` in `core.c`), for a second, and then panics the host. So it takes an AMD
+//! processor, or one made like it.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,6 +23,11 @@ use super::{HostError, PageFlags, file_error};
 const DIR: &str = "/sys/kernel/debug/mce-inject";
 /// How often the host polls its banks, in seconds; there is one file for all processors.
 const CHECK_INTERVAL: &str = "/sys/devices/system/machinecheck/machinecheck0/check_interval";
+/// Says who made the host's processors.
+const CPUINFO: &str = "/proc/cpuinfo";
+/// Those whose machine check is one processor's alone, and whose banks take what is written (`monarch_timeout`
+/// in `core.c`, `prepare_msrs` in `inject.c`).
+const VENDORS: [&str; 2] = ["AuthenticAMD", "HygonGenuine"];
 /// The kind of injection, into the hardware; the kernel takes the last character for a line feed.
 const HARDWARE: &str = "hw\n";
 /// The processor whose bank it is; the one that is always there.
@@ -42,12 +50,37 @@ fn put(path: &Path, value: &str) -> Result<(), HostError> {
     std::fs::write(path, value).map_err(file_error("write to", path, mend))
 }
 
+/// Who made the processors that `cpuinfo` is about.
+fn vendor(cpuinfo: &str) -> &str {
+    let mut lines = cpuinfo.lines().filter_map(|line| line.split_once(':'));
+    lines.find(|(name, _)| name.trim() == "vendor_id").map_or("(unknown)", |(_, id)| id.trim())
+}
+
+fn check_vendor(cpuinfo: &str) -> Result<(), HostError> {
+    match vendor(cpuinfo) {
+        vendor if VENDORS.contains(&vendor) => Ok(()),
+        vendor => Err(HostError::Processor { vendor: vendor.to_owned() }),
+    }
+}
+
+/// Whether this host would survive a machine check of the module's.
+///
+/// # Errors
+/// It would not, or nobody knows.
+pub fn check_processor() -> Result<(), HostError> {
+    let mend = "it says whether this host's processors are AMD's; mount procfs at /proc";
+    let cpuinfo =
+        std::fs::read_to_string(CPUINFO).map_err(file_error("read", Path::new(CPUINFO), mend))?;
+    check_vendor(&cpuinfo)
+}
+
 impl X86Injector {
     /// Makes the module ready.
     ///
     /// # Errors
-    /// It is not there, or this user may not use it.
+    /// It is not there, this user may not use it, or the host would not survive it.
     pub fn open() -> Result<Self, HostError> {
+        check_processor()?;
         put(&Path::new(DIR).join("flags"), HARDWARE)?;
         let flags = PageFlags::open()?;
         let interval = Path::new(CHECK_INTERVAL);
@@ -106,6 +139,33 @@ impl Drop for X86Injector {
     fn drop(&mut self) {
         if let Err(error) = put(Path::new(CHECK_INTERVAL), &self.interval) {
             log::error!("the host's check_interval is not as it was ({}): {error}", self.interval);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_hosts_that_survive_it() {
+        for (cpuinfo, goes) in [
+            ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", true),
+            ("vendor_id\t: HygonGenuine\n", true),
+            ("processor\t: 0\nvendor_id\t: GenuineIntel\n", false),
+            // Its name is no proof.
+            ("vendor_id\t: GenuineIntel\nmodel name\t: not AuthenticAMD\n", false),
+            ("vendor_id\t: CentaurHauls\n", false),
+            ("processor\t: 0\n", false),
+            ("", false),
+        ] {
+            let checked = check_vendor(cpuinfo);
+            assert_eq!(checked.is_ok(), goes, "{cpuinfo:?}: {checked:?}");
+            let Err(error) = checked else { continue };
+            let words = error.to_string();
+            for word in [vendor(cpuinfo), "AuthenticAMD", "hwpoison-inject"] {
+                assert!(words.contains(word), "{word}: {words}");
+            }
         }
     }
 }
