@@ -133,6 +133,7 @@ fn main() -> ExitCode {
         sockets::clients_that_hang needs once,
         tools::command_lines needs anywhere,
         tools::of_a_vm_that_runs needs has_kvm,
+        tools::a_socket_that_names_another_process needs has_kvm,
         tools::a_machine_check_that_kills needs has_kvm,
         tools::a_forged_ar_of_a_guest_that_cannot_be_told needs has_kvm,
         unprivileged::what_works_and_what_does_not needs as_root_with_kvm,

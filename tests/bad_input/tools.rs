@@ -1,8 +1,13 @@
 //! Command lines that cannot be meant, with no VM to ask and with one that runs on.
 
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+
 use mce_relay_tests::guest::mce_relay;
 use mce_relay_tests::lab;
 use mce_relay_tests::spinning::Spinning;
+use mce_relay_vmm::client;
+use serde_json::Value;
 
 use crate::refused;
 
@@ -203,4 +208,47 @@ pub fn a_forged_ar_of_a_guest_that_cannot_be_told() {
     assert!(text.contains("FORGED and whole 1") && text.contains("PAUSED"), "{text}");
     let events = String::from_utf8(vm.command("events", &[]).stdout).unwrap();
     assert!(events.contains("caught: FORGED SIGBUS BUS_MCEERR_AR"), "{events}");
+}
+
+/// What listens at a socket says that it is the process of a VM that it is not: nothing of that process is
+/// looked at, and nothing of it goes bad. For a VM in another PID namespace it is the same.
+pub fn a_socket_that_names_another_process() {
+    let vm = Spinning::start(&[]);
+    let told = |what: &str| -> Value { client::get(&vm.socket(), what).unwrap() };
+    let answers: Vec<(&str, String)> = ["vm.info", "relay.status", "vmm.ping"]
+        .map(|what| (what, told(what).to_string()))
+        .into_iter()
+        .collect();
+    let socket = vm.path("liar");
+    let listener = UnixListener::bind(&socket).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            answer(stream.unwrap(), &answers);
+        }
+    });
+    let (says, is) = (vm.pid().to_string(), std::process::id().to_string());
+    let named = ["liar", &says, &is, "PID namespace"];
+    let at = format!("path={}", socket.display());
+    for line in [
+        &["pages", "--gpa", "0x1000"][..],
+        &["poison", "--via", "uffd", "--gpa", "0x1000"],
+        &["poison", "--via", "madvise", "--gpa", "0x1000"],
+        &["poison", "--via", "hwpoison-inject", "--gpa", "0x1000", "--dry-run"],
+        &["poison", "--via", "hwpoison-inject", "--gpa", "0x1000", "--filter-memcg", "own"],
+    ] {
+        refused(&mce_relay(&[line, &["--api-socket", &at]].concat()), 1, &named);
+    }
+    assert!(vm.status().pages.is_empty(), "{:?}", vm.status().pages);
+    assert_eq!(vm.shut_down().code(), Some(0));
+}
+
+/// Answers one request with what belongs to its path.
+fn answer(mut stream: UnixStream, answers: &[(&str, String)]) {
+    let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+    let first = lines.next().unwrap().unwrap();
+    while lines.next().is_some_and(|line| !line.unwrap().is_empty()) {}
+    let path = first.split(' ').nth(1).unwrap();
+    let (_, body) = answers.iter().find(|(what, _)| path.ends_with(what)).unwrap();
+    let len = body.len();
+    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {len}\r\n\r\n{body}").unwrap();
 }

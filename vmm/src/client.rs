@@ -1,6 +1,7 @@
 //! Asks a running VM by its API socket.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -47,6 +48,21 @@ pub enum ClientError {
         /// What was not understood.
         what: String,
     },
+    /// What it says of its process is not so.
+    #[error(
+        "what listens at {path} says that it is process {says}, and the kernel says that it is {is} (0: one of \
+         another PID namespace); nothing is done to another process's memory. Run this command in the VM's PID \
+         namespace (nsenter --pid), and ask no socket whose owner you do not trust",
+        path = .path.display()
+    )]
+    OtherProcess {
+        /// The socket.
+        path: PathBuf,
+        /// The process by its own words.
+        says: u32,
+        /// The process that listens, by the kernel's.
+        is: u32,
+    },
     /// The VM answered with an error.
     #[error("the VM says: {error} (HTTP status {status})")]
     Refused {
@@ -70,6 +86,49 @@ pub fn get<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, ClientEr
         true => talk(error.into()),
         false => ClientError::Stranger { path: path(), what: error.to_string() },
     })
+}
+
+/// An answer that names the process that gives it.
+pub trait OfProcess: DeserializeOwned {
+    /// That process.
+    fn pid(&self) -> u32;
+}
+
+/// As [`get`], for whoever goes on to that process's /proc: it is the one that listens at the socket.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn get_of_process<T: OfProcess>(socket: &Path, what: &str) -> Result<T, ClientError> {
+    let path = || socket.to_owned();
+    let talk = |source| ClientError::Talk { path: path(), source };
+    let answer = open(socket, "GET", what, &[])?;
+    let is = listener(answer.stream.get_ref()).map_err(talk)?;
+    let told: T = understood(socket, &answer.body().map_err(talk)?)?;
+    match told.pid() {
+        says if says == is => Ok(told),
+        says => Err(ClientError::OtherProcess { path: path(), says, is }),
+    }
+}
+
+/// The process that listens at the other end, as this one's PID namespace has it; 0 where it has it not
+/// (SO_PEERCRED, unix(7)).
+fn listener(stream: &UnixStream) -> io::Result<u32> {
+    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
+    let mut len = libc::socklen_t::try_from(size_of_val(&peer)).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `len` bytes to `peer`, which is that long, and `len`; both live.
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut peer).cast(),
+            &raw mut len,
+        )
+    };
+    match result {
+        0 => Ok(peer.pid.cast_unsigned()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// `GET /api/v1/<what>` of what is not JSON: the bytes of the answer, all of them.
@@ -250,13 +309,13 @@ mod tests {
     use super::*;
     use crate::show;
 
-    #[test]
-    fn bytes_are_taken_as_a_whole_or_not_at_all() {
-        for (len, whole) in [(3, true), (4, false)] {
-            let dir = tempfile::tempdir().unwrap();
-            let path = dir.path().join("api");
-            let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-            let server = std::thread::spawn(move || {
+    /// What `ask` makes of a server that answers with `body`, and says that it has `len` bytes.
+    fn answered<T>(body: &[u8], len: usize, ask: impl FnOnce(&Path) -> T) -> T {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
                 let (mut stream, _) = listener.accept().unwrap();
                 // Nothing of the request may be left behind: closing would reset the connection.
                 let mut request = Vec::new();
@@ -266,11 +325,35 @@ mod tests {
                     request.push(byte[0]);
                 }
                 write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {len}\r\n\r\n").unwrap();
-                stream.write_all(b"\0\xffa").unwrap();
+                stream.write_all(body).unwrap();
             });
-            let bytes = get_bytes(&path, "vm.memory");
-            server.join().unwrap();
-            match bytes {
+            ask(&path)
+        })
+    }
+
+    #[test]
+    fn the_process_is_the_one_that_listens() {
+        let own = std::process::id();
+        for (pid, believed) in [(own, true), (1, false), (0, false)] {
+            let body = format!(r#"{{"version":"","pid":{pid},"name":null}}"#);
+            let told = answered(body.as_bytes(), body.len(), |path| {
+                get_of_process::<crate::api::Ping>(path, "vmm.ping")
+            });
+            match told {
+                Ok(ping) => assert!(believed && ping.pid == own),
+                Err(ClientError::OtherProcess { says, is, .. }) => {
+                    assert!(!believed);
+                    assert_eq!((says, is), (pid, own));
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_are_taken_as_a_whole_or_not_at_all() {
+        for (len, whole) in [(3, true), (4, false)] {
+            match answered(b"\0\xffa", len, |path| get_bytes(path, "vm.memory")) {
                 Ok(bytes) => assert!(whole && bytes == b"\0\xffa", "{bytes:?}"),
                 Err(error) => {
                     assert!(!whole && show::with_causes(&error).contains("cut short"), "{error}")

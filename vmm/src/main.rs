@@ -153,8 +153,8 @@ fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
         Some(MemcgArg::Nothing) if dev.is_some() || flags.is_some() => None,
         Some(MemcgArg::Nothing) => return Ok(FilterChoice::Nothing),
         Some(MemcgArg::Own) => {
-            let pid = client::get::<api::Ping>(&args.vm.socket()?, "vmm.ping")?.pid;
-            let own = filter::memcg_of(pid)?;
+            let vmm: api::Ping = client::get_of_process(&args.vm.socket()?, "vmm.ping")?;
+            let own = filter::memcg_of(vmm.pid)?;
             Some(
                 own.ok_or(
                     "the VM has no memory cgroup of its own; --filter-memcg none does without",

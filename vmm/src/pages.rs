@@ -169,7 +169,7 @@ pub fn pages(
     ranges: &[PageRange],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Pages, PagesError> {
-    let status: Status = client::get(socket, "relay.status")?;
+    let status: Status = client::get_of_process(socket, "relay.status")?;
     let vm: &VmInfo = &status.vm;
     let targets = targets(vm, ranges)?;
     let ledger: BTreeMap<u64, &Page> = status.pages.iter().map(|page| (page.gpa, page)).collect();

@@ -285,7 +285,7 @@ pub fn poison_all(
     order: &Order<'_>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Burst, PoisonError> {
-    let vm: VmInfo = client::get(order.socket, "vm.info")?;
+    let vm: VmInfo = client::get_of_process(order.socket, "vm.info")?;
     let targets = targets(&vm, order.ranges)?;
     let (pages, mut looked) = look(&vm, order, &targets)?;
     let by_vmm = match order.via {
@@ -317,7 +317,7 @@ pub fn poison_all(
 /// # Errors
 /// See [`PoisonError`].
 pub fn plan(order: &Order<'_>) -> Result<Burst, PoisonError> {
-    let vm: VmInfo = client::get(order.socket, "vm.info")?;
+    let vm: VmInfo = client::get_of_process(order.socket, "vm.info")?;
     let targets = targets(&vm, order.ranges)?;
     let (mut pages, _) = look(&vm, order, &targets)?;
     pages.iter_mut().for_each(|page| page.dry_run = true);

@@ -8,6 +8,7 @@ use mce_relay::{AoChannel, Handle, KillPolicy, Pace, Page};
 use serde::{Deserialize, Serialize};
 
 use crate::by_hand::Injector;
+use crate::client::OfProcess;
 use crate::config::OnUndeliverable;
 use crate::control::{PauseReason, VmControl};
 use crate::ghes::Notify;
@@ -87,6 +88,12 @@ pub struct VmInfo {
     pub memory: Vec<MemoryBlock>,
 }
 
+impl OfProcess for VmInfo {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+}
+
 impl VmInfo {
     /// The block of guest RAM that holds `gpa`.
     pub fn block(&self, gpa: u64) -> Option<&MemoryBlock> {
@@ -119,6 +126,12 @@ pub struct Status {
     pub predicted: Vec<Predicted>,
     /// Pages that were bad in an earlier boot and are so no longer, in the order of their healing.
     pub past: Vec<Page>,
+}
+
+impl OfProcess for Status {
+    fn pid(&self) -> u32 {
+        self.vm.pid
+    }
 }
 
 /// Which pages the guest is to stop using.
@@ -181,6 +194,12 @@ pub struct Ping {
     pub pid: u32,
     /// What the VM is called; null for one without a name.
     pub name: Option<String>,
+}
+
+impl OfProcess for Ping {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
 }
 
 /// The answer to a request that failed.
