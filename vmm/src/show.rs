@@ -151,20 +151,7 @@ enum Entry<'a> {
 /// Prints what became of a burst: what was poisoned on stdout, what was not on stderr. Exit status 1
 /// when anything was not.
 pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
-    let printed = output(|out| match (json, burst.poisoned.as_slice()) {
-        // One page is shown as what it is, and one error says everything.
-        (true, [page]) if burst.failed.is_empty() => write_json(out, page),
-        (true, []) if burst.failed.len() == 1 => Ok(()),
-        (true, pages) => {
-            let entries = pages.iter().map(Entry::Poisoned);
-            let failed = burst.failed.iter().map(|NotPoisoned { gpa, error }| Entry::Failed {
-                gpa: *gpa,
-                error: with_causes(error),
-            });
-            write_json(out, &entries.chain(failed).collect::<Vec<_>>())
-        }
-        (false, pages) => lines_of(burst, pages, via).try_for_each(|line| writeln!(out, "{line}")),
-    });
+    let printed = output(|out| write_burst(out, burst, via, json));
     for note in &burst.notes {
         eprintln!("mce-relay: note: {note}");
     }
@@ -172,6 +159,22 @@ pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
         eprintln!("mce-relay: failed: {pages}: {error}");
     }
     if burst.failed.is_empty() { printed } else { ExitCode::FAILURE }
+}
+
+fn write_burst(out: &mut dyn Write, burst: &Burst, via: Means, json: bool) -> io::Result<()> {
+    if !json {
+        return lines_of(burst, &burst.poisoned, via).try_for_each(|line| writeln!(out, "{line}"));
+    }
+    let failed = burst
+        .failed
+        .iter()
+        .map(|NotPoisoned { gpa, error }| Entry::Failed { gpa: *gpa, error: with_causes(error) });
+    let entries: Vec<_> = burst.poisoned.iter().map(Entry::Poisoned).chain(failed).collect();
+    // One page is shown as what it is.
+    match &*entries {
+        [page] => write_json(out, page),
+        pages => write_json(out, &pages),
+    }
 }
 
 /// Prints what became of page frames that were to be given back to the host. Exit status 1 when any
@@ -467,6 +470,7 @@ mod tests {
 
     use mce_relay::delivery::Wait;
     use mce_relay::mca::Kind;
+    use serde_json::Value;
 
     use super::*;
     use crate::control::{PauseReason, Undeliverable};
@@ -576,5 +580,17 @@ mod tests {
         assert_eq!(lines(33, 0), [sum]);
         let sum = "poisoned: 30 of 33 pages in 1.500 s, via madvise";
         assert_eq!(lines(30, 3), ["poisoned: GPA 0x0..0x1e000 (30 pages)", sum]);
+
+        let json = |good, bad| -> Value {
+            let mut out = Vec::new();
+            write_burst(&mut out, &burst(good, bad), via, true).unwrap();
+            serde_json::from_slice(&out).unwrap()
+        };
+        assert_eq!(json(1, 0)["pfn"], "0x42");
+        let failed = json(0, 1);
+        assert_eq!(failed["gpa"], "0x0", "{failed}");
+        assert!(failed["error"].as_str().unwrap().contains("CONFIG_MEMORY_FAILURE"), "{failed}");
+        assert_eq!(json(1, 1)[1]["gpa"], "0x1000");
+        assert_eq!(json(0, 2).as_array().unwrap().len(), 2);
     }
 }
