@@ -156,10 +156,28 @@ pub fn of_a_vm_that_runs() {
     refused(&vm.command("inject", &["--status", "deferred"]), 1, &["paused", "resume"]);
     assert!(vm.command("resume", &[]).status.success());
     let out = vm.command("inject", &["--status", "srao", "--dry-run", "--json"]);
-    let said: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let said: Value = serde_json::from_slice(&out.stdout).unwrap();
     assert_eq!(
         (&said["outlook"]["kvm"], &said["done"]),
         (&"triple-fault".into(), &serde_json::json!([]))
+    );
+
+    // It is said first, and then what came of it; JSON is one document.
+    let deferred = ["--vcpu", "0", "--bank", "2", "--status", "deferred"];
+    let text = String::from_utf8(vm.command("inject", &deferred).stdout).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(
+        matches!(&lines[..], [kvm, linux, done] if kvm.starts_with("KVM writes it into the bank")
+            && linux.starts_with("Linux ") && done.starts_with("injected: vCPU 0, bank 2")),
+        "{text}"
+    );
+    let deferred = ["--bank", "3", "--status", "deferred", "--json"];
+    let out = vm.command("inject", &deferred);
+    let said: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(
+        (&said["outlook"]["kvm"], &said["done"][0]["outcome"]),
+        (&"logs".into(), &"injected".into()),
+        "{said}"
     );
 
     // The socket's last client may not have been seen to go yet.
@@ -176,10 +194,11 @@ pub fn a_machine_check_that_kills() {
     let out = vm.command("inject", &["--status", "srao", "--force"]);
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     println!("    {}", text.trim_end().replace('\n', "\n    "));
-    assert!(text.contains("triple fault"), "{text}{}", String::from_utf8_lossy(&out.stderr));
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert!(text.starts_with("KVM ends the guest (triple fault)"), "said first: {text}{stderr}");
     assert!(!text.contains("\ninjected"), "never said of what was not: {text}");
     let start = std::time::Instant::now();
-    while mce_relay_vmm::client::get::<serde_json::Value>(&vm.socket(), "vmm.ping").is_ok() {
+    while client::get::<Value>(&vm.socket(), "vmm.ping").is_ok() {
         assert!(start.elapsed().as_secs() < 10, "it lives");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }

@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What came of a machine check by hand.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ByHand {
-    /// What KVM and a Linux guest would make of it, as the vCPU stood.
+    /// What KVM and a Linux guest would make of it, as the vCPUs stood.
     pub outlook: Outlook,
     /// What was done on each vCPU; empty when nothing was to be done.
     pub done: Vec<OnVcpu>,
@@ -89,13 +89,6 @@ impl std::fmt::Display for OnVcpu {
     }
 }
 
-impl std::fmt::Display for ByHand {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}", self.outlook)?;
-        self.done.iter().try_for_each(|done| write!(f, "\n{done}"))
-    }
-}
-
 /// Why nothing was injected.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
@@ -132,8 +125,9 @@ pub enum Refusal {
 enum Work {
     /// Say how it stands.
     Look,
-    /// Put a record in, unless it stands otherwise than was thought and the guest would not survive.
-    Inject { request: Request, record: Record, online: usize },
+    /// Put a record in, unless it stands otherwise than was thought and the guest would not survive. How
+    /// the others stood comes with it.
+    Inject { request: Request, record: Record, states: Vec<McaState> },
 }
 
 enum Done {
@@ -187,12 +181,11 @@ impl Injector {
         let vcpus = 0..u8::try_from(doors.len()).unwrap_or(u8::MAX);
         let states = vcpus
             .map(|vcpu| match self.ask(vcpu, Work::Look, control)? {
-                Done::State(state) => Ok(state),
+                Done::State(state) => Ok(*state),
                 Done::Injected(_) => Err(Refusal::Late { vcpu }),
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let online = states.iter().filter(|state| !state.waits_for_sipi).count();
-        let outlook = inject::outlook(request, caps, &states[usize::from(request.vcpu)], online);
+        let outlook = inject::outlook(request, caps, &states);
         if request.dry_run {
             return Ok(ByHand { outlook, done: Vec::new() });
         }
@@ -211,7 +204,7 @@ impl Injector {
                 done.push(OnVcpu { vcpu, bank, outcome: Outcome::Skipped { why } });
                 continue;
             }
-            let work = Work::Inject { request: *request, record, online };
+            let work = Work::Inject { request: *request, record, states: states.clone() };
             match self.ask(vcpu, work, control)? {
                 Done::Injected(outcome) => done.push(outcome),
                 Done::State(_) => return Err(Refusal::Late { vcpu }),
@@ -257,15 +250,18 @@ impl Injector {
     fn done(&self, vcpu: u8, work: &Work, mca: &mut impl Mca) -> Result<Done, Refusal> {
         let failed = |error| Refusal::Kvm { vcpu, error };
         let state = mca.state().map_err(failed)?;
-        let Work::Inject { request, record, online } = work else {
+        let Work::Inject { request, record, states } = work else {
             return Ok(Done::State(Box::new(state)));
         };
         if vcpu == request.vcpu {
-            let outlook = inject::outlook(request, &self.0.caps, &state, *online);
+            let mut states = states.clone();
+            states[usize::from(vcpu)] = state;
+            let outlook = inject::outlook(request, &self.0.caps, &states);
             if outlook.lethal && !request.force {
                 return Err(Refusal::Lethal(outlook));
             }
-        } else if (state.mcip() || !state.cr4_mce) && !request.force {
+        } else if state.mcip() || !state.cr4_mce {
+            // It would be a triple fault, and nobody has asked for one there.
             let why = "it is in its machine-check handler, or has not opened it".to_owned();
             let outcome = Outcome::Skipped { why };
             return Ok(Done::Injected(OnVcpu { vcpu, bank: record.bank, outcome }));
@@ -288,5 +284,85 @@ impl Door {
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Job>> {
         // A plain assignment is all that ever happens under the lock.
         self.job.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mce_relay::mca::{BANKS, Bank, Form, MAX_BANKS, Vendor, cap, mcg, record};
+
+    use super::*;
+
+    /// A vCPU whose banks take everything.
+    struct Fake(McaState);
+
+    impl Mca for Fake {
+        fn state(&mut self) -> io::Result<McaState> {
+            Ok(self.0)
+        }
+
+        fn inject(&mut self, record: &Record) -> io::Result<()> {
+            self.0.banks[usize::from(record.bank)].status = record.status;
+            self.0.mcg_status = record.mcg_status;
+            Ok(())
+        }
+    }
+
+    /// That of a guest with its handlers open.
+    fn ready(mcg_status: u64) -> McaState {
+        McaState {
+            waits_for_sipi: false,
+            cr4_mce: true,
+            mcg_status,
+            mcg_ctl: u64::MAX,
+            lmce: false,
+            event_in_flight: false,
+            interrupts_on: true,
+            rip: 0,
+            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
+        }
+    }
+
+    /// Does `request` to an Intel-style guest of two vCPUs, the second of which has this MCG_STATUS.
+    fn of_two(request: &Request, mcg_status: u64) -> Result<ByHand, Refusal> {
+        let mcg_cap = u64::from(BANKS) | cap::CTL_P | cap::SER_P;
+        let injector = Injector::new(2, Caps { vendor: Vendor::Intel, mcg_cap, succor: false });
+        let control = VmControl::new(2).unwrap();
+        let is_over = Arc::new(AtomicBool::new(false));
+        let threads = [(0, 0), (1, mcg_status)].map(|(vcpu, mcg_status)| {
+            let (injector, is_over) = (injector.clone(), Arc::clone(&is_over));
+            let mut mca = Fake(ready(mcg_status));
+            std::thread::spawn(move || {
+                while !is_over.load(Ordering::Relaxed) {
+                    injector.serve(vcpu, &mut mca);
+                    std::thread::yield_now();
+                }
+            })
+        });
+        let done = injector.inject(request, &control);
+        is_over.store(true, Ordering::Relaxed);
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        done
+    }
+
+    #[test]
+    fn all_are_called_or_it_is_said_before() {
+        let Record { bank, status, addr, misc, mcg_status } = record(Form::Srao, 0x5000, 9, false);
+        let (broadcast, force, dry_run) = (true, false, false);
+        let srao =
+            Request { vcpu: 0, bank, status, mcg_status, addr, misc, broadcast, force, dry_run };
+        let done = of_two(&srao, 0).unwrap();
+        let injected = |done: &OnVcpu| matches!(done.outcome, Outcome::Injected { .. });
+        assert!(done.done.len() == 2 && done.done.iter().all(injected), "{done:?}");
+        assert!(!done.outlook.lethal, "{done:?}");
+
+        // The second is in its handler.
+        let Err(Refusal::Lethal(outlook)) = of_two(&srao, mcg::MCIP) else { panic!("not refused") };
+        assert!(outlook.guest_why.contains("vCPU 1 cannot be called"), "{outlook}");
+        let planned = of_two(&Request { dry_run: true, ..srao }, mcg::MCIP).unwrap();
+        assert_eq!((planned.outlook, planned.done.len()), (outlook, 0));
+        let forced = of_two(&Request { force: true, ..srao }, mcg::MCIP).unwrap();
+        assert!(injected(&forced.done[0]), "{forced:?}");
+        assert!(matches!(forced.done[1].outcome, Outcome::Skipped { .. }), "{forced:?}");
     }
 }

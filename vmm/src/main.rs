@@ -199,6 +199,22 @@ fn inject_by_hand(args: &InjectArgs) -> Outcome {
     let mcg_status = args.mcg_status.map_or(args.status.mcg_status, |given| given.0);
     let request =
         inject::Request { vcpu, bank, status, mcg_status, addr, misc, broadcast, force, dry_run };
-    let done: by_hand::ByHand = client::put_json(&args.vm.socket()?, "vm.inject", &request)?;
-    Ok(show::by_hand(&done, args.json))
+    let socket = args.vm.socket()?;
+    let ask = |dry_run| -> Result<by_hand::ByHand, client::ClientError> {
+        let request = inject::Request { dry_run, ..request };
+        client::put_json(&socket, "vm.inject", &request)
+    };
+    if dry_run {
+        return Ok(show::outlook(&ask(true)?, args.json));
+    }
+    if args.json {
+        return Ok(show::by_hand(None, &ask(false)?, true));
+    }
+    // The guest may not be there any more when the act is done.
+    let planned = ask(true)?;
+    if planned.outlook.lethal && !force {
+        return Err(by_hand::Refusal::Lethal(planned.outlook).into());
+    }
+    show::outlook(&planned, false);
+    Ok(show::by_hand(Some(&planned.outlook), &ask(false)?, false))
 }

@@ -16,6 +16,7 @@ use crate::api::{Status, VmInfo};
 use crate::by_hand::{ByHand, OnVcpu, Outcome};
 use crate::ghes::Notify;
 use crate::host::UnpoisonError;
+use crate::inject::Outlook;
 use crate::map::Map;
 use crate::poison::{Burst, Means, NotPoisoned, Poisoned};
 use crate::retire::Retired;
@@ -212,10 +213,26 @@ pub fn map(map: &Map, json: bool) -> ExitCode {
     output(|out| if json { write_json(out, map) } else { map.write(out, colour) })
 }
 
-/// Prints what came of a machine check by hand. Exit status 1 when it was to be injected and is not
-/// there.
-pub fn by_hand(done: &ByHand, json: bool) -> ExitCode {
-    let printed = print(done, json);
+/// Prints what would come of a machine check by hand.
+pub fn outlook(planned: &ByHand, json: bool) -> ExitCode {
+    output(|out| match json {
+        true => write_json(out, planned),
+        false => writeln!(out, "{}", planned.outlook),
+    })
+}
+
+/// Prints what came of a machine check by hand, of which `shown` has been said before. Exit status 1 when
+/// it was to be injected and is not there.
+pub fn by_hand(shown: Option<&Outlook>, done: &ByHand, json: bool) -> ExitCode {
+    let printed = output(|out| {
+        if json {
+            return write_json(out, done);
+        }
+        if shown != Some(&done.outlook) {
+            writeln!(out, "by then the guest stood otherwise:\n{}", done.outlook)?;
+        }
+        done.done.iter().try_for_each(|done| writeln!(out, "{done}"))
+    });
     let missing = |done: &OnVcpu| matches!(done.outcome, Outcome::NotThere { .. });
     if done.done.iter().any(missing) { ExitCode::FAILURE } else { printed }
 }

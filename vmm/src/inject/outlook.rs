@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use mce_relay::mca::{Caps, MISC_PHYSICAL_4K, McaState, Vendor, cap, mcg, status};
+use mce_relay::mca::{Caps, MISC_PHYSICAL_4K, McaState, Record, Vendor, cap, mcg, status};
 use serde::{Deserialize, Serialize};
 
 use super::Request;
@@ -84,25 +84,90 @@ impl fmt::Display for Outlook {
     }
 }
 
-/// What would come of `request` for a guest that was shown `caps`, whose vCPU stands as `state` says,
-/// with `online` of its vCPUs started.
+impl Guest {
+    fn is_lethal(self) -> bool {
+        matches!(self, Self::Dies | Self::KillsWhatRuns)
+    }
+}
+
+/// What would come of `request` for a guest that was shown `caps`, whose vCPUs stand as `states` says, each
+/// at its index.
 #[must_use]
-pub fn outlook(request: &Request, caps: &Caps, state: &McaState, online: usize) -> Outlook {
+pub fn outlook(request: &Request, caps: &Caps, states: &[McaState]) -> Outlook {
+    // The request was checked: there is such a vCPU.
+    let state = &states[usize::from(request.vcpu)];
+    let online = states.iter().filter(|state| !state.waits_for_sipi).count();
     let (kvm, kvm_why) = kvm(request, caps, state);
-    let (guest, guest_why) = match kvm {
+    let (mut guest, guest_why) = match kvm {
         Kvm::Ignores => (Guest::Nothing, "it hears of nothing"),
         Kvm::TripleFault => (Guest::Dies, "no processor survives that"),
         Kvm::MarksOverflow => (Guest::Logs, "of the error that is there already"),
         Kvm::Logs => polled(request, caps),
         Kvm::MachineCheck => handled(request, caps, state, online),
     };
-    Outlook {
-        kvm,
-        kvm_why: kvm_why.to_owned(),
-        guest,
-        guest_why: guest_why.to_owned(),
-        lethal: matches!(guest, Guest::Dies | Guest::KillsWhatRuns),
+    let mut guest_why = guest_why.to_owned();
+    // What kills by itself needs no further reason.
+    if request.broadcast
+        && !guest.is_lethal()
+        && let Some(worse) = by_the_others(request, caps, states, kvm)
+    {
+        (guest, guest_why) = worse;
     }
+    Outlook { kvm, kvm_why: kvm_why.to_owned(), guest, guest_why, lethal: guest.is_lethal() }
+}
+
+/// How a broadcast kills the guest, if it does, whose own vCPU has `kvm` do this.
+fn by_the_others(
+    request: &Request,
+    caps: &Caps,
+    states: &[McaState],
+    kvm: Kvm,
+) -> Option<(Guest, String)> {
+    let (target, state) = (request.vcpu, &states[usize::from(request.vcpu)]);
+    let Record { bank, status, addr, misc, mcg_status } = super::bystander_record(request);
+    let bystander = Request { bank, status, addr, misc, mcg_status, ..*request };
+    // Linux waits for those that it counts as online, and opens a processor's handler before it does.
+    let is_open = |state: &McaState| {
+        !state.waits_for_sipi
+            && state.cr4_mce
+            && (!caps.has(cap::CTL_P) || state.mcg_ctl == u64::MAX)
+    };
+    let others: Vec<_> = (0_u8..)
+        .zip(states)
+        .filter(|(vcpu, state)| *vcpu != target && is_open(state))
+        .map(|(vcpu, state)| (vcpu, state, self::kvm(&bystander, caps, state)))
+        .collect();
+    let (called, left_out): (Vec<_>, Vec<_>) =
+        others.into_iter().partition(|(_, _, (kvm, _))| *kvm == Kvm::MachineCheck);
+    let (first, first_state, _) = *called.first().or(left_out.first())?;
+    match caps.vendor {
+        Vendor::Intel if kvm != Kvm::MachineCheck || is_alone(request, caps, state) => {
+            // Nobody waits where nobody is called.
+            called.first()?;
+            let why = format!(
+                "vCPU {first} is called and waits one second for vCPU {target}, which is not; do without broadcast"
+            );
+            Some((Guest::Dies, why))
+        }
+        Vendor::Intel => {
+            let (vcpu, _, (_, why)) = left_out.first()?;
+            let why = format!(
+                "vCPU {vcpu} cannot be called, and the others wait for it one second: {why}"
+            );
+            Some((Guest::Dies, why))
+        }
+        Vendor::Amd => {
+            called.first()?;
+            let (guest, why) = handled(&bystander, caps, first_state, 1);
+            let why = format!("vCPU {first} is called, too: {why}");
+            guest.is_lethal().then_some((guest, why))
+        }
+    }
+}
+
+/// Whether the guest takes it for one that its vCPU has alone (LMCE).
+fn is_alone(request: &Request, caps: &Caps, state: &McaState) -> bool {
+    request.mcg_status & mcg::LMCES != 0 && state.lmce && caps.has(cap::LMCE_P)
 }
 
 fn kvm(request: &Request, caps: &Caps, state: &McaState) -> (Kvm, &'static str) {
@@ -186,7 +251,7 @@ fn handled(
     let mcg = |bit| request.mcg_status & bit != 0;
     // Intel's wait for each other (`mce_start`): one second, then "Timeout: Not all CPUs entered
     // broadcast exception handler".
-    let alone = mcg(mcg::LMCES) && state.lmce && caps.has(cap::LMCE_P);
+    let alone = is_alone(request, caps, state);
     if caps.vendor == Vendor::Intel && online > 1 && !request.broadcast && !alone {
         return (
             Guest::Dies,
@@ -319,9 +384,14 @@ mod tests {
         }
     }
 
+    /// With one vCPU that stands so.
+    fn alone(request: &Request, caps: &Caps, state: McaState) -> Outlook {
+        outlook(request, caps, &[state])
+    }
+
     /// What the guest would do, with one vCPU.
     fn guest(request: &Request, vendor: Vendor) -> Guest {
-        outlook(request, &caps(vendor), &state(), 1).guest
+        alone(request, &caps(vendor), state()).guest
     }
 
     #[test]
@@ -333,7 +403,7 @@ mod tests {
             (Form::AmdAr, Amd, Kvm::MachineCheck, Guest::KillsWhatRuns),
             (Form::Deferred, Amd, Kvm::Logs, Guest::IsolatesPageAtPoll),
         ] {
-            let outlook = outlook(&of(form, false), &caps(vendor), &state(), 1);
+            let outlook = alone(&of(form, false), &caps(vendor), state());
             assert_eq!((outlook.kvm, outlook.guest), (kvm, guest), "{form}: {outlook}");
             assert_eq!(outlook.lethal, guest == Guest::KillsWhatRuns, "{form}");
         }
@@ -358,7 +428,7 @@ mod tests {
             (full, of(Form::Srar, false), Kvm::MachineCheck, Guest::Dies),
             (full, of(Form::Deferred, false), Kvm::MarksOverflow, Guest::Logs),
         ] {
-            let outlook = outlook(&request, &caps, &state, 1);
+            let outlook = alone(&request, &caps, state);
             assert_eq!((outlook.kvm, outlook.guest), (kvm, guest), "{outlook}");
         }
     }
@@ -380,24 +450,57 @@ mod tests {
             assert_eq!(guest(&request, vendor), Guest::Dies, "{request:x?}");
         }
         let poor = Caps { mcg_cap: u64::from(BANKS), succor: false, ..caps(Vendor::Intel) };
-        assert!(outlook(&srao, &poor, &state(), 1).lethal, "no SER_P");
+        assert!(alone(&srao, &poor, state()).lethal, "no SER_P");
         let poor = Caps { succor: false, ..caps(Vendor::Amd) };
-        assert!(outlook(&amd, &poor, &state(), 1).lethal, "no SUCCOR");
+        assert!(alone(&amd, &poor, state()).lethal, "no SUCCOR");
     }
 
     #[test]
     fn an_intel_guest_wants_all_its_vcpus_or_lmce() {
         let (caps, srao) = (caps(Vendor::Intel), of(Form::Srao, false));
-        assert_eq!(outlook(&srao, &caps, &state(), 2).guest, Guest::Dies);
+        assert_eq!(outlook(&srao, &caps, &[state(); 2]).guest, Guest::Dies);
         let all = Request { broadcast: true, ..srao };
-        assert_eq!(outlook(&all, &caps, &state(), 2).guest, Guest::IsolatesPage);
+        assert_eq!(outlook(&all, &caps, &[state(); 2]).guest, Guest::IsolatesPage);
         let local = of(Form::Srao, true);
-        assert_eq!(outlook(&local, &caps, &state(), 2).guest, Guest::Dies, "LMCE is off");
+        assert_eq!(outlook(&local, &caps, &[state(); 2]).guest, Guest::Dies, "LMCE is off");
         let on = McaState { lmce: true, ..state() };
-        assert_eq!(outlook(&local, &caps, &on, 2).guest, Guest::IsolatesPage);
+        assert_eq!(outlook(&local, &caps, &[on; 2]).guest, Guest::IsolatesPage);
         let amd = of(Form::AmdAr, false);
-        let amd = outlook(&amd, &self::caps(Vendor::Amd), &state(), 2);
+        let amd = outlook(&amd, &self::caps(Vendor::Amd), &[state(); 2]);
         assert_eq!(amd.guest, Guest::KillsWhatRuns, "AMD's are always local");
+    }
+
+    #[test]
+    fn a_broadcast_has_all_come_or_none() {
+        use Vendor::{Amd, Intel};
+        let (srao, deferred) = (of(Form::Srao, false), of(Form::Deferred, false));
+        let fresh = state();
+        let busy = McaState { mcg_status: mcg::MCIP, ..fresh };
+        let closed = McaState { cr4_mce: false, ..fresh };
+        let not_started = McaState { waits_for_sipi: true, ..closed };
+        let mut disabled = fresh;
+        disabled.banks[1].ctl = 0;
+        let lmce = McaState { lmce: true, ..fresh };
+        for (request, vendor, first, second, guest, words) in [
+            (srao, Intel, fresh, fresh, Guest::IsolatesPage, "SRAO"),
+            (srao, Intel, fresh, busy, Guest::Dies, "vCPU 1 cannot be called"),
+            (srao, Intel, fresh, disabled, Guest::Dies, "vCPU 1 cannot be called"),
+            // Linux does not wait for those.
+            (srao, Intel, fresh, closed, Guest::IsolatesPage, "SRAO"),
+            (srao, Intel, fresh, not_started, Guest::IsolatesPage, "SRAO"),
+            // They would wait for one that has come alone, or not at all.
+            (of(Form::Srao, true), Intel, lmce, lmce, Guest::Dies, "waits one second for vCPU 0"),
+            (deferred, Intel, fresh, fresh, Guest::Dies, "waits one second for vCPU 0"),
+            (deferred, Intel, fresh, not_started, Guest::Logs, "corrected"),
+            // An AMD guest takes the others' for errors of their own.
+            (deferred, Amd, fresh, fresh, Guest::KillsWhatRuns, "vCPU 1 is called, too"),
+            (deferred, Amd, fresh, busy, Guest::IsolatesPageAtPoll, "deferred"),
+        ] {
+            let all = Request { broadcast: true, ..request };
+            let outlook = outlook(&all, &caps(vendor), &[first, second]);
+            assert_eq!(outlook.guest, guest, "{outlook}");
+            assert!(outlook.guest_why.contains(words), "{words}: {outlook}");
+        }
     }
 
     #[test]
