@@ -166,6 +166,10 @@ pub enum Event {
         /// How it was told of.
         #[cfg_attr(feature = "serde", serde(flatten))]
         by: Injection,
+        /// How long after the page became known, in microseconds, where this is the first time; `None`
+        /// where the guest was told of it before.
+        #[cfg_attr(feature = "serde", serde(default))]
+        after_micros: Option<u64>,
     },
     /// The guest cleared the bank and MCIP, or zeroed the status word.
     Acknowledged {
@@ -175,6 +179,10 @@ pub enum Event {
         /// Where the record lay.
         #[cfg_attr(feature = "serde", serde(flatten))]
         place: Place,
+        /// How long after the page became known, in microseconds, where this is the first time; `None`
+        /// where the guest had taken one before.
+        #[cfg_attr(feature = "serde", serde(default))]
+        after_micros: Option<u64>,
     },
     /// The guest cannot be told.
     Undeliverable {
@@ -260,22 +268,23 @@ impl fmt::Display for Event {
             Self::Injected {
                 gpa,
                 by: Injection::Mce { vcpu, bank, form, reach, status, mcg_status },
+                ..
             } => write!(
                 f,
                 "injected: {form} for GPA {gpa:#x} in bank {bank} of vCPU {vcpu}, {reach}, \
                  status {status:#018x}, MCG_STATUS {mcg_status:#x}"
             ),
-            Self::Injected { gpa, by: Injection::Ghes { record, pages } } => write!(
+            Self::Injected { gpa, by: Injection::Ghes { record, pages }, .. } => write!(
                 f,
                 "injected: GPA {gpa:#x} in firmware-first record {record}, of {pages} pages"
             ),
-            Self::Acknowledged { gpa, place: Place::Mce { vcpu, bank, .. } } => {
+            Self::Acknowledged { gpa, place: Place::Mce { vcpu, bank, .. }, .. } => {
                 write!(
                     f,
                     "acknowledged: GPA {gpa:#x}, the guest cleared bank {bank} of vCPU {vcpu}"
                 )
             }
-            Self::Acknowledged { gpa, place: Place::Ghes { record } } => {
+            Self::Acknowledged { gpa, place: Place::Ghes { record }, .. } => {
                 write!(
                     f,
                     "acknowledged: GPA {gpa:#x}, the guest took firmware-first record {record}"
@@ -415,11 +424,12 @@ mod tests {
             status: 0xBD00_0000_0000_00C0,
             mcg_status: 5,
         };
-        let event = Event::Injected { gpa: 0x1_0000_2000, by };
+        let event = Event::Injected { gpa: 0x1_0000_2000, by, after_micros: Some(20_000) };
         let json = serde_json::to_value(&event).unwrap();
         assert_eq!(json["event"], "injected");
         assert_eq!(json["properties"]["gpa"], "0x100002000");
         assert_eq!(json["properties"]["channel"], "mce");
+        assert_eq!(json["properties"]["after_micros"], 20_000);
         assert_eq!(json["properties"]["form"], "SRAO");
         assert_eq!(json["properties"]["status"], "0xbd000000000000c0");
         assert_eq!(serde_json::from_value::<Event>(json).unwrap(), event);

@@ -15,7 +15,7 @@ use crate::failure::{Kind, PAGE_SIZE};
 use crate::firmware::{Block, Outcome, Publication, Sight, Step, Why};
 use crate::ledger::{Place, State};
 use crate::read;
-use crate::relay::{IDLE_TICK, Inner, Shared};
+use crate::relay::{Change, IDLE_TICK, Inner, Shared};
 
 /// Where in the page the error status address register lies: eight bytes that hold the guest-physical
 /// address of the block (ACPI 6.5, table 18.10, "error status address").
@@ -217,9 +217,9 @@ impl Shared {
             match notice {
                 Notice::Predicted => self.set_predicted(inner, gpa, state),
                 Notice::Lost => {
-                    self.set(inner, gpa, state);
+                    let Change { after_micros, .. } = self.set(inner, gpa, state);
                     let by = Injection::Ghes { record, pages: gpas.len() };
-                    self.emit(&Event::Injected { gpa, by });
+                    self.emit(&Event::Injected { gpa, by, after_micros });
                 }
             }
         }

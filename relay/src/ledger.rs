@@ -146,13 +146,15 @@ pub struct Page {
 }
 
 /// When a page came to each state, the last time; `None` where it never did.
+///
+/// [`Self::waiting_since`] says how long one has waited that waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Times {
     /// It became known.
     #[cfg_attr(feature = "serde", serde(with = "crate::event::unix_time"))]
     pub seen: SystemTime,
-    /// It had to wait, for what it waits for now or waited for last.
+    /// It began to wait, for whatever it was then.
     #[cfg_attr(feature = "serde", serde(with = "crate::event::unix_time_option"))]
     pub waiting: Option<SystemTime>,
     /// It was injected.
@@ -173,6 +175,17 @@ pub struct Times {
 }
 
 impl Times {
+    /// Since when a page has waited that is [`State::Seen`] or [`State::Waiting`]: since it became known, or,
+    /// where the guest was told before, since it began to wait again.
+    #[must_use]
+    pub fn waiting_since(&self) -> SystemTime {
+        let Self { seen, waiting, injected, acknowledged, undeliverable, .. } = *self;
+        match injected.or(acknowledged).or(undeliverable) {
+            None => seen,
+            Some(_) => waiting.unwrap_or(seen),
+        }
+    }
+
     /// Seen, and nothing else yet.
     #[must_use]
     pub fn new(seen: SystemTime) -> Self {
@@ -187,9 +200,12 @@ impl Times {
         }
     }
 
-    fn note(&mut self, state: &State, now: SystemTime) {
+    /// It was `before` and is `state`.
+    fn note(&mut self, before: &State, state: &State, now: SystemTime) {
         match state {
             State::Seen => self.seen = now,
+            // For something else now: it waits on.
+            State::Waiting { .. } if matches!(before, State::Waiting { .. }) => {}
             State::Waiting { .. } => self.waiting = Some(now),
             State::Injected { .. } => self.injected = Some(now),
             State::Acknowledged { .. } => self.acknowledged = Some(now),
@@ -244,8 +260,9 @@ impl Ledger {
             && let Some(predicted) = self.predicted.get_mut(&gpa)
             && matches!(predicted.state, State::Seen | State::Waiting { .. })
         {
+            let before = predicted.state;
             predicted.state = State::Undeliverable { why: Cannot::WentBad };
-            predicted.times.note(&predicted.state, now);
+            predicted.times.note(&before, &predicted.state, now);
         }
         if page.found_by == FoundBy::Forged && found_by != FoundBy::Forged {
             // It really went bad.
@@ -261,15 +278,26 @@ impl Ledger {
 
     /// Sets what became of the page at `gpa`. True when that is news.
     pub fn set(&mut self, gpa: u64, state: State, now: SystemTime) -> bool {
+        self.change(gpa, state, now).is_some_and(|(_, news)| news)
+    }
+
+    /// The same; the page as it was, and whether it is news.
+    pub(crate) fn change(
+        &mut self,
+        gpa: u64,
+        state: State,
+        now: SystemTime,
+    ) -> Option<(Page, bool)> {
+        let before = self.pages.get(gpa)?;
         // What still comes of a record about a page that is no longer there is no news.
-        let news = |page: &Page| page.state != state && page.state != State::Removed;
-        let Some(mut page) = self.pages.get(gpa).filter(news) else {
-            return false;
-        };
-        page.state = state;
-        page.times.note(&state, now);
-        self.pages.put(&page);
-        true
+        let news = before.state != state && before.state != State::Removed;
+        if news {
+            let mut page = before.clone();
+            page.state = state;
+            page.times.note(&before.state, &state, now);
+            self.pages.put(&page);
+        }
+        Some((before, news))
     }
 
     /// Enters the page at `gpa` as predicted to fail. False when it is bad already, or when that the
@@ -292,8 +320,8 @@ impl Ledger {
         let Some(page) = self.predicted.get_mut(&gpa).filter(|page| page.state != state) else {
             return false;
         };
+        page.times.note(&page.state, &state, now);
         page.state = state;
-        page.times.note(&state, now);
         true
     }
 
@@ -302,8 +330,8 @@ impl Ledger {
     pub fn heal(&mut self, gpa: u64, now: SystemTime) -> bool {
         let Some(mut page) = self.pages.remove(gpa) else { return false };
         if page.state != State::Removed {
+            page.times.note(&page.state, &State::Healed, now);
             page.state = State::Healed;
-            page.times.note(&page.state, now);
         }
         self.past.push(page);
         true
@@ -392,6 +420,14 @@ mod tests {
         assert!(ledger.set(0x1000, State::Acknowledged { place }, later));
         let times = ledger.get(0x1000).unwrap().times;
         assert_eq!((times.waiting, times.acknowledged), (Some(now), Some(later)));
+        assert_eq!(times.waiting_since(), now);
+
+        // It waits again, first for one thing and then for another.
+        let again = later + std::time::Duration::from_secs(3600);
+        assert!(ledger.set(0x1000, waiting, again));
+        let other = State::Waiting { wait: Wait::Mcip { vcpu: 1 } };
+        assert!(ledger.set(0x1000, other, again + std::time::Duration::from_secs(5)));
+        assert_eq!(ledger.get(0x1000).unwrap().times.waiting_since(), again);
         assert_eq!((times.injected, times.undeliverable), (None, None));
     }
 

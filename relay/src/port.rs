@@ -18,7 +18,7 @@ use crate::failure::{Kind, PAGE_SHIFT};
 use crate::ledger::{Place, State};
 use crate::mca::{Form, McaState, Record, mcg};
 use crate::read::{self, AccessError};
-use crate::relay::{IDLE_TICK, Inner, RETRY_FIRST, Shared};
+use crate::relay::{Change, IDLE_TICK, Inner, RETRY_FIRST, Shared};
 use crate::signal::{self, Caught, ThreadSlot};
 
 /// How long a vCPU that touched a bad page is held back while other processors leave their
@@ -450,7 +450,7 @@ impl Shared {
         // It may be asleep, and it is the one who looks for the acknowledgement.
         self.wake();
         let place = Place::Mce { vcpu: index(vcpu), bank: record.bank, form };
-        self.set(inner, pending.gpa, State::Injected { place });
+        let Change { after_micros, .. } = self.set(inner, pending.gpa, State::Injected { place });
         let by = Injection::Mce {
             vcpu,
             bank: record.bank,
@@ -463,7 +463,7 @@ impl Shared {
             status,
             mcg_status,
         };
-        self.emit(&Event::Injected { gpa: pending.gpa, by });
+        self.emit(&Event::Injected { gpa: pending.gpa, by, after_micros });
         Ok(())
     }
 }

@@ -176,6 +176,15 @@ fn others(own: &Shared) -> Vec<Arc<Shared>> {
     all.into_iter().filter(|other| !std::ptr::eq(&raw const **other, own)).collect()
 }
 
+/// What it means that something became of a page.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Change {
+    /// It was not so before.
+    pub(crate) news: bool,
+    /// How long after the page became known, where it is the first time.
+    pub(crate) after_micros: Option<u64>,
+}
+
 impl Shared {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
         // Nothing that panics while it holds the lock leaves the data half-changed in a way that
@@ -294,12 +303,26 @@ impl Shared {
         !pages.is_empty()
     }
 
-    pub(crate) fn set(&self, inner: &mut Inner, gpa: u64, state: State) -> bool {
-        inner.ledger.set(gpa, state, SystemTime::now())
+    pub(crate) fn set(&self, inner: &mut Inner, gpa: u64, state: State) -> Change {
+        let now = SystemTime::now();
+        let Some((before, news)) = inner.ledger.change(gpa, state, now) else {
+            return Change::default();
+        };
+        let times = &before.times;
+        let is_first = news
+            && match state {
+                State::Injected { .. } => times.injected.is_none(),
+                State::Acknowledged { .. } => times.acknowledged.is_none(),
+                _ => false,
+            };
+        // The clock may have been set back.
+        let since = now.duration_since(times.seen).unwrap_or(Duration::ZERO);
+        let micros = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
+        Change { news, after_micros: is_first.then_some(micros) }
     }
 
     pub(crate) fn waiting(&self, inner: &mut Inner, error: Pending, wait: Wait) {
-        if self.set(inner, error.gpa, State::Waiting { wait }) {
+        if self.set(inner, error.gpa, State::Waiting { wait }).news {
             self.emit(&Event::Waiting { gpa: error.gpa, kind: error.kind, wait });
             // It may be asleep, and it is the one who has the vCPU look again.
             self.wake();
@@ -323,8 +346,9 @@ impl Shared {
     }
 
     pub(crate) fn acknowledged(&self, inner: &mut Inner, gpa: u64, place: Place) {
-        if self.set(inner, gpa, State::Acknowledged { place }) {
-            self.emit(&Event::Acknowledged { gpa, place });
+        let Change { news, after_micros } = self.set(inner, gpa, State::Acknowledged { place });
+        if news {
+            self.emit(&Event::Acknowledged { gpa, place, after_micros });
         }
     }
 

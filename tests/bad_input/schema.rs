@@ -106,11 +106,15 @@ fn memory_events() -> Vec<Event> {
         for reach in [Reach::Local, Reach::Lmce, Reach::Rendezvous, Reach::Logged] {
             let (status, mcg_status) = (u64::MAX, 0);
             let by = Injection::Mce { vcpu: 0, bank: 9, form, reach, status, mcg_status };
-            all.push(Event::Injected { gpa, by });
+            all.push(Event::Injected { gpa, by, after_micros: Some(20_000) });
         }
     }
-    all.push(Event::Injected { gpa, by: Injection::Ghes { record: 1, pages: 15 } });
-    all.extend(places().into_iter().map(|place| Event::Acknowledged { gpa, place }));
+    let by = Injection::Ghes { record: 1, pages: 15 };
+    all.push(Event::Injected { gpa, by, after_micros: None });
+    for after_micros in [None, Some(u64::MAX)] {
+        let taken = |place| Event::Acknowledged { gpa, place, after_micros };
+        all.extend(places().into_iter().map(taken));
+    }
     all.push(Event::Healed { gpa });
     all.push(Event::Removed { gpa, len: 2 << 20 });
     all.extend(states().into_iter().map(|state| Event::Predicted { gpa, state }));

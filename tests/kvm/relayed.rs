@@ -99,7 +99,7 @@ pub fn a_forged_ao_to_oneself_is_logged() {
     forge(BUS_MCEERR_AO, &relayed.payload.ram);
     relayed.run_until(|state| matches!(state, State::Injected { .. }));
     let injected = relayed.events.try_iter().find_map(|event| match event {
-        Event::Injected { gpa, by: Injection::Mce { bank, status, .. } } => {
+        Event::Injected { gpa, by: Injection::Mce { bank, status, .. }, .. } => {
             Some((gpa, bank, status))
         }
         _ => None,

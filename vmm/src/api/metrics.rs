@@ -1,22 +1,18 @@
 //! `GET /metrics`: counts and times in Prometheus' text format.
 //!
-//! Counters are kept as events happen ([`Counts`](crate::events::counts::Counts)). What is so now, and how long things took, is made
-//! from the ledger when somebody asks.
+//! Counters, and how long things took, are kept as events happen ([`Counts`](crate::events::counts::Counts)): what
+//! has been counted stays so. What is so now is made from the ledger when somebody asks.
 
 use std::time::{Duration, SystemTime};
 
 use mce_relay::Ledger;
-use mce_relay::ledger::{State, Times};
+use mce_relay::ledger::State;
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
-use prometheus::{Gauge, GaugeVec, Histogram, HistogramOpts, Opts, TextEncoder};
+use prometheus::{Gauge, GaugeVec, Opts, TextEncoder};
 
 use super::types::Running;
 use crate::events::Hub;
-
-/// Upper ends of the histograms' buckets, in seconds: from a machine check that goes at once to an
-/// AMD guest's poll, five minutes later.
-const BUCKETS: [f64; 12] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0, 600.0];
 
 /// Names of the states, in the order of a page's way.
 const STATES: [&str; 6] =
@@ -83,27 +79,10 @@ fn of_ledger(ledger: &Ledger) -> Result<Vec<MetricFamily>, prometheus::Error> {
         Gauge::new("mce_relay_predicted_pages", "Whole pages that are predicted to fail.")?;
     let waiting = Gauge::new(
         "mce_relay_oldest_waiting_seconds",
-        "How long the page that has waited longest to be told of has been known; 0 when none waits.",
+        "How long the page that has waited longest to be told of has waited; 0 when none waits.",
     )?;
-    let histogram = |name: &str, help: &str| {
-        Histogram::with_opts(HistogramOpts::new(name, help).buckets(BUCKETS.into()))
-    };
-    let told = histogram(
-        "mce_relay_told_seconds",
-        "From a page's becoming known to its being told, for every page told so far.",
-    )?;
-    let taken = histogram(
-        "mce_relay_acknowledged_seconds",
-        "From a page's becoming known to the guest's having taken it.",
-    )?;
-
     let now = SystemTime::now();
     let mut oldest = 0.0_f64;
-    let note = |times: &Times| {
-        let Times { seen, injected, acknowledged, .. } = *times;
-        injected.into_iter().for_each(|at| told.observe(seconds(seen, at)));
-        acknowledged.into_iter().for_each(|at| taken.observe(seconds(seen, at)));
-    };
     for page in ledger.pages() {
         let state = match page.state {
             State::Seen => 0,
@@ -115,21 +94,20 @@ fn of_ledger(ledger: &Ledger) -> Result<Vec<MetricFamily>, prometheus::Error> {
         };
         pages.with_label_values(&[STATES[state]]).inc();
         if state < 2 {
-            oldest = oldest.max(seconds(page.times.seen, now));
+            oldest = oldest.max(seconds(page.times.waiting_since(), now));
         }
-        note(&page.times);
     }
-    ledger.past().for_each(|page| note(&page.times));
     waiting.set(oldest);
     past.set(number(ledger.past().count() as u64));
     predicted.set(number(ledger.predicted().count() as u64));
-    let all: [&dyn Collector; 6] = [&pages, &past, &predicted, &waiting, &told, &taken];
+    let all: [&dyn Collector; 4] = [&pages, &past, &predicted, &waiting];
     Ok(all.into_iter().flat_map(Collector::collect).collect())
 }
 
 #[cfg(test)]
 mod tests {
     use mce_relay::FoundBy;
+    use mce_relay::delivery::Wait;
     use mce_relay::ledger::Place;
     use mce_relay::mca::Kind;
 
@@ -138,6 +116,11 @@ mod tests {
 
     #[test]
     fn a_ledger_in_numbers() {
+        let oldest = |ledger: &Ledger| -> f64 {
+            let text = TextEncoder::new().encode_to_string(&of_ledger(ledger).unwrap()).unwrap();
+            let line = text.lines().find(|line| line.starts_with("mce_relay_oldest")).unwrap();
+            line.rsplit(' ').next().unwrap().parse().unwrap()
+        };
         let mut ledger = Ledger::default();
         let seen = SystemTime::now() - Duration::from_secs(100);
         for page in 0..3 {
@@ -153,16 +136,19 @@ mod tests {
             "mce_relay_pages{state=\"acknowledged\"} 1",
             "mce_relay_pages{state=\"seen\"} 2",
             "mce_relay_pages{state=\"undeliverable\"} 0",
-            "mce_relay_told_seconds_bucket{le=\"0.01\"} 0",
-            "mce_relay_told_seconds_bucket{le=\"0.05\"} 1",
-            "mce_relay_acknowledged_seconds_bucket{le=\"5\"} 1",
-            "# TYPE mce_relay_told_seconds histogram",
         ] {
             assert!(text.lines().any(|known| known == line), "{line}: {text}");
         }
-        let oldest = text.lines().find(|line| line.starts_with("mce_relay_oldest")).unwrap();
-        let oldest: f64 = oldest.rsplit(' ').next().unwrap().parse().unwrap();
-        assert!((100.0..200.0).contains(&oldest), "{oldest}");
+        assert!((100.0..200.0).contains(&oldest(&ledger)), "since it became known");
+
+        // One that was told of, and begins to wait again.
+        let mut ledger = Ledger::default();
+        ledger.enter(0, 0, 12, Kind::ActionOptional, FoundBy::Signal, seen);
+        ledger.set(0, State::Acknowledged { place }, seen);
+        assert_eq!(oldest(&ledger).to_bits(), 0.0_f64.to_bits());
+        let wait = Wait::Mcip { vcpu: 0 };
+        ledger.set(0, State::Waiting { wait }, seen + Duration::from_secs(90));
+        assert!((10.0..99.0).contains(&oldest(&ledger)), "since it waits");
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! What happened so far, counted, for `GET /metrics`.
 
+use std::time::Duration;
+
 use mce_relay::event::{Injection, Thread};
 use mce_relay::{Event, Place};
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
-use prometheus::{IntCounter, IntCounterVec, Opts};
+use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts};
 
 use super::{VmEvent, What};
 
@@ -20,7 +22,13 @@ pub struct Counts {
     acknowledged: IntCounterVec,
     undeliverable: IntCounterVec,
     boots: IntCounter,
+    told: Histogram,
+    taken: Histogram,
 }
+
+/// Upper ends of the histograms' buckets, in seconds: from a machine check that goes at once to an
+/// AMD guest's poll, five minutes later.
+const BUCKETS: [f64; 12] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0, 600.0];
 
 /// A family of counters. The names are ours and well-formed, and nothing else can be wrong with them.
 fn family(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
@@ -31,6 +39,19 @@ fn family(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
 fn counter(name: &str, help: &str) -> IntCounter {
     #[expect(clippy::expect_used, reason = "as in `family`")]
     IntCounter::new(name, help).expect("a well-formed name")
+}
+
+fn histogram(name: &str, help: &str) -> Histogram {
+    let opts = HistogramOpts::new(name, help).buckets(BUCKETS.into());
+    #[expect(clippy::expect_used, reason = "as in `family`; the buckets are in order")]
+    Histogram::with_opts(opts).expect("a well-formed name")
+}
+
+/// Notes how long the first time took, if it was that.
+fn note(histogram: &Histogram, after_micros: Option<u64>) {
+    if let Some(micros) = after_micros {
+        histogram.observe(Duration::from_micros(micros).as_secs_f64());
+    }
 }
 
 impl Default for Counts {
@@ -75,6 +96,14 @@ impl Default for Counts {
                 &["kind"],
             ),
             boots: counter("mce_relay_boots_total", "Boots of the guest."),
+            told: histogram(
+                "mce_relay_told_seconds",
+                "From a page's becoming known to the first time that the guest was told of it.",
+            ),
+            taken: histogram(
+                "mce_relay_acknowledged_seconds",
+                "From a page's becoming known to the first time that the guest has taken a record of it.",
+            ),
         }
     }
 }
@@ -114,13 +143,19 @@ impl Counts {
                 let found_by = found_by.to_string();
                 self.seen.with_label_values(&[&found_by]).inc_by(*pages as u64);
             }
-            Event::Injected { by: Injection::Mce { form, .. }, .. } => {
-                self.injected.with_label_values(&["mce", &form.to_string()]).inc();
+            Event::Injected { by, after_micros, .. } => {
+                match by {
+                    Injection::Mce { form, .. } => {
+                        self.injected.with_label_values(&["mce", &form.to_string()]).inc();
+                    }
+                    Injection::Ghes { .. } => {
+                        self.injected.with_label_values(&["ghes", "CPER"]).inc();
+                    }
+                }
+                note(&self.told, *after_micros);
             }
-            Event::Injected { by: Injection::Ghes { .. }, .. } => {
-                self.injected.with_label_values(&["ghes", "CPER"]).inc();
-            }
-            Event::Acknowledged { place, .. } => {
+            Event::Acknowledged { place, after_micros, .. } => {
+                note(&self.taken, *after_micros);
                 let channel = match place {
                     Place::Mce { .. } => "mce",
                     Place::Ghes { .. } => "ghes",
@@ -143,8 +178,8 @@ impl Counts {
     #[must_use]
     pub fn families(&self) -> Vec<MetricFamily> {
         let Self { events, signals, signals_lost, signals_outside, seen, .. } = self;
-        let Self { injected, acknowledged, undeliverable, boots, .. } = self;
-        let all: [&dyn Collector; 9] = [
+        let Self { injected, acknowledged, undeliverable, boots, told, taken, .. } = self;
+        let all: [&dyn Collector; 11] = [
             events,
             signals,
             signals_lost,
@@ -154,9 +189,60 @@ impl Counts {
             acknowledged,
             undeliverable,
             boots,
+            told,
+            taken,
         ];
         // A family that nothing was counted in has no lines, which the encoder takes for a fault.
         let families = all.into_iter().flat_map(Collector::collect);
         families.filter(|family| !family.get_metric().is_empty()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus::TextEncoder;
+
+    use super::*;
+
+    fn lines(counts: &Counts) -> Vec<(String, f64)> {
+        let text = TextEncoder::new().encode_to_string(&counts.families()).unwrap();
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        lines
+            .map(|line| line.rsplit_once(' ').unwrap())
+            .map(|(name, value)| (name.to_owned(), value.parse().unwrap()))
+            .collect()
+    }
+
+    #[test]
+    fn what_was_counted_once_stays_where_it_is() {
+        let counts = Counts::default();
+        let place = Place::Ghes { record: 1 };
+        let by = Injection::Ghes { record: 1, pages: 1 };
+        let mut before = lines(&counts);
+        // A page that is told of within 20 ms, and again when the guest touches it an hour later.
+        for event in [
+            Event::Injected { gpa: 0, by, after_micros: Some(20_000) },
+            Event::Acknowledged { gpa: 0, place, after_micros: Some(40_000) },
+            Event::Injected { gpa: 0, by, after_micros: None },
+            Event::Acknowledged { gpa: 0, place, after_micros: None },
+        ] {
+            counts.count(&What::Memory(event));
+            let now = lines(&counts);
+            for (name, value) in &before {
+                let (_, later) = now.iter().find(|(known, _)| known == name).unwrap();
+                assert!(later >= value, "{name} was {value} and is {later}");
+            }
+            before = now;
+        }
+        for (name, value) in [
+            ("mce_relay_told_seconds_bucket{le=\"0.01\"}", 0.0),
+            ("mce_relay_told_seconds_bucket{le=\"0.05\"}", 1.0),
+            ("mce_relay_told_seconds_bucket{le=\"+Inf\"}", 1.0),
+            ("mce_relay_told_seconds_sum", 0.02),
+            ("mce_relay_acknowledged_seconds_count", 1.0),
+            ("mce_relay_injections_total{channel=\"ghes\",form=\"CPER\"}", 2.0),
+        ] {
+            assert!(before.contains(&(name.to_owned(), value)), "{name} {value}: {before:?}");
+        }
     }
 }
