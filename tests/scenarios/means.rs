@@ -18,13 +18,37 @@ pub fn madvise() {
     let pages = guest.agent.alloc("anon", 8);
     let bad = pages[4];
 
+    let before = shown(&guest, bad);
+    assert_eq!(before["presence"], "present", "{before}");
+    assert!(before["mapped"].as_u64().unwrap() >= 1 && before["ledger"].is_null(), "{before}");
     guest.poison(bad.gpa, "madvise");
     assert_eq!(guest.event("seen", bad)["kind"], "AO");
     println!("    guest: {}", guest.agent.memory_failure(bad));
     guest.agent.sigbus_ao(bad);
     guest.event("acknowledged", bad);
+    // The same frame, and what the host says of it now.
+    let after = shown(&guest, bad);
+    println!("    {after}");
+    assert_eq!(
+        (&after["presence"], &after["pfn"]),
+        (&"poisoned".into(), &before["pfn"]),
+        "{after}"
+    );
+    let flags = after["flags"].as_array().unwrap();
+    assert!(flags.contains(&"hwpoison".into()), "{after}");
+    assert_eq!(after["ledger"]["state"], "acknowledged", "{after}");
     guest.agent.others_intact(&pages, &[bad]);
     guest.power_off();
+}
+
+/// What `mce-relay pages` says of a page; its frame is known.
+fn shown(guest: &Guest, page: Page) -> Value {
+    let out = guest.command("pages", &["--gpa", &format!("{:#x}", page.gpa), "--json"]);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let pages: Value = serde_json::from_slice(&out.stdout).unwrap();
+    let page = pages["pages"][0].clone();
+    assert!(page["pfn"].is_string() && page["flags"].is_array(), "{pages}");
+    page
 }
 
 /// With late kill nobody is told of a page that nobody touches; the touch is an AR.

@@ -32,6 +32,10 @@ const UNKNOWN: u64 = u64::MAX;
 const PM_PRESENT: u64 = 1 << 63;
 const PM_SWAP: u64 = 1 << 62;
 const PM_PFN: u64 = (1 << 55) - 1;
+/// Of an entry with [`PM_SWAP`] the type of the swap entry is below its offset in the bits of [`PM_PFN`]
+/// (MAX_SWAPFILES_SHIFT in `include/linux/swap.h`, `pte_to_pagemap_entry` in `fs/proc/task_mmu.c`). The
+/// offset of one for poison is the page frame number (`make_hwpoison_entry` in `include/linux/swapops.h`).
+const SWAP_TYPE_BITS: u32 = 5;
 
 /// Why nothing can be said of the pages.
 #[derive(Debug, thiserror::Error)]
@@ -53,9 +57,9 @@ pub enum Presence {
     /// It was never written, or nobody has it mapped now.
     Absent,
     /// Its entry in the page table leads somewhere else: it is swapped out, or marked as bad without
-    /// the ledger's knowing, as by userfaultfd.
+    /// the ledger's knowing, as by userfaultfd, or bad and this user is not shown that.
     NotMapped,
-    /// Its entry in the page table says that it is bad.
+    /// Its entry in the page table says that it is bad, or the ledger does.
     Poisoned,
     /// This user is not shown.
     Unknown,
@@ -146,16 +150,33 @@ impl Entries {
     }
 
     /// What the entry of the page at `hva` says. `bad`: the ledger has it.
-    pub(crate) fn look(&mut self, hva: u64, bad: bool) -> io::Result<(Presence, Option<u64>)> {
-        let entry = self.entry(hva)?;
-        let pfn = Some(entry & PM_PFN).filter(|pfn| *pfn != 0);
-        Ok(match entry {
-            _ if entry & PM_PRESENT != 0 => (Presence::Present, pfn),
-            // A bad page's entry looks like that of one on a swap device, and of a huge page like nothing.
-            _ if bad => (Presence::Poisoned, None),
-            _ if entry & PM_SWAP != 0 => (Presence::NotMapped, None),
-            _ => (Presence::Absent, None),
-        })
+    pub(crate) fn look(
+        &mut self,
+        hva: u64,
+        bad: bool,
+        flags: Option<&PageFlags>,
+    ) -> io::Result<(Presence, Option<u64>)> {
+        let is_marked = |pfn| flags.is_some_and(|flags| flags.is_poisoned(pfn).unwrap_or(false));
+        Ok(meaning(self.entry(hva)?, bad, is_marked))
+    }
+}
+
+/// What an entry says of its page, which is in the ledger if `bad`; `is_marked` says of a page frame whether
+/// the host has marked it as poisoned.
+fn meaning(entry: u64, bad: bool, is_marked: impl Fn(u64) -> bool) -> (Presence, Option<u64>) {
+    let pfn = Some(entry & PM_PFN).filter(|pfn| *pfn != 0);
+    if entry & PM_PRESENT != 0 {
+        return (Presence::Present, pfn);
+    }
+    // A bad page's entry looks like that of one on a swap device, whose offset there may be any number: the
+    // frame's own mark tells them apart. A mark of userfaultfd has no frame, and a bad huge page's entry looks
+    // like nothing.
+    let frame = pfn.filter(|_| entry & PM_SWAP != 0).map(|pfn| pfn >> SWAP_TYPE_BITS);
+    match frame.filter(|frame| *frame != 0 && is_marked(*frame)) {
+        Some(frame) => (Presence::Poisoned, Some(frame)),
+        None if bad => (Presence::Poisoned, None),
+        None if entry & PM_SWAP != 0 => (Presence::NotMapped, None),
+        None => (Presence::Absent, None),
     }
 }
 
@@ -194,7 +215,9 @@ pub fn pages(
     for target in &targets {
         let gpa = target.gpa;
         let entry = ledger.get(&gpa).copied();
-        let looked = entries.as_mut().map(|entries| entries.look(target.hva, entry.is_some()));
+        let looked = entries
+            .as_mut()
+            .map(|entries| entries.look(target.hva, entry.is_some(), flags.as_ref()));
         let (presence, pfn) = match looked {
             Some(Ok(looked)) => looked,
             _ => (Presence::Unknown, None),
@@ -336,8 +359,30 @@ mod tests {
         let memory = Box::new([1_u8; 3 * 4096]);
         let mut entries = Entries::open(std::process::id()).unwrap();
         let inside = memory.as_ptr() as u64 + 4096;
-        assert_eq!(entries.look(inside, false).unwrap().0, Presence::Present);
-        assert_eq!(entries.look(0x1000, false).unwrap().0, Presence::Absent);
-        assert_eq!(entries.look(0x1000, true).unwrap().0, Presence::Poisoned);
+        assert_eq!(entries.look(inside, false, None).unwrap().0, Presence::Present);
+        assert_eq!(entries.look(0x1000, false, None).unwrap().0, Presence::Absent);
+        assert_eq!(entries.look(0x1000, true, None).unwrap().0, Presence::Poisoned);
+    }
+
+    #[test]
+    fn a_bad_pages_entry_names_its_frame() {
+        // As the kernel makes it for a frame: a type of swap entry below it, whichever it is.
+        let swap = |kind: u64, offset: u64| PM_SWAP | 1 << 55 | offset << SWAP_TYPE_BITS | kind;
+        let bad_frame = |frame| frame == 0x10_b7aa;
+        for (entry, bad, meant) in [
+            (swap(27, 0x10_b7aa), false, (Presence::Poisoned, Some(0x10_b7aa))),
+            (swap(22, 0x10_b7aa), true, (Presence::Poisoned, Some(0x10_b7aa))),
+            // On a swap device, or marked by userfaultfd.
+            (swap(0, 0x42), false, (Presence::NotMapped, None)),
+            (swap(31, 1), true, (Presence::Poisoned, None)),
+            (swap(31, 0), false, (Presence::NotMapped, None)),
+            // Numbers are hidden from this user.
+            (PM_SWAP, false, (Presence::NotMapped, None)),
+            (PM_PRESENT | 0x10_b7aa, false, (Presence::Present, Some(0x10_b7aa))),
+            (0, true, (Presence::Poisoned, None)),
+            (0, false, (Presence::Absent, None)),
+        ] {
+            assert_eq!(meaning(entry, bad, bad_frame), meant, "{entry:#x}");
+        }
     }
 }
