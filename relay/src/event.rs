@@ -33,6 +33,11 @@ impl fmt::Display for Thread {
     }
 }
 
+/// What is said in words of that which was forged.
+fn label(forged: bool) -> &'static str {
+    if forged { "FORGED " } else { "" }
+}
+
 /// How a machine check reached the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -147,6 +152,9 @@ pub enum Event {
         gpa: u64,
         /// AO or AR.
         kind: Kind,
+        /// This signal was forged.
+        #[cfg_attr(feature = "serde", serde(default))]
+        forged: bool,
     },
     /// The page waits to be told.
     Waiting {
@@ -157,6 +165,9 @@ pub enum Event {
         kind: Kind,
         /// For what.
         wait: Wait,
+        /// The page is whole: the signal was forged.
+        #[cfg_attr(feature = "serde", serde(default))]
+        forged: bool,
     },
     /// The record lies where the guest finds it.
     Injected {
@@ -170,6 +181,9 @@ pub enum Event {
         /// where the guest was told of it before.
         #[cfg_attr(feature = "serde", serde(default))]
         after_micros: Option<u64>,
+        /// The page is whole: the signal was forged.
+        #[cfg_attr(feature = "serde", serde(default))]
+        forged: bool,
     },
     /// The guest cleared the bank and MCIP, or zeroed the status word.
     Acknowledged {
@@ -183,6 +197,9 @@ pub enum Event {
         /// where the guest had taken one before.
         #[cfg_attr(feature = "serde", serde(default))]
         after_micros: Option<u64>,
+        /// The page is whole: the signal was forged.
+        #[cfg_attr(feature = "serde", serde(default))]
+        forged: bool,
     },
     /// The guest cannot be told.
     Undeliverable {
@@ -198,12 +215,18 @@ pub enum Event {
         /// RIP of that vCPU, where it is known.
         #[cfg_attr(feature = "serde", serde(with = "hex_option"))]
         rip: Option<u64>,
+        /// The page is whole: the signal was forged.
+        #[cfg_attr(feature = "serde", serde(default))]
+        forged: bool,
     },
     /// The guest started over, and has good memory where the page was bad.
     Healed {
         /// Guest-physical address of the page.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         gpa: u64,
+        /// It was whole before: the signal was forged.
+        #[cfg_attr(feature = "serde", serde(default))]
+        forged: bool,
     },
     /// Pages are no longer part of the guest's memory: they were unplugged, or no good memory was to
     /// be had for them when the guest started over.
@@ -241,7 +264,7 @@ impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Caught { kind, hva, lsb, thread, forged } => {
-                let forged = if *forged { "FORGED " } else { "" };
+                let forged = label(*forged);
                 write!(
                     f,
                     "caught: {forged}SIGBUS BUS_MCEERR_{kind}, HVA {hva:#x}, lsb {lsb}, on {thread}"
@@ -261,44 +284,49 @@ impl fmt::Display for Event {
                     _ => write!(f, ", one of {pages} new bad pages in {} KiB", extent >> 10),
                 }
             }
-            Self::Again { gpa, kind } => write!(f, "again: {kind} for GPA {gpa:#x}, known"),
-            Self::Waiting { gpa, kind, wait } => {
-                write!(f, "waiting: {kind} for GPA {gpa:#x}: {wait}")
+            Self::Again { gpa, kind, forged } => {
+                write!(f, "again: {}{kind} for GPA {gpa:#x}, known", label(*forged))
+            }
+            Self::Waiting { gpa, kind, wait, forged } => {
+                write!(f, "waiting: {}{kind} for GPA {gpa:#x}: {wait}", label(*forged))
             }
             Self::Injected {
                 gpa,
                 by: Injection::Mce { vcpu, bank, form, reach, status, mcg_status },
+                forged,
                 ..
             } => write!(
                 f,
-                "injected: {form} for GPA {gpa:#x} in bank {bank} of vCPU {vcpu}, {reach}, \
-                 status {status:#018x}, MCG_STATUS {mcg_status:#x}"
+                "injected: {}{form} for GPA {gpa:#x} in bank {bank} of vCPU {vcpu}, {reach}, \
+                 status {status:#018x}, MCG_STATUS {mcg_status:#x}",
+                label(*forged)
             ),
-            Self::Injected { gpa, by: Injection::Ghes { record, pages }, .. } => write!(
+            Self::Injected { gpa, by: Injection::Ghes { record, pages }, forged, .. } => write!(
                 f,
-                "injected: GPA {gpa:#x} in firmware-first record {record}, of {pages} pages"
+                "injected: {}GPA {gpa:#x} in firmware-first record {record}, of {pages} pages",
+                label(*forged)
             ),
-            Self::Acknowledged { gpa, place: Place::Mce { vcpu, bank, .. }, .. } => {
-                write!(
-                    f,
-                    "acknowledged: GPA {gpa:#x}, the guest cleared bank {bank} of vCPU {vcpu}"
-                )
-            }
-            Self::Acknowledged { gpa, place: Place::Ghes { record }, .. } => {
-                write!(
-                    f,
-                    "acknowledged: GPA {gpa:#x}, the guest took firmware-first record {record}"
-                )
+            Self::Acknowledged { gpa, place, forged, .. } => {
+                write!(f, "acknowledged: {}GPA {gpa:#x}, the guest ", label(*forged))?;
+                match place {
+                    Place::Mce { vcpu, bank, .. } => {
+                        write!(f, "cleared bank {bank} of vCPU {vcpu}")
+                    }
+                    Place::Ghes { record } => write!(f, "took firmware-first record {record}"),
+                }
             }
             Self::Predicted { gpa, state } => write!(f, "predicted to fail: GPA {gpa:#x}: {state}"),
-            Self::Undeliverable { gpa, kind, vcpu, why, rip } => {
-                write!(f, "undeliverable: {kind} for GPA {gpa:#x} on vCPU {vcpu}")?;
+            Self::Undeliverable { gpa, kind, vcpu, why, rip, forged } => {
+                let forged = label(*forged);
+                write!(f, "undeliverable: {forged}{kind} for GPA {gpa:#x} on vCPU {vcpu}")?;
                 if let Some(rip) = rip {
                     write!(f, " (RIP {rip:#x})")?;
                 }
                 write!(f, ": {why}")
             }
-            Self::Healed { gpa } => write!(f, "healed: GPA {gpa:#x} has good memory"),
+            Self::Healed { gpa, forged } => {
+                write!(f, "healed: {}GPA {gpa:#x} has good memory", label(*forged))
+            }
             Self::Removed { gpa, len } => write!(
                 f,
                 "removed: {} KiB from GPA {gpa:#x} are no longer part of the guest's memory",
@@ -424,8 +452,10 @@ mod tests {
             status: 0xBD00_0000_0000_00C0,
             mcg_status: 5,
         };
-        let event = Event::Injected { gpa: 0x1_0000_2000, by, after_micros: Some(20_000) };
+        let event =
+            Event::Injected { gpa: 0x1_0000_2000, by, after_micros: Some(20_000), forged: true };
         let json = serde_json::to_value(&event).unwrap();
+        assert!(event.to_string().starts_with("injected: FORGED SRAO for GPA"), "{event}");
         assert_eq!(json["event"], "injected");
         assert_eq!(json["properties"]["gpa"], "0x100002000");
         assert_eq!(json["properties"]["channel"], "mce");

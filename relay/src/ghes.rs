@@ -217,9 +217,9 @@ impl Shared {
             match notice {
                 Notice::Predicted => self.set_predicted(inner, gpa, state),
                 Notice::Lost => {
-                    let Change { after_micros, .. } = self.set(inner, gpa, state);
+                    let Change { after_micros, forged, .. } = self.set(inner, gpa, state);
                     let by = Injection::Ghes { record, pages: gpas.len() };
-                    self.emit(&Event::Injected { gpa, by, after_micros });
+                    self.emit(&Event::Injected { gpa, by, after_micros, forged });
                 }
             }
         }

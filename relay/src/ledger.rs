@@ -145,6 +145,14 @@ pub struct Page {
     pub times: Times,
 }
 
+impl Page {
+    /// Whether it is whole: all that is known of it are signals that were forged ([`crate::Handle::forge`]).
+    #[must_use]
+    pub fn is_forged(&self) -> bool {
+        self.found_by == FoundBy::Forged
+    }
+}
+
 /// When a page came to each state, the last time; `None` where it never did.
 ///
 /// [`Self::waiting_since`] says how long one has waited that waits.
@@ -264,7 +272,7 @@ impl Ledger {
             predicted.state = State::Undeliverable { why: Cannot::WentBad };
             predicted.times.note(&before, &predicted.state, now);
         }
-        if page.found_by == FoundBy::Forged && found_by != FoundBy::Forged {
+        if page.is_forged() && found_by != FoundBy::Forged {
             // It really went bad.
             page.found_by = found_by;
         }

@@ -450,7 +450,8 @@ impl Shared {
         // It may be asleep, and it is the one who looks for the acknowledgement.
         self.wake();
         let place = Place::Mce { vcpu: index(vcpu), bank: record.bank, form };
-        let Change { after_micros, .. } = self.set(inner, pending.gpa, State::Injected { place });
+        let Change { after_micros, forged, .. } =
+            self.set(inner, pending.gpa, State::Injected { place });
         let by = Injection::Mce {
             vcpu,
             bank: record.bank,
@@ -463,7 +464,7 @@ impl Shared {
             status,
             mcg_status,
         };
-        self.emit(&Event::Injected { gpa: pending.gpa, by, after_micros });
+        self.emit(&Event::Injected { gpa: pending.gpa, by, after_micros, forged });
         Ok(())
     }
 }

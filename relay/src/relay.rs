@@ -181,6 +181,8 @@ fn others(own: &Shared) -> Vec<Arc<Shared>> {
 pub(crate) struct Change {
     /// It was not so before.
     pub(crate) news: bool,
+    /// The page is whole.
+    pub(crate) forged: bool,
     /// How long after the page became known, where it is the first time.
     pub(crate) after_micros: Option<u64>,
 }
@@ -285,7 +287,8 @@ impl Shared {
                     first = Some((gpa, page_hva, kind));
                 }
             } else {
-                self.emit(&Event::Again { gpa, kind });
+                let forged = found_by == FoundBy::Forged;
+                self.emit(&Event::Again { gpa, kind, forged });
             }
             match (kind, vcpu) {
                 // A vCPU that touches a page cannot go on, however often it was told.
@@ -318,12 +321,14 @@ impl Shared {
         // The clock may have been set back.
         let since = now.duration_since(times.seen).unwrap_or(Duration::ZERO);
         let micros = u64::try_from(since.as_micros()).unwrap_or(u64::MAX);
-        Change { news, after_micros: is_first.then_some(micros) }
+        Change { news, forged: before.is_forged(), after_micros: is_first.then_some(micros) }
     }
 
     pub(crate) fn waiting(&self, inner: &mut Inner, error: Pending, wait: Wait) {
-        if self.set(inner, error.gpa, State::Waiting { wait }).news {
-            self.emit(&Event::Waiting { gpa: error.gpa, kind: error.kind, wait });
+        let Pending { gpa, kind } = error;
+        let Change { news, forged, .. } = self.set(inner, gpa, State::Waiting { wait });
+        if news {
+            self.emit(&Event::Waiting { gpa, kind, wait, forged });
             // It may be asleep, and it is the one who has the vCPU look again.
             self.wake();
         }
@@ -346,9 +351,10 @@ impl Shared {
     }
 
     pub(crate) fn acknowledged(&self, inner: &mut Inner, gpa: u64, place: Place) {
-        let Change { news, after_micros } = self.set(inner, gpa, State::Acknowledged { place });
+        let Change { news, forged, after_micros } =
+            self.set(inner, gpa, State::Acknowledged { place });
         if news {
-            self.emit(&Event::Acknowledged { gpa, place, after_micros });
+            self.emit(&Event::Acknowledged { gpa, place, after_micros, forged });
         }
     }
 
@@ -361,9 +367,9 @@ impl Shared {
         rip: Option<u64>,
     ) {
         inner.delivery.forget(vcpu, &error);
-        self.set(inner, error.gpa, State::Undeliverable { why });
         let Pending { gpa, kind } = error;
-        self.emit(&Event::Undeliverable { gpa, kind, vcpu, why, rip });
+        let Change { forged, .. } = self.set(inner, gpa, State::Undeliverable { why });
+        self.emit(&Event::Undeliverable { gpa, kind, vcpu, why, rip, forged });
     }
 }
 
@@ -650,8 +656,9 @@ impl Handle {
         let now = SystemTime::now();
         let within = RamRegion::new(gpa, gpa, len);
         for gpa in Self::known_within(&inner, within) {
+            let forged = inner.ledger.get(gpa).is_some_and(|page| page.is_forged());
             if inner.ledger.heal(gpa, now) {
-                self.0.emit(&Event::Healed { gpa });
+                self.0.emit(&Event::Healed { gpa, forged });
             }
         }
     }

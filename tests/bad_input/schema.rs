@@ -94,11 +94,21 @@ fn memory_events() -> Vec<Event> {
         for found_by in [FoundBy::Signal, FoundBy::Scan, FoundBy::Access, FoundBy::Forged] {
             all.push(Event::Seen { gpa, hva, kind, found_by, extent: 4096, pages: 1 });
         }
-        all.push(Event::Again { gpa, kind });
-        all.extend(waits().into_iter().map(|wait| Event::Waiting { gpa, kind, wait }));
+        for forged in [false, true] {
+            all.push(Event::Again { gpa, kind, forged });
+            let waiting = |wait| Event::Waiting { gpa, kind, wait, forged };
+            all.extend(waits().into_iter().map(waiting));
+        }
         for why in cannots() {
             for rip in [None, Some(0)] {
-                all.push(Event::Undeliverable { gpa, kind, vcpu: 0, why, rip });
+                all.push(Event::Undeliverable {
+                    gpa,
+                    kind,
+                    vcpu: 0,
+                    why,
+                    rip,
+                    forged: rip.is_none(),
+                });
             }
         }
     }
@@ -106,16 +116,16 @@ fn memory_events() -> Vec<Event> {
         for reach in [Reach::Local, Reach::Lmce, Reach::Rendezvous, Reach::Logged] {
             let (status, mcg_status) = (u64::MAX, 0);
             let by = Injection::Mce { vcpu: 0, bank: 9, form, reach, status, mcg_status };
-            all.push(Event::Injected { gpa, by, after_micros: Some(20_000) });
+            all.push(Event::Injected { gpa, by, after_micros: Some(20_000), forged: true });
         }
     }
     let by = Injection::Ghes { record: 1, pages: 15 };
-    all.push(Event::Injected { gpa, by, after_micros: None });
+    all.push(Event::Injected { gpa, by, after_micros: None, forged: false });
     for after_micros in [None, Some(u64::MAX)] {
-        let taken = |place| Event::Acknowledged { gpa, place, after_micros };
+        let taken = |place| Event::Acknowledged { gpa, place, after_micros, forged: false };
         all.extend(places().into_iter().map(taken));
     }
-    all.push(Event::Healed { gpa });
+    all.extend([false, true].map(|forged| Event::Healed { gpa, forged }));
     all.push(Event::Removed { gpa, len: 2 << 20 });
     all.extend(states().into_iter().map(|state| Event::Predicted { gpa, state }));
     all.push(Event::Overrun { signals: 3 });

@@ -180,7 +180,10 @@ pub fn uffd_and_signal() {
     assert_eq!(done["forged"], true, "{done}");
     println!("    guest: {}", guest.agent.memory_failure(forged));
     guest.agent.sigbus_ao(forged);
-    guest.event("acknowledged", forged);
+    for event in ["injected", "acknowledged"] {
+        assert_eq!(guest.event(event, forged)["forged"], true);
+    }
+    assert_eq!(guest.event("acknowledged", touched)["forged"], false);
     let hva = hva(&guest.info(), forged.gpa);
     let caught = guest.event_where("caught", "the page", |caught| hex(&caught["hva"]) == hva);
     assert_eq!((&caught["kind"], &caught["forged"]), (&"AO".into(), &true.into()), "{caught}");

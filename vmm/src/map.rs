@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use console::Style;
+use mce_relay::Page;
 use mce_relay::ledger::State;
 use serde::Serialize;
 
@@ -30,6 +31,8 @@ pub enum Mark {
     Healed,
     /// Whole and predicted to fail.
     Predicted,
+    /// Whole: the signal that named it was forged.
+    Forged,
     /// The guest has taken the page's error.
     Acknowledged,
     /// The guest was told and has not taken it yet.
@@ -43,11 +46,12 @@ pub enum Mark {
 }
 
 impl Mark {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Empty,
         Self::Whole,
         Self::Healed,
         Self::Predicted,
+        Self::Forged,
         Self::Acknowledged,
         Self::Injected,
         Self::Waiting,
@@ -55,14 +59,16 @@ impl Mark {
         Self::Undeliverable,
     ];
 
-    fn of(state: &State) -> Self {
-        match state {
+    fn of(page: &Page) -> Self {
+        match page.state {
+            // Whatever the guest was told of it; one that is no longer the guest's is gone all the same.
+            State::Removed => Self::Removed,
+            _ if page.is_forged() => Self::Forged,
             State::Seen | State::Waiting { .. } => Self::Waiting,
             State::Injected { .. } => Self::Injected,
             State::Acknowledged { .. } => Self::Acknowledged,
             State::Undeliverable { .. } => Self::Undeliverable,
             State::Healed => Self::Healed,
-            State::Removed => Self::Removed,
         }
     }
 
@@ -73,6 +79,7 @@ impl Mark {
             Self::Whole => '#',
             Self::Healed => 'h',
             Self::Predicted => 'p',
+            Self::Forged => 'f',
             Self::Acknowledged => 'a',
             Self::Injected => 'i',
             Self::Waiting => 'w',
@@ -86,7 +93,7 @@ impl Mark {
         match self {
             Self::Empty | Self::Whole => style.dim(),
             Self::Healed => style.green().bold(),
-            Self::Predicted => style.cyan().bold(),
+            Self::Predicted | Self::Forged => style.cyan().bold(),
             Self::Acknowledged => style.magenta().bold(),
             Self::Injected => style.blue().bold(),
             Self::Waiting => style.yellow().bold(),
@@ -100,6 +107,7 @@ impl Mark {
             Self::Whole => "in use",
             Self::Healed => "healed",
             Self::Predicted => "predicted to fail",
+            Self::Forged => "FORGED and whole",
             Self::Acknowledged => "bad, and the guest knows",
             Self::Injected => "bad, and the guest is told",
             Self::Waiting => "bad, and waits to be told",
@@ -145,9 +153,11 @@ pub fn map(socket: &Path) -> Result<Map, PagesError> {
     let marks = status
         .past
         .iter()
+        // Nothing had to be healed of one that was whole.
+        .filter(|page| !page.is_forged())
         .map(|page| (page.gpa, Mark::Healed))
         .chain(status.predicted.iter().map(|page| (page.gpa, Mark::Predicted)))
-        .chain(status.pages.iter().map(|page| (page.gpa, Mark::of(&page.state))));
+        .chain(status.pages.iter().map(|page| (page.gpa, Mark::of(page))));
     Ok(Map::new(&status.vm, &extents, marks))
 }
 
@@ -274,13 +284,15 @@ mod tests {
             (0x2000, Mark::Waiting),
             (0x3000, Mark::Healed),
             (4 << 30, Mark::Predicted),
+            ((4 << 30) + 0x1000, Mark::Forged),
         ];
         let map = Map::new(&vm, &extents, marks.into_iter());
         assert_eq!(map.bytes_per_cell, 64 << 10);
         let row: Vec<(Mark, u64)> =
             map.blocks[0][..3].iter().map(|cell| (cell.mark, cell.bad)).collect();
         assert_eq!(row, [(Mark::Waiting, 2), (Mark::Whole, 0), (Mark::Empty, 0)]);
-        assert_eq!(map.blocks[1][0].mark, Mark::Predicted);
+        let cell = &map.blocks[1][0];
+        assert_eq!((cell.mark, cell.bad), (Mark::Forged, 0), "whole");
 
         let mut text = Vec::new();
         map.write(&mut text, false).unwrap();
@@ -290,6 +302,7 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("w  bad, and waits to be told: 1 pages"), "{text}");
+        assert!(text.contains("f  FORGED and whole: 1 pages"), "{text}");
         assert!(!text.contains('\u{1b}'));
         let mut text = Vec::new();
         map.write(&mut text, true).unwrap();

@@ -149,7 +149,7 @@ impl Entries {
         }
     }
 
-    /// What the entry of the page at `hva` says. `bad`: the ledger has it.
+    /// What the entry of the page at `hva` says. `bad`: the ledger says that it is.
     pub(crate) fn look(
         &mut self,
         hva: u64,
@@ -161,7 +161,7 @@ impl Entries {
     }
 }
 
-/// What an entry says of its page, which is in the ledger if `bad`; `is_marked` says of a page frame whether
+/// What an entry says of its page, which is bad by the ledger if `bad`; `is_marked` says of a page frame whether
 /// the host has marked it as poisoned.
 fn meaning(entry: u64, bad: bool, is_marked: impl Fn(u64) -> bool) -> (Presence, Option<u64>) {
     let pfn = Some(entry & PM_PFN).filter(|pfn| *pfn != 0);
@@ -215,9 +215,8 @@ pub fn pages(
     for target in &targets {
         let gpa = target.gpa;
         let entry = ledger.get(&gpa).copied();
-        let looked = entries
-            .as_mut()
-            .map(|entries| entries.look(target.hva, entry.is_some(), flags.as_ref()));
+        let bad = entry.is_some_and(|page| !page.is_forged());
+        let looked = entries.as_mut().map(|entries| entries.look(target.hva, bad, flags.as_ref()));
         let (presence, pfn) = match looked {
             Some(Ok(looked)) => looked,
             _ => (Presence::Unknown, None),
@@ -255,6 +254,9 @@ impl PageView {
             kib => format!("{kib}K"),
         };
         let ledger = match (&self.ledger, self.predicted) {
+            (Some(page), _) if page.is_forged() => {
+                format!("FORGED {} (the page is whole): {}", page.kind, page.state)
+            }
             (Some(page), _) => format!("{}: {}", page.kind, page.state),
             (None, true) => "predicted to fail".to_owned(),
             (None, false) => String::new(),
@@ -318,6 +320,8 @@ impl std::fmt::Display for Pages {
 
 #[cfg(test)]
 mod tests {
+    use mce_relay::FoundBy;
+
     use super::*;
 
     fn view(number: u64, presence: Presence) -> PageView {
@@ -344,6 +348,18 @@ mod tests {
         let text = Pages { pages, notes: vec!["x".to_owned()] }.to_string();
         assert!(text.contains("dirty,anon") && text.ends_with("note: x"), "{text}");
         assert_eq!(span(0x1000, 2), "0x1000..0x3000");
+    }
+
+    #[test]
+    fn a_forged_page_is_said_to_be() {
+        let (gpa, now) = (0x3000, std::time::SystemTime::UNIX_EPOCH);
+        let ledger = |found_by| {
+            let mut ledger = mce_relay::Ledger::default();
+            ledger.enter(gpa, gpa, 12, mce_relay::mca::Kind::ActionOptional, found_by, now);
+            PageView { ledger: ledger.get(gpa), ..view(3, Presence::Present) }.words()[4].clone()
+        };
+        assert!(ledger(FoundBy::Forged).starts_with("FORGED AO (the page is whole): seen"));
+        assert!(ledger(FoundBy::Signal).starts_with("AO: seen"));
     }
 
     #[test]

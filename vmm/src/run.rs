@@ -279,8 +279,9 @@ impl Machine<'_> {
         let renewed = self.ram.renew(&bad);
         let now = SystemTime::now();
         for gpa in renewed.healed {
+            let forged = self.ledger.get(gpa).is_some_and(|page| page.is_forged());
             if self.ledger.heal(gpa, now) {
-                emit(&Event::Healed { gpa });
+                emit(&Event::Healed { gpa, forged });
             }
         }
         for (gpa, len) in renewed.removed {

@@ -218,13 +218,13 @@ mod tests {
         let counts = Counts::default();
         let place = Place::Ghes { record: 1 };
         let by = Injection::Ghes { record: 1, pages: 1 };
-        let mut before = lines(&counts);
+        let (mut before, forged) = (lines(&counts), false);
         // A page that is told of within 20 ms, and again when the guest touches it an hour later.
         for event in [
-            Event::Injected { gpa: 0, by, after_micros: Some(20_000) },
-            Event::Acknowledged { gpa: 0, place, after_micros: Some(40_000) },
-            Event::Injected { gpa: 0, by, after_micros: None },
-            Event::Acknowledged { gpa: 0, place, after_micros: None },
+            Event::Injected { gpa: 0, by, after_micros: Some(20_000), forged },
+            Event::Acknowledged { gpa: 0, place, after_micros: Some(40_000), forged },
+            Event::Injected { gpa: 0, by, after_micros: None, forged },
+            Event::Acknowledged { gpa: 0, place, after_micros: None, forged },
         ] {
             counts.count(&What::Memory(event));
             let now = lines(&counts);

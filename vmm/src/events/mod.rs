@@ -253,7 +253,12 @@ mod tests {
     #[test]
     fn a_line_has_the_four_fields() {
         let place = mce_relay::Place::Ghes { record: 1 };
-        let event = mce_relay::Event::Acknowledged { gpa: 0x1000, place, after_micros: None };
+        let event = mce_relay::Event::Acknowledged {
+            gpa: 0x1000,
+            place,
+            after_micros: None,
+            forged: false,
+        };
         let line = line(Duration::new(2, 5), "memory", &event);
         let value: Value = serde_json::from_str(&line).unwrap();
         assert_eq!(value["timestamp"]["secs"], 2);
