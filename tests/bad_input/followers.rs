@@ -61,7 +61,7 @@ fn events_total(socket: &Path) -> u64 {
 }
 
 /// Two followers get every event, and a third, who does not read until the end, is told how many it has
-/// missed; the VMM's memory stays bounded. A minute in make soak, and five seconds otherwise.
+/// missed; the VMM's memory stays bounded. Five seconds, or with MCE_RELAY_SOAK set (make soak) a minute.
 pub fn three_of_them_one_stuck() {
     let seconds = if std::env::var_os("MCE_RELAY_SOAK").is_some() { 60 } else { 5 };
     let vm = Spinning::start(&[]);
