@@ -14,6 +14,7 @@ mod terminal;
 mod tools;
 mod unprivileged;
 mod values;
+mod watching;
 
 use std::path::Path;
 use std::process::{ExitCode, Output};
@@ -137,6 +138,9 @@ fn main() -> ExitCode {
         tools::a_machine_check_that_kills needs has_kvm,
         tools::a_forged_ar_of_a_guest_that_cannot_be_told needs has_kvm,
         unprivileged::what_works_and_what_does_not needs as_root_with_kvm,
+        watching::events_and_status_are_followed_to_the_end needs has_kvm,
+        watching::a_vm_is_found_by_its_name needs has_kvm,
+        watching::metrics_have_the_page needs has_kvm,
         values::memory_of_zero needs has_kvm,
         values::more_memory_than_there_is needs has_kvm,
         values::memory_that_is_not_a_size needs anywhere,

@@ -150,6 +150,15 @@ impl Spinning {
         tool.args(args).stdin(Stdio::null()).output().unwrap()
     }
 
+    /// Starts `mce-relay <command> --api-socket … args`, with what it prints in a pipe, and does not wait
+    /// for it.
+    pub fn spawn(&self, command: &str, args: &[&str]) -> Child {
+        let socket = format!("path={}", self.socket().display());
+        let mut tool = Command::new(&self.binary);
+        tool.args([command, "--api-socket", &socket]).args(args);
+        tool.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap()
+    }
+
     /// What runs.
     pub fn info(&self) -> VmInfo {
         client::get(&self.socket(), "vm.info").unwrap()

@@ -2,8 +2,8 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::time::{Duration, SystemTime};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant, SystemTime};
 
 use console::{Style, Term};
 use jiff::Timestamp;
@@ -19,6 +19,8 @@ use crate::show;
 const LEAST: Duration = Duration::from_millis(200);
 /// And no less often, as times pass and a pause may not be noticed otherwise.
 const MOST: Duration = Duration::from_secs(5);
+/// How long the stream of events may take to end after the VM has.
+const ENDING: Duration = Duration::from_secs(1);
 
 /// Why there is nothing (more) to follow.
 #[derive(Debug, thiserror::Error)]
@@ -159,6 +161,8 @@ pub fn status(socket: &Path, json: bool) -> Result<(), FollowError> {
             Ok(status) => Some(status),
             // Between two boots.
             Err(ClientError::Refused { status: 503, .. }) => None,
+            // The VM's end shows here first, or there.
+            Err(_) if has_ended(&happens) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
         if let Some(status) = status {
@@ -174,6 +178,18 @@ pub fn status(socket: &Path, json: bool) -> Result<(), FollowError> {
             Ok(()) => while happens.try_recv().is_ok() {},
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        }
+    }
+}
+
+/// Whether nothing happens any more, once what has happened is taken.
+fn has_ended(happens: &Receiver<()>) -> bool {
+    let deadline = Instant::now() + ENDING;
+    loop {
+        match happens.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(()) => {}
+            Err(RecvTimeoutError::Timeout) => return false,
+            Err(RecvTimeoutError::Disconnected) => return true,
         }
     }
 }
@@ -212,6 +228,17 @@ mod tests {
         let mut coloured = Timeline::new(true);
         assert!(coloured.line(healed).contains("\u{1b}["));
     }
+
+    #[test]
+    fn the_end_is_told_from_silence() {
+        let (happened, happens) = channel();
+        happened.send(()).unwrap();
+        assert!(!has_ended(&happens));
+        happened.send(()).unwrap();
+        drop(happened);
+        assert!(has_ended(&happens));
+    }
+
     #[test]
     fn times_that_cannot_be_are_shown_all_the_same() {
         for line in [

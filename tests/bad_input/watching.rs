@@ -1,0 +1,184 @@
+//! What those see who watch a VM: it runs, something happens, and it ends.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use mce_relay::Page;
+use mce_relay::ledger::State;
+use mce_relay_tests::guest::binary;
+use mce_relay_tests::hooked::SPIN;
+use mce_relay_tests::spinning::Spinning;
+use mce_relay_tests::tiny::elf;
+use serde_json::Value;
+
+use crate::refused;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The lines that a child prints, as it prints them.
+fn lines(child: &mut Child) -> Receiver<String> {
+    let stdout = child.stdout.take().unwrap();
+    let (sender, lines) = channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+            // Nobody may be listening any more.
+            let _ = sender.send(line);
+        }
+    });
+    lines
+}
+
+/// Waits for a line with `text` in it.
+fn wait_for(lines: &Receiver<String>, what: &str, text: &str) -> String {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let line = lines.recv_timeout(left).unwrap_or_else(|_| panic!("{what} shows no {text}"));
+        if line.contains(text) {
+            return line;
+        }
+    }
+}
+
+/// Waits for the end; the exit status.
+fn end_of(child: &mut Child, what: &str) -> Option<i32> {
+    let start = Instant::now();
+    loop {
+        match child.try_wait().unwrap() {
+            Some(status) => return status.code(),
+            None if start.elapsed() > PATIENCE => panic!("{what} does not end"),
+            None => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+/// `events --follow` and `status --follow`, in words and as JSON: what happens is shown as it happens, and
+/// the VM's end is theirs, without an error.
+pub fn events_and_status_are_followed_to_the_end() {
+    let vm = Spinning::start(&[]);
+    let mut followers: Vec<(String, Child, Receiver<String>)> = Vec::new();
+    for command in ["events", "status"] {
+        for more in [&["--follow"][..], &["--follow", "--json"]] {
+            let mut child = vm.spawn(command, more);
+            let shown = lines(&mut child);
+            followers.push((format!("{command} {}", more.join(" ")), child, shown));
+        }
+    }
+    // They are there before anything happens.
+    for (what, _, shown) in &followers {
+        let is_json = what.contains("--json");
+        let first = match (what.starts_with("events"), is_json) {
+            (true, true) => r#""event":"booting""#,
+            (true, false) => "VM: boot 1",
+            (false, true) => r#""pages":[]"#,
+            (false, false) => "no bad pages",
+        };
+        wait_for(shown, what, first);
+    }
+    let out = vm.command("poison", &["--via", "signal", "--gpa", "0x5000"]);
+    assert!(out.status.success(), "{out:?}");
+    for (what, _, shown) in &followers {
+        let line = match what.starts_with("events") {
+            true => wait_for(shown, what, "seen"),
+            false => wait_for(shown, what, "0x5000"),
+        };
+        println!("    {what}: {}", line.chars().take(100).collect::<String>());
+        if what.contains("--json") {
+            serde_json::from_str::<Value>(&line).unwrap();
+        }
+        assert!(line.contains("0x5000"), "{what}: {line}");
+    }
+    assert_eq!(vm.shut_down().code(), Some(0));
+    for (what, child, _) in &mut followers {
+        assert_eq!(end_of(child, what), Some(0), "{what}");
+    }
+}
+
+/// A VM that has a name is listed, found by it, and the only one that is called so.
+pub fn a_vm_is_found_by_its_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, elf(&SPIN)).unwrap();
+    let command = |args: &[&str]| {
+        let mut command = Command::new(binary());
+        command.args(args).env("XDG_RUNTIME_DIR", dir.path()).stdin(Stdio::null());
+        command
+    };
+    let tool = |args: &[&str]| -> Output { command(args).output().unwrap() };
+    let run = ["run", "--name", "watched", "--serial", "off", "--memory", "32M", "--kernel"];
+    let run = [&run[..], &[kernel.to_str().unwrap()]].concat();
+    let mut vmm = command(&run).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let start = Instant::now();
+    while !tool(&["status", "--vm", "watched"]).status.success() {
+        assert!(vmm.try_wait().unwrap().is_none() && start.elapsed() < PATIENCE, "it does not run");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+
+    let out = tool(&["list", "--json"]);
+    let listed: Value = serde_json::from_slice(&out.stdout).unwrap();
+    println!("    {listed}");
+    let text = listed.to_string();
+    let socket = dir.path().join("mce-relay/watched.sock");
+    for part in ["\"watched\"", socket.to_str().unwrap(), &vmm.id().to_string()] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    let list = String::from_utf8(tool(&["list"]).stdout).unwrap();
+    assert!(list.contains("watched"), "{list}");
+    let status: Value =
+        serde_json::from_slice(&tool(&["status", "--vm", "watched", "--json"]).stdout).unwrap();
+    assert_eq!(
+        (&status["vm"]["name"], &status["vm"]["pid"]),
+        (&"watched".into(), &vmm.id().into())
+    );
+    refused(&tool(&run), 1, &["watched", "another name"]);
+
+    assert!(tool(&["shutdown", "--vm", "watched"]).status.success());
+    assert_eq!(end_of(&mut vmm, "run"), Some(0));
+    let list = String::from_utf8(tool(&["list"]).stdout).unwrap();
+    assert!(!list.contains("watched"), "{list}");
+    refused(&tool(&["status", "--vm", "watched"]), 1, &["watched"]);
+}
+
+/// `GET /metrics`, as a collector gets it, with a page in the ledger.
+pub fn metrics_have_the_page() {
+    let vm = Spinning::start(&[]);
+    let out = vm.command("poison", &["--via", "signal", "--gpa", "0x5000"]);
+    assert!(out.status.success(), "{out:?}");
+    let start = Instant::now();
+    let waits = |page: &Page| matches!(page.state, State::Waiting { .. });
+    while !vm.status().pages.first().is_some_and(waits) {
+        assert!(start.elapsed() < PATIENCE, "it does not wait: {:?}", vm.status());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut stream = UnixStream::connect(vm.socket()).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+    assert!(
+        head.to_ascii_lowercase().contains("content-type: text/plain; version=0.0.4"),
+        "{head}"
+    );
+    for line in [
+        "mce_relay_boots_total 1",
+        r#"mce_relay_signals_total{forged="true",kind="AO",thread="relay"} 1"#,
+        r#"mce_relay_pages_seen_total{found_by="forged signal"} 1"#,
+        // Its guest never opens its machine-check handler, so it is told of nothing.
+        r#"mce_relay_pages{state="waiting"} 1"#,
+        r#"mce_relay_pages{state="acknowledged"} 0"#,
+        "mce_relay_told_seconds_count 0",
+        r#"mce_relay_told_seconds_bucket{le="+Inf"} 0"#,
+        "mce_relay_acknowledged_seconds_count 0",
+        "mce_relay_paused 0",
+    ] {
+        assert!(body.lines().any(|known| known == line), "{line}: {body}");
+    }
+    let oldest = body.lines().find_map(|l| l.strip_prefix("mce_relay_oldest_waiting_seconds "));
+    let oldest: f64 = oldest.unwrap().parse().unwrap();
+    assert!(oldest > 0.0 && oldest < 60.0, "{oldest}");
+    assert_eq!(vm.shut_down().code(), Some(0));
+}
