@@ -1,13 +1,21 @@
-"""Lets programs that speak TCP only talk to a unix socket: proxy.py PORT SOCKET"""
+"""Lets programs that speak TCP only talk to a unix socket: proxy.py PORT SOCKET
+
+A stream of events that does not end is not asked for: `follow=true` in a request is made `follow=false`.
+"""
 
 import asyncio
+import re
 import sys
 
 
-async def copy(reader, writer):
+def ending(request):
+    return re.sub(rb"^(GET /api/v1/relay\.events\?\S*?follow=)true", rb"\1false", request)
+
+
+async def copy(reader, writer, change=lambda data: data):
     try:
         while data := await reader.read(65536):
-            writer.write(data)
+            writer.write(change(data))
             await writer.drain()
         writer.write_eof()
     except OSError:
@@ -21,7 +29,7 @@ async def connection(reader, writer):
         print(f"proxy: {error}", file=sys.stderr)
         writer.close()
         return
-    await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+    await asyncio.gather(copy(reader, inner_writer, ending), copy(inner_reader, writer))
     for end in (writer, inner_writer):
         end.close()
 
