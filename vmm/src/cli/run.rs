@@ -48,7 +48,8 @@ pub struct RunArgs {
     #[arg(long, default_value = "off", value_name = "MODE")]
     pub serial2: Serial,
     /// Call the VM so, and make its API socket where the other commands look for that name: in
-    /// $XDG_RUNTIME_DIR/mce-relay, or /run/mce-relay for root.
+    /// $XDG_RUNTIME_DIR/mce-relay, or where that is not set in /run/mce-relay for root and
+    /// mce-relay-UID in the directory for temporary files for others.
     #[arg(long, value_name = "NAME", conflicts_with = "api_socket")]
     pub name: Option<VmName>,
     /// Make an API socket (mode 0600) at this path, which must not exist.

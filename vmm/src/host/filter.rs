@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use super::flags::FlagsFilter;
+use super::flags::{FlagsFilter, names};
 
 /// Where they are (`mm/hwpoison-inject.c`). Each file holds one decimal number; 0x… is taken, too.
 const DIR: &str = "/sys/kernel/debug/hwpoison";
@@ -72,6 +72,20 @@ pub struct Filter {
     pub dev: Option<(u32, u32)>,
     /// Those with these flags.
     pub flags: Option<FlagsFilter>,
+}
+
+impl std::fmt::Display for Filter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let memcg = self.memcg.map(|inode| format!("of the memory cgroup with inode {inode}"));
+        let dev = self.dev.map(|(major, minor)| format!("of files on device {major}:{minor}"));
+        // As --filter-flags takes it.
+        let flags = self.flags.map(|FlagsFilter { mask, value }| match value {
+            0 => format!("with flags {}=0", names(mask).join("+")),
+            _ => format!("with flags {}={}", names(mask).join("+"), names(value).join("+")),
+        });
+        let words: Vec<String> = [memcg, dev, flags].into_iter().flatten().collect();
+        f.write_str(&words.join(", and "))
+    }
 }
 
 impl Filter {
@@ -307,6 +321,23 @@ mod tests {
 
     fn value(dir: &tempfile::TempDir, name: &str) -> u64 {
         read(&dir.path().join(name)).unwrap()
+    }
+
+    #[test]
+    fn what_it_lets_through_in_words() {
+        let with =
+            |flags: &str| Filter { flags: Some(flags.parse().unwrap()), ..Filter::default() };
+        for (filter, words) in [
+            (Filter::default(), ""),
+            (Filter { memcg: Some(42), ..Filter::default() }, "of the memory cgroup with inode 42"),
+            (with("huge=0"), "with flags huge=0"),
+            (
+                Filter { dev: Some((8, 1)), ..with("anon+huge=anon") },
+                "of files on device 8:1, and with flags anon+huge=anon",
+            ),
+        ] {
+            assert_eq!(filter.to_string(), words);
+        }
     }
 
     #[test]

@@ -59,6 +59,14 @@ fn chosen(vm: &VmInfo, order: &Order<'_>) -> Result<(Option<Filter>, Vec<String>
             _ => Some(others.clone()).filter(|others| *others != Filter::default()),
         },
     };
+    // The VM's own cgroup has words already.
+    let more = match &order.filter {
+        FilterChoice::OwnCgroup(more) | FilterChoice::Given(more) => more.to_string(),
+        FilterChoice::Nothing => String::new(),
+    };
+    if !more.is_empty() {
+        notes.push(format!("only pages can be hit that are {more}"));
+    }
     if filter.is_none()
         && let Some(left) = filter::left_over()?
     {
