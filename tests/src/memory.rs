@@ -31,7 +31,11 @@ pub fn of_the_agent(guest: &mut Guest, extent: u64) -> Vec<Page> {
     // Each SIGBUS costs the emulated guest its time; the account is in its kernel's log.
     guest.agent.ask("sigbus count");
     guest.agent.ask("early off");
-    guest.agent.alloc(if extent == HUGE { "thp" } else { "anon" }, 8)
+    if extent == HUGE {
+        return guest.agent.alloc("thp", 8);
+    }
+    // So many, that the last of them are not the guest's kernel's own in the next boot again.
+    guest.agent.alloc_many("anon", 1024)
 }
 
 /// Poisons `bad` and has the guest touch it before the relay has heard of it. The relay has to be at rest:
@@ -55,9 +59,9 @@ fn lost_with(bad: Page, extent: u64) -> BTreeSet<u64> {
 pub fn poisoned(memory: &'static str, extent: u64) -> (Guest, BTreeSet<u64>) {
     let mut guest = Guest::boot(&options(memory));
     let pages = of_the_agent(&mut guest, extent);
-    let ar = pages[6];
+    let [.., before, _, _, _, ar, _] = pages[..] else { panic!("{} pages", pages.len()) };
     // Somewhere in the middle of what is lost with it.
-    let ao = Page { gpa: pages[2].gpa + extent / 8192 * 4096, ..pages[2] };
+    let ao = Page { gpa: before.gpa + extent / 8192 * 4096, ..before };
 
     let start = Instant::now();
     touched(&mut guest, ar);
