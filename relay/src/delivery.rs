@@ -176,6 +176,8 @@ pub enum Cannot {
     },
     /// The hypervisor refused the record, or took it and did not act on it.
     Refused,
+    /// The hypervisor does not say what state the vCPU is in, so nobody knows what it can take.
+    NoState,
     /// The guest was told of its touch of the page again and again, and touches it all the same.
     Loop {
         /// How often, in a row.
@@ -198,6 +200,9 @@ impl fmt::Display for Cannot {
             ),
             Self::Blocked { by } => write!(f, "an AR cannot wait, and {by}"),
             Self::Refused => f.write_str("the hypervisor did not put the record into the bank"),
+            Self::NoState => {
+                f.write_str("the hypervisor does not say what machine-check state the vCPU is in")
+            }
             Self::Loop { rounds } => write!(
                 f,
                 "the guest was told {rounds} times in a row and touches the page again without progress"
@@ -657,6 +662,11 @@ impl Delivery {
     /// Whether an error waits to be told on `vcpu`.
     pub(crate) fn has_something_for(&self, vcpu: usize) -> bool {
         self.first(vcpu).is_some()
+    }
+
+    /// The AR that `vcpu` is to be told of next.
+    pub(crate) fn first_ar(&self, vcpu: usize) -> Option<Pending> {
+        self.first(vcpu).filter(|error| error.kind == Kind::ActionRequired)
     }
 
     /// The error `vcpu` is to be told of next.

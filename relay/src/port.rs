@@ -35,7 +35,8 @@ pub trait Mca {
     /// The vCPU's machine-check state now.
     ///
     /// # Errors
-    /// The hypervisor does not say. Nothing is told on this vCPU until it does.
+    /// The hypervisor does not say. Nothing is told on this vCPU until it does: an AO waits, an AR is
+    /// undeliverable.
     fn state(&mut self) -> io::Result<McaState>;
 
     /// Puts `record` into its bank and raises what it raises. Called only when `state` has just
@@ -68,8 +69,8 @@ pub enum Verdict {
         gpa: u64,
         /// Why the guest cannot be told.
         why: Cannot,
-        /// Where the vCPU was: its RIP.
-        rip: u64,
+        /// Where the vCPU was: its RIP, if the hypervisor said it.
+        rip: Option<u64>,
     },
 }
 
@@ -175,7 +176,11 @@ impl VcpuPort {
                     // Nobody may be kept waiting in a round by a vCPU that cannot take part.
                     warn!("vCPU {me}: cannot read its machine-check state: {error}");
                     shared.absent(&mut inner, me);
-                    return Verdict::Run;
+                    // Back in the guest it would meet its AR again, and again without end.
+                    let Some(error) = inner.delivery.first_ar(me) else { return Verdict::Run };
+                    let why = Cannot::NoState;
+                    shared.undeliverable(&mut inner, me, error, why, None);
+                    return Verdict::Undeliverable { gpa: error.gpa, why, rip: None };
                 }
             };
             let now = shared.now();
@@ -202,7 +207,8 @@ impl VcpuPort {
                 Some(Step::Cannot(error, why)) => {
                     shared.undeliverable(&mut inner, me, error, why, Some(state.rip));
                     if error.kind == Kind::ActionRequired {
-                        return Verdict::Undeliverable { gpa: error.gpa, why, rip: state.rip };
+                        let rip = Some(state.rip);
+                        return Verdict::Undeliverable { gpa: error.gpa, why, rip };
                     }
                 }
                 Some(Step::Rendezvous(_)) | None => {
@@ -233,13 +239,9 @@ impl VcpuPort {
                             }
                             let since: Instant = *held_since.get_or_insert_with(Instant::now);
                             if since.elapsed() > AR_PATIENCE {
-                                let why = Cannot::Blocked { by: wait };
-                                shared.undeliverable(&mut inner, me, error, why, Some(state.rip));
-                                return Verdict::Undeliverable {
-                                    gpa: error.gpa,
-                                    why,
-                                    rip: state.rip,
-                                };
+                                let (why, rip) = (Cannot::Blocked { by: wait }, Some(state.rip));
+                                shared.undeliverable(&mut inner, me, error, why, rip);
+                                return Verdict::Undeliverable { gpa: error.gpa, why, rip };
                             }
                             inner = shared.pause(inner, AR_LOOK);
                         }
@@ -438,8 +440,8 @@ impl Shared {
             return Ok(());
         };
         let Some((status, mcg_status)) = bank else {
-            let why = Cannot::Refused;
-            self.undeliverable(inner, vcpu, pending, why, Some(rip));
+            let (why, rip) = (Cannot::Refused, Some(rip));
+            self.undeliverable(inner, vcpu, pending, why, rip);
             return match pending.kind {
                 Kind::ActionOptional => Ok(()),
                 Kind::ActionRequired => Err(Verdict::Undeliverable { gpa: pending.gpa, why, rip }),

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
-use mce_relay::delivery::Wait;
+use mce_relay::delivery::{Cannot, Wait};
 use mce_relay::event::{Event, Injection, Reach};
 use mce_relay::ledger::State;
 use mce_relay::mca::{
@@ -222,6 +222,58 @@ fn an_ar_in_a_guest_that_cannot_be_told_stops_the_vcpu() {
         let verdict = port.before_run(&mut model.clone());
         assert!(matches!(verdict, Verdict::Undeliverable { gpa: 0x10_0000, .. }), "{verdict:?}");
         assert!(matches!(relay.pages()[0].state, State::Undeliverable { .. }));
+    });
+}
+
+/// A vCPU whose state the hypervisor does not say, or says no more.
+struct Silent;
+
+impl Mca for Silent {
+    fn state(&mut self) -> io::Result<McaState> {
+        Err(io::Error::from_raw_os_error(libc::ENOMEM))
+    }
+
+    fn inject(&mut self, record: &Record) -> io::Result<()> {
+        panic!("{record:?} for a vCPU in no known state");
+    }
+}
+
+#[test]
+fn an_ar_of_a_vcpu_in_no_known_state_stops_it_and_an_ao_waits() {
+    on_own_thread(|| {
+        let (relay, events) = start(amd(), 1);
+        let mut port = attach(&relay, 0);
+        let (ao, ar) = (0x10_5000, 0x10_3000);
+        forge(BUS_MCEERR_AO, HVA + 0x5000, 12);
+        assert_eq!(port.before_run(&mut Silent), Verdict::Run, "an AO does not stop it");
+        forge(BUS_MCEERR_AR, HVA + 0x3000, 12);
+        let why = Cannot::NoState;
+        let untold = Verdict::Undeliverable { gpa: ar, why, rip: None };
+        assert_eq!(port.before_run(&mut Silent), untold);
+        wait_for(&events, |event| {
+            let ar = Event::Undeliverable {
+                gpa: ar,
+                kind: Kind::ActionRequired,
+                vcpu: 0,
+                why,
+                rip: None,
+            };
+            *event == ar
+        });
+        let state = |gpa| relay.pages().iter().find(|page| page.gpa == gpa).unwrap().state;
+        assert_eq!(state(ar), State::Undeliverable { why });
+        assert!(!matches!(state(ao), State::Undeliverable { .. }), "{}", state(ao));
+
+        // It says again what state it is in; the relay's thread has it look.
+        let model = Model::new();
+        for _ in 0..500 {
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+            if matches!(state(ao), State::Injected { .. }) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("the AO was not told: {:?}", relay.pages());
     });
 }
 

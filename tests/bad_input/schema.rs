@@ -57,8 +57,8 @@ fn whys() -> [Why; 6] {
 }
 
 fn cannots() -> Vec<Cannot> {
-    let mut all =
-        vec![Cannot::NoForm, Cannot::Refused, Cannot::Loop { rounds: 64 }, Cannot::WentBad];
+    let mut all = vec![Cannot::NoForm, Cannot::Refused, Cannot::NoState, Cannot::WentBad];
+    all.push(Cannot::Loop { rounds: 64 });
     all.extend(waits().into_iter().map(|by| Cannot::Blocked { by }));
     all.extend(whys().map(|why| Cannot::NoTaker { why }));
     all
@@ -133,9 +133,10 @@ fn memory_events() -> Vec<Event> {
     all
 }
 
-fn pause_reasons() -> [PauseReason; 3] {
-    let untold = Undeliverable { vcpu: 1, gpa: GPA, why: "x".into(), rip: u64::MAX };
-    [PauseReason::Request, PauseReason::Marking, PauseReason::Undeliverable(untold)]
+fn pause_reasons() -> Vec<PauseReason> {
+    let untold =
+        |rip| PauseReason::Undeliverable(Undeliverable { vcpu: 1, gpa: GPA, why: "x".into(), rip });
+    vec![PauseReason::Request, PauseReason::Marking, untold(None), untold(Some(u64::MAX))]
 }
 
 fn vm_events() -> Vec<VmEvent> {

@@ -48,18 +48,20 @@ pub struct Undeliverable {
     pub gpa: u64,
     /// Why the guest cannot be told.
     pub why: String,
-    /// Where the vCPU was: its RIP.
-    #[serde(with = "mce_relay::event::hex")]
-    pub rip: u64,
+    /// Where the vCPU was: its RIP, if it is known.
+    #[serde(with = "mce_relay::event::hex_option")]
+    pub rip: Option<u64>,
 }
 
 impl fmt::Display for Undeliverable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { vcpu, gpa, why, rip } = self;
-        write!(
-            f,
-            "vCPU {vcpu} touched the bad page at {gpa:#x} (RIP {rip:#x}) and cannot be told: {why}"
-        )
+        write!(f, "vCPU {vcpu} touched the bad page at {gpa:#x} ")?;
+        match rip {
+            Some(rip) => write!(f, "(RIP {rip:#x})")?,
+            None => f.write_str("(RIP unknown)")?,
+        }
+        write!(f, " and cannot be told: {why}")
     }
 }
 
@@ -400,7 +402,12 @@ mod tests {
     use super::*;
 
     fn untold(vcpu: u8) -> PauseReason {
-        PauseReason::Undeliverable(Undeliverable { vcpu, gpa: 0x1000, why: "test".into(), rip: 0 })
+        PauseReason::Undeliverable(Undeliverable {
+            vcpu,
+            gpa: 0x1000,
+            why: "test".into(),
+            rip: Some(0),
+        })
     }
 
     #[test]

@@ -548,7 +548,7 @@ mod tests {
             vcpu: 0,
             gpa: 0x1000,
             why: "test".into(),
-            rip: 0,
+            rip: None,
         })
     }
 
@@ -569,7 +569,7 @@ mod tests {
 
     #[test]
     fn the_way_on_is_one_that_exists() {
-        let what = Undeliverable { vcpu: 0, gpa: 0x1000, why: "test".into(), rip: 0 };
+        let what = Undeliverable { vcpu: 0, gpa: 0x1000, why: "test".into(), rip: None };
         let untold = PauseReason::Undeliverable(what);
         let socket = Path::new("/x");
         let words = way_on(&untold, Some(socket));

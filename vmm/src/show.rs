@@ -533,7 +533,7 @@ mod tests {
         assert_eq!(shown(Vec::new(), None, false)[1..], ["no bad pages"]);
         let waits = State::Waiting { wait: Wait::Mcip { vcpu: 0 } };
         let pages = vec![page(0, waits), page(1, State::Seen), page(2, waits)];
-        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why: "test".into(), rip: 0 };
+        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why: "test".into(), rip: Some(0) };
         let lines = shown(pages, Some(PauseReason::Undeliverable(what)), true);
         assert!(lines[0].contains("AO pace 16 at once and 10 a second"), "{}", lines[0]);
         assert!(lines[1].starts_with("PAUSED: vCPU 1 touched the bad page at 0x5000"));

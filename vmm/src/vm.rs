@@ -733,7 +733,7 @@ mod tests {
         fn before_run(&mut self, _: &mut VcpuFd) -> HookVerdict {
             if std::mem::take(&mut self.pause) {
                 let why = "test".into();
-                let what = Undeliverable { vcpu: self.index, gpa: 0x1000, why, rip: 0 };
+                let what = Undeliverable { vcpu: self.index, gpa: 0x1000, why, rip: Some(0) };
                 return HookVerdict::Pause(PauseReason::Undeliverable(what));
             }
             self.entries.fetch_add(1, Ordering::SeqCst);

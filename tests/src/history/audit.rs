@@ -409,7 +409,7 @@ impl Audit {
                 assert_eq!(error.kind, Kind::ActionRequired, "nobody touches for an AO");
                 assert_eq!(rounds, LOOP_ROUNDS, "as soon as it is one");
             }
-            Cannot::Refused => panic!("delivery cannot know that"),
+            Cannot::Refused | Cannot::NoState => panic!("delivery cannot know that"),
             Cannot::NoTaker { .. } | Cannot::WentBad => panic!("nothing is predicted here"),
         }
         self.waits_no_longer(vcpu, error);

@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn a_pause_names_its_reason_and_the_way_on() {
         let why = "CR4.MCE is clear".into();
-        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why, rip: 0xff };
+        let what = Undeliverable { vcpu: 1, gpa: 0x5000, why, rip: Some(0xff) };
         let event = VmEvent::Paused {
             reason: PauseReason::Undeliverable(what),
             way_on: "resume it".into(),
