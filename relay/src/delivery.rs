@@ -37,6 +37,10 @@ const LEAVE: Duration = Duration::from_secs(1);
 /// A touch of one page, told and met again, this often without a pause of ten seconds in between, is a
 /// loop: the guest takes the machine check and does nothing about the page. Linux never touches a page
 /// again that it was told of.
+///
+/// The touches are those of all vCPUs, since a thread that loops may wander from one to the next. Of a
+/// page that every thread of a large guest uses, each vCPU may touch it once before the guest has put it
+/// away; so of the first touches of the vCPUs one counts.
 pub const LOOP_ROUNDS: u32 = 64;
 
 /// A touch that comes this long after the last one of the same page begins a new count.
@@ -288,18 +292,21 @@ pub struct Delivery {
     caps: Caps,
     ao: VecDeque<u64>,
     ar: Vec<VecDeque<u64>>,
-    /// The pages each vCPU has touched lately.
-    touches: Vec<Vec<Touched>>,
+    /// The pages that were touched lately.
+    touches: Vec<Touched>,
     in_banks: Vec<InBank>,
     queue: Queue,
     vcpus: Vec<Seen>,
     firmware: Option<Channel>,
 }
 
-/// A page that a vCPU touches, and is told of, again and again.
-#[derive(Debug, Clone, Copy)]
+/// A page that vCPUs touch, and are told of, again and again.
+#[derive(Debug, Clone)]
 struct Touched {
     gpa: u64,
+    /// Who has touched it.
+    vcpus: Vec<usize>,
+    /// How often, without the first touches of all vCPUs but one.
     rounds: u32,
     last: Duration,
 }
@@ -322,7 +329,7 @@ impl Delivery {
             caps,
             ao: VecDeque::new(),
             ar: vec![VecDeque::new(); vcpus],
-            touches: vec![Vec::new(); vcpus],
+            touches: Vec::new(),
             in_banks: Vec::new(),
             queue: Queue::new(pace),
             vcpus: vec![Seen::default(); vcpus],
@@ -439,24 +446,26 @@ impl Delivery {
 
     /// One more round of `vcpu` on the page at `gpa`.
     fn count_touch(&mut self, vcpu: usize, gpa: u64, now: Duration) {
-        let Some(touches) = self.touches.get_mut(vcpu) else { return };
         // Whatever is not touched any more is no loop; so the list stays short.
-        touches.retain(|touched| now.saturating_sub(touched.last) < LOOP_PAUSE);
-        match touches.iter_mut().find(|touched| touched.gpa == gpa) {
+        self.touches.retain(|touched| now.saturating_sub(touched.last) < LOOP_PAUSE);
+        match self.touches.iter_mut().find(|touched| touched.gpa == gpa) {
             Some(touched) => {
-                touched.rounds += 1;
+                if touched.vcpus.contains(&vcpu) {
+                    touched.rounds += 1;
+                } else {
+                    touched.vcpus.push(vcpu);
+                }
                 touched.last = now;
             }
-            None => touches.push(Touched { gpa, rounds: 1, last: now }),
+            None => self.touches.push(Touched { gpa, vcpus: vec![vcpu], rounds: 1, last: now }),
         }
     }
 
-    /// How often in a row `vcpu` was told of its touch of the page at `gpa`, when that is too often.
-    /// Said once: whoever lets the vCPU go on gives it as many rounds again.
-    fn take_loop(&mut self, vcpu: usize, gpa: u64) -> Option<u32> {
-        let touches = self.touches.get_mut(vcpu)?;
-        let at = touches.iter().position(|t| t.gpa == gpa && t.rounds > LOOP_ROUNDS)?;
-        Some(touches.swap_remove(at).rounds - 1)
+    /// How often in a row the guest was told of its touch of the page at `gpa`, when that is too often.
+    /// Said once: whoever lets the guest go on gives it as many rounds again.
+    fn take_loop(&mut self, gpa: u64) -> Option<u32> {
+        let at = self.touches.iter().position(|t| t.gpa == gpa && t.rounds > LOOP_ROUNDS)?;
+        Some(self.touches.swap_remove(at).rounds - 1)
     }
 
     /// Whether nothing waits for a vCPU, neither to be told nor to be acknowledged.
@@ -497,7 +506,7 @@ impl Delivery {
             return Step::Idle;
         };
         if error.kind == Kind::ActionRequired
-            && let Some(rounds) = self.take_loop(vcpu, error.gpa)
+            && let Some(rounds) = self.take_loop(error.gpa)
         {
             return Step::Cannot(error, Cannot::Loop { rounds });
         }
@@ -846,16 +855,20 @@ mod tests {
 
     /// One round of a guest that takes the machine check and touches the page again.
     fn round(delivery: &mut Delivery, gpa: u64, now: Duration) -> Step {
-        delivery.push_ar(0, gpa, now);
+        round_on(0, delivery, gpa, now)
+    }
+
+    fn round_on(vcpu: usize, delivery: &mut Delivery, gpa: u64, now: Duration) -> Step {
+        delivery.push_ar(vcpu, gpa, now);
         let mut state = ready();
-        let step = delivery.next(0, &state, now);
+        let step = delivery.next(vcpu, &state, now);
         if let Step::Inject(told) = &step {
             delivery.told(told);
             state.interrupts_on = true;
-            assert_eq!(delivery.taken(0, &state, now).len(), 1, "it took it");
+            assert_eq!(delivery.taken(vcpu, &state, now).len(), 1, "it took it");
         }
         if let Step::Cannot(error, _) = &step {
-            delivery.forget(0, error);
+            delivery.forget(vcpu, error);
         }
         step
     }
@@ -875,6 +888,31 @@ mod tests {
             assert!(delivery.is_idle(), "and whoever goes on has as many rounds again");
         }
         const { assert!(LOOP_ROUNDS < 100) };
+    }
+
+    #[test]
+    fn a_loop_that_wanders_from_vcpu_to_vcpu_is_one() {
+        for vcpus in [2, 4, 32] {
+            let mut delivery = open(amd(), vcpus);
+            let mut step_of = |n: u32| {
+                let now = LATER + Duration::from_millis(n.into());
+                round_on(n as usize % vcpus, &mut delivery, PAGE, now)
+            };
+            let told = (0..).take_while(|n| matches!(step_of(*n), Step::Inject(_))).count();
+            let others = vcpus - 1;
+            assert_eq!(told, LOOP_ROUNDS as usize + others, "{vcpus} vCPUs");
+            assert!(told < 100, "{vcpus} vCPUs");
+        }
+    }
+
+    #[test]
+    fn many_vcpus_that_touch_a_page_once_are_none() {
+        const VCPUS: usize = 254;
+        let mut delivery = open(amd(), VCPUS);
+        for vcpu in 0..VCPUS {
+            let step = round_on(vcpu, &mut delivery, PAGE, LATER);
+            assert!(matches!(step, Step::Inject(_)), "vCPU {vcpu}: {step:?}");
+        }
     }
 
     #[test]
