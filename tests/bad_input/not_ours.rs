@@ -76,7 +76,12 @@ pub fn an_ao_of_its_own_memory_is_reported_and_it_goes_on() {
     assert_eq!((&outside["kind"], &outside["hva"]), (&"AO".into(), &format!("{page:#x}").into()));
     vmm.put("vm.shutdown");
     let (status, stderr) = vmm.ended();
+    println!("    {}", stderr.trim_end());
     assert_eq!(status.code(), Some(0), "{stderr}");
+    let said: Vec<&str> = stderr.lines().filter(|line| line.contains("outside: AO")).collect();
+    let [said] = said[..] else { panic!("one line: {stderr}") };
+    assert!(said.contains(&format!("AO at HVA {page:#x}")) && said.contains("WARN"), "{said}");
+    assert!(said.contains("memory of the VMM itself went bad"), "{said}");
     assert_eq!(terminal.modes(), before);
 }
 

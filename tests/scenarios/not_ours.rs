@@ -20,6 +20,7 @@ pub fn a_page_of_the_vmm() {
     let (status, stderr) = vmm.ended();
     println!("    {}", stderr.trim_end());
     assert_eq!(status.code(), Some(7), "{status}: {stderr}");
+    assert!(stderr.contains(&format!("outside: AO at HVA {page:#x}")), "{stderr}");
     assert!(stderr.contains(&format!("(BUS_MCEERR_AR) at {page:#x}, lsb 12")), "{stderr}");
     assert!(stderr.contains("memory of the VMM itself is bad"), "{stderr}");
 }

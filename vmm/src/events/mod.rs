@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use log::{Level, info, log, warn};
+use mce_relay::mca::Kind;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -177,6 +178,11 @@ fn write_log(mut follower: Follower) {
     loop {
         match follower.wait() {
             Next::Event(entry) => match &entry.what {
+                What::Memory(event) if is_of_the_vmm(event) => warn!(
+                    target: "relay",
+                    "{event}: memory of the VMM itself went bad; the VMM goes on, and ends should it \
+                     touch that"
+                ),
                 What::Memory(event) => info!(target: "relay", "{event}"),
                 What::Vm(event) => log!(target: "vm", event.level(), "{event}"),
             },
@@ -186,6 +192,12 @@ fn write_log(mut follower: Follower) {
             Next::End => return,
         }
     }
+}
+
+/// Whether it is of the VMM's own memory, and the VMM lives. (An AR of it ends the process, with a line of its
+/// own.)
+fn is_of_the_vmm(event: &mce_relay::Event) -> bool {
+    matches!(event, mce_relay::Event::Outside { kind: Kind::ActionOptional, .. })
 }
 
 fn write_file(mut follower: Follower, file: File) {
