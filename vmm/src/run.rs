@@ -24,7 +24,7 @@ use crate::events::{Monitor, MonitorError, VmEvent};
 use crate::ghes::{self, Notify};
 use crate::host;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
-use crate::memory::{GuestRam, MemoryError, PAGE_SIZE};
+use crate::memory::{GuestRam, MemoryError, PAGE_SIZE, RamBlock};
 use crate::names::{self, NameError, VmName};
 use crate::seccomp::{Filters, SeccompError, Thread};
 use crate::show;
@@ -242,41 +242,26 @@ impl Machine<'_> {
                     let bad = self.ram.find_poison();
                     // Of huge pages an older kernel does not say it; they are asked one by one then.
                     let huge = self.ram.blocks().iter().any(|block| block.page_size > PAGE_SIZE);
-                    let by_memory = matches!(
-                        error,
-                        VmError::Boot(BootError::Write { .. } | BootError::CopyInitramfs { .. })
-                            | VmError::Acpi(AcpiError::Write(_))
-                    );
-                    if (bad.is_empty() && !(huge && by_memory)) || tries == TRIES {
+                    let suspected = !bad.is_empty() || (huge && by_memory(&error));
+                    if tries == TRIES || !suspected || !self.renew() {
                         return Err(error);
                     }
-                    warn!("{error}; there are {} bad pages in guest memory", bad.len());
-                    self.renew();
+                    warn!("{error}; bad pages in guest memory have been replaced, trying again");
                 }
             }
         }
     }
 
-    fn enter(&mut self, bad: &[u64]) {
+    /// Has the guest find good memory when it starts over, and writes down what came of it. Whether
+    /// anything was bad.
+    fn renew(&mut self) -> bool {
         let emit = self.monitor.for_relay();
-        for &gpa in bad {
-            let block = self.ram.blocks().iter().find(|block| block.contains_gpa(gpa));
-            let hva = block.map_or(0, |block| block.hva + (gpa - block.gpa));
-            let (kind, found_by) = (Kind::ActionOptional, FoundBy::Scan);
-            if self.ledger.enter(gpa, hva, PAGE_SHIFT, kind, found_by, SystemTime::now()) {
-                let (extent, pages) = (PAGE_SIZE, 1);
-                emit(&Event::Seen { gpa, hva, kind, found_by, extent, pages });
-            }
-        }
-    }
-
-    /// Has the guest find good memory when it starts over, and writes down what came of it.
-    fn renew(&mut self) {
         // With late kill, say, there are pages that nobody has heard of; they go the same way.
-        self.enter(&self.ram.find_poison());
-        let emit = self.monitor.for_relay();
+        enter(&mut self.ledger, self.ram.blocks(), &self.ram.find_poison(), &emit);
         let bad: Vec<u64> = self.ledger.pages().map(|page| page.gpa).collect();
         let renewed = self.ram.renew(&bad);
+        enter(&mut self.ledger, self.ram.blocks(), &renewed.found, &emit);
+        let was_bad = !renewed.healed.is_empty() || !renewed.removed.is_empty();
         let now = SystemTime::now();
         for gpa in renewed.healed {
             let forged = self.ledger.get(gpa).is_some_and(|page| page.is_forged());
@@ -293,7 +278,40 @@ impl Machine<'_> {
             emit(&Event::Removed { gpa, len });
         }
         self.ledger.forget_predictions();
+        was_bad
     }
+}
+
+/// Enters the `bad` pages, which no signal named, into the ledger, and with each what the host has lost with
+/// it: one event for all of that.
+fn enter(ledger: &mut Ledger, blocks: &[RamBlock], bad: &[u64], emit: &dyn Fn(&Event)) {
+    let (kind, found_by, now) = (Kind::ActionOptional, FoundBy::Scan, SystemTime::now());
+    for &named in bad {
+        // The other pages of a huge page came with the first.
+        if ledger.contains(named) {
+            continue;
+        }
+        // What is no longer guest RAM is nobody's matter.
+        let Some(block) = blocks.iter().find(|block| block.contains_gpa(named)) else { continue };
+        let extent = block.page_size;
+        let lsb = u8::try_from(extent.trailing_zeros()).unwrap_or(PAGE_SHIFT);
+        let (start, hva) =
+            ((named - block.gpa) / extent * extent, |gpa| block.hva + (gpa - block.gpa));
+        let all = (0..extent / PAGE_SIZE).map(|page| block.gpa + start + page * PAGE_SIZE);
+        let pages =
+            all.filter(|gpa| ledger.enter(*gpa, hva(*gpa), lsb, kind, found_by, now)).count();
+        let (gpa, hva) = (named, hva(named));
+        emit(&Event::Seen { gpa, hva, kind, found_by, extent, pages });
+    }
+}
+
+/// Whether it may be bad memory that a VM could not be made for.
+fn by_memory(error: &VmError) -> bool {
+    matches!(
+        error,
+        VmError::Boot(BootError::Write { .. } | BootError::CopyInitramfs { .. })
+            | VmError::Acpi(AcpiError::Write(_))
+    )
 }
 
 /// Whether a guest that ended so is to be started again.
@@ -550,6 +568,37 @@ mod tests {
             why: "test".into(),
             rip: None,
         })
+    }
+
+    #[test]
+    fn a_huge_page_is_entered_as_a_whole_and_said_once() {
+        let huge = 2 << 20;
+        // The block does not begin at a multiple of its pages in the guest.
+        let (small, gpa) = (RamBlock::new(0, 0x3000, 0x7000_0000), 0x3000);
+        let large = RamBlock { page_size: huge, ..RamBlock::new(gpa, 4 * huge, 0x7e00_0000_0000) };
+        let blocks = [small, large];
+        let seen = std::cell::RefCell::new(Vec::new());
+        let emit = |event: &Event| match event {
+            Event::Seen { gpa, hva, extent, pages, found_by: FoundBy::Scan, .. } => {
+                seen.borrow_mut().push((*gpa, *hva, *extent, *pages));
+            }
+            other => panic!("{other}"),
+        };
+        let mut ledger = Ledger::default();
+        let within = gpa + huge;
+        let bad: Vec<u64> = (0..512).map(|page| within + page * PAGE_SIZE).collect();
+        enter(&mut ledger, &blocks, &[&[0x1000], &bad[..]].concat(), &emit);
+        let hva = large.hva + huge;
+        assert_eq!(*seen.borrow(), [(0x1000, 0x7000_1000, 4096, 1), (within, hva, huge, 512)]);
+        assert_eq!(ledger.len(), 513);
+        assert!(
+            ledger
+                .pages()
+                .skip(1)
+                .all(|page| page.lsb == 21 && page.hva - page.gpa == hva - within)
+        );
+        enter(&mut ledger, &blocks, &bad, &emit);
+        assert_eq!(seen.borrow().len(), 2, "known already");
     }
 
     #[test]

@@ -13,10 +13,16 @@ use log::{debug, warn};
 use super::backing::Backing;
 use super::{GuestRam, PAGE_SIZE};
 
+/// [`PAGE_SIZE`] as the standard library's iterators want it; 4096 fits any usize.
+const PAGE_STEP: usize = 4096;
+
 /// What has become of guest RAM.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Renewed {
-    /// Guest-physical addresses of the pages of 4 KiB that were bad and are good now, ascending.
+    /// Guest-physical addresses of the huge pages that were found bad and were not known to be, ascending.
+    pub found: Vec<u64>,
+    /// Guest-physical addresses of the pages of 4 KiB that were bad and are good now, ascending; all those
+    /// of huge pages that were found bad among them.
     pub healed: Vec<u64>,
     /// Stretches (guest-physical address and length in bytes) for which there is no good memory. They
     /// are no longer part of the guest's memory.
@@ -39,29 +45,32 @@ impl GuestRam {
                 gone.iter().any(|(gpa, len)| (*gpa..gpa + len).contains(&(block.gpa + start)))
             };
             pages.retain(|start| !is_gone(*start));
-            let suspects = if backing.page_size() == PAGE_SIZE {
+            let page_size = backing.page_size();
+            if page_size == PAGE_SIZE {
                 discard(backing);
-                pages.clone()
             } else {
-                bad_huge_pages(backing, &pages, is_gone)
-            };
-            let mut lost: Vec<Range<u64>> = Vec::new();
-            for start in suspects {
-                let page = start / backing.page_size() * backing.page_size();
-                if lost.last().is_some_and(|range| range.contains(&start)) {
-                    continue;
+                for page in unknown_huge_pages(backing, &pages, is_gone) {
+                    renewed.found.push(block.gpa + page);
+                    pages.extend((page..page + page_size).step_by(PAGE_STEP));
                 }
+                pages.sort_unstable();
+            }
+            let mut suspects: Vec<u64> =
+                pages.iter().map(|start| start / page_size * page_size).collect();
+            suspects.dedup();
+            let mut lost: Vec<Range<u64>> = Vec::new();
+            for page in suspects {
                 if let Err(error) = replace(backing, page) {
                     warn!(
                         "no good memory for GPA {:#x} ({} KiB): {error}; it is taken out of the guest's memory",
                         block.gpa + page,
-                        backing.page_size() >> 10
+                        page_size >> 10
                     );
-                    if let Err(error) = backing.plug(page, backing.page_size()) {
+                    if let Err(error) = backing.plug(page, page_size) {
                         // Nothing of ours touches it, and the guest is not told that it is there.
                         debug!("cannot plug the gap: {error}");
                     }
-                    lost.push(page..page + backing.page_size());
+                    lost.push(page..page + page_size);
                 }
             }
             let is_lost = |start: &u64| lost.iter().any(|range| range.contains(start));
@@ -91,17 +100,18 @@ fn discard(backing: &Backing) {
     }
 }
 
-/// The huge pages that are known to be bad, and those of which the kernel says so now, ascending.
-fn bad_huge_pages(backing: &Backing, known: &[u64], is_gone: impl Fn(u64) -> bool) -> Vec<u64> {
+/// The huge pages that are not among those `known` to be bad, and of which the kernel says now that they are,
+/// ascending. The page tables do not say it before Linux 6.7.
+fn unknown_huge_pages(backing: &Backing, known: &[u64], is_gone: impl Fn(u64) -> bool) -> Vec<u64> {
     let page_size = backing.page_size();
     let pages = (0..backing.len() / page_size).map(|index| index * page_size);
     pages
         .filter(|page| !is_gone(*page))
+        .filter(|page| !known.iter().any(|start| start / page_size * page_size == *page))
         .filter(|page| {
-            known.iter().any(|start| start / page_size * page_size == *page)
-                || backing
-                    .advise(*page, page_size, libc::MADV_POPULATE_READ)
-                    .is_err_and(|error| error.raw_os_error() == Some(libc::EHWPOISON))
+            backing
+                .advise(*page, page_size, libc::MADV_POPULATE_READ)
+                .is_err_and(|error| error.raw_os_error() == Some(libc::EHWPOISON))
         })
         .collect()
 }
@@ -130,7 +140,9 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::config::MemoryZone;
+    use crate::config::{MemoryZone, PageSize};
+    use crate::memory::MemoryError;
+    use crate::poison::uffd::Uffd;
 
     #[test]
     fn ordinary_memory_is_fresh_and_at_its_place() {
@@ -147,6 +159,35 @@ mod tests {
             assert_eq!(back, [0; 3]);
             assert_eq!(ram.blocks(), before);
         }
+    }
+
+    /// As before Linux 6.7, where only the try to populate it says that a huge page is bad.
+    #[test]
+    fn a_huge_page_that_nobody_knew_of_is_found_and_healed() {
+        let uffd = match Uffd::open() {
+            Ok(uffd) => uffd,
+            Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
+        };
+        let huge = PageSize::Size2M.bytes();
+        let zone = MemoryZone { page_size: PageSize::Size2M, ..MemoryZone::new(32 << 20) };
+        let ram = match GuestRam::new(&[zone]) {
+            Err(error @ (MemoryError::EmptyPool { .. } | MemoryError::NoPool { .. })) => {
+                return println!("SKIPPED: needs 16 huge pages of 2 MiB: {error}");
+            }
+            other => other.unwrap(),
+        };
+        for unknown in [3 * huge, 5 * huge] {
+            uffd.poison(ram.blocks()[0].hva + unknown, huge).unwrap();
+        }
+        // One page of the fifth is known, and so that one is exchanged, too.
+        let renewed = ram.renew(&[5 * huge + 0x3000]);
+        let all = (3 * huge..4 * huge).step_by(PAGE_STEP);
+        let expected: Vec<u64> = all.chain([5 * huge + 0x3000]).collect();
+        assert_eq!((renewed.found, renewed.removed), (vec![3 * huge], vec![]));
+        assert_eq!(renewed.healed, expected);
+        ram.write(3 * huge, b"x").unwrap();
+        ram.write(5 * huge, b"x").unwrap();
+        assert_eq!(ram.renew(&[]), Renewed::default(), "once");
     }
 
     #[test]
