@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::ptr;
 use std::sync::Arc;
 
@@ -47,6 +47,28 @@ pub(super) fn open(zone: &MemoryZone) -> Result<Opened, MemoryError> {
     }
     let page_size = page_size_of(&file).map_err(error)?;
     Ok(Opened { file: Some(Arc::new(file)), page_size, memfd: false })
+}
+
+/// Sees to it that no two zones are the same memory: each that is a file is so from the file's beginning,
+/// and a bad page of it would be bad in both.
+pub(super) fn check_distinct(zones: &[MemoryZone], opened: &[Opened]) -> Result<(), MemoryError> {
+    let mut seen: Vec<(u64, u64, usize)> = Vec::new();
+    for (number, (zone, opened)) in (1..).zip(zones.iter().zip(opened)) {
+        // What is written to a private zone stays in it; a memfd is nobody else's.
+        let (true, Some(path), Some(file)) = (zone.shared, &zone.file, &opened.file) else {
+            continue;
+        };
+        let error = |source| MemoryError::File { path: path.clone(), source };
+        let meta = file.metadata().map_err(error)?;
+        let is_it = |(dev, ino, _): &&(u64, u64, usize)| (*dev, *ino) == (meta.dev(), meta.ino());
+        if let Some(&(_, _, first)) = seen.iter().find(is_it) {
+            let first_path = zones[first - 1].file.clone().unwrap_or_default();
+            let (second, second_path) = (number, path.clone());
+            return Err(MemoryError::SameFile { first, first_path, second, second_path });
+        }
+        seen.push((meta.dev(), meta.ino(), number));
+    }
+    Ok(())
 }
 
 impl Opened {

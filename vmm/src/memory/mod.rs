@@ -111,6 +111,24 @@ pub enum MemoryError {
         /// What was asked for.
         wanted: u64,
     },
+    /// Two zones are the same memory.
+    #[error(
+        "memory zones {first} ({first_path}) and {second} ({second_path}), counted from 1, are the same file with \
+         shared=on, so the guest would have the same memory twice (each zone is the file from its \
+         beginning); give each zone a file of its own",
+        first_path = .first_path.display(),
+        second_path = .second_path.display()
+    )]
+    SameFile {
+        /// The number of one of them, from 1 on.
+        first: usize,
+        /// Its path.
+        first_path: PathBuf,
+        /// The number of the other.
+        second: usize,
+        /// Its path, which may be another one.
+        second_path: PathBuf,
+    },
     /// The pool of huge pages has too few.
     #[error(
         "guest memory needs {wanted} free huge pages of {kib} KiB, the host's pool has {free}; as root: \
@@ -291,6 +309,7 @@ impl GuestRam {
     pub fn new(zones: &[MemoryZone]) -> Result<Self, MemoryError> {
         let host = procfs::Meminfo::current().map_err(MemoryError::HostSize)?.mem_total;
         let opened: Vec<_> = zones.iter().map(backing::open).collect::<Result<_, _>>()?;
+        backing::check_distinct(zones, &opened)?;
         let sizes: Vec<(u64, u64)> =
             zones.iter().zip(&opened).map(|(zone, opened)| (zone.size, opened.page_size)).collect();
         check_size(&sizes, host)?;
@@ -547,6 +566,31 @@ mod tests {
         ram.write((40 << 20) + 1, b"!").unwrap();
         let file = std::fs::read(&path).unwrap();
         assert_eq!(file[..2], [b'!', 7]);
+    }
+
+    #[test]
+    fn zones_that_are_the_same_memory_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::File::create(at("ram")).unwrap().set_len(32 << 20).unwrap();
+        std::fs::hard_link(at("ram"), at("again")).unwrap();
+        std::os::unix::fs::symlink(at("ram"), at("link")).unwrap();
+        let zone = |name: &str, shared| MemoryZone {
+            file: Some(at(name)),
+            shared,
+            ..MemoryZone::new(16 << 20)
+        };
+        for name in ["ram", "again", "link"] {
+            let zones = [MemoryZone::new(16 << 20), zone("ram", true), zone(name, true)];
+            let error = GuestRam::new(&zones).unwrap_err().to_string();
+            let (first, second) = (at("ram"), at(name));
+            let named = format!("zones 2 ({}) and 3 ({})", first.display(), second.display());
+            assert!(error.contains(&named) && error.contains("a file of its own"), "{error}");
+        }
+        // A private zone is a copy, and two memfds are two files.
+        GuestRam::new(&[zone("ram", true), zone("ram", false), zone("ram", false)]).unwrap();
+        let memfd = MemoryZone { shared: true, ..MemoryZone::new(16 << 20) };
+        GuestRam::new(&[memfd.clone(), memfd]).unwrap();
     }
 
     #[test]
