@@ -309,8 +309,9 @@ fn enter(ledger: &mut Ledger, blocks: &[RamBlock], bad: &[u64], emit: &dyn Fn(&E
 fn by_memory(error: &VmError) -> bool {
     matches!(
         error,
-        VmError::Boot(BootError::Write { .. } | BootError::CopyInitramfs { .. })
-            | VmError::Acpi(AcpiError::Write(_))
+        VmError::Boot(
+            BootError::Load { .. } | BootError::CopyInitramfs { .. } | BootError::Write { .. }
+        ) | VmError::Acpi(AcpiError::Write(_))
     )
 }
 
@@ -599,6 +600,18 @@ mod tests {
         );
         enter(&mut ledger, &blocks, &bad, &emit);
         assert_eq!(seen.borrow().len(), 2, "known already");
+    }
+
+    #[test]
+    fn what_may_be_for_bad_memory() {
+        let boot = |error: BootError| by_memory(&VmError::Boot(error));
+        // A file that is damaged looks the same; then nothing is found bad, and it is not tried again.
+        let source = linux_loader::loader::Error::InvalidKernelStartAddress;
+        assert!(boot(BootError::Load { path: "x".into(), ram: 1 << 20, source }));
+        let source = AccessError::Poisoned { gpa: 0x1000 };
+        assert!(boot(BootError::Write { what: "command line", gpa: 0x1000, source }));
+        assert!(!boot(BootError::EmptyInitramfs { path: "x".into() }));
+        assert!(!boot(BootError::Hole { gpa: 0x1000 }));
     }
 
     #[test]

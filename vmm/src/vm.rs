@@ -526,6 +526,7 @@ mod tests {
 
     use super::*;
     use crate::{
+        boot::tiny::elf,
         config::{CpuVendor, MemoryZone, SerialMode},
         control::{Parked, PauseReason, StopCause, Undeliverable},
         vcpu::{HookVerdict, VcpuHook},
@@ -535,38 +536,6 @@ mod tests {
     const POWER_OFF: [u8; 8] = [0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4];
     /// jmp to itself.
     const SPIN: [u8; 2] = [0xeb, 0xfe];
-
-    /// A kernel of a few instructions: an ELF file with a PVH note and one segment at 1 MiB.
-    fn elf(code: &[u8]) -> Vec<u8> {
-        const ENTRY: u32 = 0x10_0000;
-        const HEADERS: u64 = 64 + 2 * 56;
-        let mut note = Vec::new();
-        for word in [4_u32, 4, 18] {
-            note.extend(word.to_le_bytes());
-        }
-        note.extend(b"Xen\0");
-        note.extend(ENTRY.to_le_bytes());
-        let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-        file.resize(16, 0);
-        // Type EXEC, machine x86-64, version, entry, program headers, no sections, flags, sizes.
-        file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-        for word in [u64::from(ENTRY), 64, 0] {
-            file.extend(word.to_le_bytes());
-        }
-        file.extend([0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
-        let mut header = |kind: u32, offset: u64, address: u64, len: u64| {
-            file.extend(kind.to_le_bytes());
-            file.extend([5, 0, 0, 0]);
-            for word in [offset, address, address, len, len, 4] {
-                file.extend(word.to_le_bytes());
-            }
-        };
-        header(4, HEADERS, 0, note.len() as u64);
-        header(1, HEADERS + note.len() as u64, u64::from(ENTRY), code.len() as u64);
-        file.extend(note);
-        file.extend(code);
-        file
-    }
 
     struct Payload {
         dir: tempfile::TempDir,

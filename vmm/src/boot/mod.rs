@@ -8,6 +8,8 @@ pub mod mp_table;
 pub mod pvh;
 pub mod regs;
 pub mod reset_vector;
+#[cfg(test)]
+pub(crate) mod tiny;
 pub mod zero_page;
 
 use std::{
@@ -425,6 +427,7 @@ mod tests {
 
     use super::*;
     use crate::config::MemoryZone;
+    use crate::poison::uffd::Uffd;
 
     #[test]
     fn cmdline_limits() {
@@ -487,6 +490,38 @@ mod tests {
         let cut = dir.path().join("cut");
         std::fs::write(&cut, &elf).unwrap();
         assert!(matches!(load(&cut), BootError::Load { .. }));
+    }
+
+    /// The file is read straight into guest memory: what is bad there is an error of that read, no signal.
+    #[test]
+    fn bad_memory_in_the_loaders_way_is_an_error_and_can_be_replaced() {
+        let uffd = match Uffd::open() {
+            Ok(uffd) => uffd,
+            Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
+        };
+        let ram = GuestRam::new(&[MemoryZone::new(32 << 20)]).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("kernel"), tiny::elf(&[0xf4; 3 * 4096])).unwrap();
+        std::fs::write(at("initramfs"), [1; 4096]).unwrap();
+        let load = || load(&ram, &at("kernel"), Some(&at("initramfs")), "", 0xe_0000);
+        let entry = u64::from(tiny::ENTRY);
+        // The loader's own write, and those of the rest.
+        let (kernel, initramfs) = (entry + 4096, ram.low_end() - 4096);
+        for bad in [entry, kernel, initramfs, layout::CMDLINE] {
+            uffd.poison(ram.blocks()[0].hva + bad, PAGE_SIZE).unwrap();
+            let error = load().unwrap_err();
+            let expected = match &error {
+                BootError::Load { .. } => bad == entry || bad == kernel,
+                BootError::CopyInitramfs { .. } => bad == initramfs,
+                BootError::Write { .. } => bad == layout::CMDLINE,
+                _ => false,
+            };
+            assert!(expected, "{bad:#x}: {error}");
+            assert_eq!(ram.find_poison(), [bad], "the rest is whole");
+            assert_eq!(ram.renew(&[bad]).healed, [bad]);
+            assert_eq!(load().unwrap(), Entry::Pvh { rip: entry });
+        }
     }
 
     /// Damage anywhere in a header must end in an error or in a kernel, never in a panic.
