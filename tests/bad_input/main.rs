@@ -12,6 +12,7 @@ mod seccomp;
 mod sockets;
 mod terminal;
 mod tools;
+mod triple_fault;
 mod unprivileged;
 mod values;
 mod watching;
@@ -91,6 +92,10 @@ fn uffd_that_poisons() -> Result<(), String> {
     }
 }
 
+fn has_kvm_and_uffd() -> Result<(), String> {
+    has_kvm().and_then(|()| uffd_that_poisons())
+}
+
 fn empty_pool() -> Result<(), String> {
     has_kvm()?;
     let free = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
@@ -137,6 +142,8 @@ fn main() -> ExitCode {
         tools::a_socket_that_names_another_process needs has_kvm,
         tools::a_machine_check_that_kills needs has_kvm,
         tools::a_forged_ar_of_a_guest_that_cannot_be_told needs has_kvm,
+        triple_fault::it_starts_again_with_whole_memory needs has_kvm_and_uffd,
+        triple_fault::three_at_once_end_it needs has_kvm,
         unprivileged::what_works_and_what_does_not needs as_root_with_kvm,
         watching::events_and_status_are_followed_to_the_end needs has_kvm,
         watching::a_vm_is_found_by_its_name needs has_kvm,

@@ -1,4 +1,4 @@
-//! A `mce-relay run` whose guest is a loop of one instruction: a VM that is there, and nothing more.
+//! A `mce-relay run` whose guest is a loop of a few instructions: a VM that is there, and nothing more.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -162,6 +162,11 @@ impl Spinning {
     /// What runs.
     pub fn info(&self) -> VmInfo {
         client::get(&self.socket(), "vm.info").unwrap()
+    }
+
+    /// What runs; `None` between two boots.
+    pub fn running(&self) -> Option<VmInfo> {
+        client::get(&self.socket(), "vm.info").ok()
     }
 
     /// The ledger.
