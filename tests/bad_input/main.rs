@@ -115,6 +115,10 @@ fn no_memory_failure() -> Result<(), String> {
 fn main() -> ExitCode {
     suite::run(mce_relay_tests::tests![
         faults::every_call_that_can_fail needs has_kvm_and_preload,
+        faults::every_call_of_a_reboot needs has_kvm_and_preload,
+        faults::an_ar_that_cannot_be_told needs has_kvm_and_preload,
+        faults::an_ao_that_cannot_be_told needs has_kvm_and_preload,
+        faults::a_reboot_without_good_memory needs has_kvm_and_preload,
         faults::no_filters_in_this_kernel needs has_kvm_and_preload,
         handlers::the_default_action_has_what_is_not_ours needs anywhere,
         handlers::a_foreign_handler_has_what_is_not_ours needs anywhere,

@@ -3,9 +3,11 @@
 //! policy and before a seccomp filter has a number, from 1 on in the order in which they are made.
 //!
 //! * MCE_RELAY_FAIL_AT: the number of the call that fails; without it none does.
+//! * MCE_RELAY_FAIL_CALLS: or, calls as the log has them ("ioctl 0xae80,mmap"; without a detail all of that
+//!   name), each of which fails while there is a file MCE_RELAY_FAIL_WHILE.
 //! * MCE_RELAY_FAIL_ERRNO: what it fails with, as a number; ENOMEM without it.
 //! * MCE_RELAY_FAIL_LOG: a file that gets a line for each call, "NUMBER NAME DETAIL", and " fails"
-//!   behind that for the one that fails.
+//!   behind that for those that fail.
 //!
 //! `mmap64` is left alone: only Rust's standard library calls it, above all for the stacks that
 //! signal handlers run on, and it panics when it gets none. So are KVM_RUNs after the first few,
@@ -31,6 +33,8 @@ const PAGE: usize = 4096;
 /// What the environment asks for.
 struct Settings {
     at: Option<u64>,
+    calls: Option<&'static str>,
+    during: Option<&'static CStr>,
     errno: c_int,
     log: Option<&'static CStr>,
 }
@@ -45,9 +49,22 @@ impl Settings {
     fn read() -> Self {
         Self {
             at: number(c"MCE_RELAY_FAIL_AT"),
+            calls: variable(c"MCE_RELAY_FAIL_CALLS").and_then(|calls| calls.to_str().ok()),
+            during: variable(c"MCE_RELAY_FAIL_WHILE"),
             errno: number(c"MCE_RELAY_FAIL_ERRNO").unwrap_or(libc::ENOMEM),
             log: variable(c"MCE_RELAY_FAIL_LOG"),
         }
+    }
+
+    /// Whether the call is one of those that fail for a while, and it is that while.
+    fn fails_now(&self, name: &str, detail: c_ulong) -> bool {
+        let (Some(calls), Some(file)) = (self.calls, self.during) else { return false };
+        let is_it = |call: &str| match call.split_once(" 0x") {
+            Some((of, text)) => of == name && c_ulong::from_str_radix(text, 16) == Ok(detail),
+            None => call == name,
+        };
+        // SAFETY: the path ends in a NUL.
+        calls.split(',').any(is_it) && unsafe { libc::access(file.as_ptr(), libc::F_OK) } == 0
     }
 }
 
@@ -69,7 +86,7 @@ fn number<T: FromStr>(name: &CStr) -> Option<T> {
 fn fails(name: &str, detail: c_ulong) -> bool {
     let settings = SETTINGS.get_or_init(Settings::read);
     let number = CALLS.fetch_add(1, Ordering::Relaxed) + 1;
-    let fails = settings.at == Some(number);
+    let fails = settings.at == Some(number) || settings.fails_now(name, detail);
     if let Some(log) = settings.log {
         write_down(log, number, name, detail, if fails { FAILS } else { "" });
     }
@@ -216,4 +233,18 @@ pub unsafe extern "C" fn madvise(address: *mut c_void, len: usize, advice: c_int
     // SAFETY: the caller's promise.
     let result = unsafe { libc::syscall(libc::SYS_madvise, address, len, advice) };
     int(result)
+}
+
+/// In place of the C library's; every call counts.
+///
+/// # Safety
+/// As for fallocate, which takes no pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn fallocate(fd: c_int, mode: c_int, offset: i64, len: i64) -> c_int {
+    if fails("fallocate", c_ulong::from(mode.cast_unsigned())) {
+        return -1;
+    }
+    let (fd, mode) = (c_long::from(fd), c_long::from(mode));
+    // SAFETY: the call takes four integers.
+    int(unsafe { libc::syscall(libc::SYS_fallocate, fd, mode, offset, len) })
 }
