@@ -4,6 +4,7 @@ use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::marker::PhantomData;
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
@@ -217,6 +218,17 @@ pub fn stop(pid: u32) {
             && libc::waitid(libc::P_PID, pid, &raw mut info, what) == 0
     };
     assert!(stopped, "process {pid}: {}", std::io::Error::last_os_error());
+}
+
+/// Whether there is no data at `offset` of `file`, which is within it.
+pub fn is_hole(file: &File, offset: u64) -> bool {
+    let at = libc::off_t::try_from(offset).unwrap();
+    // SAFETY: takes integers only; the descriptor is open.
+    let data = unsafe { libc::lseek(file.as_raw_fd(), at, libc::SEEK_DATA) };
+    let error = std::io::Error::last_os_error();
+    // ENXIO: there is none up to the end.
+    assert!(data >= 0 || error.raw_os_error() == Some(libc::ENXIO), "{error}");
+    data != at
 }
 
 /// A thread of another process that stands still until this is dropped; signals for it wait.

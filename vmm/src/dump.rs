@@ -675,6 +675,36 @@ mod tests {
         assert_eq!(dumped.to_string(), words);
     }
 
+    /// The stretches of `file` that are no holes.
+    fn data_of(file: &File) -> Vec<(u64, u64)> {
+        use std::os::fd::AsRawFd;
+        // SAFETY: takes integers only; the descriptor is open.
+        let seek = |to, whence| unsafe { libc::lseek(file.as_raw_fd(), to, whence) };
+        let (mut data, mut at) = (Vec::new(), 0);
+        loop {
+            let start = seek(at, libc::SEEK_DATA);
+            let Ok(from) = u64::try_from(start) else { return data };
+            at = seek(start, libc::SEEK_HOLE);
+            data.push((from, u64::try_from(at).unwrap() - from));
+        }
+    }
+
+    #[test]
+    fn holes_are_holes() {
+        let (dir, socket) = serve(usize::MAX, |_, what| answer(what));
+        let trial = File::create_new(dir.path().join("trial")).unwrap();
+        trial.write_all_at(&[1; PAGE], 0x2000).unwrap();
+        trial.set_len(0x8000).unwrap();
+        trial.sync_all().unwrap();
+        if data_of(&trial) != [(0x2000, 0x1000)] {
+            return println!("SKIPPED: needs a file system that keeps holes page by page (TMPDIR)");
+        }
+        let file = dir.path().join("image.raw");
+        dump(&socket, &file, &mut |_, _| {}).unwrap();
+        let pages = [0, 2, 9].map(|page| (page * PAGE_SIZE, PAGE_SIZE));
+        assert_eq!(data_of(&File::open(&file).unwrap()), pages, "the rest takes no room");
+    }
+
     #[test]
     fn zeros_are_not_written() {
         let dir = tempfile::tempdir().unwrap();

@@ -102,6 +102,20 @@ mod tests {
     use crate::config::MemoryZone;
 
     #[test]
+    fn prefaulted_memory_is_all_there() {
+        for (shared, thp) in [(false, false), (false, true), (true, false)] {
+            let zone = MemoryZone { shared, thp, prefault: true, ..MemoryZone::new(32 << 20) };
+            let ram = GuestRam::new(&[zone]).unwrap();
+            assert_eq!(ram.extents().unwrap(), [(0, 32 << 20)], "shared: {shared}, thp: {thp}");
+            // A memfd says what is in the file; it is in the page tables as well.
+            assert_eq!(mapped(&ram.backings[0]).unwrap(), [(0, 32 << 20)], "shared: {shared}");
+            // It is so after a reboot.
+            ram.renew(&[]);
+            assert_eq!(ram.extents().unwrap(), [(0, 32 << 20)], "shared: {shared}, thp: {thp}");
+        }
+    }
+
+    #[test]
     fn what_was_written_is_there_and_nothing_else() {
         for shared in [false, true] {
             // One page at a time, not two mebibytes.
