@@ -257,6 +257,7 @@ fn an_ar_of_a_vcpu_in_no_known_state_stops_it_and_an_ao_waits() {
                 vcpu: 0,
                 why,
                 rip: None,
+                forged: false,
             };
             *event == ar
         });
