@@ -189,6 +189,7 @@ const VCPU_OWN: &[Call] = &[
     ioctl(_IO(KVMIO, 0x80), "KVM_RUN"),
     ioctl(_IOW::<kvm_irq_level>(KVMIO, 0x61), "KVM_IRQ_LINE: a serial port's interrupt"),
     ioctl(_IOR::<kvm_regs>(KVMIO, 0x81), "KVM_GET_REGS"),
+    ioctl(_IOW::<kvm_regs>(KVMIO, 0x82), "KVM_SET_REGS: a load of bad memory is undone"),
     ioctl(_IOR::<kvm_sregs>(KVMIO, 0x83), "KVM_GET_SREGS"),
     ioctl(_IOR::<kvm_mp_state>(KVMIO, 0x98), "KVM_GET_MP_STATE"),
     ioctl(_IOR::<kvm_vcpu_events>(KVMIO, 0x9f), "KVM_GET_VCPU_EVENTS"),
