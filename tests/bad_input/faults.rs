@@ -54,7 +54,7 @@ const MADV_DONTNEED: &str = "madvise 0x4";
 const MADV_POPULATE_WRITE: &str = "madvise 0x17";
 
 /// The calls that the VMM does without, each with what becomes of it. Any other ends it.
-const DOES_WITHOUT: [(&str, &str); 10] = [
+const DOES_WITHOUT: [(&str, &str); 11] = [
     ("madvise 0xe", "MADV_HUGEPAGE: advice"),
     (
         "madvise 0x16",
@@ -69,6 +69,8 @@ const DOES_WITHOUT: [(&str, &str); 10] = [
     (KVM_GET_REGS, "the same"),
     (KVM_GET_MP_STATE, "the same"),
     (KVM_GET_SREGS, "the same"),
+    // While it runs it is an error of KVM that ends it.
+    ("ioctl 0xae80", "KVM_RUN of a vCPU, when another has just ended the run"),
 ];
 
 /// The same of a reboot, in addition.
