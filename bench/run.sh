@@ -55,11 +55,13 @@ if has criterion; then
 fi
 if has slowed; then
     say 'the component built without optimisation'
-    slow=(--release --locked --quiet -p mce-relay-bench --target-dir target/slowed --config 'profile.release.package.mce-relay.opt-level=0')
-    cargo build "${slow[@]}" --bin counted
+    slow=(--locked --quiet -p mce-relay-bench --target-dir target/slowed --config 'profile.release.package.mce-relay.opt-level=0')
+    cargo build --release "${slow[@]}" --bin counted
     mkdir -p $raw/slowed
     count target/slowed/release/counted handler $raw/slowed/handler.callgrind
-    cargo bench "${slow[@]}" --bench delivery -- --noplot 'decisions/AR by LMCE/1$' >&2
+    CRITERION_HOME=$PWD/target/slowed/criterion cargo bench "${slow[@]}" \
+        --config 'profile.bench.package.mce-relay.opt-level=0' \
+        --bench delivery -- --noplot 'decisions/AR by LMCE/1$' >&2
     rm -rf $raw/slowed/criterion
     cp -r target/slowed/criterion $raw/slowed/criterion
 fi

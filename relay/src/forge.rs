@@ -9,7 +9,8 @@ use std::mem;
 
 use crate::event::Thread;
 use crate::failure::{Kind, PAGE_SHIFT, PAGE_SIZE};
-use crate::relay::{Handle, Inner, Shared};
+use crate::handle::Handle;
+use crate::relay::{Inner, Shared};
 use crate::signal::{self, Caught, ExitByte, ThreadSlot};
 
 /// Why a memory failure is not forged.

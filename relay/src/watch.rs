@@ -38,11 +38,12 @@ use std::thread::JoinHandle;
 
 use crate::event::Event;
 use crate::failure::{Kind, PAGE_SIZE};
+use crate::handle::Handle;
 use crate::ledger::FoundBy;
 use crate::mca::{Caps, Vendor};
 use crate::ram::{RamError, RamMap, RamRegion};
 use crate::read::AccessError;
-use crate::relay::{Config, Handle, Relay, StartError};
+use crate::relay::{Config, Relay, StartError};
 use crate::signal::Signals;
 
 /// Memory that is gone.

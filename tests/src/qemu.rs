@@ -190,7 +190,14 @@ impl Qemu {
                 let _ = child.kill();
                 let _ = child.wait();
                 let said = std::fs::read_to_string(at("log")).unwrap_or_default();
-                Err(format!("the guest did not come up: {error}; QEMU's log: {:?}", said.trim()))
+                let console = std::fs::read(at("console")).unwrap_or_default();
+                let console = String::from_utf8_lossy(&console);
+                let lines: Vec<&str> = console.lines().collect();
+                let last = lines[lines.len().saturating_sub(5)..].join("\n");
+                Err(format!(
+                    "the guest did not come up: {error}; QEMU's log: {:?}; the guest's console ends so:\n{last}",
+                    said.trim()
+                ))
             }
         }
     }

@@ -1,0 +1,205 @@
+//! A relay as any thread may use it: what is known, guest memory without SIGBUS, and changes of guest RAM.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+use std::time::SystemTime;
+
+use crate::event::Event;
+use crate::failure::{Kind, PAGE_SIZE};
+use crate::ledger::{FoundBy, Ledger, Page, Predicted, State};
+use crate::ram::{RamError, RamMap, RamRegion};
+use crate::read::{self, AccessError};
+use crate::relay::{Inner, Shared};
+use crate::signal::Caught;
+
+/// Why a guest is not asked to stop using a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum RetireError {
+    /// There is no way to say it.
+    #[error("the guest was given no ACPI error source, and there is no other way to say it")]
+    NoSource,
+    /// It is not the guest's.
+    #[error("GPA {gpa:#x} is not guest RAM")]
+    NotRam {
+        /// Guest-physical address.
+        gpa: u64,
+    },
+    /// There is nothing left to be saved, or the guest is being asked already.
+    #[error("GPA {gpa:#x} is in the ledger already; its status says what becomes of it")]
+    Known {
+        /// Guest-physical address.
+        gpa: u64,
+    },
+}
+
+/// A relay as any thread may use it.
+#[derive(Clone)]
+pub struct Handle(pub(crate) Arc<Shared>);
+
+impl Handle {
+    /// The pages of the ledger, by guest-physical address.
+    pub fn pages(&self) -> Vec<Page> {
+        self.0.lock().ledger.pages().collect()
+    }
+
+    /// The pages that were bad in earlier boots, or in memory that was unplugged, and are so no longer.
+    pub fn past(&self) -> Vec<Page> {
+        self.0.lock().ledger.past().cloned().collect()
+    }
+
+    /// What `look` makes of all that is known, without a copy of it. It is called under the relay's
+    /// lock: it must be quick, must not block and must not use the relay.
+    pub fn inspect<R>(&self, look: impl FnOnce(&Ledger) -> R) -> R {
+        look(&self.0.lock().ledger)
+    }
+
+    /// How often guest RAM was looked through for bad pages that no signal named, since the start of
+    /// this relay.
+    pub fn scans(&self) -> u64 {
+        self.0.scans.load(Ordering::Relaxed)
+    }
+
+    /// All that is known, for the relay of the next boot.
+    pub fn ledger(&self) -> Ledger {
+        self.0.lock().ledger.clone()
+    }
+
+    /// Reads guest memory at `gpa` into `to`, up to the first byte that cannot be reached, and
+    /// returns how many bytes that were. It never raises SIGBUS: a page that turns out to be bad
+    /// enters the ledger, and the guest is told of it.
+    ///
+    /// # Errors
+    /// Not even the first byte could be read: see [`AccessError`].
+    pub fn read(&self, gpa: u64, to: &mut [u8]) -> Result<usize, AccessError> {
+        // Held while the kernel copies: memory that is taken away is not unmapped before that is over.
+        let done = {
+            let ram = self.0.ram.read().unwrap_or_else(PoisonError::into_inner);
+            read::read_ram(&ram, gpa, to)
+        };
+        done.inspect_err(|error| self.met(error))
+    }
+
+    /// Writes `from` to guest memory at `gpa`, in the manner of [`Self::read`].
+    ///
+    /// # Errors
+    /// Not even the first byte could be written: see [`AccessError`].
+    pub fn write(&self, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
+        let done = {
+            let ram = self.0.ram.read().unwrap_or_else(PoisonError::into_inner);
+            read::write_ram(&ram, gpa, from)
+        };
+        done.inspect_err(|error| self.met(error))
+    }
+
+    /// The VMM itself has met a bad page.
+    fn met(&self, error: &AccessError) {
+        let AccessError::Poisoned { gpa } = *error else { return };
+        let gpa = gpa & !(PAGE_SIZE - 1);
+        let Some(hva) = self.0.ram().hva(gpa) else { return };
+        let caught = Caught { kind: Kind::ActionOptional, hva, lsb: crate::failure::PAGE_SHIFT };
+        let mut inner = self.0.lock();
+        if !inner.ledger.contains(gpa) {
+            self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);
+            drop(inner);
+            self.0.wake();
+        }
+    }
+
+    /// Guest RAM has one region more. Call it before the guest can use the memory. What the ledger
+    /// says of pages that were there before, and unplugged, becomes past.
+    ///
+    /// # Errors
+    /// See [`RamError`].
+    pub fn add_ram(&self, region: RamRegion) -> Result<(), RamError> {
+        let mut inner = self.0.lock();
+        self.change_ram(|ram| ram.with(region))?;
+        let now = SystemTime::now();
+        for gpa in Self::known_within(&inner, region) {
+            inner.ledger.heal(gpa, now);
+        }
+        Ok(())
+    }
+
+    /// The region that begins at guest-physical `gpa` is no longer guest RAM; the region. Call it
+    /// when the guest has given the memory up, and before it is unmapped. Nobody is told of its bad
+    /// pages any more.
+    ///
+    /// # Errors
+    /// There is no such region.
+    pub fn remove_ram(&self, gpa: u64) -> Result<RamRegion, RamError> {
+        let mut inner = self.0.lock();
+        let mut gone = None;
+        self.change_ram(|ram| {
+            let (less, region) = ram.without(gpa)?;
+            gone = Some(region);
+            Ok(less)
+        })?;
+        let region = gone.ok_or(RamError::NoRegion { gpa })?;
+        inner.delivery.gone(&|gpa| gpa >= region.gpa && gpa - region.gpa < region.len);
+        for gpa in Self::known_within(&inner, region) {
+            self.0.set(&mut inner, gpa, State::Removed);
+        }
+        inner.ledger.unpredict(region.gpa..region.gpa + region.len);
+        self.0.emit(&Event::Removed { gpa, len: region.len });
+        Ok(region)
+    }
+
+    /// There is good memory again in the pages of `len` bytes at guest-physical `gpa`.
+    pub(crate) fn replaced(&self, gpa: u64, len: u64) {
+        let mut inner = self.0.lock();
+        let now = SystemTime::now();
+        let within = RamRegion::new(gpa, gpa, len);
+        for gpa in Self::known_within(&inner, within) {
+            let forged = inner.ledger.get(gpa).is_some_and(|page| page.is_forged());
+            if inner.ledger.heal(gpa, now) {
+                self.0.emit(&Event::Healed { gpa, forged });
+            }
+        }
+    }
+
+    fn known_within(inner: &Inner, region: RamRegion) -> Vec<u64> {
+        let RamRegion { gpa, len, .. } = region;
+        inner.ledger.within(gpa..gpa + len).map(|page| page.gpa).collect()
+    }
+
+    /// Puts another map in place; whoever looks something up has the old one or the new one, whole.
+    fn change_ram(
+        &self,
+        change: impl FnOnce(&RamMap) -> Result<RamMap, RamError>,
+    ) -> Result<(), RamError> {
+        let mut ram = self.0.ram.write().unwrap_or_else(PoisonError::into_inner);
+        *ram = Arc::new(change(&ram)?);
+        Ok(())
+    }
+
+    /// The pages that were predicted to fail, by guest-physical address.
+    pub fn predicted(&self) -> Vec<Predicted> {
+        self.0.lock().ledger.predicted().cloned().collect()
+    }
+
+    /// Has the guest told that the 4 KiB page at `gpa`, which is whole, is predicted to fail. Linux
+    /// moves its contents and stops using it. Returns at once; [`Self::predicted`] shows what comes of
+    /// it.
+    ///
+    /// # Errors
+    /// See [`RetireError`].
+    pub fn retire(&self, gpa: u64) -> Result<(), RetireError> {
+        let gpa = gpa & !(PAGE_SIZE - 1);
+        if self.0.ram().hva(gpa).is_none() {
+            return Err(RetireError::NotRam { gpa });
+        }
+        let mut inner = self.0.lock();
+        if !inner.delivery.has_source() {
+            return Err(RetireError::NoSource);
+        }
+        if !inner.ledger.predict(gpa, SystemTime::now()) {
+            return Err(RetireError::Known { gpa });
+        }
+        inner.delivery.push_predicted(gpa);
+        inner.firmware_news = true;
+        self.0.emit(&Event::Predicted { gpa, state: State::Seen });
+        drop(inner);
+        self.0.wake();
+        Ok(())
+    }
+}
