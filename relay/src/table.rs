@@ -187,10 +187,10 @@ impl Block {
     }
 }
 
-/// Grows by a sixteenth, where `Vec` itself doubles.
+/// Grows by a thirty-second, where `Vec` itself doubles.
 fn insert<T>(list: &mut Vec<T>, at: usize, value: T) {
     if list.len() == list.capacity() {
-        list.reserve_exact(list.len() / 16 + 1);
+        list.reserve_exact(list.len() / 32 + 1);
     }
     list.insert(at, value);
 }
