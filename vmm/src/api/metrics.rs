@@ -51,7 +51,7 @@ fn of(running: &Running) -> Result<Vec<MetricFamily>, prometheus::Error> {
     )?;
     scans.set(number(running.relay.scans()));
 
-    let mut families = running.relay.inspect(of_ledger)?;
+    let mut families = of_ledger(|look| running.relay.inspect(|ledger| look(ledger)))?;
     families.extend([about.collect(), paused.collect(), scans.collect()].concat());
     Ok(families)
 }
@@ -67,12 +67,63 @@ fn seconds(from: SystemTime, to: SystemTime) -> f64 {
     to.duration_since(from).unwrap_or(Duration::ZERO).as_secs_f64()
 }
 
-fn of_ledger(ledger: &Ledger) -> Result<Vec<MetricFamily>, prometheus::Error> {
+/// Pages that are counted in one go: the relay's lock is held for less than a millisecond.
+const AT_ONCE: usize = 4096;
+
+/// What has become of the pages.
+#[derive(Default)]
+struct Pages {
+    /// How many are in each of [`STATES`].
+    states: [u64; STATES.len()],
+    /// In seconds.
+    oldest_waiting: f64,
+    past: usize,
+    predicted: usize,
+}
+
+impl Pages {
+    /// Counts those from `gpa` on, [`AT_ONCE`] at most; where the others begin.
+    fn count(&mut self, ledger: &Ledger, gpa: u64, now: SystemTime) -> Option<u64> {
+        (self.past, self.predicted) = (ledger.past().len(), ledger.predicted().len());
+        let mut left = AT_ONCE;
+        for page in ledger.within(gpa..u64::MAX) {
+            if left == 0 {
+                return Some(page.gpa);
+            }
+            left -= 1;
+            let state = match page.state {
+                State::Seen => 0,
+                State::Waiting { .. } => 1,
+                State::Injected { .. } => 2,
+                State::Acknowledged { .. } => 3,
+                State::Undeliverable { .. } => 4,
+                State::Removed | State::Healed => 5,
+            };
+            self.states[state] += 1;
+            if state < 2 {
+                let waits = seconds(page.times.waiting_since(), now);
+                self.oldest_waiting = self.oldest_waiting.max(waits);
+            }
+        }
+        None
+    }
+}
+
+/// The ledger that `inspect` shows, again and again, in numbers.
+fn of_ledger(
+    inspect: impl Fn(&mut dyn FnMut(&Ledger)),
+) -> Result<Vec<MetricFamily>, prometheus::Error> {
+    let (mut counted, mut next, now) = (Pages::default(), Some(0), SystemTime::now());
+    while let Some(gpa) = next {
+        inspect(&mut |ledger| next = counted.count(ledger, gpa, now));
+    }
     let pages = GaugeVec::new(
         Opts::new("mce_relay_pages", "Bad pages of 4 KiB in this boot, by what became of them."),
         &["state"],
     )?;
-    STATES.iter().for_each(|state| pages.with_label_values(&[state]).set(0.0));
+    for (state, count) in STATES.iter().zip(counted.states) {
+        pages.with_label_values(&[state]).set(number(count));
+    }
     let past =
         Gauge::new("mce_relay_past_pages", "Pages that were bad once and are so no longer.")?;
     let predicted =
@@ -81,25 +132,9 @@ fn of_ledger(ledger: &Ledger) -> Result<Vec<MetricFamily>, prometheus::Error> {
         "mce_relay_oldest_waiting_seconds",
         "How long the page that has waited longest to be told of has waited; 0 when none waits.",
     )?;
-    let now = SystemTime::now();
-    let mut oldest = 0.0_f64;
-    for page in ledger.pages() {
-        let state = match page.state {
-            State::Seen => 0,
-            State::Waiting { .. } => 1,
-            State::Injected { .. } => 2,
-            State::Acknowledged { .. } => 3,
-            State::Undeliverable { .. } => 4,
-            State::Removed | State::Healed => 5,
-        };
-        pages.with_label_values(&[STATES[state]]).inc();
-        if state < 2 {
-            oldest = oldest.max(seconds(page.times.waiting_since(), now));
-        }
-    }
-    waiting.set(oldest);
-    past.set(number(ledger.past().count() as u64));
-    predicted.set(number(ledger.predicted().count() as u64));
+    waiting.set(counted.oldest_waiting);
+    past.set(number(counted.past as u64));
+    predicted.set(number(counted.predicted as u64));
     let all: [&dyn Collector; 4] = [&pages, &past, &predicted, &waiting];
     Ok(all.into_iter().flat_map(Collector::collect).collect())
 }
@@ -117,7 +152,9 @@ mod tests {
     #[test]
     fn a_ledger_in_numbers() {
         let oldest = |ledger: &Ledger| -> f64 {
-            let text = TextEncoder::new().encode_to_string(&of_ledger(ledger).unwrap()).unwrap();
+            let text = TextEncoder::new()
+                .encode_to_string(&of_ledger(|look| look(ledger)).unwrap())
+                .unwrap();
             let line = text.lines().find(|line| line.starts_with("mce_relay_oldest")).unwrap();
             line.rsplit(' ').next().unwrap().parse().unwrap()
         };
@@ -130,7 +167,7 @@ mod tests {
         let place = Place::Ghes { record: 1 };
         ledger.set(0, State::Injected { place }, seen + Duration::from_millis(20));
         ledger.set(0, State::Acknowledged { place }, seen + Duration::from_secs(2));
-        let families = of_ledger(&ledger).unwrap();
+        let families = of_ledger(|look| look(&ledger)).unwrap();
         let text = TextEncoder::new().encode_to_string(&families).unwrap();
         for line in [
             "mce_relay_pages{state=\"acknowledged\"} 1",
@@ -139,6 +176,13 @@ mod tests {
         ] {
             assert!(text.lines().any(|known| known == line), "{line}: {text}");
         }
+        // More than are counted in one go.
+        for page in 3..2 * AT_ONCE as u64 + 1 {
+            ledger.enter(page << 12, page << 12, 12, Kind::ActionOptional, FoundBy::Scan, seen);
+        }
+        let families = of_ledger(|look| look(&ledger)).unwrap();
+        let text = TextEncoder::new().encode_to_string(&families).unwrap();
+        assert!(text.contains("mce_relay_pages{state=\"seen\"} 8192"), "{text}");
         assert!((100.0..200.0).contains(&oldest(&ledger)), "since it became known");
 
         // One that was told of, and begins to wait again.
