@@ -49,10 +49,10 @@ pub fn hugetlbfs_file() {
 /// nor keeps anything open.
 pub fn ten_reboots() {
     let mut guest = Guest::boot(&options("size=256M,thp=off"));
-    let mut sizes = Vec::new();
+    let (mut sizes, mut used) = (Vec::new(), 0);
     for boot in 2..=11 {
-        let pages = guest.agent.alloc("anon", 16);
-        let bad = [pages[3], pages[9], pages[12]];
+        let pages = guest.agent.alloc_many("anon", 1024);
+        let bad = [pages[900], pages[950], pages[1000]];
         guest.poison_many(&[bad[0].gpa, bad[1].gpa]);
         assert_eq!(guest.known(2).len(), 2);
         settled(&guest);
@@ -60,13 +60,14 @@ pub fn ten_reboots() {
         settled(&guest);
         let check = guest.agent.ask("check");
         assert_eq!(check["bad"].as_array().map(Vec::len), Some(0), "{check}");
-        whole_again(&mut guest, boot, &bad.iter().map(|page| page.gpa).collect());
+        used += whole_again(&mut guest, boot, &bad.iter().map(|page| page.gpa).collect());
         let (files, rss) = (lab::open_files(guest.pid()), lab::outside(guest.pid(), RAM));
         println!("    boot {boot}: {rss} kB outside guest RAM, {files} open files");
         sizes.push((files, rss));
     }
     let past = guest.status()["past"].as_array().unwrap().len();
     assert_eq!(past, 30, "the ledger's history is whole");
+    assert!(used > 0, "the guest came by none of them in ten boots");
     // The second boot is the first whose start was a reboot.
     let (files, rss) = sizes[0];
     for (boot, (now, size)) in (2..).zip(&sizes) {
