@@ -59,9 +59,10 @@ fn lost_with(bad: Page, extent: u64) -> BTreeSet<u64> {
 pub fn poisoned(memory: &'static str, extent: u64) -> (Guest, BTreeSet<u64>) {
     let mut guest = Guest::boot(&options(memory));
     let pages = of_the_agent(&mut guest, extent);
-    let [.., before, _, _, _, ar, _] = pages[..] else { panic!("{} pages", pages.len()) };
+    // Far from each other, so that they need not meet the same fate in the next boot.
+    let (ar, half) = (pages[pages.len() - 2], pages[pages.len() / 2]);
     // Somewhere in the middle of what is lost with it.
-    let ao = Page { gpa: before.gpa + extent / 8192 * 4096, ..before };
+    let ao = Page { gpa: half.gpa + extent / 8192 * 4096, ..half };
 
     let start = Instant::now();
     touched(&mut guest, ar);
@@ -128,7 +129,8 @@ pub fn whole_again(guest: &mut Guest, boot: u64, lost: &BTreeSet<u64>) -> usize 
 /// All of it: AO, AR, reboot.
 pub fn heals(memory: &'static str, extent: u64) {
     let (mut guest, lost) = poisoned(memory, extent);
-    let used = whole_again(&mut guest, 2, &lost);
-    assert!(used > 0, "the guest came by none of them: {lost:#x?}");
+    // In one boot its kernel may have all of them itself, or keep them for the last.
+    let used = (2..5).any(|boot| whole_again(&mut guest, boot, &lost) > 0);
+    assert!(used, "the guest came by none of them in three boots: {lost:#x?}");
     guest.power_off();
 }
