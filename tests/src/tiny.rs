@@ -1,36 +1,12 @@
 //! A guest kernel of a few instructions, for a VM that has to run but not to boot anything.
 
+// The VMM's unit tests have the same, and it is nothing for the program itself.
+#[path = "../../vmm/src/boot/tiny.rs"]
+mod kernel;
+pub use kernel::{ENTRY, elf};
+
 /// mov dx, 0x600; mov al, S5 and SLP_EN; out dx, al; hlt: the guest powers itself off.
 pub const POWER_OFF: [u8; 8] = [0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4];
-
-/// An ELF file with a PVH note and one segment at 1 MiB, where `code` begins in 32-bit mode.
-pub fn elf(code: &[u8]) -> Vec<u8> {
-    const ENTRY: u32 = 0x10_0000;
-    const HEADERS: u64 = 64 + 2 * 56;
-    let mut note = Vec::new();
-    // Lengths of name and value, and XEN_ELFNOTE_PHYS32_ENTRY.
-    [4_u32, 4, 18].iter().for_each(|word| note.extend(word.to_le_bytes()));
-    note.extend(b"Xen\0");
-    note.extend(ENTRY.to_le_bytes());
-    let mut file = b"\x7fELF\x02\x01\x01".to_vec();
-    file.resize(16, 0);
-    // Type EXEC, machine x86-64, version, entry, program headers, no sections, flags, sizes.
-    file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    [u64::from(ENTRY), 64, 0].iter().for_each(|word| file.extend(word.to_le_bytes()));
-    file.extend([0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
-    let mut header = |kind: u32, offset: u64, address: u64, len: u64| {
-        file.extend(kind.to_le_bytes());
-        file.extend([5, 0, 0, 0]);
-        for word in [offset, address, address, len, len, 4] {
-            file.extend(word.to_le_bytes());
-        }
-    };
-    header(4, HEADERS, 0, note.len() as u64);
-    header(1, HEADERS + note.len() as u64, u64::from(ENTRY), code.len() as u64);
-    file.extend(note);
-    file.extend(code);
-    file
-}
 
 // A guest that takes machine checks and does nothing else. In 32-bit mode at 1 MiB, as `elf` puts it; the
 // handler empties all banks, clears MCG_STATUS (MSR 0x17a) and goes back to sleep, without IRET, which not

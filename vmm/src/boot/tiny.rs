@@ -1,12 +1,13 @@
-//! Kernels for unit tests.
+//! Kernels of a few instructions, for unit tests and, by its path, for the tests' own crate.
 
 /// Where they are loaded, and begin in 32-bit mode: 1 MiB.
-pub(crate) const ENTRY: u32 = 0x10_0000;
+pub const ENTRY: u32 = 0x10_0000;
 
 /// A kernel of a few instructions: an ELF file with a PVH note and one segment at [`ENTRY`].
-pub(crate) fn elf(code: &[u8]) -> Vec<u8> {
+pub fn elf(code: &[u8]) -> Vec<u8> {
     const HEADERS: u64 = 64 + 2 * 56;
     let mut note = Vec::new();
+    // Lengths of name and value, and XEN_ELFNOTE_PHYS32_ENTRY.
     for word in [4_u32, 4, 18] {
         note.extend(word.to_le_bytes());
     }
