@@ -7,6 +7,9 @@
 //!
 //! On SIGUSR1 any thread makes the system call that comes with the signal (see `Stray` in
 //! tests/src/hooked.rs), and adds a byte to the file `strays`.
+//!
+//! A thread has its name a moment before it has its filter of system calls. That moment is made long here, so
+//! that a test which takes the one for the other fails every time, and not once in a thousand.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
 use std::fs::{self, File};
@@ -64,6 +67,27 @@ extern "C" fn on_stray(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc:
         libc::write(STRAYS.load(Ordering::Relaxed), c"x".as_ptr().cast(), 1);
         *libc::__errno_location() = errno;
     }
+}
+
+/// Between the name and the filter.
+const UNFILTERED: Duration = Duration::from_millis(20);
+
+/// In place of the C library's, which is called before a filter is put in force (PR_SET_NO_NEW_PRIVS).
+#[unsafe(no_mangle)]
+pub extern "C" fn prctl(
+    option: libc::c_int,
+    a: libc::c_ulong,
+    b: libc::c_ulong,
+    c: libc::c_ulong,
+    d: libc::c_ulong,
+) -> libc::c_int {
+    if option == libc::PR_SET_NO_NEW_PRIVS {
+        std::thread::sleep(UNFILTERED);
+    }
+    // SAFETY: the call is the caller's, with the caller's arguments.
+    let done = unsafe { libc::syscall(libc::SYS_prctl, option, a, b, c, d) };
+    // The kernel's results are as small.
+    libc::c_int::try_from(done).unwrap_or(-1)
 }
 
 /// A page of this process, of `file` or of nobody else.

@@ -101,6 +101,13 @@ impl Stray {
     }
 }
 
+/// How many filters of system calls are in force for the process or thread at `dir` in /proc.
+fn filters_of(dir: &Path) -> Option<u32> {
+    let status = std::fs::read_to_string(dir.join("status")).ok()?;
+    let count = status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"))?;
+    count.trim().parse().ok()
+}
+
 impl Hooked {
     /// Takes a VMM that was prepared with `dir`, and waits until it answers.
     pub fn of(child: Child, dir: TempDir) -> Self {
@@ -173,16 +180,38 @@ impl Hooked {
         std::fs::rename(self.path("new"), self.path("do")).unwrap();
     }
 
-    /// Has the thread called `thread` make a system call.
+    /// Has the thread called `thread` make a system call, once it has its filter.
     pub fn stray(&mut self, thread: &str, stray: Stray) {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap();
-        let named = tasks.map(|task| task.unwrap().path()).find(|task| {
-            std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end() == thread)
-        });
-        let task = named.unwrap_or_else(|| panic!("there is no thread {thread}"));
+        self.wait_for(thread, |hooked| hooked.find(thread).is_some());
+        let task = self.find(thread).unwrap();
+        // The API answers before the guest runs. A thread without its filter has only the process's, which
+        // allows more.
+        self.wait_for("a thread's filter", |hooked| hooked.is_filtered(&task));
         let thread: libc::pid_t = task.file_name().unwrap().to_str().unwrap().parse().unwrap();
         self.strays = self.calls_made();
         stray.send(self.pid().try_into().unwrap(), thread);
+    }
+
+    /// The directory in /proc of the thread called `thread`.
+    fn find(&self, thread: &str) -> Option<PathBuf> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).ok()?;
+        tasks.map_while(|task| Some(task.ok()?.path())).find(|task| {
+            std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end() == thread)
+        })
+    }
+
+    /// Whether a thread has the filters that it is to have: the process's, if there is one beside those that
+    /// this test was started under, and its own. Linux counts them from 5.9 on.
+    fn is_filtered(&self, task: &Path) -> bool {
+        let (Some(outside), Some(process), Some(own)) = (
+            filters_of(Path::new("/proc/self")),
+            filters_of(&PathBuf::from(format!("/proc/{}", self.pid()))),
+            filters_of(task),
+        ) else {
+            return true;
+        };
+        let is_main = task.ends_with(self.pid().to_string());
+        own >= if process > outside && !is_main { process + 1 } else { process }
     }
 
     /// How many such calls have returned.
