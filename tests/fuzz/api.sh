@@ -39,8 +39,15 @@ target/release/tiny "$dir/kernel" || fail 'there is no target/release/tiny; run 
 target/release/mce-relay run --kernel "$dir/kernel" --memory 64M --cpus 2 --serial off \
     --api-socket "path=$dir/api" --on-undeliverable pause >"$dir/log" 2>&1 &
 vm=$!
-for _ in {1..100}; do [ -S "$dir/api" ] && break; sleep 0.05; done
-[ -S "$dir/api" ] || { cat "$dir/log"; fail 'the VM did not start'; }
+# Where the VMM's threads stand, and what it has said.
+look() {
+    for thread in "/proc/$vm/task"/*; do
+        (cd "$thread" && echo "$(cat comm) $(cut -d ' ' -f 3 stat) wchan $(cat wchan) syscall $(cat syscall)" && cat stack)
+    done 2>/dev/null
+    cat "$dir/log"
+}
+for _ in {1..600}; do [ -S "$dir/api" ] && break; sleep 0.05; done
+[ -S "$dir/api" ] || { look; fail 'the VM did not start'; }
 # Below the range that the kernel takes ports from by itself.
 port=$((20000 + RANDOM % 10000))
 python3 tests/fuzz/proxy.py $port "$dir/api" &
@@ -64,6 +71,6 @@ kill -0 $vm 2>/dev/null || { cat "$dir/log"; fail 'the VM has ended'; }
 after=$(files)
 # The proxy's last connections may be there still.
 [ "$after" -le $((before + 4)) ] || fail "the VM had $before open files and has $after"
-[ $status = 0 ] || { tail -20 "$dir/log"; fail "schemathesis ended with status $status"; }
+[ $status = 0 ] || { look | tail -60; fail "schemathesis ended with status $status"; }
 echo "the VM runs on, with $after open files ($before before)"
 echo 'test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out'

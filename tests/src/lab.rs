@@ -268,8 +268,11 @@ pub fn host_physical(pid: u32, hva: u64) -> u64 {
     Pagemap::of(pid).physical(hva)
 }
 
+/// As much of a thread's stack in the kernel as says what it waits for.
+const STACK: usize = 8;
+
 /// What each thread of process `pid` is about: its state, its CPU time so far in clock ticks, and
-/// where it waits. For people who look into a VM that stands still.
+/// where it waits (for root: where in the kernel). For people who look into a VM that stands still.
 pub fn threads(pid: u32) -> String {
     let mut all = String::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
@@ -290,6 +293,9 @@ pub fn threads(pid: u32) -> String {
             read("wchan"),
             read("syscall")
         );
+        for line in read("stack").lines().take(STACK) {
+            all += &format!("                 {line}\n");
+        }
     }
     all
 }

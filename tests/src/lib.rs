@@ -19,5 +19,6 @@ pub mod qemu;
 pub mod ready;
 pub mod schema;
 pub mod spinning;
+pub mod stuck;
 pub mod suite;
 pub mod tiny;

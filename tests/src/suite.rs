@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use libtest_mimic::{Arguments, Failed, Trial};
 
+use crate::stuck;
+
 /// One test: its name, what it needs of this machine, and itself.
 pub struct Test {
     /// Its name.
@@ -20,11 +22,13 @@ pub fn run(tests: &'static [Test]) -> ExitCode {
     let mut arguments = Arguments::from_args();
     // Guests share two emulated processors, and a rendezvous has a time limit.
     arguments.test_threads = Some(1);
+    stuck::report_panics();
     let trials = tests
         .iter()
         .map(|test| match (test.needs)() {
             Ok(()) => Trial::test(test.name, || {
                 let start = Instant::now();
+                let _watch = stuck::Watch::over(test.name);
                 // A test prints its own failure; what it left behind is in its output.
                 std::panic::catch_unwind(test.run).map_err(|_| Failed::from("see above"))?;
                 println!("    {} took {:.1} s", test.name, start.elapsed().as_secs_f64());
