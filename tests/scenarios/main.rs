@@ -43,6 +43,12 @@ fn in_lab_with_hardware() -> Result<(), String> {
     may_poison().and_then(|()| has_hardware())
 }
 
+/// The kernel's mce-inject module needs processors of AMD's make, as the lab's are.
+fn may_inject_into_the_host() -> Result<(), String> {
+    may_poison()?;
+    mce_relay_vmm::host::x86_injector::check_processor().map_err(|error| error.to_string())
+}
+
 fn main() -> ExitCode {
     suite::run(mce_relay_tests::tests![
         ao::amd_one_vcpu needs may_soak,
@@ -119,7 +125,7 @@ fn main() -> ExitCode {
         mce_test::kvm_suite needs may_poison,
         placement::a_page_above_4_gib needs may_poison,
         // Last: after a hardware error the kernel refuses to heal pages until it reboots.
-        means::mce_inject needs may_poison,
+        means::mce_inject needs may_inject_into_the_host,
         hardware::from_the_bank_to_the_guests_process needs in_lab_with_hardware,
     ])
 }
