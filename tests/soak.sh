@@ -23,19 +23,23 @@ executable() { # test target
 soak=$(executable soak) scenarios=$(executable scenarios) bad_input=$(executable bad_input)
 [ -n "$soak" ] && [ -n "$scenarios" ] && [ -n "$bad_input" ] || { echo 'the tests do not build' >&2; exit 1; }
 
-failed=0 all=0
+failed=0 all=0 failures=()
 in_lab() { # what, command...
-    echo "==== $1" >&2
+    local what=$1
+    echo "==== $what" >&2
     shift
     all=$((all + 1))
     # More than a lab has for the tests: some of it in pages of 1 GiB.
-    LAB_MEMORY=${LAB_MEMORY:-8G} tests/lab/run.sh target/release/hold "$@" || failed=$((failed + 1))
+    LAB_MEMORY=${LAB_MEMORY:-8G} tests/lab/run.sh target/release/hold "$@" || {
+        failed=$((failed + 1))
+        failures+=("$what")
+    }
 }
 # It takes a real machine's time to make that many, and nothing in it depends on the kernel.
 name=followers::three_of_them_one_stuck
 echo "==== $name" >&2
 all=$((all + 1))
-"$bad_input" --exact "$name" --nocapture || failed=$((failed + 1))
+"$bad_input" --exact "$name" --nocapture || { failed=$((failed + 1)); failures+=("$name"); }
 # Each in a lab of its own. Its clock can be half as fast as ours, and a burst has ten minutes as well.
 names=$("$soak" --list | sed -n 's/: test$//p')
 for name in $names; do
@@ -44,5 +48,6 @@ done
 for ((round = 1; round <= rounds; round++)); do
     LAB_TIMEOUT=3600 in_lab "round $round of $rounds" "$scenarios"
 done
+[ $failed = 0 ] || printf 'failed: %s\n' "${failures[@]}"
 echo "$((all - failed)) runs passed, $failed failed"
 [ "$failed" = 0 ]

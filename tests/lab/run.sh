@@ -4,11 +4,14 @@
 #
 # usage: run.sh [COMMAND [ARGUMENT...]]       without a command: a shell on this terminal
 #
+# LAB_QEMU      the emulator: a path, or a name on PATH (qemu-system-x86_64)
+# LAB_NPT       whether KVM in the lab uses nested paging, 0 or 1 (what suits the emulator, see below)
 # LAB_MEMORY    memory of the lab (5G)
 # LAB_TIMEOUT   seconds after which a run is ended (1500; a shell has no limit unless this is set)
 # MCE_RELAY_*, RUST_LOG and RUST_BACKTRACE reach the command. It also finds
 #   MCE_RELAY_LAB=1
 #   MCE_RELAY_LAB_OUT       a directory for results, target/lab/out inside and outside
+#   MCE_RELAY_LAB_EMULATOR  which QEMU this is, for people
 #   MCE_RELAY_LAB_MONITOR   a device that takes commands of QEMU's monitor, mce above all
 #
 # What the command prints, on either stream, comes out here on standard output; it reads nothing.
@@ -31,7 +34,29 @@ fail() { say "error: $*"; exit 125; }
 [[ ${LAB_MEMORY:=5G} =~ ^[1-9][0-9]*[MG]$ ]] || fail "LAB_MEMORY=$LAB_MEMORY is not a size such as 5G or 5120M"
 [ -z "$interactive" ] || { [ -t 0 ] && [ -t 1 ]; } ||
     fail "a shell in the lab needs a terminal; give a command to run instead"
+[[ ${LAB_NPT:=} =~ ^[01]?$ ]] || fail "LAB_NPT=$LAB_NPT is neither 0 nor 1"
 "$here/build.sh" || fail "the lab could not be built (see above)"
+emulator=${LAB_QEMU:-qemu-system-x86_64}
+command -v "$emulator" >/dev/null || fail "LAB_QEMU=$emulator is no command that can be run"
+version=$("$emulator" --version 2>&1 | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p')
+[ -n "$version" ] || fail "$emulator --version does not say which QEMU it is; LAB_QEMU names another"
+# Before 9 with nested paging the emulator goes on right behind the host's VMRUN with the guest's page tables in
+# force, now and then or (8.2) always, and takes guest or host with it. Since 10.0 without nested paging no guest
+# gets further than its first halt, and with it all do. DESIGN.md has what was tried.
+npt=1 untried=
+case $version in
+6.2 | 6.2.* | 7.2 | 7.2.* | 8.2 | 8.2.*) npt=0 ;;
+10.[0-2] | 10.[0-2].* | 11.1 | 11.1.*) ;;
+[0-8].*) npt=0 untried=1 ;;
+*) untried=1 ;;
+esac
+npt=${LAB_NPT:-$npt}
+if [ "$npt" = 1 ]; then paging=on; else paging=off; fi
+export MCE_RELAY_LAB_EMULATOR="QEMU $version with nested paging $paging"
+say "emulator: $MCE_RELAY_LAB_EMULATOR"
+[ -z "$untried" ] ||
+    say "warning: nobody has tried the lab with QEMU $version, only with 6.2, 7.2, 8.2, 10.0 to 10.2 and 11.1;" \
+        "if no guest comes up in it, LAB_NPT=$((1 - npt)) tries the other kind of paging, and LAB_QEMU names another QEMU"
 mkdir -p "$lab/out"
 exec 8>"$lab/.lock"
 flock -n 8 || { say "another run is under way in this checkout, waiting for it"; flock 8; }
@@ -101,7 +126,7 @@ start() { # one boot; QEMU runs in the background afterwards
         -nodefaults -no-user-config -display none -no-reboot
         -accel "tcg,thread=multi" -cpu "EPYC,+svm,+npt" -smp 2 -m "$LAB_MEMORY"
         -kernel "$lab/vmlinux" -initrd "$lab/initramfs.cpio"
-        -append "console=ttyS0 quiet panic=-1 oops=panic mitigations=off tsc=reliable audit=0 apparmor=0"
+        -append "console=ttyS0 quiet panic=-1 oops=panic mitigations=off tsc=reliable audit=0 apparmor=0 LAB_NPT=$npt"
         -chardev "file,id=console,path=$out/console.log" -serial chardev:console
         -virtfs "local,path=/,mount_tag=host,readonly=on,$share"
         -virtfs "local,path=$out/out,mount_tag=out,$share"
@@ -121,7 +146,7 @@ start() { # one boot; QEMU runs in the background afterwards
     fi
     say "starting (log: ${lab#"$PWD"/}/console.log)"
     # pdeathsig: should this script be killed outright, no emulated machine stays behind.
-    local run=(setpriv --pdeathsig KILL qemu-system-x86_64 "${args[@]}")
+    local run=(setpriv --pdeathsig KILL "$emulator" "${args[@]}")
     if [ -n "$interactive" ]; then
         "${run[@]}" <&0 2>"$lab/qemu.log" 8>&- &
         qemu=$!

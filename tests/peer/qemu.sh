@@ -4,16 +4,24 @@
 # says on standard error which version that is. If it is not to be had, the command runs the
 # installed QEMU.
 #
+# usage: qemu.sh [SUITE]
+#
+# With a SUITE of Debian (trixie, trixie-backports, sid ...) it is that one's QEMU, unpacked below
+# target/peer/SUITE/, and an error if it is not to be had. A QEMU of another release than this machine's
+# comes with its own C library and loader.
+#
 # The mirror is the one this machine's own package sources name; its apt configuration, its package
 # lists and its packages stay as they are.
 set -euo pipefail
 
 me=tests/peer/qemu.sh
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-store=$top/target/peer
+[[ ${1:-} =~ ^[a-z-]*$ ]] || { echo "$me: error: $1 is not a suite of Debian, such as trixie-backports" >&2; exit 2; }
+store=$top/target/peer${1:+/$1}
 root=$store/root
 command=$store/qemu
 
+asked=${1:-}
 say() { printf '%s: %s\n' "$me" "$*" >&2; }
 version() { timeout 60 "$1" --version | sed -n 's/^QEMU emulator version //p'; }
 answer() { # WHAT
@@ -36,6 +44,7 @@ write_command() { # its text on standard input
 give_up() { # WHY
     say "$1"
     [ ! -e "$store/.fetched" ] || answer "fetched earlier"
+    [ -z "$asked" ] || { say "error: no QEMU of $asked"; exit 1; }
     printf '#!/bin/sh\nexec qemu-system-x86_64 "$@"\n' | write_command
     answer "the installed one, as no newer one is to be had"
 }
@@ -57,13 +66,17 @@ if [ -z "$release" ] || [ -z "$mirror" ]; then
     give_up "this machine's package sources name no mirror of a Debian release"
 fi
 
+suite=${asked:-$release-backports}
+foreign=
+[ "${suite%-backports}" = "$release" ] || foreign=1
+
 apt=$store/apt
 mkdir -p "$apt/lists/partial" "$apt/cache/archives/partial"
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg
 signed=
 [ ! -e "$keyring" ] || signed="[signed-by=$keyring] "
-for suite in "$release" "$release-backports"; do
-    printf 'deb %s%s %s main\n' "$signed" "$mirror" "$suite"
+for one in $(printf '%s\n' "${suite%-backports}" "$suite" | sort -u); do
+    printf 'deb %s%s %s main\n' "$signed" "$mirror" "$one"
 done >"$apt/sources.list"
 options=(
     -qq
@@ -73,14 +86,18 @@ options=(
     -o Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false -o Acquire::Languages=none
     -o Debug::NoLocking=1 -o APT::Update::Error-Mode=any
 )
-say "asking for QEMU in $release-backports"
+if [ -n "$foreign" ]; then
+    : >"$apt/status" # nothing that is installed here counts
+    options+=(-o "Dir::State::status=$apt/status")
+fi
+say "asking for QEMU in $suite"
 timeout 600 apt-get "${options[@]}" update >&2 || give_up "its package lists cannot be fetched (see above)"
 
 # Everything that installing it would put on or replace on this machine; the rest is there already.
-plan=$(LC_ALL=C apt-get "${options[@]}" -s -t "$release-backports" --no-install-recommends install qemu-system-x86) ||
-    give_up "it cannot be had from $release-backports (see above)"
+plan=$(LC_ALL=C apt-get "${options[@]}" -s -t "$suite" --no-install-recommends install qemu-system-x86) ||
+    give_up "it cannot be had from $suite (see above)"
 mapfile -t packages < <(sed -n 's/^Inst \([^ ]*\) .*(\([^ ]*\) .*/\1=\2/p' <<<"$plan")
-[ ${#packages[@]} != 0 ] || give_up "$release-backports has none that is newer than the installed one"
+[ ${#packages[@]} != 0 ] || give_up "$suite has none that is newer than the installed one"
 
 if [ "$(cat "$store/.fetched" 2>/dev/null)" != "${packages[*]}" ]; then
     say "downloading ${packages[*]}"
@@ -95,15 +112,24 @@ if [ "$(cat "$store/.fetched" 2>/dev/null)" != "${packages[*]}" ]; then
     mv "$root.new" "$root"
     libraries=$root/usr/lib/$(dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/null || echo x86_64-linux-gnu)
     quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; }
-    write_command <<-END
+    if [ -n "$foreign" ]; then
+        write_command <<-END
+	#!/bin/sh
+	QEMU_MODULE_DIR=$(quote "$libraries/qemu")
+	export QEMU_MODULE_DIR
+	exec $(quote "$root/usr/lib64/ld-linux-x86-64.so.2") --library-path $(quote "$libraries") $(quote "$root/usr/bin/qemu-system-x86_64") -L $(quote "$root/usr/share/qemu") -L $(quote "$root/usr/share/seabios") "\$@"
+	END
+    else
+        write_command <<-END
 	#!/bin/sh
 	LD_LIBRARY_PATH=$(quote "$libraries")\${LD_LIBRARY_PATH:+:\$LD_LIBRARY_PATH}
 	QEMU_MODULE_DIR=$(quote "$libraries/qemu")
 	export LD_LIBRARY_PATH QEMU_MODULE_DIR
 	exec $(quote "$root/usr/bin/qemu-system-x86_64") -L $(quote "$root/usr/share/qemu") -L $(quote "$root/usr/share/seabios") "\$@"
 	END
+    fi
     [ -n "$(version "$command")" ] || give_up "what was fetched does not run on this machine (see above)"
     printf '%s\n' "${packages[*]}" >"$store/.fetched"
 fi
 touch "$store/.fetched"
-answer "fetched from $release-backports, not installed"
+answer "fetched from $suite, not installed"

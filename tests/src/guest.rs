@@ -507,9 +507,17 @@ impl Guest {
     /// before there is any poison. It is looked at, booted once more, and counted: the summary of
     /// `make test` says how often.
     pub fn boot(options: &Options) -> Self {
+        Self::try_boot(options).unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The same; why there is no guest, after all that is known of it has been printed.
+    ///
+    /// # Errors
+    /// Its agent did not answer.
+    pub fn try_boot(options: &Options) -> Result<Self, String> {
         let vmm = Vmm::start(options);
         match vmm.agent() {
-            Ok(agent) => return Self { vmm, agent },
+            Ok(agent) => return Ok(Self { vmm, agent }),
             Err(error) if lab::may_poison().is_err() => vmm.did_not_come_up(DID_NOT, &error),
             Err(error) => {
                 vmm.look();
@@ -518,7 +526,15 @@ impl Guest {
             }
         }
         drop(vmm);
-        Vmm::start(options).up()
+        let vmm = Vmm::start(options);
+        match vmm.agent() {
+            Ok(agent) => Ok(Self { vmm, agent }),
+            Err(error) => {
+                vmm.look();
+                tell(&vmm.dir);
+                Err(format!("{DID_NOT}: {error}"))
+            }
+        }
     }
 
     /// Waits for the agent of the next boot.

@@ -7,7 +7,35 @@ use std::time::Instant;
 
 use mce_relay_tests::guest::{Guest, Options, mce_relay};
 
+/// What run.sh chose for the lab, in words.
+const EMULATOR: &str = "MCE_RELAY_LAB_EMULATOR";
+
 fn main() -> ExitCode {
+    // A step that fails is an error for a person to read; where in this program it was is of no use to them.
+    std::panic::set_hook(Box::new(|info| {
+        let said = info.payload().downcast_ref::<String>().map(String::as_str);
+        let what = said.or(info.payload().downcast_ref().copied()).unwrap_or("a step failed");
+        eprintln!("error: the show stopped here: {what}\n{}", advice());
+    }));
+    std::panic::catch_unwind(show).unwrap_or(ExitCode::FAILURE)
+}
+
+/// What to do when the show has failed.
+fn advice() -> String {
+    std::env::var(EMULATOR).map_or_else(
+        |_| "`mce-relay check` says what this host lacks; `make run` without NATIVE=1 uses the lab".into(),
+        |emulator| {
+            format!(
+                "The lab's emulator is {emulator}. The lab has been tried with QEMU 6.2, 7.2 and 8.2 without \
+                 nested paging, and with 10.0 to 10.2 and 11.1 with it. LAB_QEMU=PATH has it use another QEMU (tests/peer/qemu.sh \
+                 fetches one and prints its path), LAB_NPT=0 or 1 switches nested paging off or on: \
+                 LAB_NPT=1 make run"
+            )
+        },
+    )
+}
+
+fn show() -> ExitCode {
     let native = std::env::var("MCE_RELAY_NATIVE").is_ok_and(|value| value == "1");
     if native {
         println!(
@@ -39,7 +67,18 @@ fn main() -> ExitCode {
     println!(
         "== A Linux guest boots: {vendor}-style, 2 vCPUs, 256 MiB. Some seconds without a word."
     );
-    let mut guest = Guest::boot(&Options { echo: true, ao_channel: "auto", ..options });
+    let booted = Guest::try_boot(&Options { echo: true, ao_channel: "auto", ..options });
+    let mut guest = match booted {
+        Ok(guest) => guest,
+        Err(error) => {
+            let seconds = start.elapsed().as_secs();
+            eprintln!(
+                "error: two guests were started in {seconds} s, and neither came up: {error}\n{}",
+                advice()
+            );
+            return ExitCode::FAILURE;
+        }
+    };
     println!("== Its agent is there after {:.0} s.", start.elapsed().as_secs_f64());
     let pages = guest.agent.alloc("anon", 8);
     let bad = pages[3];
