@@ -113,11 +113,14 @@ if [ "$(cat "$store/.fetched" 2>/dev/null)" != "${packages[*]}" ]; then
     libraries=$root/usr/lib/$(dpkg-architecture -qDEB_HOST_MULTIARCH 2>/dev/null || echo x86_64-linux-gnu)
     quote() { printf "'%s'" "${1//\'/\'\\\'\'}"; }
     if [ -n "$foreign" ]; then
+        loader=$root/usr/lib64/ld-linux-x86-64.so.2
+        # Before trixie the C library was packed outside /usr.
+        [ -e "$loader" ] || loader=$root/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2
         write_command <<-END
 	#!/bin/sh
 	QEMU_MODULE_DIR=$(quote "$libraries/qemu")
 	export QEMU_MODULE_DIR
-	exec $(quote "$root/usr/lib64/ld-linux-x86-64.so.2") --library-path $(quote "$libraries") $(quote "$root/usr/bin/qemu-system-x86_64") -L $(quote "$root/usr/share/qemu") -L $(quote "$root/usr/share/seabios") "\$@"
+	exec $(quote "$loader") --library-path $(quote "$libraries:$root/lib/x86_64-linux-gnu") $(quote "$root/usr/bin/qemu-system-x86_64") -L $(quote "$root/usr/share/qemu") -L $(quote "$root/usr/share/seabios") "\$@"
 	END
     else
         write_command <<-END
