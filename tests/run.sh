@@ -88,15 +88,14 @@ passes_now() { # key test log
     tail -n 25 "$evidence" | sed 's/^/  | /'
 }
 
-# The test binaries, as cargo names them.
-executables() { # cargo-arguments...
-    cargo test --release --locked --no-run "$@" 2>&1 |
-        sed -n 's/^ *Executable .*(\(.*\))$/\1/p'
-}
-
-mapfile -t pure < <(executables --workspace --exclude mce-relay-bench --all-features --lib --bins; executables -p mce-relay --all-features --test '*'; executables -p mce-relay-agent --test '*'; executables -p mce-relay-tests --test histories)
-mapfile -t kvm < <(executables -p mce-relay-tests --test kvm --test quiet --test bad_input)
-mapfile -t scenarios < <(executables -p mce-relay-tests --test scenarios)
+# The test binaries, as cargo names them. Exactly what `make build` has built: another choice of packages or
+# features would have cargo build much of it again.
+mapfile -t binaries < <(cargo test --release --locked --no-run --workspace --exclude mce-relay-bench --bins --tests 2>&1 |
+    sed -n 's/^ *Executable .*(\(.*\))$/\1/p')
+called() { printf '%s\n' "${binaries[@]}" | grep -E "/($1)-[0-9a-f]*$"; }
+mapfile -t kvm < <(called 'kvm|quiet|bad_input')
+mapfile -t scenarios < <(called scenarios)
+mapfile -t pure < <(printf '%s\n' "${binaries[@]}" | grep -vE '/(kvm|quiet|bad_input|scenarios|soak)-[0-9a-f]*$')
 if [ ${#pure[@]} = 0 ] || [ ${#kvm[@]} != 3 ] || [ ${#scenarios[@]} != 1 ]; then
     echo "the test binaries are not there: cargo test --no-run failed" >&2
     exit 1

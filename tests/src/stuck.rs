@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
@@ -72,12 +73,17 @@ fn family(pid: u32) -> Vec<u32> {
     all
 }
 
+/// Prints it. Nobody may listen any more, which is no reason to panic in a panic.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
 /// Has every panic of this process followed by [`report`].
 pub fn report_panics() {
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         before(info);
-        println!("{}", report());
+        say(&report());
     }));
 }
 
@@ -101,7 +107,7 @@ impl Watch {
             let start = Instant::now();
             while is_over.recv_timeout(long) == Err(RecvTimeoutError::Timeout) {
                 let seconds = start.elapsed().as_secs();
-                println!("{name} has taken {seconds} s so far\n{}", report());
+                say(&format!("{name} has taken {seconds} s so far\n{}", report()));
             }
         };
         without_signals(|| std::thread::spawn(watch));
