@@ -13,8 +13,11 @@ use mce_relay_vmm::client;
 /// KVM_CREATE_VM, include/uapi/linux/kvm.h.
 const KVM_CREATE_VM: u32 = 0xae01;
 
+/// O_RDONLY and O_CLOEXEC: how a file is opened that is only looked at.
+const TO_READ: u32 = 0o2_000_000;
+
 /// A thread by its name, what it is made to call, and how it is called in the words.
-const STRAYS: [(&str, Stray, &str); 12] = [
+const STRAYS: [(&str, Stray, &str); 14] = [
     ("mce-relay", Stray::any(libc::SYS_execve), "the main thread"),
     ("mce-relay", Stray::any(libc::SYS_ptrace), "the main thread"),
     ("vcpu0", Stray::any(libc::SYS_execve), "a vCPU's thread"),
@@ -24,7 +27,9 @@ const STRAYS: [(&str, Stray, &str); 12] = [
     ("vcpu0", Stray::with(libc::SYS_process_vm_readv, 0, 1), "a vCPU's thread"),
     ("mce-relay-ao", Stray::any(libc::SYS_openat), "the relay's thread"),
     ("mce-relay-ao", Stray::any(libc::SYS_socket), "the relay's thread"),
-    ("api", Stray::with(libc::SYS_openat, 2, 1), "the API's thread"),
+    ("api", Stray::with(libc::SYS_openat, 2, TO_READ), "the API's thread"),
+    ("api", Stray::any(libc::SYS_openat), "the API's thread"),
+    ("api", Stray::any(libc::SYS_statx), "the API's thread"),
     ("serial0", Stray::any(libc::SYS_openat), "a serial port's thread"),
     ("events-log", Stray::any(libc::SYS_openat), "the events' thread"),
 ];

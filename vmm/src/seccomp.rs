@@ -15,7 +15,6 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_x86_mce,
 };
 use libc::{_IO, _IOR, _IOW, _IOWR, Ioctl};
-use mce_relay::scan::PAGEMAP_SCAN;
 use mce_relay::syscalls::{self, Call, HAND_ON, HANDLE, Is, RELAY, THREAD, VCPU};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
@@ -171,10 +170,23 @@ const fn ioctl(request: Ioctl, why: &'static str) -> Call {
     Call::new(libc::SYS_ioctl, "ioctl", why).given(1, request as i64)
 }
 
+/// An ioctl of the terminal that is this process's standard input.
+const fn terminal(request: Ioctl, why: &'static str) -> Call {
+    ioctl(request, why).given(0, libc::STDIN_FILENO as i64)
+}
+
 /// Any thread may be the one on which the process ends, with the terminal as it was: see
-/// [`last_resort`](crate::last_resort).
+/// [`last_resort`](crate::last_resort). Which of these requests tcsetattr is made of depends on the C library
+/// and its age (glibc has the second form from 2.42 on), and on when the change is to be made.
 const END: &[Call] = &[
-    ioctl(0x5402, "TCSETS: the terminal as it was").given(0, libc::STDIN_FILENO as i64),
+    terminal(libc::TCSETS, "TCSETS: the terminal as it was"),
+    terminal(libc::TCSETSW, "TCSETSW: the same, once all is written"),
+    terminal(libc::TCSETSF, "TCSETSF: the same, and what was typed is dropped"),
+    terminal(libc::TCSETS2, "TCSETS2: the same, of a newer C library"),
+    terminal(libc::TCSETSW2, "TCSETSW2: the same"),
+    terminal(libc::TCSETSF2, "TCSETSF2: the same"),
+    terminal(libc::TCGETS, "TCGETS: a C library may look at what it has set"),
+    terminal(libc::TCGETS2, "TCGETS2: the same"),
     Call::new(libc::SYS_exit_group, "exit_group", "the end of the process"),
 ];
 
@@ -204,9 +216,6 @@ const VCPU_OWN: &[Call] = &[
 
 const RELAY_OWN: &[Call] =
     &[ioctl(_IOWR::<kvm_irqchip>(KVMIO, 0x62), "KVM_GET_IRQCHIP: whether the guest listens")];
-
-const OPEN: Call = Call::new(libc::SYS_openat, "openat", "/proc/self/pagemap and status")
-    .given(2, (libc::O_RDONLY | libc::O_CLOEXEC) as i64);
 
 // include/uapi/linux/userfaultfd.h
 const UFFDIO: u32 = 0xaa;
@@ -245,14 +254,12 @@ const API_OWN: &[Call] = &[
         .given(0, libc::SIG_SETMASK as i64),
     Call::new(libc::SYS_futex, "futex", "the end of a thread that worked for it")
         .given(1, (libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME) as i64),
-    // Memory that has something in it, for `vm.extents`.
-    OPEN,
+    // Memory that has something in it, for `vm.extents`, from descriptors that were opened before.
     Call::new(libc::SYS_lseek, "lseek", "which memory has something in it"),
     Call::new(libc::SYS_pread64, "pread64", "which memory has something in it"),
-    ioctl(PAGEMAP_SCAN, "PAGEMAP_SCAN: which memory has something in it"),
-    Call::new(libc::SYS_statx, "statx", "how long a file is"),
-    Call::new(libc::SYS_newfstatat, "newfstatat", "how long a file is"),
-    Call::new(libc::SYS_fstat, "fstat", "how long a file is"),
+    // The guest's power button.
+    ioctl(_IOWR::<kvm_irqchip>(KVMIO, 0x62), "KVM_GET_IRQCHIP: whether the guest listens"),
+    ioctl(_IOW::<kvm_irq_level>(KVMIO, 0x61), "KVM_IRQ_LINE: the button's interrupt"),
     // Poison, as asked for.
     Call::new(libc::SYS_madvise, "madvise", "poison --via madvise")
         .given(2, libc::MADV_HWPOISON as i64),
@@ -287,9 +294,12 @@ macro_rules! any {
 }
 
 /// What it takes to build a VM, to make its memory good again, and to end.
-const MAIN_OWN: [Call; 36] = any![
+const MAIN_OWN: [Call; 39] = any![
     SYS_openat,
     SYS_readv,
+    SYS_statx,
+    SYS_newfstatat,
+    SYS_fstat,
     SYS_lseek,
     SYS_statfs,
     SYS_fstatfs,
@@ -339,6 +349,36 @@ mod tests {
             assert!(!program.is_empty() && program.len() <= 4096, "{thread:?}: {}", program.len());
         }
         assert!(Filters::new(Mode::Off).unwrap().programs.is_empty());
+    }
+
+    /// On whichever thread the process ends.
+    #[test]
+    fn no_filter_keeps_the_terminal_from_being_restored() {
+        let filters = Filters::new(Mode::On).unwrap();
+        let requests = [
+            libc::TCSETS,
+            libc::TCSETSW,
+            libc::TCSETSF,
+            libc::TCSETS2,
+            libc::TCSETSW2,
+            libc::TCSETSF2,
+            libc::TCGETS2,
+        ];
+        for thread in Thread::ALL {
+            let (tell, told) = sync_channel(requests.len());
+            let body = move || {
+                for request in requests {
+                    // Nothing is there to set it to, so nothing comes of it.
+                    let nothing = std::ptr::null_mut::<libc::termios>();
+                    // SAFETY: the kernel answers EFAULT, or ENOTTY where it is no terminal.
+                    let done = unsafe { libc::ioctl(libc::STDIN_FILENO, request, nothing) };
+                    tell.send((request, done)).unwrap();
+                }
+            };
+            // A call that is refused ends this process with exit status 8.
+            filters.spawn(thread, "test".into(), body).unwrap().join().unwrap();
+            assert_eq!(told.try_iter().collect::<Vec<_>>(), requests.map(|one| (one, -1)));
+        }
     }
 
     #[test]

@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt;
 use super::backing::Backing;
 use super::{GuestRam, PAGE_SIZE};
 
+/// What the page tables of this process hold.
+pub(super) const PAGEMAP: &str = "/proc/self/pagemap";
 // Documentation/admin-guide/mm/pagemap.rst
 const PM_ENTRY: u64 = 8;
 const PM_PRESENT: u64 = 1 << 63;
@@ -32,7 +34,7 @@ impl GuestRam {
                 // A private copy hides what is in the file, and a file of huge pages does not say where
                 // it has holes. Its pages are promised anyway.
                 Some(_) => vec![(0, backing.len())],
-                None => mapped(backing)?,
+                None => mapped(backing, self.pagemap()?)?,
             };
             for (start, len) in within {
                 let gpa = block.gpa + start;
@@ -43,6 +45,11 @@ impl GuestRam {
             }
         }
         Ok(all)
+    }
+
+    fn pagemap(&self) -> io::Result<&File> {
+        let failed = |error: &io::Error| io::Error::new(error.kind(), format!("{PAGEMAP}: {error}"));
+        self.pagemap.as_ref().map_err(failed)
     }
 }
 
@@ -71,8 +78,7 @@ fn data_of(file: &File, offset: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
 
 /// What the page tables of this process have entries for, from the mapping's beginning: memory, swap,
 /// and what has gone bad.
-fn mapped(backing: &Backing) -> io::Result<Vec<(u64, u64)>> {
-    let pagemap = File::open("/proc/self/pagemap")?;
+fn mapped(backing: &Backing, pagemap: &File) -> io::Result<Vec<(u64, u64)>> {
     let mut entries = vec![0; BATCH * 8];
     let mut stretches: Vec<(u64, u64)> = Vec::new();
     let (first, pages) = (backing.hva() / PAGE_SIZE, backing.len() / PAGE_SIZE);
@@ -108,7 +114,8 @@ mod tests {
             let ram = GuestRam::new(&[zone]).unwrap();
             assert_eq!(ram.extents().unwrap(), [(0, 32 << 20)], "shared: {shared}, thp: {thp}");
             // A memfd says what is in the file; it is in the page tables as well.
-            assert_eq!(mapped(&ram.backings[0]).unwrap(), [(0, 32 << 20)], "shared: {shared}");
+            let mapped = mapped(&ram.backings[0], ram.pagemap().unwrap()).unwrap();
+            assert_eq!(mapped, [(0, 32 << 20)], "shared: {shared}");
             // It is so after a reboot.
             ram.renew(&[]);
             assert_eq!(ram.extents().unwrap(), [(0, 32 << 20)], "shared: {shared}, thp: {thp}");

@@ -8,6 +8,7 @@ mod extents;
 mod pool;
 mod renew;
 
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -299,6 +300,9 @@ pub struct GuestRam {
     backings: Vec<Backing>,
     /// Stretches of it (address and length) that are no longer the guest's, ascending.
     removed: Mutex<Vec<(u64, u64)>>,
+    /// /proc/self/pagemap. Opened here, since the threads that look into it may open nothing; who does not
+    /// look need not have it.
+    pagemap: io::Result<File>,
 }
 
 impl GuestRam {
@@ -339,7 +343,8 @@ impl GuestRam {
         let memory = GuestMemoryMmap::from_regions(regions)
             .map_err(|_| MemoryError::Layout { gpa: HOLE_END })?;
         let map = RamMap::new(&blocks.iter().map(region).collect::<Vec<_>>())?;
-        let ram = Self { memory, blocks, map, backings, removed: Mutex::default() };
+        let (removed, pagemap) = (Mutex::default(), File::open(extents::PAGEMAP));
+        let ram = Self { memory, blocks, map, backings, removed, pagemap };
         ram.prefault()?;
         Ok(ram)
     }
@@ -572,7 +577,7 @@ mod tests {
     fn zones_that_are_the_same_memory_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        std::fs::File::create(at("ram")).unwrap().set_len(32 << 20).unwrap();
+        File::create(at("ram")).unwrap().set_len(32 << 20).unwrap();
         std::fs::hard_link(at("ram"), at("again")).unwrap();
         std::os::unix::fs::symlink(at("ram"), at("link")).unwrap();
         let zone = |name: &str, shared| MemoryZone {
