@@ -33,7 +33,7 @@ busybox=$(command -v busybox)
 kernel=$("$here/kernel.sh" "${KERNEL:-default}")
 
 # The stamp goes first and comes back last: an interrupted run is then seen as out of date.
-stamp=$({ echo "$kernel"; cat "$here/build.sh" "$here/init" "$busybox" "$agent"; } | sha256sum)
+stamp=$({ echo "$kernel"; cat "$here/build.sh" "$here/init" "$here/power-button" "$busybox" "$agent"; } | sha256sum)
 if [ "$(cat "$out/.stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
@@ -43,12 +43,26 @@ tmp=$(mktemp -d "$out/.new.XXXXXX")
 trap 'rm -rf "$tmp"' EXIT
 
 root=$tmp/root
-mkdir -p "$root"/{bin,sbin,proc,sys,dev,tmp}
+mkdir -p "$root"/{bin,sbin,proc,sys,dev,tmp,modules,etc/acpi/PWRF}
+install -m 755 "$here/power-button" "$root/etc/acpi/PWRF/00000080" # where busybox's acpid looks for it
 install -m 755 "$here/init" "$root/init"
 install -m 755 "$agent" "$root/sbin/agent"
 install -m 755 "$busybox" "$root/bin/busybox"
 "$busybox" --list | while read -r applet; do
     [ "$applet" = busybox ] || ln -s busybox "$root/bin/$applet"
+done
+# What the guest says of its own end by, and hears of its power button by, each before what needs it. A kernel
+# that was given as a file comes without modules, and one may have them built in.
+for module in pvpanic pvpanic-mmio button evdev; do
+    file=$(find "$kernel/root" -name "$module.ko*" -print -quit)
+    case $file in # busybox's insmod takes plain files only
+    '') continue ;;
+    *.xz) xz -dc "$file" ;;
+    *.zst) zstd -dcq "$file" ;;
+    *.gz) gzip -dc "$file" ;;
+    *) cat "$file" ;;
+    esac >"$root/modules/$module.ko"
+    printf '%s\n' "$module.ko" >>"$root/modules/order"
 done
 # Not compressed: an emulated CPU copies faster than it decompresses. Same input, same bytes.
 find "$root" -exec touch -h -d @0 {} +

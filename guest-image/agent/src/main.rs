@@ -152,6 +152,29 @@ fn early(on: bool) -> Result<bool, String> {
     Ok(now == libc::PR_MCE_KILL_EARLY)
 }
 
+/// An end of the guest, after which nothing is answered.
+#[derive(Debug)]
+enum End {
+    /// By reboot(2).
+    Reboot(i32),
+    /// By a panic of its kernel.
+    Panic,
+}
+
+impl End {
+    /// Has it come; returns only if it does not.
+    fn come(&self) -> io::Result<()> {
+        match self {
+            // SAFETY: reboot takes no pointers.
+            Self::Reboot(command) => match unsafe { libc::reboot(*command) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            },
+            Self::Panic => fs::write("/proc/sysrq-trigger", "c"),
+        }
+    }
+}
+
 struct Agent {
     port: Arc<Port>,
     pages: Pages,
@@ -236,8 +259,10 @@ impl Agent {
         self.report_signals()?;
         let request = proto::parse(line);
         let end = match request {
-            Ok(Request::Reboot) if self.port.serial => Some(libc::LINUX_REBOOT_CMD_RESTART),
-            Ok(Request::Poweroff) if self.port.serial => Some(libc::LINUX_REBOOT_CMD_POWER_OFF),
+            _ if !self.port.serial => None,
+            Ok(Request::Reboot) => Some(End::Reboot(libc::LINUX_REBOOT_CMD_RESTART)),
+            Ok(Request::Poweroff) => Some(End::Reboot(libc::LINUX_REBOOT_CMD_POWER_OFF)),
+            Ok(Request::Panic) => Some(End::Panic),
             _ => None,
         };
         let result = match end {
@@ -248,12 +273,13 @@ impl Agent {
         // need not wait for more.
         self.report_signals()?;
         self.port.send(&Reply::new(proto::verb(line), result))?;
-        if let Some(command) = end {
+        if let Some(end) = end {
             self.log_on.store(false, Ordering::Relaxed);
             self.port.drain();
-            // SAFETY: reboot takes no pointers.
-            unsafe { libc::reboot(command) };
-            let error = format!("reboot: {}", io::Error::last_os_error());
+            let error = match end.come() {
+                Ok(()) => "the kernel goes on".to_owned(),
+                Err(error) => format!("{end:?}: {error}"),
+            };
             self.port.send(&Event::Error { error })?;
         }
         Ok(())
@@ -294,7 +320,7 @@ impl Agent {
                 let micros = kmsg::clock().map_err(|e| format!("/dev/kmsg: {e}"))?;
                 Ok(Body::Clock { time: micros as f64 / 1e6 })
             }
-            Request::Claim { .. } | Request::Reboot | Request::Poweroff => {
+            Request::Claim { .. } | Request::Reboot | Request::Poweroff | Request::Panic => {
                 Err("refused: only over a serial port, because - may be your own machine".into())
             }
         }

@@ -114,10 +114,11 @@ pub enum Request {
     Clock,
     Reboot,
     Poweroff,
+    Panic,
 }
 
 const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
-                     early, cpu, free, process, claim, meminfo, clock, reboot or poweroff";
+                     early, cpu, free, process, claim, meminfo, clock, reboot, poweroff or panic";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -237,6 +238,7 @@ pub fn parse(line: &str) -> Result<Request, String> {
         "clock" => Request::Clock,
         "reboot" => Request::Reboot,
         "poweroff" => Request::Poweroff,
+        "panic" => Request::Panic,
         other => return Err(wrong(other, VERBS)),
     };
     match words.next() {
@@ -620,6 +622,7 @@ mod tests {
             ("clock", Request::Clock),
             ("reboot", Request::Reboot),
             ("poweroff", Request::Poweroff),
+            ("panic", Request::Panic),
         ];
         for (line, request) in table {
             assert_eq!(parse(line), Ok(request), "{line}");
