@@ -3,7 +3,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use mce_relay::delivery::{Cannot, Wait};
 use mce_relay::event::{Injection, Reach, Thread};
@@ -15,7 +15,7 @@ use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_vmm::api::{MemoryBlock, Status, VmInfo};
 use mce_relay_vmm::config::OnUndeliverable;
-use mce_relay_vmm::control::{PauseReason, Undeliverable};
+use mce_relay_vmm::control::{Panic, PauseReason, Undeliverable};
 use mce_relay_vmm::events::{Entry, Next, VmEvent, What, line_of};
 use mce_relay_vmm::ghes::Notify;
 use serde_json::{Map, Value, json};
@@ -141,6 +141,7 @@ fn pause_reasons() -> Vec<PauseReason> {
 
 fn vm_events() -> Vec<VmEvent> {
     let mut all = vec![VmEvent::Resumed {}, VmEvent::Ended { how: "x".into(), status: 143 }];
+    all.extend([VmEvent::Panicked { way_on: "x".into() }, VmEvent::CrashLoaded {}]);
     for vendor in [Vendor::Intel, Vendor::Amd] {
         let mcg_cap = "0x900010a".into();
         all.push(VmEvent::Booting { boot: 1, unix_time: 1.7e9, mcg_cap, vendor });
@@ -180,6 +181,7 @@ fn infos() -> Vec<VmInfo> {
         on_undeliverable: OnUndeliverable::Stop,
         paused: false,
         pause_reason: None,
+        panic: None,
         memory: vec![block, of_a_file],
     };
     let mut all = vec![info.clone(), VmInfo { name: Some("x".into()), ..info.clone() }];
@@ -188,6 +190,9 @@ fn infos() -> Vec<VmInfo> {
     }
     for reason in pause_reasons() {
         all.push(VmInfo { paused: true, pause_reason: Some(reason), ..info.clone() });
+    }
+    for panic in [Panic::Panicked, Panic::CrashLoaded] {
+        all.push(VmInfo { panic: Some(panic), ..info.clone() });
     }
     for mce_kill in [KillPolicy::Late, KillPolicy::Default] {
         all.push(VmInfo { mce_kill, ..info.clone() });
@@ -383,7 +388,7 @@ pub fn the_api() {
             answer.check(path, operation);
         }
         // At the end.
-        if path.ends_with("shutdown") {
+        if ["shutdown", "reset", "power-button"].iter().any(|end| path.ends_with(end)) {
             continue;
         }
         let query = if path.ends_with("memory") { "?gpa=0x5000&len=16" } else { "" };
@@ -418,6 +423,8 @@ pub fn the_api() {
         ("get", "/api/v1/vm.memory", "?gpa=0x5000&len=4194305", "", 400),
         ("get", "/api/v1/vm.memory", "?gpa=0x2000000&len=1", "", 404),
         ("put", "/api/v1/vm.retire", "", "{}", 400),
+        // Nobody listens to it in that guest.
+        ("put", "/api/v1/vm.power-button", "", "", 409),
         ("put", "/api/v1/vm.poison", "", r#"{"gpas":["0x2000000"],"via":"signal"}"#, 404),
         ("put", "/api/v1/vm.poison", "", r#"{"gpas":["0x1000"],"via":"mce-inject"}"#, 400),
         (
@@ -435,6 +442,15 @@ pub fn the_api() {
     }
     let served = ask(&socket, "GET", "/api/v1/openapi.json", "").body;
     assert_eq!(&serde_json::from_slice::<Value>(&served).unwrap(), document());
+    let path = "/api/v1/vm.reset";
+    let answer = ask(&socket, "PUT", path, "");
+    assert_eq!(answer.status, 204);
+    answer.check(path, &paths[path]["put"]);
     println!("    {asked} of {} paths", paths.len());
+    let start = Instant::now();
+    while vm.running().is_none_or(|info| info.boot == 1) {
+        assert!(start.elapsed() < Duration::from_secs(60), "the guest does not start over");
+        std::thread::sleep(Duration::from_millis(10));
+    }
     assert_eq!(vm.shut_down().code(), Some(0));
 }

@@ -11,7 +11,9 @@ use mce_relay::ledger::State;
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_tests::tiny::elf;
+use mce_relay_tests::tiny::{elf, panics, takes_the_power_button};
+use mce_relay_vmm::api::VmInfo;
+use mce_relay_vmm::control::Panic;
 use serde_json::Value;
 
 use crate::refused;
@@ -135,11 +137,126 @@ pub fn a_vm_is_found_by_its_name() {
     );
     refused(&tool(&run), 1, &["watched", "another name"]);
 
-    assert!(tool(&["shutdown", "--vm", "watched"]).status.success());
+    // Its guest listens to no power button.
+    refused(&tool(&["shutdown", "--vm", "watched"]), 1, &["power button", "shutdown --now"]);
+    assert!(tool(&["shutdown", "--now", "--vm", "watched"]).status.success());
     assert_eq!(end_of(&mut vmm, "run"), Some(0));
     let list = String::from_utf8(tool(&["list"]).stdout).unwrap();
     assert!(!list.contains("watched"), "{list}");
     refused(&tool(&["status", "--vm", "watched"]), 1, &["watched"]);
+}
+
+/// A guest that says it has panicked is shown as such until it starts over, and what can be done about it
+/// works.
+pub fn a_panic_is_seen_until_the_guest_starts_over() {
+    let vm = Spinning::start_with(&panics(), &["--cpus", "2"]);
+    let words = |command: &str| {
+        let out = vm.command(command, &[]);
+        assert!(out.status.success(), "{command}: {out:?}");
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let has_panicked = |boot| {
+        let start = Instant::now();
+        let seen = |info: VmInfo| info.boot == boot && info.panic == Some(Panic::Panicked);
+        while !vm.running().is_some_and(seen) {
+            assert!(start.elapsed() < PATIENCE, "it does not panic: {:?}", vm.running());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    has_panicked(1);
+    let status = words("status");
+    assert!(status.contains("PANICKED: ") && status.contains("mce-relay reset"), "{status}");
+    let events = words("events");
+    for what in ["panicked, and its crash kernel takes over", "mce-relay reset"] {
+        assert_eq!(events.matches(what).count(), 1, "{what}: {events}");
+    }
+    assert!(vm.stderr().contains("has panicked"), "without -v: {}", vm.stderr());
+    let metrics = metrics(&vm);
+    for line in [
+        "mce_relay_panicked 1",
+        r#"mce_relay_guest_panics_total{kind="crash-loaded"} 1"#,
+        r#"mce_relay_guest_panics_total{kind="panicked"} 1"#,
+    ] {
+        assert!(metrics.lines().any(|known| known == line), "{line}: {metrics}");
+    }
+    refused(&vm.command("shutdown", &[]), 1, &["panicked", "mce-relay reset", "--now"]);
+
+    assert_eq!(words("reset"), "the guest has started over: boot 2\n");
+    has_panicked(2);
+    let out = vm.command("reset", &["--json"]);
+    let done: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!(done["boot"], 3);
+    has_panicked(3);
+    let events = words("events");
+    assert_eq!(events.matches("reset by the API; starting the guest again").count(), 2, "{events}");
+    assert_eq!(events.matches("mce-relay reset").count(), 3, "{events}");
+    let out = vm.command("shutdown", &["--now", "--json"]);
+    let done: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((&done["asked"], &done["ended"]), (&false.into(), &true.into()));
+    assert_eq!(vm.ended().code(), Some(0));
+}
+
+/// The power button: a guest that listens to it powers off, and one that is paused is not asked.
+pub fn the_power_button_is_the_guests_to_answer() {
+    let vm = Spinning::start_with(takes_the_power_button(), &["--cpus", "2"]);
+    assert!(vm.command("pause", &[]).status.success());
+    refused(&vm.command("shutdown", &[]), 1, &["paused", "resume it first"]);
+    assert!(vm.command("resume", &[]).status.success());
+    // It may not have come to its interrupt yet.
+    let start = Instant::now();
+    let out = loop {
+        let out = vm.command("shutdown", &["--json"]);
+        if out.status.success() {
+            break out;
+        }
+        let stderr = String::from_utf8_lossy(&out.stderr);
+        assert!(stderr.contains("does not listen"), "{stderr}");
+        assert!(start.elapsed() < PATIENCE, "it never listens");
+    };
+    let done: Value = serde_json::from_slice(&out.stdout).unwrap();
+    assert_eq!((&done["asked"], &done["ended"]), (&true.into(), &true.into()));
+    assert_eq!(vm.ended().code(), Some(0));
+}
+
+/// A guest that hears the button and does nothing about it: the command says so when its time is over.
+pub fn a_guest_that_does_not_power_off_goes_on() {
+    let mut code = takes_the_power_button().to_vec();
+    // Its handler comes back to where it was.
+    code[0x60] = 0xf4;
+    code[0x61..0x63].copy_from_slice(&[0xeb, 0xfd]);
+    let vm = Spinning::start_with(&code, &[]);
+    let start = Instant::now();
+    let asked = loop {
+        let out = vm.command("shutdown", &["--timeout", "1"]);
+        let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert_eq!(out.status.code(), Some(1), "{stderr}");
+        if !stderr.contains("does not listen") {
+            break stderr;
+        }
+        assert!(start.elapsed() < PATIENCE, "it never listens");
+    };
+    assert!(asked.contains("within 1 s") && asked.contains("shutdown --now"), "{asked}");
+    let out = vm.command("shutdown", &["--timeout", "0"]);
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "the guest was asked to power off\n");
+    assert!(vm.running().is_some(), "it goes on");
+    assert_eq!(vm.shut_down().code(), Some(0));
+}
+
+/// `reset` of a VM that does not start its guest over.
+pub fn a_reset_with_no_reboot_is_the_end() {
+    let vm = Spinning::start(&["--no-reboot"]);
+    refused(&vm.command("reset", &[]), 1, &["--no-reboot"]);
+    assert!(vm.stderr().contains("reset by the API"), "{}", vm.stderr());
+    assert_eq!(vm.ended().code(), Some(3));
+}
+
+/// What `GET /metrics` says.
+fn metrics(vm: &Spinning) -> String {
+    let mut stream = UnixStream::connect(vm.socket()).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
 }
 
 /// `GET /metrics`, as a collector gets it, with a page in the ledger.
@@ -153,10 +270,7 @@ pub fn metrics_have_the_page() {
         assert!(start.elapsed() < PATIENCE, "it does not wait: {:?}", vm.status());
         std::thread::sleep(Duration::from_millis(10));
     }
-    let mut stream = UnixStream::connect(vm.socket()).unwrap();
-    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
+    let answer = metrics(&vm);
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();
     assert!(head.starts_with("HTTP/1.1 200"), "{head}");
     assert!(

@@ -6,6 +6,7 @@ mod bare;
 mod destat;
 mod embed;
 mod loops;
+mod pauses;
 mod payload;
 mod policy;
 mod relayed;
@@ -58,5 +59,9 @@ fn main() -> ExitCode {
         policy::reset_without_reboot_ends_the_vm needs has_kvm_and_uffd_poison,
         policy::pause_holds_the_vm_and_resume_tries_again needs has_kvm_and_uffd_poison,
         policy::pause_and_resume_as_often_as_one_likes needs has_kvm,
+        pauses::marking_beside_a_user_who_pauses_and_resumes needs has_kvm_and_uffd_poison,
+        pauses::marking_leaves_a_pause_as_it_is needs has_kvm_and_uffd_poison,
+        pauses::nothing_is_retired_while_paused needs has_kvm,
+        pauses::a_pause_ends_the_wait_of_retire needs has_kvm,
     ])
 }

@@ -175,8 +175,13 @@ impl Spinning {
     }
 
     /// Ends it by the API; its exit status.
-    pub fn shut_down(mut self) -> ExitStatus {
+    pub fn shut_down(self) -> ExitStatus {
         client::put(&self.socket(), "vm.shutdown").unwrap();
+        self.ended()
+    }
+
+    /// Waits for its end; its exit status.
+    pub fn ended(mut self) -> ExitStatus {
         let start = Instant::now();
         loop {
             match self.child.try_wait().unwrap() {

@@ -5,7 +5,10 @@
 
 use acpi_tables::{
     Aml,
-    aml::{Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope},
+    aml::{
+        Device, EISAName, IO, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate,
+        Scope,
+    },
     fadt::{FADTBuilder, Flags},
     gas::{AccessSize, AddressSpace, GAS},
     madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic},
@@ -18,9 +21,10 @@ use zerocopy::{Immutable, IntoBytes};
 
 use crate::{
     boot::layout::{ACPI_END, ACPI_START, IO_APIC, LOCAL_APIC},
+    button,
     devices::{
-        RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_S5, UART_PORTS,
-        UARTS,
+        PVPANIC_PORT, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+        SLEEP_TYPE_S5, UART_PORTS, UARTS,
     },
     ghes,
     memory::GuestRam,
@@ -37,6 +41,8 @@ const HEADER_LEN: u32 = 36;
 /// FADT, IA-PC boot architecture flags (ACPI 6.5, 5.2.9.3): no VGA, no CMOS clock. The bits for
 /// legacy devices and for an i8042 stay clear, so that no driver looks for them.
 const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
+/// Of a button: it was pressed (ACPI 6.5, 4.8.3.2.2).
+const PRESSED: u8 = 0x80;
 /// Tables start aligned to this; the RSDP has to.
 const ALIGNMENT: usize = 16;
 
@@ -251,6 +257,7 @@ fn dsdt(cpus: u8, uarts: [bool; 2]) -> Sdt {
             )],
         ));
     }
+    append(&Scope::new("_SB_".into(), vec![&power_button(), &events(), &panic_device()]));
     for id in 0..cpus {
         append(&Scope::new(
             "_SB_".into(),
@@ -261,6 +268,71 @@ fn dsdt(cpus: u8, uarts: [bool; 2]) -> Sdt {
         ));
     }
     dsdt
+}
+
+/// The power button. On a hardware-reduced platform it has no register of its own.
+fn power_button() -> impl Aml {
+    aml(&Device::new(
+        "PWRB".into(),
+        vec![
+            &Name::new("_HID".into(), &EISAName::new("PNP0C0C")),
+            &Name::new("_UID".into(), &0_u8),
+        ],
+    ))
+}
+
+/// Where such platforms have their events come from (ACPI 6.5, 5.6.9): there is one, the button's.
+fn events() -> impl Aml {
+    aml(&Device::new(
+        "GED_".into(),
+        vec![
+            &Name::new("_HID".into(), &"ACPI0013"),
+            &Name::new("_UID".into(), &0_u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Interrupt::new(
+                    true,
+                    true,
+                    false,
+                    false,
+                    button::GSI,
+                )]),
+            ),
+            &Method::new(
+                "_EVT".into(),
+                1,
+                true,
+                vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &PRESSED)],
+            ),
+        ],
+    ))
+}
+
+/// What a guest's kernel speaks of its own end at (drivers/misc/pvpanic/pvpanic-mmio.c in Linux).
+fn panic_device() -> impl Aml {
+    aml(&Device::new(
+        "PEVT".into(),
+        vec![
+            &Name::new("_HID".into(), &"QEMU0001"),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&IO::new(PVPANIC_PORT, PVPANIC_PORT, 1, 1)]),
+            ),
+        ],
+    ))
+}
+
+/// AML that is made already.
+struct Made(Vec<u8>);
+
+impl Aml for Made {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        sink.vec(&self.0);
+    }
+}
+
+fn aml(what: &dyn Aml) -> Made {
+    Made(to_bytes(what))
 }
 
 #[cfg(test)]
@@ -337,6 +409,20 @@ mod tests {
         };
         assert!(has([true, false], b"COM1") && !has([true, false], b"COM2"));
         assert!(has([false, true], b"COM2") && !has([false, true], b"COM1"));
+    }
+
+    #[test]
+    fn the_button_its_events_and_the_panic_device_are_described() {
+        let image = build(1, [true, true], &[]).unwrap();
+        let dsdt = table_at(&image, u64_at(xsdt_tables(&image)[0], 140));
+        let has = |what: &[u8]| dsdt.windows(what.len()).any(|window| window == what);
+        // ACPI 6.5, 20.2.5: NotifyOp, the root and two names, BytePrefix.
+        assert!(has(b"\x86\x5c\x2e_SB_PWRB\x0a\x80"));
+        // 6.4.3.6: an extended interrupt, two bytes of flags (consumer, edge) and one number.
+        assert!(has(&[0x89, 6, 0, 0b11, 1, 10, 0, 0, 0]), "its interrupt");
+        // 6.4.2.5: 16-bit decoding, from and to 0x505, one port.
+        assert!(has(&[0x47, 1, 0x05, 0x05, 0x05, 0x05, 1, 1]), "where it says that it has panicked");
+        assert!(has(b"ACPI0013") && has(b"QEMU0001"));
     }
 
     #[test]

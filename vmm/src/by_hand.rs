@@ -13,11 +13,14 @@ use mce_relay::Mca;
 use mce_relay::mca::{Caps, McaState, Record, status};
 use serde::{Deserialize, Serialize};
 
-use crate::control::VmControl;
+use crate::control::{PauseReason, VmControl};
 use crate::inject::{self, Outlook, Request};
 
 /// How long a vCPU may take to come round.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often it is looked whether the VM was paused meanwhile.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// What came of a machine check by hand.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -175,7 +178,7 @@ impl Injector {
         // There is nothing behind it that a panic could have left half done.
         let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
         request.check(doors.len(), caps.banks()).map_err(Refusal::Wrong)?;
-        if control.paused().is_some() {
+        if control.paused_for_long(PATIENCE).is_some() {
             return Err(Refusal::Paused);
         }
         let vcpus = 0..u8::try_from(doors.len()).unwrap_or(u8::MAX);
@@ -205,9 +208,15 @@ impl Injector {
                 continue;
             }
             let work = Work::Inject { request: *request, record, states: states.clone() };
-            match self.ask(vcpu, work, control)? {
-                Done::Injected(outcome) => done.push(outcome),
-                Done::State(_) => return Err(Refusal::Late { vcpu }),
+            match self.ask(vcpu, work, control) {
+                Ok(Done::Injected(outcome)) => done.push(outcome),
+                Ok(Done::State(_)) => return Err(Refusal::Late { vcpu }),
+                // What has been done has to be said.
+                Err(error @ (Refusal::Paused | Refusal::Late { .. })) if !done.is_empty() => {
+                    let outcome = Outcome::Skipped { why: error.to_string() };
+                    done.push(OnVcpu { vcpu, bank: record.bank, outcome });
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(ByHand { outlook, done })
@@ -219,14 +228,25 @@ impl Injector {
         *door.lock() = Some(Job { work, answer });
         door.knocked.store(true, Ordering::Release);
         control.kick(vcpu);
-        let result = answered.recv_timeout(PATIENCE);
-        // Whatever came too late is not done any more.
-        door.lock().take();
-        match result {
-            Ok(result) => result,
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                Err(Refusal::Late { vcpu })
+        let mut left = PATIENCE;
+        let late = loop {
+            match answered.recv_timeout(LOOK) {
+                Ok(result) => return result,
+                Err(RecvTimeoutError::Disconnected) => break Refusal::Late { vcpu },
+                Err(RecvTimeoutError::Timeout) => {}
             }
+            match control.paused() {
+                // It is over in a moment, and the vCPU comes round then.
+                Some(PauseReason::Marking) => {}
+                Some(_) => break Refusal::Paused,
+                None if left.is_zero() => break Refusal::Late { vcpu },
+                None => left = left.saturating_sub(LOOK),
+            }
+        };
+        // Whatever comes too late is not done any more; what has been taken is about to be answered.
+        match door.lock().take() {
+            Some(_) => Err(late),
+            None => answered.recv_timeout(PATIENCE).unwrap_or(Err(late)),
         }
     }
 
@@ -364,5 +384,23 @@ mod tests {
         let forced = of_two(&Request { force: true, ..srao }, mcg::MCIP).unwrap();
         assert!(injected(&forced.done[0]), "{forced:?}");
         assert!(matches!(forced.done[1].outcome, Outcome::Skipped { .. }), "{forced:?}");
+    }
+
+    #[test]
+    fn a_pause_that_comes_in_between_is_said_at_once() {
+        let mcg_cap = u64::from(BANKS) | cap::CTL_P | cap::SER_P;
+        let injector = Injector::new(1, Caps { vendor: Vendor::Intel, mcg_cap, succor: false });
+        let control = VmControl::new(1).unwrap();
+        let Record { bank, status, addr, misc, mcg_status } = record(Form::Srao, 0x5000, 9, false);
+        let (vcpu, broadcast, force, dry_run) = (0, false, false, false);
+        let srao =
+            Request { vcpu, bank, status, mcg_status, addr, misc, broadcast, force, dry_run };
+        let other = control.clone();
+        // Nobody serves.
+        let asking = std::thread::spawn(move || injector.inject(&srao, &other));
+        std::thread::sleep(2 * LOOK);
+        control.request_pause(PauseReason::Request);
+        let refused = asking.join().unwrap();
+        assert!(matches!(refused, Err(Refusal::Paused)), "{refused:?}");
     }
 }

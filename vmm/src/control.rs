@@ -87,6 +87,36 @@ impl fmt::Display for PauseReason {
     }
 }
 
+/// What a guest's kernel says of its own end, by the device for that (pvpanic).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Panic {
+    /// It has panicked. Most kernels stand still then, or reset the machine.
+    Panicked,
+    /// It has panicked, and goes on with a second kernel that was loaded for it, to write a dump (kdump).
+    CrashLoaded,
+}
+
+impl fmt::Display for Panic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Panicked => "the guest's kernel has panicked",
+            Self::CrashLoaded => "the guest's kernel has panicked, and its crash kernel takes over",
+        })
+    }
+}
+
+/// What an observer is told of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change<'a> {
+    /// The VM is paused, or for another reason than before.
+    Paused(&'a PauseReason),
+    /// The vCPUs go on.
+    Resumed,
+    /// The guest says that its kernel has panicked.
+    Panicked(Panic),
+}
+
 /// How far a pause has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parked {
@@ -105,6 +135,8 @@ pub enum ExitReason {
     PowerOff,
     /// The guest asked to be started over.
     Reset,
+    /// Somebody else asked for it.
+    ResetBy(StopCause),
     /// This vCPU met an exception that it could not take.
     TripleFault {
         /// Its index.
@@ -130,6 +162,7 @@ impl fmt::Display for ExitReason {
         match self {
             Self::PowerOff => f.write_str("the guest powered off"),
             Self::Reset => f.write_str("the guest reset itself"),
+            Self::ResetBy(cause) => write!(f, "reset by {cause}"),
             Self::TripleFault { vcpu } => write!(f, "triple fault on vCPU {vcpu}"),
             Self::KvmError { vcpu, what } => write!(f, "KVM error on vCPU {vcpu}: {what}"),
             Self::Undeliverable(what) => what.fmt(f),
@@ -148,11 +181,54 @@ pub(crate) enum State {
     Ending = 2,
 }
 
+/// What holds the vCPUs. Each holder lets go of its own hold only; they go on when there is none any more.
+#[derive(Debug, Default)]
+struct Holders {
+    /// The first page that could not be told of, until the user has the VM go on.
+    undeliverable: Option<Undeliverable>,
+    /// The user's request. It is one, however often it was made.
+    request: bool,
+    /// So many mark pages at the moment.
+    marking: usize,
+}
+
+impl Holders {
+    /// The one that counts most: a page that cannot be told of before a request, and that before what is
+    /// over in a moment.
+    fn reason(&self) -> Option<PauseReason> {
+        match self {
+            Self { undeliverable: Some(what), .. } => {
+                Some(PauseReason::Undeliverable(what.clone()))
+            }
+            Self { request: true, .. } => Some(PauseReason::Request),
+            Self { marking: 1.., .. } => Some(PauseReason::Marking),
+            _ => None,
+        }
+    }
+
+    /// Whether it takes the user to have the VM go on.
+    fn is_users(&self) -> bool {
+        self.request || self.undeliverable.is_some()
+    }
+
+    fn add(&mut self, reason: PauseReason) {
+        match reason {
+            PauseReason::Request => self.request = true,
+            PauseReason::Marking => self.marking += 1,
+            PauseReason::Undeliverable(what) => {
+                self.undeliverable.get_or_insert(what);
+            }
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Inner {
     reason: Option<ExitReason>,
-    /// Set as long as the state is [`State::Paused`].
-    pause: Option<PauseReason>,
+    /// Somebody does as long as the state is [`State::Paused`].
+    holders: Holders,
+    /// What the guest has said of its own end.
+    panic: Option<Panic>,
     /// Thread ids of the vCPUs that are alive.
     threads: Vec<Option<libc::pid_t>>,
     parked: usize,
@@ -165,8 +241,8 @@ impl Inner {
     }
 }
 
-/// Called when a VM is paused, with the reason, and when it is resumed, with `None`.
-type PauseObserver = dyn Fn(Option<&PauseReason>) + Send + Sync;
+/// Called at each [`Change`].
+type Observer = dyn Fn(Change<'_>) + Send + Sync;
 
 struct Shared {
     /// A copy of what `inner` protects, so that the run loop need not lock.
@@ -174,7 +250,7 @@ struct Shared {
     inner: Mutex<Inner>,
     changed: Condvar,
     ended: EventFd,
-    observer: OnceLock<Box<PauseObserver>>,
+    observer: OnceLock<Box<Observer>>,
 }
 
 /// A handle to a VM.
@@ -214,7 +290,7 @@ impl VmControl {
             return;
         }
         inner.reason = Some(reason);
-        inner.pause = None;
+        inner.holders = Holders::default();
         self.0.state.store(State::Ending as u8, Ordering::Release);
         kick_threads(&inner);
         self.0.changed.notify_all();
@@ -229,40 +305,50 @@ impl VmControl {
         self.lock().reason.clone()
     }
 
-    /// Has `observer` called with the reason whenever the VM is paused, and with `None` when it is
-    /// resumed, in the order in which that happens. It is called with a lock held: it must be quick,
-    /// must not block and must not use this handle. The first observer stays.
-    pub fn observe_pauses(&self, observer: impl Fn(Option<&PauseReason>) + Send + Sync + 'static) {
+    /// Has `observer` called at each change, in the order in which they happen. It is called with a lock
+    /// held: it must be quick, must not block and must not use this handle. The first observer stays.
+    pub fn observe(&self, observer: impl Fn(Change<'_>) + Send + Sync + 'static) {
         if self.0.observer.set(Box::new(observer)).is_err() {
-            log::error!("the VM's pauses have an observer already");
+            log::error!("the VM has an observer already");
         }
     }
 
     /// Makes every vCPU leave the guest and wait, and returns at once; [`Self::wait_parked`] tells
     /// when they do. May be called on a vCPU's own thread, which then has to go round its loop.
     ///
-    /// A VM that ends stays ending. Of several reasons the first is kept, except that a request counts
-    /// more than what is over in a moment, and a page that cannot be told of more than both.
+    /// It lasts until [`Self::resume`]; whoever needs the vCPUs held for a moment takes [`Self::hold`]. A VM
+    /// that ends stays ending. Of several reasons the one that counts most is told, and of pages that cannot
+    /// be told of the first.
     pub fn request_pause(&self, reason: PauseReason) {
+        self.change(|holders| holders.add(reason));
+    }
+
+    /// Makes every vCPU leave the guest and wait while the returned value lives, whoever else lets go of
+    /// them meanwhile. Returns at once, as [`Self::request_pause`] does.
+    #[must_use]
+    pub fn hold(&self) -> Hold {
+        self.change(|holders| holders.add(PauseReason::Marking));
+        Hold(self.clone())
+    }
+
+    /// Changes who holds the vCPUs, and has everybody act on it.
+    fn change(&self, change: impl FnOnce(&mut Holders)) {
         let mut inner = self.lock();
-        let news = match self.state() {
-            State::Running => true,
-            State::Paused => {
-                let weight = |reason: &PauseReason| match reason {
-                    PauseReason::Marking => 0,
-                    PauseReason::Request => 1,
-                    PauseReason::Undeliverable(_) => 2,
-                };
-                inner.pause.as_ref().is_none_or(|known| weight(known) < weight(&reason))
-            }
-            State::Ending => return,
-        };
-        if news {
-            self.0.state.store(State::Paused as u8, Ordering::Release);
-            self.tell_observer(Some(&reason));
-            inner.pause = Some(reason);
+        if self.state() == State::Ending {
+            return;
         }
-        kick_threads(&inner);
+        let before = inner.holders.reason();
+        change(&mut inner.holders);
+        let after = inner.holders.reason();
+        if before != after {
+            let state = if after.is_some() { State::Paused } else { State::Running };
+            self.0.state.store(state as u8, Ordering::Release);
+            self.tell_observer(after.as_ref().map_or(Change::Resumed, Change::Paused));
+        }
+        if after.is_some() {
+            kick_threads(&inner);
+        }
+        self.0.changed.notify_all();
     }
 
     /// Waits until all vCPUs of a paused VM are parked, the VM is resumed or ends, or `patience` is
@@ -271,56 +357,82 @@ impl VmControl {
     /// Not to be called on a vCPU's own thread, which would wait for itself.
     #[must_use]
     pub fn wait_parked(&self, patience: Duration) -> Parked {
-        let is_under_way = |inner: &mut Inner| self.state() == State::Paused && inner.afoot() > 0;
+        self.wait_while_held(patience, |holders| holders.reason().is_some())
+    }
+
+    /// [`Self::wait_parked`] for those who hold the vCPUs as long as `is_held`.
+    fn wait_while_held(&self, patience: Duration, is_held: impl Fn(&Holders) -> bool) -> Parked {
+        let is_under_way = |inner: &mut Inner| is_held(&inner.holders) && inner.afoot() > 0;
         let waited = self.0.changed.wait_timeout_while(self.lock(), patience, is_under_way);
         let (inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
         match inner.afoot() {
-            _ if self.state() != State::Paused => Parked::Unpaused,
+            _ if !is_held(&inner.holders) => Parked::Unpaused,
             0 => Parked::All,
             afoot => Parked::Not(afoot),
         }
     }
 
-    /// [`Self::request_pause`] and [`Self::wait_parked`], however long it takes. Not to be called on
-    /// a vCPU's own thread either.
-    pub fn pause(&self) -> Parked {
+    /// A pause that the user asks for, and the wait until the vCPUs are parked, at most `patience`. It is
+    /// asked for afterwards, too, whatever came of the wait. Not to be called on a vCPU's own thread
+    /// either.
+    pub fn pause_within(&self, patience: Duration) -> Parked {
         self.request_pause(PauseReason::Request);
-        self.wait_parked(Duration::MAX)
+        self.wait_while_held(patience, Holders::is_users)
     }
 
-    /// Lets paused vCPUs go on, whatever they were paused for.
+    /// [`Self::pause_within`], however long it takes.
+    pub fn pause(&self) -> Parked {
+        self.pause_within(Duration::MAX)
+    }
+
+    /// Lets go of the vCPUs for the user: of what was requested, and of a page that could not be told of. They
+    /// go on at once, or when nobody else holds them any more.
     pub fn resume(&self) {
-        let mut inner = self.lock();
-        if self.state() == State::Paused {
-            self.0.state.store(State::Running as u8, Ordering::Release);
-            inner.pause = None;
-            self.tell_observer(None);
-        }
-        self.0.changed.notify_all();
-    }
-
-    /// Lets the vCPUs go on if they are paused for `reason`, and not (any more) for another.
-    pub fn resume_from(&self, reason: &PauseReason) {
-        let mut inner = self.lock();
-        if self.state() == State::Paused && inner.pause.as_ref() == Some(reason) {
-            self.0.state.store(State::Running as u8, Ordering::Release);
-            inner.pause = None;
-            self.tell_observer(None);
-            self.0.changed.notify_all();
-        }
+        self.change(|holders| {
+            holders.request = false;
+            holders.undeliverable = None;
+        });
     }
 
     /// Why the VM is paused, if it is.
     #[must_use]
     pub fn paused(&self) -> Option<PauseReason> {
-        self.lock().pause.clone()
+        self.lock().holders.reason()
+    }
+
+    /// The same for whoever needs the guest to run: where the vCPUs are held for a moment only, the end of
+    /// that is waited for, at most `patience`.
+    #[must_use]
+    pub fn paused_for_long(&self, patience: Duration) -> Option<PauseReason> {
+        let is_brief =
+            |inner: &mut Inner| inner.holders.reason() == Some(PauseReason::Marking);
+        let waited = self.0.changed.wait_timeout_while(self.lock(), patience, is_brief);
+        waited.unwrap_or_else(PoisonError::into_inner).0.holders.reason()
     }
 
     /// Tells the observer, in the order of what happens because the caller holds the lock.
-    fn tell_observer(&self, reason: Option<&PauseReason>) {
+    fn tell_observer(&self, change: Change<'_>) {
         if let Some(observer) = self.0.observer.get() {
-            observer(reason);
+            observer(change);
         }
+    }
+
+    /// Called on a vCPU's thread: the guest says that its kernel has panicked. It is told once, however
+    /// often the guest says it; what it says last counts, and a panic counts for good.
+    pub(crate) fn note_panic(&self, panic: Panic) {
+        let mut inner = self.lock();
+        let is_known = inner.panic == Some(panic) || inner.panic == Some(Panic::Panicked);
+        if is_known || self.state() == State::Ending {
+            return;
+        }
+        inner.panic = Some(panic);
+        self.tell_observer(Change::Panicked(panic));
+    }
+
+    /// What the guest has said of its own end since it was started.
+    #[must_use]
+    pub fn panicked(&self) -> Option<Panic> {
+        self.lock().panic
     }
 
     /// Makes one vCPU leave the guest and pass its hook before it enters again.
@@ -375,6 +487,16 @@ impl VmControl {
             inner = self.0.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
         inner.parked -= 1;
+    }
+}
+
+/// The vCPUs, held while this lives: see [`VmControl::hold`].
+#[derive(Debug)]
+pub struct Hold(VmControl);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.change(|holders| holders.marking = holders.marking.saturating_sub(1));
     }
 }
 
@@ -443,7 +565,14 @@ mod tests {
     fn each_change_is_told_once_and_a_page_counts_more_than_a_request() {
         let control = VmControl::new(2).unwrap();
         let (send, told) = channel();
-        control.observe_pauses(move |reason| send.send(reason.cloned()).unwrap());
+        control.observe(move |change| {
+            send.send(match change {
+                Change::Paused(reason) => Some(reason.clone()),
+                Change::Resumed => None,
+                Change::Panicked(panic) => panic!("{panic}"),
+            })
+            .unwrap();
+        });
         control.request_pause(PauseReason::Request);
         control.request_pause(PauseReason::Request);
         control.request_pause(untold(1));
@@ -460,6 +589,73 @@ mod tests {
         let told: Vec<Option<PauseReason>> = told.try_iter().collect();
         let expected = [Some(PauseReason::Request), Some(untold(1)), None, Some(untold(0))];
         assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn of_two_holders_the_last_lets_the_vcpus_go() {
+        let control = VmControl::new(1).unwrap();
+        let (send, told) = channel();
+        control.observe(move |change| send.send(format!("{change:?}")).unwrap());
+        let (one, other) = (control.hold(), control.hold());
+        assert_eq!(control.wait_parked(Duration::ZERO), Parked::All);
+        drop(one);
+        assert_eq!(control.paused(), Some(PauseReason::Marking));
+        // The user lets go of what the user holds.
+        control.resume();
+        assert_eq!(control.state(), State::Paused);
+        assert_eq!(control.pause_within(Duration::ZERO), Parked::All);
+        control.resume();
+        assert_eq!(control.paused(), Some(PauseReason::Marking), "the other marks still");
+        assert_eq!(control.wait_parked(Duration::ZERO), Parked::All);
+        control.request_pause(untold(0));
+        drop(other);
+        assert_eq!(control.paused(), Some(untold(0)));
+        assert_eq!(control.paused_for_long(Duration::MAX), Some(untold(0)));
+        control.resume();
+        assert_eq!((control.state(), control.paused()), (State::Running, None));
+        let marking = "Paused(Marking)".to_owned();
+        let untold = format!("Paused({:?})", untold(0));
+        let request = "Paused(Request)".to_owned();
+        let resumed = "Resumed".to_owned();
+        let course = [marking.clone(), request, marking, untold, resumed];
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), course);
+
+        // What goes after the end lets nobody run.
+        let late = control.hold();
+        control.stop(ExitReason::PowerOff);
+        drop(late);
+        assert_eq!(control.state(), State::Ending);
+    }
+
+    #[test]
+    fn who_needs_the_guest_to_run_waits_for_the_end_of_what_is_brief() {
+        let control = VmControl::new(1).unwrap();
+        assert_eq!(control.paused_for_long(Duration::MAX), None);
+        let hold = control.hold();
+        let expected = Some(PauseReason::Marking);
+        assert_eq!(control.paused_for_long(Duration::from_millis(1)), expected);
+        let other = control.clone();
+        let waiting = thread::spawn(move || other.paused_for_long(Duration::from_secs(60)));
+        drop(hold);
+        assert_eq!(waiting.join().unwrap(), None);
+        control.request_pause(PauseReason::Request);
+        assert_eq!(control.paused_for_long(Duration::MAX), Some(PauseReason::Request));
+    }
+
+    #[test]
+    fn a_panic_is_told_once() {
+        let control = VmControl::new(1).unwrap();
+        let (send, told) = channel();
+        control.observe(move |change| send.send(format!("{change:?}")).unwrap());
+        assert_eq!(control.panicked(), None);
+        for panic in [Panic::CrashLoaded, Panic::CrashLoaded, Panic::Panicked, Panic::Panicked] {
+            control.note_panic(panic);
+            assert_eq!(control.panicked(), Some(panic));
+        }
+        control.note_panic(Panic::CrashLoaded);
+        assert_eq!(control.panicked(), Some(Panic::Panicked));
+        let expected = ["Panicked(CrashLoaded)", "Panicked(Panicked)"];
+        assert_eq!(told.try_iter().collect::<Vec<_>>(), expected);
     }
 
     #[test]
@@ -586,6 +782,52 @@ mod tests {
         crew.control.request_pause(untold(0));
         crew.ends();
         others.into_iter().for_each(|other| other.join().unwrap());
+    }
+
+    /// Three that mark, each on its own, beside a user who pauses and resumes: while anybody holds the vCPUs
+    /// none of them takes a step.
+    #[test]
+    fn whoever_holds_the_vcpus_has_them_still() {
+        let crew = Crew::start(3, 0);
+        let over = Arc::new(AtomicBool::new(false));
+        let marking: Vec<JoinHandle<u64>> = (0..3)
+            .map(|_| {
+                let (control, rounds) = (crew.control.clone(), Arc::clone(&crew.rounds));
+                let over = Arc::clone(&over);
+                thread::spawn(move || {
+                    let mut times = 0;
+                    while !over.load(Ordering::SeqCst) {
+                        let hold = control.hold();
+                        assert_eq!(control.wait_parked(Duration::from_secs(60)), Parked::All);
+                        let before = rounds.load(Ordering::SeqCst);
+                        (0..20).for_each(|_| thread::yield_now());
+                        assert_eq!(rounds.load(Ordering::SeqCst), before, "somebody runs");
+                        drop(hold);
+                        times += 1;
+                        thread::yield_now();
+                    }
+                    times
+                })
+            })
+            .collect();
+        let (control, user_is_over) = (crew.control.clone(), Arc::clone(&over));
+        let user = thread::spawn(move || {
+            while !user_is_over.load(Ordering::SeqCst) {
+                assert_eq!(control.pause_within(Duration::from_secs(60)), Parked::All);
+                thread::yield_now();
+                control.resume();
+                thread::yield_now();
+            }
+        });
+        sleep(Duration::from_millis(500));
+        over.store(true, Ordering::SeqCst);
+        for marking in marking {
+            assert!(marking.join().unwrap() > 0, "it never came to its turn");
+        }
+        user.join().unwrap();
+        assert_eq!(crew.control.paused(), None, "nobody is left");
+        crew.goes_on();
+        crew.ends();
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use crate::control::Panic;
 use crate::serial::SerialPort;
 
 /// One standard serial port.
@@ -33,6 +34,15 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
 /// Sleep control: SLP_EN.
 const SLEEP_ENABLE: u8 = 1 << 5;
+/// The port at which a guest says that its kernel has panicked (pvpanic; QEMU has it there, too). What can be
+/// said is read there.
+pub const PVPANIC_PORT: u16 = 0x505;
+/// What can be said there (include/uapi/misc/pvpanic.h): the kernel has panicked.
+const PVPANIC_PANICKED: u8 = 1 << 0;
+/// It has, and goes on with a kernel that was loaded for that.
+const PVPANIC_CRASH_LOADED: u8 = 1 << 1;
+/// It has powered off (Linux 6.10), which a guest says that has no other way.
+const PVPANIC_SHUTDOWN: u8 = 1 << 2;
 /// The keyboard controller's data port.
 const I8042_DATA: u16 = 0x60;
 /// The keyboard controller's command and status port.
@@ -47,6 +57,8 @@ pub enum PowerEvent {
     Reset,
     /// End.
     PowerOff,
+    /// Nothing, but to know this.
+    Panicked(Panic),
 }
 
 /// All devices with I/O ports.
@@ -78,6 +90,7 @@ impl PortBus {
         data.fill(match port {
             // Nothing to read, ready for a command: what a reboot by keyboard controller waits for.
             I8042_DATA | I8042_COMMAND | SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT => 0,
+            PVPANIC_PORT => PVPANIC_PANICKED | PVPANIC_CRASH_LOADED | PVPANIC_SHUTDOWN,
             _ => 0xff,
         });
     }
@@ -92,6 +105,14 @@ impl PortBus {
         match port {
             I8042_COMMAND if byte == I8042_RESET => Some(PowerEvent::Reset),
             RESET_PORT if byte == RESET_VALUE => Some(PowerEvent::Reset),
+            // As QEMU takes several at once: what says most counts.
+            PVPANIC_PORT if byte & PVPANIC_PANICKED != 0 => {
+                Some(PowerEvent::Panicked(Panic::Panicked))
+            }
+            PVPANIC_PORT if byte & PVPANIC_CRASH_LOADED != 0 => {
+                Some(PowerEvent::Panicked(Panic::CrashLoaded))
+            }
+            PVPANIC_PORT if byte & PVPANIC_SHUTDOWN != 0 => Some(PowerEvent::PowerOff),
             SLEEP_CONTROL_PORT if byte & SLEEP_ENABLE != 0 => {
                 let sleep_type = byte >> SLEEP_TYPE_SHIFT & 7;
                 (sleep_type == SLEEP_TYPE_S5).then_some(PowerEvent::PowerOff)
@@ -131,6 +152,25 @@ mod tests {
         assert_eq!(bus.write(SLEEP_CONTROL_PORT, &[5 << 2 | 0x20]), Some(PowerEvent::PowerOff));
         assert_eq!(bus.write(SLEEP_CONTROL_PORT, &[5 << 2]), None, "not enabled");
         assert_eq!(bus.write(SLEEP_CONTROL_PORT, &[3 << 2 | 0x20]), None, "not S5");
+    }
+
+    #[test]
+    fn a_guest_says_that_it_has_panicked() {
+        let bus = PortBus::default();
+        let mut can = [0];
+        bus.read(PVPANIC_PORT, &mut can);
+        assert_eq!(can, [7]);
+        let panicked = |panic| Some(PowerEvent::Panicked(panic));
+        for (byte, event) in [
+            (0, None),
+            (1, panicked(Panic::Panicked)),
+            (2, panicked(Panic::CrashLoaded)),
+            (3, panicked(Panic::Panicked)),
+            (4, Some(PowerEvent::PowerOff)),
+            (0xf8, None),
+        ] {
+            assert_eq!(bus.write(PVPANIC_PORT, &[byte]), event, "{byte:#x}");
+        }
     }
 
     #[test]

@@ -124,16 +124,21 @@ impl Bell for Interrupt {
 
     /// An operating system unmasks the interrupt when its driver takes the source.
     fn is_heard(&mut self) -> Option<bool> {
-        let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
-        if let Err(error) = self.vm.get_irqchip(&mut chip) {
-            debug!("cannot read the I/O APIC: {error}");
-            return None;
-        }
-        // SAFETY: KVM has filled in the member that belongs to KVM_IRQCHIP_IOAPIC, and an entry is
-        // plain bits in every view of it.
-        let entry = unsafe { chip.chip.ioapic.redirtbl.get(GSI as usize)?.bits };
-        Some(entry & REDIRECTION_MASKED == 0)
+        is_unmasked(&self.vm, GSI)
     }
+}
+
+/// Whether the guest lets the interrupt `gsi` through; `None` where KVM does not say.
+pub(crate) fn is_unmasked(vm: &VmFd, gsi: u32) -> Option<bool> {
+    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+    if let Err(error) = vm.get_irqchip(&mut chip) {
+        debug!("cannot read the I/O APIC: {error}");
+        return None;
+    }
+    // SAFETY: KVM has filled in the member that belongs to KVM_IRQCHIP_IOAPIC, and an entry is
+    // plain bits in every view of it.
+    let entry = unsafe { chip.chip.ioapic.redirtbl.get(gsi as usize)?.bits };
+    Some(entry & REDIRECTION_MASKED == 0)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 //! Relay side: [`mce_inject`] is the back end that the relay asks for, [`ghes`] the ACPI error source
 //! that it uses beside, and [`run`] is where the VM and the relay meet; [`last_resort`] is for what
 //! neither can take care of, [`allocator`] keeps the process small and [`seccomp`] to the system calls it needs. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
-//! programs see it; [`retire`] asks the guest to stop using a page, [`dump`] reads its memory; [`host`],
+//! programs see it; [`retire`] asks the guest to stop using a page, [`ending`] to power off ([`button`]), [`dump`] reads its memory; [`host`],
 //! [`poison`] and [`check`] are about the host.
 
 pub mod acpi;
@@ -16,6 +16,7 @@ pub mod agent;
 pub mod allocator;
 pub mod api;
 pub mod boot;
+pub mod button;
 pub mod by_hand;
 pub mod check;
 pub mod cli;
@@ -25,6 +26,7 @@ pub mod control;
 pub mod cpuid;
 pub mod devices;
 pub mod dump;
+pub mod ending;
 pub mod events;
 pub mod follow;
 pub mod ghes;

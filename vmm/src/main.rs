@@ -3,13 +3,14 @@
 use std::error::Error;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use log::LevelFilter;
 use mce_relay_vmm::cli::{self, Command, InjectArgs, MemcgArg, MemoryCommand, PoisonArgs, VmArg};
 use mce_relay_vmm::host::filter::{self, Filter};
 use mce_relay_vmm::poison::{self, FilterChoice, Order, PageRange};
 use mce_relay_vmm::{
-    agent, allocator, api, by_hand, check, client, dump, follow, host, inject, last_resort, manual,
+    agent, allocator, api, by_hand, check, client, dump, ending, follow, host, inject, last_resort, manual,
     map, names, pages, retire, run, show,
 };
 
@@ -87,7 +88,16 @@ fn carry_out(command: Command) -> Outcome {
         Command::Memory { command } => memory(command)?,
         Command::Pause { vm } => put(&vm, "vm.pause")?,
         Command::Resume { vm } => put(&vm, "vm.resume")?,
-        Command::Shutdown { vm } => put(&vm, "vm.shutdown")?,
+        Command::Shutdown { vm, now, timeout, json } => {
+            let socket = vm.socket()?;
+            let done = if now {
+                ending::end(&socket)?
+            } else {
+                ending::power_off(&socket, Duration::from_secs(timeout.into()))?
+            };
+            show::print(&done, json)
+        }
+        Command::Reset { vm, json } => show::print(&ending::reset(&vm.socket()?)?, json),
         Command::Check { json } => {
             let report = check::check();
             let printed = show::print(&report, json);

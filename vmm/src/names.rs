@@ -14,6 +14,7 @@ use comfy_table::Cell;
 use serde::Serialize;
 
 use crate::api::{Ping, VmInfo};
+use crate::control::Panic;
 use crate::{client, show};
 
 /// The longest name, in bytes: a socket's path has room for 107.
@@ -198,6 +199,8 @@ pub struct Listed {
     pub memory: Option<u64>,
     /// Whether its vCPUs are held.
     pub paused: Option<bool>,
+    /// What the guest has said of its own end; null as long as it has not.
+    pub panic: Option<Panic>,
 }
 
 /// Looks for them.
@@ -210,7 +213,8 @@ pub fn list() -> List {
             name,
             pid: ping.map(|ping| ping.pid),
             memory: info.as_ref().map(|info| info.memory.iter().map(|block| block.len).sum()),
-            paused: info.map(|info| info.paused),
+            paused: info.as_ref().map(|info| info.paused),
+            panic: info.and_then(|info| info.panic),
             socket,
         }
     };
@@ -223,15 +227,18 @@ impl std::fmt::Display for List {
             return f.write_str("no VM with a name runs");
         }
         let mut table = show::table(&["name", "pid", "memory", "state", "API socket"]);
-        for Listed { name, socket, pid, memory, paused } in &self.0 {
+        for Listed { name, socket, pid, memory, paused, panic } in &self.0 {
             table.add_row([
                 Cell::new(name),
                 Cell::new(pid.map_or("?".to_owned(), |pid| pid.to_string())),
                 Cell::new(memory.map_or("?".to_owned(), |len| format!("{} MiB", len >> 20))),
-                Cell::new(match paused {
-                    Some(true) => "paused",
-                    Some(false) => "running",
-                    None => "between two boots",
+                Cell::new(match (paused, panic) {
+                    (Some(true), Some(_)) => "panicked, paused",
+                    (Some(true), None) => "paused",
+                    (Some(false), Some(Panic::Panicked)) => "panicked",
+                    (Some(false), Some(Panic::CrashLoaded)) => "panicked, in its crash kernel",
+                    (Some(false), None) => "running",
+                    (None, _) => "between two boots",
                 }),
                 Cell::new(socket.display()),
             ]);

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::api::{self, Gpa, Retiring, Status, VmInfo};
 use crate::client::{self, ClientError};
+use crate::control::PauseReason;
 use crate::poison::{PageRange, PoisonError, targets};
 
 /// How often the VM is asked how far it is.
@@ -54,7 +55,7 @@ pub enum RetireError {
 /// each, or cannot be. `progress` is called with the number of pages that are settled and that of all.
 ///
 /// # Errors
-/// See [`RetireError`]; or the VM ended before it was done.
+/// See [`RetireError`]; or the VM is paused, or ended before it was done.
 pub fn retire(
     socket: &Path,
     ranges: &[PageRange],
@@ -78,9 +79,12 @@ pub fn retire(
     while !open.is_empty() {
         let status: Status = client::get(socket, "relay.status")?;
         let again = status.vm.boot != vm.boot;
+        // What holds it for a moment is not worth a word.
+        let stands = status.vm.pause_reason.filter(|reason| *reason != PauseReason::Marking);
         open.retain(|gpa| {
             let page = status.predicted.iter().find(|page| page.gpa == *gpa).filter(|_| !again);
-            let Some(done) = settled(*gpa, page) else { return true };
+            let done = settled(*gpa, page).or_else(|| stands.as_ref().map(|_| put_off(*gpa)));
+            let Some(done) = done else { return true };
             retired.push(done);
             false
         });
@@ -91,6 +95,12 @@ pub fn retire(
     }
     retired.sort_by_key(|page| page.gpa);
     Ok(retired)
+}
+
+/// A page that the guest was to be told of when the VM was paused.
+fn put_off(gpa: u64) -> Retired {
+    let outcome = "the VM was paused meanwhile; the guest is told when it is resumed";
+    Retired { gpa, told: false, outcome: outcome.to_owned() }
 }
 
 /// What has become of the page at `gpa`, once that is known.

@@ -16,10 +16,11 @@ use mce_relay::{
 use crate::acpi::{AcpiError, Table};
 use crate::api::{Api, ApiError, Current, Running, VmInfo};
 use crate::boot::BootError;
+use crate::button::PowerButton;
 use crate::by_hand::Injector;
 use crate::cli::{ApiPath, RunArgs, Switch};
 use crate::config::{OnUndeliverable, VmConfig};
-use crate::control::{ExitReason, PauseReason, StopCause, Undeliverable, VmControl};
+use crate::control::{Change, ExitReason, Panic, PauseReason, StopCause, Undeliverable, VmControl};
 use crate::events::{Monitor, MonitorError, VmEvent};
 use crate::ghes::{self, Notify};
 use crate::host;
@@ -198,11 +199,13 @@ impl Machine<'_> {
                 on_undeliverable: args.on_undeliverable,
                 paused: false,
                 pause_reason: None,
+                panic: None,
             },
             relay: relay.clone(),
             control: vm.control().clone(),
             ram: Arc::clone(&self.ram),
             injector: made.injector.clone(),
+            button: made.button.clone(),
         }));
         let begun = Instant::now();
         let reason = vm.run();
@@ -318,7 +321,7 @@ fn by_memory(error: &VmError) -> bool {
 /// Whether a guest that ended so is to be started again.
 fn starts_again(reason: &ExitReason, policy: OnUndeliverable, no_reboot: bool) -> bool {
     let wanted = match reason {
-        ExitReason::Reset | ExitReason::TripleFault { .. } => true,
+        ExitReason::Reset | ExitReason::ResetBy(_) | ExitReason::TripleFault { .. } => true,
         ExitReason::Undeliverable(_) => policy == OnUndeliverable::Reset,
         _ => false,
     };
@@ -352,12 +355,24 @@ fn way_on(reason: &PauseReason, socket: Option<&Path>) -> String {
     )
 }
 
+/// What a user can do about a guest that has panicked.
+fn way_on_from_panic(socket: Option<&Path>) -> String {
+    let Some(path) = socket else {
+        return "if it stands still, SIGTERM ends it".to_owned();
+    };
+    let path = path.display();
+    format!(
+        "if it stands still, `mce-relay reset --api-socket path={path}` starts it over and \
+         `mce-relay shutdown --now --api-socket path={path}` ends it"
+    )
+}
+
 /// The exit status of `mce-relay run` for `reason`; the help of the command lists them.
 fn exit_status(reason: &ExitReason) -> u8 {
     match reason {
         ExitReason::PowerOff | ExitReason::Stopped(StopCause::Console | StopCause::Request(_)) => 0,
         ExitReason::Fatal(_) => 1,
-        ExitReason::Reset => 3,
+        ExitReason::Reset | ExitReason::ResetBy(_) => 3,
         ExitReason::TripleFault { .. } => 4,
         ExitReason::KvmError { .. } => 5,
         ExitReason::Undeliverable(_) => 6,
@@ -384,6 +399,7 @@ struct Made {
     relay: Arc<Relay>,
     control: VmControl,
     injector: Injector,
+    button: PowerButton,
     _ram: Arc<GuestRam>,
 }
 
@@ -413,18 +429,23 @@ impl RelayHooks<'_> {
             observer: self.monitor.for_relay(),
         })?;
         let (emit, socket) = (self.monitor.for_vm(), self.socket.map(Path::to_owned));
-        vm.control.observe_pauses(move |reason| {
-            emit(match reason {
-                None => VmEvent::Resumed {},
-                Some(reason) => VmEvent::Paused {
-                    reason: reason.clone(),
-                    way_on: way_on(reason, socket.as_deref()),
-                },
+        vm.control.observe(move |change| {
+            let socket = socket.as_deref();
+            emit(match change {
+                Change::Resumed => VmEvent::Resumed {},
+                Change::Paused(reason) => {
+                    VmEvent::Paused { reason: reason.clone(), way_on: way_on(reason, socket) }
+                }
+                Change::Panicked(Panic::Panicked) => {
+                    VmEvent::Panicked { way_on: way_on_from_panic(socket) }
+                }
+                Change::Panicked(Panic::CrashLoaded) => VmEvent::CrashLoaded {},
             });
         });
         let (relay, control) = (Arc::new(relay), vm.control.clone());
         let injector = Injector::new(vm.cpus, setup.caps());
-        Ok(Made { setup, relay, control, injector, _ram: Arc::clone(vm.ram) })
+        let button = PowerButton::new(vm.vm);
+        Ok(Made { setup, relay, control, injector, button, _ram: Arc::clone(vm.ram) })
     }
 }
 
@@ -619,11 +640,13 @@ mod tests {
         use OnUndeliverable::{Pause, Reset, Stop};
         for policy in [Stop, Pause, Reset] {
             assert!(starts_again(&ExitReason::Reset, policy, false));
+            let by_the_user = || ExitReason::ResetBy(StopCause::Request("test".to_owned()));
+            assert!(starts_again(&by_the_user(), policy, false));
             assert_eq!(starts_again(&untold(), policy, false), policy == Reset);
             let triple_fault = ExitReason::TripleFault { vcpu: 0 };
             assert!(starts_again(&triple_fault, policy, false));
             assert!(!starts_again(&ExitReason::PowerOff, policy, false));
-            for reason in [ExitReason::Reset, triple_fault, untold()] {
+            for reason in [ExitReason::Reset, by_the_user(), triple_fault, untold()] {
                 assert!(!starts_again(&reason, policy, true), "{reason:?} with --no-reboot");
             }
         }
@@ -641,6 +664,8 @@ mod tests {
         );
         assert!(!way_on(&PauseReason::Request, Some(socket)).contains("again"));
         assert!(way_on(&untold, None).contains("no --api-socket"));
+        assert!(way_on_from_panic(Some(socket)).contains("reset --api-socket path=/x"));
+        assert!(way_on_from_panic(None).contains("SIGTERM"));
     }
 
     #[test]
@@ -651,6 +676,7 @@ mod tests {
             (ExitReason::Stopped(StopCause::Request(why())), 0),
             (ExitReason::Fatal(why()), 1),
             (ExitReason::Reset, 3),
+            (ExitReason::ResetBy(StopCause::Request(why())), 3),
             (ExitReason::TripleFault { vcpu: 0 }, 4),
             (ExitReason::KvmError { vcpu: 0, what: why() }, 5),
             (untold(), 6),

@@ -323,6 +323,9 @@ pub fn status_text(status: &Status, json: bool) -> String {
 fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Result<()> {
     let Status { vm, pages, predicted, past } = status;
     writeln!(out, "{}", headline(vm))?;
+    if let Some(panic) = vm.panic {
+        writeln!(out, "PANICKED: {panic}; `mce-relay reset` starts the guest over")?;
+    }
     if let Some(reason) = &vm.pause_reason {
         writeln!(out, "PAUSED: {reason}; `mce-relay resume` lets it go on")?;
     }

@@ -371,6 +371,10 @@ impl Runner<'_> {
                     None => Step::Continue,
                     Some(PowerEvent::Reset) => Step::End(ExitReason::Reset),
                     Some(PowerEvent::PowerOff) => Step::End(ExitReason::PowerOff),
+                    Some(PowerEvent::Panicked(panic)) => {
+                        self.control.note_panic(panic);
+                        Step::Continue
+                    }
                 })
             }
             Ok(VcpuExit::IoIn(port, data)) => {

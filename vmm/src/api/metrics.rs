@@ -45,6 +45,11 @@ fn of(running: &Running) -> Result<Vec<MetricFamily>, prometheus::Error> {
     about.with_label_values(&[&*info.version, &vendor, &info.mcg_cap, &channel]).set(1.0);
     let paused = Gauge::new("mce_relay_paused", "1 while the vCPUs are held.")?;
     paused.set(f64::from(u8::from(info.paused)));
+    let panicked = Gauge::new(
+        "mce_relay_panicked",
+        "1 from when the guest says that its kernel has panicked until it starts over.",
+    )?;
+    panicked.set(f64::from(u8::from(info.panic.is_some())));
     let scans = Gauge::new(
         "mce_relay_scans",
         "Looks through guest RAM for bad pages that no signal named, in this boot.",
@@ -52,7 +57,8 @@ fn of(running: &Running) -> Result<Vec<MetricFamily>, prometheus::Error> {
     scans.set(number(running.relay.scans()));
 
     let mut families = of_ledger(|look| running.relay.inspect(|ledger| look(ledger)))?;
-    families.extend([about.collect(), paused.collect(), scans.collect()].concat());
+    let more = [about.collect(), paused.collect(), panicked.collect(), scans.collect()];
+    families.extend(more.concat());
     Ok(families)
 }
 

@@ -12,7 +12,9 @@
 //! | `PUT /api/v1/vm.poison` | body [`Poison`]; a [`Poisoning`] for each page |
 //! | `PUT /api/v1/vm.inject` | body [`Request`](crate::inject::Request); what came of it on each vCPU. 409 when it would kill the guest and `force` is not set |
 //! | `PUT /api/v1/vm.pause` | 204 when no vCPU is in the guest any more; also if that is so already |
-//! | `PUT /api/v1/vm.resume` | 204; the vCPUs go on, whatever they were paused for |
+//! | `PUT /api/v1/vm.resume` | 204; the vCPUs go on, unless pages are being marked as bad: then in a moment |
+//! | `PUT /api/v1/vm.power-button` | 204; the guest is asked to power off. 409 when it is paused or does not listen |
+//! | `PUT /api/v1/vm.reset` | 204; the guest starts over, paused or not |
 //! | `PUT /api/v1/vm.shutdown` | 204; the VM ends, paused or not |
 //! | `GET /api/v1/openapi.json` | all of this, as an OpenAPI document |
 //! | `GET /metrics` | counts and times in Prometheus' text format |

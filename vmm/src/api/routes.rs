@@ -11,8 +11,9 @@ use super::types::{
     Current, Extent, Gpa, Ping, Poison, Problem, Retire, Retiring, Running, Status, VmInfo,
 };
 use super::{MAX_PAGES, MAX_READ, metrics};
+use crate::button::PressError;
 use crate::by_hand::Refusal;
-use crate::control::{ExitReason, Parked, PauseReason, StopCause, VmControl};
+use crate::control::{ExitReason, Parked, StopCause, VmControl};
 use crate::events::Hub;
 use crate::inject::Request as Inject;
 use crate::memory::PAGE_SIZE;
@@ -45,13 +46,15 @@ pub(super) enum Route {
     Inject,
     Pause,
     Resume,
+    PowerButton,
+    Reset,
     Shutdown,
     OpenApi,
     Metrics,
 }
 
 /// Path, method and route of each.
-pub(super) const ROUTES: [(&str, &str, Route); 14] = [
+pub(super) const ROUTES: [(&str, &str, Route); 16] = [
     ("/api/v1/vmm.ping", "GET", Route::Ping),
     ("/api/v1/vm.info", "GET", Route::Info),
     ("/api/v1/relay.status", "GET", Route::Status),
@@ -63,6 +66,8 @@ pub(super) const ROUTES: [(&str, &str, Route); 14] = [
     ("/api/v1/vm.inject", "PUT", Route::Inject),
     ("/api/v1/vm.pause", "PUT", Route::Pause),
     ("/api/v1/vm.resume", "PUT", Route::Resume),
+    ("/api/v1/vm.power-button", "PUT", Route::PowerButton),
+    ("/api/v1/vm.reset", "PUT", Route::Reset),
     ("/api/v1/vm.shutdown", "PUT", Route::Shutdown),
     ("/api/v1/openapi.json", "GET", Route::OpenApi),
     ("/metrics", "GET", Route::Metrics),
@@ -83,7 +88,15 @@ impl Route {
 
     /// Whether it is answered without waiting for anybody but whoever else reads the same few words.
     pub(super) fn is_quick(self) -> bool {
-        matches!(self, Self::Ping | Self::OpenApi | Self::Info | Self::Shutdown | Self::Resume)
+        matches!(
+            self,
+            Self::Ping
+                | Self::OpenApi
+                | Self::Info
+                | Self::Shutdown
+                | Self::Reset
+                | Self::Resume
+        )
     }
 
     /// What its body looks like, where it has one.
@@ -184,7 +197,9 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
         Route::Retire => {
             let Retire { gpas } = understood(body, example)?;
             not_too_many(&gpas)?;
-            Answer::json(200, &retire(&running()?.relay, &gpas))
+            let running = running()?;
+            runs(&running.control, "a guest is told of pages while it runs")?;
+            Answer::json(200, &retire(&running.relay, &gpas))
         }
         Route::Poison => {
             let poison: Poison = understood(body, example)?;
@@ -203,9 +218,21 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
                 Err(error) => Answer::problem(409, error.to_string()),
             }
         }
+        Route::PowerButton => {
+            let running = running()?;
+            runs(&running.control, "a guest powers itself off while it runs")?;
+            match running.button.press(&running.control) {
+                Ok(()) => Answer::done(),
+                Err(error @ PressError::NoGuest) => Answer::problem(503, error.to_string()),
+                Err(error) => Answer::problem(409, show::with_causes(&error)),
+            }
+        }
+        Route::Reset => {
+            running()?.control.stop(ExitReason::ResetBy(by_the_api()));
+            Answer::done()
+        }
         Route::Shutdown => {
-            let cause = StopCause::Request("the API".to_owned());
-            running()?.control.stop(ExitReason::Stopped(cause));
+            running()?.control.stop(ExitReason::Stopped(by_the_api()));
             Answer::done()
         }
         Route::Pause => pause(&running()?.control, PAUSE_PATIENCE),
@@ -216,6 +243,10 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
         // They have a connection of their own: see `server`.
         Route::Events => Answer::problem(500, "events are not answered here".to_owned()),
     })
+}
+
+fn by_the_api() -> StopCause {
+    StopCause::Request("the API".to_owned())
 }
 
 /// A request's body, as JSON of the form that `example` shows.
@@ -234,6 +265,17 @@ fn understood<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, Answ
         _ => return Err(wrong(&"it is no object")),
     }
     serde_json::from_value(body).map_err(|error| wrong(&error))
+}
+
+/// What is asked for takes a guest that runs (`why`), so one that is paused is refused; what holds it for a
+/// moment is waited for.
+fn runs(control: &VmControl, why: &str) -> Result<(), Answer> {
+    match control.paused_for_long(PAUSE_PATIENCE) {
+        None => Ok(()),
+        Some(_) => {
+            Err(Answer::problem(409, format!("the VM is paused, and {why}; resume it first")))
+        }
+    }
 }
 
 /// The answer says something of each.
@@ -304,7 +346,7 @@ fn status_of(error: &InsideError) -> u16 {
         InsideError::Outside(_) => 400,
         InsideError::NotRam { .. } | InsideError::NoVcpu { .. } => 404,
         InsideError::Uffd(_) => 409,
-        InsideError::NotParked => 503,
+        InsideError::NotParked | InsideError::Ended => 503,
     }
 }
 
@@ -365,8 +407,7 @@ fn retire(relay: &Handle, gpas: &[Gpa]) -> Vec<Retiring> {
 }
 
 fn pause(control: &VmControl, patience: Duration) -> Answer {
-    control.request_pause(PauseReason::Request);
-    match control.wait_parked(patience) {
+    match control.pause_within(patience) {
         Parked::All => Answer::done(),
         Parked::Not(vcpus) => Answer::problem(
             503,

@@ -7,10 +7,11 @@ use mce_relay::mca::{Kind, Vendor};
 use mce_relay::{AoChannel, Handle, KillPolicy, Pace, Page};
 use serde::{Deserialize, Serialize};
 
+use crate::button::PowerButton;
 use crate::by_hand::Injector;
 use crate::client::OfProcess;
 use crate::config::OnUndeliverable;
-use crate::control::{PauseReason, VmControl};
+use crate::control::{Panic, PauseReason, VmControl};
 use crate::ghes::Notify;
 use crate::memory::{GuestRam, RamBlock};
 use crate::poison::Means;
@@ -84,6 +85,8 @@ pub struct VmInfo {
     pub paused: bool,
     /// Why, if they are.
     pub pause_reason: Option<PauseReason>,
+    /// What the guest has said of its own end since it was started; null as long as it has not.
+    pub panic: Option<Panic>,
     /// Guest RAM, by guest-physical address.
     pub memory: Vec<MemoryBlock>,
 }
@@ -212,7 +215,7 @@ pub struct Problem {
 /// The virtual machine as the API sees it; it changes with every boot.
 #[derive(Clone)]
 pub struct Running {
-    /// What runs; whether it is paused is looked up when somebody asks.
+    /// What runs; whether it is paused, and whether it has panicked, is looked up when somebody asks.
     pub info: VmInfo,
     /// Its relay, with the ledger.
     pub relay: Handle,
@@ -222,14 +225,16 @@ pub struct Running {
     pub ram: Arc<GuestRam>,
     /// The way to its vCPUs for machine checks by hand.
     pub injector: Injector,
+    /// Its power button.
+    pub button: PowerButton,
 }
 
 impl Running {
     /// What runs now.
     #[must_use]
     pub fn info(&self) -> VmInfo {
-        let pause_reason = self.control.paused();
-        VmInfo { paused: pause_reason.is_some(), pause_reason, ..self.info.clone() }
+        let (pause_reason, panic) = (self.control.paused(), self.control.panicked());
+        VmInfo { paused: pause_reason.is_some(), pause_reason, panic, ..self.info.clone() }
     }
 }
 
@@ -289,6 +294,7 @@ pub(crate) fn an_info() -> VmInfo {
         on_undeliverable: OnUndeliverable::Stop,
         paused: false,
         pause_reason: None,
+        panic: None,
         memory: Vec::new(),
     }
 }

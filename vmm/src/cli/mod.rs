@@ -108,7 +108,7 @@ pub enum Command {
     /// with good memory in place of what went bad.
     ///
     /// Exit status: 0 the guest powered off, or the API ended it; 1 it could not be started, or this
-    /// program failed; 2 the command line is wrong; 3 the guest reset itself (with --no-reboot);
+    /// program failed; 2 the command line is wrong; 3 the guest reset itself, or was reset (with --no-reboot);
     /// 4 triple fault (with --no-reboot, or three in a row right after the start); 5 KVM failed;
     /// 6 the guest touched a bad page and could not be told (with --on-undeliverable stop, or reset
     /// and --no-reboot); 7 memory of this program itself went bad; 8 it made a system call that it does
@@ -237,11 +237,38 @@ pub enum Command {
         #[command(flatten)]
         vm: VmArg,
     },
-    /// End a running VM, paused or not, as if its guest had powered off.
+    /// Ask a running guest to power itself off, by its power button.
+    ///
+    /// Returns when the guest has done so and the VM has ended. The button is ACPI's: a Linux guest powers
+    /// off if something in it listens to that button (systemd-logind or acpid, with the kernel's module
+    /// button). Exit status 1 when the guest cannot be asked, or has not ended in time; it goes on then,
+    /// and --now ends it.
     Shutdown {
         /// Which VM.
         #[command(flatten)]
         vm: VmArg,
+        /// Do not ask the guest: end the VM at once, paused or not, as if its power went off.
+        #[arg(long, conflicts_with = "timeout")]
+        now: bool,
+        /// How long to wait for the guest's end, in seconds; 0: only ask.
+        #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+        timeout: u32,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Have a running guest start over, paused or not, as if it had reset itself.
+    ///
+    /// The guest is not asked: this is a machine's reset button. It finds good memory where pages went
+    /// bad. Returns when the next boot has begun. A VM of `run --no-reboot` ends instead (exit status 1
+    /// here, 3 of `run`).
+    Reset {
+        /// Which VM.
+        #[command(flatten)]
+        vm: VmArg,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
     },
     /// Show what this host and its kernel offer, and what to do about what is missing.
     ///

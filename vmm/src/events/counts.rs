@@ -22,6 +22,7 @@ pub struct Counts {
     acknowledged: IntCounterVec,
     undeliverable: IntCounterVec,
     boots: IntCounter,
+    panics: IntCounterVec,
     told: Histogram,
     taken: Histogram,
 }
@@ -96,6 +97,11 @@ impl Default for Counts {
                 &["kind"],
             ),
             boots: counter("mce_relay_boots_total", "Boots of the guest."),
+            panics: family(
+                "mce_relay_guest_panics_total",
+                "Panics of the guest's kernel that the guest has told of, by whether its crash kernel takes over.",
+                &["kind"],
+            ),
             told: histogram(
                 "mce_relay_told_seconds",
                 "From a page's becoming known to the first time that the guest was told of it.",
@@ -114,8 +120,15 @@ impl Counts {
         match what {
             What::Vm(event) => {
                 self.events.with_label_values(&["vm"]).inc();
-                if matches!(event, VmEvent::Booting { .. }) {
-                    self.boots.inc();
+                match event {
+                    VmEvent::Booting { .. } => self.boots.inc(),
+                    VmEvent::Panicked { .. } => {
+                        self.panics.with_label_values(&["panicked"]).inc();
+                    }
+                    VmEvent::CrashLoaded {} => {
+                        self.panics.with_label_values(&["crash-loaded"]).inc();
+                    }
+                    _ => {}
                 }
             }
             What::Memory(event) => {
@@ -178,8 +191,8 @@ impl Counts {
     #[must_use]
     pub fn families(&self) -> Vec<MetricFamily> {
         let Self { events, signals, signals_lost, signals_outside, seen, .. } = self;
-        let Self { injected, acknowledged, undeliverable, boots, told, taken, .. } = self;
-        let all: [&dyn Collector; 11] = [
+        let Self { injected, acknowledged, undeliverable, boots, panics, told, taken, .. } = self;
+        let all: [&dyn Collector; 12] = [
             events,
             signals,
             signals_lost,
@@ -189,6 +202,7 @@ impl Counts {
             acknowledged,
             undeliverable,
             boots,
+            panics,
             told,
             taken,
         ];

@@ -19,7 +19,7 @@ use mce_relay::mca::Kind;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::control::PauseReason;
+use crate::control::{Panic, PauseReason};
 use crate::seccomp::{Filters, Thread};
 pub use hub::{Entry, Follower, Hub, Next, What};
 
@@ -80,6 +80,14 @@ pub enum VmEvent {
     },
     /// The vCPUs go on.
     Resumed {},
+    /// The guest says that its kernel has panicked.
+    Panicked {
+        /// How the user goes on from here.
+        #[serde(skip)]
+        way_on: String,
+    },
+    /// The guest says that its kernel has panicked and its crash kernel takes over.
+    CrashLoaded {},
 }
 
 impl VmEvent {
@@ -87,7 +95,9 @@ impl VmEvent {
     fn level(&self) -> Level {
         match self {
             Self::Paused { reason: PauseReason::Undeliverable(_), .. }
-            | Self::Reset { by_policy: true, .. } => Level::Warn,
+            | Self::Reset { by_policy: true, .. }
+            | Self::Panicked { .. }
+            | Self::CrashLoaded {} => Level::Warn,
             _ => Level::Info,
         }
     }
@@ -104,6 +114,9 @@ impl std::fmt::Display for VmEvent {
             Self::Paused { reason, way_on } if way_on.is_empty() => write!(f, "paused: {reason}"),
             Self::Paused { reason, way_on } => write!(f, "paused: {reason}; {way_on}"),
             Self::Resumed {} => f.write_str("resumed"),
+            Self::Panicked { way_on } if way_on.is_empty() => Panic::Panicked.fmt(f),
+            Self::Panicked { way_on } => write!(f, "{}; {way_on}", Panic::Panicked),
+            Self::CrashLoaded {} => Panic::CrashLoaded.fmt(f),
         }
     }
 }

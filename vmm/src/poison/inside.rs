@@ -8,7 +8,7 @@ use mce_relay::mca::Kind;
 use super::Means;
 use super::uffd::Uffd;
 use crate::api::{Gpa, Poison, Poisoning, Running};
-use crate::control::{Parked, PauseReason};
+use crate::control::{Hold, Parked};
 
 /// How long the vCPUs may take to leave the guest.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
@@ -47,6 +47,9 @@ pub enum InsideError {
         "the vCPUs did not stop, which they have to while pages are marked; nothing was touched"
     )]
     NotParked,
+    /// There is no guest any more.
+    #[error("the guest ended meanwhile; nothing was touched")]
+    Ended,
 }
 
 /// Does to the pages what `asked` says; what became of each.
@@ -96,7 +99,7 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
         })),
         Means::Uffd => {
             let uffd = Uffd::open().map_err(InsideError::Uffd)?;
-            let held = Held::new(running)?;
+            let held = held(running)?;
             let done = each(&|_, hva, size| {
                 let page = hva - hva % size;
                 uffd.poison(page, size).map_err(|error| format!("UFFDIO_POISON: {error}"))
@@ -131,22 +134,12 @@ fn advise(hva: u64, advice: libc::c_int) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The vCPUs, held while this lives; they go on afterwards unless they are held for something else.
-struct Held<'a>(&'a Running);
-
-impl<'a> Held<'a> {
-    fn new(running: &'a Running) -> Result<Self, InsideError> {
-        let held = Self(running);
-        running.control.request_pause(PauseReason::Marking);
-        match running.control.wait_parked(PAUSE_PATIENCE) {
-            Parked::All => Ok(held),
-            Parked::Not(_) | Parked::Unpaused => Err(InsideError::NotParked),
-        }
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.0.control.resume_from(&PauseReason::Marking);
+/// The vCPUs, held until the returned value goes and out of the guest.
+fn held(running: &Running) -> Result<Hold, InsideError> {
+    let hold = running.control.hold();
+    match running.control.wait_parked(PAUSE_PATIENCE) {
+        Parked::All => Ok(hold),
+        Parked::Not(_) => Err(InsideError::NotParked),
+        Parked::Unpaused => Err(InsideError::Ended),
     }
 }
