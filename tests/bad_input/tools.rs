@@ -25,6 +25,8 @@ pub fn command_lines() {
             false,
             &["--vm"],
         ),
+        (&["shutdown", "--now", "--timeout", "5"], true, &["--now", "--timeout"]),
+        (&["shutdown", "--timeout", "-1"], true, &["-1"]),
         (&["poison", "--gpa", "0"], true, &["--via"]),
         (
             &["poison", "--via", "hammer", "--gpa", "0"],

@@ -14,6 +14,7 @@ mod means;
 mod memory;
 mod not_ours;
 mod placement;
+mod power;
 mod undeliverable;
 mod unprivileged;
 mod watch;
@@ -110,6 +111,8 @@ fn main() -> ExitCode {
         watch::a_cache_loses_one_entry needs may_poison,
         watch::the_guest_of_another_vmm_lives needs may_poison,
         unprivileged::real_failures_under_nobodys_vmm needs may_poison,
+        power::a_panic_and_a_reset needs may_poison,
+        power::the_button needs may_poison,
         undeliverable::stop needs may_poison,
         undeliverable::pause needs may_poison,
         undeliverable::reset needs may_poison,

@@ -421,7 +421,10 @@ mod tests {
         // 6.4.3.6: an extended interrupt, two bytes of flags (consumer, edge) and one number.
         assert!(has(&[0x89, 6, 0, 0b11, 1, 10, 0, 0, 0]), "its interrupt");
         // 6.4.2.5: 16-bit decoding, from and to 0x505, one port.
-        assert!(has(&[0x47, 1, 0x05, 0x05, 0x05, 0x05, 1, 1]), "where it says that it has panicked");
+        assert!(
+            has(&[0x47, 1, 0x05, 0x05, 0x05, 0x05, 1, 1]),
+            "where it says that it has panicked"
+        );
         assert!(has(b"ACPI0013") && has(b"QEMU0001"));
     }
 

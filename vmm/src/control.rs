@@ -404,8 +404,7 @@ impl VmControl {
     /// that is waited for, at most `patience`.
     #[must_use]
     pub fn paused_for_long(&self, patience: Duration) -> Option<PauseReason> {
-        let is_brief =
-            |inner: &mut Inner| inner.holders.reason() == Some(PauseReason::Marking);
+        let is_brief = |inner: &mut Inner| inner.holders.reason() == Some(PauseReason::Marking);
         let waited = self.0.changed.wait_timeout_while(self.lock(), patience, is_brief);
         waited.unwrap_or_else(PoisonError::into_inner).0.holders.reason()
     }

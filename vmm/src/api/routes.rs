@@ -90,12 +90,7 @@ impl Route {
     pub(super) fn is_quick(self) -> bool {
         matches!(
             self,
-            Self::Ping
-                | Self::OpenApi
-                | Self::Info
-                | Self::Shutdown
-                | Self::Reset
-                | Self::Resume
+            Self::Ping | Self::OpenApi | Self::Info | Self::Shutdown | Self::Reset | Self::Resume
         )
     }
 

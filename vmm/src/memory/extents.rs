@@ -48,7 +48,8 @@ impl GuestRam {
     }
 
     fn pagemap(&self) -> io::Result<&File> {
-        let failed = |error: &io::Error| io::Error::new(error.kind(), format!("{PAGEMAP}: {error}"));
+        let failed =
+            |error: &io::Error| io::Error::new(error.kind(), format!("{PAGEMAP}: {error}"));
         self.pagemap.as_ref().map_err(failed)
     }
 }
