@@ -92,7 +92,7 @@ pub fn nothing_is_retired_while_paused() {
 pub fn a_pause_ends_the_wait_of_retire() {
     // This guest takes no firmware-first record, and none is told that it will not before it has had its time.
     let vm = Spinning::start(&["--ao-channel", "ghes"]);
-    let mut tool = vm.spawn("retire", &["--gpa", "0x5000"]);
+    let mut tool = vm.spawn("retire", &["--gpa", "0x5000", "--json"]);
     while vm.status().predicted.is_empty() && tool.try_wait().unwrap().is_none() {
         thread::yield_now();
     }
