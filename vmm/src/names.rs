@@ -288,6 +288,26 @@ mod tests {
     }
 
     #[test]
+    fn a_list_says_how_each_stands() {
+        let state = |paused, panic| {
+            let (name, socket) = ("a".to_owned(), PathBuf::from("/x"));
+            let listed = Listed { name, socket, pid: None, memory: None, paused, panic };
+            List(vec![listed]).to_string()
+        };
+        for (paused, panic, words) in [
+            (Some(false), None, " running "),
+            (Some(true), None, " paused "),
+            (Some(false), Some(Panic::Panicked), " panicked "),
+            (Some(false), Some(Panic::CrashLoaded), " panicked, in its crash kernel "),
+            (Some(true), Some(Panic::Panicked), " panicked, paused "),
+            (None, None, " between two boots "),
+        ] {
+            let list = state(paused, panic);
+            assert!(list.contains(words), "{words}: {list}");
+        }
+    }
+
+    #[test]
     fn a_directory_that_others_can_write_to_is_refused() {
         use std::os::unix::fs::PermissionsExt;
         let top = tempfile::tempdir().unwrap();
