@@ -16,7 +16,8 @@ const TRIM_THRESHOLD: libc::c_int = 128 << 10;
 /// Has the allocator give back what is freed. To be done before the first thread starts.
 ///
 /// One arena for all threads: vCPU threads do not allocate while they run the guest, so nobody waits long
-/// for its lock.
+/// for its lock. Where the number of arenas is not given, glibc asks how many processors there are when it
+/// makes another one, for which it opens a file; the filter of that thread may have no such call.
 pub fn keep_small() {
     #[cfg(target_env = "gnu")]
     for (option, value) in [

@@ -10,8 +10,8 @@ use mce_relay_vmm::cli::{self, Command, InjectArgs, MemcgArg, MemoryCommand, Poi
 use mce_relay_vmm::host::filter::{self, Filter};
 use mce_relay_vmm::poison::{self, FilterChoice, Order, PageRange};
 use mce_relay_vmm::{
-    agent, allocator, api, by_hand, check, client, dump, ending, follow, host, inject, last_resort,
-    manual, map, names, pages, retire, run, show,
+    agent, api, by_hand, check, client, dump, ending, follow, host, inject, last_resort, manual,
+    map, names, pages, retire, run, show,
 };
 
 /// What a command comes to: its exit status, or words for the user.
@@ -47,7 +47,6 @@ fn main() -> ExitCode {
 fn carry_out(command: Command) -> Outcome {
     Ok(match command {
         Command::Run(args) => {
-            allocator::keep_small();
             // Before the relay's handler, which hands on to it. The process's and not the VM's: who runs a
             // VM in a process of their own has their own.
             last_resort::install()

@@ -14,6 +14,7 @@ use mce_relay::{
 };
 
 use crate::acpi::{AcpiError, Table};
+use crate::allocator;
 use crate::api::{Api, ApiError, Current, Running, VmInfo};
 use crate::boot::BootError;
 use crate::button::PowerButton;
@@ -80,7 +81,9 @@ enum RelayError {
 /// # Errors
 /// The guest could not be started.
 pub fn run(args: &RunArgs) -> Result<u8, RunError> {
-    // Before any thread is started: they inherit it, and only the relay's own takes AOs.
+    // Before any thread is started, as is what follows.
+    allocator::keep_small();
+    // They inherit it, and only the relay's own takes AOs.
     KillPolicy::Late.set().map_err(RunError::Policy)?;
     let filters = Filters::new(args.seccomp.into())?;
     filters.apply(Thread::Main)?;
