@@ -1,6 +1,6 @@
 //! Manual pages and shell completions, from the same source as `--help`.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::cli::Cli;
 
 /// The manual could not be written.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot write {path}", path = .path.display())]
+#[error("cannot write the manual pages into {path}", path = .path.display())]
 pub struct ManualError {
     path: PathBuf,
     #[source]
@@ -30,29 +30,22 @@ pub fn completions(shell: Shell, out: &mut dyn Write) -> io::Result<()> {
 /// # Errors
 /// The directory or a page cannot be written.
 pub fn pages(dir: &Path) -> Result<Vec<PathBuf>, ManualError> {
-    let failed = |path: &Path| {
-        let path = path.to_owned();
-        |source| ManualError { path, source }
-    };
-    fs::create_dir_all(dir).map_err(failed(dir))?;
+    let written = fs::create_dir_all(dir)
+        .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
+        .map_err(|source| ManualError { path: dir.to_owned(), source });
     let mut command = Cli::command().disable_help_subcommand(true);
     command.build();
-    let mut written = Vec::new();
-    let mut left = vec![("mce-relay".to_owned(), command)];
-    while let Some((name, command)) = left.pop() {
-        for sub in command.get_subcommands() {
-            left.push((format!("{name}-{}", sub.get_name()), sub.clone()));
-        }
-        let path = dir.join(format!("{name}.1"));
-        // The page's title wants a name that lives as long as the program, which writes each once.
-        let name: &'static str = String::leak(name);
-        let page = clap_mangen::Man::new(command.name(name));
-        let mut file = File::create(&path).map_err(failed(&path))?;
-        page.render(&mut file).map_err(failed(&path))?;
-        written.push(path);
-    }
-    written.sort();
-    Ok(written)
+    let mut pages: Vec<PathBuf> =
+        names(&command).into_iter().map(|name| dir.join(format!("{name}.1"))).collect();
+    pages.sort();
+    written.map(|()| pages)
+}
+
+/// Of a command that was built, and of all below it.
+fn names(command: &clap::Command) -> Vec<String> {
+    let own = command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned();
+    let below = command.get_subcommands().filter(|sub| !sub.is_hide_set()).flat_map(names);
+    std::iter::once(own).chain(below).collect()
 }
 
 #[cfg(test)]
@@ -65,6 +58,12 @@ mod tests {
     fn every_command_has_a_page_that_names_its_options() {
         let dir = tempfile::tempdir().unwrap();
         let pages = pages(&dir.path().join("man")).unwrap();
+        let mut there: Vec<PathBuf> = fs::read_dir(dir.path().join("man"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        there.sort();
+        assert_eq!(pages, there, "what was written is named");
         let text = |name: &str| {
             let path = pages.iter().find(|path| path.file_name().unwrap() == name);
             fs::read_to_string(path.unwrap_or_else(|| panic!("no {name}"))).unwrap()
