@@ -66,7 +66,7 @@ impl Schema {
         let errors: Vec<String> = self
             .0
             .iter_errors(value)
-            .map(|error| format!("{}: {error}", error.instance_path))
+            .map(|error| format!("{}: {error}", error.instance_path()))
             .collect();
         assert!(errors.is_empty(), "{}\n{value:#}", errors.join("\n"));
     }

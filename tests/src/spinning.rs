@@ -20,7 +20,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Nobody;
 
 impl Nobody {
-    const ID: u32 = 65534;
+    /// Its number.
+    pub const ID: u32 = 65534;
     /// In a mount namespace of its own, so that the machine's /dev/kvm stays as it is. Its arguments: a
     /// directory to mount at, the user's id, and what to run.
     const SCRIPT: &str = "set -e; dev=$1 id=$2; shift 2
@@ -32,7 +33,7 @@ impl Nobody {
 
     /// Makes `dir` theirs, with copies of `files` in it, which they may not be able to read where these lie;
     /// the copies.
-    pub(crate) fn settle<const N: usize>(self, dir: &Path, files: [&Path; N]) -> [PathBuf; N] {
+    pub fn settle<const N: usize>(self, dir: &Path, files: [&Path; N]) -> [PathBuf; N] {
         let mode = |path: &Path| {
             std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
         };
@@ -48,7 +49,7 @@ impl Nobody {
     }
 
     /// Runs `program` as that user; `dir` was settled.
-    pub(crate) fn command(self, program: &Path, dir: &Path) -> Command {
+    pub fn command(self, program: &Path, dir: &Path) -> Command {
         let mut command = Command::new("unshare");
         command.args(["--mount", "--propagation", "private", "sh", "-c", Self::SCRIPT, "sh"]);
         command.arg(dir.join("dev")).arg(Self::ID.to_string()).arg(program);

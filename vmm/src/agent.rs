@@ -12,8 +12,12 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
+use crate::peer::{self, Peer};
+
 /// How long the agent may take; an emulated guest takes its time.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How often it is looked whether the VMM goes on at all.
+const LOOK: Duration = Duration::from_secs(5);
 /// The longest line that is taken for one of its.
 const MAX_LINE: u64 = 1 << 20;
 /// The longest name of a process; the kernel's own limit is 15 for a program's and 63 for its own.
@@ -39,6 +43,14 @@ pub enum AgentError {
         /// The cause.
         #[source]
         source: io::Error,
+    },
+    /// The VMM itself does not go on.
+    #[error("the VM at {path} does not answer: {peer}", path = .path.display())]
+    Stands {
+        /// The socket.
+        path: PathBuf,
+        /// Its process.
+        peer: Peer,
     },
     /// The VMM has not even taken the request.
     #[error(
@@ -139,19 +151,20 @@ fn process_within(
     }
     let path = || socket.to_owned();
     let stranger = |what: String| AgentError::Stranger { path: path(), what };
-    let stream = UnixStream::connect(socket)
+    let (stream, pid) = peer::connect(socket, patience)
         .map_err(|source| AgentError::Connect { path: path(), source })?;
-    let mut port = Port::new(stream, patience);
+    let mut port = Port::new(stream, pid, patience);
 
     // An agent answers to words that it does not know, too, and repeats the first. What comes before
     // that answers somebody who asked earlier and left: the pages of another process, perhaps. The
     // empty line ends what that one may have left unfinished.
     let mark = format!("sync-{:016x}", fastrand::u64(..));
     let asked = format!("\n{mark}\nprocess {which} {max}\n");
-    let failed = |source: io::Error, port: &Port| match source.kind() {
-        io::ErrorKind::InvalidData => stranger(source.to_string()),
-        _ if port.is_unread() => AgentError::Taken { path: path(), source },
-        _ => AgentError::Silent { path: path(), source },
+    let failed = |source: io::Error, port: &Port| match port.held() {
+        _ if source.kind() == io::ErrorKind::InvalidData => stranger(source.to_string()),
+        Some(peer) => AgentError::Stands { path: path(), peer },
+        None if port.is_unread() => AgentError::Taken { path: path(), source },
+        None => AgentError::Silent { path: path(), source },
     };
     port.send(&asked).map_err(|source| failed(source, &port))?;
 
@@ -203,13 +216,20 @@ fn plain(words: &str) -> String {
 /// The conversation, with its end.
 struct Port {
     lines: BufReader<UnixStream>,
+    /// The VMM, as [`peer::connect`] knows it.
+    pid: u32,
     patience: Duration,
     deadline: Instant,
 }
 
 impl Port {
-    fn new(stream: UnixStream, patience: Duration) -> Self {
-        Self { lines: BufReader::new(stream), patience, deadline: Instant::now() + patience }
+    fn new(stream: UnixStream, pid: u32, patience: Duration) -> Self {
+        Self { lines: BufReader::new(stream), pid, patience, deadline: Instant::now() + patience }
+    }
+
+    /// The VMM, if something keeps it from going on.
+    fn held(&self) -> Option<Peer> {
+        Some(Peer::of(self.pid)).filter(Peer::is_held)
     }
 
     fn send(&mut self, text: &str) -> io::Result<()> {
@@ -227,7 +247,7 @@ impl Port {
                 let words = format!("no answer came within {:?}", self.patience);
                 return Err(io::Error::new(io::ErrorKind::TimedOut, words));
             }
-            self.lines.get_ref().set_read_timeout(Some(left))?;
+            self.lines.get_ref().set_read_timeout(Some(left.min(LOOK)))?;
             let room = MAX_LINE.saturating_sub(line.len() as u64);
             match (&mut self.lines).take(room).read_until(b'\n', &mut line) {
                 Ok(0) if room == 0 => {
@@ -239,7 +259,8 @@ impl Port {
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, words));
                 }
                 Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error)
+                    if error.kind() == io::ErrorKind::WouldBlock && self.held().is_none() => {}
                 Err(error) => return Err(error),
             }
         }

@@ -1,20 +1,23 @@
 //! Asks a running VM by its API socket.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+mod answer;
+mod patience;
+
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
-/// A VM that has not answered by then will not.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Header fields in an answer of ours; far more than it has.
-const MAX_HEADERS: usize = 32;
-/// And all of them together, in bytes.
-const MAX_HEAD: u64 = 64 << 10;
+use answer::{Answer, Asked};
+use patience::Patience;
+
+use crate::peer::Peer;
+
+/// The longest answer, in bytes, that is taken from one that is asked in passing.
+const MAX_IN_PASSING: u64 = 1 << 20;
 
 /// Why a VM did not answer.
 #[derive(Debug, thiserror::Error)]
@@ -39,6 +42,22 @@ pub enum ClientError {
         /// The cause.
         #[source]
         source: io::Error,
+    },
+    /// It is there, and says nothing.
+    #[error(
+        "the VM at {path} has not answered for {secs} s: {peer}{}",
+        later(.asked),
+        path = .path.display()
+    )]
+    Silent {
+        /// The socket.
+        path: PathBuf,
+        /// For how many seconds.
+        secs: u64,
+        /// The process that listens there.
+        peer: Peer,
+        /// Whether it had been asked for a change by then.
+        asked: bool,
     },
     /// Something else than this VMM listens there.
     #[error("what listens at {path} is not an mce-relay VM: {what}", path = .path.display())]
@@ -73,19 +92,40 @@ pub enum ClientError {
     },
 }
 
+/// What is to be known of a request that was not answered.
+fn later(asked: &bool) -> &'static str {
+    if *asked { ". What was asked of it may be done when it goes on" } else { "" }
+}
+
 /// `GET /api/v1/<what>`.
 ///
 /// # Errors
 /// See [`ClientError`].
 pub fn get<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, ClientError> {
-    let path = || socket.to_owned();
-    let talk = |source| ClientError::Talk { path: path(), source };
-    let answer = open(socket, "GET", what, &[])?;
-    // As it comes: a long ledger is not to be here twice.
-    serde_json::from_reader(answer.reader()).map_err(|error| match error.is_io() {
-        true => talk(error.into()),
-        false => ClientError::Stranger { path: path(), what: error.to_string() },
+    read(socket, Answer::open(socket, Asked::get(what), Patience::WhileItLives)?)
+}
+
+/// An answer as it comes: a long ledger is not to be here twice.
+fn read<T: DeserializeOwned>(socket: &Path, answer: impl Read) -> Result<T, ClientError> {
+    serde_json::from_reader(BufReader::new(answer)).map_err(|error| match error.is_io() {
+        true => broken(socket, error.into()),
+        false => ClientError::Stranger { path: socket.to_owned(), what: error.to_string() },
     })
+}
+
+/// As [`get`], for whoever asks many in passing: the answer has to be there `within` that time. With the
+/// process that gives it, by the kernel's word; 0 for one of another PID namespace.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn get_soon<T: DeserializeOwned>(
+    socket: &Path,
+    what: &str,
+    within: Duration,
+) -> Result<(u32, T), ClientError> {
+    let patience = Patience::Until(Instant::now() + within);
+    let answer = Answer::open(socket, Asked::get(what), patience)?;
+    Ok((answer.pid(), read(socket, answer.take(MAX_IN_PASSING))?))
 }
 
 /// An answer that names the process that gives it.
@@ -100,34 +140,12 @@ pub trait OfProcess: DeserializeOwned {
 /// See [`ClientError`].
 pub fn get_of_process<T: OfProcess>(socket: &Path, what: &str) -> Result<T, ClientError> {
     let path = || socket.to_owned();
-    let talk = |source| ClientError::Talk { path: path(), source };
-    let answer = open(socket, "GET", what, &[])?;
-    let is = listener(answer.stream.get_ref()).map_err(talk)?;
-    let told: T = understood(socket, &answer.body().map_err(talk)?)?;
+    let answer = Answer::open(socket, Asked::get(what), Patience::WhileItLives)?;
+    let is = answer.pid();
+    let told: T = read(socket, answer)?;
     match told.pid() {
         says if says == is => Ok(told),
         says => Err(ClientError::OtherProcess { path: path(), says, is }),
-    }
-}
-
-/// The process that listens at the other end, as this one's PID namespace has it; 0 where it has it not
-/// (SO_PEERCRED, unix(7)).
-fn listener(stream: &UnixStream) -> io::Result<u32> {
-    let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
-    let mut len = libc::socklen_t::try_from(size_of_val(&peer)).map_err(io::Error::other)?;
-    // SAFETY: the kernel writes at most `len` bytes to `peer`, which is that long, and `len`; both live.
-    let result = unsafe {
-        libc::getsockopt(
-            stream.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut peer).cast(),
-            &raw mut len,
-        )
-    };
-    match result {
-        0 => Ok(peer.pid.cast_unsigned()),
-        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -136,12 +154,7 @@ fn listener(stream: &UnixStream) -> io::Result<u32> {
 /// # Errors
 /// See [`ClientError`].
 pub fn get_bytes(socket: &Path, what: &str) -> Result<Vec<u8>, ClientError> {
-    ask(socket, "GET", what, &[])
-}
-
-fn understood<T: DeserializeOwned>(socket: &Path, body: &[u8]) -> Result<T, ClientError> {
-    serde_json::from_slice(body)
-        .map_err(|error| ClientError::Stranger { path: socket.to_owned(), what: error.to_string() })
+    ask(socket, Asked::get(what))
 }
 
 /// `PUT /api/v1/<what>` without a body.
@@ -149,7 +162,7 @@ fn understood<T: DeserializeOwned>(socket: &Path, body: &[u8]) -> Result<T, Clie
 /// # Errors
 /// See [`ClientError`].
 pub fn put(socket: &Path, what: &str) -> Result<(), ClientError> {
-    ask(socket, "PUT", what, &[]).map(drop)
+    ask(socket, Asked { method: "PUT", what, body: &[] }).map(drop)
 }
 
 /// `PUT /api/v1/<what>` with `body` as JSON.
@@ -163,7 +176,7 @@ pub fn put_json<T: DeserializeOwned>(
 ) -> Result<T, ClientError> {
     // Plain structs of strings and numbers: their serialisation cannot fail.
     let body = serde_json::to_vec(body).unwrap_or_default();
-    understood(socket, &ask(socket, "PUT", what, &body)?)
+    read(socket, &*ask(socket, Asked { method: "PUT", what, body: &body })?)
 }
 
 /// `GET /api/v1/<what>` of what comes line by line, for as long as there is more.
@@ -171,16 +184,13 @@ pub fn put_json<T: DeserializeOwned>(
 /// # Errors
 /// See [`ClientError`].
 pub fn lines(socket: &Path, what: &str) -> Result<Lines, ClientError> {
-    let (answer, path) = (open(socket, "GET", what, &[])?, socket.to_owned());
-    let stream = answer
-        .into_stream()
-        .map_err(|source| ClientError::Talk { path: socket.to_owned(), source })?;
-    Ok(Lines { lines: stream.lines(), path })
+    let answer = Answer::open(socket, Asked::get(what), Patience::WhileItLives)?;
+    Ok(Lines { lines: answer.endless().lines(), path: socket.to_owned() })
 }
 
 /// Lines of an answer that goes on.
 pub struct Lines {
-    lines: io::Lines<Box<dyn BufRead + Send>>,
+    lines: io::Lines<Answer>,
     path: PathBuf,
 }
 
@@ -188,124 +198,30 @@ impl Iterator for Lines {
     type Item = Result<String, ClientError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let talk = |source| ClientError::Talk { path: self.path.clone(), source };
-        self.lines.next().map(|line| line.map_err(talk))
+        self.lines.next().map(|line| line.map_err(|source| broken(&self.path, source)))
     }
 }
 
-/// An answer whose head has been read.
-struct Answer {
-    stream: BufReader<UnixStream>,
-    status: u16,
-    chunked: bool,
-    /// Its length in bytes, where that was said.
-    len: Option<u64>,
-}
-
-impl Answer {
-    /// The rest of it, however long that takes.
-    fn into_stream(self) -> io::Result<Box<dyn BufRead + Send>> {
-        self.stream.get_ref().set_read_timeout(None)?;
-        Ok(if self.chunked {
-            Box::new(BufReader::new(chunked_transfer::Decoder::new(self.stream)))
-        } else {
-            Box::new(self.stream)
-        })
-    }
-
-    /// Its body, which has to come without a longer break.
-    fn reader(self) -> Box<dyn Read> {
-        if self.chunked {
-            Box::new(BufReader::new(chunked_transfer::Decoder::new(self.stream)))
-        } else {
-            Box::new(self.stream.take(self.len.unwrap_or(u64::MAX)))
-        }
-    }
-
-    fn body(self) -> io::Result<Vec<u8>> {
-        let mut body = Vec::new();
-        if self.chunked {
-            chunked_transfer::Decoder::new(self.stream).read_to_end(&mut body)?;
-        } else {
-            // JSON shows that its end is missing; plain bytes do not.
-            self.stream.take(self.len.unwrap_or(u64::MAX)).read_to_end(&mut body)?;
-            if self.len.is_some_and(|len| (body.len() as u64) < len) {
-                return Err(io::Error::other("its answer is cut short"));
-            }
-        }
-        Ok(body)
+fn ask(socket: &Path, asked: Asked<'_>) -> Result<Vec<u8>, ClientError> {
+    let mut body = Vec::new();
+    match Answer::open(socket, asked, Patience::WhileItLives)?.read_to_end(&mut body) {
+        Ok(_) => Ok(body),
+        Err(source) => Err(broken(socket, source)),
     }
 }
 
-/// Asks, and reads the head of the answer; one that is no success is an error.
-fn open(socket: &Path, method: &str, what: &str, body: &[u8]) -> Result<Answer, ClientError> {
-    let path = || socket.to_owned();
-    let mut stream = UnixStream::connect(socket)
-        .map_err(|source| ClientError::Connect { path: path(), source })?;
-    let mut head = Vec::new();
-    let mut talk = || {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        let asked = format!(
-            "{method} /api/v1/{what} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\
-             Connection: close\r\n\r\n",
-            body.len()
-        );
-        // A VMM that refuses the body answers without taking it all.
-        let sent = stream.write_all(asked.as_bytes()).and_then(|()| stream.write_all(body));
-        let mut stream = BufReader::new(stream.try_clone()?);
-        while !head.ends_with(b"\r\n\r\n") {
-            let line = (&mut stream).take(MAX_HEAD).read_until(b'\n', &mut head);
-            if line? == 0 || head.len() as u64 > MAX_HEAD {
-                sent?;
-                break;
-            }
-        }
-        Ok(stream)
-    };
-    let stream = talk().map_err(|source| ClientError::Talk { path: path(), source })?;
-
-    let stranger = |what: String| ClientError::Stranger { path: path(), what };
-    let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
-    let mut parsed = httparse::Response::new(&mut headers);
-    match parsed.parse(&head) {
-        Ok(httparse::Status::Complete(_)) => {}
-        Ok(httparse::Status::Partial) => return Err(stranger("its answer has no end".to_owned())),
-        Err(error) => return Err(stranger(error.to_string())),
-    }
-    let header = |name: &str| {
-        let found = parsed.headers.iter().find(|header| header.name.eq_ignore_ascii_case(name));
-        found.map(|header| String::from_utf8_lossy(header.value).trim().to_ascii_lowercase())
-    };
-    let answer = Answer {
-        stream,
-        status: parsed.code.unwrap_or_default(),
-        chunked: header("transfer-encoding").is_some_and(|coding| coding == "chunked"),
-        len: header("content-length").and_then(|len| len.parse().ok()),
-    };
-    match answer.status {
-        200..=299 => Ok(answer),
-        status => {
-            let body = answer.body().unwrap_or_default();
-            let error = serde_json::from_slice::<serde_json::Value>(&body)
-                .ok()
-                .and_then(|body| body["error"].as_str().map(str::to_owned))
-                .unwrap_or_else(|| String::from_utf8_lossy(&body).into_owned());
-            Err(ClientError::Refused { status, error })
-        }
-    }
-}
-
-fn ask(socket: &Path, method: &str, what: &str, body: &[u8]) -> Result<Vec<u8>, ClientError> {
-    let answer = open(socket, method, what, body)?;
-    if answer.status == 204 {
-        return Ok(Vec::new());
-    }
-    answer.body().map_err(|source| ClientError::Talk { path: socket.to_owned(), source })
+/// What it means that an answer broke off.
+fn broken(socket: &Path, source: io::Error) -> ClientError {
+    source
+        .downcast::<ClientError>()
+        .unwrap_or_else(|source| ClientError::Talk { path: socket.to_owned(), source })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::os::unix::net::UnixListener;
+
     use super::*;
     use crate::show;
 
@@ -313,7 +229,7 @@ mod tests {
     fn answered<T>(body: &[u8], len: usize, ask: impl FnOnce(&Path) -> T) -> T {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api");
-        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let listener = UnixListener::bind(&path).unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 let (mut stream, _) = listener.accept().unwrap();
@@ -366,5 +282,64 @@ mod tests {
     fn a_socket_that_is_not_there_is_named() {
         let error = get::<serde_json::Value>(Path::new("/nowhere/api"), "vmm.ping").unwrap_err();
         assert!(error.to_string().contains("/nowhere/api"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_vm_is_told_from_one_that_breaks_off() {
+        let dir = tempfile::tempdir().unwrap();
+        for (at, words) in
+            ["SSH-2.0-x\r\n\r\n", "HTTP/1.1 200 OK\r\nContent-Le", ""].iter().enumerate()
+        {
+            let path = dir.path().join(format!("{at}"));
+            let listener = UnixListener::bind(&path).unwrap();
+            let server = std::thread::spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request).unwrap();
+                stream.write_all(words.as_bytes()).unwrap();
+            });
+            let error = get::<serde_json::Value>(&path, "vmm.ping").unwrap_err();
+            server.join().unwrap();
+            assert_eq!(matches!(error, ClientError::Stranger { .. }), at == 0, "{error:?}");
+            assert_eq!(show::with_causes(&error).contains("cut short"), at != 0, "{error:?}");
+        }
+    }
+
+    /// Nobody accepts: as a VMM that is stopped.
+    #[test]
+    fn who_says_nothing_has_its_process_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let soon = Duration::from_millis(100);
+        let Err(ClientError::Silent { peer, .. }) =
+            get_soon::<serde_json::Value>(&path, "vm.info", soon)
+        else {
+            panic!("there was an answer");
+        };
+        assert_eq!(peer.pid, std::process::id());
+    }
+
+    /// One request takes long, and another is answered meanwhile: the VM is there.
+    #[test]
+    fn who_works_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut slow, _) = listener.accept().unwrap();
+            let mut request = [0; 4096];
+            let _ = slow.read(&mut request).unwrap();
+            // Nothing is said until it was asked twice whether the VM is there.
+            for _ in 0..2 {
+                let (mut ping, _) = listener.accept().unwrap();
+                let read = ping.read(&mut request).unwrap();
+                assert!(request[..read].starts_with(b"GET /api/v1/vmm.ping "));
+                ping.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}").unwrap();
+            }
+            slow.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n7").unwrap();
+        });
+        assert_eq!(get::<u32>(&path, "vm.extents").unwrap(), 7);
+        server.join().unwrap();
     }
 }

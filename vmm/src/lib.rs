@@ -40,6 +40,7 @@ pub mod memory;
 pub mod msr;
 pub mod names;
 pub mod pages;
+pub mod peer;
 pub mod poison;
 pub mod retire;
 pub mod run;

@@ -53,7 +53,7 @@ fn carry_out(command: Command) -> Outcome {
                 .map_err(|error| format!("cannot install a handler for SIGBUS: {error}"))?;
             ExitCode::from(run::run(&args)?)
         }
-        Command::List { json } => show::print(&names::list(), json),
+        Command::List { all, json } => show::print(&names::list(all), json),
         Command::Poison(args) => poison_pages(&args)?,
         Command::Unpoison { pfn, json } => show::unpoisoned(
             &pfn.into_iter().map(|pfn| (pfn, host::unpoison(pfn))).collect::<Vec<_>>(),

@@ -5,17 +5,17 @@
 //! listens at.
 
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use comfy_table::Cell;
-use serde::Serialize;
+mod list;
+mod others;
 
-use crate::api::{Ping, VmInfo};
-use crate::control::Panic;
-use crate::{client, show};
+pub use list::{List, Listed, list};
+
+use crate::peer::listens;
 
 /// The longest name, in bytes: a socket's path has room for 107.
 const MAX_LEN: usize = 48;
@@ -74,7 +74,7 @@ impl FromStr for Which {
 #[derive(Debug, thiserror::Error)]
 pub enum NameError {
     /// No VM is called so.
-    #[error("no VM called {name:?} runs ({}); {others}", dir.display())]
+    #[error("no VM called {name:?} of this user's runs ({}); {others}", dir.display())]
     Unknown {
         /// The name.
         name: String,
@@ -105,6 +105,30 @@ fn dir() -> PathBuf {
         Some(dir) if !dir.is_empty() => Path::new(&dir).join("mce-relay"),
         _ if uid == 0 => "/run/mce-relay".into(),
         _ => std::env::temp_dir().join(format!("mce-relay-{uid}")),
+    }
+}
+
+/// The directory of a named VM's socket. When this is dropped, and it was the last VM's, it goes if it lies
+/// among temporary files, where nobody else would take it away.
+#[derive(Debug)]
+pub struct Leaving(PathBuf);
+
+impl Leaving {
+    /// Of the socket at `path`.
+    #[must_use]
+    pub fn of(path: &Path) -> Option<Self> {
+        let dir = path.parent()?;
+        (dir == self::dir() && dir.parent() == Some(std::env::temp_dir().as_path()))
+            .then(|| Self(dir.to_owned()))
+    }
+}
+
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        // Of other VMs it is not empty, and stays.
+        if let Err(error) = std::fs::remove_dir(&self.0) {
+            log::debug!("{} stays: {error}", self.0.display());
+        }
     }
 }
 
@@ -150,19 +174,33 @@ fn claim_in(dir: &Path, name: &VmName) -> Result<PathBuf, NameError> {
 pub fn find(which: &Which) -> Result<PathBuf, NameError> {
     match which {
         Which::Path(path) => Ok(path.clone()),
-        Which::Name(name) => find_in(&dir(), name),
+        Which::Name(name) => find_in(&dir(), name, &others::dirs),
     }
 }
 
-fn find_in(dir: &Path, name: &VmName) -> Result<PathBuf, NameError> {
+/// In `dir`; whoever else has one is looked for in the `other` directories.
+fn find_in(
+    dir: &Path,
+    name: &VmName,
+    other: &dyn Fn() -> Vec<PathBuf>,
+) -> Result<PathBuf, NameError> {
     let path = socket_in(dir, name);
-    if UnixStream::connect(&path).is_ok() {
+    if listens(&path) {
         return Ok(path);
     }
     let names: Vec<String> = sockets(dir).into_iter().map(|(name, _)| name).collect();
-    let others = match names.as_slice() {
-        [] => "none does that was given a name (`mce-relay run --name`)".to_owned(),
-        names => format!("these do: {}", names.join(", ")),
+    let elsewhere = others::paths(&other(), dir, name);
+    let others = match (elsewhere.as_slice(), names.as_slice()) {
+        ([], []) => "no VM does that has a name (`mce-relay run --name`)".to_owned(),
+        ([], names) => format!("these do: {}", names.join(", ")),
+        (paths, _) => format!(
+            "other users' do; name the one that is meant by its path: {}",
+            paths
+                .iter()
+                .map(|path| format!("--vm {}", path.display()))
+                .collect::<Vec<_>>()
+                .join(", ")
+        ),
     };
     Err(NameError::Unknown { name: name.0.clone(), dir: dir.to_owned(), others })
 }
@@ -174,77 +212,14 @@ fn sockets(dir: &Path) -> Vec<(String, PathBuf)> {
         .filter_map(|entry| {
             let file = entry.file_name().into_string().ok()?;
             let name = file.strip_suffix(SUFFIX)?.to_owned();
-            UnixStream::connect(entry.path()).is_ok().then(|| (name, entry.path()))
+            // Not through a link: it may lead to anything that listens.
+            let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
+            let is_name = name.parse::<VmName>().is_ok();
+            (is_socket && is_name && listens(&entry.path())).then(|| (name, entry.path()))
         })
         .collect();
     found.sort();
     found
-}
-
-/// The named VMs that run.
-#[derive(Debug, Serialize)]
-#[serde(transparent)]
-pub struct List(Vec<Listed>);
-
-/// One of them.
-#[derive(Debug, Serialize)]
-pub struct Listed {
-    /// Its name.
-    pub name: String,
-    /// Its API socket.
-    pub socket: PathBuf,
-    /// The VMM's process; null when it does not answer.
-    pub pid: Option<u32>,
-    /// Bytes of guest RAM; null between two boots.
-    pub memory: Option<u64>,
-    /// Whether its vCPUs are held.
-    pub paused: Option<bool>,
-    /// What the guest has said of its own end; null as long as it has not.
-    pub panic: Option<Panic>,
-}
-
-/// Looks for them.
-#[must_use]
-pub fn list() -> List {
-    let listed = |(name, socket): (String, PathBuf)| {
-        let ping = client::get::<Ping>(&socket, "vmm.ping").ok();
-        let info = client::get::<VmInfo>(&socket, "vm.info").ok();
-        Listed {
-            name,
-            pid: ping.map(|ping| ping.pid),
-            memory: info.as_ref().map(|info| info.memory.iter().map(|block| block.len).sum()),
-            paused: info.as_ref().map(|info| info.paused),
-            panic: info.and_then(|info| info.panic),
-            socket,
-        }
-    };
-    List(sockets(&dir()).into_iter().map(listed).collect())
-}
-
-impl std::fmt::Display for List {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.0.is_empty() {
-            return f.write_str("no VM with a name runs");
-        }
-        let mut table = show::table(&["name", "pid", "memory", "state", "API socket"]);
-        for Listed { name, socket, pid, memory, paused, panic } in &self.0 {
-            table.add_row([
-                Cell::new(name),
-                Cell::new(pid.map_or("?".to_owned(), |pid| pid.to_string())),
-                Cell::new(memory.map_or("?".to_owned(), |len| format!("{} MiB", len >> 20))),
-                Cell::new(match (paused, panic) {
-                    (Some(true), Some(_)) => "panicked, paused",
-                    (Some(true), None) => "paused",
-                    (Some(false), Some(Panic::Panicked)) => "panicked",
-                    (Some(false), Some(Panic::CrashLoaded)) => "panicked, in its crash kernel",
-                    (Some(false), None) => "running",
-                    (None, _) => "between two boots",
-                }),
-                Cell::new(socket.display()),
-            ]);
-        }
-        write!(f, "{table}")
-    }
 }
 
 #[cfg(test)]
@@ -252,6 +227,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
+    use crate::show;
 
     #[test]
     fn names_and_paths() {
@@ -270,41 +246,21 @@ mod tests {
         let top = tempfile::tempdir().unwrap();
         let dir = top.path().join("new/mce-relay");
         let name: VmName = "a".parse().unwrap();
-        let error = find_in(&dir, &name).unwrap_err().to_string();
+        let error = find_in(&dir, &name, &Vec::new).unwrap_err().to_string();
         assert!(error.contains("\"a\"") && error.contains("run --name"), "{error}");
 
         let path = claim_in(&dir, &name).unwrap();
         let listener = UnixListener::bind(&path).unwrap();
-        assert_eq!(find_in(&dir, &name).unwrap(), path);
+        assert_eq!(find_in(&dir, &name, &Vec::new).unwrap(), path);
         assert!(matches!(claim_in(&dir, &name), Err(NameError::Taken(_))));
-        let error = find_in(&dir, &"b".parse().unwrap()).unwrap_err().to_string();
+        let error = find_in(&dir, &"b".parse().unwrap(), &Vec::new).unwrap_err().to_string();
         assert!(error.contains("these do: a"), "{error}");
 
         // As after a VMM that was killed.
         drop(listener);
-        assert!(find_in(&dir, &name).is_err());
+        assert!(find_in(&dir, &name, &Vec::new).is_err());
         assert_eq!(claim_in(&dir, &name).unwrap(), path);
         assert!(!path.exists());
-    }
-
-    #[test]
-    fn a_list_says_how_each_stands() {
-        let state = |paused, panic| {
-            let (name, socket) = ("a".to_owned(), PathBuf::from("/x"));
-            let listed = Listed { name, socket, pid: None, memory: None, paused, panic };
-            List(vec![listed]).to_string()
-        };
-        for (paused, panic, words) in [
-            (Some(false), None, " running "),
-            (Some(true), None, " paused "),
-            (Some(false), Some(Panic::Panicked), " panicked "),
-            (Some(false), Some(Panic::CrashLoaded), " panicked, in its crash kernel "),
-            (Some(true), Some(Panic::Panicked), " panicked, paused "),
-            (None, None, " between two boots "),
-        ] {
-            let list = state(paused, panic);
-            assert!(list.contains(words), "{words}: {list}");
-        }
     }
 
     #[test]

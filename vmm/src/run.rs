@@ -96,6 +96,8 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
         (None, Some(name)) => Some(names::claim(name)?),
         (None, None) => None,
     };
+    // Dropped behind the API, which takes the socket away.
+    let _leaving = socket.as_deref().and_then(names::Leaving::of);
     let api = socket
         .as_ref()
         .map(|path| Api::start(path, current.clone(), monitor.hub().clone(), &filters));

@@ -114,8 +114,14 @@ pub enum Command {
     /// and --no-reboot); 7 memory of this program itself went bad; 8 it made a system call that it does
     /// not need (--seccomp); 128+N ended by signal N.
     Run(Box<RunArgs>),
-    /// Show the VMs that were given a name and run.
+    /// Show the VMs that were given a name and run, and how each stands.
+    ///
+    /// All are asked at the same time, for two seconds; of one that does not answer the state of its process
+    /// is shown, and what to do.
     List {
+        /// Those of all users that this user may see: of all of them, for root.
+        #[arg(long)]
+        all: bool,
         /// Print JSON.
         #[arg(long)]
         json: bool,

@@ -294,7 +294,8 @@ mod tests {
 
     #[test]
     fn the_file_holds_everything_when_the_monitor_is_gone() {
-        let path = tempfile::tempdir().unwrap().keep().join("events");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events");
         let monitor = Monitor::start(Some(&path), &Filters::default()).unwrap();
         for _ in 0..100 {
             monitor.emit(VmEvent::Resumed {});

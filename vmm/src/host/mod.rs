@@ -2,6 +2,7 @@
 //!
 //! All of it is root's: page frame numbers are hidden from everybody else.
 
+pub mod accounts;
 pub mod filter;
 pub mod flags;
 mod unpoison;

@@ -1,0 +1,187 @@
+//! `mce-relay list`: which VMs run, and how they stand.
+
+use std::fmt;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use comfy_table::Cell;
+use serde::Serialize;
+
+use super::{dir, others, sockets};
+use crate::api::{Ping, VmInfo};
+use crate::client::{self, ClientError};
+use crate::control::Panic;
+use crate::host::accounts;
+use crate::peer::Peer;
+use crate::show;
+
+/// So long is waited for the answers. All VMs are asked at the same time.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The named VMs that run.
+#[derive(Debug, Serialize)]
+#[serde(transparent)]
+pub struct List {
+    vms: Vec<Listed>,
+    /// Whether other users' are among them.
+    #[serde(skip)]
+    all: bool,
+}
+
+/// One of them.
+#[derive(Debug, Serialize)]
+pub struct Listed {
+    /// Its name.
+    pub name: String,
+    /// Its API socket.
+    pub socket: PathBuf,
+    /// The user whose socket that is.
+    pub uid: Option<u32>,
+    /// The VMM's process; null when nothing is known of it.
+    pub pid: Option<u32>,
+    /// Bytes of guest RAM; null between two boots, and when it does not answer.
+    pub memory: Option<u64>,
+    /// Whether its vCPUs are held; null likewise.
+    pub paused: Option<bool>,
+    /// How it stands, in a word or two.
+    pub state: String,
+    /// What to do about that; null where nothing has to be done.
+    pub advice: Option<String>,
+}
+
+impl Listed {
+    fn ask(name: String, socket: PathBuf) -> Self {
+        let uid = fs::symlink_metadata(&socket).ok().map(|found| found.uid());
+        let (pid, paused, memory, state, advice) =
+            match client::get_soon(&socket, "vm.info", PATIENCE) {
+                Ok((pid, info)) => {
+                    let info: VmInfo = info;
+                    let memory =
+                        info.memory.iter().fold(0_u64, |sum, block| sum.saturating_add(block.len));
+                    let state = standing(info.paused, info.panic).to_owned();
+                    (pid, Some(info.paused), Some(memory), state, None)
+                }
+                Err(ClientError::Silent { peer, .. }) => {
+                    let Peer { pid, .. } = peer;
+                    (pid, None, None, peer.word().to_owned(), Some(peer.to_string()))
+                }
+                Err(ClientError::Refused { status: 503, .. }) => {
+                    let ping = client::get_soon::<Ping>(&socket, "vmm.ping", PATIENCE);
+                    let pid = ping.map_or(0, |(pid, _)| pid);
+                    (pid, None, None, "between two boots".to_owned(), None)
+                }
+                Err(error) => {
+                    (0, None, None, "not answering".to_owned(), Some(show::with_causes(&error)))
+                }
+            };
+        Self { name, socket, uid, pid: (pid != 0).then_some(pid), memory, paused, state, advice }
+    }
+}
+
+/// How a VM stands that answers.
+fn standing(paused: bool, panic: Option<Panic>) -> &'static str {
+    match (paused, panic) {
+        (true, Some(_)) => "panicked, paused",
+        (true, None) => "paused",
+        (false, Some(Panic::Panicked)) => "panicked",
+        (false, Some(Panic::CrashLoaded)) => "panicked, in its crash kernel",
+        (false, None) => "running",
+    }
+}
+
+/// Looks for them; with `all`, for other users' as well.
+#[must_use]
+pub fn list(all: bool) -> List {
+    let mut dirs = if all { others::dirs() } else { Vec::new() };
+    dirs.push(dir());
+    dirs.sort();
+    dirs.dedup();
+    let vms = std::thread::scope(|scope| {
+        let asking: Vec<_> = dirs
+            .iter()
+            .flat_map(|dir| sockets(dir))
+            .map(|(name, socket)| scope.spawn(|| Listed::ask(name, socket)))
+            .collect();
+        // A panic of one of them has been reported.
+        asking.into_iter().filter_map(|asked| asked.join().ok()).collect()
+    });
+    List { vms, all }
+}
+
+impl fmt::Display for List {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.vms.is_empty() {
+            return f.write_str(match self.all {
+                true => "no VM with a name runs that this user may see",
+                false => {
+                    "no VM with a name of this user's runs; as root, `list --all` shows all users'"
+                }
+            });
+        }
+        let mut header = vec!["name", "pid", "memory", "state", "API socket"];
+        if self.all {
+            header.insert(1, "user");
+        }
+        let mut table = show::table(&header);
+        for Listed { name, socket, uid, pid, memory, state, .. } in &self.vms {
+            let mut row = vec![
+                Cell::new(name),
+                Cell::new(pid.map_or("?".to_owned(), |pid| pid.to_string())),
+                Cell::new(memory.map_or("?".to_owned(), |len| format!("{} MiB", len >> 20))),
+                Cell::new(state),
+                Cell::new(shown(socket)),
+            ];
+            if self.all {
+                row.insert(1, Cell::new(uid.map_or("?".to_owned(), accounts::user)));
+            }
+            table.add_row(row);
+        }
+        write!(f, "{table}")?;
+        for Listed { name, advice, .. } in &self.vms {
+            if let Some(advice) = advice {
+                write!(f, "\n{name}: {advice}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A path as text that steers no terminal: other users choose it.
+fn shown(path: &Path) -> String {
+    path.display().to_string().replace(char::is_control, "\u{fffd}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_says_how_each_stands() {
+        for (paused, panic, words) in [
+            (false, None, "running"),
+            (true, None, "paused"),
+            (false, Some(Panic::Panicked), "panicked"),
+            (false, Some(Panic::CrashLoaded), "panicked, in its crash kernel"),
+            (true, Some(Panic::Panicked), "panicked, paused"),
+        ] {
+            assert_eq!(standing(paused, panic), words);
+        }
+    }
+
+    #[test]
+    fn what_does_not_answer_comes_with_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let listed = Listed::ask("a".to_owned(), path);
+        assert_eq!((listed.pid, listed.paused), (Some(std::process::id()), None));
+        assert_eq!(listed.state, "not answering");
+        let list = List { vms: vec![listed], all: true };
+        let text = list.to_string();
+        assert!(text.contains("overloaded") && !text.contains("boots"), "{text}");
+        let json = serde_json::to_value(&list).unwrap();
+        assert!(json[0]["advice"].as_str().unwrap().contains("overloaded"), "{json}");
+    }
+}
