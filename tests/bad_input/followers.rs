@@ -151,3 +151,34 @@ pub fn three_of_them_one_stuck() {
     assert!(missed > 0);
     assert!(peak < 32 * 1024, "{peak} kB outside guest RAM");
 }
+
+/// Clients that follow events and go, with nothing happening that could be written to them: there is room for
+/// as many again, and the VMM keeps nothing of them.
+pub fn places_come_back_with_their_clients_end() {
+    let vm = Spinning::start(&[]);
+    let socket = vm.socket();
+    let follow = || {
+        let mut follower = BufReader::new(connect(&socket));
+        let mut status = String::new();
+        follower.read_line(&mut status).unwrap();
+        status.contains(" 200 ").then_some(follower)
+    };
+    let (files, events) = (lab::open_files(vm.pid()), events_total(&socket));
+    for round in 0..10 {
+        let start = Instant::now();
+        let mut followers = Vec::new();
+        while followers.len() < 16 {
+            followers.extend(follow());
+            let taken = start.elapsed();
+            assert!(taken < Duration::from_secs(20), "{round}: room for {} only", followers.len());
+        }
+        assert!(follow().is_none(), "sixteen are all");
+    }
+    let start = Instant::now();
+    while lab::open_files(vm.pid()) > files {
+        assert!(start.elapsed() < Duration::from_secs(20), "{} files", lab::open_files(vm.pid()));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(events_total(&socket), events, "nothing has happened meanwhile");
+    assert_eq!(vm.shut_down().code(), Some(0));
+}

@@ -10,7 +10,7 @@ use mce_relay::Page;
 use mce_relay::ledger::State;
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::SPIN;
-use mce_relay_tests::spinning::Spinning;
+use mce_relay_tests::spinning::{Nobody, Spinning};
 use mce_relay_tests::tiny::{self, elf, takes_the_power_button};
 use mce_relay_vmm::api::VmInfo;
 use mce_relay_vmm::control::Panic;
@@ -258,6 +258,70 @@ fn metrics(vm: &Spinning) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
+
+/// `events --follow | head -1` and the like: who reads has gone, nothing happens, and the command ends.
+pub fn followers_end_with_their_reader() {
+    let vm = Spinning::start(&[]);
+    for (command, more) in [
+        ("events", &["--follow"][..]),
+        ("events", &["--follow", "--json"]),
+        ("status", &["--follow"]),
+        ("status", &["--follow", "--json"]),
+    ] {
+        let what = format!("{command} {}", more.join(" "));
+        let mut child = vm.spawn(command, more);
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(!line.is_empty(), "{what} shows nothing");
+        // The reader is gone with the pipe.
+        let start = Instant::now();
+        assert_eq!(end_of(&mut child, &what), Some(0), "{what}");
+        println!("    {what}: ended {:.2} s after its reader", start.elapsed().as_secs_f64());
+    }
+    assert_eq!(vm.shut_down().code(), Some(0));
+}
+
+/// Root asks for a user's VM by its name: it is told where that is, and `list --all` shows it.
+pub fn vms_of_other_users_are_named_to_root() {
+    let dir = tempfile::tempdir().unwrap();
+    let theirs = dir.path().join("theirs");
+    std::fs::create_dir(&theirs).unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, elf(&SPIN)).unwrap();
+    let [program] = Nobody.settle(dir.path(), [&binary()]);
+    std::os::unix::fs::chown(&theirs, Some(Nobody::ID), Some(Nobody::ID)).unwrap();
+    let mut run = Nobody.command(&program, dir.path());
+    run.args(["run", "--name", "theirs", "--serial", "off", "--memory", "32M", "--kernel"]);
+    run.arg(&kernel).env("XDG_RUNTIME_DIR", &theirs);
+    let mut vmm = run.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+
+    let own = dir.path().join("own");
+    let tool = |args: &[&str]| -> Output {
+        let mut tool = Command::new(binary());
+        tool.args(args).env("XDG_RUNTIME_DIR", &own).stdin(Stdio::null()).output().unwrap()
+    };
+    let socket = theirs.join("mce-relay/theirs.sock");
+    let socket = socket.to_str().unwrap();
+    let start = Instant::now();
+    while !tool(&["status", "--vm", socket]).status.success() {
+        assert!(vmm.try_wait().unwrap().is_none() && start.elapsed() < PATIENCE, "it does not run");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    refused(&tool(&["status", "--vm", "theirs"]), 1, &["theirs", &format!("--vm {socket}")]);
+    let mine: Value = serde_json::from_slice(&tool(&["list", "--json"]).stdout).unwrap();
+    assert_eq!(mine, Value::Array(Vec::new()));
+    let all: Value = serde_json::from_slice(&tool(&["list", "--all", "--json"]).stdout).unwrap();
+    let vm = all.as_array().unwrap().iter().find(|vm| vm["socket"] == socket);
+    let vm = vm.unwrap_or_else(|| panic!("{all}"));
+    println!("    {vm}");
+    assert_eq!((&vm["uid"], &vm["state"]), (&Nobody::ID.into(), &"running".into()), "{vm}");
+    let text = String::from_utf8(tool(&["list", "--all"]).stdout).unwrap();
+    assert!(
+        ["nobody", "65534"].iter().any(|user| text.contains(user)) && text.contains(socket),
+        "{text}"
+    );
+    assert!(tool(&["shutdown", "--vm", socket]).status.success());
+    assert_eq!(end_of(&mut vmm, "run"), Some(0));
 }
 
 /// `GET /metrics`, as a collector gets it, with a page in the ledger.

@@ -2,7 +2,7 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant, SystemTime};
 
 use console::{Style, Term};
@@ -50,8 +50,11 @@ pub fn events(socket: &Path, follow: bool, json: bool) -> Result<(), FollowError
     let what = if follow { "relay.events?follow=true" } else { "relay.events" };
     let mut out = io::stdout();
     let mut timeline = Timeline::new(out.is_terminal() && console::colors_enabled());
-    for line in client::lines(socket, what)? {
-        let line = line?;
+    for next in watched(client::lines(socket, what)?) {
+        let line = match next {
+            Next::Line(line) => line?,
+            Next::End | Next::Unread => return Ok(()),
+        };
         let line = if json { line } else { timeline.line(&line) };
         // Each at once, as somebody may be watching.
         if !written(writeln!(out, "{line}").and_then(|()| out.flush()))? {
@@ -59,6 +62,51 @@ pub fn events(socket: &Path, follow: bool, json: bool) -> Result<(), FollowError
         }
     }
     Ok(())
+}
+
+/// What a follower waits for.
+#[derive(Debug)]
+enum Next {
+    Line(Result<String, ClientError>),
+    /// There are no more lines.
+    End,
+    /// Nobody reads any more what this command prints.
+    Unread,
+}
+
+/// The lines as they come, and the end of whoever reads what is printed. One line is taken ahead.
+fn watched(lines: client::Lines) -> Receiver<Next> {
+    let (tell, told) = sync_channel(1);
+    let unread = tell.clone();
+    std::thread::spawn(move || {
+        wait_until_unread();
+        // Nobody may be there any more who would have to know.
+        let _ = unread.send(Next::Unread);
+    });
+    std::thread::spawn(move || {
+        for line in lines {
+            if tell.send(Next::Line(line)).is_err() {
+                return;
+            }
+        }
+        let _ = tell.send(Next::End);
+    });
+    told
+}
+
+/// Returns when what is written to stdout gets to nobody any more: the other end of a pipe was closed. Of a
+/// file it never returns.
+fn wait_until_unread() {
+    // What is wrong with it (POLLERR, POLLHUP) is reported without being asked for.
+    let mut stdout = libc::pollfd { fd: libc::STDOUT_FILENO, events: 0, revents: 0 };
+    loop {
+        // SAFETY: one pollfd, which lives; the descriptor is looked at only.
+        let found = unsafe { libc::poll(&raw mut stdout, 1, -1) };
+        if found > 0 {
+            return;
+        }
+        // A signal came in between.
+    }
 }
 
 /// Events as lines for people.
@@ -144,16 +192,7 @@ fn in_words(event: &Value) -> (String, Style) {
 /// # Errors
 /// See [`FollowError`].
 pub fn status(socket: &Path, json: bool) -> Result<(), FollowError> {
-    let (happened, happens) = channel();
-    let lines = client::lines(socket, "relay.events?follow=true")?;
-    std::thread::spawn(move || {
-        for line in lines {
-            // Only that something has happened is of interest here; the VM's end ends this thread.
-            if line.is_err() || happened.send(()).is_err() {
-                return;
-            }
-        }
-    });
+    let happens = watched(client::lines(socket, "relay.events?follow=true")?);
     let terminal = io::stdout().is_terminal() && !json;
     let mut last = String::new();
     loop {
@@ -162,7 +201,7 @@ pub fn status(socket: &Path, json: bool) -> Result<(), FollowError> {
             // Between two boots.
             Err(ClientError::Refused { status: 503, .. }) => None,
             // The VM's end shows here first, or there.
-            Err(_) if has_ended(&happens) => return Ok(()),
+            Err(_) if awaited(&happens, Instant::now() + ENDING, true) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
         if let Some(status) = status {
@@ -173,23 +212,24 @@ pub fn status(socket: &Path, json: bool) -> Result<(), FollowError> {
             last = text;
         }
         std::thread::sleep(LEAST);
-        match happens.recv_timeout(MOST) {
-            // All that has come meanwhile is shown at once.
-            Ok(()) => while happens.try_recv().is_ok() {},
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+        if awaited(&happens, Instant::now() + MOST, false) {
+            return Ok(());
         }
     }
 }
 
-/// Whether nothing happens any more, once what has happened is taken.
-fn has_ended(happens: &Receiver<()>) -> bool {
-    let deadline = Instant::now() + ENDING;
+/// Takes all that has come, and where that is nothing waits until `deadline`: for anything, or for nothing
+/// but the end. Whether the end has come.
+fn awaited(happens: &Receiver<Next>, deadline: Instant, only_the_end: bool) -> bool {
+    let mut deadline = deadline;
     loop {
         match happens.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(()) => {}
+            // All that has come meanwhile is shown at once.
+            Ok(Next::Line(Ok(_))) if only_the_end => {}
+            Ok(Next::Line(Ok(_))) => deadline = Instant::now(),
             Err(RecvTimeoutError::Timeout) => return false,
-            Err(RecvTimeoutError::Disconnected) => return true,
+            Ok(Next::Line(Err(_)) | Next::End | Next::Unread)
+            | Err(RecvTimeoutError::Disconnected) => return true,
         }
     }
 }
@@ -231,12 +271,23 @@ mod tests {
 
     #[test]
     fn the_end_is_told_from_silence() {
-        let (happened, happens) = channel();
-        happened.send(()).unwrap();
-        assert!(!has_ended(&happens));
-        happened.send(()).unwrap();
+        let (happened, happens) = sync_channel(8);
+        let soon = || Instant::now() + Duration::from_millis(20);
+        let something = || Next::Line(Ok(String::new()));
+        happened.send(something()).unwrap();
+        assert!(!awaited(&happens, soon(), true));
+        for _ in 0..2 {
+            happened.send(something()).unwrap();
+        }
+        assert!(!awaited(&happens, soon(), false), "all that has come is taken at once");
+        assert!(happens.try_recv().is_err());
+        for end in [Next::End, Next::Unread] {
+            happened.send(something()).unwrap();
+            happened.send(end).unwrap();
+            assert!(awaited(&happens, soon(), true));
+        }
         drop(happened);
-        assert!(has_ended(&happens));
+        assert!(awaited(&happens, soon(), true));
     }
 
     #[test]

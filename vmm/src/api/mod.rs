@@ -31,6 +31,7 @@ mod metrics;
 mod routes;
 mod server;
 mod status;
+mod stream;
 mod types;
 
 pub use server::{Api, ApiError};

@@ -30,6 +30,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::routes::{self, Answer, Asked, JSON, Route};
 use super::status::StatusPieces;
+use super::stream::Shared;
 use super::types::Current;
 use crate::events::{Follower, Hub, Next, line_of};
 use crate::seccomp::{Filters, Thread};
@@ -190,10 +191,12 @@ async fn connection(
     let place = Arc::new(place);
     let limit = Arc::new(Limit::new());
     let for_requests = Arc::clone(&limit);
+    let stream = Shared::new(stream);
+    let client = stream.clone();
     let service = service_fn(move |request| {
         let (server, limit) = (Arc::clone(&server), Arc::clone(&for_requests));
-        let place = Arc::clone(&place);
-        async move { Ok::<_, Infallible>(server.answer(request, &limit, &place).await) }
+        let (place, client) = (Arc::clone(&place), client.clone());
+        async move { Ok::<_, Infallible>(server.answer(request, &limit, &place, client).await) }
     });
     let serving = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -254,6 +257,7 @@ impl Server {
         request: Request<Incoming>,
         limit: &Limit,
         place: &Arc<OwnedSemaphorePermit>,
+        client: Shared,
     ) -> Reply {
         limit.set(Some(Instant::now() + REQUEST_PATIENCE));
         let (head, body) = request.into_parts();
@@ -281,7 +285,7 @@ impl Server {
         };
         if route == Route::Events {
             return match routes::follows(head.uri.query()) {
-                Ok(follow) => self.events(follow, limit),
+                Ok(follow) => self.events(follow, limit, client),
                 Err(error) => whole(Answer::problem(400, error)),
             };
         }
@@ -311,7 +315,7 @@ impl Server {
         }
     }
 
-    fn events(&self, follow: bool, limit: &Limit) -> Reply {
+    fn events(&self, follow: bool, limit: &Limit, client: Shared) -> Reply {
         let Ok(place) = Arc::clone(&self.followers).try_acquire_owned() else {
             let words = format!("{MAX_FOLLOWERS} clients read events already; end one of them");
             return whole(Answer::problem(503, words));
@@ -319,7 +323,8 @@ impl Server {
         if follow {
             limit.set(None);
         }
-        let events = Events { follower: self.hub.follow(), follow, ended: false, _place: place };
+        let (follower, gone) = (self.hub.follow(), Box::pin(client.gone()));
+        let events = Events { follower, follow, gone, ended: false, _place: place };
         pieces(events, "application/x-ndjson")
     }
 }
@@ -358,10 +363,13 @@ fn whole(answer: Answer) -> Reply {
 }
 
 /// A stream of events. It is asked for more only when what it gave has gone out, so a client that does
-/// not read holds back nothing but itself.
+/// not read holds back nothing but itself. It ends when the client goes, also where nothing happens that
+/// could be written to it.
 struct Events {
     follower: Follower,
     follow: bool,
+    /// The client has closed its end.
+    gone: Pin<Box<dyn Future<Output = ()> + Send>>,
     ended: bool,
     _place: OwnedSemaphorePermit,
 }
@@ -380,6 +388,7 @@ impl Body for Events {
                 Some(next) => next,
                 None if !self.follow => Next::End,
                 None if !piece.is_empty() => break,
+                None if self.gone.as_mut().poll(context).is_ready() => Next::End,
                 None => ready!(self.follower.poll(context)),
             };
             match line_of(&next) {
@@ -406,6 +415,8 @@ mod tests {
     use crate::client;
     use crate::events::hub::KEPT;
     use crate::events::{VmEvent, What};
+
+    const FOLLOW: &str = "GET /api/v1/relay.events?follow=true HTTP/1.1\r\nHost: x\r\n\r\n";
 
     fn served() -> (TempDir, PathBuf, Hub, Api) {
         let dir = tempfile::tempdir().unwrap();
@@ -525,12 +536,50 @@ mod tests {
         stream.read_to_string(&mut answer).unwrap();
         assert!(answer.contains("\"pid\""), "{answer}");
 
-        // One that follows events and goes away is noticed at the next one.
-        let follower =
-            ask(&path, "GET /api/v1/relay.events?follow=true HTTP/1.1\r\nHost: x\r\n\r\n");
-        drop(follower);
-        (0..3).for_each(|_| hub.emit(What::Vm(VmEvent::Resumed {})));
-        client::get::<Value>(&path, "vmm.ping").unwrap();
+        // One that follows events goes on getting them.
+        let mut follower = ask(&path, FOLLOW);
+        follower.shutdown(std::net::Shutdown::Write).unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        hub.emit(What::Vm(VmEvent::Resumed {}));
+        hub.end();
+        let mut events = String::new();
+        follower.read_to_string(&mut events).unwrap();
+        assert_eq!(events.matches("resumed").count(), 1, "{events}");
+    }
+
+    /// Nothing happens, so nothing is written to those who have gone.
+    #[test]
+    fn a_follower_that_goes_gives_its_place_back_at_once() {
+        let (_dir, path, hub, _api) = served();
+        hub.emit(What::Vm(VmEvent::Resumed {}));
+        let follow = || {
+            let mut head = BufReader::new(ask(&path, FOLLOW));
+            let mut line = String::new();
+            head.read_line(&mut line).unwrap();
+            (line, head)
+        };
+        for round in 0..4 {
+            let start = Instant::now();
+            let mut followers = Vec::new();
+            while followers.len() < MAX_FOLLOWERS {
+                let (status, follower) = follow();
+                match status.contains("200") {
+                    true => followers.push(follower),
+                    false => {
+                        assert!(start.elapsed() < Duration::from_secs(20), "{round}: {status}")
+                    }
+                }
+            }
+            let (status, _) = follow();
+            assert!(status.contains("503"), "{round}: {status}");
+            for follower in &followers {
+                // Some say first that they have nothing more to say.
+                if round % 2 == 1 {
+                    follower.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+                }
+            }
+        }
+        assert!(hub.waiting() <= MAX_FOLLOWERS, "{} are kept to be woken", hub.waiting());
     }
 
     #[test]

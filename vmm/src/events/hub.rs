@@ -57,8 +57,11 @@ struct Ring {
     /// Number of the first of them, counted from the start of the VMM.
     first: u64,
     ended: bool,
-    /// Tasks that wait for the next event. Threads wait on the condition variable.
-    wakers: Vec<Waker>,
+    /// Tasks that wait for the next event, each with the follower that it waits for. Threads wait on the
+    /// condition variable.
+    wakers: Vec<(u64, Waker)>,
+    /// Of the next follower.
+    id: u64,
 }
 
 struct Shared {
@@ -80,7 +83,8 @@ impl fmt::Debug for Hub {
 
 impl Default for Hub {
     fn default() -> Self {
-        let ring = Ring { kept: VecDeque::new(), first: 0, ended: false, wakers: Vec::new() };
+        let ring =
+            Ring { kept: VecDeque::new(), first: 0, ended: false, wakers: Vec::new(), id: 0 };
         Self(Arc::new(Shared {
             start: Instant::now(),
             ring: Mutex::new(ring),
@@ -110,7 +114,7 @@ impl Hub {
         let wakers = std::mem::take(&mut ring.wakers);
         drop(ring);
         self.0.news.notify_all();
-        wakers.into_iter().for_each(Waker::wake);
+        wakers.into_iter().for_each(|(_, waker)| waker.wake());
     }
 
     /// How many of what there were.
@@ -126,23 +130,34 @@ impl Hub {
         let wakers = std::mem::take(&mut ring.wakers);
         drop(ring);
         self.0.news.notify_all();
-        wakers.into_iter().for_each(Waker::wake);
+        wakers.into_iter().for_each(|(_, waker)| waker.wake());
     }
 
     /// Follows all events from the first on that is still kept.
     #[must_use]
     pub fn follow(&self) -> Follower {
-        let next = self.lock().first;
-        Follower { hub: self.clone(), next }
+        let mut ring = self.lock();
+        let next = ring.first;
+        self.follower(&mut ring, next)
+    }
+
+    fn follower(&self, ring: &mut Ring, next: u64) -> Follower {
+        ring.id += 1;
+        Follower { hub: self.clone(), next, id: ring.id }
+    }
+
+    /// How many tasks wait for the next event.
+    #[cfg(test)]
+    pub(crate) fn waiting(&self) -> usize {
+        self.lock().wakers.len()
     }
 
     /// Follows the events that happen from now on.
     #[must_use]
     pub fn follow_from_now(&self) -> Follower {
-        let ring = self.lock();
+        let mut ring = self.lock();
         let next = ring.first + ring.kept.len() as u64;
-        drop(ring);
-        Follower { hub: self.clone(), next }
+        self.follower(&mut ring, next)
     }
 }
 
@@ -152,6 +167,13 @@ pub struct Follower {
     hub: Hub,
     /// Number of the event that is next.
     next: u64,
+    id: u64,
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.hub.lock().wakers.retain(|(id, _)| *id != self.id);
+    }
 }
 
 impl Follower {
@@ -198,8 +220,8 @@ impl Follower {
         match self.take_from(&ring) {
             Some(next) => Poll::Ready(next),
             None => {
-                // A task that went away leaves one behind until the next event.
-                ring.wakers.push(context.waker().clone());
+                ring.wakers.retain(|(id, _)| *id != self.id);
+                ring.wakers.push((self.id, context.waker().clone()));
                 Poll::Pending
             }
         }

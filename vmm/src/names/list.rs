@@ -45,6 +45,8 @@ pub struct Listed {
     pub memory: Option<u64>,
     /// Whether its vCPUs are held; null likewise.
     pub paused: Option<bool>,
+    /// What the guest has said of its own end; null as long as it has not, and likewise.
+    pub panic: Option<Panic>,
     /// How it stands, in a word or two.
     pub state: String,
     /// What to do about that; null where nothing has to be done.
@@ -54,29 +56,30 @@ pub struct Listed {
 impl Listed {
     fn ask(name: String, socket: PathBuf) -> Self {
         let uid = fs::symlink_metadata(&socket).ok().map(|found| found.uid());
-        let (pid, paused, memory, state, advice) =
+        let (pid, paused, panic, memory, state, advice) =
             match client::get_soon(&socket, "vm.info", PATIENCE) {
                 Ok((pid, info)) => {
                     let info: VmInfo = info;
                     let memory =
                         info.memory.iter().fold(0_u64, |sum, block| sum.saturating_add(block.len));
                     let state = standing(info.paused, info.panic).to_owned();
-                    (pid, Some(info.paused), Some(memory), state, None)
+                    (pid, Some(info.paused), info.panic, Some(memory), state, None)
                 }
                 Err(ClientError::Silent { peer, .. }) => {
                     let Peer { pid, .. } = peer;
-                    (pid, None, None, peer.word().to_owned(), Some(peer.to_string()))
+                    (pid, None, None, None, peer.word().to_owned(), Some(peer.to_string()))
                 }
                 Err(ClientError::Refused { status: 503, .. }) => {
                     let ping = client::get_soon::<Ping>(&socket, "vmm.ping", PATIENCE);
                     let pid = ping.map_or(0, |(pid, _)| pid);
-                    (pid, None, None, "between two boots".to_owned(), None)
+                    (pid, None, None, None, "between two boots".to_owned(), None)
                 }
                 Err(error) => {
-                    (0, None, None, "not answering".to_owned(), Some(show::with_causes(&error)))
+                    (0, None, None, None, "not answering".to_owned(), Some(show::with_causes(&error)))
                 }
             };
-        Self { name, socket, uid, pid: (pid != 0).then_some(pid), memory, paused, state, advice }
+        let pid = (pid != 0).then_some(pid);
+        Self { name, socket, uid, pid, memory, paused, panic, state, advice }
     }
 }
 
