@@ -20,6 +20,7 @@ use thiserror::Error;
 use crate::{
     acpi::{self, AcpiError, Table},
     boot::{self, BootError, Entry, layout, regs},
+    check,
     config::{ConfigError, MAX_CPUS, VmConfig},
     control::{ExitReason, StopCause, VmControl},
     cpuid::{self, CpuSpec, Vendor},
@@ -49,14 +50,10 @@ pub enum VmError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// There is no KVM.
-    #[error(
-        "{KVM_PATH} does not exist: load KVM (modprobe kvm-amd or modprobe kvm-intel) and check that virtualisation is enabled in the firmware"
-    )]
+    #[error("there is no {KVM_PATH} that works: {}", check::advice_now())]
     NoKvm,
     /// KVM is not ours to use.
-    #[error(
-        "no permission to open {KVM_PATH}: run as root, or add yourself to its group (usermod -aG kvm USER) and log in again"
-    )]
+    #[error("no permission to open {KVM_PATH}: {}", check::advice_now())]
     KvmPermission,
     /// KVM could not be opened.
     #[error("cannot open {KVM_PATH}")]

@@ -9,6 +9,7 @@ use super::{Section, Standing};
 
 /// There only in kernels with CONFIG_MEMORY_FAILURE.
 const EARLY_KILL: &str = "memory_failure_early_kill";
+const NO_KERNEL: &str = "boot a kernel with CONFIG_MEMORY_FAILURE";
 
 pub(super) fn look(section: &mut Section<'_>) {
     use Standing::{Missing, Needed};
@@ -20,17 +21,19 @@ pub(super) fn look(section: &mut Section<'_>) {
         Needed,
         "boot a kernel with CONFIG_MEMORY_FAILURE, or use the lab (make lab)",
     );
+    let has_it = early_kill.is_ok();
+    let mend = |mend: &'static str| if has_it { mend } else { NO_KERNEL };
     section.add(
         "recovery",
         sysctl("memory_failure_recovery").and_then(|value| recovery(&value)),
         Needed,
-        "sysctl vm.memory_failure_recovery=1 (CONFIG_MEMORY_FAILURE)",
+        mend("as root: sysctl vm.memory_failure_recovery=1"),
     );
     section.add(
         "early kill by default",
-        early_kill.map(|value| by_default(&value)),
+        early_kill.and_then(|value| by_default(&value)),
         Missing,
-        "boot a kernel with CONFIG_MEMORY_FAILURE",
+        mend("as root: sysctl vm.memory_failure_early_kill=0"),
     );
     section.add(
         "PR_MCE_KILL",
@@ -42,9 +45,9 @@ pub(super) fn look(section: &mut Section<'_>) {
         "soft offline",
         soft_offline(),
         Missing,
-        "optional: sysctl vm.enable_soft_offline=1 (CONFIG_MEMORY_FAILURE)",
+        mend("optional; as root: sysctl vm.enable_soft_offline=1"),
     );
-    section.note("memory lost", lost());
+    section.add("memory lost", lost(), Missing, NO_KERNEL);
 }
 
 fn recovery(value: &str) -> Found {
@@ -57,13 +60,16 @@ fn recovery(value: &str) -> Found {
 }
 
 /// What the sysctl means. The VMM gets along with either: its threads have policies of their own.
-fn by_default(value: &str) -> String {
+fn by_default(value: &str) -> Found {
     let meaning = match value {
         "0" => "AOs go to threads that ask for them, as the VMM's does",
         "1" => "AOs go to all processes, also to those that only die of them",
-        _ => "nobody knows what that means",
+        _ => {
+            let found = format!("vm.{EARLY_KILL} = {value}: neither 0 nor 1");
+            return Err(Gap::Unknown { found, mend: "the kernel's documentation may know it" });
+        }
     };
-    format!("vm.{EARLY_KILL} = {value}: {meaning}")
+    Ok(format!("vm.{EARLY_KILL} = {value}: {meaning}"))
 }
 
 /// Tries it on a thread of its own, so that this one's policy stays as it is.
@@ -90,18 +96,16 @@ fn soft_offline() -> Found {
     }
 }
 
-fn lost() -> String {
-    match read("/proc/meminfo") {
-        Ok(meminfo) => match hardware_corrupted(&meminfo) {
-            Some(amount) => format!("{amount} of this host out of use"),
-            None => "not counted by this kernel".to_owned(),
-        },
-        Err(_) => "not known without /proc/meminfo".to_owned(),
-    }
+/// How much of this host's memory is out of use. Where the kernel does not count, it may be some.
+fn lost() -> Found {
+    let meminfo = read("/proc/meminfo")?;
+    let amount = hardware_corrupted(&meminfo)
+        .ok_or(Gap::Unknown { found: "not counted by this kernel".to_owned(), mend: NO_KERNEL })?;
+    Ok(format!("{amount} of this host out of use"))
 }
 
 /// How much memory the kernel says is lost, with its unit.
-fn hardware_corrupted(meminfo: &str) -> Option<&str> {
+pub(super) fn hardware_corrupted(meminfo: &str) -> Option<&str> {
     meminfo.lines().find_map(|line| line.strip_prefix("HardwareCorrupted:")).map(str::trim)
 }
 
@@ -125,7 +129,12 @@ mod tests {
 
     #[test]
     fn early_kill_is_explained() {
-        assert!(by_default("0").starts_with("vm.memory_failure_early_kill = 0: AOs go to threads"));
-        assert!(by_default("1").contains("all processes"));
+        let words = by_default("0").unwrap();
+        assert!(
+            words.starts_with("vm.memory_failure_early_kill = 0: AOs go to threads"),
+            "{words}"
+        );
+        assert!(by_default("1").unwrap().contains("all processes"));
+        assert!(matches!(by_default("2"), Err(Gap::Unknown { .. })));
     }
 }

@@ -8,7 +8,7 @@ use std::ptr;
 use mce_relay::mca::PAGE_SHIFT;
 use mce_relay::scan::{FailureCounter, Method, Scanner};
 
-use super::gap::{Found, Gap};
+use super::gap::{Found, Gap, to_see};
 use super::{Section, Standing};
 use crate::host;
 
@@ -42,7 +42,7 @@ pub(super) fn look(section: &mut Section<'_>) {
         Missing,
         "use a host kernel with CONFIG_MEMORY_FAILURE (per node: Linux 6.3)",
     );
-    section.add("page frame numbers", frame_numbers(), Missing, "run as root to poison pages");
+    section.add("page frame numbers", frame_numbers(), Missing, to_see());
     let no_monitor = "use a host kernel with CONFIG_PROC_PAGE_MONITOR";
     section.add("kpageflags", per_frame("/proc/kpageflags"), Missing, no_monitor);
     section.add("kpagecount", per_frame("/proc/kpagecount"), Missing, no_monitor);

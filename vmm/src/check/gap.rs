@@ -14,6 +14,18 @@ pub(super) const DEBUGFS: &str = "/sys/kernel/debug";
 const TRACEFS: &str = "/sys/kernel/tracing";
 /// What to do about what this user cannot see.
 pub(super) const AS_ROOT: &str = "run as root";
+/// And where that is root already.
+const OUTSIDE: &str = "look on the host itself: root of a container, a user namespace or a locked-down kernel may not \
+                       see it either";
+
+/// What to do about what this process cannot see.
+pub(super) fn to_see() -> &'static str {
+    // SAFETY: has no preconditions.
+    match unsafe { libc::geteuid() } {
+        0 => OUTSIDE,
+        _ => AS_ROOT,
+    }
+}
 
 /// Words about what is there, or about why nothing can be said to be there.
 pub(super) type Found = Result<String, Gap>;
@@ -34,7 +46,7 @@ pub(super) enum Gap {
 
 impl Gap {
     fn hidden(what: impl Display) -> Self {
-        Self::Unknown { found: format!("{what} cannot be seen by this user"), mend: AS_ROOT }
+        Self::Unknown { found: format!("{what} cannot be seen by this user"), mend: to_see() }
     }
 
     /// What it means that `what` could not be used.
@@ -97,10 +109,8 @@ mod tests {
 
     #[test]
     fn what_this_user_may_not_see_is_not_missing() {
-        let hidden = Gap::Unknown {
-            found: "a file cannot be seen by this user".to_owned(),
-            mend: "run as root",
-        };
+        let hidden =
+            Gap::Unknown { found: "a file cannot be seen by this user".to_owned(), mend: to_see() };
         for errno in [libc::EACCES, libc::EPERM] {
             let error = io::Error::from_raw_os_error(errno);
             assert_eq!(Gap::io("a file", &error), hidden);

@@ -7,6 +7,7 @@ use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::{Cap, Kvm};
 use mce_relay::mca::{BANKS, cap};
 
+use super::dev_kvm;
 use super::gap::{Found, Gap};
 use super::{Section, Standing};
 use crate::mce_inject::{self, MceError};
@@ -18,12 +19,10 @@ pub(super) fn look(section: &mut Section<'_>) {
     use Standing::{Missing, Needed};
 
     let kvm = Kvm::new();
-    section.add(
-        "/dev/kvm",
-        kvm.as_ref().map(|_| "usable".to_owned()).map_err(|error| Gap::Missing(error.to_string())),
-        Needed,
-        "modprobe kvm-amd or kvm-intel; join the kvm group (usermod -aG kvm USER)",
-    );
+    let usable =
+        kvm.as_ref().map(|_| "usable".to_owned()).map_err(|error| Gap::Missing(error.to_string()));
+    let mend = kvm.as_ref().err().map(|error| dev_kvm::advice_for(&(*error).into()));
+    section.add("/dev/kvm", usable, Needed, mend.unwrap_or_default());
     let kvm = kvm.map_err(|_| without_kvm());
     section.add("KVM API", ask(&kvm, api), Needed, "use a host kernel with CONFIG_KVM");
     section.add(
@@ -43,7 +42,8 @@ pub(super) fn look(section: &mut Section<'_>) {
         "MCG_CAP held",
         offered.clone().and_then(|offered| ask(&kvm, |kvm| held(kvm, offered))),
         Needed,
-        "use a host kernel with CONFIG_X86_MCE",
+        "end what else uses the processor's virtualisation (VirtualBox, VMware) where the error is EBUSY; else use a \
+         host kernel with CONFIG_X86_MCE",
     );
     let exits = ask(&kvm, msr_exits);
     section.add(
@@ -129,12 +129,16 @@ fn machine() -> Found {
     let file = File::open(CPUINFO).map_err(|error| Gap::io(CPUINFO, &error))?;
     // The first processor will do. There may be hundreds.
     let lines = BufReader::new(file).lines().map_while(Result::ok);
-    Ok(match lines.take(64).find_map(|line| has_flag(&line, "hypervisor")) {
-        Some(true) => "virtual: it learns of bad memory only if its own host relays that",
-        Some(false) => "not virtual",
-        None => "the kernel does not say whether it is virtual",
+    match lines.take(64).find_map(|line| has_flag(&line, "hypervisor")) {
+        Some(true) => {
+            Ok("virtual: it learns of bad memory only if its own host relays that".to_owned())
+        }
+        Some(false) => Ok("not virtual".to_owned()),
+        None => Err(Gap::Unknown {
+            found: format!("{CPUINFO} does not say whether it is virtual"),
+            mend: "systemd-detect-virt may say it",
+        }),
     }
-    .to_owned())
 }
 
 /// Whether `line` of /proc/cpuinfo has `flag`; `None` when it is not the line with the flags.

@@ -3,11 +3,12 @@
 use std::fmt;
 use std::fs::{self, DirEntry};
 
-use super::gap::{Found, Gap, read};
+use super::gap::{Found, Gap, read, there};
 use super::{Section, Standing};
 
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";
+const NOT_KNOWN: &str = "not known";
 
 pub(super) fn look(section: &mut Section<'_>) {
     use Standing::Missing;
@@ -16,14 +17,19 @@ pub(super) fn look(section: &mut Section<'_>) {
         "hugetlb pools",
         pools().and_then(|pools| in_words(&pools)),
         Missing,
-        "for hugepages=on: sysctl vm.nr_hugepages=256 (512 MiB; CONFIG_HUGETLBFS)",
+        match there(POOLS) {
+            Ok(_) => "for hugepages=on, as root: sysctl vm.nr_hugepages=256 (512 MiB; more than are in use)",
+            Err(_) => "for hugepages=on: boot a kernel with CONFIG_HUGETLBFS",
+        },
     );
     section.add(
         "transparent huge pages",
         transparent(),
         Missing,
-        "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled \
-         (CONFIG_TRANSPARENT_HUGEPAGE)",
+        match there(THP) {
+            Ok(_) => "as root: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled",
+            Err(_) => "boot a kernel with CONFIG_TRANSPARENT_HUGEPAGE",
+        },
     );
 }
 
@@ -88,7 +94,7 @@ fn pools() -> Result<Vec<Pool>, Gap> {
 
 fn in_words(pools: &[Pool]) -> Found {
     let words: Vec<String> = pools.iter().map(ToString::to_string).collect();
-    if pools.iter().any(|pool| pool.pages > 0 || pool.more > 0) {
+    if pools.iter().any(|pool| pool.free > 0 || pool.more > 0) {
         Ok(words.join(", "))
     } else if pools.is_empty() {
         Err(Gap::Missing("no pool".to_owned()))
@@ -102,13 +108,17 @@ fn transparent() -> Found {
     let shared = read(&format!("{THP}/shmem_enabled")).unwrap_or_default();
     let (enabled, shared) = (selected(&enabled), selected(&shared));
     let words = format!("{enabled}; shared memory: {shared}");
-    if enabled == "never" { Err(Gap::Missing(words)) } else { Ok(words) }
+    match enabled {
+        "never" => Err(Gap::Missing(words)),
+        NOT_KNOWN => Err(Gap::Unknown { found: words, mend: "see what is in that directory" }),
+        _ => Ok(words),
+    }
 }
 
 /// The one of several words that is in brackets.
 fn selected(text: &str) -> &str {
     let word = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
-    word.map_or("not known", |(word, _)| word)
+    word.map_or(NOT_KNOWN, |(word, _)| word)
 }
 
 #[cfg(test)]
@@ -136,6 +146,8 @@ mod tests {
         let words = "64 KiB: 0 (0 free), 2 MiB: 0 (0 free)";
         assert_eq!(empty, Err(Gap::Missing(words.to_owned())));
         assert!(in_words(&[]).is_err());
+        let used = Pool { free: 0, ..pool(2048, 64, 0) };
+        assert!(in_words(&[used]).is_err(), "none of its pages is left for a guest");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Everything is looked at, or tried where nothing comes of it: no memory is poisoned, no module
 //! loaded, nothing mounted and no setting changed. Each group of lines has a module of its own.
 
+mod dev_kvm;
 mod failure;
 mod finding;
 mod gap;
@@ -11,10 +12,13 @@ mod memory;
 mod poisoning;
 mod privileges;
 
+use std::borrow::Cow;
+
 use comfy_table::{Attribute, Cell, Color};
 use serde::Serialize;
 
 use crate::show;
+pub use dev_kvm::advice_now;
 use gap::{AS_ROOT, Found, Gap};
 
 /// How a thing stands.
@@ -43,7 +47,7 @@ pub struct Line {
     /// What was seen.
     pub found: String,
     /// What to do about it; empty where nothing has to be done.
-    pub mend: &'static str,
+    pub mend: Cow<'static, str>,
 }
 
 /// All that was looked at.
@@ -80,7 +84,7 @@ impl std::fmt::Display for Report {
                 Cell::new(word).fg(colour),
                 Cell::new(line.name),
                 Cell::new(&line.found),
-                Cell::new(line.mend),
+                Cell::new(&line.mend),
             ]);
         }
         writeln!(f, "{table}")?;
@@ -104,18 +108,19 @@ struct Section<'a> {
 impl Section<'_> {
     /// The line for what was `found`; where it is `missing`, this is how that stands and how it is
     /// mended.
-    fn add(&mut self, name: &'static str, found: Found, missing: Standing, mend: &'static str) {
+    fn add(
+        &mut self,
+        name: &'static str,
+        found: Found,
+        missing: Standing,
+        mend: impl Into<Cow<'static, str>>,
+    ) {
         let (standing, found, mend) = match found {
-            Ok(found) => (Standing::Ok, found, ""),
-            Err(Gap::Missing(found)) => (missing, found, mend),
-            Err(Gap::Unknown { found, mend }) => (Standing::Unknown, found, mend),
+            Ok(found) => (Standing::Ok, found, "".into()),
+            Err(Gap::Missing(found)) => (missing, found, mend.into()),
+            Err(Gap::Unknown { found, mend }) => (Standing::Unknown, found, mend.into()),
         };
         self.lines.push(Line { group: self.group, name, standing, found, mend });
-    }
-
-    /// A line that is for information only.
-    fn note(&mut self, name: &'static str, found: String) {
-        self.add(name, Ok(found), Standing::Missing, "");
     }
 }
 
@@ -165,7 +170,7 @@ mod tests {
         };
         let relays = report(write);
         assert!(relays.relays(), "what cannot be seen may well be there");
-        let mends: Vec<&str> = relays.lines.iter().map(|line| line.mend).collect();
+        let mends: Vec<&str> = relays.lines.iter().map(|line| &*line.mend).collect();
         assert_eq!(mends, ["", "do that", "run as root"]);
         assert_eq!(relays.lines[2].standing, Standing::Unknown);
         let text = relays.to_string();
@@ -191,8 +196,8 @@ mod tests {
     #[test]
     fn a_group_has_one_heading() {
         let two = report(|section| {
-            section.note("a", "x".into());
-            section.note("b", "y".into());
+            section.add("a", Ok("x".into()), Standing::Missing, "");
+            section.add("b", Ok("y".into()), Standing::Missing, "");
         });
         let text = two.to_string();
         assert_eq!(text.matches("a group:").count(), 1, "{text}");

@@ -3,11 +3,12 @@
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 
+use super::dev_kvm::{self, KVM};
 use super::gap::{DEBUGFS, Found, Gap, read, there};
 use super::kvm::without_kvm;
 use super::{Section, Standing};
+use crate::host::accounts;
 
-const KVM: &str = "/dev/kvm";
 /// The event of each memory failure: in older kernels among those of RAS, in newer ones of its own.
 const EVENTS: [&str; 2] = [
     "/sys/kernel/tracing/events/memory_failure/memory_failure_event",
@@ -26,27 +27,22 @@ pub(super) fn look(section: &mut Section<'_>) {
         "CAP_SYS_ADMIN",
         cap_sys_admin(),
         Missing,
-        "to poison the host's pages, run as root: sudo mce-relay poison",
+        match Credentials::of_this_process() {
+            Ok(Credentials { uid: 0, .. }) => {
+                "to poison the host's pages, be root of the host itself: outside of containers and user namespaces"
+            }
+            _ => "to poison the host's pages, run as root: sudo mce-relay poison",
+        },
     );
-    section.add("access to /dev/kvm", dev_kvm(), Missing, "usermod -aG kvm USER, and log in anew");
-    section.add(
-        "debugfs",
-        debugfs(),
-        Missing,
-        "as root: mount -t debugfs none /sys/kernel/debug (CONFIG_DEBUG_FS)",
-    );
-    section.add(
-        "tracepoint",
-        tracepoint(),
-        Missing,
-        "optional; as root: mount -t tracefs none /sys/kernel/tracing (CONFIG_MEMORY_FAILURE)",
-    );
+    section.add("access to /dev/kvm", dev_kvm(), Missing, dev_kvm::advice_now());
+    section.add("debugfs", debugfs(), Missing, debugfs_mend());
+    section.add("tracepoint", tracepoint(), Missing, tracepoint_mend());
 }
 
 /// What /proc/self/status says of this process's privileges.
 #[derive(Debug, PartialEq, Eq)]
-struct Credentials {
-    uid: u32,
+pub(super) struct Credentials {
+    pub(super) uid: u32,
     gid: u32,
     groups: Vec<u32>,
     /// Effective capabilities.
@@ -54,7 +50,7 @@ struct Credentials {
 }
 
 impl Credentials {
-    fn of_this_process() -> Result<Self, Gap> {
+    pub(super) fn of_this_process() -> Result<Self, Gap> {
         Self::parse(&read("/proc/self/status")?)
             .ok_or_else(|| Gap::Missing("/proc/self/status does not say".to_owned()))
     }
@@ -74,7 +70,7 @@ impl Credentials {
     }
 
     /// By what it may read and write a file of `owner` and `group` with these mode bits.
-    fn way_in(&self, mode: u32, owner: u32, group: u32) -> Option<&'static str> {
+    pub(super) fn way_in(&self, mode: u32, owner: u32, group: u32) -> Option<&'static str> {
         const READ_AND_WRITE: u32 = 0o6;
         // The first that fits decides, even when a later one would allow more.
         let (bits, way) = if self.uid == owner {
@@ -133,11 +129,7 @@ fn is_of_the_host(uid_map: &str) -> bool {
 fn dev_kvm() -> Found {
     let file = fs::metadata(KVM).map_err(|_| without_kvm())?;
     let me = Credentials::of_this_process()?;
-    let groups = read("/etc/group").unwrap_or_default();
-    let group = match group_name(&groups, file.gid()) {
-        Some(name) => name.to_owned(),
-        None => file.gid().to_string(),
-    };
+    let group = accounts::group(file.gid()).unwrap_or_else(|| file.gid().to_string());
     let mode = file.mode() & 0o777;
     let file_in_words = format!("mode {mode:o}, group {group}");
     match (
@@ -148,15 +140,6 @@ fn dev_kvm() -> Found {
         (Ok(_), None) => Ok(format!("by its access control list ({file_in_words})")),
         (Err(error), _) => Err(Gap::Missing(format!("{error} ({file_in_words})"))),
     }
-}
-
-/// The name that /etc/group has for `gid`.
-fn group_name(groups: &str, gid: u32) -> Option<&str> {
-    groups.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let (name, id) = (fields.next()?, fields.nth(1)?);
-        (id.parse::<u32>() == Ok(gid)).then_some(name)
-    })
 }
 
 fn debugfs() -> Found {
@@ -175,6 +158,28 @@ fn is_mounted(mounts: &str, path: &str, kind: &str) -> bool {
         let mut fields = line.split(' ').skip(1);
         fields.next() == Some(path) && fields.next() == Some(kind)
     })
+}
+
+/// How debugfs is mounted, where this kernel has it.
+pub(super) fn debugfs_mend() -> &'static str {
+    match read("/proc/filesystems") {
+        Ok(known) if !known.split_whitespace().any(|word| word == "debugfs") => {
+            "boot a kernel with CONFIG_DEBUG_FS"
+        }
+        _ => "as root: mount -t debugfs none /sys/kernel/debug",
+    }
+}
+
+/// Whether debugfs is where it belongs.
+pub(super) fn has_debugfs() -> bool {
+    read("/proc/self/mounts").is_ok_and(|mounts| is_mounted(&mounts, DEBUGFS, "debugfs"))
+}
+
+fn tracepoint_mend() -> &'static str {
+    match there("/sys/kernel/tracing/events") {
+        Ok(_) => "optional: a kernel with CONFIG_MEMORY_FAILURE and CONFIG_RAS has it",
+        Err(_) => "optional; as root: mount -t tracefs none /sys/kernel/tracing",
+    }
 }
 
 fn tracepoint() -> Found {
@@ -220,13 +225,6 @@ mod tests {
         assert!(is_of_the_host("         0          0 4294967295\n"));
         assert!(!is_of_the_host("         0       1000          1\n"));
         assert!(!is_of_the_host("0 100000 65536\n65536 0 1\n"));
-    }
-
-    #[test]
-    fn a_group_has_a_name() {
-        let groups = "root:x:0:\nkvm:x:108:me,you\nbroken\n";
-        assert_eq!(group_name(groups, 108), Some("kvm"));
-        assert_eq!(group_name(groups, 10), None);
     }
 
     #[test]
