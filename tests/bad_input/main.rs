@@ -9,6 +9,7 @@ mod host;
 mod not_ours;
 mod schema;
 mod seccomp;
+mod silent;
 mod sockets;
 mod terminal;
 mod tools;
@@ -124,6 +125,8 @@ fn main() -> ExitCode {
         handlers::a_foreign_handler_has_what_is_not_ours needs anywhere,
         host::no_dev_kvm needs as_root,
         host::no_permission_for_dev_kvm needs as_root_with_kvm,
+        host::what_check_advises_for_dev_kvm needs as_root_with_kvm,
+        host::check_knows_what_it_does_not_know needs no_memory_failure,
         host::check_without_memory_failure needs no_memory_failure,
         host::poison_without_memory_failure needs has_vm_but_no_memory_failure,
         not_ours::kill_bus_ends_it_with_the_default_action needs has_kvm_and_hook,
@@ -132,6 +135,8 @@ fn main() -> ExitCode {
         not_ours::an_ao_of_its_own_memory_is_reported_and_it_goes_on needs has_kvm_and_hook,
         not_ours::guest_ram_that_is_cut_short_is_an_error_of_kvm needs has_kvm_and_hook,
         followers::three_of_them_one_stuck needs once,
+        followers::places_come_back_with_their_clients_end needs has_kvm,
+        watching::followers_end_with_their_reader needs has_kvm,
         schema::events needs anywhere,
         schema::pages needs anywhere,
         schema::the_api needs has_kvm,
@@ -139,6 +144,10 @@ fn main() -> ExitCode {
         seccomp::it_is_carried_out_where_nobody_forbids_it needs has_kvm_and_hook,
         seccomp::the_document_has_the_components_lists needs anywhere,
         seccomp::the_components_lists_are_exact needs uffd_that_poisons,
+        silent::a_list_says_who_is_stopped needs has_kvm,
+        silent::a_list_of_one_that_many_have_asked needs has_kvm,
+        silent::commands_do_not_wait_for_ever needs has_kvm,
+        silent::a_command_goes_on_when_the_vm_does needs has_kvm,
         sockets::requests needs once,
         sockets::clients_that_hang needs once,
         tools::command_lines needs anywhere,
@@ -155,6 +164,7 @@ fn main() -> ExitCode {
         watching::the_power_button_is_the_guests_to_answer needs has_kvm,
         watching::a_guest_that_does_not_power_off_goes_on needs has_kvm,
         watching::a_reset_with_no_reboot_is_the_end needs has_kvm,
+        watching::vms_of_other_users_are_named_to_root needs as_root_with_kvm,
         watching::metrics_have_the_page needs has_kvm,
         values::memory_of_zero needs has_kvm,
         values::more_memory_than_there_is needs has_kvm,
@@ -184,5 +194,6 @@ fn main() -> ExitCode {
         terminal::is_restored_after_sigterm needs has_vm,
         terminal::is_restored_after_ctrl_a_x needs has_vm,
         terminal::is_untouched_by_a_failed_start needs has_kvm,
+        terminal::leaves_nothing_behind_when_it_is_closed needs as_root_with_kvm,
     ])
 }

@@ -9,6 +9,9 @@ use std::ptr;
 use std::time::{Duration, Instant};
 
 use mce_relay_tests::guest::{binary, image};
+use mce_relay_tests::hooked::SPIN;
+use mce_relay_tests::spinning::Nobody;
+use mce_relay_tests::tiny::elf;
 
 /// A pseudo-terminal with a program on it.
 pub struct Terminal {
@@ -31,7 +34,10 @@ impl Terminal {
         };
         assert_eq!(made, 0);
         // SAFETY: descriptors that openpty has just made, owned by nobody else.
-        unsafe { Self { master: OwnedFd::from_raw_fd(master), slave: OwnedFd::from_raw_fd(slave) } }
+        let ours = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
+        // Copies that no program inherits: one would keep the terminal open.
+        let [master, slave] = [master, slave].map(|fd| ours(fd).try_clone().unwrap());
+        Self { master, slave }
     }
 
     /// Input, output, control and local modes.
@@ -48,8 +54,12 @@ impl Terminal {
     /// Runs `mce-relay run` on it, as `configure` says in addition. All three streams are the
     /// terminal, unless that says otherwise.
     pub fn start_with(&self, configure: impl FnOnce(&mut Command)) -> Child {
+        self.start_as(Command::new(binary()), configure)
+    }
+
+    /// The same by `command`, which has the program.
+    fn start_as(&self, mut command: Command, configure: impl FnOnce(&mut Command)) -> Child {
         let slave = || Stdio::from(self.slave.try_clone().unwrap());
-        let mut command = Command::new(binary());
         command.args(["run", "--serial", "tty"]).stdin(slave()).stdout(slave()).stderr(slave());
         configure(&mut command);
         // Its controlling terminal, as a shell would have it.
@@ -112,6 +122,33 @@ pub fn is_restored_after_sigterm() {
 
 pub fn is_restored_after_ctrl_a_x() {
     restored_after(|terminal, _| terminal.type_in(b"\x01x"), 0);
+}
+
+/// The terminal is closed under a VM whose name is among temporary files: nothing is left there.
+pub fn leaves_nothing_behind_when_it_is_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let tmp = dir.path().join("tmp");
+    std::fs::create_dir(&tmp).unwrap();
+    std::os::unix::fs::chown(&tmp, Some(Nobody::ID), Some(Nobody::ID)).unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, elf(&SPIN)).unwrap();
+    let [program] = Nobody.settle(dir.path(), [&binary()]);
+    let terminal = Terminal::new();
+    let mut child = terminal.start_as(Nobody.command(&program, dir.path()), |command| {
+        command.args(["--name", "a", "--memory", "32M", "--kernel"]).arg(&kernel);
+        command.args(["--serial2", "socket=agent"]).current_dir(&tmp);
+        command.env("TMPDIR", &tmp).env_remove("XDG_RUNTIME_DIR");
+    });
+    let start = Instant::now();
+    while std::fs::read_dir(&tmp).unwrap().count() < 2 {
+        let ended = child.try_wait().unwrap();
+        assert!(ended.is_none() && start.elapsed() < Duration::from_secs(60), "{ended:?}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    drop(terminal);
+    assert_eq!(child.wait().unwrap().code(), Some(128 + libc::SIGHUP));
+    let left: Vec<_> = std::fs::read_dir(&tmp).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 pub fn is_untouched_by_a_failed_start() {
