@@ -258,6 +258,7 @@ fn metrics(vm: &Spinning) -> String {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer
+}
 
 /// `events --follow | head -1` and the like: who reads has gone, nothing happens, and the command ends.
 pub fn followers_end_with_their_reader() {
@@ -320,7 +321,7 @@ pub fn vms_of_other_users_are_named_to_root() {
         ["nobody", "65534"].iter().any(|user| text.contains(user)) && text.contains(socket),
         "{text}"
     );
-    assert!(tool(&["shutdown", "--vm", socket]).status.success());
+    assert!(tool(&["shutdown", "--now", "--vm", socket]).status.success());
     assert_eq!(end_of(&mut vmm, "run"), Some(0));
 }
 

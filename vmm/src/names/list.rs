@@ -74,9 +74,14 @@ impl Listed {
                     let pid = ping.map_or(0, |(pid, _)| pid);
                     (pid, None, None, None, "between two boots".to_owned(), None)
                 }
-                Err(error) => {
-                    (0, None, None, None, "not answering".to_owned(), Some(show::with_causes(&error)))
-                }
+                Err(error) => (
+                    0,
+                    None,
+                    None,
+                    None,
+                    "not answering".to_owned(),
+                    Some(show::with_causes(&error)),
+                ),
             };
         let pid = (pid != 0).then_some(pid);
         Self { name, socket, uid, pid, memory, paused, panic, state, advice }
