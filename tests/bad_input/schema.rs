@@ -13,7 +13,7 @@ use mce_relay::mca::{Form, Kind, Vendor};
 use mce_relay::{AoChannel, Event, FoundBy, KillPolicy, Pace, Page, Predicted};
 use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_vmm::api::{MemoryBlock, Status, VmInfo};
+use mce_relay_vmm::api::{Extent, MemoryBlock, Status, VmInfo};
 use mce_relay_vmm::config::OnUndeliverable;
 use mce_relay_vmm::control::{Panic, PauseReason, Undeliverable};
 use mce_relay_vmm::events::{Entry, Next, VmEvent, What, line_of};
@@ -182,6 +182,7 @@ fn infos() -> Vec<VmInfo> {
         paused: false,
         pause_reason: None,
         panic: None,
+        kernel: Extent { gpa: 0x100_0000, len: 0x200_0000 },
         memory: vec![block, of_a_file],
     };
     let mut all = vec![info.clone(), VmInfo { name: Some("x".into()), ..info.clone() }];

@@ -18,6 +18,7 @@ mod power;
 mod undeliverable;
 mod unprivileged;
 mod watch;
+mod wrong_page;
 
 use std::process::ExitCode;
 
@@ -123,6 +124,12 @@ fn main() -> ExitCode {
         means::by_hand needs may_poison,
         means::filters_and_unpoison needs may_poison,
         means::late_kill_says_nothing_until_a_touch needs may_poison,
+        wrong_page::the_zero_page needs may_poison,
+        wrong_page::the_huge_zero_page needs may_poison,
+        wrong_page::a_page_of_ksm needs may_poison,
+        wrong_page::it_is_looked_at_right_before needs may_poison,
+        wrong_page::huge_pages needs may_poison,
+        wrong_page::what_is_said_before needs may_poison,
         kinds::as_on_bare_metal needs may_poison,
         kinds::touched_as_on_bare_metal needs may_poison,
         mce_test::kvm_suite needs may_poison,

@@ -60,6 +60,8 @@ pub struct Options {
     pub ghes_poll: Option<&'static str>,
     /// Run the VMM in this cgroup.
     pub cgroup: Option<PathBuf>,
+    /// Let the host's KSM join pages of the VMM's.
+    pub merge: bool,
     /// Run the VMM as this user.
     pub user: Option<Nobody>,
     /// Start the guest again when it resets itself (without `--no-reboot`).
@@ -90,6 +92,7 @@ impl Options {
             ao_channel: "mce",
             ghes_poll: None,
             cgroup: None,
+            merge: false,
             user: None,
             reboot: false,
             cmdline: "",
@@ -220,6 +223,9 @@ impl Vmm {
         }
         if let Some(cgroup) = &options.cgroup {
             lab::start_in(&mut command, cgroup);
+        }
+        if options.merge {
+            lab::start_merging(&mut command);
         }
         let mut child = command
             .stdin(Stdio::null())

@@ -11,6 +11,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use mce_relay_vmm::host;
+use mce_relay_vmm::host::pagemap::Entry;
+
 /// Whether this runs in the lab (or on a host that was given over to it by MCE_RELAY_NATIVE=1).
 pub fn may_poison() -> Result<(), String> {
     let set = |name| std::env::var(name).is_ok_and(|value| value == "1");
@@ -94,39 +97,25 @@ fn sum_of(path: &str, name: &str) -> u64 {
     lines.map(|rest| rest.split_whitespace().next().unwrap().parse::<u64>().unwrap()).sum()
 }
 
-// Documentation/admin-guide/mm/pagemap.rst
-const PM_PRESENT: u64 = 1 << 63;
-const PM_PFN: u64 = (1 << 55) - 1;
-
 /// The page tables of a process, as the kernel shows them.
 #[derive(Debug)]
-pub struct Pagemap(File);
+pub struct Pagemap(host::Pagemap);
 
 impl Pagemap {
     /// Those of `pid`.
     pub fn of(pid: u32) -> Self {
-        let path = format!("/proc/{pid}/pagemap");
-        Self(File::open(&path).unwrap_or_else(|error| panic!("{path}: {error}")))
-    }
-
-    fn entry(&self, hva: u64) -> u64 {
-        let mut entry = [0; 8];
-        self.0.read_exact_at(&mut entry, (hva >> 12) * 8).unwrap();
-        u64::from_ne_bytes(entry)
+        Self(host::Pagemap::open(pid).unwrap())
     }
 
     /// The host-physical address behind `hva`.
     pub fn physical(&self, hva: u64) -> u64 {
-        let entry = self.entry(hva);
-        let pfn = entry & PM_PFN;
-        assert!(entry & PM_PRESENT != 0 && pfn != 0, "no page behind HVA {hva:#x}: {entry:#x}");
-        pfn << 12
+        self.0.pfn(hva).unwrap_or_else(|error| panic!("{error}")) << 12
     }
 }
 
 /// Whether process `pid` has a page mapped at `hva`.
 pub fn is_resident(pid: u32, hva: u64) -> bool {
-    Pagemap::of(pid).entry(hva) & PM_PRESENT != 0
+    matches!(Pagemap::of(pid).0.entry(hva).unwrap(), Entry::Present { .. })
 }
 
 fn memory_of(pid: u32) -> File {
@@ -316,6 +305,21 @@ pub fn start_in(command: &mut Command, cgroup: &Path) {
     };
     // SAFETY: what runs between fork and exec makes system calls and nothing else.
     unsafe { command.pre_exec(enter) };
+}
+
+/// Has the host's KSM join pages of `command`'s that have the same in them, where KSM runs.
+pub fn start_merging(command: &mut Command) {
+    // include/uapi/linux/prctl.h (Linux 6.4); it outlives exec.
+    const PR_SET_MEMORY_MERGE: libc::c_int = 67;
+    let merge = || {
+        // SAFETY: takes numbers only.
+        match unsafe { libc::prctl(PR_SET_MEMORY_MERGE, 1, 0, 0, 0) } {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: what runs between fork and exec makes a system call and nothing else.
+    unsafe { command.pre_exec(merge) };
 }
 
 /// A memory cgroup below the root, on a file system that is mounted for it where none is.

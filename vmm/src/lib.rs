@@ -39,6 +39,7 @@ pub mod mce_inject;
 pub mod memory;
 pub mod msr;
 pub mod names;
+pub mod number;
 pub mod pages;
 pub mod peer;
 pub mod poison;

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use log::LevelFilter;
 use mce_relay_vmm::cli::{self, Command, InjectArgs, MemcgArg, MemoryCommand, PoisonArgs, VmArg};
-use mce_relay_vmm::host::filter::{self, Filter};
+use mce_relay_vmm::host::filter::Filter;
+use mce_relay_vmm::host::memcg;
 use mce_relay_vmm::poison::{self, FilterChoice, Order, PageRange};
 use mce_relay_vmm::{
     agent, api, by_hand, check, client, dump, ending, follow, host, inject, last_resort, manual,
@@ -134,24 +135,29 @@ fn memory(command: MemoryCommand) -> Outcome {
     })
 }
 
-/// The pages that `args` are about.
-fn chosen(args: &PoisonArgs, socket: &std::path::Path) -> Result<Vec<PageRange>, Box<dyn Error>> {
+/// The pages that `args` are about, and the process of the guest whose they are, where its agent has named them.
+fn chosen(
+    args: &PoisonArgs,
+    socket: &std::path::Path,
+) -> Result<(Vec<PageRange>, Option<String>), Box<dyn Error>> {
     if let Some(count) = args.random {
         let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
         eprintln!("mce-relay: random pages by --seed {seed}");
-        return Ok(poison::random(socket, count.get(), seed)?);
+        return Ok((poison::random(socket, args.via, count.get(), seed)?, None));
     }
     if let (Some(which), Some(agent)) = (&args.pid, &args.agent) {
         let process = agent::process(&agent.0, which, args.max)?;
+        let whose = format!("process {} ({})", process.pid, process.comm);
         for page in &process.pages {
             eprintln!(
-                "mce-relay: process {} ({}) of the guest has GPA {:#x} at {:#x} ({})",
-                process.pid, process.comm, page.gpa, page.va, page.area
+                "mce-relay: {whose} of the guest has GPA {:#x} at {:#x} ({})",
+                page.gpa, page.va, page.area
             );
         }
-        return Ok(process.pages.iter().map(|page| PageRange::page(page.gpa)).collect());
+        let pages = process.pages.iter().map(|page| PageRange::page(page.gpa)).collect();
+        return Ok((pages, Some(whose)));
     }
-    Ok(args.gpa.clone())
+    Ok((args.gpa.clone(), None))
 }
 
 fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
@@ -163,13 +169,9 @@ fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
         Some(MemcgArg::Nothing) => return Ok(FilterChoice::Nothing),
         Some(MemcgArg::Own) => {
             let vmm: api::Ping = client::get_of_process(&args.vm.socket()?, "vmm.ping")?;
-            let own = filter::memcg_of(vmm.pid)?;
-            Some(
-                own.ok_or(
-                    "the VM has no memory cgroup of its own; --filter-memcg none does without",
-                )?
-                .inode,
-            )
+            let own = memcg::of(vmm.pid)?
+                .map_err(|none| format!("{none}; --filter-memcg none does without"))?;
+            Some(own.inode)
         }
         Some(MemcgArg::Inode(inode)) => Some(*inode),
         Some(MemcgArg::Path(path)) => {
@@ -184,7 +186,7 @@ fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
 
 fn poison_pages(args: &PoisonArgs) -> Outcome {
     let socket: PathBuf = args.vm.socket()?;
-    let ranges = chosen(args, &socket)?;
+    let (ranges, whose) = chosen(args, &socket)?;
     let order = Order {
         socket: &socket,
         ranges: &ranges,
@@ -192,12 +194,18 @@ fn poison_pages(args: &PoisonArgs) -> Outcome {
         kind: args.kind.into(),
         vcpu: args.vcpu,
         filter: filter_of(args)?,
+        force: args.force,
+        whose,
+        dry_run: args.dry_run,
     };
+    let prepared = poison::prepare(&order)?;
+    // Before the first page goes.
+    show::notes(prepared.notes());
     if args.dry_run {
-        return Ok(show::burst(&poison::plan(&order)?, args.via, args.json));
+        return Ok(show::burst(&prepared.plan(), args.via, args.json));
     }
     let mut bar = show::Progress::new("poisoning");
-    let done = poison::poison_all(&order, &mut |n, of| bar.step(n, of));
+    let done = prepared.carry_out(&mut |n, of| bar.step(n, of));
     drop(bar);
     Ok(show::burst(&done?, args.via, args.json))
 }

@@ -148,7 +148,7 @@ pub struct Map {
 /// # Errors
 /// The VM does not answer.
 pub fn map(socket: &Path) -> Result<Map, PagesError> {
-    let extents: Vec<Extent> = client::get(socket, "vm.extents")?;
+    let extents: Vec<Extent> = client::get(socket, "vm.extents?in_use=true")?;
     let status: Status = client::get(socket, "relay.status")?;
     let marks = status
         .past

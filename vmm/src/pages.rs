@@ -4,9 +4,6 @@
 //! user is not shown is left out, and said to be.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use comfy_table::Cell;
@@ -16,26 +13,18 @@ use serde::{Serialize, Serializer};
 use crate::api::{Status, VmInfo};
 use crate::client::{self, ClientError};
 use crate::host::flags;
+use crate::host::pagemap::{Entries, Entry};
 use crate::host::{PageCounts, PageFlags};
 use crate::poison::{PageRange, PoisonError, targets};
 use crate::show;
 
 const PAGE_SHIFT: u32 = 12;
-/// Entries that are read at once.
+/// Progress is told after so many pages.
 const CHUNK: usize = 1 << 16;
 /// Of more pages than this, those of which the same is to be said share a line.
 const MANY: usize = 64;
 /// Times a page is mapped, of which nobody has any.
 const UNKNOWN: u64 = u64::MAX;
-
-// Documentation/admin-guide/mm/pagemap.rst
-const PM_PRESENT: u64 = 1 << 63;
-const PM_SWAP: u64 = 1 << 62;
-const PM_PFN: u64 = (1 << 55) - 1;
-/// Of an entry with [`PM_SWAP`] the type of the swap entry is below its offset in the bits of [`PM_PFN`]
-/// (MAX_SWAPFILES_SHIFT in `include/linux/swap.h`, `pte_to_pagemap_entry` in `fs/proc/task_mmu.c`). The
-/// offset of one for poison is the page frame number (`make_hwpoison_entry` in `include/linux/swapops.h`).
-const SWAP_TYPE_BITS: u32 = 5;
 
 /// Why nothing can be said of the pages.
 #[derive(Debug, thiserror::Error)]
@@ -117,65 +106,21 @@ pub struct Pages {
     pub notes: Vec<String>,
 }
 
-/// The entries of a process's page table, many at once.
-pub(crate) struct Entries {
-    file: File,
-    /// The entries that were read last, and the page number of the first.
-    read: Vec<u8>,
-    first: u64,
-}
-
-impl Entries {
-    pub(crate) fn open(pid: u32) -> io::Result<Self> {
-        let file = File::open(format!("/proc/{pid}/pagemap"))?;
-        Ok(Self { file, read: Vec::new(), first: 0 })
-    }
-
-    /// The entry of the page at `hva`; of those that follow, some are read with it.
-    fn entry(&mut self, hva: u64) -> io::Result<u64> {
-        let page = hva >> PAGE_SHIFT;
-        let known = self.first..self.first + (self.read.len() / 8) as u64;
-        if !known.contains(&page) {
-            self.read.resize(CHUNK * 8, 0);
-            let read = self.file.read_at(&mut self.read, page * 8)?;
-            self.read.truncate(read - read % 8);
-            self.first = page;
-        }
-        // At most CHUNK entries lie between.
-        let at = usize::try_from(page - self.first).unwrap_or(usize::MAX);
-        match self.read.chunks_exact(8).nth(at).map(<[u8; 8]>::try_from) {
-            Some(Ok(bytes)) => Ok(u64::from_ne_bytes(bytes)),
-            _ => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
-    }
-
-    /// What the entry of the page at `hva` says. `bad`: the ledger says that it is.
-    pub(crate) fn look(
-        &mut self,
-        hva: u64,
-        bad: bool,
-        flags: Option<&PageFlags>,
-    ) -> io::Result<(Presence, Option<u64>)> {
-        let is_marked = |pfn| flags.is_some_and(|flags| flags.is_poisoned(pfn).unwrap_or(false));
-        Ok(meaning(self.entry(hva)?, bad, is_marked))
-    }
-}
-
 /// What an entry says of its page, which is bad by the ledger if `bad`; `is_marked` says of a page frame whether
 /// the host has marked it as poisoned.
-fn meaning(entry: u64, bad: bool, is_marked: impl Fn(u64) -> bool) -> (Presence, Option<u64>) {
-    let pfn = Some(entry & PM_PFN).filter(|pfn| *pfn != 0);
-    if entry & PM_PRESENT != 0 {
-        return (Presence::Present, pfn);
-    }
+fn meaning(entry: Entry, bad: bool, is_marked: impl Fn(u64) -> bool) -> (Presence, Option<u64>) {
+    let offset = match entry {
+        Entry::Present { pfn, .. } => return (Presence::Present, pfn),
+        Entry::Elsewhere { offset } => offset,
+        Entry::Empty => None,
+    };
     // A bad page's entry looks like that of one on a swap device, whose offset there may be any number: the
     // frame's own mark tells them apart. A mark of userfaultfd has no frame, and a bad huge page's entry looks
     // like nothing.
-    let frame = pfn.filter(|_| entry & PM_SWAP != 0).map(|pfn| pfn >> SWAP_TYPE_BITS);
-    match frame.filter(|frame| *frame != 0 && is_marked(*frame)) {
+    match offset.filter(|frame| is_marked(*frame)) {
         Some(frame) => (Presence::Poisoned, Some(frame)),
         None if bad => (Presence::Poisoned, None),
-        None if entry & PM_SWAP != 0 => (Presence::NotMapped, None),
+        None if entry != Entry::Empty => (Presence::NotMapped, None),
         None => (Presence::Absent, None),
     }
 }
@@ -216,9 +161,10 @@ pub fn pages(
         let gpa = target.gpa;
         let entry = ledger.get(&gpa).copied();
         let bad = entry.is_some_and(|page| !page.is_forged());
-        let looked = entries.as_mut().map(|entries| entries.look(target.hva, bad, flags.as_ref()));
-        let (presence, pfn) = match looked {
-            Some(Ok(looked)) => looked,
+        let is_marked =
+            |pfn| flags.as_ref().is_some_and(|flags| flags.is_poisoned(pfn).unwrap_or(false));
+        let (presence, pfn) = match entries.as_mut().map(|entries| entries.at(target.hva)) {
+            Some(Ok(entry)) => meaning(entry, bad, is_marked),
             _ => (Presence::Unknown, None),
         };
         let of_frame = |pfn| {
@@ -371,34 +317,23 @@ mod tests {
     }
 
     #[test]
-    fn ones_own_page_table() {
-        let memory = Box::new([1_u8; 3 * 4096]);
-        let mut entries = Entries::open(std::process::id()).unwrap();
-        let inside = memory.as_ptr() as u64 + 4096;
-        assert_eq!(entries.look(inside, false, None).unwrap().0, Presence::Present);
-        assert_eq!(entries.look(0x1000, false, None).unwrap().0, Presence::Absent);
-        assert_eq!(entries.look(0x1000, true, None).unwrap().0, Presence::Poisoned);
-    }
-
-    #[test]
     fn a_bad_pages_entry_names_its_frame() {
-        // As the kernel makes it for a frame: a type of swap entry below it, whichever it is.
-        let swap = |kind: u64, offset: u64| PM_SWAP | 1 << 55 | offset << SWAP_TYPE_BITS | kind;
+        let elsewhere = |offset| Entry::Elsewhere { offset };
+        let present = Entry::Present { pfn: Some(0x10_b7aa), exclusive: true };
         let bad_frame = |frame| frame == 0x10_b7aa;
         for (entry, bad, meant) in [
-            (swap(27, 0x10_b7aa), false, (Presence::Poisoned, Some(0x10_b7aa))),
-            (swap(22, 0x10_b7aa), true, (Presence::Poisoned, Some(0x10_b7aa))),
+            (elsewhere(Some(0x10_b7aa)), false, (Presence::Poisoned, Some(0x10_b7aa))),
+            (elsewhere(Some(0x10_b7aa)), true, (Presence::Poisoned, Some(0x10_b7aa))),
             // On a swap device, or marked by userfaultfd.
-            (swap(0, 0x42), false, (Presence::NotMapped, None)),
-            (swap(31, 1), true, (Presence::Poisoned, None)),
-            (swap(31, 0), false, (Presence::NotMapped, None)),
+            (elsewhere(Some(0x42)), false, (Presence::NotMapped, None)),
+            (elsewhere(Some(0x42)), true, (Presence::Poisoned, None)),
             // Numbers are hidden from this user.
-            (PM_SWAP, false, (Presence::NotMapped, None)),
-            (PM_PRESENT | 0x10_b7aa, false, (Presence::Present, Some(0x10_b7aa))),
-            (0, true, (Presence::Poisoned, None)),
-            (0, false, (Presence::Absent, None)),
+            (elsewhere(None), false, (Presence::NotMapped, None)),
+            (present, false, (Presence::Present, Some(0x10_b7aa))),
+            (Entry::Empty, true, (Presence::Poisoned, None)),
+            (Entry::Empty, false, (Presence::Absent, None)),
         ] {
-            assert_eq!(meaning(entry, bad, bad_frame), meant, "{entry:#x}");
+            assert_eq!(meaning(entry, bad, bad_frame), meant, "{entry:?}");
         }
     }
 }

@@ -3,11 +3,14 @@
 //! This side only poisons. What the VMM then catches, and what it tells its guest, is in the VM's
 //! own account (`mce-relay status`, the event monitor).
 
+mod forecast;
+pub mod frame;
 pub mod inside;
 mod outside;
 mod targets;
 pub mod uffd;
 
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -19,15 +22,18 @@ use serde::{Deserialize, Serialize};
 pub use targets::{PageRange, random};
 pub(crate) use targets::{Target, targets};
 
-use crate::api::{Gpa, Poison, Poisoning, VmInfo};
+use crate::api::{Gpa, Poison, Poisoning, Status, VmInfo};
 use crate::client::{self, ClientError};
 use crate::host::filter::{Filter, FilterError};
+use crate::host::memcg::{MemcgError, NoMemcg};
 use crate::host::{self, HostError, PageFlags, Pagemap, x86_injector};
+use frame::{FrameError, Frames};
 
 /// How long the kernel may take to mark the pages, after the last of them was asked for.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// So many pages are asked of the VMM at once.
+/// So many pages are asked of the VMM at once, where nothing has to be looked at right before each.
 const AT_ONCE: usize = 1000;
+const PAGE_SHIFT: u32 = 12;
 
 /// By what a page is made to go bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -66,7 +72,7 @@ impl std::fmt::Display for Means {
 }
 
 impl Means {
-    /// What has been done to a page by it, in a word.
+    /// What has been done to a page by it, in a word, if the page was whole before.
     #[must_use]
     pub fn done(self) -> &'static str {
         match self {
@@ -109,6 +115,12 @@ pub struct Order<'a> {
     pub vcpu: u8,
     /// For hwpoison-inject: which filter.
     pub filter: FilterChoice,
+    /// For hwpoison-inject: do it though no memory cgroup keeps everybody else's pages from it.
+    pub force: bool,
+    /// The process of the guest, in words, whose pages its agent has named.
+    pub whose: Option<String>,
+    /// It is not going to be done, so what would be refused is only said to be.
+    pub dry_run: bool,
 }
 
 /// What was done to one page, or is going to be.
@@ -125,8 +137,17 @@ pub struct Poisoned {
     pub pfn: Option<u64>,
     /// By what it is poisoned.
     pub via: Means,
-    /// The page is whole: only the signal is made up.
+    /// The signal is made up, and does nothing to the page; see `was_bad` for whether that is whole.
     pub forged: bool,
+    /// Whether the page was really bad before; `null` where nobody can say.
+    pub was_bad: Option<bool>,
+    /// Bytes that are lost with the page, which are the whole of a huge page of hugetlb.
+    pub extent: u64,
+    /// Some of them are in the range where the guest's kernel was loaded.
+    pub guest_kernel: bool,
+    /// The page of the same huge page that was asked for before, with which it goes.
+    #[serde(with = "mce_relay::event::hex_option")]
+    pub goes_with: Option<u64>,
     /// The page frame that it moved to (soft offline).
     #[serde(with = "mce_relay::event::hex_option")]
     pub moved_to: Option<u64>,
@@ -134,16 +155,50 @@ pub struct Poisoned {
     pub dry_run: bool,
 }
 
+impl Poisoned {
+    /// A page of 4 KiB of which nothing else is known.
+    #[must_use]
+    pub fn new(gpa: u64, hva: u64, via: Means) -> Self {
+        let forged = via == Means::Signal;
+        Self {
+            gpa,
+            hva,
+            pfn: None,
+            via,
+            forged,
+            was_bad: None,
+            extent: 1 << PAGE_SHIFT,
+            guest_kernel: false,
+            goes_with: None,
+            moved_to: None,
+            dry_run: false,
+        }
+    }
+
+    /// What has been done, in a word.
+    #[must_use]
+    pub fn done(&self) -> &'static str {
+        match (self.via, self.was_bad) {
+            (Means::Signal, Some(true)) => "FORGED signal (the page is really bad already)",
+            (Means::Signal, None) => "FORGED signal (nothing is done to the page)",
+            (via, _) => via.done(),
+        }
+    }
+}
+
 impl std::fmt::Display for Poisoned {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { gpa, hva, pfn, via, moved_to, dry_run, forged: _ } = self;
+        let Self { gpa, hva, pfn, via, goes_with, moved_to, dry_run, .. } = self;
         f.write_str(if *dry_run { "would be " } else { "" })?;
-        f.write_str(via.done())?;
+        f.write_str(self.done())?;
         write!(f, ": GPA {gpa:#x} = HVA {hva:#x} of the VMM")?;
         if let Some(pfn) = pfn {
             write!(f, " = host pfn {pfn:#x}")?;
         }
         write!(f, ", via {via}")?;
+        if let Some(first) = goes_with {
+            write!(f, ", with GPA {first:#x}")?;
+        }
         match moved_to {
             Some(to) => write!(f, ", moved to host pfn {to:#x}"),
             None => Ok(()),
@@ -183,14 +238,40 @@ pub enum PoisonError {
     /// The host cannot be asked or told.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// There is no page of the host behind the address.
-    #[error("GPA {gpa:#x}")]
+    /// There is no page of the host behind the address, or it must not be poisoned.
+    #[error("GPA {gpa:#x}{}", other_pages(.others))]
     Page {
         /// Guest-physical address of the page.
         gpa: u64,
+        /// How many other pages that were asked for cannot be poisoned, either.
+        others: usize,
         /// The cause.
         #[source]
-        source: HostError,
+        source: FrameError,
+    },
+    /// The page is not poisoned.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// It is bad, so there is nothing to be done.
+    #[error("GPA {gpa:#x} is bad already{}; nothing was done", other_pages(.others))]
+    AlreadyBad {
+        /// Guest-physical address of the page.
+        gpa: u64,
+        /// How many other pages that were asked for are so, too.
+        others: usize,
+    },
+    /// The VM's memory cgroup cannot be found out.
+    #[error(transparent)]
+    Memcg(#[from] MemcgError),
+    /// Nothing would keep the kernel from somebody else's page.
+    #[error(
+        "{why}, so nothing keeps a page frame safe that becomes somebody else's between the look at it and the \
+         poison; start the VM in a memory cgroup of its own (systemd-run --scope mce-relay run …), or take the \
+         risk with --force"
+    )]
+    Unprotected {
+        /// Why there is no filter.
+        why: NoMemcg,
     },
     /// The kernel cannot poison memory.
     #[error(
@@ -212,7 +293,8 @@ pub enum PoisonError {
     Filter(#[from] FilterError),
     /// The VM has not that many pages that could go bad.
     #[error(
-        "{wanted} pages were asked for, and this guest has {there} that have memory and are whole"
+        "{wanted} pages were asked for, and this guest has {there} that have memory of its own and are whole, at \
+         most one of them in each huge page"
     )]
     TooFew {
         /// How many were asked for.
@@ -223,6 +305,12 @@ pub enum PoisonError {
     /// The VMM was asked, and could not.
     #[error("{0}")]
     Vmm(String),
+    /// It is part of a huge page, another page of which was to be poisoned.
+    #[error("it would have gone with GPA {first:#x}, which was not poisoned")]
+    NotWith {
+        /// Guest-physical address of that page.
+        first: u64,
+    },
     /// The user stopped it.
     #[error("interrupted before its turn came; it is as it was")]
     Interrupted,
@@ -276,110 +364,244 @@ pub enum PoisonError {
     },
 }
 
-/// Does to the pages what `order` says, each once, as fast as the kernel takes them, and sees that it
-/// is done. `progress` is called with the number of pages done so far and the number of all.
-///
-/// # Errors
-/// See [`PoisonError`]; no page has been touched then. Later failures are in the answer.
-pub fn poison_all(
-    order: &Order<'_>,
-    progress: &mut dyn FnMut(usize, usize),
-) -> Result<Burst, PoisonError> {
-    let vm: VmInfo = client::get_of_process(order.socket, "vm.info")?;
-    let targets = targets(&vm, order.ranges)?;
-    let (pages, mut looked) = look(&vm, order, &targets)?;
-    let by_vmm = match order.via {
-        Means::Uffd | Means::Signal => true,
-        // The VMM's own memory, which no other process can map.
-        Means::Madvise | Means::SoftOffline => targets.iter().any(|target| target.fd.is_none()),
-        Means::HwpoisonInject | Means::MceInject => false,
-    };
-    let mut notes = Vec::new();
-    let start = Instant::now();
-    let asked = if by_vmm {
-        ask_vmm(order, &targets, progress)?
-    } else {
-        // Before anything of the host's is changed.
-        let interrupted = outside::Interrupted::new();
-        let mut poisoner = outside::Poisoner::open(&vm, order, &mut notes)?;
-        let start_of_work = Instant::now();
-        let asked = outside::poison(&mut poisoner, &targets, &mut looked, &interrupted, progress);
-        notes.extend(poisoner.close());
-        let took = start_of_work.elapsed();
-        return Ok(settle(order, pages, asked, looked, took, notes));
-    };
-    let took = start.elapsed();
-    Ok(settle(order, pages, asked, looked, took, notes))
+fn other_pages(others: &usize) -> String {
+    match others {
+        0 => String::new(),
+        1 => " (and one other page)".to_owned(),
+        others => format!(" (and {others} other pages)"),
+    }
 }
 
-/// What [`poison_all`] would do.
+/// Everything is looked at, and nothing is done yet.
+pub struct Prepared<'a> {
+    order: &'a Order<'a>,
+    vm: VmInfo,
+    targets: Vec<Target>,
+    pages: Vec<Poisoned>,
+    looked: Looked,
+    filter: Option<Filter>,
+    notes: Vec<String>,
+}
+
+/// Looks at everything that `order` is about, before the first page is touched.
 ///
 /// # Errors
 /// See [`PoisonError`].
-pub fn plan(order: &Order<'_>) -> Result<Burst, PoisonError> {
-    let vm: VmInfo = client::get_of_process(order.socket, "vm.info")?;
+pub fn prepare<'a>(order: &'a Order<'a>) -> Result<Prepared<'a>, PoisonError> {
+    // Which pages are bad the host says where page frames are concerned.
+    let (vm, bad) = if order.via.is_of_frames() {
+        (client::get_of_process(order.socket, "vm.info")?, HashSet::new())
+    } else {
+        let status: Status = client::get_of_process(order.socket, "relay.status")?;
+        let bad = status.pages.iter().filter(|page| !page.is_forged()).map(|page| page.gpa);
+        let bad = bad.collect();
+        (status.vm, bad)
+    };
     let targets = targets(&vm, order.ranges)?;
-    let (mut pages, _) = look(&vm, order, &targets)?;
-    pages.iter_mut().for_each(|page| page.dry_run = true);
-    let notes = outside::filter_in_words(&vm, order)?.into_iter().collect();
-    Ok(Burst { poisoned: pages, failed: Vec::new(), took: Duration::ZERO, notes })
+    let looked = Looked::new(vm.pid, order.via)?;
+    let (pages, more) = look(&vm, order.via, &targets, &looked, &bad)?;
+    let mut notes = forecast::words(&vm, order.via, &pages, order.whose.as_deref());
+    notes.extend(more);
+    let (filter, more) = outside::filter(&vm, order, &targets)?;
+    notes.extend(more);
+    Ok(Prepared { order, vm, targets, pages, looked, filter, notes })
+}
+
+impl Prepared<'_> {
+    /// What is to be known before it is done: what goes, and what would hold pages back.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// What would be done.
+    #[must_use]
+    pub fn plan(mut self) -> Burst {
+        self.pages.iter_mut().for_each(|page| page.dry_run = true);
+        let (poisoned, took) = (self.pages, Duration::ZERO);
+        Burst { poisoned, failed: Vec::new(), took, notes: Vec::new() }
+    }
+
+    /// Does to the pages what was ordered, each once, as fast as the kernel takes them, and sees that it
+    /// is done. `progress` is called with the number of pages done so far and the number of all.
+    ///
+    /// # Errors
+    /// See [`PoisonError`]; no page has been touched then. Later failures are in the answer.
+    pub fn carry_out(self, progress: &mut dyn FnMut(usize, usize)) -> Result<Burst, PoisonError> {
+        let Self { order, vm, targets, pages, looked, filter, .. } = self;
+        let alone = targets.into_iter().zip(&pages).filter(|(_, page)| page.goes_with.is_none());
+        let targets: Vec<Target> = alone.map(|(target, _)| target).collect();
+        let by_vmm = match order.via {
+            Means::Uffd | Means::Signal => true,
+            // The VMM's own memory, which no other process can map.
+            Means::Madvise | Means::SoftOffline => targets.iter().any(|target| target.fd.is_none()),
+            Means::HwpoisonInject | Means::MceInject => false,
+        };
+        if by_vmm {
+            let start = Instant::now();
+            let asked = ask_vmm(order, &targets, &looked, progress)?;
+            return Ok(settle(order, pages, asked, &looked, start.elapsed(), Vec::new()));
+        }
+        // Before anything of the host's is changed.
+        let interrupted = outside::Interrupted::new();
+        let mut poisoner = outside::Poisoner::open(vm.pid, order.via, filter)?;
+        let start = Instant::now();
+        let asked = outside::poison(&mut poisoner, &targets, &looked, &interrupted, progress);
+        let notes = poisoner.close().into_iter().collect();
+        Ok(settle(order, pages, asked, &looked, start.elapsed(), notes))
+    }
 }
 
 /// What is known of the host's side of a VM's pages, as far as this user may know it.
-struct Looked {
-    pagemap: Option<Pagemap>,
-    flags: Option<PageFlags>,
+enum Looked {
+    /// All of it, as it has to be where page frames are poisoned.
+    Whole(Frames),
+    /// For what does nothing to page frames.
+    Part { pagemap: Option<Pagemap>, flags: Option<PageFlags> },
 }
 
-/// Looks at every page before the first is touched.
+impl Looked {
+    fn new(pid: u32, via: Means) -> Result<Self, PoisonError> {
+        if !via.is_of_frames() {
+            let (pagemap, flags) = (Pagemap::open(pid).ok(), PageFlags::open().ok());
+            return Ok(Self::Part { pagemap, flags });
+        }
+        if !Path::new(host::EARLY_KILL_SYSCTL).exists() {
+            return Err(PoisonError::NoMemoryFailure);
+        }
+        if via == Means::MceInject {
+            x86_injector::check_processor()?;
+        }
+        Ok(Self::Whole(Frames::open(pid)?))
+    }
+
+    /// The page frame behind `target`, which may be poisoned, at this moment.
+    fn fit(&self, target: &Target) -> Result<u64, PoisonError> {
+        match self {
+            Self::Whole(frames) => Ok(frames.fit(target)?.pfn),
+            Self::Part { .. } => Err(HostError::Hidden.into()),
+        }
+    }
+}
+
+/// Looks at every page before the first is touched; what is to be known of them, too.
 fn look(
     vm: &VmInfo,
-    order: &Order<'_>,
+    via: Means,
     targets: &[Target],
-) -> Result<(Vec<Poisoned>, Looked), PoisonError> {
-    let via = order.via;
-    let needed = via.is_of_frames();
-    if needed && !Path::new(host::EARLY_KILL_SYSCTL).exists() {
-        return Err(PoisonError::NoMemoryFailure);
-    }
-    if via == Means::MceInject {
-        x86_injector::check_processor()?;
-    }
-    let pagemap = match Pagemap::open(vm.pid) {
-        Ok(pagemap) => Some(pagemap),
-        Err(error) if needed => return Err(error.into()),
-        Err(_) => None,
-    };
-    let flags = match PageFlags::open() {
-        Ok(flags) => Some(flags),
-        Err(error) if needed => return Err(error.into()),
-        Err(_) => None,
-    };
+    looked: &Looked,
+    bad: &HashSet<u64>,
+) -> Result<(Vec<Poisoned>, Vec<String>), PoisonError> {
     let mut pages = Vec::with_capacity(targets.len());
-    for &Target { gpa, hva, .. } in targets {
-        let pfn = match pagemap.as_ref().map(|pagemap| pagemap.pfn(hva)) {
-            Some(Ok(pfn)) => Some(pfn),
-            Some(Err(source)) if needed => return Err(PoisonError::Page { gpa, source }),
-            _ => None,
-        };
-        let forged = via == Means::Signal;
-        pages.push(Poisoned { gpa, hva, pfn, via, forged, moved_to: None, dry_run: false });
+    let mut unfit: Vec<(u64, FrameError)> = Vec::new();
+    let (mut of_others, mut of_file) = (Vec::new(), Vec::new());
+    // The first page that was asked for of each huge page.
+    let mut firsts = HashMap::new();
+    for target in targets {
+        let &Target { gpa, hva, page_size, .. } = target;
+        let extent = page_size.max(1 << PAGE_SHIFT);
+        let guest_kernel = forecast::touches_kernel(vm, gpa - gpa % extent, extent);
+        let first = *firsts.entry(gpa - gpa % extent).or_insert(gpa);
+        // A signal may be sent for each of them.
+        let goes_with = (first != gpa && via != Means::Signal).then_some(first);
+        let mut page = Poisoned { extent, guest_kernel, goes_with, ..Poisoned::new(gpa, hva, via) };
+        match looked {
+            Looked::Whole(frames) => match frames.fit(target) {
+                Ok(frame) => {
+                    (page.pfn, page.was_bad) = (Some(frame.pfn), Some(false));
+                    if frames.mapped(frame.pfn).is_some_and(|count| count > 1) {
+                        of_others.push(gpa);
+                    }
+                    if frame.is_of_file() && target.is_private_file {
+                        of_file.push(gpa);
+                    }
+                }
+                Err(error) => unfit.push((gpa, error)),
+            },
+            Looked::Part { pagemap, flags } => {
+                page.pfn = pagemap.as_ref().and_then(|pagemap| pagemap.pfn(hva).ok());
+                let marked = |pfn| flags.as_ref()?.is_poisoned(pfn).ok();
+                page.was_bad = match bad.contains(&gpa) {
+                    true => Some(true),
+                    // A page that is mapped and not marked is whole.
+                    false => page.pfn.and_then(marked),
+                };
+            }
+        }
+        pages.push(page);
     }
-    Ok((pages, Looked { pagemap, flags }))
+    let others = unfit.len().saturating_sub(1);
+    if let Some((gpa, source)) = unfit.into_iter().next() {
+        return Err(PoisonError::Page { gpa, others, source });
+    }
+    if via == Means::Uffd {
+        let mut bad = pages.iter().filter(|page| page.was_bad == Some(true));
+        if let Some(page) = bad.next() {
+            return Err(PoisonError::AlreadyBad { gpa: page.gpa, others: bad.count() });
+        }
+    }
+    Ok((pages, shared_in_words(&of_others, &of_file)))
 }
 
-/// One page that was asked for: the page frame that was behind it at that moment, and what the kernel
-/// said.
-type Asked = (Option<u64>, Result<(), PoisonError>);
+/// Pages that more than the VM has, in words.
+fn shared_in_words(of_others: &[u64], of_file: &[u64]) -> Vec<String> {
+    let named = |gpas: &[u64]| match gpas {
+        [] => None,
+        [gpa] => Some(format!("GPA {gpa:#x} is")),
+        [gpa, more @ ..] => Some(format!("GPA {gpa:#x} and {} more are", more.len())),
+    };
+    let of_others = named(of_others).map(|pages| {
+        format!("{pages} mapped more than once on this host; whoever else has that memory mapped loses it, too")
+    });
+    let of_file = named(of_file).map(|pages| {
+        format!(
+            "{pages} as the file has it, since the guest has not written there; whoever else uses the file \
+             loses that, too"
+        )
+    });
+    of_others.into_iter().chain(of_file).collect()
+}
+
+/// One page that was asked for.
+struct Asked {
+    /// The page frame that was behind it at that moment.
+    pfn: Option<u64>,
+    /// Whether it was bad before, by the VMM's own look.
+    was_bad: Option<bool>,
+    /// What the kernel said.
+    result: Result<(), PoisonError>,
+}
+
+impl Asked {
+    fn new(pfn: Option<u64>, result: Result<(), PoisonError>) -> Self {
+        Self { pfn, was_bad: None, result }
+    }
+}
 
 fn ask_vmm(
     order: &Order<'_>,
     targets: &[Target],
+    looked: &Looked,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Asked>, PoisonError> {
     let Order { via, kind, vcpu, .. } = *order;
+    let of_frames = via.is_of_frames();
     let mut asked = Vec::with_capacity(targets.len());
-    for some in targets.chunks(AT_ONCE) {
+    for some in targets.chunks(if of_frames { 1 } else { AT_ONCE }) {
+        let mut pfn = None;
+        if let [target] = some
+            && of_frames
+        {
+            // The VMM may not see whose a page frame is, so it is looked at here, right before.
+            match looked.fit(target) {
+                Ok(found) => pfn = Some(found),
+                Err(error) => {
+                    asked.push(Asked::new(None, Err(error)));
+                    progress(asked.len(), targets.len());
+                    continue;
+                }
+            }
+        }
         let gpas = some.iter().map(|target| Gpa(target.gpa)).collect();
         let body = Poison { gpas, via, kind, vcpu };
         let done: Vec<Poisoning> = match client::put_json(order.socket, "vm.poison", &body) {
@@ -387,16 +609,16 @@ fn ask_vmm(
             // What was done before is not lost, and neither is what was not.
             Err(error) if !asked.is_empty() => {
                 let why = |error: &ClientError| Err(PoisonError::Vmm(error.to_string()));
-                asked.extend((asked.len()..targets.len()).map(|_| (None, why(&error))));
+                let left = asked.len()..targets.len();
+                asked.extend(left.map(|_| Asked::new(None, why(&error))));
                 return Ok(asked);
             }
             Err(error) => return Err(error.into()),
         };
-        asked.extend(
-            done.into_iter().map(|page| {
-                (None, page.error.map_or(Ok(()), |error| Err(PoisonError::Vmm(error))))
-            }),
-        );
+        asked.extend(done.into_iter().map(|page| Asked {
+            was_bad: page.was_bad,
+            ..Asked::new(pfn, page.error.map_or(Ok(()), |error| Err(PoisonError::Vmm(error))))
+        }));
         progress(asked.len(), targets.len());
     }
     Ok(asked)
@@ -407,18 +629,31 @@ fn settle(
     order: &Order<'_>,
     pages: Vec<Poisoned>,
     asked: Vec<Asked>,
-    looked: Looked,
+    looked: &Looked,
     took: Duration,
     notes: Vec<String>,
 ) -> Burst {
     let deadline = Instant::now() + PATIENCE;
     let mut burst = Burst { poisoned: Vec::new(), failed: Vec::new(), took, notes };
-    for (mut page, (pfn, result)) in pages.into_iter().zip(asked) {
+    let (alone, others): (Vec<_>, Vec<_>) =
+        pages.into_iter().partition(|page| page.goes_with.is_none());
+    for (mut page, Asked { pfn, was_bad, result }) in alone.into_iter().zip(asked) {
         let gpa = page.gpa;
         page.pfn = pfn.or(page.pfn);
-        match seen_to(order.via, &mut page, result, &looked, deadline) {
+        page.was_bad = was_bad.or(page.was_bad);
+        match seen_to(order.via, &mut page, result, looked, deadline) {
             Ok(()) => burst.poisoned.push(page),
             Err(error) => burst.failed.push(NotPoisoned { gpa, error }),
+        }
+    }
+    let lost: HashSet<u64> = burst.poisoned.iter().map(|page| page.gpa).collect();
+    for page in others {
+        match page.goes_with {
+            Some(first) if !lost.contains(&first) => {
+                let error = PoisonError::NotWith { first };
+                burst.failed.push(NotPoisoned { gpa: page.gpa, error });
+            }
+            _ => burst.poisoned.push(page),
         }
     }
     burst
@@ -431,24 +666,29 @@ fn seen_to(
     looked: &Looked,
     deadline: Instant,
 ) -> Result<(), PoisonError> {
-    let (Some(flags), Some(pfn), true) = (&looked.flags, page.pfn, via.is_of_frames()) else {
+    let (Looked::Whole(frames), Some(pfn)) = (looked, page.pfn) else {
         return result;
     };
+    let is_marked = || {
+        let flags = frames.flags_of(pfn, page.extent)?;
+        Ok::<_, HostError>(flags & host::flags::HWPOISON != 0)
+    };
     if let Err(error) = result {
-        if matches!(error, PoisonError::Interrupted) {
+        // Nothing was asked of the kernel then.
+        if matches!(error, PoisonError::Interrupted | PoisonError::Frame(_)) {
             return Err(error);
         }
-        return Err(match flags.is_poisoned(pfn) {
+        return Err(match is_marked() {
             Ok(true) => PoisonError::MarkedOnly { pfn, source: error.into() },
             _ => error,
         });
     }
-    if !wait_for_mark(flags, pfn, deadline)? {
+    if !wait_for_mark(is_marked, deadline)? {
         return Err(PoisonError::NotDone { pfn });
     }
     if via == Means::SoftOffline {
         // It may be on its way back in, or nobody has asked for it yet.
-        page.moved_to = looked.pagemap.as_ref().and_then(|pagemap| pagemap.pfn(page.hva).ok());
+        page.moved_to = frames.pagemap.pfn(page.hva).ok();
         if page.moved_to == Some(pfn) {
             return Err(PoisonError::NotMoved { pfn });
         }
@@ -456,9 +696,12 @@ fn seen_to(
     Ok(())
 }
 
-fn wait_for_mark(flags: &PageFlags, pfn: u64, deadline: Instant) -> Result<bool, HostError> {
+fn wait_for_mark(
+    is_marked: impl Fn() -> Result<bool, HostError>,
+    deadline: Instant,
+) -> Result<bool, HostError> {
     loop {
-        if flags.is_poisoned(pfn)? {
+        if is_marked()? {
             return Ok(true);
         }
         if Instant::now() > deadline {

@@ -205,6 +205,7 @@ impl Machine<'_> {
                 paused: false,
                 pause_reason: None,
                 panic: None,
+                kernel: vm.kernel().into(),
             },
             relay: relay.clone(),
             control: vm.control().clone(),

@@ -264,6 +264,8 @@ const API_OWN: &[Call] = &[
         .given(2, libc::MADV_HWPOISON as i64),
     Call::new(libc::SYS_madvise, "madvise", "poison --via soft-offline")
         .given(2, libc::MADV_SOFT_OFFLINE as i64),
+    Call::new(libc::SYS_madvise, "madvise", "poison: the page is the VMM's own, not the zero page")
+        .given(2, libc::MADV_POPULATE_WRITE as i64),
     Call::new(libc::SYS_userfaultfd, "userfaultfd", "poison --via uffd"),
     ioctl(_IOWR::<Words<3>>(UFFDIO, 0x3f), "UFFDIO_API: poison --via uffd"),
     ioctl(_IOWR::<Words<4>>(UFFDIO, 0x00), "UFFDIO_REGISTER: poison --via uffd"),

@@ -149,13 +149,16 @@ enum Entry<'a> {
     },
 }
 
+/// Prints on stderr what is to be known of something.
+pub fn notes(notes: &[String]) {
+    notes.iter().for_each(|note| eprintln!("mce-relay: note: {note}"));
+}
+
 /// Prints what became of a burst: what was poisoned on stdout, what was not on stderr. Exit status 1
 /// when anything was not.
 pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
     let printed = output(|out| write_burst(out, burst, via, json));
-    for note in &burst.notes {
-        eprintln!("mce-relay: note: {note}");
-    }
+    notes(&burst.notes);
     for (pages, error) in runs(burst.failed.iter().map(|f| (f.gpa, with_causes(&f.error)))) {
         eprintln!("mce-relay: failed: {pages}: {error}");
     }
@@ -266,8 +269,14 @@ fn lines_of<'a>(
     }
     let took = burst.took.as_secs_f64();
     let done = match pages.first() {
-        Some(page) if page.dry_run => format!("would be {}", via.done()),
-        _ => via.done().to_owned(),
+        Some(first) if pages.iter().all(|page| page.done() == first.done()) => first.done(),
+        // Some are bad and some are not; the notes say which.
+        Some(_) => "FORGED signal",
+        None => via.done(),
+    };
+    let done = match pages.first() {
+        Some(page) if page.dry_run => format!("would be {done}"),
+        _ => done.to_owned(),
     };
     let sum = format!("{done}: {} of {all} pages in {took:.3} s, via {via}", pages.len());
     let stretches = if burst.failed.is_empty() {
@@ -573,15 +582,7 @@ mod tests {
         let via = Means::Madvise;
         let burst = |good: u64, bad: u64| Burst {
             poisoned: (0..good)
-                .map(|n| Poisoned {
-                    gpa: n << 12,
-                    hva: 0x7000_0000,
-                    pfn: Some(0x42),
-                    via,
-                    forged: false,
-                    moved_to: None,
-                    dry_run: false,
-                })
+                .map(|n| Poisoned { pfn: Some(0x42), ..Poisoned::new(n << 12, 0x7000_0000, via) })
                 .collect(),
             failed: (0..bad)
                 .map(|n| NotPoisoned { gpa: (good + n) << 12, error: PoisonError::NoMemoryFailure })

@@ -4,6 +4,7 @@
 
 use std::{
     io,
+    ops::Range,
     os::fd::{AsRawFd, IntoRawFd, RawFd},
     os::unix::net::UnixStream,
     sync::{Arc, Mutex, PoisonError},
@@ -19,7 +20,7 @@ use thiserror::Error;
 
 use crate::{
     acpi::{self, AcpiError, Table},
-    boot::{self, BootError, Entry, layout, regs},
+    boot::{self, Boot, BootError, Entry, layout, regs},
     check,
     config::{ConfigError, MAX_CPUS, VmConfig},
     control::{ExitReason, StopCause, VmControl},
@@ -206,6 +207,7 @@ pub struct Vm {
     ram: Arc<GuestRam>,
     control: VmControl,
     vendor: Vendor,
+    kernel: Range<u64>,
 }
 
 impl Vm {
@@ -252,7 +254,7 @@ impl Vm {
         let uarts = [com1, com2].map(|mode| *mode != crate::config::SerialMode::Off);
         boot::mp_table::write(&ram, config.cpus).map_err(AcpiError::Write)?;
         let rsdp = acpi::write(&ram, config.cpus, uarts, &tables)?;
-        let entry =
+        let Boot { entry, kernel } =
             boot::load(&ram, &config.kernel, config.initramfs.as_deref(), &config.cmdline, rsdp)?;
 
         let mut ports = [None, None];
@@ -290,7 +292,7 @@ impl Vm {
                 control.clone(),
             ));
         }
-        Ok(Self { vcpus, _bus: bus, fd, ram, control, vendor })
+        Ok(Self { vcpus, _bus: bus, fd, ram, control, vendor, kernel })
     }
 
     /// The reins; they may be given to other threads.
@@ -309,6 +311,12 @@ impl Vm {
     #[must_use]
     pub fn ram_blocks(&self) -> &[RamBlock] {
         self.ram.blocks()
+    }
+
+    /// Where the guest's kernel was loaded: guest-physical addresses.
+    #[must_use]
+    pub fn kernel(&self) -> Range<u64> {
+        self.kernel.clone()
     }
 
     /// The process that the VM lives in.

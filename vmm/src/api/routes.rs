@@ -154,7 +154,8 @@ pub(super) fn answer(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Answer 
 
 fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, Answer> {
     let Asked { route, query, body } = *asked;
-    if let Some(query) = query.filter(|query| !query.is_empty() && route != Route::Memory) {
+    let takes_query = matches!(route, Route::Memory | Route::Extents);
+    if let Some(query) = query.filter(|query| !query.is_empty() && !takes_query) {
         return Err(Answer::problem(400, format!("nothing is asked for by {query:?} here")));
     }
     let example = route.example();
@@ -188,7 +189,10 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             let running = running()?;
             read_memory(&running.relay, query.unwrap_or_default(), &running.info)
         }
-        Route::Extents => extents(&running()?),
+        Route::Extents => {
+            let in_use = flag(query, "in_use").map_err(|error| Answer::problem(400, error))?;
+            extents(&running()?, in_use)
+        }
         Route::Retire => {
             let Retire { gpas } = understood(body, example)?;
             not_too_many(&gpas)?;
@@ -287,12 +291,17 @@ fn not_too_many(gpas: &[Gpa]) -> Result<(), Answer> {
 
 /// Whether `…?follow=true` is said.
 pub(super) fn follows(query: Option<&str>) -> Result<bool, String> {
-    match query {
-        None | Some("" | "follow=false") => Ok(false),
-        Some("follow=true") => Ok(true),
-        Some(other) => {
-            Err(format!("{other:?} is not understood; expected ?follow=true or nothing"))
-        }
+    flag(query, "follow")
+}
+
+/// Whether `…?name=true` is said, and nothing else.
+fn flag(query: Option<&str>, name: &str) -> Result<bool, String> {
+    let said = query.unwrap_or_default();
+    match said.strip_prefix(name) {
+        None if said.is_empty() => Ok(false),
+        Some("=false") => Ok(false),
+        Some("=true") => Ok(true),
+        _ => Err(format!("{said:?} is not understood; expected ?{name}=true or nothing")),
     }
 }
 
@@ -327,12 +336,11 @@ fn stretch(query: &str) -> Result<(u64, u64), String> {
 
 /// Exactly what the OpenAPI document says.
 fn number(text: &str) -> Option<u64> {
-    let (digits, radix, most) = match text.strip_prefix("0x") {
-        Some(digits) => (digits, 16, 16),
-        None => (text, 10, 19),
+    let fits = match text.strip_prefix("0x") {
+        Some(digits) => digits.len() <= 16,
+        None => text.len() <= 19,
     };
-    let fine = (1..=most).contains(&digits.len()) && digits.chars().all(|c| c.is_digit(radix));
-    fine.then(|| u64::from_str_radix(digits, radix).ok())?
+    crate::number::plain(text).filter(|_| fits)
 }
 
 /// What is wrong with the request itself, with what it names, with the VM's state, or with the moment.
@@ -369,8 +377,9 @@ fn read_memory(relay: &Handle, query: &str, vm: &VmInfo) -> Answer {
 
 /// What has memory behind it, and what is bad: where the kernel shows a bad page as no page at all,
 /// the ledger knows it.
-fn extents(running: &Running) -> Answer {
-    let mut extents = match running.ram.extents() {
+fn extents(running: &Running, in_use: bool) -> Answer {
+    let found = if in_use { running.ram.in_use() } else { running.ram.extents() };
+    let mut extents = match found {
         Ok(extents) => extents,
         Err(error) => {
             return Answer::problem(500, format!("cannot look at the memory: {error}"));

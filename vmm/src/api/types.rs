@@ -26,6 +26,12 @@ pub struct Extent {
     pub len: u64,
 }
 
+impl From<std::ops::Range<u64>> for Extent {
+    fn from(range: std::ops::Range<u64>) -> Self {
+        Self { gpa: range.start, len: range.end.saturating_sub(range.start) }
+    }
+}
+
 /// One stretch of guest RAM. Addresses and lengths in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryBlock {
@@ -87,6 +93,9 @@ pub struct VmInfo {
     pub pause_reason: Option<PauseReason>,
     /// What the guest has said of its own end since it was started; null as long as it has not.
     pub panic: Option<Panic>,
+    /// The stretch of guest RAM into which the guest's kernel was loaded: its text and data, and what it gives
+    /// back after its start.
+    pub kernel: Extent,
     /// Guest RAM, by guest-physical address.
     pub memory: Vec<MemoryBlock>,
 }
@@ -184,6 +193,8 @@ fn ao() -> Kind {
 pub struct Poisoning {
     /// Guest-physical address of the page.
     pub gpa: Gpa,
+    /// Whether the page was really bad before, by the kernel or the ledger; null where it was not looked at.
+    pub was_bad: Option<bool>,
     /// Why it was not done, or null.
     pub error: Option<String>,
 }
@@ -295,6 +306,7 @@ pub(crate) fn an_info() -> VmInfo {
         paused: false,
         pause_reason: None,
         panic: None,
+        kernel: Extent { gpa: 0x100_0000, len: 0x200_0000 },
         memory: Vec::new(),
     }
 }

@@ -15,6 +15,7 @@ pub mod zero_page;
 use std::{
     fs::File,
     io::{self, Read, Seek, SeekFrom},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -194,9 +195,21 @@ pub struct Initramfs {
     pub size: u64,
 }
 
+/// A guest that is ready to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Boot {
+    /// How vCPU 0 enters the kernel.
+    pub entry: Entry,
+    /// Guest-physical addresses of the kernel: its text and data, and what it gives back after its start.
+    pub kernel: Range<u64>,
+}
+
 /// What a kernel file turned out to be.
 struct Loaded {
     entry: Entry,
+    /// First address of the kernel that runs; of a bzImage, where it unpacks itself to, if it does not move
+    /// itself elsewhere (KASLR).
+    start: u64,
     /// First address after everything that the kernel needs to start.
     end: u64,
     /// First address that an initramfs may not touch.
@@ -217,7 +230,7 @@ pub fn load(
     initramfs: Option<&Path>,
     cmdline: &str,
     rsdp: u64,
-) -> Result<Entry, BootError> {
+) -> Result<Boot, BootError> {
     let loaded = load_kernel(ram, kernel)?;
     check_cmdline(cmdline, loaded.max_cmdline)?;
     let mut bytes = cmdline.as_bytes().to_vec();
@@ -234,7 +247,7 @@ pub fn load(
     }
     regs::write_tables(ram, loaded.entry)?;
     reset_vector::write(ram)?;
-    Ok(loaded.entry)
+    Ok(Boot { entry: loaded.entry, kernel: loaded.start..loaded.end })
 }
 
 /// Checks a command line of at most `max` bytes.
@@ -284,8 +297,12 @@ fn load_kernel(ram: &GuestRam, path: &Path) -> Result<Loaded, BootError> {
                 PvhBootCapability::PvhEntryPresent(rip) => Entry::Pvh { rip: rip.0 },
                 _ => Entry::Linux64 { rip: image.kernel_load.0 },
             };
+            let (Entry::Pvh { rip } | Entry::Linux64 { rip }) = entry;
+            // Linux is entered at its beginning, or by PVH somewhere behind that.
+            let start = rip.min(image.kernel_load.0) / PAGE_SIZE * PAGE_SIZE;
             Loaded {
                 entry,
+                start,
                 end: image.kernel_end,
                 initramfs_limit: ram.low_end(),
                 max_cmdline: MAX_CMDLINE,
@@ -311,6 +328,7 @@ fn load_kernel(ram: &GuestRam, path: &Path) -> Result<Loaded, BootError> {
             let unpacked = header.pref_address.saturating_add(u64::from(header.init_size));
             Loaded {
                 entry: Entry::Linux64 { rip: image.kernel_load.0 + BZIMAGE_ENTRY_64 },
+                start: header.pref_address,
                 end: image.kernel_end.max(unpacked),
                 initramfs_limit: ram.low_end().min(u64::from(header.initrd_addr_max) + 1),
                 max_cmdline: MAX_CMDLINE
@@ -520,7 +538,10 @@ mod tests {
             assert!(expected, "{bad:#x}: {error}");
             assert_eq!(ram.find_poison(), [bad], "the rest is whole");
             assert_eq!(ram.renew(&[bad]).healed, [bad]);
-            assert_eq!(load().unwrap(), Entry::Pvh { rip: entry });
+            let boot = load().unwrap();
+            assert_eq!(boot.entry, Entry::Pvh { rip: entry });
+            assert!(boot.kernel.contains(&entry) && boot.kernel.contains(&kernel), "{boot:x?}");
+            assert!(!boot.kernel.contains(&initramfs), "{boot:x?}");
         }
     }
 

@@ -27,7 +27,7 @@ pub struct PoisonArgs {
         conflicts_with_all = ["random", "pid"]
     )]
     pub gpa: Vec<PageRange>,
-    /// This many pages at random, of those that have memory behind them and are whole.
+    /// This many pages at random, of those that have memory of the VM's own behind them and are whole.
     #[arg(long, value_name = "N", conflicts_with = "pid")]
     pub random: Option<NonZeroUsize>,
     /// For the same random pages as in an earlier run, which has printed it.
@@ -52,11 +52,13 @@ pub struct PoisonArgs {
     /// For --via signal --kind ar: which vCPU.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub vcpu: u8,
-    /// Do it even if the guest may not survive it.
+    /// For a forged AR: do it though the guest may not survive it. For hwpoison-inject: do it though the VM
+    /// has no memory cgroup of its own.
     #[arg(long)]
     pub force: bool,
     /// For hwpoison-inject: hit only pages of this memory cgroup: own, the VM's, which is the default
-    /// where it has one; none; or the path of a cgroup's directory, or its inode number.
+    /// (where it has none, --force does without); none; or the path of a cgroup's directory, or its inode
+    /// number.
     #[arg(long, value_name = "own|none|PATH|INODE")]
     pub filter_memcg: Option<MemcgArg>,
     /// For hwpoison-inject: hit only pages of files on this device.

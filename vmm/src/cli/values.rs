@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::number;
 use crate::poison::PageRange;
 
 /// `path=PATH` or `PATH`.
@@ -42,23 +43,7 @@ impl FromStr for PageRange {
 /// # Errors
 /// Words for the user.
 pub fn parse_number(text: &str) -> Result<u64, String> {
-    let wrong = || format!("{text:?} is not a number; expected e.g. 512M, 4G, 4096 or 0x1000");
-    // Rust's own parsers take a sign.
-    if text.contains('+') {
-        return Err(wrong());
-    }
-    if let Some(digits) = text.strip_prefix("0x") {
-        return u64::from_str_radix(digits, 16).map_err(|_| wrong());
-    }
-    let (digits, shift) = match text.as_bytes().last() {
-        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
-        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
-        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
-        Some(b'T' | b't') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
-    let number: u64 = digits.parse().map_err(|_| wrong())?;
-    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} does not fit into 64 bits"))
+    number::with_unit(text)
 }
 
 #[cfg(test)]

@@ -6,10 +6,10 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::flags::{FlagsFilter, names};
+use crate::number;
 
 /// Where they are (`mm/hwpoison-inject.c`). Each file holds one decimal number; 0x… is taken, too.
 const DIR: &str = "/sys/kernel/debug/hwpoison";
@@ -43,15 +43,6 @@ pub enum FilterError {
         "another mce-relay uses hwpoison-inject's filters at this moment; try again when it is done"
     )]
     Busy,
-    /// The VM's cgroup cannot be found out.
-    #[error("cannot find out the memory cgroup of process {pid}")]
-    Cgroup {
-        /// The VMM.
-        pid: u32,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
 }
 
 fn failed(
@@ -188,13 +179,9 @@ fn read(path: &Path) -> Result<u64, FilterError> {
         false => "run it as root on a kernel with CONFIG_HWPOISON_INJECT",
     };
     let text = std::fs::read_to_string(path).map_err(failed("read", path, mend))?;
-    let digits = text.trim();
-    let number = match digits.strip_prefix("0x") {
-        Some(hex) => u64::from_str_radix(hex, 16),
-        None => digits.parse(),
-    };
-    number.map_err(|error| {
-        failed("understand", path, "it should hold a number")(io::Error::other(error))
+    number::plain(text.trim()).ok_or_else(|| {
+        let found = io::Error::other(format!("it holds {:?}", text.trim()));
+        failed("understand", path, "it should hold a number")(found)
     })
 }
 
@@ -233,68 +220,6 @@ fn left_over_in(dir: &Path) -> Result<Option<String>, FilterError> {
         }
     }
     Ok((!words.is_empty()).then(|| words.join(", ")))
-}
-
-/// A memory cgroup.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Memcg {
-    /// Its directory.
-    pub path: PathBuf,
-    /// The inode number of that, by which the kernel's filter knows it.
-    pub inode: u64,
-    /// How many processes are in it.
-    pub processes: usize,
-}
-
-/// The memory cgroup of process `pid`; `None` where that is the root, which everybody may be in.
-///
-/// # Errors
-/// There is no such process, or its cgroup cannot be looked at.
-pub fn memcg_of(pid: u32) -> Result<Option<Memcg>, FilterError> {
-    let failed = |source| FilterError::Cgroup { pid, source };
-    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).map_err(failed)?;
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").map_err(failed)?;
-    let Some(path) = memcg_path(&groups, &mounts) else { return Ok(None) };
-    let found = match std::fs::metadata(&path) {
-        Ok(found) => found,
-        // Of another cgroup namespace, say.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed(error)),
-    };
-    let procs = std::fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
-    let (inode, processes) = (found.ino(), procs.lines().count());
-    Ok(Some(Memcg { path, inode, processes }))
-}
-
-/// The directory of the memory cgroup that `/proc/PID/cgroup` names, by way of a mount in `mountinfo`;
-/// `None` for the root.
-fn memcg_path(groups: &str, mountinfo: &str) -> Option<PathBuf> {
-    // cgroups(7): hierarchy:controllers:path. Version 1 comes first where both have one.
-    let line = |wanted: &dyn Fn(&str) -> bool| {
-        groups.lines().find_map(|line| {
-            let mut fields = line.splitn(3, ':').skip(1);
-            let controllers = fields.next()?;
-            wanted(controllers).then(|| fields.next().map(str::to_owned))?
-        })
-    };
-    let v1 = line(&|controllers| controllers.split(',').any(|name| name == "memory"));
-    let (path, kind) = match v1 {
-        Some(path) => (path, "cgroup"),
-        None => (line(&str::is_empty)?, "cgroup2"),
-    };
-    let below = path.strip_prefix('/').filter(|below| !below.is_empty())?;
-    // proc_pid_mountinfo(5): the mount point is the fifth field; behind a hyphen are the type of the
-    // file system, its source and its options.
-    let mount = mountinfo.lines().find_map(|line| {
-        let (front, back) = line.split_once(" - ")?;
-        let mut back = back.split(' ');
-        let kind_matches = back.next() == Some(kind);
-        let options = back.nth(1).unwrap_or_default();
-        let has_memory = kind == "cgroup2" || options.split(',').any(|option| option == "memory");
-        let point = front.split(' ').nth(4)?;
-        (kind_matches && has_memory).then(|| PathBuf::from(point))
-    })?;
-    Some(mount.join(below))
 }
 
 #[cfg(test)]
@@ -385,19 +310,5 @@ mod tests {
         let error = filter.apply_in(dir.path()).unwrap_err().to_string();
         assert!(error.contains("CONFIG_MEMCG"), "{error}");
         assert_eq!(left_over_in(dir.path()).unwrap(), None);
-    }
-
-    #[test]
-    fn a_cgroup_is_found_by_its_mount() {
-        let mounts = "24 1 0:22 / /sys rw - sysfs sysfs rw\n\
-                      30 24 0:26 / /sys/fs/cgroup rw shared:9 - cgroup2 cgroup2 rw\n\
-                      31 24 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n";
-        let path = |groups| memcg_path(groups, mounts);
-        assert_eq!(path("0::/vms/a\n"), Some("/sys/fs/cgroup/vms/a".into()));
-        let both = "5:cpu:/\n4:memory:/vm\n0::/x\n";
-        assert_eq!(path(both), Some("/sys/fs/cgroup/memory/vm".into()));
-        assert_eq!(path("0::/\n"), None);
-        assert_eq!(path(""), None);
-        assert_eq!(memcg_path("0::/a\n", ""), None);
     }
 }

@@ -2,6 +2,8 @@
 
 use std::str::FromStr;
 
+use crate::number;
+
 /// Bits of /proc/kpageflags (`include/uapi/linux/kernel-page-flags.h`; from 32 on, those that the
 /// kernel shows to its own developers, `include/linux/kernel-page-flags.h`).
 pub const NAMES: [(u32, &str); 38] = [
@@ -45,12 +47,34 @@ pub const NAMES: [(u32, &str); 38] = [
     (42, "arch_3"),
 ];
 
-/// KPF_HWPOISON.
-pub const HWPOISON: u64 = 1 << 19;
+/// KPF_LRU: on one of the lists of pages that can be reclaimed.
+pub const LRU: u64 = 1 << 5;
+/// KPF_SLAB: the kernel's own objects.
+pub const SLAB: u64 = 1 << 7;
+/// KPF_BUDDY: free memory.
+pub const BUDDY: u64 = 1 << 10;
+/// KPF_MMAP: mapped into the address space of a process.
+pub const MMAP: u64 = 1 << 11;
+/// KPF_ANON: memory of processes that is of no file.
+pub const ANON: u64 = 1 << 12;
 /// KPF_HUGE: a page of hugetlb.
 pub const HUGE: u64 = 1 << 17;
+/// KPF_HWPOISON: bad.
+pub const HWPOISON: u64 = 1 << 19;
+/// KPF_NOPAGE: there is no memory that the kernel manages; also memory of a device (DAX).
+pub const NOPAGE: u64 = 1 << 20;
+/// KPF_KSM: one page in the place of several that had the same in them, of any processes.
+pub const KSM: u64 = 1 << 21;
 /// KPF_THP: part of a transparent huge page.
 pub const THP: u64 = 1 << 22;
+/// KPF_OFFLINE: taken from this kernel, as by a balloon.
+pub const OFFLINE: u64 = 1 << 23;
+/// KPF_ZERO_PAGE: the page, or with KPF_THP the huge page, that every process reads that has written nothing.
+pub const ZERO_PAGE: u64 = 1 << 24;
+/// KPF_PGTABLE: a page table.
+pub const PGTABLE: u64 = 1 << 26;
+/// KPF_RESERVED (`include/linux/kernel-page-flags.h`): the kernel's own or the firmware's.
+pub const RESERVED: u64 = 1 << 32;
 
 /// The names of the flags that are set; one that has no name here by its number.
 #[must_use]
@@ -68,11 +92,7 @@ pub fn names(flags: u64) -> Vec<String> {
 /// # Errors
 /// Words for the user.
 pub fn mask(text: &str) -> Result<u64, String> {
-    let number = match text.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16).ok(),
-        None => text.parse().ok(),
-    };
-    if let Some(number) = number {
+    if let Some(number) = number::plain(text) {
         return Ok(number);
     }
     text.split('+').try_fold(0, |flags, name| {
@@ -126,6 +146,25 @@ mod tests {
         assert_eq!(mask("anon+hwpoison"), Ok(1 << 12 | 1 << 19));
         assert_eq!(mask("0x80000"), Ok(HWPOISON));
         assert_eq!(mask("0"), Ok(0));
+        let constants = [
+            (LRU, "lru"),
+            (SLAB, "slab"),
+            (BUDDY, "buddy"),
+            (MMAP, "mmap"),
+            (ANON, "anon"),
+            (HUGE, "huge"),
+            (HWPOISON, "hwpoison"),
+            (NOPAGE, "nopage"),
+            (KSM, "ksm"),
+            (THP, "thp"),
+            (OFFLINE, "offline"),
+            (ZERO_PAGE, "zero_page"),
+            (PGTABLE, "pgtable"),
+            (RESERVED, "reserved"),
+        ];
+        for (flag, name) in constants {
+            assert_eq!(mask(name), Ok(flag));
+        }
         for (bit, name) in NAMES {
             assert_eq!(mask(name), Ok(1 << bit));
         }

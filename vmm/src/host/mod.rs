@@ -5,6 +5,8 @@
 pub mod accounts;
 pub mod filter;
 pub mod flags;
+pub mod memcg;
+pub mod pagemap;
 mod unpoison;
 pub mod x86_injector;
 
@@ -13,6 +15,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+pub use pagemap::Pagemap;
 pub use unpoison::{UnpoisonError, unpoison};
 
 /// Where hwpoison-inject takes page frame numbers.
@@ -23,10 +26,6 @@ pub const UNPOISON_PFN: &str = "/sys/kernel/debug/hwpoison/unpoison-pfn";
 pub const EARLY_KILL_SYSCTL: &str = "/proc/sys/vm/memory_failure_early_kill";
 
 const PAGE_SHIFT: u32 = 12;
-// Documentation/admin-guide/mm/pagemap.rst
-const PM_PRESENT: u64 = 1 << 63;
-const PM_SWAP: u64 = 1 << 62;
-const PM_PFN: u64 = (1 << 55) - 1;
 
 /// Why the host could not be asked, or told.
 #[derive(Debug, thiserror::Error)]
@@ -102,37 +101,6 @@ impl Table {
             .read_exact_at(&mut entry, offset)
             .map_err(file_error("read", &self.path, self.mend))?;
         Ok(u64::from_ne_bytes(entry))
-    }
-}
-
-/// What is behind the virtual addresses of a process.
-#[derive(Debug)]
-pub struct Pagemap(Table);
-
-impl Pagemap {
-    /// That of process `pid`.
-    ///
-    /// # Errors
-    /// There is no such process, or it is not shown to this user.
-    pub fn open(pid: u32) -> Result<Self, HostError> {
-        let path = PathBuf::from(format!("/proc/{pid}/pagemap"));
-        Table::open(path, "run it as root, on the host that runs the VM").map(Self)
-    }
-
-    /// The page frame number behind host virtual address `hva`.
-    ///
-    /// # Errors
-    /// There is no such page, or it is not shown to this user.
-    pub fn pfn(&self, hva: u64) -> Result<u64, HostError> {
-        let entry = self.0.read(hva >> PAGE_SHIFT)?;
-        match entry & PM_PFN {
-            _ if entry & PM_PRESENT == 0 && entry & PM_SWAP != 0 => {
-                Err(HostError::NotMapped { hva })
-            }
-            _ if entry & PM_PRESENT == 0 => Err(HostError::Absent { hva }),
-            0 => Err(HostError::Hidden),
-            pfn => Ok(pfn),
-        }
     }
 }
 
@@ -254,27 +222,5 @@ impl PfnFile {
         // Each number in one write of its own, whatever the file's offset: see `simple_attr_write`
         // in fs/libfs.c.
         (&self.file).write_all(format!("{pfn:#x}").as_bytes())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_page_that_was_never_written_is_absent() {
-        let path = "/proc/self/pagemap";
-        if File::open(path).is_err() {
-            println!("skipped: no {path}");
-            return;
-        }
-        let pagemap = Pagemap::open(std::process::id()).unwrap();
-        assert!(matches!(pagemap.pfn(0x1000), Err(HostError::Absent { hva: 0x1000 })));
-    }
-
-    #[test]
-    fn a_process_that_is_not_there_is_named() {
-        let error = Pagemap::open(u32::MAX).unwrap_err().to_string();
-        assert!(error.contains("/proc/4294967295/pagemap"), "{error}");
     }
 }

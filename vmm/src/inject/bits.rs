@@ -4,6 +4,8 @@ use std::str::FromStr;
 
 use mce_relay::mca::{Form, mcg, record, status};
 
+use crate::number;
+
 /// MCi_STATUS.PCC: the processor's context is corrupt (SDM vol. 3B, 17.3.2.2).
 pub(super) const PCC: u64 = 1 << 57;
 /// The error code in MCi_STATUS: MCACOD, bits 15:0.
@@ -63,18 +65,16 @@ fn whole(name: &str) -> Option<StatusArg> {
 /// Names with `+` between, and numbers among them.
 fn bits(text: &str, names: &[(&str, u64)]) -> Result<u64, String> {
     text.split('+').try_fold(0, |bits, term| {
-        let number = match term.strip_prefix("0x") {
-            Some(digits) => u64::from_str_radix(digits, 16).ok(),
-            None => term.parse().ok(),
-        };
         let named = names.iter().find(|(name, _)| name.eq_ignore_ascii_case(term));
-        number.or(named.map(|(_, bit)| *bit)).map(|more| bits | more).ok_or_else(|| {
-            let all: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
-            format!(
-                "{term:?} is no bit; expected a number, or of {} with + between",
-                all.join(", ")
-            )
-        })
+        number::plain(term).or(named.map(|(_, bit)| *bit)).map(|more| bits | more).ok_or_else(
+            || {
+                let all: Vec<&str> = names.iter().map(|(name, _)| *name).collect();
+                format!(
+                    "{term:?} is no bit; expected a number, or of {} with + between",
+                    all.join(", ")
+                )
+            },
+        )
     })
 }
 

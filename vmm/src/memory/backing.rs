@@ -131,6 +131,8 @@ pub(super) struct Backing {
     page_size: u64,
     /// The file, and where in it the mapping begins.
     file: Option<(Arc<File>, u64)>,
+    /// The file is this process's own.
+    memfd: bool,
     shared: bool,
     /// `None` where the pages are none that the host could join.
     thp: Option<bool>,
@@ -151,6 +153,7 @@ impl Backing {
             len,
             page_size,
             file: opened.file.as_ref().map(|file| (Arc::clone(file), offset)),
+            memfd: opened.memfd,
             shared: zone.shared,
             thp: (page_size == PAGE_SIZE).then_some(zone.thp),
             prefault: zone.prefault,
@@ -229,8 +232,8 @@ impl Backing {
 
     /// The kind of this mapping, and no mapping.
     fn copy(&self) -> Self {
-        let Self { page_size, shared, thp, prefault, .. } = *self;
-        Self { hva: 0, len: 0, page_size, file: None, shared, thp, prefault }
+        let Self { page_size, memfd, shared, thp, prefault, .. } = *self;
+        Self { hva: 0, len: 0, page_size, file: None, memfd, shared, thp, prefault }
     }
 
     /// Puts a mapping that nobody can use at `start..start + len`, so that nothing else of this
@@ -311,6 +314,11 @@ impl Backing {
     /// The file, and where in it the mapping begins.
     pub(super) fn file(&self) -> Option<(&File, u64)> {
         self.file.as_ref().map(|(file, offset)| (&**file, *offset))
+    }
+
+    /// Whether the file is one that this process has made for nothing else.
+    pub(super) fn is_memfd(&self) -> bool {
+        self.memfd
     }
 
     /// Whether others that map the file see the same memory.

@@ -7,8 +7,9 @@ use mce_relay::mca::Kind;
 
 use super::Means;
 use super::uffd::Uffd;
-use crate::api::{Gpa, Poison, Poisoning, Running};
+use crate::api::{Gpa, MemoryBlock, Poison, Poisoning, Running};
 use crate::control::{Hold, Parked};
+use crate::memory::PAGE_SIZE;
 
 /// How long the vCPUs may take to leave the guest.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
@@ -52,6 +53,9 @@ pub enum InsideError {
     Ended,
 }
 
+/// What became of a page: whether it was bad before, where that was looked at, and whether it was done.
+type Done = (Option<bool>, Result<(), String>);
+
 /// Does to the pages what `asked` says; what became of each.
 ///
 /// # Errors
@@ -63,18 +67,21 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
             return Err(InsideError::NotRam { gpa: *gpa, ram: info.ram_in_words() });
         }
     }
-    let one = |gpa: &Gpa, result: Result<(), String>| Poisoning { gpa: *gpa, error: result.err() };
-    let each = |poison: &dyn Fn(u64, u64, u64) -> Result<(), String>| {
+    let each = |poison: &dyn Fn(&Place) -> Done| {
         let pages = asked.gpas.iter().map(|gpa| {
             // Looked up above.
-            let block = info.block(gpa.0).ok_or_else(|| "not guest RAM".to_owned());
-            let done = block.and_then(|block| {
-                let hva = block.hva + (gpa.0 - block.gpa);
-                poison(gpa.0, hva, block.page_size)
-            });
-            one(gpa, done)
+            let (was_bad, done) = match info.block(gpa.0) {
+                Some(block) => poison(&Place::new(block, gpa.0)),
+                None => (None, Err("not guest RAM".to_owned())),
+            };
+            Poisoning { gpa: *gpa, was_bad, error: done.err() }
         });
         pages.collect()
+    };
+    let is_bad = |place: &Place| {
+        let gpa = place.gpa & !(PAGE_SIZE - 1);
+        let known = running.relay.inspect(|l| l.get(gpa).is_some_and(|page| !page.is_forged()));
+        known || place.is_bad()
     };
     match asked.via {
         Means::HwpoisonInject | Means::MceInject => Err(InsideError::Outside(asked.via)),
@@ -87,26 +94,80 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
                     last,
                 });
             }
-            Ok(each(&|gpa, _, _| running.relay.forge(gpa, vcpu).map_err(|e| e.to_string())))
+            Ok(each(&|place| {
+                let was_bad = Some(is_bad(place));
+                let forged = running.relay.forge(place.gpa, vcpu).map_err(|e| e.to_string());
+                (was_bad, forged)
+            }))
         }
-        Means::Madvise => Ok(each(&|_, hva, _| {
-            let done = running.relay.poisoning(|| advise(hva, libc::MADV_HWPOISON));
-            done.and_then(|done| done).map_err(|error| refused("MADV_HWPOISON", &error))
+        Means::Madvise => Ok(each(&|place| {
+            let done = place.own().and_then(|()| {
+                let done = running.relay.poisoning(|| advise(place.hva, libc::MADV_HWPOISON));
+                done.and_then(|done| done).map_err(|error| refused("MADV_HWPOISON", &error))
+            });
+            (None, done)
         })),
-        Means::SoftOffline => Ok(each(&|_, hva, _| {
-            advise(hva, libc::MADV_SOFT_OFFLINE)
-                .map_err(|error| refused("MADV_SOFT_OFFLINE", &error))
+        Means::SoftOffline => Ok(each(&|place| {
+            let done = place.own().and_then(|()| {
+                advise(place.hva, libc::MADV_SOFT_OFFLINE)
+                    .map_err(|error| refused("MADV_SOFT_OFFLINE", &error))
+            });
+            (None, done)
         })),
         Means::Uffd => {
             let uffd = Uffd::open().map_err(InsideError::Uffd)?;
             let held = held(running)?;
-            let done = each(&|_, hva, size| {
-                let page = hva - hva % size;
-                uffd.poison(page, size).map_err(|error| format!("UFFDIO_POISON: {error}"))
+            let done = each(&|place| {
+                if is_bad(place) {
+                    return (Some(true), Err("it is bad already; nothing was done".to_owned()));
+                }
+                let page = place.hva - place.hva % place.page_size;
+                let done = uffd.poison(page, place.page_size);
+                (Some(false), done.map_err(|error| format!("UFFDIO_POISON: {error}")))
             });
             drop(held);
             Ok(done)
         }
+    }
+}
+
+/// A page of guest RAM in this process.
+struct Place {
+    gpa: u64,
+    hva: u64,
+    /// In bytes.
+    page_size: u64,
+    /// Nobody else can have what is written there.
+    is_private: bool,
+}
+
+impl Place {
+    fn new(block: &MemoryBlock, gpa: u64) -> Self {
+        let hva = block.hva + (gpa - block.gpa);
+        Self { gpa, hva, page_size: block.page_size, is_private: !block.shared }
+    }
+
+    /// Whether the kernel says that it is bad. One that has no memory gets some, to be read.
+    fn is_bad(&self) -> bool {
+        advise(self.hva, libc::MADV_POPULATE_READ)
+            .is_err_and(|error| error.raw_os_error() == Some(libc::EHWPOISON))
+    }
+
+    /// Sees to it that what is there is this process's own. What it has only read may be the zero page of
+    /// the whole host, a page of KSM's, or the file's own; as soon as it is written to it is a copy of those.
+    /// Nothing of what is in it changes.
+    fn own(&self) -> Result<(), String> {
+        if !self.is_private {
+            return Ok(());
+        }
+        advise(self.hva, libc::MADV_POPULATE_WRITE).map_err(|error| match error.raw_os_error() {
+            Some(libc::EHWPOISON) => "it is bad already; nothing was done".to_owned(),
+            Some(libc::EINVAL) => format!(
+                "madvise(MADV_POPULATE_WRITE): {error}; it takes Linux 5.14, without which nobody can tell \
+                 whose page it is"
+            ),
+            _ => format!("madvise(MADV_POPULATE_WRITE): {error}; the page has no memory of its own"),
+        })
     }
 }
 
@@ -123,12 +184,12 @@ fn refused(what: &str, error: &io::Error) -> String {
     }
 }
 
-/// madvise on the 4 KiB page at `hva`.
+/// madvise on the 4 KiB page that holds `hva`.
 fn advise(hva: u64, advice: libc::c_int) -> io::Result<()> {
     let page = hva & !0xfff;
     let page = usize::try_from(page).map_err(io::Error::other)?;
-    // SAFETY: the page is guest RAM, into which no reference exists; that it goes bad is what everybody
-    // who uses it is made for.
+    // SAFETY: the page is guest RAM, into which no reference exists; that it goes bad, if it does, is what
+    // everybody who uses it is made for.
     let result =
         unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(page), 4096, advice) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -18,7 +18,12 @@ use super::{Asked, FilterChoice, Looked, Means, Order, PoisonError, Target};
 use crate::api::VmInfo;
 use crate::host::Injector;
 use crate::host::filter::{self, Filter, FilterInForce};
+use crate::host::flags::{self, FlagsFilter};
+use crate::host::memcg::{self, Memcg, NoMemcg};
 use crate::host::x86_injector::X86Injector;
+
+/// A page that is no huge one, in bytes.
+const PAGE_SIZE: u64 = 4096;
 
 /// One of the means, ready to be used again and again.
 pub(super) enum Poisoner {
@@ -37,26 +42,41 @@ pub(super) enum Poisoner {
 }
 
 /// The filter that is to be in force, with words about it.
-fn chosen(vm: &VmInfo, order: &Order<'_>) -> Result<(Option<Filter>, Vec<String>), PoisonError> {
+pub(super) fn filter(
+    vm: &VmInfo,
+    order: &Order<'_>,
+    targets: &[Target],
+) -> Result<(Option<Filter>, Vec<String>), PoisonError> {
     if order.via != Means::HwpoisonInject {
         return Ok((None, Vec::new()));
     }
     let mut notes = Vec::new();
     let filter = match &order.filter {
-        FilterChoice::Nothing => None,
+        FilterChoice::Nothing => {
+            notes.push(
+                "no memory cgroup keeps everybody else's pages from it (--filter-memcg none)"
+                    .to_owned(),
+            );
+            None
+        }
         FilterChoice::Given(filter) => Some(filter.clone()),
-        FilterChoice::OwnCgroup(others) => match filter::memcg_of(vm.pid)? {
-            Some(group) if filter::has_memcg() => {
-                notes.push(format!(
-                    "only pages of the VM's own memory cgroup can be hit ({})",
-                    group.path.display()
-                ));
-                if group.processes > 1 {
-                    notes.push(format!("which has {} processes in it", group.processes));
-                }
-                Some(Filter { memcg: Some(group.inode), ..others.clone() })
+        FilterChoice::OwnCgroup(others) => match own_cgroup(vm, targets, others)? {
+            Ok(own) => {
+                notes.push(own.to_string());
+                Some(own.filter(others))
             }
-            _ => Some(others.clone()).filter(|others| *others != Filter::default()),
+            Err(why) if order.force => {
+                notes.push(format!(
+                    "{why}, so nothing keeps everybody else's pages from it (--force)"
+                ));
+                Some(others.clone()).filter(|others| *others != Filter::default())
+            }
+            Err(why) if order.dry_run => {
+                let error = PoisonError::Unprotected { why };
+                notes.push(format!("it would be refused: {error}"));
+                Some(others.clone()).filter(|others| *others != Filter::default())
+            }
+            Err(why) => return Err(PoisonError::Unprotected { why }),
         },
     };
     // The VM's own cgroup has words already.
@@ -75,30 +95,84 @@ fn chosen(vm: &VmInfo, order: &Order<'_>) -> Result<(Option<Filter>, Vec<String>
     Ok((filter, notes))
 }
 
-/// What would hold pages back, for people.
-pub(super) fn filter_in_words(vm: &VmInfo, order: &Order<'_>) -> Result<Vec<String>, PoisonError> {
-    chosen(vm, order).map(|(_, notes)| notes)
+/// What the filter is that is in force where nobody asks for another.
+#[derive(Debug, PartialEq, Eq)]
+enum Own {
+    Cgroup(Memcg),
+    /// Of pages that are charged to no cgroup.
+    Hugetlb,
+}
+
+impl Own {
+    /// What keeps everybody else's pages from the poison of `targets`, if the VM has the cgroup `group`.
+    fn new(group: Memcg, targets: &[Target], others: &Filter) -> Result<Self, NoMemcg> {
+        let is_huge = |target: &Target| target.page_size > PAGE_SIZE;
+        match targets.iter().filter(|target| is_huge(target)).count() {
+            0 => Ok(Self::Cgroup(group)),
+            _ if group.has_hugetlb => Ok(Self::Cgroup(group)),
+            // Where flags are asked for it is these that count.
+            huge if huge == targets.len() && others.flags.is_none() => Ok(Self::Hugetlb),
+            _ => Err(NoMemcg::Mixed),
+        }
+    }
+
+    fn filter(&self, others: &Filter) -> Filter {
+        match self {
+            Self::Cgroup(group) => Filter { memcg: Some(group.inode), ..others.clone() },
+            Self::Hugetlb => {
+                let flags = Some(FlagsFilter { mask: flags::HUGE, value: flags::HUGE });
+                Filter { flags, ..others.clone() }
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Own {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Cgroup(Memcg { path, processes, .. }) => {
+                let path = path.display();
+                write!(f, "only pages of the VM's own memory cgroup can be hit ({path})")?;
+                match processes {
+                    0 | 1 => Ok(()),
+                    processes => write!(f, ", which has {processes} processes in it"),
+                }
+            }
+            Self::Hugetlb => f.write_str(
+                "only huge pages of hugetlb can be hit, whoever's (this host charges them to no memory cgroup)",
+            ),
+        }
+    }
+}
+
+/// The filter by the VM's memory cgroup, where the kernel has one.
+fn own_cgroup(
+    vm: &VmInfo,
+    targets: &[Target],
+    others: &Filter,
+) -> Result<Result<Own, NoMemcg>, PoisonError> {
+    // Whether the module is there at all has to be known before.
+    Injector::open()?;
+    if !filter::has_memcg() {
+        return Ok(Err(NoMemcg::NoFilter));
+    }
+    Ok(memcg::of(vm.pid)?.and_then(|group| Own::new(group, targets, others)))
 }
 
 impl Poisoner {
-    pub(super) fn open(
-        vm: &VmInfo,
-        order: &Order<'_>,
-        notes: &mut Vec<String>,
-    ) -> Result<Self, PoisonError> {
+    /// Makes the means ready, on the VMM's process `pid`.
+    pub(super) fn open(pid: u32, via: Means, filter: Option<Filter>) -> Result<Self, PoisonError> {
         let madvise = |advice| {
             register_signal_handler(libc::SIGBUS, ignore)
                 .map_err(|error| PoisonError::Madvise(error.into()))?;
-            Ok(Self::Madvise { pid: vm.pid, advice, files: HashMap::new() })
+            Ok(Self::Madvise { pid, advice, files: HashMap::new() })
         };
-        match order.via {
+        match via {
             Means::Madvise => madvise(libc::MADV_HWPOISON),
             Means::SoftOffline => madvise(libc::MADV_SOFT_OFFLINE),
             Means::MceInject => Ok(Self::Mce(X86Injector::open()?)),
             Means::HwpoisonInject | Means::Uffd | Means::Signal => {
                 let injector = Injector::open()?;
-                let (filter, more) = chosen(vm, order)?;
-                notes.extend(more);
                 let filter = filter.map(|filter| filter.apply()).transpose()?;
                 Ok(Self::Inject { injector, filter })
             }
@@ -168,25 +242,21 @@ impl Drop for Interrupted {
 pub(super) fn poison(
     poisoner: &mut Poisoner,
     targets: &[Target],
-    looked: &mut Looked,
+    looked: &Looked,
     interrupted: &Interrupted,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Vec<Asked> {
     let mut asked = Vec::with_capacity(targets.len());
     for target in targets {
         if interrupted.is_set() {
-            asked.push((None, Err(PoisonError::Interrupted)));
+            asked.push(Asked::new(None, Err(PoisonError::Interrupted)));
             continue;
         }
         // The host may have moved the page since it was looked up, and the frame may be somebody
         // else's by now. Looking again leaves no more time for that than poisoning one page does.
-        let pfn = match &looked.pagemap {
-            Some(pagemap) => pagemap.pfn(target.hva),
-            None => Err(crate::host::HostError::Hidden),
-        };
-        asked.push(match pfn {
-            Ok(pfn) => (Some(pfn), poisoner.poison(target, pfn)),
-            Err(error) => (None, Err(error.into())),
+        asked.push(match looked.fit(target) {
+            Ok(pfn) => Asked::new(Some(pfn), poisoner.poison(target, pfn)),
+            Err(error) => Asked::new(None, Err(error)),
         });
         progress(asked.len(), targets.len());
     }
@@ -222,4 +292,39 @@ fn madvise(memory: &File, offset: u64, page_size: u64, advice: c_int) -> Result<
     // SAFETY: as above; it is not used afterwards.
     unsafe { libc::munmap(page, all) };
     if result == 0 { Ok(()) } else { Err(PoisonError::Madvise(error)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(page_size: u64) -> Target {
+        Target { gpa: 0, hva: 0, fd: None, offset: 0, page_size, is_private_file: false }
+    }
+
+    #[test]
+    fn what_keeps_others_pages_from_it() {
+        let group = |has_hugetlb| Memcg {
+            path: "/sys/fs/cgroup/vm".into(),
+            inode: 77,
+            processes: 1,
+            has_hugetlb,
+        };
+        let (small, huge) = ([target(4096)], [target(2 << 20), target(2 << 20)]);
+        let mixed = [target(4096), target(2 << 20)];
+        let none = Filter::default();
+        let flags = Filter { flags: Some("dirty=dirty".parse().unwrap()), ..Filter::default() };
+        let own = |has_hugetlb, targets: &[Target], others| {
+            Own::new(group(has_hugetlb), targets, others).map(|own| own.filter(others))
+        };
+        let by_cgroup = Filter { memcg: Some(77), ..Filter::default() };
+        let by_flags = Filter { flags: Some("huge=huge".parse().unwrap()), ..Filter::default() };
+        assert_eq!(own(false, &small, &none), Ok(by_cgroup.clone()));
+        assert_eq!(own(false, &small, &flags), Ok(Filter { memcg: Some(77), ..flags.clone() }));
+        assert_eq!(own(true, &huge, &none), Ok(by_cgroup.clone()));
+        assert_eq!(own(true, &mixed, &none), Ok(by_cgroup));
+        assert_eq!(own(false, &huge, &none), Ok(by_flags));
+        assert_eq!(own(false, &huge, &flags), Err(NoMemcg::Mixed));
+        assert_eq!(own(false, &mixed, &none), Err(NoMemcg::Mixed));
+    }
 }
