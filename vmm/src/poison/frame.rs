@@ -9,6 +9,7 @@ use crate::host::flags::{
     ANON, BUDDY, HUGE, HWPOISON, KSM, MMAP, NOPAGE, OFFLINE, PGTABLE, RESERVED, SLAB, THP,
     ZERO_PAGE,
 };
+use crate::host::pagemap::Entry;
 use crate::host::{HostError, PageCounts, PageFlags, Pagemap};
 
 const PAGE_SHIFT: u32 = 12;
@@ -55,8 +56,8 @@ impl std::fmt::Display for Unfit {
                  there; it has to write to the page first (--via uffd and signal do without)"
             }
             Self::Ksm => {
-                "is shared by KSM with other processes that have the same in a page, and they would lose it, too; \
-                 have the guest write to it, or as root: echo 2 > /sys/kernel/mm/ksm/run"
+                "is shared with others who have the same in a page of theirs (KSM has joined them), and they would \
+                 lose it, too; have the guest write to it, or as root: echo 2 > /sys/kernel/mm/ksm/run"
             }
             Self::Reserved => "is reserved (the kernel's own, the firmware's or a device's), so it is not poisoned",
             Self::NoPage => {
@@ -72,11 +73,15 @@ impl std::fmt::Display for Unfit {
 }
 
 /// Whether a page frame with these flags in /proc/kpageflags may be poisoned, given that a VMM has it mapped as
-/// guest RAM.
+/// guest RAM; `exclusive`: nobody else has, by the VMM's page table.
+///
+/// Some kernels (Linux 6.12 is one) say KSM of all anonymous memory, since their test of two bits is content with
+/// one (`stable_page_flags` in `fs/proc/page.c`). So it is believed of a page that others have mapped, too; KSM's
+/// one that nobody else has is as good as the VM's own.
 ///
 /// # Errors
 /// Why not.
-pub fn judge(flags: u64) -> Result<(), Unfit> {
+pub fn judge(flags: u64, exclusive: bool) -> Result<(), Unfit> {
     let is = |flag: u64| flags & flag != 0;
     // First: the kernel leaves a bad page with whatever else is in its words.
     let why = if is(HWPOISON) {
@@ -87,7 +92,7 @@ pub fn judge(flags: u64) -> Result<(), Unfit> {
         Unfit::HugeZeroPage
     } else if is(ZERO_PAGE) {
         Unfit::ZeroPage
-    } else if is(KSM) {
+    } else if is(KSM) && !exclusive {
         Unfit::Ksm
     } else if is(RESERVED) {
         Unfit::Reserved
@@ -167,12 +172,14 @@ impl Frames {
         for _ in 0..LOOKS {
             let pfn = self.pagemap.pfn(target.hva)?;
             let flags = self.flags_of(pfn, target.page_size)?;
-            if self.pagemap.pfn(target.hva)? == pfn {
-                return match judge(flags) {
-                    Ok(()) => Ok(Frame { pfn, flags }),
-                    Err(why) => Err(FrameError::Unfit { pfn, why }),
-                };
-            }
+            let exclusive = match self.pagemap.entry(target.hva)? {
+                Entry::Present { pfn: now, exclusive } if now == Some(pfn) => exclusive,
+                _ => continue,
+            };
+            return match judge(flags, exclusive) {
+                Ok(()) => Ok(Frame { pfn, flags }),
+                Err(why) => Err(FrameError::Unfit { pfn, why }),
+            };
         }
         Err(FrameError::Moves { hva: target.hva })
     }
@@ -229,7 +236,8 @@ mod tests {
             ("zero_page", Err(Unfit::ZeroPage)),
             ("zero_page+thp+compound_head", Err(Unfit::HugeZeroPage)),
             ("zero_page+thp+compound_tail+uptodate", Err(Unfit::HugeZeroPage)),
-            ("mmap+anon+ksm+uptodate+swapbacked", Err(Unfit::Ksm)),
+            // As Linux 6.12 shows every page of anonymous memory.
+            ("referenced+uptodate+dirty+lru+mmap+anon+swapbacked+ksm+mappedtodisk", Ok(())),
             // A bad page, which looks like one of KSM.
             ("anon+swapbacked+hwpoison+ksm+mappedtodisk", Err(Unfit::Bad)),
             ("huge+hwpoison", Err(Unfit::Bad)),
@@ -244,7 +252,16 @@ mod tests {
             ("lru+uptodate+anon+swapbacked", Err(Unfit::Unmapped)),
             ("compound_head", Err(Unfit::Unmapped)),
         ] {
-            assert_eq!(judge(mask(flags).unwrap()), verdict, "{flags}");
+            assert_eq!(judge(mask(flags).unwrap(), true), verdict, "{flags}");
+        }
+        // Mapped more than once: KSM's page, one of a memfd, and the zero page.
+        for (flags, verdict) in [
+            ("mmap+anon+ksm+uptodate+swapbacked", Err(Unfit::Ksm)),
+            ("uptodate+lru+mmap+swapbacked", Ok(())),
+            ("mmap+anon+swapbacked", Ok(())),
+            ("zero_page", Err(Unfit::ZeroPage)),
+        ] {
+            assert_eq!(judge(mask(flags).unwrap(), false), verdict, "{flags}");
         }
     }
 
@@ -252,10 +269,10 @@ mod tests {
     #[test]
     fn one_flag_is_enough_to_refuse() {
         let own = MMAP | ANON | LRU;
-        assert_eq!(judge(own), Ok(()));
+        assert_eq!(judge(own, false), Ok(()));
         for flag in [HWPOISON, NOPAGE, ZERO_PAGE, KSM, RESERVED, OFFLINE, PGTABLE, SLAB, BUDDY] {
-            let why = judge(own | flag).unwrap_err();
-            assert_eq!(judge(HUGE | flag), Err(why), "{flag:#x}");
+            let why = judge(own | flag, false).unwrap_err();
+            assert_eq!(judge(HUGE | flag, false), Err(why), "{flag:#x}");
             assert!(why.to_string().starts_with("is ") || why == Unfit::Slab, "{why}");
         }
     }
