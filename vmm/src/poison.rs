@@ -141,6 +141,8 @@ pub struct Poisoned {
     pub forged: bool,
     /// Whether the page was really bad before; `null` where nobody can say.
     pub was_bad: Option<bool>,
+    /// How often the page frame is mapped on this host, where that is known.
+    pub mapped: Option<u64>,
     /// Bytes that are lost with the page, which are the whole of a huge page of hugetlb.
     pub extent: u64,
     /// Some of them are in the range where the guest's kernel was loaded.
@@ -167,6 +169,7 @@ impl Poisoned {
             via,
             forged,
             was_bad: None,
+            mapped: None,
             extent: 1 << PAGE_SHIFT,
             guest_kernel: false,
             goes_with: None,
@@ -437,13 +440,13 @@ impl Prepared<'_> {
             Means::Madvise | Means::SoftOffline => targets.iter().any(|target| target.fd.is_none()),
             Means::HwpoisonInject | Means::MceInject => false,
         };
-        if by_vmm {
-            let start = Instant::now();
-            let asked = ask_vmm(order, &targets, &looked, progress)?;
-            return Ok(settle(order, pages, asked, &looked, start.elapsed(), Vec::new()));
-        }
         // Before anything of the host's is changed.
         let interrupted = outside::Interrupted::new();
+        if by_vmm {
+            let start = Instant::now();
+            let asked = ask_vmm(order, &targets, &looked, &interrupted, progress)?;
+            return Ok(settle(order, pages, asked, &looked, start.elapsed(), Vec::new()));
+        }
         let mut poisoner = outside::Poisoner::open(vm.pid, order.via, filter)?;
         let start = Instant::now();
         let asked = outside::poison(&mut poisoner, &targets, &looked, &interrupted, progress);
@@ -509,7 +512,8 @@ fn look(
             Looked::Whole(frames) => match frames.fit(target) {
                 Ok(frame) => {
                     (page.pfn, page.was_bad) = (Some(frame.pfn), Some(false));
-                    if frames.mapped(frame.pfn).is_some_and(|count| count > 1) {
+                    page.mapped = frames.mapped(frame.pfn);
+                    if page.mapped.is_some_and(|count| count > 1) {
                         of_others.push(gpa);
                     }
                     if frame.is_of_file() && target.is_private_file {
@@ -582,12 +586,17 @@ fn ask_vmm(
     order: &Order<'_>,
     targets: &[Target],
     looked: &Looked,
+    interrupted: &outside::Interrupted,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Asked>, PoisonError> {
     let Order { via, kind, vcpu, .. } = *order;
     let of_frames = via.is_of_frames();
     let mut asked = Vec::with_capacity(targets.len());
     for some in targets.chunks(if of_frames { 1 } else { AT_ONCE }) {
+        if interrupted.is_set() {
+            asked.extend(some.iter().map(|_| Asked::new(None, Err(PoisonError::Interrupted))));
+            continue;
+        }
         let mut pfn = None;
         if let [target] = some
             && of_frames

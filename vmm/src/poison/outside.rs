@@ -225,7 +225,7 @@ impl Interrupted {
         Self { flag, ids }
     }
 
-    fn is_set(&self) -> bool {
+    pub(super) fn is_set(&self) -> bool {
         self.flag.load(Ordering::Relaxed)
     }
 }
