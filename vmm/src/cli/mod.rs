@@ -130,6 +130,8 @@ pub enum Command {
     ///
     /// All addresses are checked before the first page is poisoned; then the pages are poisoned as
     /// fast as the kernel takes them, and looked at. Exit status 1 when not all of them are bad.
+    /// What is not the VM's own memory, such as the host's zero page, is left alone. What goes with a page
+    /// is said before it goes, and with --dry-run.
     ///
     /// Most means need root and a host kernel with memory failure handling, and really take the page
     /// out of use on this host: use the lab (make lab) unless the host is meant for it. uffd and signal
