@@ -51,7 +51,11 @@ run: build guest-image lab-image
 	MCE_RELAY_VENDOR=$(or $(VENDOR),intel) tests/lab/run.sh target/release/hold target/release/show
 endif
 
-test: build guest-image lab-image
+# What reads dumps; not having it fails nothing.
+judges: setup
+	@tests/judges/setup.sh
+
+test: build guest-image lab-image judges
 	NATIVE=$(NATIVE) tests/run.sh
 
 soak: build guest-image lab-image
@@ -109,4 +113,4 @@ target/tools/bin/cargo-deny:
 clean:
 	rm -rf target
 
-.PHONY: help setup build dist guest-image lab-image run test soak bench fuzz peer lab emulators check tools clean
+.PHONY: help setup judges build dist guest-image lab-image run test soak bench fuzz peer lab emulators check tools clean

@@ -2,6 +2,7 @@
 //! lost, and a terminal that is as it was.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
+mod dumps;
 mod faults;
 mod followers;
 mod handlers;
@@ -115,6 +116,10 @@ fn no_memory_failure() -> Result<(), String> {
 
 fn main() -> ExitCode {
     suite::run(mce_relay_tests::tests![
+        dumps::places_that_are_none needs has_kvm,
+        dumps::no_room needs as_root_with_kvm,
+        dumps::ended_by_ctrl_c needs has_kvm,
+        dumps::registers_of_a_paused_vm needs has_kvm,
         faults::every_call_that_can_fail needs has_kvm_and_preload,
         faults::every_call_of_a_reboot needs has_kvm_and_preload,
         faults::an_ar_that_cannot_be_told needs has_kvm_and_preload,

@@ -40,6 +40,11 @@ impl Terminal {
         Self { master, slave }
     }
 
+    /// It, as one of a program's streams.
+    pub fn stdio(&self) -> Stdio {
+        self.slave.try_clone().unwrap().into()
+    }
+
     /// Input, output, control and local modes.
     pub fn modes(&self) -> [libc::tcflag_t; 4] {
         // SAFETY: termios is plain data, and tcgetattr fills it.

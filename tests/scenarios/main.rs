@@ -105,6 +105,7 @@ fn main() -> ExitCode {
         memory::file needs may_poison,
         memory::hugetlb needs may_poison,
         memory::a_huge_page_that_cannot_be_replaced needs may_poison,
+        memory::core needs may_poison,
         memory::dump needs may_poison,
         memory::the_vmms_own_touch needs may_poison,
         memory::while_paused needs may_poison,

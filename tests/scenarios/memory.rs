@@ -2,12 +2,16 @@
 //! when the guest starts over both are good memory again. tests/soak has more kinds.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 
 use mce_relay_tests::agent::{Page, hex};
 use mce_relay_tests::burst::{named_all, settled};
 use mce_relay_tests::guest::{Guest, Options, hva};
-use mce_relay_tests::lab;
 use mce_relay_tests::memory::{HUGE, RAM, heals, of_the_agent, options, touched, whole_again};
+use mce_relay_tests::{judges, lab};
+use object::LittleEndian as LE;
+use object::elf::{FileHeader64, PT_LOAD};
+use object::read::elf::{FileHeader, ProgramHeader};
 use serde_json::Value;
 
 /// Sees to `free` free pages of 2 MiB in the host's pool.
@@ -80,9 +84,8 @@ pub fn a_huge_page_that_cannot_be_replaced() {
     pool(0);
 }
 
-/// 100 bad pages in guest RAM of two zones: the VMM reads around each of them, and the dump has holes there,
-/// exactly.
-pub fn dump() {
+/// A guest of two zones with 100 bad pages, paused; its good pages, and the bad ones.
+fn with_bad_pages() -> (Guest, Vec<Page>, Vec<Page>) {
     let mut guest =
         Guest::boot(&Options { zones: &["size=128M", "size=128M,shared=on"], ..options("") });
     let pages = guest.agent.alloc_many("anon", 4000);
@@ -90,11 +93,75 @@ pub fn dump() {
     assert_eq!(bad.len(), 100);
     guest.poison_many(&bad.iter().map(|page| page.gpa).collect::<Vec<_>>());
     settled(&guest);
+    named_all(&mut guest, bad.len());
     guest.put("vm.pause");
+    (guest, pages, bad)
+}
+
+/// Dumps its memory to a file; the file, and what the command printed.
+fn dumped(guest: &Guest, args: &[&str]) -> (PathBuf, String) {
     let file = guest.path("dump");
-    let out = guest.command("memory dump", &[file.to_str().unwrap()]);
+    let out = guest.command("memory dump", &[args, &[file.to_str().unwrap()]].concat());
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    println!("    {}", String::from_utf8_lossy(&out.stdout).trim());
+    let words = String::from_utf8_lossy(&out.stdout).trim().to_owned();
+    println!("    {words}");
+    assert!(out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
+    (file, words)
+}
+
+/// Bad pages are absent from a core, exactly; all others are as they are in the guest; and crash, drgn and
+/// makedumpfile read it.
+pub fn core() {
+    let (mut guest, pages, bad) = with_bad_pages();
+    let (file, said) = dumped(&guest, &[]);
+    assert!(said.contains("100 poisoned pages are absent"), "{said}");
+
+    let bytes = std::fs::read(&file).unwrap();
+    let header = FileHeader64::<LE>::parse(&*bytes).unwrap();
+    let (vm, mut absent) = (guest.info(), (0..RAM).step_by(4096).collect::<BTreeSet<u64>>());
+    let memory = lab::Memory::of(vm.pid);
+    for load in header.program_headers(LE, &*bytes).unwrap() {
+        if load.p_type(LE) != PT_LOAD {
+            continue;
+        }
+        let data = load.data(LE, &*bytes).unwrap().chunks_exact(4096);
+        for (gpa, page) in (load.p_paddr(LE)..).step_by(4096).zip(data) {
+            assert!(absent.remove(&gpa), "{gpa:#x} is there twice, or is no RAM");
+            assert!(memory.page(hva(&vm, gpa)) == page, "{gpa:#x} differs");
+        }
+    }
+    assert_eq!(absent, bad.iter().map(|page| page.gpa).collect(), "what is bad is absent");
+
+    // What the guest's kernel said last, and of the last of them.
+    let last = format!("Memory failure: {:#x}: ", bad[99].gpa >> 12);
+    let release = said.split_once("its kernel: Linux ").unwrap().1.split(',').next().unwrap();
+    let version = format!("Linux version {release} ");
+    let mut logs = Vec::new();
+    for (judge, log) in [
+        ("drgn", judges::drgn(&file)),
+        ("makedumpfile", judges::makedumpfile(&file, &guest.path("dmesg"))),
+    ] {
+        let Some(log) = log else { continue };
+        let first = log.lines().next().unwrap_or_default();
+        assert!(first.contains(&version), "{judge}: {log}");
+        assert!(log.contains(&last), "{judge}: {last:?} is not in it: {log}");
+        println!("    {judge} reads {} lines of the guest's log: {first}", log.lines().count());
+        logs.push(log);
+    }
+    assert!(logs.windows(2).all(|two| two[0].trim_end() == two[1].trim_end()), "they agree");
+    if let Some(found) = judges::crash(&file) {
+        assert_eq!(found, release);
+        println!("    crash takes it for a kernel's: {found}");
+    }
+    guest.put("vm.resume");
+    guest.agent.others_intact(&pages, &bad);
+    guest.power_off();
+}
+
+/// The VMM reads around each of 100 bad pages, and a raw image has holes there, exactly.
+pub fn dump() {
+    let (mut guest, pages, bad) = with_bad_pages();
+    let (file, _) = dumped(&guest, &["--raw"]);
     let list: Value =
         serde_json::from_slice(&std::fs::read(guest.path("dump.json")).unwrap()).unwrap();
     let holes: BTreeSet<u64> = list["poisoned"]

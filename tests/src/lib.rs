@@ -13,6 +13,7 @@ pub mod burst;
 pub mod guest;
 pub mod history;
 pub mod hooked;
+pub mod judges;
 pub mod lab;
 pub mod memory;
 pub mod qemu;

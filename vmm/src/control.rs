@@ -17,6 +17,8 @@ use vmm_sys_util::{
     signal::SIGRTMIN,
 };
 
+use crate::registers::Registers;
+
 /// Who stopped a VM from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StopCause {
@@ -232,6 +234,8 @@ struct Inner {
     /// Thread ids of the vCPUs that are alive.
     threads: Vec<Option<libc::pid_t>>,
     parked: usize,
+    /// What each vCPU showed when it was parked last.
+    registers: Vec<Option<Registers>>,
 }
 
 impl Inner {
@@ -477,6 +481,27 @@ impl VmControl {
         self.0.changed.notify_all();
     }
 
+    /// The registers of all vCPUs that are alive, while no vCPU is in the guest: `None` unless the VM is
+    /// paused and all are parked. One whose registers KVM does not tell is left out.
+    #[must_use]
+    pub fn registers(&self) -> Option<Vec<Registers>> {
+        let inner = self.lock();
+        let still = self.state() == State::Paused && inner.afoot() == 0;
+        let alive =
+            inner.registers.iter().zip(&inner.threads).filter(|(_, thread)| thread.is_some());
+        still.then(|| alive.filter_map(|(registers, _)| registers.clone()).collect())
+    }
+
+    /// Called on a vCPU's thread before it parks: what its registers are, or `None` where KVM does not tell.
+    pub(crate) fn show(&self, vcpu: u8, registers: Option<Registers>) {
+        let mut inner = self.lock();
+        let len = inner.threads.len();
+        inner.registers.resize(len, None);
+        if let Some(slot) = inner.registers.get_mut(usize::from(vcpu)) {
+            *slot = registers;
+        }
+    }
+
     /// Called on a vCPU's thread: waits while the VM is paused.
     pub(crate) fn park(&self) {
         let mut inner = self.lock();
@@ -558,6 +583,36 @@ mod tests {
         control.kick(0);
         control.kick(9);
         control.kick_all();
+    }
+
+    #[test]
+    fn registers_are_those_of_a_vm_that_stands_still() {
+        crate::vcpu::install_kick_handler();
+        let control = VmControl::new(2).unwrap();
+        let vcpu = control.clone();
+        let shown = crate::registers::tests::at(1, 0x1234);
+        let registers = shown.clone();
+        assert_eq!(control.registers(), None, "it runs");
+        control.request_pause(PauseReason::Request);
+        assert_eq!(control.registers(), Some(Vec::new()), "there is no vCPU");
+        let (enrolled, is_enrolled) = channel();
+        let (go, may_go) = channel::<()>();
+        let thread = thread::spawn(move || {
+            vcpu.enrol(1);
+            enrolled.send(()).unwrap();
+            may_go.recv().unwrap();
+            vcpu.show(1, Some(registers));
+            vcpu.park();
+            vcpu.leave(1);
+        });
+        is_enrolled.recv().unwrap();
+        assert_eq!(control.registers(), None, "a vCPU is not parked yet");
+        go.send(()).unwrap();
+        assert_eq!(control.wait_parked(Duration::MAX), Parked::All);
+        assert_eq!(control.registers(), Some(vec![shown]));
+        control.resume();
+        thread.join().unwrap();
+        assert_eq!(control.registers(), None, "it was resumed");
     }
 
     #[test]

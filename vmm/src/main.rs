@@ -1,6 +1,8 @@
 //! The `mce-relay` command.
 
 use std::error::Error;
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -126,13 +128,41 @@ fn memory(command: MemoryCommand) -> Outcome {
             let stretch = dump::read(&vm.socket()?, gpa, len)?;
             if raw { show::raw(&stretch.bytes) } else { show::print(&stretch, json) }
         }
-        MemoryCommand::Dump { vm, file, json } => {
-            let mut bar = show::Progress::bytes("dumping");
-            let done = dump::dump(&vm.socket()?, &file, &mut |n, of| bar.advance(n, of));
-            drop(bar);
-            show::print(&done?, json)
+        MemoryCommand::Dump { vm, file, raw, json } => {
+            dump_memory(&vm, &file, if raw { dump::Form::Raw } else { dump::Form::Elf }, json)?
         }
     })
+}
+
+fn dump_memory(vm: &VmArg, file: &std::path::Path, form: dump::Form, json: bool) -> Outcome {
+    let to_stdout = file.as_os_str() == "-";
+    if to_stdout {
+        // Before anything is read: the terminal will not become something else.
+        dump::check_stdout()?;
+    }
+    let socket = vm.socket()?;
+    // Not Rust's own, which looks for lines.
+    let mut stdout = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
+    let target =
+        if to_stdout { dump::Target::Stream(&mut stdout) } else { dump::Target::File(file) };
+    let mut bar = show::Progress::bytes("dumping");
+    let done = dump::dump(&socket, form, target, &mut |n, of| bar.advance(n, of));
+    drop(bar);
+    match done {
+        Ok(done) => {
+            for note in done.notes() {
+                eprintln!("mce-relay: note: {note}");
+            }
+            Ok(if to_stdout { show::print_beside(&done, json) } else { show::print(&done, json) })
+        }
+        Err(error) => match error.signal().and_then(|signal| u8::try_from(signal).ok()) {
+            Some(signal) => {
+                eprintln!("mce-relay: {}", show::with_causes(&error));
+                Ok(ExitCode::from(128 + signal))
+            }
+            None => Err(error.into()),
+        },
+    }
 }
 
 /// The pages that `args` are about, and the process of the guest whose they are, where its agent has named them.

@@ -51,6 +51,13 @@ pub fn print(value: &(impl Serialize + Display), json: bool) -> ExitCode {
     output(|out| if json { write_json(out, value) } else { writeln!(out, "{value}") })
 }
 
+/// The same on stderr, where stdout has something else.
+pub fn print_beside(value: &(impl Serialize + Display), json: bool) -> ExitCode {
+    let mut out = io::stderr().lock();
+    let written = if json { write_json(&mut out, value) } else { writeln!(out, "{value}") };
+    if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
 /// Writes `bytes` to stdout as they are. A reader that goes away is no error.
 pub fn raw(bytes: &[u8]) -> ExitCode {
     output(|out| out.write_all(bytes))

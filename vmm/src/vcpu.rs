@@ -22,6 +22,7 @@ use crate::{
     control::{ExitReason, PauseReason, State, VmControl},
     devices::{PortBus, PowerEvent},
     memory::RamBlock,
+    registers::Registers,
 };
 
 /// The error type of hooks: anything with words.
@@ -299,6 +300,7 @@ impl Runner<'_> {
                 State::Running => {}
                 State::Paused => {
                     self.complete();
+                    self.show();
                     let control = self.control;
                     self.hook.park(&mut || control.park());
                     continue;
@@ -351,6 +353,18 @@ impl Runner<'_> {
                 return;
             }
         }
+    }
+
+    /// Shows the registers to who asks while the VM is paused.
+    fn show(&self) {
+        let registers = match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => Some(Registers::new(self.index, &regs, &sregs)),
+            (Err(error), _) | (_, Err(error)) => {
+                warn!("vCPU {}: its registers cannot be read: {error}", self.index);
+                None
+            }
+        };
+        self.control.show(self.index, registers);
     }
 
     /// Puts the registers back to where they were before a load that met poison.

@@ -41,6 +41,7 @@ pub(super) enum Route {
     Events,
     Memory,
     Extents,
+    Registers,
     Retire,
     Poison,
     Inject,
@@ -54,13 +55,14 @@ pub(super) enum Route {
 }
 
 /// Path, method and route of each.
-pub(super) const ROUTES: [(&str, &str, Route); 16] = [
+pub(super) const ROUTES: [(&str, &str, Route); 17] = [
     ("/api/v1/vmm.ping", "GET", Route::Ping),
     ("/api/v1/vm.info", "GET", Route::Info),
     ("/api/v1/relay.status", "GET", Route::Status),
     ("/api/v1/relay.events", "GET", Route::Events),
     ("/api/v1/vm.memory", "GET", Route::Memory),
     ("/api/v1/vm.extents", "GET", Route::Extents),
+    ("/api/v1/vm.registers", "GET", Route::Registers),
     ("/api/v1/vm.retire", "PUT", Route::Retire),
     ("/api/v1/vm.poison", "PUT", Route::Poison),
     ("/api/v1/vm.inject", "PUT", Route::Inject),
@@ -193,6 +195,14 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             let in_use = flag(query, "in_use").map_err(|error| Answer::problem(400, error))?;
             extents(&running()?, in_use)
         }
+        Route::Registers => match running()?.control.registers() {
+            Some(registers) => Answer::json(200, &registers),
+            None => Answer::problem(
+                409,
+                "the vCPUs run, and their registers are known of a paused VM only; pause it first"
+                    .to_owned(),
+            ),
+        },
         Route::Retire => {
             let Retire { gpas } = understood(body, example)?;
             not_too_many(&gpas)?;

@@ -366,22 +366,34 @@ pub enum MemoryCommand {
     },
     /// Write all memory of a running guest to a file.
     ///
-    /// In FILE the offset is the guest-physical address. It is sparse: what is no RAM or reads as
-    /// zeros is a hole. So are bad pages, which FILE.json lists with all else that is to be known
-    /// of the image. FILE.json is written last: a FILE without it is not complete (Ctrl-C). Both
-    /// are readable by their owner alone, as they hold the guest's secrets.
+    /// FILE is an ELF core of the machine, as crash, drgn and makedumpfile read it: a PT_LOAD for each
+    /// stretch of guest RAM, with guest-physical addresses; of a Linux guest its vmcoreinfo, which
+    /// is looked for in its memory; and of a paused VM the vCPUs' registers. Bad pages are absent
+    /// from it, and a note of its own lists them (MCE_RELAY, docs/dumps.md).
     ///
-    /// `mce-relay pause` before makes it an image of one moment. Exit status 1, and nothing left
-    /// behind, when the image could not be completed or the guest started over meanwhile; bad
-    /// pages are no reason.
+    /// With --raw the offset in FILE is the guest-physical address. What is no RAM reads as zeros,
+    /// and so do bad pages, which FILE.json lists with all else that is to be known of the image.
+    ///
+    /// FILE is sparse, and readable by its owner alone, as it holds the guest's secrets. If it
+    /// cannot be completed (no room, Ctrl-C, the guest started over) it is removed, and the exit status is
+    /// not 0; bad pages are no reason. A FILE that was left behind all the same (kill -9) is no ELF
+    /// file, or has no FILE.json.
+    ///
+    /// FILE may be -, for stdout: it is read twice then, to begin with what is bad, and what is
+    /// printed otherwise goes to stderr.
+    ///
+    /// `mce-relay pause` before makes it a dump of one moment.
     Dump {
         /// Which VM.
         #[command(flatten)]
         vm: VmArg,
-        /// Where to write the image. Neither it nor FILE.json may exist.
+        /// Where to write it; neither it nor, with --raw, FILE.json may exist. - is stdout.
         #[arg(value_name = "FILE")]
         file: PathBuf,
-        /// Print JSON: what FILE.json holds.
+        /// Write an image in which the offset is the guest-physical address.
+        #[arg(long)]
+        raw: bool,
+        /// Print JSON: the pages that are bad, and what else is known of the dump.
         #[arg(long)]
         json: bool,
     },
