@@ -117,6 +117,7 @@ impl<'a> Job<'a> {
         found: Found,
         registers: &[Registers],
     ) -> Result<Dumped, DumpError> {
+        self.interrupt.check()?;
         let kernel = found.finder.choose(&self.vm)?;
         let now = self.vm.again()?;
         let VmInfo { version, pid, boot, paused, memory, .. } = &self.vm.info;
