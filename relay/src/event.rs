@@ -260,6 +260,15 @@ pub enum Event {
     },
 }
 
+/// So many things of a kind, in words.
+struct Counted(u64, &'static str);
+
+impl fmt::Display for Counted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}{}", self.0, self.1, if self.0 == 1 { "" } else { "s" })
+    }
+}
+
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -281,7 +290,12 @@ impl fmt::Display for Event {
                 )?;
                 match extent {
                     4096 => Ok(()),
-                    _ => write!(f, ", one of {pages} new bad pages in {} KiB", extent >> 10),
+                    _ => write!(
+                        f,
+                        ", one of {} in {} KiB",
+                        Counted(*pages as u64, "new bad page"),
+                        extent >> 10
+                    ),
                 }
             }
             Self::Again { gpa, kind, forged } => {
@@ -303,8 +317,9 @@ impl fmt::Display for Event {
             ),
             Self::Injected { gpa, by: Injection::Ghes { record, pages }, forged, .. } => write!(
                 f,
-                "injected: {}GPA {gpa:#x} in firmware-first record {record}, of {pages} pages",
-                label(*forged)
+                "injected: {}GPA {gpa:#x} in firmware-first record {record}, of {}",
+                label(*forged),
+                Counted(*pages as u64, "page")
             ),
             Self::Acknowledged { gpa, place, forged, .. } => {
                 write!(f, "acknowledged: {}GPA {gpa:#x}, the guest ", label(*forged))?;
@@ -332,9 +347,12 @@ impl fmt::Display for Event {
                 "removed: {} KiB from GPA {gpa:#x} are no longer part of the guest's memory",
                 len >> 10
             ),
-            Self::Overrun { signals } => write!(f, "overrun: {signals} signals were not stored"),
+            Self::Overrun { signals } => {
+                write!(f, "overrun: {} not stored", Counted(u64::from(*signals), "signal"))
+            }
             Self::Scanned { pages, micros } => {
-                write!(f, "scanned: found {pages} pages that no signal named, in {micros} us")
+                let pages = Counted(*pages as u64, "page");
+                write!(f, "scanned: found {pages} that no signal named, in {micros} us")
             }
         }
     }

@@ -70,7 +70,7 @@ impl std::fmt::Display for Place {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "state"))]
 pub enum State {
-    /// Known to the relay; its turn has not come.
+    /// Known to the relay, and not told yet.
     Seen,
     /// Waits to be told.
     Waiting {
@@ -104,7 +104,7 @@ pub enum State {
 impl std::fmt::Display for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::Seen => f.write_str("seen: its turn has not come"),
+            Self::Seen => f.write_str("seen: not told yet"),
             Self::Waiting { wait } => write!(f, "waiting: {wait}"),
             Self::Injected { place } => write!(f, "injected: {place}"),
             Self::Acknowledged { place: Place::Mce { vcpu, bank, .. } } => {

@@ -135,6 +135,15 @@ pub enum Vendor {
     Amd,
 }
 
+impl std::fmt::Display for Vendor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Intel => "Intel",
+            Self::Amd => "AMD",
+        })
+    }
+}
+
 /// What the guest was shown of its machine-check architecture. Fixed at boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caps {
