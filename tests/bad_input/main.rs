@@ -2,6 +2,7 @@
 //! lost, and a terminal that is as it was.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
+mod colours;
 mod dumps;
 mod faults;
 mod followers;
@@ -196,6 +197,14 @@ fn main() -> ExitCode {
         values::a_policy_that_is_none needs anywhere,
         values::a_pause_of_a_vm_that_is_not_there needs anywhere,
         values::a_pause_too_many needs has_vm,
+        colours::every_thread_may_say_what_it_has_to_say needs has_kvm,
+        colours::a_page_that_is_really_bad needs has_kvm_and_uffd,
+        colours::an_undeliverable_ar_pauses_the_vm needs has_kvm,
+        colours::colours_in_a_file needs has_kvm,
+        colours::long_work_can_be_watched_and_interrupted needs has_kvm,
+        colours::only_what_the_terminal_can_show needs has_kvm,
+        colours::help_is_ascii needs anywhere,
+        colours::tables_fit needs has_kvm,
         terminal::is_restored_after_sigterm needs has_vm,
         terminal::is_restored_after_ctrl_a_x needs has_vm,
         terminal::is_untouched_by_a_failed_start needs has_kvm,

@@ -233,7 +233,7 @@ pub fn a_forged_ar_of_a_guest_that_cannot_be_told() {
     let pages = String::from_utf8(vm.command("pages", &["--gpa", "0x3000"]).stdout).unwrap();
     assert!(pages.contains("FORGED AR (the page is whole)"), "{pages}");
     let map = String::from_utf8(vm.command("pages", &["--map"]).stdout).unwrap();
-    assert!(map.contains("f  FORGED and whole: 1 pages"), "{map}");
+    assert!(map.contains("f  FORGED and whole: 1 page"), "{map}");
 }
 
 /// What listens at a socket says that it is the process of a VM that it is not: nothing of that process is

@@ -542,7 +542,7 @@ fn held_back_and_interrupted(guest: &Guest, many: &[Page], inode: &str) {
     let said = String::from_utf8_lossy(&out.stderr);
     println!("    {}", said.lines().last().unwrap_or_default());
     assert_eq!(out.status.code(), Some(1), "{said}");
-    assert!(said.contains("interrupted before its turn") && said.contains(OWN_CGROUP), "{said}");
+    assert!(said.contains("interrupted: of ") && said.contains(OWN_CGROUP), "{said}");
 
     // The filter was what held that page back.
     let pfn = bystander.pfn();

@@ -16,6 +16,7 @@ pub mod hooked;
 pub mod judges;
 pub mod lab;
 pub mod memory;
+pub mod pty;
 pub mod qemu;
 pub mod ready;
 pub mod schema;

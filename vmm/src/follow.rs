@@ -1,6 +1,6 @@
 //! `mce-relay events` and `status --follow`: what happens, as it happens.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant, SystemTime};
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::api::Status;
 use crate::client::{self, ClientError};
 use crate::events::VmEvent;
-use crate::show;
+use crate::{screen, show};
 
 /// A status is shown again no more often than this, however much happens.
 const LEAST: Duration = Duration::from_millis(200);
@@ -49,7 +49,7 @@ fn written(result: io::Result<()>) -> Result<bool, FollowError> {
 pub fn events(socket: &Path, follow: bool, json: bool) -> Result<(), FollowError> {
     let what = if follow { "relay.events?follow=true" } else { "relay.events" };
     let mut out = io::stdout();
-    let mut timeline = Timeline::new(out.is_terminal() && console::colors_enabled());
+    let mut timeline = Timeline::new(screen::stdout().colour);
     for next in watched(client::lines(socket, what)?) {
         let line = match next {
             Next::Line(line) => line?,
@@ -178,7 +178,8 @@ fn in_words(event: &Value) -> (String, Style) {
             Err(error) => log::debug!("{error}: {event}"),
         },
         "monitor" if event["event"] == "missed" => {
-            let words = format!("{} events were missed here", event["properties"]["events"]);
+            let events = event["properties"]["events"].as_u64().unwrap_or_default();
+            let words = format!("{} missed here", show::counted(events, "event"));
             return (words, plain.red());
         }
         _ => {}
@@ -193,7 +194,7 @@ fn in_words(event: &Value) -> (String, Style) {
 /// See [`FollowError`].
 pub fn status(socket: &Path, json: bool) -> Result<(), FollowError> {
     let happens = watched(client::lines(socket, "relay.events?follow=true")?);
-    let terminal = io::stdout().is_terminal() && !json;
+    let terminal = screen::stdout().moves && !json;
     let mut last = String::new();
     loop {
         let status = match client::get::<Status>(socket, "relay.status") {
@@ -261,7 +262,7 @@ mod tests {
             "{line}"
         );
         let missed = r#"{"timestamp":{"secs":3,"nanos":0},"source":"monitor","event":"missed","properties":{"events":7}}"#;
-        assert!(timeline.line(missed).ends_with("7 events were missed here"));
+        assert!(timeline.line(missed).ends_with("7 events missed here"));
         let unknown = r#"{"timestamp":{"secs":3,"nanos":0},"source":"memory","event":"new","properties":{"x":1}}"#;
         assert!(timeline.line(unknown).ends_with(r#"memory: "new" {"x":1}"#));
         assert_eq!(timeline.line("no JSON"), "no JSON");

@@ -8,7 +8,7 @@
 //! Relay side: [`mce_inject`] is the back end that the relay asks for, [`ghes`] the ACPI error source
 //! that it uses beside, and [`run`] is where the VM and the relay meet; [`last_resort`] is for what
 //! neither can take care of, [`allocator`] keeps the process small and [`seccomp`] to the system calls it needs. [`api`], [`client`], [`events`], [`show`] and [`cli`] are how people and
-//! programs see it; [`retire`] asks the guest to stop using a page, [`ending`] to power off ([`button`]), [`dump`] reads its memory, [`registers`] are its vCPUs'; [`host`],
+//! programs see it ([`screen`]: what their terminals can show, [`sheet`]: tables); [`retire`] asks the guest to stop using a page, [`ending`] to power off ([`button`]), [`dump`] reads its memory, [`registers`] are its vCPUs'; [`host`],
 //! [`poison`] and [`check`] are about the host.
 
 pub mod acpi;
@@ -46,8 +46,10 @@ pub mod poison;
 pub mod registers;
 pub mod retire;
 pub mod run;
+pub mod screen;
 pub mod seccomp;
 pub mod serial;
+pub mod sheet;
 pub mod show;
 pub mod terminal;
 pub mod vcpu;

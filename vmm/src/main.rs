@@ -2,11 +2,13 @@
 
 use std::error::Error;
 use std::fs::File;
+use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use env_logger::{Target, WriteStyle};
 use log::LevelFilter;
 use mce_relay_vmm::cli::{self, Command, InjectArgs, MemcgArg, MemoryCommand, PoisonArgs, VmArg};
 use mce_relay_vmm::host::filter::Filter;
@@ -14,7 +16,7 @@ use mce_relay_vmm::host::memcg;
 use mce_relay_vmm::poison::{self, FilterChoice, Order, PageRange};
 use mce_relay_vmm::{
     agent, api, by_hand, check, client, dump, ending, follow, host, inject, last_resort, manual,
-    map, names, pages, retire, run, show,
+    map, names, pages, retire, run, screen, show,
 };
 
 /// What a command comes to: its exit status, or words for the user.
@@ -28,16 +30,8 @@ fn put(vm: &VmArg, what: &str) -> Outcome {
 
 fn main() -> ExitCode {
     let cli = cli::parse();
-    let level = match cli.verbose {
-        0 => LevelFilter::Warn,
-        1 => LevelFilter::Info,
-        _ => LevelFilter::Debug,
-    };
-    env_logger::Builder::new()
-        .filter_level(level)
-        .parse_default_env()
-        .format_timestamp_millis()
-        .init();
+    screen::look();
+    start_log(cli.verbose);
     match carry_out(cli.command) {
         Ok(status) => status,
         Err(error) => {
@@ -45,6 +39,29 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether the log has colours is decided here and not by who logs: a VM's threads may not ask the terminal.
+fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Info,
+        _ => LevelFilter::Debug,
+    };
+    let coloured = match std::env::var(env_logger::DEFAULT_WRITE_STYLE_ENV).as_deref() {
+        Ok("always") => true,
+        Ok("never") => false,
+        _ => screen::stderr().colour,
+    };
+    env_logger::Builder::new()
+        .filter_level(level)
+        .parse_default_env()
+        .write_style(if coloured { WriteStyle::Always } else { WriteStyle::Never })
+        // To a target that it knows for standard error env_logger writes by way of anstream, which asks
+        // whether that is a terminal with each line.
+        .target(Target::Pipe(Box::new(io::stderr())))
+        .format_timestamp_millis()
+        .init();
 }
 
 fn carry_out(command: Command) -> Outcome {
@@ -106,7 +123,7 @@ fn carry_out(command: Command) -> Outcome {
             if report.relays() { printed } else { ExitCode::FAILURE }
         }
         Command::Completions { shell } => {
-            manual::completions(shell, &mut std::io::stdout())?;
+            manual::completions(shell, &mut io::stdout())?;
             ExitCode::SUCCESS
         }
         Command::Man { dir } => {
@@ -142,7 +159,7 @@ fn dump_memory(vm: &VmArg, file: &std::path::Path, form: dump::Form, json: bool)
     }
     let socket = vm.socket()?;
     // Not Rust's own, which looks for lines.
-    let mut stdout = File::from(std::io::stdout().as_fd().try_clone_to_owned()?);
+    let mut stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let target =
         if to_stdout { dump::Target::Stream(&mut stdout) } else { dump::Target::File(file) };
     let mut bar = show::Progress::bytes("dumping");
@@ -173,7 +190,7 @@ fn chosen(
     if let Some(count) = args.random {
         let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
         eprintln!("mce-relay: random pages by --seed {seed}");
-        return Ok((poison::random(socket, args.via, count.get(), seed)?, None));
+        return Ok((poison::random(socket, args.via, usize::try_from(count)?, seed)?, None));
     }
     if let (Some(which), Some(agent)) = (&args.pid, &args.agent) {
         let process = agent::process(&agent.0, which, args.max)?;
@@ -199,8 +216,9 @@ fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
         Some(MemcgArg::Nothing) => return Ok(FilterChoice::Nothing),
         Some(MemcgArg::Own) => {
             let vmm: api::Ping = client::get_of_process(&args.vm.socket()?, "vmm.ping")?;
-            let own = memcg::of(vmm.pid)?
-                .map_err(|none| format!("{none}; --filter-memcg none does without"))?;
+            let own = memcg::of(vmm.pid)?.map_err(|none| {
+                format!("{none}; give --filter-memcg none to use no such filter")
+            })?;
             Some(own.inode)
         }
         Some(MemcgArg::Inode(inode)) => Some(*inode),

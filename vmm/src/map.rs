@@ -12,6 +12,7 @@ use serde::Serialize;
 use crate::api::{Extent, Status, VmInfo};
 use crate::client;
 use crate::pages::PagesError;
+use crate::show::counted;
 
 const PAGE_SIZE: u64 = 4096;
 /// Cells in a row.
@@ -237,7 +238,7 @@ impl Map {
         )?;
         for mark in Mark::ALL {
             let count = match self.pages.get(mark.words()) {
-                Some(count) => format!(": {count} pages"),
+                Some(count) => format!(": {}", counted(*count, "page")),
                 None if mark > Mark::Whole => continue,
                 None => String::new(),
             };
@@ -301,8 +302,8 @@ mod tests {
             text.starts_with("           0x0  w#....") && text.contains("no RAM for"),
             "{text}"
         );
-        assert!(text.contains("w  bad, and waits to be told: 1 pages"), "{text}");
-        assert!(text.contains("f  FORGED and whole: 1 pages"), "{text}");
+        assert!(text.contains("w  bad, and waits to be told: 1 page"), "{text}");
+        assert!(text.contains("f  FORGED and whole: 1 page"), "{text}");
         assert!(!text.contains('\u{1b}'));
         let mut text = Vec::new();
         map.write(&mut text, true).unwrap();

@@ -191,7 +191,7 @@ fn find_in(
     let names: Vec<String> = sockets(dir).into_iter().map(|(name, _)| name).collect();
     let elsewhere = others::paths(&other(), dir, name);
     let others = match (elsewhere.as_slice(), names.as_slice()) {
-        ([], []) => "no VM does that has a name (`mce-relay run --name`)".to_owned(),
+        ([], []) => "no VM with a name runs (`mce-relay run --name NAME` gives it one)".to_owned(),
         ([], names) => format!("these do: {}", names.join(", ")),
         (paths, _) => format!(
             "other users' do; name the one that is meant by its path: {}",

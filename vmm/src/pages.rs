@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use comfy_table::Cell;
 use mce_relay::Page;
 use serde::{Serialize, Serializer};
 
@@ -16,6 +15,7 @@ use crate::host::flags;
 use crate::host::pagemap::{Entries, Entry};
 use crate::host::{PageCounts, PageFlags};
 use crate::poison::{PageRange, PoisonError, targets};
+use crate::sheet::Cell;
 use crate::show;
 
 const PAGE_SHIFT: u32 = 12;

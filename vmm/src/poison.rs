@@ -27,6 +27,7 @@ use crate::client::{self, ClientError};
 use crate::host::filter::{Filter, FilterError};
 use crate::host::memcg::{MemcgError, NoMemcg};
 use crate::host::{self, HostError, PageFlags, Pagemap, x86_injector};
+use crate::show::counted;
 use frame::{FrameError, Frames};
 
 /// How long the kernel may take to mark the pages, after the last of them was asked for.
@@ -296,8 +297,9 @@ pub enum PoisonError {
     Filter(#[from] FilterError),
     /// The VM has not that many pages that could go bad.
     #[error(
-        "{wanted} pages were asked for, and this guest has {there} that have memory of its own and are whole, at \
-         most one of them in each huge page"
+        "{} asked for at random, and this guest has {there} that have memory of its own and are whole, at most one of \
+         them in each huge page",
+        pages(.wanted)
     )]
     TooFew {
         /// How many were asked for.
@@ -315,7 +317,7 @@ pub enum PoisonError {
         first: u64,
     },
     /// The user stopped it.
-    #[error("interrupted before its turn came; it is as it was")]
+    #[error("interrupted before this page was reached; it is as it was")]
     Interrupted,
     /// A page that was to move did not.
     #[error("the kernel took the request, but the page is where it was (page frame {pfn:#x})")]
@@ -373,6 +375,10 @@ fn other_pages(others: &usize) -> String {
         1 => " (and one other page)".to_owned(),
         others => format!(" (and {others} other pages)"),
     }
+}
+
+fn pages(count: &usize) -> String {
+    counted(*count as u64, "page")
 }
 
 /// Everything is looked at, and nothing is done yet.

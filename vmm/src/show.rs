@@ -1,15 +1,15 @@
 //! Results for people: tables and colour on a terminal, plain text in a pipe, JSON on request.
 
 use std::fmt::Display;
-use std::io::{self, BufWriter, IsTerminal, Write};
+use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use comfy_table::{Cell, Color, ContentArrangement, Table, presets};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 use jiff::Timestamp;
+use mce_relay::delivery::Wait;
 use mce_relay::ledger::{State, Times};
-use mce_relay::{FoundBy, Page, Predicted};
+use mce_relay::{FoundBy, Pace, Page, Predicted};
 use serde::Serialize;
 
 use crate::api::{Status, VmInfo};
@@ -18,8 +18,10 @@ use crate::ghes::Notify;
 use crate::host::UnpoisonError;
 use crate::inject::Outlook;
 use crate::map::Map;
-use crate::poison::{Burst, Means, NotPoisoned, Poisoned};
+use crate::poison::{Burst, Means, NotPoisoned, PoisonError, Poisoned};
 use crate::retire::Retired;
+use crate::screen;
+use crate::sheet::{Cell, Color, Sheet};
 
 /// Of more pages than this, a burst is summed up instead of shown one by one.
 const MANY_PAGES: usize = 32;
@@ -75,18 +77,15 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// An empty table: with lines and colour on a terminal, in bare columns anywhere else.
-pub fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    if io::stdout().is_terminal() {
-        table.load_style(presets::UTF8_FULL_CONDENSED);
-        table.set_content_arrangement(ContentArrangement::Dynamic);
-    } else {
-        table.load_style(presets::NOTHING);
-        table.force_no_tty();
-    }
-    table.set_header(header);
-    table
+/// So many things of a kind, in words: `1 page`, `2 pages`.
+#[must_use]
+pub fn counted(count: u64, one: &str) -> String {
+    format!("{count} {one}{}", if count == 1 { "" } else { "s" })
+}
+
+/// An empty table for standard output.
+pub fn table(header: &[&str]) -> Sheet {
+    Sheet::new(header, screen::stdout(), screen::columns())
 }
 
 /// Shows how far a long work is, where stderr is a terminal. Goes away when dropped.
@@ -103,14 +102,15 @@ impl Progress {
     /// Of a work on pages that is called so, as in "poisoning".
     #[must_use]
     pub fn new(what: &'static str) -> Self {
-        let template = "{prefix} {wide_bar} {pos} of {len} pages, {eta}";
+        let template = "{prefix} [{wide_bar}] {pos} of {len} pages, {per_sec}, {eta} left";
         Self { what, template, many: MANY_PAGES as u64, bar: None }
     }
 
     /// Of a work on bytes that is called so, as in "dumping".
     #[must_use]
     pub fn bytes(what: &'static str) -> Self {
-        let template = "{prefix} {wide_bar} {bytes} of {total_bytes}, {eta}";
+        let template =
+            "{prefix} [{wide_bar}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
         Self { what, template, many: MANY_BYTES, bar: None }
     }
 
@@ -121,14 +121,15 @@ impl Progress {
 
     /// `done` of `total` pages or bytes are done.
     pub fn advance(&mut self, done: u64, total: u64) {
-        if total <= self.many {
+        if total <= self.many || !screen::stderr().moves {
             return;
         }
         let (what, template) = (self.what, self.template);
         let bar = self.bar.get_or_insert_with(|| {
             let bar = ProgressBar::new(total).with_prefix(what);
             match ProgressStyle::with_template(template) {
-                Ok(style) => bar.with_style(style),
+                // In characters that every terminal has.
+                Ok(style) => bar.with_style(style.progress_chars("=> ")),
                 Err(_) => bar,
             }
         });
@@ -166,10 +167,40 @@ pub fn notes(notes: &[String]) {
 pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
     let printed = output(|out| write_burst(out, burst, via, json));
     notes(&burst.notes);
-    for (pages, error) in runs(burst.failed.iter().map(|f| (f.gpa, with_causes(&f.error)))) {
-        eprintln!("mce-relay: failed: {pages}: {error}");
+    for line in failures_of(burst) {
+        eprintln!("mce-relay: {line}");
     }
     if burst.failed.is_empty() { printed } else { ExitCode::FAILURE }
+}
+
+/// What was not poisoned, a line for each stretch, as far as somebody will read it; and what was not even tried
+/// in one.
+fn failures_of(burst: &Burst) -> Vec<String> {
+    let (untried, failed): (Vec<&NotPoisoned>, Vec<&NotPoisoned>) =
+        burst.failed.iter().partition(|page| matches!(page.error, PoisonError::Interrupted));
+    let stretches = runs(failed.iter().map(|page| (page.gpa, with_causes(&page.error))));
+    let words = |(pages, error): (String, String)| format!("failed: {pages}: {error}");
+    let mut lines = first_of(stretches.into_iter().map(words).collect());
+    if !untried.is_empty() {
+        lines.push(format!(
+            "interrupted: of {} {} done, {} failed, and {} not tried: what was not tried is as it was",
+            counted((burst.poisoned.len() + burst.failed.len()) as u64, "page"),
+            burst.poisoned.len(),
+            failed.len(),
+            untried.len(),
+        ));
+    }
+    lines
+}
+
+/// The first of many lines, and how many more there are.
+fn first_of(mut lines: Vec<String>) -> Vec<String> {
+    if lines.len() > MANY_PAGES {
+        let more = lines.len() - MANY_PAGES;
+        lines.truncate(MANY_PAGES);
+        lines.push(format!("and so on, {more} more lines; --json has every page"));
+    }
+    lines
 }
 
 fn write_burst(out: &mut dyn Write, burst: &Burst, via: Means, json: bool) -> io::Result<()> {
@@ -219,7 +250,7 @@ pub fn unpoisoned(pages: &[(u64, Result<(), UnpoisonError>)], json: bool) -> Exi
 
 /// Prints a map of guest RAM.
 pub fn map(map: &Map, json: bool) -> ExitCode {
-    let colour = io::stdout().is_terminal() && console::colors_enabled();
+    let colour = screen::stdout().colour;
     output(|out| if json { write_json(out, map) } else { map.write(out, colour) })
 }
 
@@ -285,7 +316,11 @@ fn lines_of<'a>(
         Some(page) if page.dry_run => format!("would be {done}"),
         _ => done.to_owned(),
     };
-    let sum = format!("{done}: {} of {all} pages in {took:.3} s, via {via}", pages.len());
+    let sum = format!(
+        "{done}: {} of {} in {took:.3} s, via {via}",
+        pages.len(),
+        counted(all as u64, "page")
+    );
     let stretches = if burst.failed.is_empty() {
         Vec::new()
     } else {
@@ -293,7 +328,7 @@ fn lines_of<'a>(
     };
     let stretches: Vec<String> =
         stretches.into_iter().map(|(pages, ())| format!("{done}: {pages}")).collect();
-    Box::new(stretches.into_iter().chain([sum]))
+    Box::new(first_of(stretches).into_iter().chain([sum]))
 }
 
 /// Pages in a row of which the same is to be said, as words: `GPA 0x1000` or `GPA 0x1000..0x3000`.
@@ -318,7 +353,7 @@ pub fn status(status: &Status, json: bool) -> ExitCode {
         if json {
             write_json(out, status)
         } else {
-            write_status(out, status, io::stdout().is_terminal())
+            write_status(out, status, screen::stdout().terminal)
         }
     })
 }
@@ -331,7 +366,7 @@ pub fn status_text(status: &Status, json: bool) -> String {
     let _ = if json {
         serde_json::to_writer(&mut text, status).map_err(Into::into).and_then(|()| writeln!(text))
     } else {
-        write_status(&mut text, status, io::stdout().is_terminal())
+        write_status(&mut text, status, screen::stdout().terminal)
     };
     String::from_utf8_lossy(&text).into_owned()
 }
@@ -355,6 +390,10 @@ fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Res
     if pages.is_empty() {
         return writeln!(out, "no bad pages");
     }
+    let summary = |pages: &[Page]| match paced(pages, vm.ao_pace) {
+        Some(words) => format!("{}\n{words}", summary(pages)),
+        None => summary(pages),
+    };
     let sum_last = terminal && pages.len() > MANY_ROWS;
     if !sum_last {
         writeln!(out, "{}", summary(pages))?;
@@ -381,7 +420,7 @@ fn write_pages(out: &mut dyn Write, pages: &[Page]) -> io::Result<()> {
             Cell::new(course(&page.times)),
         ]);
     }
-    table.lines().try_for_each(|line| writeln!(out, "{line}"))
+    table.into_lines().iter().try_for_each(|line| writeln!(out, "{line}"))
 }
 
 fn colour(state: &State) -> Color {
@@ -404,7 +443,7 @@ fn write_predicted(out: &mut dyn Write, pages: &[Predicted]) -> io::Result<()> {
             Cell::new(course(&page.times)),
         ]);
     }
-    table.lines().try_for_each(|line| writeln!(out, "{line}"))
+    table.into_lines().iter().try_for_each(|line| writeln!(out, "{line}"))
 }
 
 fn headline(vm: &VmInfo) -> String {
@@ -416,18 +455,30 @@ fn headline(vm: &VmInfo) -> String {
         }
     };
     format!(
-        "pid {}, boot {}, {} vCPUs, {:?}-style guest, MCG_CAP {}, {:?} kill, AO channel {channel}, \
+        "pid {}, boot {}, {}, {}-style guest, MCG_CAP {}, {} kill, AO channel {channel}, \
          AO pace {} at once and {} a second, on undeliverable: {}",
         vm.pid,
         vm.boot,
-        vm.vcpus,
+        counted(vm.vcpus as u64, "vCPU"),
         vm.vendor,
         vm.mcg_cap,
-        vm.mce_kill,
+        format!("{:?}", vm.mce_kill).to_lowercase(),
         vm.ao_pace.burst,
         vm.ao_pace.rate,
         vm.on_undeliverable
     )
+}
+
+/// How many pages wait for the pace, and about how long they will.
+fn paced(pages: &[Page], pace: Pace) -> Option<String> {
+    let waits = |page: &&Page| matches!(page.state, State::Waiting { wait: Wait::Pace });
+    // Those behind the first that wait are not looked at yet.
+    pages.iter().find(waits)?;
+    let untold = |page: &&Page| waits(page) || matches!(page.state, State::Seen);
+    let count = pages.iter().filter(untold).count() as u64;
+    let left = HumanDuration(Duration::from_secs(count / u64::from(pace.rate.max(1))));
+    let pages = counted(count, "page");
+    Some(format!("{pages} still to be told at {} a second (--ao-pace): about {left}", pace.rate))
 }
 
 /// How many pages are in each state, and how they were found.
@@ -502,15 +553,11 @@ fn course(times: &Times) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use mce_relay::delivery::Wait;
     use mce_relay::mca::Kind;
     use serde_json::Value;
 
     use super::*;
     use crate::control::{PauseReason, Undeliverable};
-    use crate::poison::PoisonError;
 
     fn at(millis: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_millis(1_000_000_000_000 + millis)
@@ -574,6 +621,35 @@ mod tests {
             let rows = lines.iter().filter(|line| line.contains("2001-")).count();
             assert_eq!(rows as u64, count, "every row is there");
         }
+    }
+
+    #[test]
+    fn a_status_estimates_how_long_the_pace_takes() {
+        let waits = State::Waiting { wait: Wait::Pace };
+        let mut pages: Vec<Page> = (0..1200).map(|number| page(number, State::Seen)).collect();
+        assert!(!shown(pages.clone(), None, false)[2].contains("pace"), "told at once");
+        pages[0].state = waits;
+        pages[1].state = State::Acknowledged { place: mce_relay::Place::Ghes { record: 1 } };
+        let words = "1199 pages still to be told at 10 a second (--ao-pace): about 2 minutes";
+        assert_eq!(shown(pages, None, false)[2], words);
+    }
+
+    #[test]
+    fn an_interrupted_burst_is_summed_up() {
+        let not = |gpa, error| NotPoisoned { gpa, error };
+        let failed = (0..40).map(|n| not(n << 13, PoisonError::NotMoved { pfn: n }));
+        let untried = (0..2000).map(|n| not((1000 + 2 * n) << 12, PoisonError::Interrupted));
+        let burst = Burst {
+            poisoned: Vec::new(),
+            failed: failed.chain(untried).collect(),
+            took: Duration::from_secs(1),
+            notes: Vec::new(),
+        };
+        let lines = failures_of(&burst);
+        assert_eq!(lines.len(), MANY_PAGES + 2, "{lines:#?}");
+        assert!(lines[MANY_PAGES].contains("8 more lines"), "{lines:#?}");
+        let words = "interrupted: of 2040 pages 0 done, 40 failed, and 2000 not tried";
+        assert!(lines[MANY_PAGES + 1].starts_with(words), "{lines:#?}");
     }
 
     #[test]

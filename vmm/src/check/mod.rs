@@ -14,9 +14,9 @@ mod privileges;
 
 use std::borrow::Cow;
 
-use comfy_table::{Attribute, Cell, Color};
 use serde::Serialize;
 
+use crate::sheet::{Cell, Color};
 use crate::show;
 pub use dev_kvm::advice_now;
 use gap::{AS_ROOT, Found, Gap};
@@ -71,7 +71,7 @@ impl std::fmt::Display for Report {
         for line in &self.lines {
             if line.group != group {
                 group = line.group;
-                let heading = Cell::new(format!("{group}:")).add_attribute(Attribute::Bold);
+                let heading = Cell::new(format!("{group}:")).bold();
                 table.add_row([Cell::new(""), heading, Cell::new(""), Cell::new("")]);
             }
             let (word, colour) = match line.standing {

@@ -1,6 +1,5 @@
 //! `mce-relay poison`: which pages, and by what means.
 
-use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -18,7 +17,7 @@ pub struct PoisonArgs {
     /// Which VM.
     #[command(flatten)]
     pub vm: VmArg,
-    /// Guest-physical addresses and ranges, e.g. 0x1000,0x3000..0x8000: 0x…, or decimal with K,
+    /// Guest-physical addresses and ranges, e.g. 0x1000,0x3000..0x8000: 0x and digits, or decimal with K,
     /// M or G; a range is all pages from its start to before its end. May be given repeatedly.
     #[arg(
         long,
@@ -28,8 +27,13 @@ pub struct PoisonArgs {
     )]
     pub gpa: Vec<PageRange>,
     /// This many pages at random, of those that have memory of the VM's own behind them and are whole.
-    #[arg(long, value_name = "N", conflicts_with = "pid")]
-    pub random: Option<NonZeroUsize>,
+    #[arg(
+        long,
+        value_name = "N",
+        conflicts_with = "pid",
+        value_parser = clap::value_parser!(u64).range(1..)
+    )]
+    pub random: Option<u64>,
     /// For the same random pages as in an earlier run, which has printed it.
     #[arg(long, value_name = "SEED")]
     pub seed: Option<u64>,
@@ -106,7 +110,7 @@ impl PoisonArgs {
         if self.kind == KindArg::Ar && !self.force {
             return conflict(
                 "a forged AR hits whatever the vCPU runs at that moment: a process of the guest dies, or the \
-                 guest; --force does it all the same",
+                 guest; if that is what you want, give --force, too",
             );
         }
         Ok(())
@@ -154,7 +158,7 @@ impl FromStr for MemcgArg {
             path if path.starts_with('/') => Ok(Self::Path(path.into())),
             number => number.parse().map(Self::Inode).map_err(|_| {
                 format!(
-                    "{number:?} is no cgroup; expected own, none, the path of its directory (/…) or that \
+                    "{number:?} is no cgroup; expected own, none, the path of its directory (/DIR) or that \
                      directory's inode number"
                 )
             }),

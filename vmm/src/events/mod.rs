@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 
 use crate::control::{Panic, PauseReason};
 use crate::seccomp::{Filters, Thread};
+use crate::show::counted;
 pub use hub::{Entry, Follower, Hub, Next, What};
 
 /// Why events cannot be written down.
@@ -107,7 +108,7 @@ impl std::fmt::Display for VmEvent {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Booting { boot, mcg_cap, vendor, .. } => {
-                write!(f, "boot {boot}: {vendor:?}-style guest, MCG_CAP {mcg_cap}")
+                write!(f, "boot {boot}: {vendor}-style guest, MCG_CAP {mcg_cap}")
             }
             Self::Ended { how, status } => write!(f, "ended: {how} (exit status {status})"),
             Self::Reset { reason, .. } => write!(f, "{reason}; starting the guest again"),
@@ -200,7 +201,8 @@ fn write_log(mut follower: Follower) {
                 What::Vm(event) => log!(target: "vm", event.level(), "{event}"),
             },
             Next::Missed { events, .. } => {
-                warn!(target: "vm", "{events} events were not logged: the log is too slow for them");
+                let events = counted(events, "event");
+                warn!(target: "vm", "{events} not logged: the log is too slow");
             }
             Next::End => return,
         }

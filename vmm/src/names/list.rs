@@ -6,7 +6,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use comfy_table::Cell;
 use serde::Serialize;
 
 use super::{dir, others, sockets};
@@ -15,6 +14,7 @@ use crate::client::{self, ClientError};
 use crate::control::Panic;
 use crate::host::accounts;
 use crate::peer::Peer;
+use crate::sheet::Cell;
 use crate::show;
 
 /// So long is waited for the answers. All VMs are asked at the same time.

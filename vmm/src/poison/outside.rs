@@ -85,12 +85,12 @@ pub(super) fn filter(
         FilterChoice::Nothing => String::new(),
     };
     if !more.is_empty() {
-        notes.push(format!("only pages can be hit that are {more}"));
+        notes.push(format!("only pages {more} can be hit"));
     }
     if filter.is_none()
         && let Some(left) = filter::left_over()?
     {
-        notes.push(format!("a filter of somebody else's is in force: {left}"));
+        notes.push(format!("a filter that another program has set is in force: {left}"));
     }
     Ok((filter, notes))
 }
