@@ -8,6 +8,7 @@ mod faults;
 mod followers;
 mod handlers;
 mod host;
+mod jobs;
 mod not_ours;
 mod schema;
 mod seccomp;
@@ -56,6 +57,14 @@ fn has_kvm_and_preload() -> Result<(), String> {
 
 fn has_kvm_and_hook() -> Result<(), String> {
     has_kvm().and_then(|()| not_ours::available())
+}
+
+fn has_kvm_and_bash() -> Result<(), String> {
+    has_kvm()?;
+    match Path::new("/bin/bash").exists() {
+        true => Ok(()),
+        false => Err("needs bash, a shell with job control".to_owned()),
+    }
 }
 
 fn as_root_with_kvm() -> Result<(), String> {
@@ -205,6 +214,10 @@ fn main() -> ExitCode {
         colours::only_what_the_terminal_can_show needs has_kvm,
         colours::help_is_ascii needs anywhere,
         colours::tables_fit needs has_kvm,
+        jobs::in_the_background needs has_kvm_and_bash,
+        jobs::stopped_and_taken_up_again needs has_kvm_and_bash,
+        jobs::tostop needs has_kvm_and_bash,
+        jobs::nohup needs has_kvm_and_bash,
         terminal::is_restored_after_sigterm needs has_vm,
         terminal::is_restored_after_ctrl_a_x needs has_vm,
         terminal::is_untouched_by_a_failed_start needs has_kvm,

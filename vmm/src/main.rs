@@ -16,7 +16,7 @@ use mce_relay_vmm::host::memcg;
 use mce_relay_vmm::poison::{self, FilterChoice, Order, PageRange};
 use mce_relay_vmm::{
     agent, api, by_hand, check, client, dump, ending, follow, host, inject, last_resort, manual,
-    map, names, pages, retire, run, screen, show,
+    map, names, pages, retire, run, screen, show, terminal,
 };
 
 /// What a command comes to: its exit status, or words for the user.
@@ -71,6 +71,8 @@ fn carry_out(command: Command) -> Outcome {
             // VM in a process of their own has their own.
             last_resort::install()
                 .map_err(|error| format!("cannot install a handler for SIGBUS: {error}"))?;
+            terminal::take_no_stops()
+                .map_err(|error| format!("cannot see to the signals of job control: {error}"))?;
             ExitCode::from(run::run(&args)?)
         }
         Command::List { all, json } => show::print(&names::list(all), json),

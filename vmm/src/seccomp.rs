@@ -84,11 +84,11 @@ fn everything() -> Vec<Call> {
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// They cannot be made.
-    #[error("cannot make the filters of system calls (--seccomp false does without)")]
+    #[error("cannot make the filters of system calls; --seccomp false runs the VM without them")]
     Make(#[from] BackendError),
     /// They cannot be put in force.
     #[error(
-        "cannot put the filter of system calls in force (seccomp; --seccomp false does without)"
+        "cannot put the filter of system calls in force (seccomp); --seccomp false runs the VM without them"
     )]
     Apply(#[source] seccompiler::Error),
     /// The line that says what was refused could not be seen to.
@@ -187,6 +187,7 @@ const END: &[Call] = &[
     terminal(libc::TCSETSF2, "TCSETSF2: the same"),
     terminal(libc::TCGETS, "TCGETS: a C library may look at what it has set"),
     terminal(libc::TCGETS2, "TCGETS2: the same"),
+    terminal(libc::TIOCGPGRP, "TIOCGPGRP: whether it is ours to restore"),
     Call::new(libc::SYS_exit_group, "exit_group", "the end of the process"),
 ];
 
@@ -274,6 +275,9 @@ const API_OWN: &[Call] = &[
 ];
 
 const SERIAL_OWN: &[Call] = &[
+    ioctl(0x5401, "TCGETS: the terminal before it is raw").given(0, libc::STDIN_FILENO as i64),
+    // Of glibc 2.42.
+    ioctl(_IOR::<[u32; 11]>(0x54, 0x2a), "TCGETS2: the same").given(0, libc::STDIN_FILENO as i64),
     Call::new(libc::SYS_poll, "poll", "something to move"),
     Call::new(libc::SYS_read, "read", "input"),
     Call::new(libc::SYS_recvfrom, "recvfrom", "input from a socket"),

@@ -31,7 +31,8 @@ use crate::{
     config::SerialMode,
     control::{ExitReason, StopCause, VmControl},
     seccomp::{self, Filters},
-    terminal::{Escape, RawMode},
+    show::counted,
+    terminal::{self, Escape, Owner, RawMode},
 };
 
 /// How much output waits for a reader, in bytes.
@@ -45,6 +46,9 @@ const DRAIN: Duration = Duration::from_secs(1);
 const LINGER_MS: i32 = 5;
 /// How often input is offered again to a guest that does not take it.
 const RETRY_MS: i32 = 100;
+/// How often it is looked whether a terminal that another job has is ours now: a shell does not say so to a
+/// job that it takes to the foreground while it runs.
+const BACKGROUND_MS: i32 = 250;
 
 /// Why there is no serial port.
 #[derive(Debug, Error)]
@@ -233,8 +237,14 @@ impl SerialPort {
             SerialMode::Tty => RawMode::enter().map_err(SerialError::Terminal)?,
             _ => None,
         };
+        let tty = match &raw {
+            Some(_) => Some(terminal::continued_event().map_err(SerialError::EventFd)?),
+            None => None,
+        };
         let mover = Mover {
             endpoint,
+            tty,
+            owner: Owner::Others,
             uart: Arc::clone(&uart),
             link: Arc::clone(&link),
             control: control.clone(),
@@ -283,7 +293,8 @@ impl Drop for SerialPort {
         }
         let dropped = self.dropped();
         if dropped > 0 {
-            log::warn!("serial port {}: {dropped} bytes of output were dropped", self.number);
+            let dropped = counted(dropped, "byte");
+            log::warn!("serial port {}: {dropped} of output dropped", self.number);
         }
     }
 }
@@ -420,6 +431,10 @@ fn own_stdout() -> io::Result<File> {
 /// The port's thread.
 struct Mover {
     endpoint: Endpoint,
+    /// Where standard input is a terminal: what wakes this thread after the process was stopped.
+    tty: Option<RawFd>,
+    /// Whose that terminal was when it was last looked at.
+    owner: Owner,
     uart: Arc<Mutex<Uart>>,
     link: Arc<Link>,
     control: VmControl,
@@ -435,6 +450,7 @@ impl Mover {
         let mut deadline = None;
         loop {
             self.offer_input();
+            self.look_at_terminal();
             let has_output = self.refill();
             if self.link.ending.load(Ordering::Acquire) {
                 let end = *deadline.get_or_insert_with(|| Instant::now() + DRAIN);
@@ -449,6 +465,7 @@ impl Mover {
             let timeout = match linger {
                 true => LINGER_MS,
                 false if deadline.is_some() || !self.input.is_empty() => RETRY_MS,
+                false if self.waits_for_terminal() => BACKGROUND_MS,
                 false => -1,
             };
             self.wait_and_move(has_output, timeout);
@@ -456,6 +473,25 @@ impl Mover {
                 self.link.looking.store(false, Ordering::SeqCst);
             }
         }
+    }
+
+    /// Sees whose the terminal is, if that may have changed.
+    fn look_at_terminal(&mut self) {
+        if self.tty.is_none() {
+            return;
+        }
+        let continued = terminal::has_continued();
+        if continued || self.waits_for_terminal() {
+            // One that refuses raw mode now has not done so at the start; it is tried again.
+            self.owner = terminal::claim().unwrap_or(Owner::Others);
+        }
+        if self.owner == Owner::Nobody {
+            self.endpoint.end_of_input();
+        }
+    }
+
+    fn waits_for_terminal(&self) -> bool {
+        self.tty.is_some() && self.owner == Owner::Others
     }
 
     /// Whether there is output to write.
@@ -507,17 +543,31 @@ impl Mover {
                 self.endpoint.output_fd().filter(|_| watch_output),
                 if has_output { libc::POLLOUT } else { 0 },
             ),
-            pollfd(self.endpoint.input_fd().filter(|_| self.input.is_empty()), libc::POLLIN),
+            // Who reads the terminal of another job is stopped, or takes its keys away.
+            pollfd(
+                self.endpoint
+                    .input_fd()
+                    .filter(|_| self.input.is_empty() && !self.waits_for_terminal()),
+                libc::POLLIN,
+            ),
             pollfd(listener, libc::POLLIN),
+            pollfd(self.tty, libc::POLLIN),
         ];
         // SAFETY: the array is valid and as long as said.
         let ready = unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timeout) };
         if ready <= 0 {
             return;
         }
-        let [wake, output, input, accept] = fds.map(|fd| fd.revents);
+        let [wake, output, input, accept, continued] = fds.map(|fd| fd.revents);
         if wake != 0 {
             let _ = self.link.wake.read();
+        }
+        if continued != 0
+            && let Some(event) = self.tty
+        {
+            let mut count = 0_u64;
+            // SAFETY: an eventfd, which is never closed, is emptied into 8 bytes of our own; it does not block.
+            unsafe { libc::read(event, (&raw mut count).cast(), size_of::<u64>()) };
         }
         if input != 0 {
             self.read_input();
@@ -546,6 +596,10 @@ impl Mover {
                 }
             }
             Err(error) if is_transient(&error) => {}
+            // This process has just been put into the background.
+            Err(error) if self.tty.is_some() && error.raw_os_error() == Some(libc::EIO) => {
+                self.owner = Owner::Others;
+            }
             Err(_) => self.endpoint.end_of_input(),
         }
     }

@@ -3,11 +3,14 @@
 use std::{
     io::{self, IsTerminal},
     mem::MaybeUninit,
+    os::fd::{IntoRawFd, RawFd},
     sync::{
         Once, OnceLock,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicI32, Ordering},
     },
 };
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Ctrl-A, which begins an escape.
 const ESCAPE: u8 = 1;
@@ -16,41 +19,101 @@ const ESCAPE: u8 = 1;
 static SAVED: OnceLock<libc::termios> = OnceLock::new();
 /// Whether it is different now.
 static RAW: AtomicBool = AtomicBool::new(false);
+/// The process was stopped and goes on: whose the terminal is, and how it is set, has to be looked at anew.
+static CONTINUED: AtomicBool = AtomicBool::new(false);
+/// An eventfd that wakes whoever reads the terminal after that; below 0, nobody.
+static WAKE: AtomicI32 = AtomicI32::new(-1);
 static HOOKS: Once = Once::new();
+static SAID: Once = Once::new();
 
-/// Standard input in raw mode until this is dropped.
+/// Whose the terminal at standard input is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owner {
+    /// This process may read it and set its modes.
+    Us,
+    /// Another job's, most often the shell's: this one is in the background.
+    Others,
+    /// It has gone.
+    Nobody,
+}
+
+/// Has the terminal not stop this process, which has a guest to run, when it is in the background: what it
+/// writes is written, and what it may not read it does not get. And has it notice that it goes on after it
+/// was stopped.
+///
+/// # Errors
+/// sigaction(2) fails.
+pub fn take_no_stops() -> io::Result<()> {
+    set_handler(libc::SIGTTIN, libc::SIG_IGN)?;
+    set_handler(libc::SIGTTOU, libc::SIG_IGN)?;
+    set_handler(libc::SIGCONT, on_sigcont as extern "C" fn(libc::c_int) as usize)
+}
+
+fn set_handler(signal: libc::c_int, handler: usize) -> io::Result<()> {
+    // SAFETY: sigaction is plain data; all zero is a valid value to start from.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handler;
+    action.sa_flags = libc::SA_RESTART | libc::SA_ONSTACK;
+    // SAFETY: `action` is complete, and the one handler that is set is async-signal-safe.
+    match unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+extern "C" fn on_sigcont(_: libc::c_int) {
+    // Who goes on in the background has nothing to restore: the shell has set the terminal as it wants it.
+    RAW.store(false, Ordering::SeqCst);
+    CONTINUED.store(true, Ordering::SeqCst);
+    let wake = WAKE.load(Ordering::SeqCst);
+    if wake >= 0 {
+        let one = 1_u64;
+        // SAFETY: write is async-signal-safe, and every filter has it; the eventfd is never closed. errno is
+        // put back for the code that was interrupted.
+        unsafe {
+            let errno = *libc::__errno_location();
+            libc::write(wake, (&raw const one).cast(), size_of::<u64>());
+            *libc::__errno_location() = errno;
+        }
+    }
+}
+
+/// An eventfd that is written to whenever the process goes on after a stop; made once, and never closed.
+///
+/// # Errors
+/// There are no more file descriptors.
+pub fn continued_event() -> io::Result<RawFd> {
+    let known = WAKE.load(Ordering::SeqCst);
+    if known >= 0 {
+        return Ok(known);
+    }
+    let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+    let fd = event.into_raw_fd();
+    WAKE.store(fd, Ordering::SeqCst);
+    Ok(fd)
+}
+
+/// Whether the process was stopped and goes on, since this was asked before.
+pub fn has_continued() -> bool {
+    CONTINUED.swap(false, Ordering::SeqCst)
+}
+
+/// Standard input in raw mode, where it is a terminal and as long as it is ours, until this is dropped.
 #[derive(Debug)]
 pub struct RawMode(());
 
 impl RawMode {
-    /// Sets raw mode, or does nothing and returns `None` where standard input is no terminal, or
-    /// one that another job has (setting it would stop this process).
+    /// Sets raw mode, now or, by [`claim`], when this process comes to the foreground. `None` where standard
+    /// input is no terminal.
     ///
     /// # Errors
     /// A terminal that refuses its settings.
     pub fn enter() -> io::Result<Option<Self>> {
-        if !io::stdin().is_terminal() || !in_foreground() {
+        if !io::stdin().is_terminal() {
             return Ok(None);
         }
-        let mut now = MaybeUninit::<libc::termios>::uninit();
-        // SAFETY: `now` is valid for writing.
-        if unsafe { libc::tcgetattr(libc::STDIN_FILENO, now.as_mut_ptr()) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: tcgetattr returned 0, so it is filled in.
-        let mut raw = *SAVED.get_or_init(|| unsafe { now.assume_init() });
         HOOKS.call_once(install_hooks);
-        // SAFETY: `raw` is an initialised termios.
-        unsafe { libc::cfmakeraw(&raw mut raw) };
-        // Our own messages end in a bare newline.
-        raw.c_oflag |= libc::OPOST | libc::ONLCR;
-        // Before the change: whatever happens in between, restoring is harmless.
-        RAW.store(true, Ordering::SeqCst);
-        // SAFETY: `raw` is an initialised termios.
-        if unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &raw const raw) } != 0 {
-            RAW.store(false, Ordering::SeqCst);
-            return Err(io::Error::last_os_error());
-        }
+        claim()?;
         Ok(Some(Self(())))
     }
 }
@@ -61,9 +124,50 @@ impl Drop for RawMode {
     }
 }
 
-/// Puts the terminal back, if it is in raw mode. May be called in a signal handler.
+/// Sees whose the terminal at standard input is, and sets raw mode if it is ours and not set.
+///
+/// # Errors
+/// A terminal that refuses its settings.
+pub fn claim() -> io::Result<Owner> {
+    match owner() {
+        Some(Owner::Us) => {}
+        Some(other) => return Ok(other),
+        // Not this session's terminal: nobody is stopped for reading it, and it is left as it is.
+        None => return Ok(Owner::Us),
+    }
+    if RAW.load(Ordering::SeqCst) {
+        return Ok(Owner::Us);
+    }
+    let mut now = MaybeUninit::<libc::termios>::uninit();
+    // SAFETY: `now` is valid for writing.
+    if unsafe { libc::tcgetattr(libc::STDIN_FILENO, now.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: tcgetattr returned 0, so it is filled in.
+    let mut raw = *SAVED.get_or_init(|| unsafe { now.assume_init() });
+    // SAFETY: `raw` is an initialised termios.
+    unsafe { libc::cfmakeraw(&raw mut raw) };
+    // Our own messages end in a bare newline.
+    raw.c_oflag |= libc::OPOST | libc::ONLCR;
+    // Before the change: whatever happens in between, restoring is harmless.
+    RAW.store(true, Ordering::SeqCst);
+    // SAFETY: `raw` is an initialised termios.
+    if unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &raw const raw) } != 0 {
+        RAW.store(false, Ordering::SeqCst);
+        return Err(io::Error::last_os_error());
+    }
+    SAID.call_once(|| {
+        eprintln!(
+            "mce-relay: this terminal is the guest's first serial port now; Ctrl-A x ends the VM"
+        );
+    });
+    Ok(Owner::Us)
+}
+
+/// Puts the terminal back, if it is in raw mode and still ours. May be called in a signal handler.
 pub fn restore() {
     if RAW.swap(false, Ordering::SeqCst)
+        && owner() == Some(Owner::Us)
         && let Some(saved) = SAVED.get()
     {
         // SAFETY: `saved` is what tcgetattr gave; tcsetattr is async-signal-safe.
@@ -85,9 +189,22 @@ fn install_hooks() {
     unsafe { libc::atexit(restore_at_exit) };
 }
 
-fn in_foreground() -> bool {
-    // SAFETY: neither has preconditions.
-    unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) == libc::getpgrp() }
+/// Whose it is; `None` where it is not the terminal of this session. May be called in a signal handler.
+fn owner() -> Option<Owner> {
+    static GROUP: AtomicI32 = AtomicI32::new(0);
+    // SAFETY: async-signal-safe, and without preconditions.
+    let foreground = unsafe { libc::tcgetpgrp(libc::STDIN_FILENO) };
+    if foreground < 0 {
+        let gone = io::Error::last_os_error().raw_os_error() != Some(libc::ENOTTY);
+        return gone.then_some(Owner::Nobody);
+    }
+    // A shell gives a job its process group before the job begins, and only the main thread may ask for it.
+    if GROUP.load(Ordering::Relaxed) == 0 {
+        // SAFETY: it cannot fail, and takes nothing.
+        GROUP.store(unsafe { libc::getpgrp() }, Ordering::Relaxed);
+    }
+    let ours = foreground == GROUP.load(Ordering::Relaxed);
+    Some(if ours { Owner::Us } else { Owner::Others })
 }
 
 /// Finds Ctrl-A x in what the user types. Ctrl-A Ctrl-A is one Ctrl-A.

@@ -479,6 +479,10 @@ fn termination_pipes() -> io::Result<[(i32, RawFd); 3]> {
         return Ok(pipes);
     }
     let pipe = |signal| -> io::Result<(i32, RawFd)> {
+        // nohup(1), or a shell without job control: whoever had it ignored means it to be. poll skips -1.
+        if is_ignored(signal)? {
+            return Ok((signal, -1));
+        }
         let (read, write) = UnixStream::pair()?;
         read.set_nonblocking(true)?;
         signal_hook::low_level::pipe::register(signal, write)?;
@@ -487,6 +491,16 @@ fn termination_pipes() -> io::Result<[(i32, RawFd); 3]> {
     let made = [pipe(SIGTERM)?, pipe(SIGINT)?, pipe(SIGHUP)?];
     *pipes = Some(made);
     Ok(made)
+}
+
+fn is_ignored(signal: i32) -> io::Result<bool> {
+    // SAFETY: sigaction is plain data; all zero is a valid value to start from.
+    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: `now` is valid for writing, and nothing is set.
+    match unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut now) } {
+        0 => Ok(now.sa_sigaction == libc::SIG_IGN),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Returns when the VM ends, for which a termination signal is a reason.
