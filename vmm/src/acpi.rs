@@ -50,7 +50,7 @@ const ALIGNMENT: usize = 16;
 #[derive(Debug, Error)]
 pub enum AcpiError {
     /// They are larger than the space kept for them.
-    #[error("the ACPI tables need {needed} bytes, there is room for {room}")]
+    #[error("the ACPI tables need {needed} bytes, there is room for {room} bytes")]
     TooLarge {
         /// Their length.
         needed: u64,

@@ -13,6 +13,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::peer::{self, Peer};
+use crate::show::counted;
 
 /// How long the agent may take; an emulated guest takes its time.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -195,7 +196,8 @@ fn process_within(
             serde_json::from_value(value).map_err(|error| stranger(plain(&error.to_string())))?;
         let count = u32::try_from(pages.len()).unwrap_or(u32::MAX);
         if !(1..=max).contains(&count) {
-            return Err(stranger(format!("it gave {count} pages when asked for 1 to {max}")));
+            let pages = counted(u64::from(count), "page");
+            return Err(stranger(format!("it gave {pages} when asked for 1 to {max}")));
         }
         let page = |ReplyPage { gpa, va, area }: ReplyPage| ProcessPage {
             gpa: gpa.0,

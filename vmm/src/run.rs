@@ -68,9 +68,7 @@ enum RelayError {
     Ram(#[from] RamError),
     #[error(transparent)]
     Start(#[from] StartError),
-    #[error(
-        "cannot set up the interrupt of the ACPI error source; --ao-channel mce does without it"
-    )]
+    #[error("cannot set up the interrupt of the ACPI error source; --ao-channel mce needs none")]
     Source(#[source] std::io::Error),
     #[error("the VM has no relay yet")]
     Early,

@@ -339,7 +339,7 @@ fn stretch(query: &str) -> Result<(u64, u64), String> {
     }
     match (gpa, len) {
         (Some(gpa), Some(len @ 1..=MAX_READ)) => Ok((gpa, len)),
-        (Some(_), Some(len)) => Err(format!("len is {len}; expected 1 to {MAX_READ}")),
+        (Some(_), Some(len)) => Err(format!("len is {len} bytes; expected 1 to {MAX_READ} bytes")),
         _ => Err(format!("gpa or len is missing; {EXPECTED}")),
     }
 }

@@ -123,7 +123,7 @@ pub enum BootError {
         to: u64,
     },
     /// The command line is too long.
-    #[error("the kernel command line has {bytes} bytes, the kernel takes at most {max}")]
+    #[error("the kernel command line has {bytes} bytes, the kernel takes at most {max} bytes")]
     CmdlineTooLong {
         /// Its length.
         bytes: usize,

@@ -21,13 +21,18 @@ use crate::poison::PageRange;
 
 /// Runs Linux guests on KVM and tells them of the host's memory errors.
 ///
-/// A first round, on a host that is meant for it or in the lab (make lab):
+/// A first round, on a host that is meant for it or in the lab (make lab), in
+/// target/guest-image:
 ///
 ///     mce-relay check
-///     mce-relay run --name try --kernel vmlinux --initramfs initramfs.cpio
+///     mce-relay run --name try --kernel vmlinux --initramfs initramfs.cpio \
+///         --serial file=/tmp/console &
 ///     mce-relay poison --vm try --random 1 --via hwpoison-inject
-///     mce-relay events --vm try --follow
+///     mce-relay events --vm try
 ///     mce-relay status --vm try
+///     mce-relay shutdown --vm try
+///
+/// Without --serial the guest has this terminal, until Ctrl-A x.
 #[derive(Debug, Parser)]
 #[command(name = "mce-relay", version, max_term_width = 100, verbatim_doc_comment)]
 pub struct Cli {
@@ -143,7 +148,7 @@ pub enum Command {
     /// hardware error on, and mce-inject counts as one. End the VM first: a page that is still in use
     /// cannot be given back.
     Unpoison {
-        /// The host's page frame numbers, as `poison` prints them: 0x… or decimal.
+        /// The host's page frame numbers, as `poison` prints them: 0x and digits, or decimal.
         #[arg(long, required = true, value_name = "LIST", value_delimiter = ',', value_parser = parse_number)]
         pfn: Vec<u64>,
         /// Print JSON.
@@ -351,7 +356,7 @@ pub enum MemoryCommand {
         /// Which VM.
         #[command(flatten)]
         vm: VmArg,
-        /// Guest-physical address of the first byte: 0x…, or decimal with K, M or G.
+        /// Guest-physical address of the first byte: 0x and digits, or decimal with K, M or G.
         #[arg(long, value_parser = parse_number)]
         gpa: u64,
         /// Number of bytes, 1 or more, in the same forms.

@@ -35,11 +35,11 @@ pub struct RunArgs {
     /// starts. file=PATH: the memory is this file, at least SIZE long, shared with whoever maps it
     /// where shared=on is given, and otherwise private; on hugetlbfs it comes in huge pages. What a
     /// shared file holds is lost when the guest starts over.
-    #[arg(long, value_name = "size=SIZE,…")]
+    #[arg(long, value_name = "size=SIZE,...")]
     pub memory: Option<Memory>,
     /// Guest RAM in several zones, each with the keys of --memory (and id=NAME, which is only for you);
     /// given once for each, in the order of their addresses. Instead of --memory.
-    #[arg(long, value_name = "size=SIZE,…")]
+    #[arg(long, value_name = "size=SIZE,...")]
     pub memory_zone: Vec<Memory>,
     /// First serial port: tty (Ctrl-A x quits), file=PATH, socket=PATH or off.
     #[arg(long, default_value = "tty", value_name = "MODE")]

@@ -35,7 +35,10 @@ impl<'a> Vm<'a> {
             Ok(bytes) if (1..=len).contains(&(bytes.len() as u64)) => Ok(Piece::Bytes(bytes)),
             Ok(bytes) => Err(DumpError::Client(ClientError::Stranger {
                 path: self.socket.to_owned(),
-                what: format!("it answers with {} bytes for {len}", bytes.len()),
+                what: format!(
+                    "it answers with {} bytes where {len} bytes were asked for",
+                    bytes.len()
+                ),
             })),
             Err(ClientError::Refused { status: 410, .. }) => Ok(Piece::Poisoned),
             Err(ClientError::Refused { status: 409, error }) => Ok(Piece::NoMemory(error)),

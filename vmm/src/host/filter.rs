@@ -175,7 +175,9 @@ impl Drop for FilterInForce {
 
 fn read(path: &Path) -> Result<u64, FilterError> {
     let mend = match path.ends_with(MEMCG) {
-        true => "the kernel has that file with CONFIG_MEMCG only; --filter-memcg none does without",
+        true => {
+            "the kernel has that file with CONFIG_MEMCG only; give --filter-memcg none to use no such filter"
+        }
         false => "run it as root on a kernel with CONFIG_HWPOISON_INJECT",
     };
     let text = std::fs::read_to_string(path).map_err(failed("read", path, mend))?;

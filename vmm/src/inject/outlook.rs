@@ -145,7 +145,7 @@ fn by_the_others(
             // Nobody waits where nobody is called.
             called.first()?;
             let why = format!(
-                "vCPU {first} is called and waits one second for vCPU {target}, which is not; do without broadcast"
+                "vCPU {first} is called and waits one second for vCPU {target}, which is not; leave broadcast out"
             );
             Some((Guest::Dies, why))
         }

@@ -39,7 +39,7 @@ pub const HOLE_END: u64 = 4 << 30;
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// The size is zero or too small to boot in.
-    #[error("{bytes} bytes of guest memory are too few, a kernel needs at least {MIN_RAM}")]
+    #[error("{bytes} bytes of guest memory are too few, a kernel needs at least {MIN_RAM} bytes")]
     TooSmall {
         /// What was asked for.
         bytes: u64,
