@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests say what they saw by panicking")]
 
 mod colours;
+mod documents;
 mod dumps;
 mod faults;
 mod followers;
@@ -95,6 +96,10 @@ fn once() -> Result<(), String> {
         Some(_) => Err("is run outside the lab; nothing in it depends on the kernel".to_owned()),
         None => Ok(()),
     }
+}
+
+fn once_with_bash() -> Result<(), String> {
+    once().and_then(|()| has_kvm_and_bash())
 }
 
 fn uffd_that_poisons() -> Result<(), String> {
@@ -214,6 +219,8 @@ fn main() -> ExitCode {
         colours::only_what_the_terminal_can_show needs has_kvm,
         colours::help_is_ascii needs anywhere,
         colours::tables_fit needs has_kvm,
+        documents::nothing_is_left_out_for_nothing needs anywhere,
+        documents::every_command_that_takes_no_page_frame needs once_with_bash,
         jobs::in_the_background needs has_kvm_and_bash,
         jobs::stopped_and_taken_up_again needs has_kvm_and_bash,
         jobs::tostop needs has_kvm_and_bash,

@@ -7,6 +7,7 @@ mod ar;
 mod burst;
 mod delivery;
 mod firmware;
+mod first_hour;
 mod hardware;
 mod kinds;
 mod mce_test;
@@ -100,6 +101,7 @@ fn main() -> ExitCode {
         firmware::retire_amd needs may_poison,
         firmware::retire_intel needs may_soak,
         firmware::retire_without_the_driver needs may_soak,
+        first_hour::every_command needs may_poison,
         memory::anonymous needs may_poison,
         memory::thp needs may_poison,
         memory::file needs may_poison,

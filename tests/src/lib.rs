@@ -10,6 +10,7 @@ pub struct Embedding;
 
 pub mod agent;
 pub mod burst;
+pub mod documents;
 pub mod guest;
 pub mod history;
 pub mod hooked;
