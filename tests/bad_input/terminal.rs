@@ -113,7 +113,8 @@ fn restored_after(end: impl Fn(&Terminal, &Child), status: i32) {
     terminal.drain();
     terminal.wait_for(|modes| modes != before);
     end(&terminal, &child);
-    assert_eq!(child.wait().unwrap().code(), Some(status));
+    let ended = child.wait().unwrap();
+    assert_eq!(ended.code(), Some(status), "{ended}");
     assert_eq!(terminal.modes(), before);
 }
 

@@ -92,12 +92,11 @@ fn of_block(name: &str, lines: &[(usize, &str)]) -> Vec<Typed> {
         } else {
             let command = if is_transcript { line.strip_prefix("$ ") } else { Some(*line) };
             let Some(command) = command.filter(|command| !command.is_empty()) else { continue };
-            all.push(Typed { place: format!("{name}:{number}"), text: command.to_owned() });
+            all.push(Typed { place: format!("{name}:{number}"), text: without_comment(command) });
         }
         let text = &all.last().unwrap().text;
         goes_on = text.ends_with('\\') || text.matches('\'').count() % 2 == 1;
     }
-    all.iter_mut().for_each(|typed| typed.text = without_comment(&typed.text));
     all
 }
 
@@ -248,7 +247,7 @@ mod tests {
         assert_eq!(texts(&["$ a \\", "  b", "printed", "$ c"]), ["a \\\n  b", "c"]);
         assert_eq!(texts(&["$ ask() { x '", "  y' }", "printed"]), ["ask() { x '\n  y' }"]);
         assert_eq!(
-            texts(&["mce-relay check # what", "make test"]),
+            texts(&["mce-relay check # what's there", "make test"]),
             ["mce-relay check", "make test"]
         );
         assert!(texts(&["[Unit]", "ExecStart=mce-relay run"]).is_empty());

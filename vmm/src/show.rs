@@ -5,7 +5,7 @@ use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
-use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::Timestamp;
 use mce_relay::delivery::Wait;
 use mce_relay::ledger::{State, Times};
@@ -91,27 +91,35 @@ pub fn table(header: &[&str]) -> Sheet {
 /// Shows how far a long work is, where stderr is a terminal. Goes away when dropped.
 #[derive(Debug)]
 pub struct Progress {
-    what: &'static str,
-    template: &'static str,
-    /// No bar for this many or fewer.
+    /// Not drawn for so many or fewer.
     many: u64,
-    bar: Option<ProgressBar>,
+    bar: ProgressBar,
 }
 
 impl Progress {
-    /// Of a work on pages that is called so, as in "poisoning".
+    /// Of a work on pages that is called so, as in "poisoning", and begins now.
     #[must_use]
     pub fn new(what: &'static str) -> Self {
-        let template = "{prefix} [{wide_bar}] {pos} of {len} pages, {per_sec}, {eta} left";
-        Self { what, template, many: MANY_PAGES as u64, bar: None }
+        let template = "{prefix} [{wide_bar}] {pos} of {len} pages, {per_sec:0}, {eta} left";
+        Self::begin(what, template, MANY_PAGES as u64)
     }
 
-    /// Of a work on bytes that is called so, as in "dumping".
+    /// Of a work on bytes that is called so, as in "dumping", and begins now.
     #[must_use]
     pub fn bytes(what: &'static str) -> Self {
         let template =
             "{prefix} [{wide_bar}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-        Self { what, template, many: MANY_BYTES, bar: None }
+        Self::begin(what, template, MANY_BYTES)
+    }
+
+    fn begin(what: &'static str, template: &str, many: u64) -> Self {
+        let bar = ProgressBar::hidden().with_prefix(what);
+        let bar = match ProgressStyle::with_template(template) {
+            // In characters that every terminal has.
+            Ok(style) => bar.with_style(style.progress_chars("=> ")),
+            Err(_) => bar,
+        };
+        Self { many, bar }
     }
 
     /// `done` of `total` pages are done.
@@ -124,24 +132,17 @@ impl Progress {
         if total <= self.many || !screen::stderr().moves {
             return;
         }
-        let (what, template) = (self.what, self.template);
-        let bar = self.bar.get_or_insert_with(|| {
-            let bar = ProgressBar::new(total).with_prefix(what);
-            match ProgressStyle::with_template(template) {
-                // In characters that every terminal has.
-                Ok(style) => bar.with_style(style.progress_chars("=> ")),
-                Err(_) => bar,
-            }
-        });
-        bar.set_position(done);
+        if self.bar.is_hidden() {
+            self.bar.set_length(total);
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+        self.bar.set_position(done);
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
+        self.bar.finish_and_clear();
     }
 }
 

@@ -34,6 +34,7 @@ use crate::poison::PageRange;
 ///
 /// Without --serial the guest has this terminal, until Ctrl-A x.
 #[derive(Debug, Parser)]
+#[allow(rustdoc::invalid_rust_codeblocks, reason = "it is shown as it is, and has commands")]
 #[command(name = "mce-relay", version, max_term_width = 100, verbatim_doc_comment)]
 pub struct Cli {
     /// Say more on stderr: each step of each error (-v), and how (-vv). RUST_LOG overrides it.
