@@ -6,6 +6,8 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::files::LogFile;
+
 /// The largest number of vCPUs: xAPIC ids are 8 bits wide and 255 is the broadcast id.
 pub const MAX_CPUS: u8 = 254;
 
@@ -16,9 +18,9 @@ pub enum SerialMode {
     Off,
     /// Standard output and input of this process; raw mode while the VM runs.
     Tty,
-    /// Output goes to this file, which is created or truncated; there is no input.
-    File(PathBuf),
-    /// A unix stream socket is made at this path, which must not exist; one client at a time.
+    /// Output is appended to this file; there is no input.
+    File(LogFile),
+    /// A unix stream socket is made at this path; one client at a time.
     Socket(PathBuf),
 }
 

@@ -125,7 +125,7 @@ impl PortBus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::SerialMode, control::VmControl};
+    use crate::{config::SerialMode, control::VmControl, serial::SerialLine};
 
     #[test]
     fn an_empty_bus_reads_all_ones() {
@@ -178,15 +178,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("com2");
         let control = VmControl::new(1).unwrap();
-        let com2 = SerialPort::new(
-            1,
-            &SerialMode::File(path.clone()),
-            &control,
-            Arc::new(|| {}),
-            &crate::seccomp::Filters::default(),
-        )
-        .unwrap()
-        .unwrap();
+        let mode = SerialMode::File(path.clone().into());
+        let line = SerialLine::open(1, &mode, &crate::seccomp::Filters::default()).unwrap();
+        let com2 = SerialPort::on(&Arc::new(line.unwrap()), &control, Arc::new(|| {}));
         let bus = PortBus::new([None, Some(Arc::new(com2))]);
         // Scratch register.
         assert_eq!(bus.write(0x2ff, &[0x5a]), None);

@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 use crate::api::Status;
 use crate::client::{self, ClientError};
 use crate::events::VmEvent;
+use crate::records::Record;
 use crate::{screen, show};
 
 /// A status is shown again no more often than this, however much happens.
@@ -107,6 +108,23 @@ fn wait_until_unread() {
         }
         // A signal came in between.
     }
+}
+
+/// Prints the events that a VM has left.
+///
+/// # Errors
+/// See [`FollowError`].
+pub fn record(record: &Record, json: bool) -> Result<(), FollowError> {
+    eprintln!("mce-relay: {}; its last events:", record.headline());
+    let mut out = io::stdout();
+    let mut timeline = Timeline::new(screen::stdout().colour);
+    for line in record.events() {
+        let line = if json { line } else { timeline.line(&line) };
+        if !written(writeln!(out, "{line}"))? {
+            return Ok(());
+        }
+    }
+    written(out.flush()).map(drop)
 }
 
 /// Events as lines for people.

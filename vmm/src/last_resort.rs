@@ -7,11 +7,12 @@
 
 use std::io;
 use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use libc::{c_int, c_void, siginfo_t};
 use mce_relay::signal::BUS_MCEERR_AR;
 
-use crate::terminal;
+use crate::{files, records, sockets, terminal};
 
 /// Exit status of a VMM whose own memory went bad under it.
 pub const STATUS: u8 = 7;
@@ -38,6 +39,49 @@ fn set(handler: usize, flags: c_int) -> io::Result<()> {
     }
 }
 
+/// The main thread waits for the end of the VM.
+static WAITS: AtomicBool = AtomicBool::new(false);
+/// With which status another thread has it end the process; -1 while none does.
+static ENDS: AtomicI32 = AtomicI32::new(-1);
+/// How long the main thread may take for that.
+static PATIENCE: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 250_000_000 };
+
+/// Has `wait` wait on the main thread, which ends the process meanwhile if another thread has to. The others may
+/// remove no file.
+pub fn while_waiting(wait: impl FnOnce()) {
+    WAITS.store(true, Ordering::SeqCst);
+    wait();
+    WAITS.store(false, Ordering::SeqCst);
+    let status = ENDS.load(Ordering::SeqCst);
+    if status >= 0 {
+        sockets::remove_all();
+        // SAFETY: ends the process. Nothing is to be cleaned up: another thread is in a handler.
+        unsafe { libc::_exit(status) };
+    }
+}
+
+/// Ends the process with this status, and without the sockets if that can be. For signal handlers, on any thread.
+pub(crate) fn end(status: u8) -> ! {
+    records::note_end(status);
+    let status = c_int::from(status);
+    // SAFETY: both are async-signal-safe, and every filter has them.
+    let on_main = unsafe { libc::getpid() == libc::gettid() };
+    if on_main {
+        sockets::remove_all();
+    } else if WAITS.load(Ordering::SeqCst) {
+        ENDS.store(status, Ordering::SeqCst);
+        files::wake();
+        // SAFETY: the futex is a static, which nobody changes while it is waited for, and every filter has this
+        // call.
+        unsafe {
+            let flags = libc::FUTEX_WAIT | libc::FUTEX_PRIVATE_FLAG;
+            libc::syscall(libc::SYS_futex, ENDS.as_ptr(), flags, status, &raw const PATIENCE);
+        }
+    }
+    // SAFETY: async-signal-safe, and every filter has it.
+    unsafe { libc::_exit(status) }
+}
+
 extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
     // tcsetattr is async-signal-safe.
     terminal::restore();
@@ -47,11 +91,11 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
         const WORDS: &[u8] =
             b"mce-relay: memory of the VMM itself is bad; it ends (exit status 7)\n";
         const _: () = assert!(STATUS == 7, "as the words say");
-        // SAFETY: write and _exit are async-signal-safe; the buffer is valid for its length.
+        // SAFETY: write is async-signal-safe; the buffer is valid for its length.
         unsafe {
             libc::write(libc::STDERR_FILENO, WORDS.as_ptr().cast(), WORDS.len());
-            libc::_exit(c_int::from(STATUS));
         }
+        end(STATUS);
     }
     // A fault comes again when its instruction is executed again, and finds the default action then.
     // What somebody sent does not, so whoever called us (see `mce_relay::signal`) raises it again.

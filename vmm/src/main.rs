@@ -64,7 +64,24 @@ fn start_log(verbose: u8) {
         .init();
 }
 
+/// What is said of a named VM that has ended; `None` of any other.
+fn of_the_ended(command: &Command) -> Option<Outcome> {
+    match command {
+        Command::Status { vm, json, .. } => {
+            vm.record().map(|record| Ok(show::record(&record, *json)))
+        }
+        Command::Events { vm, json, .. } => vm.record().map(|record| {
+            follow::record(&record, *json)?;
+            Ok(ExitCode::SUCCESS)
+        }),
+        _ => None,
+    }
+}
+
 fn carry_out(command: Command) -> Outcome {
+    if let Some(outcome) = of_the_ended(&command) {
+        return outcome;
+    }
     Ok(match command {
         Command::Run(args) => {
             // Before the relay's handler, which hands on to it. The process's and not the VM's: who runs a

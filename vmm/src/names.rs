@@ -1,8 +1,7 @@
 //! Names of running VMs: where their API sockets are.
 //!
-//! A name is a socket in a directory that belongs to the user alone. Nothing else is kept, so a VM that
-//! is gone leaves nothing that has to be tidied up but, if it was killed, a socket that nobody
-//! listens at.
+//! A name is a socket in a directory that belongs to the user alone. Beside the sockets is what each name's last
+//! VM has left, see [`records`](crate::records): few files of limited size, which the next one replaces.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
@@ -16,10 +15,13 @@ mod others;
 pub use list::{List, Listed, list};
 
 use crate::peer::listens;
+use crate::records::Record;
 
 /// The longest name, in bytes: a socket's path has room for 107.
 const MAX_LEN: usize = 48;
 const SUFFIX: &str = ".sock";
+/// The directory beside the sockets, with one for each name.
+const RECORDS: &str = "records";
 
 /// The name of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -74,12 +76,14 @@ impl FromStr for Which {
 #[derive(Debug, thiserror::Error)]
 pub enum NameError {
     /// No VM is called so.
-    #[error("no VM called {name:?} of this user's runs ({}); {others}", dir.display())]
+    #[error("no VM called {name:?} of this user's runs ({}){ended}; {others}", dir.display())]
     Unknown {
         /// The name.
         name: String,
         /// Where its socket would be.
         dir: PathBuf,
+        /// How the last one ended.
+        ended: String,
         /// Which do run.
         others: String,
     },
@@ -136,8 +140,7 @@ fn socket_in(dir: &Path, name: &VmName) -> PathBuf {
     dir.join(format!("{}{SUFFIX}", name.0))
 }
 
-/// The path for the socket of a new VM called `name`. A socket of that name at which nobody listens
-/// any more is removed.
+/// The path for the socket of a new VM called `name`. There may be one at which nobody listens any more.
 ///
 /// # Errors
 /// The name is taken, or there is no directory for it.
@@ -157,14 +160,45 @@ fn claim_in(dir: &Path, name: &VmName) -> Result<PathBuf, NameError> {
         return Err(failed(io::Error::other(words)));
     }
     let path = socket_in(dir, name);
+    // Of two who come here at once the second is told when it makes its socket.
     match UnixStream::connect(&path) {
         Ok(_) => Err(NameError::Taken(name.0.clone())),
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(&path).map_err(failed)?;
-            Ok(path)
-        }
         Err(_) => Ok(path),
     }
+}
+
+/// Where the VM called `name` leaves its [record](crate::records).
+#[must_use]
+pub fn record_dir(name: &VmName) -> PathBuf {
+    record_dir_in(&dir(), &name.0)
+}
+
+fn record_dir_in(dir: &Path, name: &str) -> PathBuf {
+    dir.join(RECORDS).join(name)
+}
+
+/// What the VM called `name` has left, if none runs.
+#[must_use]
+pub fn record(name: &VmName) -> Option<Record> {
+    record_in(&dir(), name)
+}
+
+fn record_in(dir: &Path, name: &VmName) -> Option<Record> {
+    match UnixStream::connect(socket_in(dir, name)) {
+        Ok(_) => None,
+        Err(_) => Record::read(&record_dir_in(dir, &name.0), &name.0),
+    }
+}
+
+/// What named VMs have left that do not run, by name.
+#[must_use]
+pub fn ended() -> Vec<Record> {
+    let dir = dir();
+    let entries = std::fs::read_dir(dir.join(RECORDS)).into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok()?.parse().ok());
+    let mut found: Vec<Record> = names.filter_map(|name| record_in(&dir, &name)).collect();
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found
 }
 
 /// The socket of the VM that is meant.
@@ -202,7 +236,9 @@ fn find_in(
                 .join(", ")
         ),
     };
-    Err(NameError::Unknown { name: name.0.clone(), dir: dir.to_owned(), others })
+    let ended = Record::read(&record_dir_in(dir, &name.0), &name.0);
+    let ended = ended.map(|record| format!("; {}", record.headline())).unwrap_or_default();
+    Err(NameError::Unknown { name: name.0.clone(), dir: dir.to_owned(), ended, others })
 }
 
 /// Sockets in `dir` at which somebody listens, by name.
@@ -260,7 +296,6 @@ mod tests {
         drop(listener);
         assert!(find_in(&dir, &name, &Vec::new).is_err());
         assert_eq!(claim_in(&dir, &name).unwrap(), path);
-        assert!(!path.exists());
     }
 
     #[test]

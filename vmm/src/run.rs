@@ -19,17 +19,21 @@ use crate::api::{Api, ApiError, Current, Running, VmInfo};
 use crate::boot::BootError;
 use crate::button::PowerButton;
 use crate::by_hand::Injector;
-use crate::cli::{ApiPath, RunArgs, Switch};
-use crate::config::{OnUndeliverable, VmConfig};
+use crate::cli::{ApiPath, LogPath, RunArgs, Serial, Switch};
+use crate::config::{OnUndeliverable, SerialMode, VmConfig};
 use crate::control::{Change, ExitReason, Panic, PauseReason, StopCause, Undeliverable, VmControl};
-use crate::events::{Monitor, MonitorError, VmEvent};
+use crate::events::{self, Monitor, MonitorError, VmEvent};
+use crate::files::{self, Appended, LogFile};
 use crate::ghes::{self, Notify};
 use crate::host;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE, RamBlock};
 use crate::names::{self, NameError, VmName};
+use crate::records;
 use crate::seccomp::{Filters, SeccompError, Thread};
+use crate::serial::{self, SerialLines};
 use crate::show;
+use crate::sockets::BindError;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
 
@@ -51,6 +55,15 @@ pub enum RunError {
     /// The VM.
     #[error(transparent)]
     Vm(#[from] VmError),
+    /// A file that is to be written to.
+    #[error("cannot write to {}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
     /// The filters of system calls.
     #[error(transparent)]
     Seccomp(#[from] SeccompError),
@@ -85,9 +98,11 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     KillPolicy::Late.set().map_err(RunError::Policy)?;
     let filters = Filters::new(args.seccomp.into())?;
     filters.apply(Thread::Main)?;
+    files::survive_limits();
+    check_files(args)?;
+    let monitor_file = open_pipe(args)?;
     let ram = Arc::new(GuestRam::new(&args.zones())?);
-    let path = args.event_monitor.as_ref().map(|path| path.0.as_path());
-    let monitor = Monitor::start(path, &filters)?;
+    let monitor = Monitor::start(&filters)?;
     let current = Current::new(args.name.as_ref().map(VmName::as_str));
     let socket = match (&args.api_socket, &args.name) {
         (Some(ApiPath(path)), _) => Some(path.clone()),
@@ -99,7 +114,7 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     let api = socket
         .as_ref()
         .map(|path| Api::start(path, current.clone(), monitor.hub().clone(), &filters));
-    let _api = api.transpose()?;
+    let _api = api.transpose().map_err(|error| whose(error, args))?;
     if !Path::new(host::EARLY_KILL_SYSCTL).exists() {
         warn!(
             "this host's kernel has no memory failure handling (CONFIG_MEMORY_FAILURE): \
@@ -116,29 +131,61 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     };
     // Whoever follows events is told that there are no more before the API goes.
     let _end = EndOfEvents(&monitor);
-    let ledger = Ledger::default();
-    let mut machine = Machine { args, config, filters, socket, ram, monitor: &monitor, ledger };
-    let (mut boot, mut quick_faults) = (0, 0);
-    loop {
-        boot += 1;
-        let (reason, ran) = machine.boot(boot, &current)?;
-        let quick = ran < QUICK && matches!(reason, ExitReason::TripleFault { .. });
-        quick_faults = if quick { quick_faults + 1 } else { 0 };
-        if starts_again(&reason, args.on_undeliverable, args.no_reboot) && quick_faults < HOPELESS {
-            let by_policy = matches!(reason, ExitReason::Undeliverable(_));
-            if matches!(reason, ExitReason::TripleFault { .. }) {
-                warn!("{reason}");
-            }
-            monitor.emit(VmEvent::Reset { reason: reason.to_string(), by_policy });
-            machine.renew();
-            continue;
+    let (outlets, ledger) = (Outlets { monitor_file, ..Outlets::default() }, Ledger::default());
+    let mut machine =
+        Machine { args, config, filters, socket, ram, monitor: &monitor, outlets, ledger };
+    let ended = machine.run_to_its_end(&current);
+    // What the guest said comes before what is said of it.
+    machine.outlets = Outlets::default();
+    let (status, how) = match &ended {
+        Ok(reason) => (exit_status(reason), reason.to_string()),
+        Err(error) => (1, show::with_causes(error)),
+    };
+    records::end(status, &how);
+    let reason = ended?;
+    if !matches!(reason, ExitReason::PowerOff | ExitReason::Stopped(_)) {
+        error!("{reason}");
+        if let Some(name) = args.name.as_ref().filter(|_| records::are_kept()) {
+            eprintln!("mce-relay: {}", records::where_to_look(name.as_str()));
         }
-        let status = exit_status(&reason);
-        if !matches!(reason, ExitReason::PowerOff | ExitReason::Stopped(_)) {
-            error!("{reason}");
+    }
+    monitor.emit(VmEvent::Ended { how, status });
+    Ok(status)
+}
+
+/// Sees early that what is to be written to can be; it is touched when nothing else can go wrong.
+fn check_files(args: &RunArgs) -> Result<(), RunError> {
+    let of = |serial: &Serial| match &serial.0 {
+        SerialMode::File(to) => Some(to.clone()),
+        _ => None,
+    };
+    let monitor = args.event_monitor.as_ref().map(|path| path.0.clone());
+    for LogFile { path, max_size } in
+        [of(&args.serial), of(&args.serial2), monitor].into_iter().flatten()
+    {
+        let to = LogFile { path: path.clone(), max_size };
+        to.check().map_err(|source| RunError::File { path, source })?;
+    }
+    Ok(())
+}
+
+/// Opens the event monitor's file if it is a FIFO or a device, which there is no harm in. A FIFO is waited for,
+/// while a signal still ends this process.
+fn open_pipe(args: &RunArgs) -> Result<Option<Appended>, MonitorError> {
+    let Some(LogPath(to)) = &args.event_monitor else { return Ok(None) };
+    match to.path.metadata() {
+        Ok(found) if !found.is_file() => events::open(to).map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// An API socket at which somebody answers is another VM of that name.
+fn whose(error: ApiError, args: &RunArgs) -> RunError {
+    match (&error, &args.name) {
+        (ApiError::Bind { source: BindError::Answers, .. }, Some(name)) => {
+            NameError::Taken(name.as_str().to_owned()).into()
         }
-        monitor.emit(VmEvent::Ended { how: reason.to_string(), status });
-        return Ok(status);
+        _ => error.into(),
     }
 }
 
@@ -167,14 +214,71 @@ struct Machine<'a> {
     socket: Option<PathBuf>,
     ram: Arc<GuestRam>,
     monitor: &'a Monitor,
+    outlets: Outlets,
     ledger: Ledger,
 }
 
+/// What leads out of this process; opened when the first VM is all but made, and then kept.
+#[derive(Default)]
+struct Outlets {
+    lines: Option<SerialLines>,
+    /// Of the event monitor, if it had to be opened before.
+    monitor_file: Option<Appended>,
+    boot: u32,
+}
+
+impl Outlets {
+    /// Opens what is not open yet, and notes the boot.
+    fn open(
+        &mut self,
+        config: &VmConfig,
+        hooks: &RelayHooks<'_>,
+    ) -> Result<SerialLines, HookError> {
+        let lines = match &self.lines {
+            Some(lines) => lines.clone(),
+            None => {
+                let lines = serial::open_lines(&config.serial, hooks.filters)?;
+                match (self.monitor_file.take(), &hooks.args.event_monitor) {
+                    (Some(file), _) => hooks.monitor.write_on("file", file)?,
+                    (None, Some(path)) => hooks.monitor.write_to(&path.0)?,
+                    (None, None) => {}
+                }
+                hooks.keep_a_record();
+                self.lines.insert(lines).clone()
+            }
+        };
+        lines.iter().flatten().for_each(|line| line.note_boot(self.boot));
+        Ok(lines)
+    }
+}
+
 impl Machine<'_> {
+    /// Boots the guest, and again after each reset; how it ended.
+    fn run_to_its_end(&mut self, current: &Current) -> Result<ExitReason, VmError> {
+        let (policy, no_reboot) = (self.args.on_undeliverable, self.args.no_reboot);
+        let (mut boot, mut quick_faults) = (0, 0);
+        loop {
+            boot += 1;
+            let (reason, ran) = self.boot(boot, current)?;
+            let quick = ran < QUICK && matches!(reason, ExitReason::TripleFault { .. });
+            quick_faults = if quick { quick_faults + 1 } else { 0 };
+            if !starts_again(&reason, policy, no_reboot) || quick_faults >= HOPELESS {
+                return Ok(reason);
+            }
+            let by_policy = matches!(reason, ExitReason::Undeliverable(_));
+            if matches!(reason, ExitReason::TripleFault { .. }) {
+                warn!("{reason}");
+            }
+            self.monitor.emit(VmEvent::Reset { reason: reason.to_string(), by_policy });
+            self.renew();
+        }
+    }
+
     /// Boots the guest once and runs it to its end; how it ended, and after how long.
     fn boot(&mut self, boot: u32, current: &Current) -> Result<(ExitReason, Duration), VmError> {
         let args = self.args;
-        let (vm, made) = self.make()?;
+        self.outlets.boot = boot;
+        let (vm, made) = self.make(current)?;
         let caps = made.setup.caps();
         let mcg_cap = format!("{:#x}", caps.mcg_cap);
         let since_1970 = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
@@ -223,7 +327,7 @@ impl Machine<'_> {
     }
 
     /// Builds the VM. A bad page in its way is entered, replaced, and it is tried again.
-    fn make(&mut self) -> Result<(Vm, Made), VmError> {
+    fn make(&mut self, current: &Current) -> Result<(Vm, Made), VmError> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -232,6 +336,8 @@ impl Machine<'_> {
                 filters: &self.filters,
                 socket: self.socket.as_deref(),
                 monitor: self.monitor,
+                current,
+                outlets: &mut self.outlets,
                 ledger: self.ledger.clone(),
                 made: None,
             };
@@ -393,6 +499,8 @@ struct RelayHooks<'a> {
     filters: &'a Filters,
     socket: Option<&'a Path>,
     monitor: &'a Monitor,
+    current: &'a Current,
+    outlets: &'a mut Outlets,
     ledger: Ledger,
     made: Option<Made>,
 }
@@ -408,6 +516,18 @@ struct Made {
 }
 
 impl RelayHooks<'_> {
+    /// Writes down what a named VM is to leave. It runs without, too.
+    fn keep_a_record(&self) {
+        let Some(name) = &self.args.name else { return };
+        let dir = names::record_dir(name);
+        if let Err(error) = records::begin(&dir, name.as_str(), self.monitor, self.current) {
+            warn!(
+                "cannot keep the events and the ledger in {}: {error}; they go with the VM",
+                dir.display()
+            );
+        }
+    }
+
     fn make(&self, vm: &VmView<'_>) -> Result<Made, RelayError> {
         // An AMD-style guest's CPUID always shows SUCCOR: see `cpuid`.
         let lmce = self.args.lmce == Switch::On;
@@ -465,6 +585,13 @@ impl VmHooks for RelayHooks<'_> {
 
     fn acpi_tables(&mut self) -> Result<Vec<Table>, HookError> {
         Ok(notify(self.args).map(ghes::table).transpose()?.into_iter().collect())
+    }
+
+    fn serial_lines(&mut self, config: &VmConfig) -> Result<SerialLines, HookError> {
+        let mut outlets = std::mem::take(self.outlets);
+        let lines = outlets.open(config, self);
+        *self.outlets = outlets;
+        lines
     }
 
     fn vcpu(&mut self, index: u8) -> Result<Box<dyn VcpuSetup>, HookError> {

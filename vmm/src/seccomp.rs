@@ -285,11 +285,14 @@ const SERIAL_OWN: &[Call] = &[
     Call::new(libc::SYS_accept4, "accept4", "a client of a socket"),
     ioctl(0x5421, "FIONBIO: a client of a socket"),
     ioctl(_IOW::<kvm_irq_level>(KVMIO, 0x61), "KVM_IRQ_LINE: the port's interrupt"),
-    Call::new(libc::SYS_close, "close", "a client goes"),
-    Call::new(libc::SYS_unlink, "unlink", "the socket goes"),
+    Call::new(libc::SYS_close, "close", "a client goes; a file that goes on in another one"),
 ];
 
-const EVENTS_OWN: &[Call] = &[Call::new(libc::SYS_close, "close", "the end of the file")];
+const EVENTS_OWN: &[Call] = &[
+    Call::new(libc::SYS_close, "close", "the end of a file"),
+    Call::new(libc::SYS_ftruncate, "ftruncate", "a named VM's last ledger is written anew"),
+    Call::new(libc::SYS_pwrite64, "pwrite64", "a named VM's last ledger"),
+];
 
 /// Calls with whatever arguments, by their `SYS_…`.
 macro_rules! any {
@@ -316,6 +319,7 @@ const MAIN_OWN: &[Call] = &any![
     SYS_getcwd,
     SYS_faccessat2,
     SYS_unlink,
+    SYS_flock,
     SYS_rename,
     SYS_mkdir,
     SYS_rmdir,

@@ -2,9 +2,12 @@
 //!
 //! The guest's side never waits: a vCPU puts output into a bounded queue, and where nobody takes it
 //! the oldest bytes are dropped and counted. All that can block is on the port's own thread.
+//!
+//! A [`SerialLine`] is what leads out of this process: a file, a socket or the terminal, with the queue and the
+//! thread. It lives as long as the process. A [`SerialPort`] is a guest's UART on it, and is another one at each
+//! boot; whoever is connected to the line stays so.
 
 use std::{
-    collections::VecDeque,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     os::{
@@ -17,23 +20,29 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
+use jiff::Timestamp;
 use thiserror::Error;
-use vm_superio::{Serial, Trigger, serial::SerialEvents};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vm_superio::Serial;
 
 use crate::{
     config::SerialMode,
     control::{ExitReason, StopCause, VmControl},
+    files::{self, Appended, LogFile},
     seccomp::{self, Filters},
     show::counted,
+    sockets::{self, BindError, BoundPath},
     terminal::{self, Escape, Owner, RawMode},
 };
+
+mod link;
+
+use link::{Events, Guest, Irq, Link, Output, Uart};
 
 /// How much output waits for a reader, in bytes.
 pub const QUEUE_LEN: usize = 1 << 20;
@@ -63,22 +72,13 @@ pub enum SerialError {
     #[error("cannot use standard output for a serial port")]
     Stdout(#[source] io::Error),
     /// The output file could not be made.
-    #[error("cannot create the serial output file {}", path.display())]
+    #[error("cannot open the serial output file {}", path.display())]
     File {
         /// Its path.
         path: PathBuf,
         /// The cause.
         #[source]
         source: io::Error,
-    },
-    /// The path of the socket is taken.
-    #[error(
-        "cannot make a serial socket at {}: the path exists; remove it if no other VM uses it",
-        path.display()
-    )]
-    SocketExists {
-        /// Its path.
-        path: PathBuf,
     },
     /// The socket could not be made.
     #[error("cannot make a serial socket at {}", path.display())]
@@ -87,152 +87,52 @@ pub enum SerialError {
         path: PathBuf,
         /// The cause.
         #[source]
-        source: io::Error,
+        source: BindError,
     },
     /// The thread could not be started.
     #[error("cannot start the thread of a serial port")]
     Thread(#[source] io::Error),
 }
 
-#[derive(Debug, Default)]
-struct Queue {
-    bytes: VecDeque<u8>,
-    dropped: u64,
-}
-
-/// What the UART and the port's thread share.
-#[derive(Debug)]
-struct Link {
-    queue: Mutex<Queue>,
-    wake: EventFd,
-    /// The thread will look at the queue by itself within [`LINGER_MS`].
-    looking: AtomicBool,
-    /// The thread has input that the UART had no room for.
-    input_waits: AtomicBool,
-    ending: AtomicBool,
-}
-
-impl Link {
-    fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wake(&self) {
-        // It can only fail when the counter is full, and then the thread is awake anyway.
-        let _ = self.wake.write(1);
-    }
-
-    fn push(&self, bytes: &[u8]) {
-        let mut queue = self.queue();
-        let was_empty = queue.bytes.is_empty();
-        for byte in bytes {
-            if queue.bytes.len() == QUEUE_LEN {
-                queue.bytes.pop_front();
-                queue.dropped += 1;
-            }
-            queue.bytes.push_back(*byte);
-        }
-        drop(queue);
-        // The thread clears the flag before it looks a last time, so one of the two sees the other.
-        if was_empty && !self.looking.load(Ordering::SeqCst) {
-            self.wake();
-        }
-    }
-}
-
 /// Raises a serial port's interrupt: an edge.
 pub type IrqLine = Arc<dyn Fn() + Send + Sync>;
 
-/// Called by the UART, most often on the vCPU's own thread in the middle of its port access. An
-/// irqfd would have a kernel worker on another processor do it, and kick the vCPU for each byte.
-struct Irq(IrqLine);
-
-impl std::fmt::Debug for Irq {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Irq")
-    }
-}
-
-impl Trigger for Irq {
-    type E = io::Error;
-
-    fn trigger(&self) -> io::Result<()> {
-        (self.0)();
-        Ok(())
-    }
-}
-
-/// The UART's output.
+/// What leads from a serial port out of this process.
 #[derive(Debug)]
-struct Output(Arc<Link>);
-
-impl Write for Output {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.push(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Tells the thread when the guest has taken all input.
-#[derive(Debug)]
-struct Events(Arc<Link>);
-
-impl SerialEvents for Events {
-    fn buffer_read(&self) {}
-    fn out_byte(&self) {}
-    fn tx_lost_byte(&self) {}
-    fn in_buffer_empty(&self) {
-        if self.0.input_waits.load(Ordering::Relaxed) {
-            self.0.wake();
-        }
-    }
-}
-
-type Uart = Serial<Irq, Events, Output>;
-
-/// One serial port.
-#[derive(Debug)]
-pub struct SerialPort {
-    uart: Arc<Mutex<Uart>>,
+pub struct SerialLine {
     link: Arc<Link>,
     thread: Option<JoinHandle<()>>,
     number: u8,
+    /// It leads to a file that keeps what is written; so words of the VMM's own may stand in it.
+    keeps: bool,
+    /// That file had something in it at the beginning.
+    was_begun: bool,
+    /// The boot that was noted last.
+    noted: AtomicU32,
+    /// Of a socket; it goes when this does.
+    _path: Option<BoundPath>,
     _raw: Option<RawMode>,
 }
 
-impl SerialPort {
-    /// Port `number` (0 is COM1) that interrupts the guest by `irq`, or `None` if it is off. Its thread is
-    /// under `filters`.
+impl SerialLine {
+    /// The way out for port `number` (0 is COM1), or `None` if it is off. Its thread is under `filters`.
     ///
     /// # Errors
     /// See [`SerialError`].
-    pub fn new(
+    pub fn open(
         number: u8,
         mode: &SerialMode,
-        control: &VmControl,
-        irq: IrqLine,
         filters: &Filters,
     ) -> Result<Option<Self>, SerialError> {
-        let Some(endpoint) = Endpoint::open(mode)? else {
+        let Some((endpoint, path)) = Endpoint::open(mode)? else {
             return Ok(None);
         };
-        let event = || EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(SerialError::EventFd);
-        let link = Arc::new(Link {
-            queue: Mutex::default(),
-            wake: event()?,
-            looking: AtomicBool::new(false),
-            input_waits: AtomicBool::new(false),
-            ending: AtomicBool::new(false),
-        });
-        let uart = Arc::new(Mutex::new(Serial::with_events(
-            Irq(irq),
-            Events(Arc::clone(&link)),
-            Output(Arc::clone(&link)),
-        )));
+        let link = Arc::new(Link::new().map_err(SerialError::EventFd)?);
+        let (mut keeps, mut was_begun) = (false, false);
+        if let Endpoint::File(file) = &endpoint {
+            (keeps, was_begun) = (file.is_regular(), file.was_begun());
+            link.queue().mid_line = file.is_mid_line();
+        }
         let raw = match mode {
             SerialMode::Tty => RawMode::enter().map_err(SerialError::Terminal)?,
             _ => None,
@@ -245,17 +145,28 @@ impl SerialPort {
             endpoint,
             tty,
             owner: Owner::Others,
-            uart: Arc::clone(&uart),
             link: Arc::clone(&link),
-            control: control.clone(),
             escape: Escape::default(),
+            leaves: false,
             input: Vec::new(),
+            input_of: 0,
             output: Vec::new(),
+            stalled: None,
         };
         let thread = filters
             .spawn(seccomp::Thread::Serial, format!("serial{number}"), move || mover.run())
             .map_err(SerialError::Thread)?;
-        Ok(Some(Self { uart, link, thread: Some(thread), number, _raw: raw }))
+        let (thread, noted) = (Some(thread), AtomicU32::new(0));
+        Ok(Some(Self { link, thread, number, keeps, was_begun, noted, _path: path, _raw: raw }))
+    }
+
+    /// Writes a line between what guests say into a file, when boot `boot` (1 is the first) begins.
+    pub fn note_boot(&self, boot: u32) {
+        let again = self.noted.swap(boot, Ordering::Relaxed) == boot;
+        if !again && self.keeps && (self.was_begun || boot > 1) {
+            let now = Timestamp::now();
+            self.link.push_line(&format!("--- mce-relay: boot {boot}, {now:.0} ---"));
+        }
     }
 
     /// Bytes of output that were dropped, because nobody took them.
@@ -263,26 +174,9 @@ impl SerialPort {
     pub fn dropped(&self) -> u64 {
         self.link.queue().dropped
     }
-
-    fn uart(&self) -> MutexGuard<'_, Uart> {
-        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The guest reads a register.
-    #[must_use]
-    pub fn read(&self, offset: u8) -> u8 {
-        self.uart().read(offset)
-    }
-
-    /// The guest writes a register.
-    pub fn write(&self, offset: u8, value: u8) {
-        if let Err(error) = self.uart().write(offset, value) {
-            log::warn!("serial port {}: {error}", self.number);
-        }
-    }
 }
 
-impl Drop for SerialPort {
+impl Drop for SerialLine {
     fn drop(&mut self) {
         self.link.ending.store(true, Ordering::Release);
         self.link.wake();
@@ -299,57 +193,99 @@ impl Drop for SerialPort {
     }
 }
 
-/// A socket's file, removed when the port goes.
-#[derive(Debug)]
-struct SocketPath(PathBuf);
+/// Both serial ports' ways out, COM1 first.
+pub type SerialLines = [Option<Arc<SerialLine>>; 2];
 
-impl Drop for SocketPath {
+/// Opens both.
+///
+/// # Errors
+/// See [`SerialError`].
+pub fn open_lines(modes: &[SerialMode; 2], filters: &Filters) -> Result<SerialLines, SerialError> {
+    let mut lines = SerialLines::default();
+    for ((number, mode), line) in (0..).zip(modes).zip(&mut lines) {
+        *line = SerialLine::open(number, mode, filters)?.map(Arc::new);
+    }
+    Ok(lines)
+}
+
+/// One serial port, of one boot of the guest.
+#[derive(Debug)]
+pub struct SerialPort {
+    uart: Arc<Mutex<Uart>>,
+    line: Arc<SerialLine>,
+}
+
+impl SerialPort {
+    /// A new UART on `line` that interrupts the guest by `irq`. A line has one at a time.
+    #[must_use]
+    pub fn on(line: &Arc<SerialLine>, control: &VmControl, irq: IrqLine) -> Self {
+        let link = &line.link;
+        let uart = Arc::new(Mutex::new(Serial::with_events(
+            Irq(irq),
+            Events(Arc::clone(link)),
+            Output(Arc::clone(link)),
+        )));
+        link.set_guest(Some(Guest { uart: Arc::clone(&uart), control: control.clone() }));
+        Self { uart, line: Arc::clone(line) }
+    }
+
+    fn uart(&self) -> MutexGuard<'_, Uart> {
+        self.uart.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest reads a register.
+    #[must_use]
+    pub fn read(&self, offset: u8) -> u8 {
+        self.uart().read(offset)
+    }
+
+    /// The guest writes a register.
+    pub fn write(&self, offset: u8, value: u8) {
+        if let Err(error) = self.uart().write(offset, value) {
+            log::warn!("serial port {}: {error}", self.line.number);
+        }
+    }
+}
+
+impl Drop for SerialPort {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
+        self.line.link.set_guest(None);
     }
 }
 
 /// Where the bytes go and come from.
 #[derive(Debug)]
 enum Endpoint {
-    File(File),
-    Terminal {
-        output: File,
-        input_open: bool,
-    },
-    Socket {
-        listener: UnixListener,
-        client: Option<UnixStream>,
-        input_open: bool,
-        _path: SocketPath,
-    },
+    File(Appended),
+    Terminal { output: File, input_open: bool },
+    Socket { listener: UnixListener, client: Option<UnixStream>, input_open: bool },
 }
 
 impl Endpoint {
-    fn open(mode: &SerialMode) -> Result<Option<Self>, SerialError> {
+    fn open(mode: &SerialMode) -> Result<Option<(Self, Option<BoundPath>)>, SerialError> {
         Ok(Some(match mode {
             SerialMode::Off => return Ok(None),
-            SerialMode::Tty => Self::Terminal {
-                output: own_stdout().map_err(SerialError::Stdout)?,
-                input_open: true,
-            },
-            SerialMode::File(path) => Self::File(
-                // Non-blocking: a FIFO without a reader is an error then, not a wait without end.
-                OpenOptions::new()
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
-                    .open(path)
-                    .map_err(|source| SerialError::File { path: path.clone(), source })?,
-            ),
-            SerialMode::Socket(path) => listen(path)?,
+            SerialMode::Tty => {
+                let output = own_stdout().map_err(SerialError::Stdout)?;
+                (Self::Terminal { output, input_open: true }, None)
+            }
+            SerialMode::File(to) => (Self::File(open_file(to)?), None),
+            SerialMode::Socket(path) => {
+                let (endpoint, path) = listen(path)?;
+                (endpoint, Some(path))
+            }
         }))
+    }
+
+    /// Whether it is a file that keeps what is written.
+    fn keeps(&self) -> bool {
+        matches!(self, Self::File(file) if file.is_regular())
     }
 
     fn output_fd(&self) -> Option<RawFd> {
         match self {
-            Self::File(file) | Self::Terminal { output: file, .. } => Some(file.as_raw_fd()),
+            Self::File(file) => Some(file.as_raw_fd()),
+            Self::Terminal { output: file, .. } => Some(file.as_raw_fd()),
             Self::Socket { client, .. } => client.as_ref().map(AsRawFd::as_raw_fd),
         }
     }
@@ -366,7 +302,8 @@ impl Endpoint {
 
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
-            Self::File(file) | Self::Terminal { output: file, .. } => file.write(bytes),
+            Self::File(file) => file.write(bytes),
+            Self::Terminal { output: file, .. } => file.write(bytes),
             Self::Socket { client: Some(client), .. } => client.write(bytes),
             Self::Socket { client: None, .. } => Err(io::ErrorKind::WouldBlock.into()),
         }
@@ -398,15 +335,16 @@ impl Endpoint {
     }
 }
 
-fn listen(path: &Path) -> Result<Endpoint, SerialError> {
-    let error = |source: io::Error| match source.kind() {
-        io::ErrorKind::AddrInUse => SerialError::SocketExists { path: path.into() },
-        _ => SerialError::Socket { path: path.into(), source },
-    };
-    let listener = UnixListener::bind(path).map_err(error)?;
-    let path_guard = SocketPath(path.into());
-    listener.set_nonblocking(true).map_err(error)?;
-    Ok(Endpoint::Socket { listener, client: None, input_open: false, _path: path_guard })
+fn open_file(to: &LogFile) -> Result<Appended, SerialError> {
+    // A FIFO without a reader is an error, not a wait without end.
+    Appended::open(to, false).map_err(|source| SerialError::File { path: to.path.clone(), source })
+}
+
+fn listen(path: &Path) -> Result<(Endpoint, BoundPath), SerialError> {
+    let error = |source| SerialError::Socket { path: path.into(), source };
+    let (listener, bound) = sockets::bind(path).map_err(error)?;
+    listener.set_nonblocking(true).map_err(|source| error(source.into()))?;
+    Ok((Endpoint::Socket { listener, client: None, input_open: false }, bound))
 }
 
 /// Standard output, where possible through a description of our own that does not block: setting
@@ -435,14 +373,18 @@ struct Mover {
     tty: Option<RawFd>,
     /// Whose that terminal was when it was last looked at.
     owner: Owner,
-    uart: Arc<Mutex<Uart>>,
     link: Arc<Link>,
-    control: VmControl,
     escape: Escape,
+    /// The user has typed the escape, and there was no guest to end.
+    leaves: bool,
     /// Read, and not yet taken by the UART.
     input: Vec<u8>,
+    /// For which guest, by its number.
+    input_of: u64,
     /// Taken from the queue, and not yet written.
     output: Vec<u8>,
+    /// A file could not be written to, and is tried again then.
+    stalled: Option<Instant>,
 }
 
 impl Mover {
@@ -455,6 +397,7 @@ impl Mover {
             if self.link.ending.load(Ordering::Acquire) {
                 let end = *deadline.get_or_insert_with(|| Instant::now() + DRAIN);
                 if !has_output || self.endpoint.output_fd().is_none() || Instant::now() >= end {
+                    self.give_up();
                     return;
                 }
             }
@@ -466,9 +409,14 @@ impl Mover {
                 true => LINGER_MS,
                 false if deadline.is_some() || !self.input.is_empty() => RETRY_MS,
                 false if self.waits_for_terminal() => BACKGROUND_MS,
+                false if self.stalled.is_some() => RETRY_MS,
                 false => -1,
             };
-            self.wait_and_move(has_output, timeout);
+            if self.stalled.is_some_and(|until| Instant::now() >= until) {
+                self.write_output();
+            }
+            let writes = has_output && self.stalled.is_none();
+            self.wait_and_move(writes, timeout);
             if linger {
                 self.link.looking.store(false, Ordering::SeqCst);
             }
@@ -494,10 +442,24 @@ impl Mover {
         self.tty.is_some() && self.owner == Owner::Others
     }
 
+    /// Counts what is left, and will not be in the file.
+    fn give_up(&self) {
+        if self.endpoint.keeps() {
+            let mut queue = self.link.queue();
+            queue.dropped += (self.output.len() + queue.bytes.len()) as u64;
+        }
+    }
+
     /// Whether there is output to write.
     fn refill(&mut self) -> bool {
         if self.output.is_empty() {
             let mut queue = self.link.queue();
+            if self.endpoint.keeps() && queue.untold > 0 {
+                let missing = std::mem::take(&mut queue.untold);
+                let words = format!("\n--- mce-relay: {missing} bytes are missing here ---\n");
+                self.output.extend_from_slice(words.as_bytes());
+                return true;
+            }
             let n = queue.bytes.len().min(CHUNK);
             self.output.extend(queue.bytes.drain(..n));
         }
@@ -505,12 +467,19 @@ impl Mover {
     }
 
     fn offer_input(&mut self) {
+        let link = Arc::clone(&self.link);
+        let guest = link.guest();
+        self.forget_old_input();
+        let Some(guest) = guest.as_ref() else { return };
+        if std::mem::take(&mut self.leaves) {
+            guest.control.stop(ExitReason::Stopped(StopCause::Console));
+        }
         if self.input.is_empty() {
             return;
         }
         // Set before the UART is asked, so that the guest emptying it meanwhile is noticed.
         self.link.input_waits.store(true, Ordering::Relaxed);
-        let mut uart = self.uart.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut uart = guest.uart.lock().unwrap_or_else(PoisonError::into_inner);
         if uart.fifo_capacity() > 0 {
             match uart.enqueue_raw_bytes(&self.input) {
                 Ok(taken) => drop(self.input.drain(..taken)),
@@ -521,6 +490,21 @@ impl Mover {
         if self.input.is_empty() {
             self.link.input_waits.store(false, Ordering::Relaxed);
         }
+    }
+
+    /// What was read for a guest that is gone is not for the next one.
+    fn forget_old_input(&mut self) {
+        let now = self.link.guests.load(Ordering::SeqCst);
+        if std::mem::replace(&mut self.input_of, now) != now {
+            self.input.clear();
+        }
+    }
+
+    /// Where input is to be read from now. Without a guest it stays where it is, but for the escape.
+    fn wanted_input(&self) -> Option<RawFd> {
+        let takes = self.input.is_empty()
+            && (matches!(self.endpoint, Endpoint::Terminal { .. }) || self.link.guest().is_some());
+        self.endpoint.input_fd().filter(|_| takes)
     }
 
     fn wait_and_move(&mut self, has_output: bool, timeout: i32) {
@@ -544,12 +528,7 @@ impl Mover {
                 if has_output { libc::POLLOUT } else { 0 },
             ),
             // Who reads the terminal of another job is stopped, or takes its keys away.
-            pollfd(
-                self.endpoint
-                    .input_fd()
-                    .filter(|_| self.input.is_empty() && !self.waits_for_terminal()),
-                libc::POLLIN,
-            ),
+            pollfd(self.wanted_input().filter(|_| !self.waits_for_terminal()), libc::POLLIN),
             pollfd(listener, libc::POLLIN),
             pollfd(self.tty, libc::POLLIN),
         ];
@@ -585,6 +564,7 @@ impl Mover {
 
     fn read_input(&mut self) {
         let mut buffer = [0; CHUNK];
+        self.forget_old_input();
         match self.endpoint.read(&mut buffer) {
             Ok(0) => self.endpoint.end_of_input(),
             Ok(n) => {
@@ -592,7 +572,7 @@ impl Mover {
                 if !matches!(self.endpoint, Endpoint::Terminal { .. }) {
                     self.input.extend_from_slice(bytes);
                 } else if self.escape.feed(bytes, &mut self.input) {
-                    self.control.stop(ExitReason::Stopped(StopCause::Console));
+                    self.leaves = true;
                 }
             }
             Err(error) if is_transient(&error) => {}
@@ -605,15 +585,24 @@ impl Mover {
     }
 
     fn write_output(&mut self) {
+        if let Endpoint::File(file) = &mut self.endpoint {
+            file.renew();
+        }
         match self.endpoint.write(&self.output) {
-            Ok(n) => drop(self.output.drain(..n)),
+            Ok(n) => {
+                self.output.drain(..n);
+                if self.stalled.take().is_some() {
+                    log::warn!("serial output goes on");
+                }
+            }
             Err(error) if is_transient(&error) => {}
+            Err(error) if self.endpoint.keeps() => self.stall(&error),
             Err(error) => {
                 if matches!(self.endpoint, Endpoint::Socket { .. }) {
                     self.hang_up();
                     return;
                 }
-                // A full disk or a closed pipe: the guest goes on, what it said is lost.
+                // A closed pipe: the guest goes on, what it said is lost.
                 let mut queue = self.link.queue();
                 if queue.dropped == 0 {
                     log::warn!("cannot write serial output: {error}");
@@ -622,6 +611,18 @@ impl Mover {
                 self.output.clear();
             }
         }
+    }
+
+    /// A full disk, as a rule: what does not find room in the queue meanwhile is lost, and counted.
+    fn stall(&mut self, error: &io::Error) {
+        if let (None, Endpoint::File(file)) = (self.stalled, &self.endpoint) {
+            log::warn!(
+                "cannot write serial output to {}: {error}; it is tried again every second, with the last \
+                 {QUEUE_LEN} bytes",
+                file.path().display()
+            );
+        }
+        self.stalled = Some(Instant::now() + files::RETRY);
     }
 
     fn hang_up(&mut self) {
@@ -653,10 +654,16 @@ mod tests {
     const DATA: u8 = 0;
     const LINE_STATUS: u8 = 5;
 
+    fn line(mode: &SerialMode) -> Arc<SerialLine> {
+        Arc::new(SerialLine::open(1, mode, &Filters::default()).unwrap().unwrap())
+    }
+
+    fn port_on(line: &Arc<SerialLine>) -> SerialPort {
+        SerialPort::on(line, &VmControl::new(1).unwrap(), Arc::new(|| {}))
+    }
+
     fn port(mode: &SerialMode) -> SerialPort {
-        SerialPort::new(1, mode, &VmControl::new(1).unwrap(), Arc::new(|| {}), &Filters::default())
-            .unwrap()
-            .unwrap()
+        port_on(&line(mode))
     }
 
     fn print(port: &SerialPort, text: &[u8]) {
@@ -677,42 +684,95 @@ mod tests {
     }
 
     #[test]
-    fn off_is_no_port() {
-        assert!(
-            SerialPort::new(
-                0,
-                &SerialMode::Off,
-                &VmControl::new(1).unwrap(),
-                Arc::new(|| {}),
-                &Filters::default()
-            )
-            .unwrap()
-            .is_none()
-        );
+    fn off_is_no_line() {
+        assert!(SerialLine::open(0, &SerialMode::Off, &Filters::default()).unwrap().is_none());
     }
 
     #[test]
-    fn file_is_truncated_and_complete_at_the_end() {
+    fn a_file_is_appended_to_and_complete_at_the_end() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("out");
-        std::fs::write(&path, "an older and longer text").unwrap();
-        let port = port(&SerialMode::File(path.clone()));
+        let mode = SerialMode::File(path.clone().into());
+        let port = port(&mode);
         print(&port, b"boot\r\n");
+        port.line.note_boot(1);
         drop(port);
-        assert_eq!(std::fs::read(path).unwrap(), b"boot\r\n");
+        assert_eq!(std::fs::read(&path).unwrap(), b"boot\r\n");
+
+        let line = line(&mode);
+        line.note_boot(1);
+        for boot in 2..4 {
+            let port = port_on(&line);
+            print(&port, b"panic");
+            drop(port);
+            line.note_boot(boot);
+            line.note_boot(boot);
+        }
+        drop(line);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        let [first, one, panic, two, again, three] = lines[..] else { panic!("{text}") };
+        assert_eq!((first, panic, again), ("boot", "panic", "panic"));
+        for (boot, line) in (1..).zip([one, two, three]) {
+            let begin = format!("--- mce-relay: boot {boot}, 2");
+            assert!(line.starts_with(&begin) && line.ends_with("Z ---"), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_long_file_is_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        let to = LogFile { path: path.clone(), max_size: Some(8) };
+        let port = port(&SerialMode::File(to));
+        let end = Instant::now() + Duration::from_secs(10);
+        print(&port, b"123456789");
+        while !files::older(&path).exists() {
+            files::attend();
+            assert!(Instant::now() < end);
+        }
+        print(&port, b"abc");
+        drop(port);
+        assert_eq!(std::fs::read(files::older(&path)).unwrap(), b"123456789");
+        assert_eq!(std::fs::read(&path).unwrap(), b"abc");
+    }
+
+    #[test]
+    fn a_client_stays_while_guests_come_and_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let line = line(&SerialMode::Socket(path.clone()));
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        for round in [b"one", b"two"] {
+            let port = port_on(&line);
+            client.write_all(round).unwrap();
+            assert_eq!(receive(&port, 3), round);
+            print(&port, round);
+            let mut echo = [0; 3];
+            client.read_exact(&mut echo).unwrap();
+            assert_eq!(&echo, round);
+            // More than a FIFO holds, which this guest does not take, and the next one is not to get.
+            client.write_all(&[b'x'; 100]).unwrap();
+            let end = Instant::now() + Duration::from_secs(10);
+            while !line.link.input_waits.load(Ordering::Relaxed) {
+                assert!(Instant::now() < end);
+            }
+        }
+        let port = port_on(&line);
+        client.write_all(b"last").unwrap();
+        assert_eq!(receive(&port, 4), b"last");
     }
 
     #[test]
     fn unusable_paths_are_named() {
         let dir = tempfile::tempdir().unwrap();
-        let control = VmControl::new(1).unwrap();
         let try_open = |mode| {
-            SerialPort::new(1, &mode, &control, Arc::new(|| {}), &Filters::default())
-                .unwrap_err()
-                .to_string()
+            let error = SerialLine::open(1, &mode, &Filters::default()).unwrap_err();
+            crate::show::with_causes(&error)
         };
         let absent = dir.path().join("no/such/dir");
-        assert!(try_open(SerialMode::File(absent.clone())).contains("no/such/dir"));
+        assert!(try_open(SerialMode::File(absent.clone().into())).contains("no/such/dir"));
         assert!(try_open(SerialMode::Socket(absent)).contains("no/such/dir"));
         let taken = dir.path().join("taken");
         std::fs::write(&taken, "").unwrap();
@@ -741,7 +801,7 @@ mod tests {
             assert_eq!(&echo, b"echo");
         }
         drop(port);
-        assert!(!path.exists(), "the socket goes with its port");
+        assert!(!path.exists(), "the socket goes with its line");
     }
 
     #[test]
@@ -765,8 +825,8 @@ mod tests {
         for _ in 0..1024 {
             print(&port, &chunk);
         }
-        assert!(port.dropped() > 0);
-        assert!(port.link.queue().bytes.len() <= QUEUE_LEN);
+        assert!(port.line.dropped() > 0);
+        assert!(port.line.link.queue().bytes.len() <= QUEUE_LEN);
         drop(client);
     }
 

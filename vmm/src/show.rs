@@ -19,6 +19,7 @@ use crate::host::UnpoisonError;
 use crate::inject::Outlook;
 use crate::map::Map;
 use crate::poison::{Burst, Means, NotPoisoned, PoisonError, Poisoned};
+use crate::records::Record;
 use crate::retire::Retired;
 use crate::screen;
 use crate::sheet::{Cell, Color, Sheet};
@@ -355,6 +356,23 @@ pub fn status(status: &Status, json: bool) -> ExitCode {
             write_json(out, status)
         } else {
             write_status(out, status, screen::stdout().terminal)
+        }
+    })
+}
+
+/// Prints how a VM ended that is gone, and its last ledger.
+pub fn record(record: &Record, json: bool) -> ExitCode {
+    output(|out| {
+        if json {
+            return write_json(out, &record.left());
+        }
+        writeln!(out, "{}", record.headline())?;
+        match (record.about_the_ledger(), record.status()) {
+            (Some(words), Some(status)) => {
+                writeln!(out, "{words}")?;
+                write_status(out, status, screen::stdout().terminal)
+            }
+            _ => writeln!(out, "it has left no ledger; `mce-relay events` has its events"),
         }
     })
 }

@@ -175,6 +175,12 @@ pub fn restore() {
     }
 }
 
+/// Whether the terminal is in raw mode now, for a VM of this process.
+#[must_use]
+pub fn is_raw() -> bool {
+    RAW.load(Ordering::SeqCst)
+}
+
 extern "C" fn restore_at_exit() {
     restore();
 }

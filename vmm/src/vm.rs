@@ -26,10 +26,11 @@ use crate::{
     control::{ExitReason, StopCause, VmControl},
     cpuid::{self, CpuSpec, Vendor},
     devices::{PortBus, UARTS},
+    files, hangup, last_resort,
     memory::{GuestRam, MemoryError, RamBlock},
     msr::{self, MsrError},
     seccomp::Filters,
-    serial::{IrqLine, SerialError, SerialPort},
+    serial::{self, IrqLine, SerialLines, SerialPort},
     vcpu::{HookError, NoHook, Ready, Vcpu, VcpuSetup, install_kick_handler},
 };
 
@@ -86,9 +87,6 @@ pub enum VmError {
     /// No ACPI tables in it.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
-    /// No serial port.
-    #[error(transparent)]
-    Serial(#[from] SerialError),
     /// A vCPU could not be made ready.
     #[error("vCPU {vcpu}: cannot {what}")]
     Vcpu {
@@ -177,6 +175,15 @@ pub trait VmHooks {
         Ok(Vec::new())
     }
 
+    /// The ways out for the serial ports, when all else that can be wrong with the VM has been looked at. Those
+    /// of the VM before may be given again; by default they are this VM's own.
+    ///
+    /// # Errors
+    /// They cannot be opened.
+    fn serial_lines(&mut self, config: &VmConfig) -> Result<SerialLines, HookError> {
+        Ok(serial::open_lines(&config.serial, &self.filters())?)
+    }
+
     /// The hook of this vCPU; once per vCPU.
     ///
     /// # Errors
@@ -250,17 +257,17 @@ impl Vm {
 
         let tables = hooks.acpi_tables().map_err(VmError::Hook)?;
         let [com1, com2] = &config.serial;
-        // Kernel first: a mistake in its path should not truncate a serial output file.
         let uarts = [com1, com2].map(|mode| *mode != crate::config::SerialMode::Off);
         boot::mp_table::write(&ram, config.cpus).map_err(AcpiError::Write)?;
         let rsdp = acpi::write(&ram, config.cpus, uarts, &tables)?;
         let Boot { entry, kernel } =
             boot::load(&ram, &config.kernel, config.initramfs.as_deref(), &config.cmdline, rsdp)?;
 
+        let lines = hooks.serial_lines(config).map_err(VmError::Hook)?;
         let mut ports = [None, None];
-        for (((number, mode), at), port) in (0..).zip(&config.serial).zip(&UARTS).zip(&mut ports) {
+        for ((line, at), port) in lines.iter().zip(&UARTS).zip(&mut ports) {
             let irq = irq_line(&fd, at.irq);
-            *port = SerialPort::new(number, mode, &control, irq, &hooks.filters())?.map(Arc::new);
+            *port = line.as_ref().map(|line| Arc::new(SerialPort::on(line, &control, irq)));
         }
         let bus = Arc::new(PortBus::new(ports));
 
@@ -337,8 +344,8 @@ impl Vm {
         &self.fd
     }
 
-    /// Runs the guest until it ends or is stopped. Every thread is joined, every file closed and
-    /// the terminal put back when this returns.
+    /// Runs the guest until it ends or is stopped. Every thread is joined and every file closed when this
+    /// returns, but for those of serial lines that somebody else keeps, too.
     #[must_use]
     pub fn run(mut self) -> ExitReason {
         let mut threads = Vec::new();
@@ -361,7 +368,8 @@ impl Vm {
             let _ = thread.join();
         }
         let reason = self.control.exit_reason();
-        // The bus goes here, and with it the serial ports, once their output is written.
+        // The bus goes here, and with it the serial ports; their lines, too, once their output is written, if
+        // nobody else has them.
         drop(self);
         reason.unwrap_or_else(|| ExitReason::Fatal("the VM ended without a reason".into()))
     }
@@ -480,7 +488,8 @@ fn termination_pipes() -> io::Result<[(i32, RawFd); 3]> {
     }
     let pipe = |signal| -> io::Result<(i32, RawFd)> {
         // nohup(1), or a shell without job control: whoever had it ignored means it to be. poll skips -1.
-        if is_ignored(signal)? {
+        let ignored = if signal == SIGHUP { hangup::is_ignored() } else { hangup::ignores(signal) };
+        if ignored {
             return Ok((signal, -1));
         }
         let (read, write) = UnixStream::pair()?;
@@ -491,16 +500,6 @@ fn termination_pipes() -> io::Result<[(i32, RawFd); 3]> {
     let made = [pipe(SIGTERM)?, pipe(SIGINT)?, pipe(SIGHUP)?];
     *pipes = Some(made);
     Ok(made)
-}
-
-fn is_ignored(signal: i32) -> io::Result<bool> {
-    // SAFETY: sigaction is plain data; all zero is a valid value to start from.
-    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
-    // SAFETY: `now` is valid for writing, and nothing is set.
-    match unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut now) } {
-        0 => Ok(now.sa_sigaction == libc::SIG_IGN),
-        _ => Err(io::Error::last_os_error()),
-    }
 }
 
 /// Returns when the VM ends, for which a termination signal is a reason.
@@ -520,17 +519,25 @@ fn wait_for_end(control: &VmControl) {
             pollfd(pipes[0].1),
             pollfd(pipes[1].1),
             pollfd(pipes[2].1),
+            pollfd(files::wanted().unwrap_or(-1)),
         ];
-        // SAFETY: the array is valid and as long as said.
-        unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        last_resort::while_waiting(|| {
+            // SAFETY: the array is valid and as long as said.
+            unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
+        });
         for (signal, fd) in pipes {
             let mut byte = [0_u8; 16];
             // SAFETY: the buffer is valid for writes of its length; the descriptor is ours for
             // the life of the process and does not block.
             let n = unsafe { libc::read(fd, byte.as_mut_ptr().cast(), byte.len()) };
-            if n > 0 {
-                control.stop(ExitReason::Stopped(StopCause::Signal(signal)));
+            match signal {
+                _ if n <= 0 => {}
+                SIGHUP if !hangup::is_the_end() => files::reopen(),
+                _ => control.stop(ExitReason::Stopped(StopCause::Signal(signal))),
             }
+        }
+        if fds[4].revents != 0 {
+            files::attend();
         }
     }
 }
@@ -577,7 +584,7 @@ mod tests {
                 initramfs: None,
                 cmdline: "test".into(),
                 cpus,
-                serial: [SerialMode::File(dir.path().join("com1")), SerialMode::Off],
+                serial: [SerialMode::File(dir.path().join("com1").into()), SerialMode::Off],
                 cpu_vendor: CpuVendor::Host,
             };
             let ram = Arc::new(GuestRam::new(&[MemoryZone::new(32 << 20)]).unwrap());

@@ -34,6 +34,7 @@ use super::stream::Shared;
 use super::types::Current;
 use crate::events::{Follower, Hub, Next, line_of};
 use crate::seccomp::{Filters, Thread};
+use crate::sockets::{self, BindError, BoundPath};
 
 /// Connections at a time; more wait until one of these ends.
 const MAX_CONNECTIONS: usize = 64;
@@ -60,12 +61,6 @@ const PIECE: usize = 32 << 10;
 /// Why there is no API.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    /// Something is at the path already.
-    #[error(
-        "the API socket's path {path} exists; if no VM uses it any more, remove it, or choose another path",
-        path = .0.display()
-    )]
-    Exists(PathBuf),
     /// The socket could not be made.
     #[error("cannot make the API socket {path}", path = .path.display())]
     Bind {
@@ -73,7 +68,7 @@ pub enum ApiError {
         path: PathBuf,
         /// The cause.
         #[source]
-        source: io::Error,
+        source: BindError,
     },
 }
 
@@ -81,7 +76,8 @@ pub enum ApiError {
 pub struct Api {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    path: PathBuf,
+    /// The last to go, when nobody serves it any more.
+    _path: BoundPath,
 }
 
 impl Api {
@@ -95,23 +91,12 @@ impl Api {
         hub: Hub,
         filters: &Filters,
     ) -> Result<Self, ApiError> {
-        if path.symlink_metadata().is_ok() {
-            return Err(ApiError::Exists(path.to_owned()));
-        }
         let bind_error = |source| ApiError::Bind { path: path.to_owned(), source };
-        let listener = {
-            // SAFETY: umask takes no pointer. It is the process's, so this is done before the VM
-            // makes any other file.
-            let before = unsafe { libc::umask(0o177) };
-            let listener = UnixListener::bind(path);
-            // SAFETY: as above.
-            unsafe { libc::umask(before) };
-            listener.map_err(bind_error)?
-        };
+        let (listener, bound) = sockets::bind(path).map_err(bind_error)?;
         let (stop, stopped) = oneshot::channel();
-        let serve = start_serving(listener, Server::new(current, hub), stopped, filters);
-        let thread = serve.inspect_err(|_| drop(std::fs::remove_file(path))).map_err(bind_error)?;
-        Ok(Self { stop: Some(stop), thread: Some(thread), path: path.to_owned() })
+        let thread = start_serving(listener, Server::new(current, hub), stopped, filters)
+            .map_err(|error| bind_error(error.into()))?;
+        Ok(Self { stop: Some(stop), thread: Some(thread), _path: bound })
     }
 }
 
@@ -121,9 +106,6 @@ impl Drop for Api {
         self.stop.take().map(|stop| stop.send(()));
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
-        }
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            debug!("cannot remove {}: {error}", self.path.display());
         }
     }
 }
@@ -446,7 +428,7 @@ mod tests {
         let error = Api::start(&path, Current::default(), Hub::default(), &Filters::default())
             .err()
             .unwrap();
-        assert!(matches!(error, ApiError::Exists(_)), "{error}");
+        assert!(matches!(error, ApiError::Bind { source: BindError::Exists, .. }), "{error}");
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "mine");
     }
 

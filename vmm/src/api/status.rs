@@ -26,6 +26,9 @@ pub struct StatusPieces {
     text: Vec<u8>,
     /// The list has an element already.
     comma: bool,
+    /// How many more elements a list may have, and how many each may have.
+    left: usize,
+    most: usize,
 }
 
 /// What of the document comes next.
@@ -44,16 +47,28 @@ impl StatusPieces {
     /// What became of every bad page of the VM that `info` is about, and that `relay` is of.
     #[must_use]
     pub fn new(relay: Handle, info: &VmInfo) -> Self {
+        Self::at_most(relay, info, usize::MAX)
+    }
+
+    /// The same with `most` elements in each list, the first of them.
+    #[must_use]
+    pub fn at_most(relay: Handle, info: &VmInfo, most: usize) -> Self {
         let mut text = b"{\"vm\":".to_vec();
         write(&mut text, info);
         text.extend_from_slice(b",\"pages\":[");
-        Self { relay, part: Part::Pages(0), text, comma: false }
+        Self { relay, part: Part::Pages(0), text, comma: false, left: most, most }
     }
 
     /// Whether the status of `relay` is so long that it is better sent in pieces.
     pub(super) fn are_many(relay: &Handle) -> bool {
         let len = |ledger: &Ledger| ledger.len() + ledger.predicted().len() + ledger.past().len();
         relay.inspect(len) > PAGES
+    }
+
+    /// Whether the list may have more elements, after a piece of so many.
+    fn goes_on(&mut self, len: usize) -> bool {
+        self.left -= len;
+        len == PAGES && self.left > 0
     }
 
     fn list(&mut self, elements: &[impl Serialize]) {
@@ -71,38 +86,40 @@ impl Iterator for StatusPieces {
 
     fn next(&mut self) -> Option<Vec<u8>> {
         let from = |gpa: u64| -> Range<u64> { gpa..u64::MAX };
+        let most = PAGES.min(self.left);
         let end = match self.part {
             Part::End => return None,
             Part::Pages(next) => {
                 let pages: Vec<_> =
-                    self.relay.inspect(|ledger| ledger.within(from(next)).take(PAGES).collect());
+                    self.relay.inspect(|ledger| ledger.within(from(next)).take(most).collect());
                 self.list(&pages);
-                let last = pages.get(PAGES - 1);
+                let last = self.goes_on(pages.len()).then(|| pages.last()).flatten();
                 self.part = last.map_or(Part::Predicted(0), |page| Part::Pages(page.gpa + 1));
                 last.is_none().then_some("],\"predicted\":[")
             }
             Part::Predicted(next) => {
                 let pages: Vec<_> = self.relay.inspect(|ledger| {
-                    ledger.predicted_within(from(next)).take(PAGES).cloned().collect()
+                    ledger.predicted_within(from(next)).take(most).cloned().collect()
                 });
                 self.list(&pages);
-                let last = pages.get(PAGES - 1);
+                let last = self.goes_on(pages.len()).then(|| pages.last()).flatten();
                 self.part = last.map_or(Part::Past(0), |page| Part::Predicted(page.gpa + 1));
                 last.is_none().then_some("],\"past\":[")
             }
             Part::Past(next) => {
                 let pages: Vec<_> = self
                     .relay
-                    .inspect(|ledger| ledger.past().skip(next).take(PAGES).cloned().collect());
+                    .inspect(|ledger| ledger.past().skip(next).take(most).cloned().collect());
                 self.list(&pages);
-                let full = pages.len() == PAGES;
-                self.part = if full { Part::Past(next + PAGES) } else { Part::End };
-                (!full).then_some("]}")
+                let goes_on = self.goes_on(pages.len());
+                self.part = if goes_on { Part::Past(next + PAGES) } else { Part::End };
+                (!goes_on).then_some("]}")
             }
         };
         if let Some(end) = end {
             self.text.extend_from_slice(end.as_bytes());
             self.comma = false;
+            self.left = self.most;
         }
         Some(mem::take(&mut self.text))
     }
@@ -153,6 +170,12 @@ mod tests {
             std::thread::yield_now();
         }
         assert!(StatusPieces::are_many(&handle));
+        for (most, expected) in [(1, 1), (PAGES, PAGES), (PAGES + 1, PAGES + 1), (0, 0)] {
+            let pieces = StatusPieces::at_most(handle.clone(), &an_info(), most);
+            let status: Status =
+                serde_json::from_slice(&pieces.flatten().collect::<Vec<u8>>()).unwrap();
+            assert_eq!(status.pages.len(), expected);
+        }
         let (mut largest, mut all) = (0, Vec::new());
         for piece in StatusPieces::new(handle, &an_info()) {
             largest = largest.max(piece.len());

@@ -253,15 +253,22 @@ impl Running {
 #[derive(Clone, Default)]
 pub struct Current {
     name: Option<Arc<str>>,
+    held: Arc<Mutex<Held>>,
+}
+
+#[derive(Default)]
+struct Held {
     /// `None` between two boots.
-    running: Arc<Mutex<Option<Running>>>,
+    running: Option<Running>,
+    /// The ledger of the last boot, this one's if there is one, and what ran.
+    last: Option<(Handle, VmInfo)>,
 }
 
 impl Current {
     /// Of a VM that is called so.
     #[must_use]
     pub fn new(name: Option<&str>) -> Self {
-        Self { name: name.map(Into::into), running: Arc::default() }
+        Self { name: name.map(Into::into), held: Arc::default() }
     }
 
     /// What the VM is called.
@@ -272,18 +279,31 @@ impl Current {
 
     /// Says what runs now.
     pub fn set(&self, running: Option<Running>) {
-        *self.lock() = running;
+        let mut held = self.lock();
+        if let Some(running) = &running {
+            held.last = Some((running.relay.clone(), running.info.clone()));
+        }
+        held.running = running;
     }
 
     /// What runs now.
     #[must_use]
     pub fn get(&self) -> Option<Running> {
-        self.lock().clone()
+        self.lock().running.clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
-        // A plain assignment is all that ever happens under the lock.
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What runs now or ran last, with its ledger.
+    #[must_use]
+    pub fn last(&self) -> Option<(Handle, VmInfo)> {
+        match self.get() {
+            Some(running) => Some((running.relay.clone(), running.info())),
+            None => self.lock().last.clone(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        // Plain assignments are all that ever happens under the lock.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -13,11 +13,12 @@ use mce_relay::AoChannel;
 
 pub use poison::{KindArg, MemcgArg, PoisonArgs};
 pub use run::{AoPace, Cpus, Kill, Memory, RunArgs, Serial, Switch, VendorArg};
-pub use values::{ApiPath, parse_number};
+pub use values::{ApiPath, LogPath, parse_number};
 
 use crate::inject::{McgStatusArg, StatusArg};
 use crate::names::{self, NameError, Which};
 use crate::poison::PageRange;
+use crate::records::Record;
 
 /// Runs Linux guests on KVM and tells them of the host's memory errors.
 ///
@@ -103,6 +104,15 @@ impl VmArg {
             (None, None) => Ok(PathBuf::new()),
         }
     }
+
+    /// What the VM has left, where it is named, does not run, and did once.
+    #[must_use]
+    pub fn record(&self) -> Option<Record> {
+        match &self.vm {
+            Some(Which::Name(name)) => names::record(name),
+            _ => None,
+        }
+    }
 }
 
 /// The commands.
@@ -163,6 +173,8 @@ pub enum Command {
     /// and no page goes bad.
     Inject(Box<InjectArgs>),
     /// Show a running VM's bad pages, and what became of each.
+    ///
+    /// Of a named VM that has ended: how it did, and its last ledger.
     Status {
         /// Which VM.
         #[command(flatten)]
@@ -176,7 +188,8 @@ pub enum Command {
     },
     /// Show what has happened to a running VM: each step of each error, and each change of the VM.
     ///
-    /// The last 16,384 events are kept. Exit status 1 when the VM does not answer.
+    /// The last 16,384 events are kept. Of a named VM that has ended: how it did, and the last of its events, 1
+    /// MiB and more. Exit status 1 when the VM does not answer.
     Events {
         /// Which VM.
         #[command(flatten)]

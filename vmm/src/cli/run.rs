@@ -6,7 +6,8 @@ use std::str::FromStr;
 use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 
-use super::{ApiPath, parse_number};
+use super::values::log_file;
+use super::{ApiPath, LogPath, parse_number};
 use crate::config::{CpuVendor, MemoryZone, OnUndeliverable, PageSize, SerialMode};
 use crate::names::VmName;
 use crate::seccomp::Mode;
@@ -41,7 +42,11 @@ pub struct RunArgs {
     /// given once for each, in the order of their addresses. Instead of --memory.
     #[arg(long, value_name = "size=SIZE,...")]
     pub memory_zone: Vec<Memory>,
-    /// First serial port: tty (Ctrl-A x quits), file=PATH, socket=PATH or off.
+    /// First serial port: tty (Ctrl-A x quits), file=PATH, file=PATH,max-size=SIZE, socket=PATH or off.
+    ///
+    /// A file is appended to, with a line between boots; longer than max-size it becomes PATH.1 and a new one is
+    /// begun. SIGHUP has it opened again (logrotate). A socket takes one client at a time, who stays connected
+    /// when the guest starts over. Both have mode 0600.
     #[arg(long, default_value = "tty", value_name = "MODE")]
     pub serial: Serial,
     /// Second serial port, where the guest image's agent listens; forms as for --serial.
@@ -49,15 +54,16 @@ pub struct RunArgs {
     pub serial2: Serial,
     /// Call the VM so, and make its API socket where the other commands look for that name: in
     /// $XDG_RUNTIME_DIR/mce-relay, or where that is not set in /run/mce-relay for root and
-    /// mce-relay-UID in the directory for temporary files for others.
+    /// mce-relay-UID in the directory for temporary files for others. Its events and its last ledger stay
+    /// there when it has ended, for `events --vm NAME` and `status --vm NAME`.
     #[arg(long, value_name = "NAME", conflicts_with = "api_socket")]
     pub name: Option<VmName>,
-    /// Make an API socket (mode 0600) at this path, which must not exist.
+    /// Make an API socket (mode 0600) at this path, where there may be one that nobody listens at any more.
     #[arg(long, value_name = "path=PATH")]
     pub api_socket: Option<ApiPath>,
-    /// Write every event to this file, one line of JSON each.
-    #[arg(long, value_name = "path=PATH")]
-    pub event_monitor: Option<ApiPath>,
+    /// Append every event to this file, one line of JSON each; max-size=SIZE and SIGHUP as for --serial.
+    #[arg(long, value_name = "path=PATH[,max-size=SIZE]")]
+    pub event_monitor: Option<LogPath>,
     /// Whose processor, and so whose machine-check architecture, the guest sees.
     #[arg(long, default_value = "host", value_enum)]
     pub cpu_vendor: VendorArg,
@@ -280,7 +286,7 @@ impl FromStr for Memory {
     }
 }
 
-/// `tty`, `file=PATH`, `socket=PATH` or `off`.
+/// `tty`, `file=PATH`, `file=PATH,max-size=SIZE`, `socket=PATH` or `off`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Serial(pub SerialMode);
 
@@ -291,11 +297,14 @@ impl FromStr for Serial {
         let mode = match text.split_once('=') {
             None if text == "tty" => SerialMode::Tty,
             None if text == "off" => SerialMode::Off,
-            Some(("file", path)) if !path.is_empty() => SerialMode::File(path.into()),
+            Some(("file", file)) if !file.is_empty() => {
+                SerialMode::File(log_file(file, "file=PATH or file=PATH,max-size=SIZE")?)
+            }
             Some(("socket", path)) if !path.is_empty() => SerialMode::Socket(path.into()),
             _ => {
                 return Err(format!(
-                    "{text:?} is not understood; expected tty, file=PATH, socket=PATH or off"
+                    "{text:?} is not understood; expected tty, file=PATH, file=PATH,max-size=SIZE, \
+                     socket=PATH or off"
                 ));
             }
         };
@@ -352,6 +361,7 @@ mod tests {
 
     use super::super::{Cli, Command};
     use super::*;
+    use crate::files::LogFile;
 
     fn parse(more: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
         let line = ["mce-relay", "run", "--kernel", "/x"].iter().chain(more).copied();
@@ -459,6 +469,9 @@ mod tests {
     fn serial_forms() {
         assert_eq!("tty".parse(), Ok(Serial(SerialMode::Tty)));
         assert_eq!("file=/x".parse(), Ok(Serial(SerialMode::File("/x".into()))));
+        let limited = LogFile { path: "/x".into(), max_size: Some(1 << 20) };
+        assert_eq!("file=/x,max-size=1M".parse(), Ok(Serial(SerialMode::File(limited))));
+        assert!("file=/x,max-size=big".parse::<Serial>().unwrap_err().contains("big"));
         for bad in ["", "file", "file=", "pty"] {
             assert!(bad.parse::<Serial>().unwrap_err().contains("expected tty"), "{bad}");
         }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::files::LogFile;
 use crate::number;
 use crate::poison::PageRange;
 
@@ -18,6 +19,35 @@ impl FromStr for ApiPath {
             "" => Err("the path is empty; expected path=PATH".to_owned()),
             path => Ok(Self(path.into())),
         }
+    }
+}
+
+/// `path=PATH` or `PATH`, and `,max-size=SIZE` behind it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogPath(pub LogFile);
+
+impl FromStr for LogPath {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.strip_prefix("path=").unwrap_or(text);
+        log_file(text, "path=PATH or path=PATH,max-size=SIZE").map(Self)
+    }
+}
+
+/// `PATH` or `PATH,max-size=SIZE`; a path may have commas. `expected` is for the words of an error.
+pub(super) fn log_file(text: &str, expected: &str) -> Result<LogFile, String> {
+    const MAX_SIZE: &str = ",max-size=";
+    let (path, max_size) = match text.rsplit_once(MAX_SIZE) {
+        None => (text, None),
+        Some((path, size)) => match parse_number(size)? {
+            0 => return Err("max-size is 0; expected a size of 1 or more, as in 64M".to_owned()),
+            size => (path, Some(size)),
+        },
+    };
+    match path {
+        "" => Err(format!("the path is empty; expected {expected}")),
+        path => Ok(LogFile { path: path.into(), max_size }),
     }
 }
 
@@ -64,6 +94,23 @@ mod tests {
     fn paths() {
         assert_eq!("path=/a".parse(), Ok(ApiPath("/a".into())));
         assert!("path=".parse::<ApiPath>().is_err());
+    }
+
+    #[test]
+    fn files() {
+        let file = |path: &str, max_size| Ok(LogPath(LogFile { path: path.into(), max_size }));
+        assert_eq!("path=/a".parse(), file("/a", None));
+        assert_eq!("/a,b".parse(), file("/a,b", None));
+        assert_eq!("path=/a,max-size=64M".parse(), file("/a", Some(64 << 20)));
+        for (bad, named) in [
+            ("path=", "empty"),
+            (",max-size=1", "empty"),
+            ("/a,max-size=", "\"\" is not a number"),
+            ("/a,max-size=0", "max-size is 0"),
+        ] {
+            let error = bad.parse::<LogPath>().unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
     }
 
     #[test]

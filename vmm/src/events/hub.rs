@@ -213,6 +213,15 @@ impl Follower {
         }
     }
 
+    /// Waits that long, or until there will be no more events; whether that is so. For threads that have
+    /// something to do once in a while.
+    pub fn rest(&self, time: Duration) -> bool {
+        let ring = self.hub.lock();
+        let rested = self.hub.0.news.wait_timeout_while(ring, time, |ring| !ring.ended);
+        let (ring, _) = rested.unwrap_or_else(PoisonError::into_inner);
+        ring.ended
+    }
+
     /// The next event. For tasks, which are woken when there is one.
     pub fn poll(&mut self, context: &Context<'_>) -> Poll<Next> {
         let hub = self.hub.clone();
@@ -271,6 +280,17 @@ mod tests {
         assert!(matches!(stuck.take(), Some(Next::Missed { events: 100, .. })));
         let rest = std::iter::from_fn(|| stuck.take()).count();
         assert_eq!(rest, KEPT);
+    }
+
+    #[test]
+    fn a_rest_ends_with_its_time_or_with_the_events() {
+        let hub = Hub::default();
+        let follower = hub.follow();
+        hub.emit(resumed());
+        assert!(!follower.rest(Duration::from_millis(1)));
+        let thread = std::thread::spawn(move || follower.rest(Duration::MAX));
+        hub.end();
+        assert!(thread.join().unwrap());
     }
 
     #[test]

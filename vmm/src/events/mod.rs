@@ -7,10 +7,11 @@
 
 pub mod counts;
 pub mod hub;
+mod written;
 
-use std::fs::File;
-use std::io::{self, BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::control::{Panic, PauseReason};
+use crate::files::{Appended, LogFile};
 use crate::seccomp::{Filters, Thread};
 use crate::show::counted;
 pub use hub::{Entry, Follower, Hub, Next, What};
@@ -27,8 +29,8 @@ pub use hub::{Entry, Follower, Hub, Next, What};
 /// Why events cannot be written down.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
-    /// The event monitor's file could not be made.
-    #[error("cannot create the event monitor's file {path}", path = .path.display())]
+    /// The event monitor's file could not be opened.
+    #[error("cannot open the event monitor's file {path}", path = .path.display())]
     File {
         /// The path asked for.
         path: PathBuf,
@@ -126,33 +128,53 @@ impl std::fmt::Display for VmEvent {
 #[derive(Debug)]
 pub struct Monitor {
     hub: Hub,
-    threads: Vec<JoinHandle<()>>,
+    filters: Filters,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Monitor {
-    /// Starts writing to the log, and to `path` if there is one, on threads under `filters`; an existing
-    /// file is replaced.
+    /// Starts writing to the log, on a thread under `filters`.
     ///
     /// # Errors
     /// See [`MonitorError`].
-    pub fn start(path: Option<&Path>, filters: &Filters) -> Result<Self, MonitorError> {
-        let file = path.map(File::create).transpose().map_err(|source| MonitorError::File {
-            path: path.unwrap_or(Path::new("")).to_owned(),
-            source,
-        })?;
-        let spawn = |what: &str, body: Box<dyn FnOnce() + Send>| {
-            let thread = filters.spawn(Thread::Events, format!("events-{what}"), body);
-            thread.map_err(MonitorError::Thread)
-        };
-        let hub = Hub::default();
-        // One each: a terminal that is held must not hold up the file.
-        let follower = hub.follow();
-        let mut threads = vec![spawn("log", Box::new(move || write_log(follower)))?];
-        if let Some(file) = file {
-            let follower = hub.follow();
-            threads.push(spawn("file", Box::new(move || write_file(follower, file)))?);
-        }
-        Ok(Self { hub, threads })
+    pub fn start(filters: &Filters) -> Result<Self, MonitorError> {
+        let (hub, filters) = (Hub::default(), filters.clone());
+        let monitor = Self { hub, filters, threads: Mutex::default() };
+        monitor.spawn("log", write_log).map_err(MonitorError::Thread)?;
+        Ok(monitor)
+    }
+
+    /// Has a thread follow the events from the first on that is kept. One for each who writes them down: a
+    /// terminal that is held must not hold up a file.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub fn spawn(
+        &self,
+        what: &str,
+        body: impl FnOnce(Follower) + Send + 'static,
+    ) -> io::Result<()> {
+        let follower = self.hub.follow();
+        let thread =
+            self.filters.spawn(Thread::Events, format!("events-{what}"), move || body(follower))?;
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        Ok(())
+    }
+
+    /// Appends all events to a file, those that there were already, too.
+    ///
+    /// # Errors
+    /// See [`MonitorError`].
+    pub fn write_to(&self, to: &LogFile) -> Result<(), MonitorError> {
+        self.write_on("file", open(to)?).map_err(MonitorError::Thread)
+    }
+
+    /// The same to a file that is open, on a thread called so.
+    ///
+    /// # Errors
+    /// There is no thread to be had.
+    pub fn write_on(&self, what: &str, file: Appended) -> io::Result<()> {
+        self.spawn(what, move |follower| written::write(follower, file))
     }
 
     /// Where the events are.
@@ -177,14 +199,27 @@ impl Monitor {
     pub fn emit(&self, event: VmEvent) {
         self.hub.emit(What::Vm(event));
     }
+
+    /// There are no more events; returns when all are written down.
+    pub fn end(&self) {
+        self.hub.end();
+        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Opens a file for [`Monitor::write_on`].
+///
+/// # Errors
+/// See [`MonitorError`].
+pub fn open(to: &LogFile) -> Result<Appended, MonitorError> {
+    Appended::open(to, true).map_err(|source| MonitorError::File { path: to.path.clone(), source })
 }
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        self.hub.end();
-        for thread in self.threads.drain(..) {
-            let _ = thread.join();
-        }
+        self.end();
     }
 }
 
@@ -213,31 +248,6 @@ fn write_log(mut follower: Follower) {
 /// own.)
 fn is_of_the_vmm(event: &mce_relay::Event) -> bool {
     matches!(event, mce_relay::Event::Outside { kind: Kind::ActionOptional, .. })
-}
-
-fn write_file(mut follower: Follower, file: File) {
-    let mut out = BufWriter::new(file);
-    loop {
-        // What is there already goes in one piece, and is in the file before anybody waits.
-        let (next, flushed) = match follower.take() {
-            Some(next) => (next, Ok(())),
-            None => {
-                let flushed = out.flush();
-                (follower.wait(), flushed)
-            }
-        };
-        let written = match line_of(&next) {
-            Some(line) => flushed.and_then(|()| out.write_all(line.as_bytes())),
-            None => flushed.and_then(|()| out.flush()),
-        };
-        if let Err(error) = written {
-            warn!("event monitor: {error}; no more events are written");
-            return;
-        }
-        if matches!(next, Next::End) {
-            return;
-        }
-    }
 }
 
 /// What a follower is sent for `next`: a line of JSON with its line feed, or `None` at the end.
@@ -296,14 +306,19 @@ mod tests {
 
     #[test]
     fn the_file_holds_everything_when_the_monitor_is_gone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("events");
-        let monitor = Monitor::start(Some(&path), &Filters::default()).unwrap();
-        for _ in 0..100 {
-            monitor.emit(VmEvent::Resumed {});
+        let path = tempfile::tempdir().unwrap().keep().join("events");
+        for runs in 1..3 {
+            let monitor = Monitor::start(&Filters::default()).unwrap();
+            for event in 0..100 {
+                monitor.emit(VmEvent::Resumed {});
+                if event == 50 {
+                    monitor.write_to(&path.clone().into()).unwrap();
+                }
+            }
+            drop(monitor);
+            let lines = std::fs::read_to_string(&path).unwrap().lines().count();
+            assert_eq!(lines, runs * 100, "those before and those of the runs before");
         }
-        drop(monitor);
-        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 100);
     }
 
     #[test]
@@ -329,8 +344,8 @@ mod tests {
 
     #[test]
     fn a_path_that_cannot_be_written_is_named() {
-        let error =
-            Monitor::start(Some(Path::new("/nowhere/events")), &Filters::default()).unwrap_err();
+        let monitor = Monitor::start(&Filters::default()).unwrap();
+        let error = monitor.write_to(&"/nowhere/events".into()).unwrap_err();
         assert!(error.to_string().contains("/nowhere/events"));
     }
 }

@@ -8,7 +8,7 @@ use std::ptr;
 use libc::siginfo_t;
 
 use super::Thread;
-use crate::terminal;
+use crate::{last_resort, terminal};
 
 /// Exit status of a VMM that made a system call which it should not.
 pub const STATUS: u8 = 8;
@@ -78,12 +78,9 @@ extern "C" fn on_sigsys(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
           run it with --seccomp log, and please report what the host's kernel logs\n",
     );
     const _: () = assert!(STATUS == 8, "as the words say");
-    // SAFETY: write and _exit are async-signal-safe; the buffer is valid for its length. Every filter has
-    // both.
-    unsafe {
-        libc::write(libc::STDERR_FILENO, line.text.as_ptr().cast(), line.len);
-        libc::_exit(c_int::from(STATUS));
-    }
+    // SAFETY: write is async-signal-safe; the buffer is valid for its length. Every filter has it.
+    unsafe { libc::write(libc::STDERR_FILENO, line.text.as_ptr().cast(), line.len) };
+    last_resort::end(STATUS);
 }
 
 /// Text put together without allocation.

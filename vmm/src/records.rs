@@ -1,0 +1,285 @@
+//! What a named VM leaves: its events, its ledger, and how it ended.
+//!
+//! They are written while it runs, as an end in a signal handler (exit status 7 and 8) or by SIGKILL leaves no
+//! time for that. The files are few and bounded: events in two of [`MAX_EVENTS`] bytes, the ledger in two that
+//! are written in turn (so that one is whole at any moment), of [`MAX_PAGES`] pages at most, and a line for the
+//! end. The next VM of that name begins them anew; those of the VM before stay once more, as `previous.…`.
+
+use std::fs::{DirBuilder, File};
+use std::io::{self, Write};
+use std::os::fd::IntoRawFd;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
+
+use jiff::Timestamp;
+use mce_relay::Handle;
+use mce_relay::ledger::Ledger;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::api::{Current, Status, StatusPieces, VmInfo};
+use crate::events::{Follower, Monitor, Next};
+use crate::files::{Appended, LogFile};
+
+mod dying;
+
+pub use dying::note_end;
+
+/// The length at which a file of events is put aside, in bytes.
+const MAX_EVENTS: u64 = 1 << 20;
+/// The most pages of each list of the ledger that are kept.
+const MAX_PAGES: usize = 4096;
+/// The ledger is written no more often than this.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Nor does it take more than one part in so many of the time.
+const SHARE: u32 = 50;
+
+const EVENTS: &str = "events";
+const OLDER_EVENTS: &str = "events.1";
+const LEDGERS: [&str; 2] = ["ledger.0", "ledger.1"];
+const END: &str = "end";
+
+fn previous(dir: &Path, name: &str) -> PathBuf {
+    dir.join(format!("previous.{name}"))
+}
+
+fn unix_now() -> f64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.unwrap_or(Duration::ZERO).as_secs_f64()
+}
+
+/// Writes down what is to be left, in `dir`, until the monitor ends; for the VM called `name`.
+///
+/// # Errors
+/// The files cannot be made.
+pub fn begin(dir: &Path, name: &str, monitor: &Monitor, current: &Current) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    for file in [EVENTS, OLDER_EVENTS, LEDGERS[0], LEDGERS[1], END] {
+        let (from, to) = (dir.join(file), previous(dir, file));
+        match std::fs::rename(&from, &to) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let _ = std::fs::remove_file(&to);
+            }
+            result => result?,
+        }
+    }
+    let new =
+        |file: &str| File::options().write(true).create_new(true).mode(0o600).open(dir.join(file));
+    let slots = [new(LEDGERS[0])?, new(LEDGERS[1])?];
+    let end = new(END)?;
+    let events = LogFile { path: dir.join(EVENTS), max_size: Some(MAX_EVENTS) };
+    monitor.write_on("kept", Appended::open(&events, true)?)?;
+    let current = current.clone();
+    monitor.spawn("ledger", move |follower| keep_ledger(follower, &current, &slots))?;
+    let words = format!("mce-relay: {}\n", where_to_look(name));
+    // Both are for handlers, and stay as long as the process.
+    dying::prepare(end.into_raw_fd(), words.into_bytes().leak());
+    Ok(())
+}
+
+/// Whether something is left of the VM of this process.
+#[must_use]
+pub fn are_kept() -> bool {
+    dying::file().is_some()
+}
+
+/// Words for the end of a run.
+#[must_use]
+pub fn where_to_look(name: &str) -> String {
+    format!(
+        "its events and last ledger are kept: mce-relay events --vm {name}, mce-relay status --vm {name}"
+    )
+}
+
+/// Writes the ledger down after each event, as often as is good.
+fn keep_ledger(mut follower: Follower, current: &Current, slots: &[File; 2]) {
+    for slot in slots.iter().cycle() {
+        let mut ended = matches!(follower.wait(), Next::End);
+        while let Some(next) = follower.take() {
+            ended |= matches!(next, Next::End);
+            if ended {
+                break;
+            }
+        }
+        let begun = Instant::now();
+        if let Some((relay, info)) = current.last()
+            && let Err(error) = write_ledger(&relay, &info, slot)
+        {
+            log::warn!("the ledger cannot be kept: {error}");
+        }
+        if ended {
+            return;
+        }
+        follower.rest(PAUSE.max(begun.elapsed() * SHARE));
+    }
+}
+
+/// How many there are of what is kept in part.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Bad pages.
+    pub pages: usize,
+    /// Pages that are whole and predicted to fail.
+    pub predicted: usize,
+    /// Pages that were bad in an earlier boot.
+    pub past: usize,
+}
+
+impl Counts {
+    fn of(ledger: &Ledger) -> Self {
+        let (pages, predicted) = (ledger.len(), ledger.predicted().len());
+        Self { pages, predicted, past: ledger.past().len() }
+    }
+}
+
+fn write_ledger(relay: &Handle, info: &VmInfo, slot: &File) -> io::Result<()> {
+    let counts = serde_json::to_string(&relay.inspect(Counts::of))?;
+    let begin = format!("{{\"unix_time\":{},\"in_all\":{counts},\"status\":", unix_now());
+    // One that is not complete is no JSON.
+    slot.set_len(0)?;
+    let mut at = 0;
+    let mut put = |bytes: &[u8]| {
+        slot.write_all_at(bytes, at)?;
+        at += bytes.len() as u64;
+        io::Result::Ok(())
+    };
+    put(begin.as_bytes())?;
+    for piece in StatusPieces::at_most(relay.clone(), info, MAX_PAGES) {
+        put(&piece)?;
+    }
+    put(b"}\n")
+}
+
+/// How a VM ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct End {
+    /// The exit status of `run`.
+    pub status: u8,
+    /// When, in seconds since 1970.
+    pub unix_time: f64,
+    /// In words; not of one that ended in a handler, whose stderr has them.
+    #[serde(default)]
+    pub how: Option<String>,
+}
+
+/// Writes down how the VM of this process ended, if it has a name.
+pub fn end(status: u8, how: &str) {
+    let Some(mut file) = dying::file() else { return };
+    let line = json!({ "status": status, "unix_time": unix_now(), "how": how });
+    if let Err(error) = writeln!(file, "{line}") {
+        log::warn!("how the VM ended cannot be kept: {error}");
+    }
+}
+
+/// The ledger as it was at some time.
+#[derive(Debug, Clone, Deserialize)]
+struct Kept {
+    unix_time: f64,
+    in_all: Counts,
+    status: Status,
+}
+
+/// What the VM of a name has left.
+#[derive(Debug, Clone)]
+pub struct Record {
+    dir: PathBuf,
+    /// The VM's name.
+    pub name: String,
+    /// How it ended; `None` for one that did not come to say it (SIGKILL, say).
+    pub end: Option<End>,
+    ledger: Option<Kept>,
+}
+
+/// A record as a program reads it.
+#[derive(Debug, Serialize)]
+pub struct Left<'a> {
+    /// How it ended.
+    ended: Option<&'a End>,
+    /// When the ledger was as it is here, in seconds since 1970.
+    as_of: Option<f64>,
+    /// How many pages there were; fewer may be listed.
+    in_all: Option<Counts>,
+    #[serde(flatten)]
+    status: Option<&'a Status>,
+}
+
+impl Record {
+    /// Reads what is in `dir`, if there is something of a VM called `name`.
+    #[must_use]
+    pub fn read(dir: &Path, name: &str) -> Option<Self> {
+        dir.join(EVENTS).symlink_metadata().ok()?;
+        let text = |file: &str| std::fs::read_to_string(dir.join(file)).unwrap_or_default();
+        // The first is what happened: a handler may add to what was written already.
+        let end = text(END).lines().find_map(|line| serde_json::from_str(line).ok());
+        let ledgers = LEDGERS.iter().filter_map(|file| serde_json::from_str(&text(file)).ok());
+        let ledger = ledgers.max_by(|a: &Kept, b: &Kept| a.unix_time.total_cmp(&b.unix_time));
+        Some(Self { dir: dir.to_owned(), name: name.to_owned(), end, ledger })
+    }
+
+    /// The last ledger, if there is one.
+    #[must_use]
+    pub fn status(&self) -> Option<&Status> {
+        self.ledger.as_ref().map(|kept| &kept.status)
+    }
+
+    /// For programs.
+    #[must_use]
+    pub fn left(&self) -> Left<'_> {
+        let kept = self.ledger.as_ref();
+        Left {
+            ended: self.end.as_ref(),
+            as_of: kept.map(|kept| kept.unix_time),
+            in_all: kept.map(|kept| kept.in_all),
+            status: self.status(),
+        }
+    }
+
+    /// Its events, a line of JSON each, the oldest first.
+    #[must_use]
+    pub fn events(&self) -> Vec<String> {
+        let text = |file: &str| std::fs::read(self.dir.join(file)).unwrap_or_default();
+        let all = [text(OLDER_EVENTS), text(EVENTS)].concat();
+        String::from_utf8_lossy(&all).lines().map(str::to_owned).collect()
+    }
+
+    /// How it ended, in a line.
+    #[must_use]
+    pub fn headline(&self) -> String {
+        let name = &self.name;
+        match &self.end {
+            Some(End { status, unix_time, how }) => {
+                let how = how.as_ref().map(|how| format!(": {how}")).unwrap_or_default();
+                format!("{name} ended, exit status {status}, at {}{how}", when(*unix_time))
+            }
+            None => {
+                let heard = self.ledger.as_ref().map(|kept| kept.unix_time);
+                let heard = heard.map(|time| format!(", after {}", when(time)));
+                format!("{name} ended without a word, killed perhaps{}", heard.unwrap_or_default())
+            }
+        }
+    }
+
+    /// What is to be known of the ledger, in a line.
+    #[must_use]
+    pub fn about_the_ledger(&self) -> Option<String> {
+        let Kept { unix_time, in_all, status } = self.ledger.as_ref()?;
+        let missing = |what: &str, all: usize, kept: usize| {
+            (all > kept).then(|| format!("; of {all} {what} {kept} were kept"))
+        };
+        let parts = [
+            missing("bad pages", in_all.pages, status.pages.len()),
+            missing("predicted pages", in_all.predicted, status.predicted.len()),
+            missing("past pages", in_all.past, status.past.len()),
+        ];
+        let missing: String = parts.into_iter().flatten().collect();
+        Some(format!("its ledger as it was at {}{missing}:", when(*unix_time)))
+    }
+}
+
+/// A time of day, in UTC.
+fn when(unix_time: f64) -> String {
+    let since = Duration::try_from_secs_f64(unix_time).unwrap_or_default();
+    let time = SystemTime::UNIX_EPOCH.checked_add(since).and_then(|t| Timestamp::try_from(t).ok());
+    time.map_or_else(|| format!("{unix_time} s"), |time| format!("{time:.3}"))
+}
