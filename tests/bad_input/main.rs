@@ -5,7 +5,9 @@
 mod colours;
 mod documents;
 mod dumps;
+mod ends;
 mod faults;
+mod files;
 mod followers;
 mod handlers;
 mod host;
@@ -89,6 +91,14 @@ fn has_vm_but_no_memory_failure() -> Result<(), String> {
     Ok(())
 }
 
+/// A kernel that comes up in moments.
+fn in_the_lab() -> Result<(), String> {
+    match std::env::var_os("MCE_RELAY_LAB") {
+        Some(_) => has_vm(),
+        None => Err("is run in the lab, where Linux boots whatever this machine is".to_owned()),
+    }
+}
+
 /// What does not depend on the kernel, and takes long.
 fn once() -> Result<(), String> {
     has_kvm()?;
@@ -135,12 +145,28 @@ fn main() -> ExitCode {
         dumps::no_room needs as_root_with_kvm,
         dumps::ended_by_ctrl_c needs has_kvm,
         dumps::registers_of_a_paused_vm needs has_kvm,
+        ends::events_and_ledger_after_exit_6 needs has_kvm_and_hook,
+        ends::events_and_ledger_after_exit_7 needs has_kvm_and_hook,
+        ends::events_and_ledger_after_exit_8 needs has_kvm_and_hook,
+        ends::events_and_ledger_after_a_kill needs has_kvm_and_hook,
+        ends::a_client_stays_connected_over_reboots needs has_kvm,
+        ends::sockets_that_were_left_behind needs has_kvm,
+        ends::of_ten_that_start_at_once_one_runs needs has_kvm,
         faults::every_call_that_can_fail needs has_kvm_and_preload,
         faults::every_call_of_a_reboot needs has_kvm_and_preload,
         faults::an_ar_that_cannot_be_told needs has_kvm_and_preload,
         faults::an_ao_that_cannot_be_told needs has_kvm_and_preload,
         faults::a_reboot_without_good_memory needs has_kvm_and_preload,
         faults::no_filters_in_this_kernel needs has_kvm_and_preload,
+        files::all_boots_are_on_the_console needs has_kvm,
+        files::all_panics_of_linux_are_on_the_console needs in_the_lab,
+        files::who_is_refused_touches_nothing needs has_kvm,
+        files::a_long_file_is_put_aside needs has_kvm,
+        files::sighup_has_them_opened_again needs has_kvm,
+        files::a_terminal_that_goes_ends_it needs has_kvm,
+        files::a_full_disk_is_waited_for needs as_root_with_kvm,
+        files::a_limit_of_sizes_does_not_kill_it needs has_kvm,
+        files::a_fifo_has_only_what_the_guest_says needs has_kvm,
         handlers::the_default_action_has_what_is_not_ours needs anywhere,
         handlers::a_foreign_handler_has_what_is_not_ours needs anywhere,
         host::no_dev_kvm needs as_root,

@@ -33,6 +33,9 @@ impl Terminal {
             )
         };
         assert_eq!(made, 0);
+        // A program that has the terminal's other end itself would not see it go.
+        // SAFETY: sets a flag of a descriptor that openpty has just made.
+        assert_eq!(unsafe { libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC) }, 0);
         // SAFETY: descriptors that openpty has just made, owned by nobody else.
         let ours = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
         // Copies that no program inherits: one would keep the terminal open.
@@ -84,6 +87,11 @@ impl Terminal {
         self.start_with(|command| {
             command.args(["--memory", "size=128M", "--kernel"]).arg(kernel);
         })
+    }
+
+    /// For one of a program's streams.
+    pub fn stream(&self) -> Stdio {
+        Stdio::from(self.slave.try_clone().unwrap())
     }
 
     /// Has somebody read what is written on it, which the guest's console may fill.

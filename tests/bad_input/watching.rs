@@ -143,7 +143,7 @@ pub fn a_vm_is_found_by_its_name() {
     assert_eq!(end_of(&mut vmm, "run"), Some(0));
     let list = String::from_utf8(tool(&["list"]).stdout).unwrap();
     assert!(!list.contains("watched"), "{list}");
-    refused(&tool(&["status", "--vm", "watched"]), 1, &["watched"]);
+    refused(&tool(&["pause", "--vm", "watched"]), 1, &["watched", "exit status 0"]);
 }
 
 /// A guest that says it has panicked is shown as such until it starts over, and what can be done about it

@@ -13,6 +13,9 @@ pub const PATIENCE: Duration = Duration::from_secs(90);
 
 const PAGE_SIZE: u64 = 4096;
 
+/// How the agent's first words begin.
+const HELLO: &str = r#"{"event":"hello""#;
+
 /// A page that the agent owns.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Page {
@@ -39,12 +42,26 @@ impl Agent {
     /// `log`, has it send the guest's kernel log from then on.
     pub fn connect(socket: &Path, log: bool, echo: bool) -> Result<Self, String> {
         let mut agent = Self::at(socket, echo)?;
-        agent.event(|event| event["event"] == "hello")?;
+        agent.up(log)?;
+        Ok(agent)
+    }
+
+    /// Waits on the same connection for the first words of the agent of the next boot. What comes of the one
+    /// before until then, whole lines or not, is nobody's any more.
+    pub fn next_boot(&mut self, log: bool) -> Result<(), String> {
+        self.events.clear();
+        self.up(log)
+    }
+
+    fn up(&mut self, log: bool) -> Result<(), String> {
+        let deadline = Instant::now() + PATIENCE;
+        // It may come behind half a line of a guest that is gone.
+        while !self.text(deadline)?.contains(HELLO) {}
         // From here on; the lines of the boot are not worth their time on an emulated port.
         if log {
-            agent.ask("log on");
+            self.ask("log on");
         }
-        Ok(agent)
+        Ok(())
     }
 
     /// Connects to an agent that said its first words to somebody else.
@@ -68,7 +85,7 @@ impl Agent {
     }
 
     /// The next line, or why there is none before `deadline`.
-    fn line(&mut self, deadline: Instant) -> Result<Value, String> {
+    fn text(&mut self, deadline: Instant) -> Result<String, String> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -87,9 +104,14 @@ impl Agent {
                 Err(error) => return Err(error.to_string()),
             }
         }
-        let line = std::mem::take(&mut self.begun);
-        let value: Value = serde_json::from_slice(&line)
-            .map_err(|error| format!("{error}: {:?}", String::from_utf8_lossy(&line)))?;
+        Ok(String::from_utf8_lossy(&std::mem::take(&mut self.begun)).into_owned())
+    }
+
+    /// The same as what it stands for.
+    fn line(&mut self, deadline: Instant) -> Result<Value, String> {
+        let line = self.text(deadline)?;
+        let value: Value =
+            serde_json::from_str(&line).map_err(|error| format!("{error}: {line:?}"))?;
         if self.echo && value["event"] == "kmsg" {
             println!("  guest | {}", value["line"].as_str().unwrap_or_default());
         }

@@ -543,11 +543,10 @@ impl Guest {
         }
     }
 
-    /// Waits for the agent of the next boot.
+    /// Waits for the agent of the next boot, on the connection to that of this one.
     pub fn up_again(&mut self) {
-        match self.vmm.agent() {
-            Ok(agent) => self.agent = agent,
-            Err(error) => self.vmm.did_not_come_up("the guest did not come up again", &error),
+        if let Err(error) = self.agent.next_boot(!self.vmm.options.quiet) {
+            self.vmm.did_not_come_up("the guest did not come up again", &error);
         }
     }
 

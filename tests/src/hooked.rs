@@ -108,6 +108,46 @@ fn filters_of(dir: &Path) -> Option<u32> {
     count.trim().parse().ok()
 }
 
+/// The directory in /proc of the thread of process `pid` that is called `thread`.
+fn find(pid: u32, thread: &str) -> Option<PathBuf> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+    tasks.map_while(|task| Some(task.ok()?.path())).find(|task| {
+        std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end() == thread)
+    })
+}
+
+/// Whether a thread of process `pid` has the filters that it is to have: the process's, if there is one beside those
+/// that this test was started under, and its own. Linux counts them from 5.9 on.
+fn is_filtered(pid: u32, task: &Path) -> bool {
+    let (Some(outside), Some(process), Some(own)) = (
+        filters_of(Path::new("/proc/self")),
+        filters_of(&PathBuf::from(format!("/proc/{pid}"))),
+        filters_of(task),
+    ) else {
+        return true;
+    };
+    let is_main = task.ends_with(pid.to_string());
+    own >= if process > outside && !is_main { process + 1 } else { process }
+}
+
+/// Has the thread called `thread` of process `pid`, which has the hook in it, make a system call, once it has its
+/// filter: the API answers before the guest runs, and a thread without its filter has only the process's, which
+/// allows more.
+pub fn stray(pid: u32, thread: &str, stray: Stray) {
+    let start = Instant::now();
+    let task = loop {
+        match find(pid, thread) {
+            Some(task) if is_filtered(pid, &task) => break task,
+            found => {
+                assert!(start.elapsed() < PATIENCE, "thread {thread} without its filter: {found:?}")
+            }
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    let thread: libc::pid_t = task.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    stray.send(pid.try_into().unwrap(), thread);
+}
+
 impl Hooked {
     /// Takes a VMM that was prepared with `dir`, and waits until it answers.
     pub fn of(child: Child, dir: TempDir) -> Self {
@@ -182,36 +222,8 @@ impl Hooked {
 
     /// Has the thread called `thread` make a system call, once it has its filter.
     pub fn stray(&mut self, thread: &str, stray: Stray) {
-        self.wait_for(thread, |hooked| hooked.find(thread).is_some());
-        let task = self.find(thread).unwrap();
-        // The API answers before the guest runs. A thread without its filter has only the process's, which
-        // allows more.
-        self.wait_for("a thread's filter", |hooked| hooked.is_filtered(&task));
-        let thread: libc::pid_t = task.file_name().unwrap().to_str().unwrap().parse().unwrap();
         self.strays = self.calls_made();
-        stray.send(self.pid().try_into().unwrap(), thread);
-    }
-
-    /// The directory in /proc of the thread called `thread`.
-    fn find(&self, thread: &str) -> Option<PathBuf> {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).ok()?;
-        tasks.map_while(|task| Some(task.ok()?.path())).find(|task| {
-            std::fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim_end() == thread)
-        })
-    }
-
-    /// Whether a thread has the filters that it is to have: the process's, if there is one beside those that
-    /// this test was started under, and its own. Linux counts them from 5.9 on.
-    fn is_filtered(&self, task: &Path) -> bool {
-        let (Some(outside), Some(process), Some(own)) = (
-            filters_of(Path::new("/proc/self")),
-            filters_of(&PathBuf::from(format!("/proc/{}", self.pid()))),
-            filters_of(task),
-        ) else {
-            return true;
-        };
-        let is_main = task.ends_with(self.pid().to_string());
-        own >= if process > outside && !is_main { process + 1 } else { process }
+        self::stray(self.pid(), thread, stray);
     }
 
     /// How many such calls have returned.

@@ -16,6 +16,7 @@ pub mod history;
 pub mod hooked;
 pub mod judges;
 pub mod lab;
+pub mod left;
 pub mod memory;
 pub mod pty;
 pub mod qemu;

@@ -1,0 +1,275 @@
+//! What is left of a VM with a name that has ended, however it did; and sockets that outlive a guest, but not
+//! their VM.
+
+use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use mce_relay_tests::hooked::{SPIN, Stray, library, stray};
+use mce_relay_tests::left::{AGAIN, Place, RESET, Running, WAIT, say};
+use mce_relay_vmm::api::{Gpa, Poison, Poisoning, Status, VmInfo};
+use mce_relay_vmm::client;
+use mce_relay_vmm::poison::Means;
+use serde_json::Value;
+
+use crate::refused;
+
+const COM2: u16 = 0x2f8;
+const PATIENCE: Duration = Duration::from_secs(60);
+/// The page that is said to be bad.
+const PAGE: u64 = 0x3000;
+
+fn forge(vm: &Running<'_>, kind: mce_relay::mca::Kind) {
+    let asked = Poison { gpas: vec![Gpa(PAGE)], via: Means::Signal, kind, vcpu: 0 };
+    let done: Vec<Poisoning> = client::put_json(vm.socket(), "vm.poison", &asked).unwrap();
+    assert!(done.iter().all(|page| page.error.is_none()), "{done:?}");
+}
+
+fn start<'a>(place: &'a Place, more: &[&str]) -> Running<'a> {
+    let mut command = place.run(&["--name", "n", "--serial", "off"]);
+    command
+        .args(more)
+        .env("MCE_RELAY_HOOK", place.path(""))
+        .env("LD_PRELOAD", library("libhook.so").unwrap());
+    place.started(command, "mce-relay/n.sock")
+}
+
+fn text(place: &Place, args: &[&str]) -> (String, String) {
+    let out = place.tool(args);
+    let stderr = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.success(), "{args:?}: {stderr}");
+    (String::from_utf8(out.stdout).unwrap(), stderr)
+}
+
+/// Sees that the commands tell of the end with `status`, and of the page.
+fn told(place: &Place, status: i32, how: &str) {
+    let ended = format!("n ended, exit status {status}, at 2");
+    let (shown, _) = text(place, &["status", "--vm", "n"]);
+    println!("    {}", shown.replace('\n', "\n    "));
+    assert!(shown.starts_with(&ended) && shown.contains(how), "{shown}");
+    assert!(shown.contains("its ledger as it was at 2") && shown.contains("0x3000"), "{shown}");
+    let (shown, _) = text(place, &["status", "--vm", "n", "--json"]);
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(
+        (&shown["ended"]["status"], &shown["pages"][0]["gpa"], &shown["in_all"]["pages"]),
+        (&status.into(), &"0x3000".into(), &1.into()),
+        "{shown}"
+    );
+    assert!(shown["as_of"].is_f64() && shown["vm"]["pid"].is_u64(), "{shown}");
+
+    let (lines, words) = text(place, &["events", "--vm", "n"]);
+    assert!(words.contains(&ended), "{words}");
+    assert!(lines.contains("boot 1") && lines.contains("by forged signal"), "{lines}");
+    let (lines, _) = text(place, &["events", "--vm", "n", "--json", "--follow"]);
+    let events: Vec<Value> =
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(events.iter().any(|event| event["properties"]["gpa"] == "0x3000"), "{lines}");
+    // Whoever wants the VM itself is told, too.
+    refused(&place.tool(&["pause", "--vm", "n"]), 1, &["no VM called \"n\" runs", &ended]);
+    for entry in std::fs::read_dir(place.path("mce-relay/records/n")).unwrap() {
+        let entry = entry.unwrap();
+        let mode = entry.metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{entry:?}");
+    }
+}
+
+fn known(vm: &mut Running<'_>) {
+    vm.wait("the page", |vm| {
+        let status = client::get::<Status>(vm.socket(), "relay.status");
+        status.is_ok_and(|status| !status.pages.is_empty())
+    });
+}
+
+/// Waits until the ledger with the page is on disk.
+fn kept(place: &Place, vm: &mut Running<'_>) {
+    vm.wait("the ledger on disk", |_| {
+        (0..2).any(|slot| {
+            place.text(&format!("mce-relay/records/n/ledger.{slot}")).contains("0x3000")
+        })
+    });
+}
+
+/// The exit status 6, with the words on where to look.
+pub fn events_and_ledger_after_exit_6() {
+    use mce_relay::mca::Kind::ActionRequired;
+    let place = Place::new(&SPIN);
+    let vm = start(&place, &[]);
+    forge(&vm, ActionRequired);
+    assert_eq!(vm.ended().code(), Some(6), "{}", place.text("stderr"));
+    let stderr = place.text("stderr");
+    println!("    {}", stderr.trim_end().replace('\n', "\n    "));
+    assert!(stderr.contains("events --vm n") && stderr.contains("status --vm n"), "{stderr}");
+    told(&place, 6, "touched the bad page at 0x3000");
+
+    // The next one of that name begins anew, and what was stays once more.
+    let vm = start(&place, &[]);
+    let (shown, _) = text(&place, &["status", "--vm", "n"]);
+    assert!(!shown.contains("ended"), "it runs: {shown}");
+    vm.shut_down();
+    let (shown, _) = text(&place, &["status", "--vm", "n"]);
+    assert!(shown.starts_with("n ended, exit status 0") && !shown.contains("0x3000"), "{shown}");
+    let before = place.text("mce-relay/records/n/previous.events");
+    assert!(before.contains("undeliverable"), "{before}");
+}
+
+/// The exit status 7: memory of the VMM itself is bad, which it learns in a signal handler.
+pub fn events_and_ledger_after_exit_7() {
+    use mce_relay::mca::Kind::ActionOptional;
+    let place = Place::new(&SPIN);
+    let mut vm = start(&place, &[]);
+    forge(&vm, ActionOptional);
+    known(&mut vm);
+    kept(&place, &mut vm);
+    std::fs::write(place.path("do"), "forge-ar").unwrap();
+    assert_eq!(vm.ended().code(), Some(7), "{}", place.text("stderr"));
+    let stderr = place.text("stderr");
+    println!("    {}", stderr.trim_end().replace('\n', "\n    "));
+    assert!(stderr.contains("events --vm n"), "{stderr}");
+    told(&place, 7, "");
+    assert!(!place.path("mce-relay/n.sock").exists(), "its socket is gone");
+}
+
+/// The exit status 8: a system call that is on no list.
+pub fn events_and_ledger_after_exit_8() {
+    use mce_relay::mca::Kind::ActionOptional;
+    let place = Place::new(&SPIN);
+    let mut vm = start(&place, &[]);
+    forge(&vm, ActionOptional);
+    known(&mut vm);
+    kept(&place, &mut vm);
+    stray(vm.pid(), "events-log", Stray::any(libc::SYS_openat));
+    assert_eq!(vm.ended().code(), Some(8), "{}", place.text("stderr"));
+    let stderr = place.text("stderr");
+    println!("    {}", stderr.trim_end().replace('\n', "\n    "));
+    assert!(stderr.contains("events --vm n"), "{stderr}");
+    told(&place, 8, "");
+    assert!(!place.path("mce-relay/n.sock").exists(), "its socket is gone");
+}
+
+/// Killed: nobody could say how it ended, and everything else is there.
+pub fn events_and_ledger_after_a_kill() {
+    let place = Place::new(&SPIN);
+    let mut vm = start(&place, &[]);
+    forge(&vm, mce_relay::mca::Kind::ActionOptional);
+    known(&mut vm);
+    kept(&place, &mut vm);
+    vm.signal(libc::SIGKILL);
+    assert_eq!(vm.ended().code(), None);
+    let (shown, _) = text(&place, &["status", "--vm", "n"]);
+    assert!(shown.starts_with("n ended without a word") && shown.contains("0x3000"), "{shown}");
+    let (lines, _) = text(&place, &["events", "--vm", "n"]);
+    assert!(lines.contains("by forged signal"), "{lines}");
+    start(&place, &[]).shut_down();
+}
+
+/// A guest says a byte and resets itself, four times; who is connected to its port gets all of them on the same
+/// connection.
+pub fn a_client_stays_connected_over_reboots() {
+    let place = Place::new(&[&WAIT[..], &say(COM2, "x"), &RESET].concat());
+    let (port, api) = (place.argument("socket", "port"), place.argument("path", "api"));
+    let options = ["--serial", "off", "--serial2", &port, "--api-socket", &api];
+    let mut vm = place.start("api", &options);
+    let mode = place.path("port").metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let mut client = UnixStream::connect(place.path("port")).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
+    for boot in 2..6 {
+        vm.next_boot(boot);
+        let mut byte = [0];
+        client.read_exact(&mut byte).unwrap();
+        assert_eq!(&byte, b"x", "boot {boot}");
+        client.write_all(b"y").unwrap();
+    }
+    vm.shut_down();
+    assert_eq!(client.read(&mut [0]).unwrap(), 0, "at the end it is closed");
+    assert!(!place.path("port").exists());
+}
+
+/// What a VM that was killed has left behind is in the way of nobody, whatever it was for; what somebody else
+/// has put there is.
+pub fn sockets_that_were_left_behind() {
+    let place = Place::new(&[&WAIT[..], &say(COM2, "x"), &AGAIN, &SPIN].concat());
+    let (port, api) = (place.argument("socket", "port"), place.argument("path", "api"));
+    let options = ["--serial", "off", "--serial2", &port, "--api-socket", &api];
+    for _ in 0..2 {
+        let vm = place.start("api", &options);
+        assert!(UnixStream::connect(place.path("port")).is_ok());
+        vm.signal(libc::SIGKILL);
+        vm.ended();
+        assert!(place.path("port").exists() && place.path("api").exists());
+    }
+    // While one runs, another VM gets neither.
+    let vm = place.start("api", &options);
+    refused(&place.run(&options).output().unwrap(), 1, &["listens there already"]);
+    let other = place.argument("path", "other");
+    let options = ["--serial", "off", "--serial2", &port, "--api-socket", &other];
+    refused(&place.run(&options).output().unwrap(), 1, &["port", "listens there already"]);
+    assert!(UnixStream::connect(place.path("port")).is_ok());
+    vm.shut_down();
+
+    std::fs::write(place.path("port"), "precious").unwrap();
+    refused(&place.run(&options).output().unwrap(), 1, &["port", "remove it"]);
+    assert_eq!(place.text("port"), "precious");
+}
+
+/// Ten VMs are started at once, with the same name or the same paths, over what was left behind: one runs, and
+/// its sockets are there.
+pub fn of_ten_that_start_at_once_one_runs() {
+    let place = Place::new(&SPIN);
+    std::fs::create_dir(place.path("mce-relay")).unwrap();
+    let (port, api) = (place.argument("socket", "port"), place.argument("path", "api"));
+    let by_name = ["--serial", "off", "--name", "n"];
+    let by_path = ["--serial", "off", "--serial2", &port, "--api-socket", &api];
+    for (options, socket) in [(&by_name[..], "mce-relay/n.sock"), (&by_path, "api")] {
+        for round in 0..3 {
+            drop(UnixListener::bind(place.path(socket)));
+            let mut all: Vec<Child> = (0..10)
+                .map(|_| {
+                    let mut command = place.run(options);
+                    command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
+                })
+                .collect();
+            let ended = wait_for_all_but_one(&mut all);
+            let codes: Vec<_> = ended.iter().map(ExitStatus::code).collect();
+            assert_eq!(codes, [Some(1); 9], "round {round}");
+            let winner = all.pop().unwrap();
+            let pid = runs(&place.path(socket));
+            assert_eq!(pid, winner.id(), "round {round}: its socket is its own");
+            client::put(&place.path(socket), "vm.shutdown").unwrap();
+            assert_eq!(winner.wait_with_output().unwrap().status.code(), Some(0));
+            assert!(!place.path(socket).exists());
+        }
+    }
+}
+
+/// Waits until one of `all` is left; how the others ended.
+fn wait_for_all_but_one(all: &mut Vec<Child>) -> Vec<ExitStatus> {
+    let start = Instant::now();
+    let mut ended = Vec::new();
+    while all.len() > 1 {
+        assert!(start.elapsed() < PATIENCE, "{} of them run", all.len());
+        all.retain_mut(|child| match child.try_wait().unwrap() {
+            Some(status) => {
+                ended.push(status);
+                false
+            }
+            None => true,
+        });
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    ended
+}
+
+fn runs(socket: &Path) -> u32 {
+    let start = Instant::now();
+    loop {
+        match client::get::<VmInfo>(socket, "vm.info") {
+            Ok(info) => return info.pid,
+            Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
