@@ -102,11 +102,12 @@ fn later(asked: &bool) -> &'static str {
 /// # Errors
 /// See [`ClientError`].
 pub fn get<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, ClientError> {
-    read(socket, Answer::open(socket, Asked::get(what), Patience::WhileItLives)?)
+    read(socket, &mut Answer::open(socket, Asked::get(what), Patience::WhileItLives)?)
 }
 
-/// An answer as it comes: a long ledger is not to be here twice.
-fn read<T: DeserializeOwned>(socket: &Path, answer: impl Read) -> Result<T, ClientError> {
+/// An answer as it comes: a long ledger is not to be here twice. By whatever reader: each kind of one would have
+/// a parser of its own in the program.
+fn read<T: DeserializeOwned>(socket: &Path, answer: &mut dyn Read) -> Result<T, ClientError> {
     serde_json::from_reader(BufReader::new(answer)).map_err(|error| match error.is_io() {
         true => broken(socket, error.into()),
         false => ClientError::Stranger { path: socket.to_owned(), what: error.to_string() },
@@ -125,7 +126,7 @@ pub fn get_soon<T: DeserializeOwned>(
 ) -> Result<(u32, T), ClientError> {
     let patience = Patience::Until(Instant::now() + within);
     let answer = Answer::open(socket, Asked::get(what), patience)?;
-    Ok((answer.pid(), read(socket, answer.take(MAX_IN_PASSING))?))
+    Ok((answer.pid(), read(socket, &mut answer.take(MAX_IN_PASSING))?))
 }
 
 /// An answer that names the process that gives it.
@@ -140,9 +141,9 @@ pub trait OfProcess: DeserializeOwned {
 /// See [`ClientError`].
 pub fn get_of_process<T: OfProcess>(socket: &Path, what: &str) -> Result<T, ClientError> {
     let path = || socket.to_owned();
-    let answer = Answer::open(socket, Asked::get(what), Patience::WhileItLives)?;
+    let mut answer = Answer::open(socket, Asked::get(what), Patience::WhileItLives)?;
     let is = answer.pid();
-    let told: T = read(socket, answer)?;
+    let told: T = read(socket, &mut answer)?;
     match told.pid() {
         says if says == is => Ok(told),
         says => Err(ClientError::OtherProcess { path: path(), says, is }),
@@ -176,7 +177,7 @@ pub fn put_json<T: DeserializeOwned>(
 ) -> Result<T, ClientError> {
     // Plain structs of strings and numbers: their serialisation cannot fail.
     let body = serde_json::to_vec(body).unwrap_or_default();
-    read(socket, &*ask(socket, Asked { method: "PUT", what, body: &body })?)
+    read(socket, &mut &*ask(socket, Asked { method: "PUT", what, body: &body })?)
 }
 
 /// `GET /api/v1/<what>` of what comes line by line, for as long as there is more.
