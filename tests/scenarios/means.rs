@@ -492,7 +492,7 @@ pub fn filters_and_unpoison() {
         assert_eq!(filters(), before, "{filter:?}: everything is as it was");
     }
     guest.agent.others_intact(&pages, &gone);
-    let many = guest.agent.alloc_many("anon", 512);
+    let many = guest.agent.alloc_many("anon", 2048);
     held_back_and_interrupted(&guest, &many, &own_inode);
     assert_eq!(filters(), before);
     in_use(&frames[0]);
