@@ -2,7 +2,9 @@
 //! does, whoever starts a second VM by mistake, and when the disk is full for a while.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -11,8 +13,9 @@ use std::time::{Duration, Instant};
 use mce_relay_tests::guest::image;
 use mce_relay_tests::left::{AGAIN, Place, RESET, Running, WAIT, say};
 use mce_relay_tests::tiny::POWER_OFF;
-use mce_relay_vmm::api::{Gpa, Poison, Poisoning, Status};
+use mce_relay_vmm::api::{Gpa, Poison, Poisoning};
 use mce_relay_vmm::client;
+use mce_relay_vmm::events::hub::KEPT;
 use mce_relay_vmm::poison::Means;
 
 use crate::refused;
@@ -249,19 +252,25 @@ impl Drop for Disk<'_> {
     }
 }
 
-/// Forges failures of 4096 pages, three events each, and waits until `known` pages are in the ledger.
-fn forge(vm: &mut Running<'_>, from: u64, known: usize) {
+/// Forges failures of 4096 pages, each of which is some events.
+fn forge(vm: &Running<'_>, from: u64) {
     let gpas = (0..4096).map(|page| Gpa(from + page * 4096)).collect();
     let (via, kind) = (Means::Signal, mce_relay::mca::Kind::ActionOptional);
     let asked = Poison { gpas, via, kind, vcpu: 0 };
     let done: Vec<Poisoning> = client::put_json(vm.socket(), "vm.poison", &asked).unwrap();
     let failed = done.iter().find_map(|page| page.error.as_ref());
     assert!(failed.is_none(), "{failed:?}");
-    vm.wait("the pages", |vm| {
-        std::thread::sleep(Duration::from_millis(100));
-        let status: Status = client::get(vm.socket(), "relay.status").unwrap();
-        status.pages.len() >= known
-    });
+}
+
+/// How many events of memory there were.
+fn events_of_memory(vm: &Running<'_>) -> f64 {
+    let mut stream = UnixStream::connect(vm.socket()).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let count = r#"mce_relay_events_total{source="memory"} "#;
+    let line = answer.lines().find_map(|line| line.strip_prefix(count));
+    line.map_or(0.0, |number| number.parse().unwrap())
 }
 
 /// The disk is full, and later it is not: both files go on, and say how much is missing.
@@ -288,8 +297,11 @@ pub fn a_full_disk_is_waited_for() {
     for _ in 0..words {
         vm.go_once();
     }
-    forge(&mut vm, 0, 4096);
-    forge(&mut vm, 16 << 20, 8192);
+    // They happen some time after they are asked for.
+    vm.wait("more events than the ring holds", |vm| {
+        forge(vm, 0);
+        events_of_memory(vm) > 2.0 * KEPT as f64
+    });
     said(&mut vm, "cannot write serial output");
     said(&mut vm, "event monitor");
     fs::remove_file(&filler).unwrap();

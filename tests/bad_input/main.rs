@@ -143,7 +143,7 @@ fn main() -> ExitCode {
     suite::run(mce_relay_tests::tests![
         dumps::places_that_are_none needs has_kvm,
         dumps::no_room needs as_root_with_kvm,
-        dumps::ended_by_ctrl_c needs has_kvm,
+        dumps::ended_by_a_signal needs has_kvm,
         dumps::registers_of_a_paused_vm needs has_kvm,
         ends::events_and_ledger_after_exit_6 needs has_kvm_and_hook,
         ends::events_and_ledger_after_exit_7 needs has_kvm_and_hook,
