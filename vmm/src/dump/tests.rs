@@ -152,7 +152,7 @@ fn half_an_image_is_removed() {
         true => (200, Vec::new()),
         false => answer(what),
     });
-    assert!(odd.to_string().contains("0 bytes for 12288"), "{odd}");
+    assert!(odd.to_string().contains("0 bytes where 12288 bytes"), "{odd}");
 }
 
 #[test]

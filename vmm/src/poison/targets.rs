@@ -263,7 +263,7 @@ mod tests {
         let all = chosen(256).unwrap();
         assert!(all.iter().all(|range| range.first.is_multiple_of(2)), "{all:?}");
         let error = chosen(257).unwrap_err().to_string();
-        assert!(error.contains("257 pages were asked for, and this guest has 256"), "{error}");
+        assert!(error.contains("257 pages asked for at random, and this guest has 256"), "{error}");
     }
 
     #[test]
