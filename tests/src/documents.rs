@@ -12,13 +12,25 @@ use crate::pty::Shell;
 const PROGRAMS: [&str; 4] = ["mce-relay", "make", "curl", "cargo"];
 
 /// Commands that are not typed, and why. One that is in no document any more fails the test.
-const LEFT_OUT: [(&str, &str); 6] = [
+const LEFT_OUT: [(&str, &str); 12] = [
     ("make run", "it is what `make run` does, and takes the lab"),
     ("make test", "it is what this is a part of"),
     ("make build guest-image lab-image", "it has been done, or this would not run"),
     ("make lab", "the lab is where this runs"),
     ("make lab CMD='target/release/mce-relay check'", "the lab is where this runs"),
     ("target/release/hold bash", "the lab's own runner holds the idle VMs"),
+    (
+        "mce-relay pause --vm vm1 && mce-relay memory dump --vm vm1 vm1.core && mce-relay resume --vm vm1",
+        "README.md has it, too, where there is a VM of that name",
+    ),
+    (
+        "makedumpfile --dump-dmesg vm1.core dmesg && head -1 dmesg",
+        "memory::core has it read a Linux guest's dump in the lab",
+    ),
+    ("crash --osrelease vm1.core", "memory::core has it read a Linux guest's dump in the lab"),
+    ("crash vmlinux vm1.core", "needs the guest kernel's debug information, a gigabyte"),
+    ("drgn -c vm1.core -s vmlinux", "needs the guest kernel's debug information, a gigabyte"),
+    ("python3 tests/judges/dmesg.py vm1.core", "memory::core runs it in the lab"),
 ];
 
 /// A command of a document.

@@ -115,7 +115,11 @@ fn dir() -> PathBuf {
 /// The directory of a named VM's socket. When this is dropped, and it was the last VM's, it goes if it lies
 /// among temporary files, where nobody else would take it away.
 #[derive(Debug)]
-pub struct Leaving(PathBuf);
+pub struct Leaving {
+    dir: PathBuf,
+    /// What the VM has left, where nobody will want to look at it.
+    record: Option<PathBuf>,
+}
 
 impl Leaving {
     /// Of the socket at `path`.
@@ -123,15 +127,25 @@ impl Leaving {
     pub fn of(path: &Path) -> Option<Self> {
         let dir = path.parent()?;
         (dir == self::dir() && dir.parent() == Some(std::env::temp_dir().as_path()))
-            .then(|| Self(dir.to_owned()))
+            .then(|| Self { dir: dir.to_owned(), record: None })
+    }
+
+    /// The VM called `name` ended as somebody wanted it to: its record goes, too.
+    pub fn forget(&mut self, name: &VmName) {
+        self.record = Some(record_dir_in(&self.dir, &name.0));
     }
 }
 
 impl Drop for Leaving {
     fn drop(&mut self) {
+        if let Some(record) = &self.record {
+            // There may be none.
+            let _ = std::fs::remove_dir_all(record);
+            let _ = std::fs::remove_dir(self.dir.join(RECORDS));
+        }
         // Of other VMs it is not empty, and stays.
-        if let Err(error) = std::fs::remove_dir(&self.0) {
-            log::debug!("{} stays: {error}", self.0.display());
+        if let Err(error) = std::fs::remove_dir(&self.dir) {
+            log::debug!("{} stays: {error}", self.dir.display());
         }
     }
 }

@@ -110,7 +110,7 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
         (None, None) => None,
     };
     // Dropped behind the API, which takes the socket away.
-    let _leaving = socket.as_deref().and_then(names::Leaving::of);
+    let mut leaving = socket.as_deref().and_then(names::Leaving::of);
     let api = socket
         .as_ref()
         .map(|path| Api::start(path, current.clone(), monitor.hub().clone(), &filters));
@@ -148,6 +148,8 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
         if let Some(name) = args.name.as_ref().filter(|_| records::are_kept()) {
             eprintln!("mce-relay: {}", records::where_to_look(name.as_str()));
         }
+    } else if let (Some(leaving), Some(name)) = (leaving.as_mut(), &args.name) {
+        leaving.forget(name);
     }
     monitor.emit(VmEvent::Ended { how, status });
     Ok(status)

@@ -91,6 +91,9 @@ pub enum SeccompError {
         "cannot put the filter of system calls in force (seccomp); --seccomp false runs the VM without them"
     )]
     Apply(#[source] seccompiler::Error),
+    /// The thread would be interrupted by what is the main thread's.
+    #[error("cannot block the signals that end the VM on a thread that they are not for")]
+    Signals(#[source] io::Error),
     /// The line that says what was refused could not be seen to.
     #[error("cannot install a handler for SIGSYS")]
     Handler(#[source] io::Error),
@@ -135,6 +138,9 @@ impl Filters {
         let index = Thread::ALL.iter().position(|one| *one == thread);
         let program = index.and_then(|index| self.programs.get(index));
         refused::name(thread);
+        if thread != Thread::Main {
+            leave_the_end_to_main().map_err(SeccompError::Signals)?;
+        }
         program.map_or(Ok(()), |program| apply_filter(program)).map_err(SeccompError::Apply)
     }
 
@@ -161,6 +167,25 @@ impl Filters {
         })?;
         told.recv().map_err(|_| io::Error::other("the thread ended before it was ready"))??;
         Ok(started)
+    }
+}
+
+/// Blocks the signals that end the VM on the calling thread. The kernel may give one to any thread that does not
+/// block it (of two that come at once, say, as when a terminal hangs up), and what their handler calls is in the
+/// main thread's filter alone.
+fn leave_the_end_to_main() -> io::Result<()> {
+    // SAFETY: the set is initialised by sigemptyset before it is read; all pointers are to a live local.
+    let error = unsafe {
+        let mut ends = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigemptyset(&raw mut ends);
+        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+            libc::sigaddset(&raw mut ends, signal);
+        }
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const ends, std::ptr::null_mut())
+    };
+    match error {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
     }
 }
 
@@ -319,6 +344,7 @@ const MAIN_OWN: &[Call] = &any![
     SYS_getcwd,
     SYS_faccessat2,
     SYS_unlink,
+    SYS_unlinkat,
     SYS_flock,
     SYS_rename,
     SYS_mkdir,
@@ -388,6 +414,25 @@ mod tests {
             // A call that is refused ends this process with exit status 8.
             filters.spawn(thread, "test".into(), body).unwrap().join().unwrap();
             assert_eq!(told.try_iter().collect::<Vec<_>>(), requests.map(|one| (one, -1)));
+        }
+    }
+
+    #[test]
+    fn signals_that_end_the_vm_are_the_main_threads() {
+        let blocked = |thread| {
+            let body = move || {
+                Filters::default().apply(thread).unwrap();
+                // SAFETY: a null new mask only reads the one in force into the live local.
+                unsafe {
+                    let mut mask = std::mem::zeroed::<libc::sigset_t>();
+                    libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut mask);
+                    libc::sigismember(&raw const mask, libc::SIGHUP) == 1
+                }
+            };
+            std::thread::spawn(body).join().unwrap()
+        };
+        for thread in Thread::ALL {
+            assert_eq!(blocked(thread), thread != Thread::Main, "{thread:?}");
         }
     }
 
