@@ -1,9 +1,9 @@
 //! What a named VM leaves: its events, its ledger, and how it ended.
 //!
 //! They are written while it runs, as an end in a signal handler (exit status 7 and 8) or by SIGKILL leaves no
-//! time for that. The files are few and bounded: events in two of [`MAX_EVENTS`] bytes, the ledger in two that
-//! are written in turn (so that one is whole at any moment), of [`MAX_PAGES`] pages at most, and a line for the
-//! end. The next VM of that name begins them anew; those of the VM before stay once more, as `previous.…`.
+//! time for that. The files are few and bounded: events in two of 1 MiB, the ledger in two that are written in turn
+//! (so that one is whole at any moment), of 4,096 pages at most, and a line for the end. The next VM of that name
+//! begins them anew; those of the VM before stay once more, as `previous.…`.
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Write};

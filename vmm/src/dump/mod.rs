@@ -2,7 +2,7 @@
 //!
 //! The VM does the reading, so a bad page costs that page and nothing else: neither the VM nor who
 //! asks is harmed. The guest may run meanwhile. What is read in one go is at most
-//! [`MAX_READ`] bytes, and different parts are of different moments then; pause the VM first where that
+//! [`crate::api::MAX_READ`] bytes, and different parts are of different moments then; pause the VM first where that
 //! matters.
 //!
 //! A [`dump`](dump()) is an ELF core, for crash, drgn and makedumpfile: absent from it is what is bad, which a
