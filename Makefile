@@ -106,6 +106,7 @@ DENY_VERSION := 0.20.2
 tools: target/tools/bin/cargo-deny
 target/tools/bin/cargo-deny:
 	$(SAY) 'building cargo-deny'
+	mkdir -p target/tools
 	CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_DEBUG=0 \
 		CARGO_PROFILE_RELEASE_CODEGEN_UNITS=256 \
 		$(CARGO) install cargo-deny --quiet --locked --version $(DENY_VERSION) --root target/tools
