@@ -19,6 +19,11 @@ pub struct Test {
 
 /// Runs `tests` as the command line says (the options of Rust's own runner) and prints its summary.
 pub fn run(tests: &'static [Test]) -> ExitCode {
+    // What is started here is to have them as from a shell: nohup, or a shell without job control, has some ignored.
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM] {
+        // SAFETY: the default action is no function.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
     let mut arguments = Arguments::from_args();
     // Guests share two emulated processors, and a rendezvous has a time limit.
     arguments.test_threads = Some(1);
