@@ -91,7 +91,9 @@ fn known(vm: &mut Running<'_>) {
 fn kept(place: &Place, vm: &mut Running<'_>) {
     vm.wait("the ledger on disk", |_| {
         (0..2).any(|slot| {
-            place.text(&format!("mce-relay/records/n/ledger.{slot}")).contains("0x3000")
+            let ledger = place.text(&format!("mce-relay/records/n/ledger.{slot}"));
+            // All of it: one that is being written is no JSON.
+            ledger.contains("0x3000") && serde_json::from_str::<Value>(&ledger).is_ok()
         })
     });
 }
