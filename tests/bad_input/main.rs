@@ -108,6 +108,10 @@ fn once() -> Result<(), String> {
     }
 }
 
+fn once_as_root() -> Result<(), String> {
+    once().and_then(|()| as_root())
+}
+
 fn once_with_bash() -> Result<(), String> {
     once().and_then(|()| has_kvm_and_bash())
 }
@@ -164,7 +168,7 @@ fn main() -> ExitCode {
         files::a_long_file_is_put_aside needs has_kvm,
         files::sighup_has_them_opened_again needs has_kvm,
         files::a_terminal_that_goes_ends_it needs has_kvm,
-        files::a_full_disk_is_waited_for needs as_root_with_kvm,
+        files::a_full_disk_is_waited_for needs once_as_root,
         files::a_limit_of_sizes_does_not_kill_it needs has_kvm,
         files::a_fifo_has_only_what_the_guest_says needs has_kvm,
         handlers::the_default_action_has_what_is_not_ours needs anywhere,
@@ -192,8 +196,8 @@ fn main() -> ExitCode {
         seccomp::the_components_lists_are_exact needs uffd_that_poisons,
         silent::a_list_says_who_is_stopped needs has_kvm,
         silent::a_list_of_one_that_many_have_asked needs has_kvm,
-        silent::commands_do_not_wait_for_ever needs has_kvm,
-        silent::a_command_goes_on_when_the_vm_does needs has_kvm,
+        silent::commands_do_not_wait_for_ever needs once,
+        silent::a_command_goes_on_when_the_vm_does needs once,
         sockets::requests needs once,
         sockets::clients_that_hang needs once,
         tools::command_lines needs anywhere,
@@ -242,7 +246,7 @@ fn main() -> ExitCode {
         colours::an_undeliverable_ar_pauses_the_vm needs has_kvm,
         colours::colours_in_a_file needs has_kvm,
         colours::long_work_can_be_watched_and_interrupted needs has_kvm,
-        colours::only_what_the_terminal_can_show needs has_kvm,
+        colours::only_what_the_terminal_can_show needs once,
         colours::help_is_ascii needs anywhere,
         colours::tables_fit needs has_kvm,
         documents::nothing_is_left_out_for_nothing needs anywhere,
