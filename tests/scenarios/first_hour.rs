@@ -7,7 +7,7 @@ use mce_relay_tests::documents::{Reader, Typed, documents, of_document, of_help}
 const WALK: &str = "docs/first-hour.md";
 const ON_THE_WAY: &str = "docs/poisoning.md";
 /// What ends the guest's first boot; until then it is up.
-const REBOOT: &str = "cp console console.1; ask reboot";
+const REBOOT: &str = "ask reboot";
 /// The page that the walk is about, and the page frame that it gives back.
 const PAGE: &str = "0x28f9000";
 const FRAME: &str = "0x10a234";

@@ -173,7 +173,11 @@ fn open(path: &Path, flags: i32) -> io::Result<File> {
 
 impl Shared {
     fn rotate(&self) -> io::Result<()> {
-        std::fs::rename(&self.path, older(&self.path))?;
+        match std::fs::rename(&self.path, older(&self.path)) {
+            // Somebody has moved it away already.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            moved => moved?,
+        }
         self.reopen()
     }
 

@@ -198,9 +198,9 @@ pub fn record(name: &VmName) -> Option<Record> {
 }
 
 fn record_in(dir: &Path, name: &VmName) -> Option<Record> {
-    match UnixStream::connect(socket_in(dir, name)) {
-        Ok(_) => None,
-        Err(_) => Record::read(&record_dir_in(dir, &name.0), &name.0),
+    match listens(&socket_in(dir, name)) {
+        true => None,
+        false => Record::read(&record_dir_in(dir, &name.0), &name.0),
     }
 }
 

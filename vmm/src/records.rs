@@ -94,7 +94,8 @@ pub fn where_to_look(name: &str) -> String {
 
 /// Writes the ledger down after each event, as often as is good.
 fn keep_ledger(mut follower: Follower, current: &Current, slots: &[File; 2]) {
-    for slot in slots.iter().cycle() {
+    let (mut turn, mut failing) = (0_usize, false);
+    loop {
         let mut ended = matches!(follower.wait(), Next::End);
         while let Some(next) = follower.take() {
             ended |= matches!(next, Next::End);
@@ -103,10 +104,19 @@ fn keep_ledger(mut follower: Follower, current: &Current, slots: &[File; 2]) {
             }
         }
         let begun = Instant::now();
-        if let Some((relay, info)) = current.last()
-            && let Err(error) = write_ledger(&relay, &info, slot)
-        {
-            log::warn!("the ledger cannot be kept: {error}");
+        if let Some((relay, info)) = current.last() {
+            match write_ledger(&relay, &info, &slots[turn % slots.len()]) {
+                Ok(()) => {
+                    turn += 1;
+                    failing = false;
+                }
+                // The same one is tried again: the other is whole.
+                Err(error) if !failing => {
+                    failing = true;
+                    log::warn!("the ledger cannot be kept: {error}; it is tried again");
+                }
+                Err(_) => {}
+            }
         }
         if ended {
             return;

@@ -142,6 +142,7 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
         Err(error) => (1, show::with_causes(error)),
     };
     records::end(status, &how);
+    monitor.emit(VmEvent::Ended { how, status });
     let reason = ended?;
     if !matches!(reason, ExitReason::PowerOff | ExitReason::Stopped(_)) {
         error!("{reason}");
@@ -151,7 +152,6 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     } else if let (Some(leaving), Some(name)) = (leaving.as_mut(), &args.name) {
         leaving.forget(name);
     }
-    monitor.emit(VmEvent::Ended { how, status });
     Ok(status)
 }
 

@@ -158,7 +158,7 @@ pub fn claim() -> io::Result<Owner> {
     }
     SAID.call_once(|| {
         eprintln!(
-            "mce-relay: this terminal is the guest's first serial port now; Ctrl-A x ends the VM"
+            "mce-relay: this terminal is a serial port of the guest's now; Ctrl-A x ends the VM"
         );
     });
     Ok(Owner::Us)
