@@ -152,8 +152,15 @@ fn process_within(
     }
     let path = || socket.to_owned();
     let stranger = |what: String| AgentError::Stranger { path: path(), what };
-    let (stream, pid) = peer::connect(socket, patience)
-        .map_err(|source| AgentError::Connect { path: path(), source })?;
+    let (stream, pid) = peer::connect(socket, patience).map_err(|source| {
+        let peer = Peer::listening_at(socket);
+        match source.kind() {
+            io::ErrorKind::WouldBlock if peer.is_held() => {
+                AgentError::Stands { path: path(), peer }
+            }
+            _ => AgentError::Connect { path: path(), source },
+        }
+    })?;
     let mut port = Port::new(stream, pid, patience);
 
     // An agent answers to words that it does not know, too, and repeats the first. What comes before

@@ -5,20 +5,22 @@
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 mod list;
 mod others;
 
 pub use list::{List, Listed, list};
 
-use crate::peer::listens;
-use crate::records::Record;
+use crate::peer::{self, Holder, Peer, listens};
+use crate::records::{self, Record};
 
 /// The longest name, in bytes: a socket's path has room for 107.
 const MAX_LEN: usize = 48;
+/// How long the VM that may have a name may leave a connection waiting.
+const ANSWER: Duration = Duration::from_secs(1);
 const SUFFIX: &str = ".sock";
 /// The directory beside the sockets, with one for each name.
 const RECORDS: &str = "records";
@@ -90,6 +92,16 @@ pub enum NameError {
     /// One runs already.
     #[error("a VM called {0:?} runs already; choose another name")]
     Taken(String),
+    /// One is there, and does not answer.
+    #[error(
+        "a VM called {name:?} is there already, and does not answer: {peer}. Or choose another name"
+    )]
+    Silent {
+        /// The name.
+        name: String,
+        /// Its process.
+        peer: Peer,
+    },
     /// The directory of the sockets is no good.
     #[error("cannot use {dir} for the sockets of named VMs", dir = .dir.display())]
     Dir {
@@ -175,9 +187,10 @@ fn claim_in(dir: &Path, name: &VmName) -> Result<PathBuf, NameError> {
     }
     let path = socket_in(dir, name);
     // Of two who come here at once the second is told when it makes its socket.
-    match UnixStream::connect(&path) {
-        Ok(_) => Err(NameError::Taken(name.0.clone())),
-        Err(_) => Ok(path),
+    match peer::holder(&path, ANSWER) {
+        Holder::Nobody => Ok(path),
+        Holder::Somebody => Err(NameError::Taken(name.0.clone())),
+        Holder::Silent(peer) => Err(NameError::Silent { name: name.0.clone(), peer }),
     }
 }
 

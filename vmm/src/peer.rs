@@ -9,6 +9,8 @@ use std::time::Duration;
 use procfs::process::Process;
 use tokio::net::UnixStream;
 
+mod listener;
+
 /// Where cgroups of version 2 are.
 const CGROUP: &str = "/sys/fs/cgroup";
 /// The VMM's thread that answers.
@@ -47,6 +49,13 @@ impl Peer {
     #[must_use]
     pub fn of(pid: u32) -> Self {
         Self { pid, standing: standing(pid) }
+    }
+
+    /// Looks at the process that listens at `socket`, by what each process has open: for where no connection can be
+    /// had. Its standing is unknown where this user may not see it.
+    #[must_use]
+    pub fn listening_at(socket: &Path) -> Self {
+        Self::of(listener::pid(socket).unwrap_or(0))
     }
 
     /// How it stands, in a word or two.
@@ -104,7 +113,7 @@ impl fmt::Display for Peer {
             Standing::InKernel => write!(f, "its process {pid} waits inside the kernel (state D)"),
             Standing::Alive => write!(f, "its process {pid} is there, and does not get to it"),
             Standing::Ended => write!(f, "its process {pid} has ended"),
-            Standing::Unknown => f.write_str("nothing is known of its process here"),
+            Standing::Unknown => f.write_str("its process is not to be seen from here"),
         }?;
         write!(f, "; {}", self.advice())
     }
@@ -185,6 +194,35 @@ pub(crate) async fn connect_patiently(socket: &Path) -> io::Result<UnixStream> {
     }
 }
 
+/// Who holds a path at which a socket is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Holder {
+    /// Nobody listens there.
+    Nobody,
+    /// Somebody who takes connections, or who cannot be asked.
+    Somebody,
+    /// Somebody who does not answer.
+    Silent(Peer),
+}
+
+/// Who holds the path `socket`; answers `within` that time, whatever they do.
+#[must_use]
+pub fn holder(socket: &Path, within: Duration) -> Holder {
+    let silent = |peer: Peer| match peer.is_held() {
+        true => Holder::Silent(peer),
+        false => Holder::Somebody,
+    };
+    match connect(socket, within) {
+        // It waits with the others; whoever is stopped lets it wait.
+        Ok((_, pid)) => silent(Peer::of(pid)),
+        Err(error) => match error.kind() {
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => Holder::Nobody,
+            io::ErrorKind::WouldBlock => Holder::Silent(Peer::listening_at(socket)),
+            _ => Holder::Somebody,
+        },
+    }
+}
+
 /// Whether somebody listens at `socket`, however busy or stopped they are.
 #[must_use]
 pub fn listens(socket: &Path) -> bool {
@@ -255,7 +293,11 @@ mod tests {
             assert!(waiting.len() < 100, "there is no end to them");
         }
         assert!(!waiting.is_empty() && listens(&path));
+        let soon = Duration::from_millis(100);
+        let Holder::Silent(peer) = holder(&path, soon) else { panic!("{:?}", holder(&path, soon)) };
+        assert_eq!(peer.pid, std::process::id());
         drop(listener);
         assert!(!listens(&path));
+        assert_eq!(holder(&path, soon), Holder::Nobody);
     }
 }

@@ -189,6 +189,9 @@ fn whose(error: ApiError, args: &RunArgs) -> RunError {
         }
         _ => error.into(),
     }
+        (ApiError::Bind { source: BindError::Silent(peer), .. }, Some(name)) => {
+            NameError::Silent { name: name.as_str().to_owned(), peer: peer.clone() }.into()
+        }
 }
 
 /// Ends the events when dropped.

@@ -364,6 +364,8 @@ const MAIN_OWN: &[Call] = &any![
     SYS_getpgrp,
     SYS_getuid,
     SYS_geteuid,
+    // Whether a connection to whoever has the VM's name was made, and who that is.
+    SYS_getsockopt,
     SYS_prctl,
     SYS_seccomp,
     SYS_prlimit64,

@@ -8,13 +8,14 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 
 use crate::files;
+use crate::peer::{self, Holder, Peer};
 
 mod for_handlers;
 
@@ -22,6 +23,8 @@ pub use for_handlers::remove_all;
 
 /// How long somebody else's lock is waited for. Each is held for a moment.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long whoever listens at a path may leave a connection waiting; the lock is held meanwhile.
+const ANSWER: Duration = Duration::from_millis(500);
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +32,9 @@ pub enum BindError {
     /// A process answers there.
     #[error("a running process listens there already; choose another path")]
     Answers,
+    /// A process has it, and does not answer.
+    #[error("somebody listens there already, and does not answer: {0}. Or choose another path")]
+    Silent(Peer),
     /// Something else is at the path.
     #[error(
         "the path exists, and is not a socket of this user's that nobody listens at; if nobody needs it, \
@@ -60,12 +66,13 @@ pub fn bind(path: &Path) -> Result<(UnixListener, BoundPath), BindError> {
         if lock.is_none() || !found.file_type().is_socket() || found.uid() != own_uid() {
             return Err(BindError::Exists);
         }
-        match UnixStream::connect(path) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+        match peer::holder(path, ANSWER) {
+            Holder::Nobody => {
                 std::fs::remove_file(path)?;
                 debug!("nobody listened at {}: replaced", path.display());
             }
-            _ => return Err(BindError::Answers),
+            Holder::Somebody => return Err(BindError::Answers),
+            Holder::Silent(peer) => return Err(BindError::Silent(peer)),
         }
     }
     let listener = {
@@ -130,6 +137,7 @@ fn lock(path: &Path) -> Option<File> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
     use std::sync::Barrier;
 
     use super::*;

@@ -103,7 +103,11 @@ impl Watch {
     fn silent(&self, silent: Duration) -> ClientError {
         let (path, secs) = (self.socket.clone(), silent.as_secs());
         let asked = self.asked_for_change;
-        ClientError::Silent { path, secs, peer: Peer::of(self.pid), asked }
+        let peer = match self.pid {
+            0 => Peer::listening_at(&path),
+            pid => Peer::of(pid),
+        };
+        ClientError::Silent { path, secs, peer, asked }
     }
 }
 
