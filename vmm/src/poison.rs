@@ -231,6 +231,17 @@ pub struct Burst {
     pub took: Duration,
     /// Things to know.
     pub notes: Vec<String>,
+    /// The signal that ended it before all pages were tried.
+    pub interrupted: Option<u8>,
+}
+
+impl Burst {
+    /// With the signal that came, if there was something left to do by then.
+    fn by(self, interrupted: &outside::Interrupted) -> Self {
+        let untried = |page: &NotPoisoned| matches!(page.error, PoisonError::Interrupted);
+        let is_cut = self.failed.iter().any(untried);
+        Self { interrupted: interrupted.signal().filter(|_| is_cut), ..self }
+    }
 }
 
 /// Why a page was not poisoned.
@@ -428,7 +439,7 @@ impl Prepared<'_> {
     pub fn plan(mut self) -> Burst {
         self.pages.iter_mut().for_each(|page| page.dry_run = true);
         let (poisoned, took) = (self.pages, Duration::ZERO);
-        Burst { poisoned, failed: Vec::new(), took, notes: Vec::new() }
+        Burst { poisoned, failed: Vec::new(), took, notes: Vec::new(), interrupted: None }
     }
 
     /// Does to the pages what was ordered, each once, as fast as the kernel takes them, and sees that it
@@ -451,13 +462,14 @@ impl Prepared<'_> {
         if by_vmm {
             let start = Instant::now();
             let asked = ask_vmm(order, &targets, &looked, &interrupted, progress)?;
-            return Ok(settle(order, pages, asked, &looked, start.elapsed(), Vec::new()));
+            let done = settle(order, pages, asked, &looked, start.elapsed(), Vec::new());
+            return Ok(done.by(&interrupted));
         }
         let mut poisoner = outside::Poisoner::open(vm.pid, order.via, filter)?;
         let start = Instant::now();
         let asked = outside::poison(&mut poisoner, &targets, &looked, &interrupted, progress);
         let notes = poisoner.close().into_iter().collect();
-        Ok(settle(order, pages, asked, &looked, start.elapsed(), notes))
+        Ok(settle(order, pages, asked, &looked, start.elapsed(), notes).by(&interrupted))
     }
 }
 
@@ -649,7 +661,8 @@ fn settle(
     notes: Vec<String>,
 ) -> Burst {
     let deadline = Instant::now() + PATIENCE;
-    let mut burst = Burst { poisoned: Vec::new(), failed: Vec::new(), took, notes };
+    let (poisoned, failed) = (Vec::new(), Vec::new());
+    let mut burst = Burst { poisoned, failed, took, notes, interrupted: None };
     let (alone, others): (Vec<_>, Vec<_>) =
         pages.into_iter().partition(|page| page.goes_with.is_none());
     for (mut page, Asked { pfn, was_bad, result }) in alone.into_iter().zip(asked) {

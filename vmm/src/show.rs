@@ -71,8 +71,12 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
+        let words = error.to_string();
+        // Some libraries' errors have their cause in their own words.
+        if !text.ends_with(&words) {
+            text.push_str(": ");
+            text.push_str(&words);
+        }
         cause = error.source();
     }
     text
@@ -165,14 +169,18 @@ pub fn notes(notes: &[String]) {
 }
 
 /// Prints what became of a burst: what was poisoned on stdout, what was not on stderr. Exit status 1
-/// when anything was not.
+/// when anything was not; 128 and the signal's number when a signal ended it.
 pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
     let printed = output(|out| write_burst(out, burst, via, json));
     notes(&burst.notes);
     for line in failures_of(burst) {
         eprintln!("mce-relay: {line}");
     }
-    if burst.failed.is_empty() { printed } else { ExitCode::FAILURE }
+    match burst.interrupted {
+        Some(signal) => ExitCode::from(128 + signal),
+        None if burst.failed.is_empty() => printed,
+        None => ExitCode::FAILURE,
+    }
 }
 
 /// What was not poisoned, a line for each stretch, as far as somebody will read it; and what was not even tried
@@ -663,6 +671,7 @@ mod tests {
             failed: failed.chain(untried).collect(),
             took: Duration::from_secs(1),
             notes: Vec::new(),
+            interrupted: None,
         };
         let lines = failures_of(&burst);
         assert_eq!(lines.len(), MANY_PAGES + 2, "{lines:#?}");
@@ -691,6 +700,7 @@ mod tests {
                 .collect(),
             took: Duration::from_millis(1500),
             notes: Vec::new(),
+            interrupted: None,
         };
         let lines = |good, bad| {
             let burst = burst(good, bad);

@@ -145,7 +145,8 @@ pub enum Command {
     /// Make pages of a running guest go bad, on the host.
     ///
     /// All addresses are checked before the first page is poisoned; then the pages are poisoned as
-    /// fast as the kernel takes them, and looked at. Exit status 1 when not all of them are bad.
+    /// fast as the kernel takes them, and looked at. Exit status 1 when not all of them are bad; 128+N when
+    /// signal N (Ctrl-C is 2) ended it before all were tried: the others are as they were.
     /// What is not the VM's own memory, such as the host's zero page, is left alone. What goes with a page
     /// is said before it goes, and with --dry-run.
     ///
@@ -395,7 +396,7 @@ pub enum MemoryCommand {
     ///
     /// FILE is sparse, and readable by its owner alone, as it holds the guest's secrets. If it
     /// cannot be completed (no room, Ctrl-C, the guest started over) it is removed, and the exit status is
-    /// not 0; bad pages are no reason. A FILE that was left behind all the same (kill -9) is no ELF
+    /// 1, or 128+N when signal N ended it; bad pages are no reason. A FILE that was left behind all the same (kill -9) is no ELF
     /// file, or has no FILE.json.
     ///
     /// FILE may be -, for stdout: it is read twice then, to begin with what is bad, and what is

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use signal_hook::{SigId, flag, low_level};
 
 use super::error::DumpError;
+use crate::hangup;
 
 /// While this lives the first Ctrl-C is to be looked for. The second ends the process, should the first
 /// wait for somebody who does not read.
@@ -20,7 +21,7 @@ impl Interrupt {
         let (signal, second) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let mut ids = Vec::new();
         for (number, value) in [(libc::SIGINT, 2), (libc::SIGTERM, 15), (libc::SIGHUP, 1)] {
-            if is_ignored(number) {
+            if hangup::ignores(number) {
                 continue; // as nohup has it
             }
             // The order is that in which they are done.
@@ -40,15 +41,6 @@ impl Interrupt {
                 Err(DumpError::Interrupted { signal, removed: None })
             }
         }
-    }
-}
-
-fn is_ignored(signal: libc::c_int) -> bool {
-    // SAFETY: an all-zero sigaction is a valid one; with no new action the old one is only written to it.
-    unsafe {
-        let mut now: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(signal, std::ptr::null(), &raw mut now) == 0
-            && now.sa_sigaction == libc::SIG_IGN
     }
 }
 

@@ -8,7 +8,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use libc::{c_int, c_void, siginfo_t};
 use signal_hook::SigId;
@@ -16,6 +16,7 @@ use vmm_sys_util::signal::register_signal_handler;
 
 use super::{Asked, FilterChoice, Looked, Means, Order, PoisonError, Target};
 use crate::api::VmInfo;
+use crate::hangup;
 use crate::host::Injector;
 use crate::host::filter::{self, Filter, FilterInForce};
 use crate::host::flags::{self, FlagsFilter};
@@ -212,21 +213,32 @@ impl Poisoner {
 
 /// While this lives a Ctrl-C ends the work and not the process, which has to put back what it changed.
 pub(super) struct Interrupted {
-    flag: Arc<AtomicBool>,
+    /// 0 as long as there was none.
+    signal: Arc<AtomicUsize>,
     ids: Vec<SigId>,
 }
 
 impl Interrupted {
     pub(super) fn new() -> Self {
-        let flag = Arc::new(AtomicBool::new(false));
-        let register = |signal| signal_hook::flag::register(signal, Arc::clone(&flag)).ok();
-        let ids = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].into_iter().filter_map(register);
-        let ids = ids.collect();
-        Self { flag, ids }
+        let signal = Arc::new(AtomicUsize::new(0));
+        let register = |(number, value)| {
+            // As nohup has it.
+            let heeded = !hangup::ignores(number);
+            let flag = || signal_hook::flag::register_usize(number, Arc::clone(&signal), value);
+            heeded.then(flag)?.ok()
+        };
+        let ends = [(libc::SIGINT, 2), (libc::SIGTERM, 15), (libc::SIGHUP, 1)];
+        let ids = ends.into_iter().filter_map(register).collect();
+        Self { signal, ids }
     }
 
     pub(super) fn is_set(&self) -> bool {
-        self.flag.load(Ordering::Relaxed)
+        self.signal().is_some()
+    }
+
+    /// By which signal.
+    pub(super) fn signal(&self) -> Option<u8> {
+        u8::try_from(self.signal.load(Ordering::Relaxed)).ok().filter(|signal| *signal != 0)
     }
 }
 
