@@ -99,12 +99,13 @@ fn others(via: Means, pages: &[Poisoned], whose: Option<&str>) -> Option<String>
     })
 }
 
-/// The guest's kernel is hit.
+/// The guest's kernel is hit, where it was whole.
 fn kernel(vm: &VmInfo, via: Means, pages: &[Poisoned]) -> Option<String> {
     if via == Means::SoftOffline {
         return None;
     }
-    let hit: Vec<&Poisoned> = pages.iter().filter(|page| page.guest_kernel).collect();
+    let hit: Vec<&Poisoned> =
+        pages.iter().filter(|page| page.guest_kernel && page.was_bad != Some(true)).collect();
     let first = hit.first()?;
     let (start, end) = (vm.kernel.gpa, vm.kernel.gpa + vm.kernel.len);
     let what = match (hit.len(), first.extent) {
@@ -220,5 +221,15 @@ mod tests {
         let bad = Poisoned { was_bad: Some(true), ..page(0x900_0000, 4096, Means::Signal) };
         let words = words(&vm(), Means::Signal, &[bad], None);
         assert!(words[0].starts_with("really bad already: GPA 0x9000000"), "{words:?}");
+    }
+
+    #[test]
+    fn a_page_of_the_kernel_that_is_bad_already_is_not_hit() {
+        let bad = Poisoned { was_bad: Some(true), ..page(0x100_0000, 4096, Means::Signal) };
+        let whole = Poisoned { was_bad: Some(false), ..page(0x100_1000, 4096, Means::Signal) };
+        let said = words(&vm(), Means::Signal, std::slice::from_ref(&bad), None);
+        assert!(said.len() == 1 && !said[0].contains("kernel"), "{said:?}");
+        let said = words(&vm(), Means::Signal, &[bad, whole], None);
+        assert!(said[0].starts_with("GPA 0x1001000 is in the range where"), "{said:?}");
     }
 }
