@@ -63,7 +63,11 @@ fn told(place: &Place, status: i32, how: &str) {
     let (lines, words) = text(place, &["events", "--vm", "n"]);
     assert!(words.contains(&ended), "{words}");
     assert!(lines.contains("boot 1") && lines.contains("by forged signal"), "{lines}");
-    let (lines, _) = text(place, &["events", "--vm", "n", "--json", "--follow"]);
+    assert!(!words.contains("follow"), "{words}");
+    let (_, words) = text(place, &["status", "--vm", "n", "--follow"]);
+    assert!(words.contains(&ended) && words.contains("nothing more to follow"), "{words}");
+    let (lines, words) = text(place, &["events", "--vm", "n", "--json", "--follow"]);
+    assert!(words.contains(&ended) && words.contains("nothing more to follow"), "{words}");
     let events: Vec<Value> =
         lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert!(events.iter().any(|event| event["properties"]["gpa"] == "0x3000"), "{lines}");

@@ -110,12 +110,12 @@ fn wait_until_unread() {
     }
 }
 
-/// Prints the events that a VM has left.
+/// Prints the events that a VM has left; with `follow` it was to be followed, which cannot be.
 ///
 /// # Errors
 /// See [`FollowError`].
-pub fn record(record: &Record, json: bool) -> Result<(), FollowError> {
-    eprintln!("mce-relay: {}; its last events:", record.headline());
+pub fn record(record: &Record, follow: bool, json: bool) -> Result<(), FollowError> {
+    eprintln!("mce-relay: {}; {}", record.headline(), the_last(follow, "its last events:"));
     let mut out = io::stdout();
     let mut timeline = Timeline::new(screen::stdout().colour);
     for line in record.events() {
@@ -125,6 +125,15 @@ pub fn record(record: &Record, json: bool) -> Result<(), FollowError> {
         }
     }
     written(out.flush()).map(drop)
+}
+
+/// Words on `what` a VM has left, which somebody perhaps wanted to follow.
+#[must_use]
+pub fn the_last(follow: bool, what: &str) -> String {
+    match follow {
+        true => format!("there is nothing more to follow; {what}"),
+        false => what.to_owned(),
+    }
 }
 
 /// Events as lines for people.

@@ -67,11 +67,15 @@ fn start_log(verbose: u8) {
 /// What is said of a named VM that has ended; `None` of any other.
 fn of_the_ended(command: &Command) -> Option<Outcome> {
     match command {
-        Command::Status { vm, json, .. } => {
-            vm.record().map(|record| Ok(show::record(&record, *json)))
-        }
-        Command::Events { vm, json, .. } => vm.record().map(|record| {
-            follow::record(&record, *json)?;
+        Command::Status { vm, follow, json } => vm.record().map(|record| {
+            if *follow {
+                let what = follow::the_last(true, "what it has left:");
+                eprintln!("mce-relay: {}; {what}", record.headline());
+            }
+            Ok(show::record(&record, *json))
+        }),
+        Command::Events { vm, follow, json } => vm.record().map(|record| {
+            follow::record(&record, *follow, *json)?;
             Ok(ExitCode::SUCCESS)
         }),
         _ => None,

@@ -180,7 +180,8 @@ pub enum Command {
         /// Which VM.
         #[command(flatten)]
         vm: VmArg,
-        /// Show it again whenever something happens, until the VM ends or Ctrl-C.
+        /// Show it again whenever something happens, until the VM ends or Ctrl-C. Of a VM that has ended
+        /// already what it has left is printed once, and the exit status is 0.
         #[arg(long)]
         follow: bool,
         /// Print JSON; with --follow one line for each time.
@@ -195,7 +196,8 @@ pub enum Command {
         /// Which VM.
         #[command(flatten)]
         vm: VmArg,
-        /// Go on with what happens from now on, until the VM ends or Ctrl-C.
+        /// Go on with what happens from now on, until the VM ends or Ctrl-C. Of a VM that has ended
+        /// already what it has left is printed, and the exit status is 0.
         #[arg(long)]
         follow: bool,
         /// Print JSON, one line for each event, as docs/events.md has it.
