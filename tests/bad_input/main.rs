@@ -231,6 +231,7 @@ fn main() -> ExitCode {
         values::a_serial_mode_that_is_none needs anywhere,
         values::an_ao_channel_that_is_none needs anywhere,
         values::a_vm_to_retire_from_that_is_not_there needs anywhere,
+        values::a_kernel_that_is_cut_short needs has_kvm,
         values::an_api_socket_path_that_exists needs anywhere,
         values::an_event_monitor_that_cannot_be_written needs anywhere,
         values::a_vm_that_is_not_there needs anywhere,

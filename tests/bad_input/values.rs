@@ -4,6 +4,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mce_relay_tests::guest::{binary, image, mce_relay};
+use mce_relay_tests::tiny::elf;
 
 use crate::refused;
 
@@ -76,6 +77,21 @@ pub fn a_kernel_that_is_not_one() {
     std::fs::write(&path, "not a kernel\n".repeat(1000)).unwrap();
     let path = path.display().to_string();
     refused(&run(&["--kernel", &path]), 1, &[&path, "vmlinux", "bzImage"]);
+}
+
+/// The cause is given once, and sizes are in MiB.
+pub fn a_kernel_that_is_cut_short() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    let whole = elf(&[0xf4; 8192]);
+    std::fs::write(&path, &whole[..whole.len() - 100]).unwrap();
+    let path = path.display().to_string();
+    let out = run(&["--kernel", &path, "--memory", "32M"]);
+    refused(&out, 1, &[&path, "into 32 MiB of memory", "complete"]);
+    let words = String::from_utf8(out.stderr).unwrap();
+    let parts: Vec<&str> = words.split_once(&path).unwrap().1.trim_end().split(": ").collect();
+    assert_eq!(parts.len(), 3, "{parts:?}");
+    assert!(!parts[1].contains(parts[2]) && !words.contains("Kernel Loader"), "{words}");
 }
 
 pub fn a_kernel_that_is_not_there() {

@@ -41,6 +41,11 @@ const EM_X86_64: u16 = 62;
 /// Memory kept free above the kernel for its own early allocations.
 const KERNEL_SLACK: u64 = 4 << 20;
 
+/// A number of bytes for people, who give a guest whole mebibytes; rounded up.
+fn mib(bytes: u64) -> String {
+    format!("{} MiB", bytes.div_ceil(1 << 20))
+}
+
 /// Why a kernel could not be put into guest RAM.
 #[derive(Debug, Error)]
 pub enum BootError {
@@ -76,22 +81,21 @@ pub enum BootError {
     },
     /// The kernel's file is damaged or does not fit.
     #[error(
-        "cannot load the kernel {} into {ram} bytes of memory (is the file complete, is the memory large enough?)",
-        path.display()
+        "cannot load the kernel {} into {} of memory (is the file complete, is the memory large enough?): {cause}",
+        path.display(), mib(*ram)
     )]
     Load {
         /// Its path.
         path: PathBuf,
         /// RAM below the hole, in bytes.
         ram: u64,
-        /// The cause.
-        #[source]
-        source: linux_loader::loader::Error,
+        /// The cause, in words.
+        cause: String,
     },
     /// The kernel alone fills the memory.
     #[error(
-        "the kernel {} needs memory up to {end:#x}, the guest has {ram:#x}; give it more memory",
-        path.display()
+        "the kernel {} needs memory up to {}, the guest has {}; give it more memory",
+        path.display(), mib(*end), mib(*ram)
     )]
     KernelTooLarge {
         /// Its path.
@@ -109,8 +113,8 @@ pub enum BootError {
     },
     /// Kernel and initramfs do not fit together.
     #[error(
-        "the initramfs {} of {bytes} bytes does not fit between the kernel's end at {from:#x} and {to:#x}; give the guest more memory",
-        path.display()
+        "the initramfs {} of {} does not fit between the kernel's end at {} and {}; give the guest more memory",
+        path.display(), mib(*bytes), mib(*from), mib(*to)
     )]
     InitramfsTooLarge {
         /// Its path.
@@ -285,9 +289,13 @@ fn load_kernel(ram: &GuestRam, path: &Path) -> Result<Loaded, BootError> {
         return Err(BootError::Hole { gpa });
     }
     // A file that could be loaded before and cannot be now has met what is missing.
-    let load_error = |source| match hole(ram, 0, ram.low_end()) {
+    let load_error = |error: linux_loader::loader::Error| match hole(ram, 0, ram.low_end()) {
         Some(gpa) => BootError::Hole { gpa },
-        None => BootError::Load { path: path.into(), ram: ram.low_end(), source },
+        // Each of the library's errors has its own cause in its words, and the same heading.
+        None => {
+            let cause = error.to_string().replace("Kernel Loader: ", "");
+            BootError::Load { path: path.into(), ram: ram.low_end(), cause }
+        }
     };
 
     let loaded = match identify(&head) {
