@@ -262,3 +262,5 @@ fn main() -> ExitCode {
         terminal::leaves_nothing_behind_when_it_is_closed needs as_root_with_kvm,
     ])
 }
+        terminal::is_restored_after_any_deadly_signal needs has_kvm,
+        terminal::is_restored_after_going_on_and_ending needs has_kvm,

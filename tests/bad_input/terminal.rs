@@ -2,14 +2,14 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
-use std::ptr;
 use std::time::{Duration, Instant};
 
 use mce_relay_tests::guest::{binary, image};
 use mce_relay_tests::hooked::SPIN;
+use mce_relay_tests::pty;
 use mce_relay_tests::spinning::Nobody;
 use mce_relay_tests::tiny::elf;
 
@@ -21,25 +21,7 @@ pub struct Terminal {
 
 impl Terminal {
     pub fn new() -> Self {
-        let (mut master, mut slave) = (-1, -1);
-        // SAFETY: two descriptors are written to the two integers; the rest is optional.
-        let made = unsafe {
-            libc::openpty(
-                &raw mut master,
-                &raw mut slave,
-                ptr::null_mut(),
-                ptr::null(),
-                ptr::null(),
-            )
-        };
-        assert_eq!(made, 0);
-        // A program that has the terminal's other end itself would not see it go.
-        // SAFETY: sets a flag of a descriptor that openpty has just made.
-        assert_eq!(unsafe { libc::fcntl(master, libc::F_SETFD, libc::FD_CLOEXEC) }, 0);
-        // SAFETY: descriptors that openpty has just made, owned by nobody else.
-        let ours = |fd| unsafe { OwnedFd::from_raw_fd(fd) };
-        // Copies that no program inherits: one would keep the terminal open.
-        let [master, slave] = [master, slave].map(|fd| ours(fd).try_clone().unwrap());
+        let [master, slave] = pty::open(0, 0);
         Self { master, slave }
     }
 
@@ -163,6 +145,79 @@ pub fn leaves_nothing_behind_when_it_is_closed() {
     assert_eq!(child.wait().unwrap().code(), Some(128 + libc::SIGHUP));
     let left: Vec<_> = std::fs::read_dir(&tmp).unwrap().collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// A VM of a few instructions on a terminal that is raw by now; how the terminal was before.
+fn raw() -> (Terminal, [libc::tcflag_t; 4], Child) {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, elf(&SPIN)).unwrap();
+    let terminal = Terminal::new();
+    let before = terminal.modes();
+    let child = terminal.start_with(|command| {
+        command.args(["--memory", "32M", "--kernel"]).arg(&kernel);
+        // SAFETY: async-signal-safe; the limit is read.
+        unsafe {
+            command.pre_exec(|| {
+                let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+                libc::setrlimit(libc::RLIMIT_CORE, &raw const none);
+                Ok(())
+            });
+        }
+    });
+    terminal.drain();
+    terminal.wait_for(|modes| modes != before);
+    (terminal, before, child)
+}
+
+fn send(child: &Child, signal: i32) {
+    // SAFETY: sends a signal to a child that has not been waited for.
+    unsafe { libc::kill(child.id().cast_signed(), signal) };
+}
+
+/// Each signal that ends the VM by default ends it so, and the terminal is as it was.
+pub fn is_restored_after_any_deadly_signal() {
+    for signal in [
+        libc::SIGUSR1,
+        libc::SIGUSR2,
+        libc::SIGQUIT,
+        libc::SIGALRM,
+        libc::SIGVTALRM,
+        libc::SIGPROF,
+        libc::SIGIO,
+        libc::SIGPWR,
+        libc::SIGSTKFLT,
+        libc::SIGXCPU,
+        libc::SIGSEGV,
+        libc::SIGABRT,
+        libc::SIGILL,
+        libc::SIGFPE,
+        libc::SIGTRAP,
+        libc::SIGRTMIN() + 2,
+    ] {
+        let (terminal, before, mut child) = raw();
+        send(&child, signal);
+        let ended = child.wait().unwrap();
+        assert_eq!(ended.signal(), Some(signal), "{ended}");
+        assert_eq!(terminal.modes(), before, "{signal}");
+    }
+}
+
+/// The VM goes on after a stop, as it believes, and is ended before it has looked at its terminal, or while it does.
+pub fn is_restored_after_going_on_and_ending() {
+    for round in 0..20 {
+        let end = [libc::SIGSYS, libc::SIGTERM, libc::SIGUSR1][round % 3];
+        let (terminal, before, mut child) = raw();
+        send(&child, libc::SIGCONT);
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_micros(20 * round as u64) {
+            std::hint::spin_loop();
+        }
+        send(&child, end);
+        let ended = child.wait().unwrap();
+        assert!(!ended.success(), "{ended}");
+        assert_eq!(terminal.modes(), before, "{end}, round {round}");
+    }
 }
 
 pub fn is_untouched_by_a_failed_start() {

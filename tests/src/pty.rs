@@ -33,6 +33,26 @@ const ENVIRONMENT: [&str; 11] = [
     "RUST_LOG_STYLE",
 ];
 
+/// A pseudo-terminal with so many rows and columns: what is typed at, and what programs have. Nothing that is started
+/// inherits either.
+pub fn open(rows: u16, columns: u16) -> [OwnedFd; 2] {
+    let (mut master, mut slave) = (-1, -1);
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: two descriptors are written to the two integers, the size is read; the rest is optional.
+    let made = unsafe {
+        let none = ptr::null_mut();
+        libc::openpty(&raw mut master, &raw mut slave, none, ptr::null(), &raw const size)
+    };
+    assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
+    [master, slave].map(|fd| {
+        // SAFETY: a descriptor that openpty has just made, owned by nobody else.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: sets a flag of it. A program that had the other end itself would not see the terminal go.
+        assert_eq!(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) }, 0);
+        fd
+    })
+}
+
 /// A pseudo-terminal. What is written on it is kept.
 #[derive(Debug)]
 pub struct Pty {
@@ -44,21 +64,7 @@ pub struct Pty {
 impl Pty {
     /// One with so many rows and columns; 0 is what a serial console says.
     pub fn new(rows: u16, columns: u16) -> Self {
-        let (mut master, mut slave) = (-1, -1);
-        let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
-        // SAFETY: two descriptors are written to the two integers, the size is read; the rest is optional.
-        let made = unsafe {
-            let none = ptr::null_mut();
-            libc::openpty(&raw mut master, &raw mut slave, none, ptr::null(), &raw const size)
-        };
-        assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
-        // SAFETY: descriptors that openpty has just made, owned by nobody else.
-        let (master, slave) =
-            unsafe { (OwnedFd::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
-        for fd in [&master, &slave] {
-            // SAFETY: a descriptor of ours. What is started has its own.
-            unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
-        }
+        let [master, slave] = open(rows, columns);
         let text: Arc<Mutex<Vec<u8>>> = Arc::default();
         let (mut from, to) = (File::from(master.try_clone().unwrap()), Arc::clone(&text));
         std::thread::spawn(move || {

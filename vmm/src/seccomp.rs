@@ -18,6 +18,8 @@ use libc::{_IO, _IOR, _IOW, _IOWR, Ioctl};
 use mce_relay::syscalls::{self, Call, HAND_ON, HANDLE, Is, RELAY, THREAD, VCPU};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
+use crate::terminal::deadly_signals;
+
 mod refused;
 
 pub use refused::STATUS;
@@ -178,7 +180,9 @@ fn leave_the_end_to_main() -> io::Result<()> {
     let error = unsafe {
         let mut ends = std::mem::zeroed::<libc::sigset_t>();
         libc::sigemptyset(&raw mut ends);
-        for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        for signal in
+            [libc::SIGTERM, libc::SIGINT, libc::SIGHUP].into_iter().chain(deadly_signals())
+        {
             libc::sigaddset(&raw mut ends, signal);
         }
         libc::pthread_sigmask(libc::SIG_BLOCK, &raw const ends, std::ptr::null_mut())
@@ -360,12 +364,12 @@ const MAIN_OWN: &[Call] = &any![
     SYS_bind,
     SYS_listen,
     SYS_getsockname,
+    // Whether a connection to whoever has the VM's name was made, and who that is.
+    SYS_getsockopt,
     SYS_connect,
     SYS_getpgrp,
     SYS_getuid,
     SYS_geteuid,
-    // Whether a connection to whoever has the VM's name was made, and who that is.
-    SYS_getsockopt,
     SYS_prctl,
     SYS_seccomp,
     SYS_prlimit64,

@@ -8,9 +8,14 @@ use std::{
         Once, OnceLock,
         atomic::{AtomicBool, AtomicI32, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+mod deadly;
+
+pub use deadly::taken as deadly_signals;
 
 /// Ctrl-A, which begins an escape.
 const ESCAPE: u8 = 1;
@@ -19,6 +24,14 @@ const ESCAPE: u8 = 1;
 static SAVED: OnceLock<libc::termios> = OnceLock::new();
 /// Whether it is different now.
 static RAW: AtomicBool = AtomicBool::new(false);
+/// Raw mode is wanted: there is a VM that has the terminal, and the process does not end yet.
+static WANTED: AtomicBool = AtomicBool::new(false);
+/// A thread is about to set raw mode, and does so if it was wanted by then.
+static SETTING: AtomicBool = AtomicBool::new(false);
+/// So long may that take it, once it has begun.
+const SET_WITHIN: Duration = Duration::from_millis(50);
+/// The modes may be others than those that were set, as the process was stopped since.
+static STALE: AtomicBool = AtomicBool::new(false);
 /// The process was stopped and goes on: whose the terminal is, and how it is set, has to be looked at anew.
 static CONTINUED: AtomicBool = AtomicBool::new(false);
 /// An eventfd that wakes whoever reads the terminal after that; below 0, nobody.
@@ -39,11 +52,12 @@ pub enum Owner {
 
 /// Has the terminal not stop this process, which has a guest to run, when it is in the background: what it
 /// writes is written, and what it may not read it does not get. And has it notice that it goes on after it
-/// was stopped.
+/// was stopped, and put the terminal back before a signal ends it.
 ///
 /// # Errors
 /// sigaction(2) fails.
 pub fn take_no_stops() -> io::Result<()> {
+    deadly::install()?;
     set_handler(libc::SIGTTIN, libc::SIG_IGN)?;
     set_handler(libc::SIGTTOU, libc::SIG_IGN)?;
     set_handler(libc::SIGCONT, on_sigcont as extern "C" fn(libc::c_int) as usize)
@@ -62,8 +76,9 @@ fn set_handler(signal: libc::c_int, handler: usize) -> io::Result<()> {
 }
 
 extern "C" fn on_sigcont(_: libc::c_int) {
-    // Who goes on in the background has nothing to restore: the shell has set the terminal as it wants it.
-    RAW.store(false, Ordering::SeqCst);
+    // The shell may have set the terminal as it wants it. Or not, where nothing was stopped: then it is still to be
+    // put back.
+    STALE.store(true, Ordering::SeqCst);
     CONTINUED.store(true, Ordering::SeqCst);
     let wake = WAKE.load(Ordering::SeqCst);
     if wake >= 0 {
@@ -113,6 +128,7 @@ impl RawMode {
             return Ok(None);
         }
         HOOKS.call_once(install_hooks);
+        WANTED.store(true, Ordering::SeqCst);
         claim()?;
         Ok(Some(Self(())))
     }
@@ -135,9 +151,18 @@ pub fn claim() -> io::Result<Owner> {
         // Not this session's terminal: nobody is stopped for reading it, and it is left as it is.
         None => return Ok(Owner::Us),
     }
-    if RAW.load(Ordering::SeqCst) {
+    if is_raw() {
         return Ok(Owner::Us);
     }
+    // Whoever ends the process either sees this, and waits a moment, or is seen here.
+    SETTING.store(true, Ordering::SeqCst);
+    let set = if WANTED.load(Ordering::SeqCst) { set_raw() } else { Ok(()) };
+    SETTING.store(false, Ordering::SeqCst);
+    set.map(|()| Owner::Us)
+}
+
+fn set_raw() -> io::Result<()> {
+    STALE.store(false, Ordering::SeqCst);
     let mut now = MaybeUninit::<libc::termios>::uninit();
     // SAFETY: `now` is valid for writing.
     if unsafe { libc::tcgetattr(libc::STDIN_FILENO, now.as_mut_ptr()) } != 0 {
@@ -161,11 +186,21 @@ pub fn claim() -> io::Result<Owner> {
             "mce-relay: this terminal is a serial port of the guest's now; Ctrl-A x ends the VM"
         );
     });
-    Ok(Owner::Us)
+    Ok(())
 }
 
-/// Puts the terminal back, if it is in raw mode and still ours. May be called in a signal handler.
+/// Puts the terminal back for good, if it is in raw mode and still ours. May be called in a signal handler.
 pub fn restore() {
+    WANTED.store(false, Ordering::SeqCst);
+    let begun = Instant::now();
+    // It may be this very thread that was interrupted in it.
+    while SETTING.load(Ordering::SeqCst) && begun.elapsed() < SET_WITHIN {
+        std::hint::spin_loop();
+    }
+    put_back();
+}
+
+fn put_back() {
     if RAW.swap(false, Ordering::SeqCst)
         && owner() == Some(Owner::Us)
         && let Some(saved) = SAVED.get()
@@ -178,7 +213,7 @@ pub fn restore() {
 /// Whether the terminal is in raw mode now, for a VM of this process.
 #[must_use]
 pub fn is_raw() -> bool {
-    RAW.load(Ordering::SeqCst)
+    RAW.load(Ordering::SeqCst) && !STALE.load(Ordering::SeqCst)
 }
 
 extern "C" fn restore_at_exit() {
@@ -188,7 +223,8 @@ extern "C" fn restore_at_exit() {
 fn install_hooks() {
     let previous = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        restore();
+        // The thread may be one that the VM goes on without.
+        put_back();
         previous(info);
     }));
     // SAFETY: the function may be called at any time and does not unwind.
