@@ -11,12 +11,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mce_relay_tests::guest::image;
+use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::left::{AGAIN, Place, RESET, Running, WAIT, say};
 use mce_relay_tests::tiny::POWER_OFF;
 use mce_relay_vmm::api::{Gpa, Poison, Poisoning};
 use mce_relay_vmm::client;
 use mce_relay_vmm::events::hub::KEPT;
 use mce_relay_vmm::poison::Means;
+use serde_json::Value;
 
 use crate::refused;
 use crate::terminal::Terminal;
@@ -254,7 +256,11 @@ impl Drop for Disk<'_> {
 
 /// Forges failures of 4096 pages, each of which is some events.
 fn forge(vm: &Running<'_>, from: u64) {
-    let gpas = (0..4096).map(|page| Gpa(from + page * 4096)).collect();
+    forge_from(vm, from, 4096);
+}
+
+fn forge_from(vm: &Running<'_>, from: u64, count: u64) {
+    let gpas = (0..count).map(|page| Gpa(from + page * 4096)).collect();
     let (via, kind) = (Means::Signal, mce_relay::mca::Kind::ActionOptional);
     let asked = Poison { gpas, via, kind, vcpu: 0 };
     let done: Vec<Poisoning> = client::put_json(vm.socket(), "vm.poison", &asked).unwrap();
@@ -271,6 +277,107 @@ fn events_of_memory(vm: &Running<'_>) -> f64 {
     let count = r#"mce_relay_events_total{source="memory"} "#;
     let line = answer.lines().find_map(|line| line.strip_prefix(count));
     line.map_or(0.0, |number| number.parse().unwrap())
+}
+
+/// A disk that is full keeps a named VM's last ledger that was written whole, and has room for how it ended.
+pub fn a_full_disk_keeps_what_was_and_how_it_ended() {
+    let place = Place::new(&SPIN);
+    let at = place.path("mce-relay");
+    let _disk = Disk::mount(&at, "size=512k,mode=700");
+    let mut vm = place.start("mce-relay/n.sock", &["--name", "n", "--serial", "off"]);
+    let ledger = |which: u8| place.text(&format!("mce-relay/records/n/ledger.{which}"));
+    let has = |text: &str| text.contains("0x3000") && serde_json::from_str::<Value>(text).is_ok();
+    forge_from(&vm, 0x3000, 1);
+    vm.wait("the page on disk", |_| (0..2).any(|which| has(&ledger(which))));
+    let full = fs::write(at.join("filler"), vec![0; 1 << 20]).unwrap_err();
+    assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    // A ledger with these is longer than what can be had of the disk.
+    forge_from(&vm, 0x10_0000, 4096);
+    vm.wait("the words", |_| place.text("stderr").contains("the ledger cannot be kept"));
+    // With each event it is tried again.
+    for _ in 0..3 {
+        client::put(vm.socket(), "vm.pause").unwrap();
+        client::put(vm.socket(), "vm.resume").unwrap();
+        std::thread::sleep(Duration::from_millis(1100));
+    }
+    assert!((0..2).any(|which| has(&ledger(which))), "none of the two is whole");
+    vm.signal(libc::SIGTERM);
+    assert_eq!(vm.ended().code(), Some(128 + libc::SIGTERM), "{}", place.text("stderr"));
+    let out = place.tool(&["status", "--vm", "n"]);
+    let text = String::from_utf8(out.stdout).unwrap();
+    println!("    {}", text.trim_end().replace('\n', "\n    "));
+    assert!(
+        text.starts_with("n ended, exit status 143, at 2") && text.contains("0x3000"),
+        "{text}"
+    );
+}
+
+/// A file that another VM writes to is refused, whichever option it is of, and left as it is; and so is one that two
+/// options name.
+pub fn one_vm_writes_to_a_file() {
+    let place = Place::new(&talks("all is well\n"));
+    let (shared, api) = (place.argument("file", "shared"), place.argument("path", "api"));
+    let mut vm = place.start("api", &["--serial", &shared, "--api-socket", &api]);
+    vm.go_once();
+    vm.wait("its words", |_| place.text("shared").contains("well\n"));
+    let before = place.text("shared");
+    let events = place.argument("path", "shared");
+    let limited = format!("{shared},max-size=1K");
+    for more in [
+        &["--serial", &shared][..],
+        &["--serial", &limited],
+        &["--serial", "off", "--event-monitor", &events],
+    ] {
+        let out = place.run(more).output().unwrap();
+        refused(&out, 1, &["shared", "a running VM", "a file of its own"]);
+    }
+    let twice = place.argument("file", "twice");
+    let out = place.run(&["--serial", &twice, "--serial2", &twice]).output().unwrap();
+    refused(&out, 1, &["twice", "a file of its own"]);
+    assert_eq!(place.text("shared"), before);
+    vm.shut_down();
+}
+
+/// The file was moved away, and somebody else has made one in its place: that one is not put aside when the first is
+/// too long.
+pub fn a_file_that_was_moved_away_is_not_put_aside() {
+    let place = Place::new(&talks(&"0123456789abcde\n".repeat(64)));
+    let console = format!("{},max-size=4K", place.argument("file", "console"));
+    let api = place.argument("path", "api");
+    let mut vm = place.start("api", &["--serial", &console, "--api-socket", &api]);
+    vm.go_once();
+    vm.wait("its words", |_| place.text("console").ends_with("e\n"));
+    fs::rename(place.path("console"), place.path("moved")).unwrap();
+    fs::write(place.path("console"), "made for it\n").unwrap();
+    let goes_on = || place.text("console").len() > 100 || place.path("console.1").exists();
+    for _ in 0..100 {
+        if !goes_on() {
+            vm.go_once();
+        }
+    }
+    assert!(!place.path("console.1").exists(), "it is somebody else's file");
+    assert!(place.text("console").starts_with("made for it\n"), "{}", place.text("console"));
+    assert!(place.text("moved").len() > 4096);
+    vm.shut_down();
+}
+
+/// The kernel's file has gone when the guest starts over: the VM ends, and its events say so.
+pub fn a_later_boot_that_fails_is_an_end() {
+    let place = Place::new(&[&WAIT[..], &RESET].concat());
+    let (events, api) = (place.argument("path", "events"), place.argument("path", "api"));
+    let options = ["--serial", "off", "--event-monitor", &events, "--api-socket", &api];
+    let mut vm = place.start("api", &options);
+    vm.next_boot(2);
+    fs::remove_file(place.path("kernel")).unwrap();
+    vm.go();
+    assert_eq!(vm.ended().code(), Some(1), "{}", place.text("stderr"));
+    let text = place.text("events");
+    let last: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!((&last["event"], &last["properties"]["status"]), (&"ended".into(), &1.into()));
+    assert!(
+        last["properties"]["how"].as_str().unwrap().contains("cannot read the kernel"),
+        "{last}"
+    );
 }
 
 /// The disk is full, and later it is not: both files go on, and say how much is missing.
@@ -333,7 +440,7 @@ pub fn a_full_disk_is_waited_for() {
     let notes: usize = console.lines().filter(note).map(|line| line.len() + 2).sum();
     assert_eq!(console.len() - notes + count, whole, "each byte is there or counted");
     let events = place.text("disk/events");
-    assert!(events.lines().all(|line| serde_json::from_str::<serde_json::Value>(line).is_ok()));
+    assert!(events.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
     assert!(events.contains(r#""ended""#));
 }
 

@@ -4,16 +4,16 @@
 //! thread does: once, when all else is checked, and again when a file has become too long ([`attend`]) or
 //! the user has moved it away ([`reopen`], on SIGHUP). It leaves the new one where the writer finds it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use log::warn;
+use log::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// How long a writer waits before it tries again what has failed: a full disk, say.
@@ -65,6 +65,8 @@ struct Shared {
     wake: Arc<EventFd>,
     /// The writer wants another file, as this one is too long.
     too_long: AtomicBool,
+    /// Device and inode of the file that was opened last.
+    id: Mutex<(u64, u64)>,
     /// The file to go on with.
     next: Mutex<Option<(File, u64)>>,
 }
@@ -171,12 +173,34 @@ fn open(path: &Path, flags: i32) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(flags).open(path)
 }
 
+fn id(found: &Metadata) -> (u64, u64) {
+    (found.dev(), found.ino())
+}
+
+/// Has a file to this process alone as long as it is open (flock): of two who write to one, each would put aside what
+/// the other writes.
+fn lock(file: &File) -> io::Result<()> {
+    // SAFETY: flock takes no pointer.
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::WouldBlock => Err(io::Error::other(
+            "a running VM, or another option of this one, writes to that file; give each a file of its own",
+        )),
+        // Not every file system has locks.
+        error => {
+            debug!("a file to write to cannot be locked: {error}");
+            Ok(())
+        }
+    }
+}
+
 impl Shared {
     fn rotate(&self) -> io::Result<()> {
-        match std::fs::rename(&self.path, older(&self.path)) {
-            // Somebody has moved it away already.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            moved => moved?,
+        // Where it is another file by now, somebody has moved ours away already, and that one is not to be touched.
+        if self.is_at_its_path()? {
+            std::fs::rename(&self.path, older(&self.path))?;
         }
         self.reopen()
     }
@@ -185,10 +209,32 @@ impl Shared {
         if !self.regular {
             return Ok(());
         }
+        // The lock is the open file's, so it would be in the way of another one.
+        if self.is_at_its_path()? {
+            return Ok(());
+        }
         let file = open(&self.path, self.flags)?;
-        let len = file.metadata()?.len();
+        lock(&file)?;
+        let found = file.metadata()?;
+        let len = found.len();
+        *self.id() = id(&found);
         *self.next.lock().unwrap_or_else(PoisonError::into_inner) = Some((file, len));
         Ok(())
+    }
+}
+
+impl Shared {
+    fn id(&self) -> MutexGuard<'_, (u64, u64)> {
+        self.id.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the file that was opened last is still the one at the path.
+    fn is_at_its_path(&self) -> io::Result<bool> {
+        match self.path.metadata() {
+            Ok(found) => Ok(id(&found) == *self.id()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 }
 
@@ -209,7 +255,7 @@ impl Appended {
     /// Opens the file. With `wait` a FIFO without a reader is waited for, and so is room in it.
     ///
     /// # Errors
-    /// It cannot be opened, or its size is to be limited and it is no regular file.
+    /// It cannot be opened, another VM writes to it, or its size is to be limited and it is no regular file.
     pub fn open(to: &LogFile, wait: bool) -> io::Result<Self> {
         let mut registry = registry();
         let wake = registry.wake()?;
@@ -220,11 +266,15 @@ impl Appended {
         if to.max_size.is_some() && !regular {
             return Err(io::Error::other("max-size is for regular files, and this is none"));
         }
+        if regular {
+            lock(&file)?;
+        }
         // A relative path, or a link, still leads there when it is opened again.
         let path = to.path.canonicalize().unwrap_or_else(|_| to.path.clone());
         let mid_line = regular && len > 0 && !ends_in_line_feed(&path, len);
         let (too_long, next) = (AtomicBool::new(false), Mutex::new(None));
-        let shared = Arc::new(Shared { path, flags, regular, wake, too_long, next });
+        let id = Mutex::new(id(&found));
+        let shared = Arc::new(Shared { path, flags, regular, wake, too_long, id, next });
         registry.files.push(Arc::downgrade(&shared));
         let ask_at = to.max_size.unwrap_or(u64::MAX);
         Ok(Self { file, len, max_size: to.max_size, ask_at, mid_line, shared })
@@ -350,6 +400,47 @@ mod tests {
         file.write_all(b"3").unwrap();
         assert_eq!(std::fs::read(&moved).unwrap(), b"12");
         assert_eq!(std::fs::read(&path).unwrap(), b"3");
+    }
+
+    #[test]
+    fn what_is_in_its_place_by_now_is_not_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, moved) = (dir.path().join("out"), dir.path().join("moved"));
+        let to = LogFile { path: path.clone(), max_size: Some(4) };
+        let mut file = Appended::open(&to, true).unwrap();
+        file.write_all(b"1234").unwrap();
+        std::fs::rename(&path, &moved).unwrap();
+        std::fs::write(&path, b"made for it\n").unwrap();
+        file.write_all(b"5").unwrap();
+        attend();
+        assert!(!older(&path).exists(), "it was not too long");
+        assert!(file.renew());
+        file.write_all(b"6").unwrap();
+        assert_eq!(std::fs::read(&moved).unwrap(), b"12345");
+        assert_eq!(std::fs::read(&path).unwrap(), b"made for it\n6");
+
+        // One that another VM has is left to it.
+        std::fs::remove_file(&path).unwrap();
+        let other = Appended::open(&path.clone().into(), true).unwrap();
+        reopen();
+        assert!(!file.renew());
+        drop(other);
+        reopen();
+        assert!(file.renew());
+    }
+
+    #[test]
+    fn one_writes_to_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let to: LogFile = dir.path().join("out").into();
+        let file = Appended::open(&to, true).unwrap();
+        let error = Appended::open(&to, true).unwrap_err();
+        assert!(error.to_string().contains("a file of its own"), "{error}");
+        drop(file);
+        Appended::open(&to, true).unwrap();
+        for _ in 0..2 {
+            Appended::open(&"/dev/null".into(), false).unwrap();
+        }
     }
 
     #[test]
