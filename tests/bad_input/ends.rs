@@ -8,8 +8,10 @@ use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{SPIN, Stray, library, stray};
 use mce_relay_tests::left::{AGAIN, Place, RESET, Running, WAIT, say};
+use mce_relay_tests::spinning::Nobody;
 use mce_relay_vmm::api::{Gpa, Poison, Poisoning, Status, VmInfo};
 use mce_relay_vmm::client;
 use mce_relay_vmm::poison::Means;
@@ -173,6 +175,74 @@ pub fn events_and_ledger_after_a_kill() {
     let (lines, _) = text(&place, &["events", "--vm", "n"]);
     assert!(lines.contains("by forged signal"), "{lines}");
     start(&place, &[]).shut_down();
+}
+
+/// One that was killed, one that ended with a status, and one that runs.
+pub fn those_that_have_ended_are_listed() {
+    let place = Place::new(&SPIN);
+    let socket = |name: &str| format!("mce-relay/{name}.sock");
+    let start = |name: &str| place.start(&socket(name), &["--name", name, "--serial", "off"]);
+    let (killed, told, runs) = (start("killed"), start("told"), start("runs"));
+    killed.signal(libc::SIGKILL);
+    told.signal(libc::SIGTERM);
+    killed.ended();
+    assert_eq!(told.ended().code(), Some(143));
+    let list = |args: &[&str]| -> Vec<Value> {
+        let (text, _) = text(&place, &[&["list", "--json"], args].concat());
+        let all: Vec<Value> = serde_json::from_str(&text).unwrap();
+        let ours = ["killed", "told", "runs"];
+        all.into_iter().filter(|vm| ours.contains(&vm["name"].as_str().unwrap())).collect()
+    };
+    let running = list(&[]);
+    assert!(running.len() == 1 && running[0]["exit_status"].is_null(), "{running:?}");
+    let all = list(&["--all"]);
+    let of = |name: &str| all.iter().find(|vm| vm["name"] == name).unwrap();
+    assert_eq!((all.len(), &of("runs")["state"]), (3, &"running".into()), "{all:?}");
+    for (name, status) in [("killed", Value::Null), ("told", 143.into())] {
+        let vm = of(name);
+        println!("    {vm}");
+        assert_eq!((&vm["state"], &vm["exit_status"]), (&"ended".into(), &status), "{vm}");
+        assert_eq!(vm["ended_at"].is_null(), status.is_null(), "{vm}");
+        assert!(vm["socket"].is_null() && vm["pid"].is_null() && vm["uid"].is_u64(), "{vm}");
+    }
+    let (shown, _) = text(&place, &["list", "--all"]);
+    println!("    {}", shown.trim_end().replace('\n', "\n    "));
+    assert!(shown.contains("exit status 143") && shown.contains("killed perhaps"), "{shown}");
+    runs.shut_down();
+}
+
+/// Among temporary files a VM that ends well leaves nothing, and keeps what one before it left that did not.
+pub fn what_a_failed_boot_left_among_temporary_files_stays() {
+    let place = Place::new(&SPIN);
+    let (dir, kernel, tmp) = (place.path("theirs"), place.path("kernel"), place.path("theirs/tmp"));
+    std::fs::create_dir_all(&tmp).unwrap();
+    let [program] = Nobody.settle(&dir, [&binary()]);
+    for open in [place.path(""), kernel.clone()] {
+        std::fs::set_permissions(open, std::fs::Permissions::from_mode(0o755)).unwrap();
+    }
+    std::os::unix::fs::chown(&tmp, Some(Nobody::ID), Some(Nobody::ID)).unwrap();
+    let command = || {
+        let mut command = Nobody.command(&program, &dir);
+        command.env("TMPDIR", &tmp).env_remove("XDG_RUNTIME_DIR").stdin(Stdio::null());
+        command
+    };
+    let socket = format!("theirs/tmp/mce-relay-{}/n.sock", Nobody::ID);
+    let start = || {
+        let mut run = command();
+        run.args(["run", "--name", "n", "--serial", "off", "--memory", "32M", "--kernel"]);
+        run.arg(&kernel);
+        place.started(run, &socket)
+    };
+    let failing = start();
+    forge(&failing, mce_relay::mca::Kind::ActionRequired);
+    assert_eq!(failing.ended().code(), Some(6), "{}", place.text("stderr"));
+    for _ in 0..2 {
+        start().shut_down();
+        let out = command().args(["status", "--vm", "n"]).output().unwrap();
+        let shown = String::from_utf8(out.stdout).unwrap();
+        let stderr = String::from_utf8_lossy(&out.stderr);
+        assert!(shown.starts_with("n ended, exit status 6"), "{shown}: {stderr}");
+    }
 }
 
 /// A guest says a byte and resets itself, four times; who is connected to its port gets all of them on the same

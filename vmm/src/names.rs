@@ -142,7 +142,8 @@ impl Leaving {
             .then(|| Self { dir: dir.to_owned(), record: None })
     }
 
-    /// The VM called `name` ended as somebody wanted it to: its record goes, too.
+    /// The VM called `name` ended as somebody wanted it to: its record goes, too. That of the one before it, which
+    /// then did not, stays.
     pub fn forget(&mut self, name: &VmName) {
         self.record = Some(record_dir_in(&self.dir, &name.0));
     }
@@ -151,8 +152,7 @@ impl Leaving {
 impl Drop for Leaving {
     fn drop(&mut self) {
         if let Some(record) = &self.record {
-            // There may be none.
-            let _ = std::fs::remove_dir_all(record);
+            records::forget(record);
             let _ = std::fs::remove_dir(self.dir.join(RECORDS));
         }
         // Of other VMs it is not empty, and stays.
@@ -217,13 +217,11 @@ fn record_in(dir: &Path, name: &VmName) -> Option<Record> {
     }
 }
 
-/// What named VMs have left that do not run, by name.
-#[must_use]
-pub fn ended() -> Vec<Record> {
-    let dir = dir();
+/// What named VMs have left in `dir` that do not run, by name.
+fn ended(dir: &Path) -> Vec<Record> {
     let entries = std::fs::read_dir(dir.join(RECORDS)).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok()?.parse().ok());
-    let mut found: Vec<Record> = names.filter_map(|name| record_in(&dir, &name)).collect();
+    let mut found: Vec<Record> = names.filter_map(|name| record_in(dir, &name)).collect();
     found.sort_by(|a, b| a.name.cmp(&b.name));
     found
 }

@@ -3,12 +3,13 @@
 //! They are written while it runs, as an end in a signal handler (exit status 7 and 8) or by SIGKILL leaves no
 //! time for that. The files are few and bounded: events in two of 1 MiB, the ledger in two that are written in turn
 //! (so that one is whole at any moment), of 4,096 pages at most, and a line for the end. The next VM of that name
-//! begins them anew; those of the VM before stay once more, as `previous.…`.
+//! begins them anew; those of the VM before stay once more, as `previous.…`. Where a VM that ended as it was to
+//! leaves nothing (see [`forget`]), they stay until one fails.
 
 use std::fs::{DirBuilder, File};
-use std::io::{self, Write};
+use std::io::{self, Seek, Write};
 use std::os::fd::IntoRawFd;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -39,6 +40,9 @@ const EVENTS: &str = "events";
 const OLDER_EVENTS: &str = "events.1";
 const LEDGERS: [&str; 2] = ["ledger.0", "ledger.1"];
 const END: &str = "end";
+const FILES: [&str; 5] = [EVENTS, OLDER_EVENTS, LEDGERS[0], LEDGERS[1], END];
+/// Bytes of the line for the end for which there is room from the start: the disk may be full then.
+const RESERVED: usize = 1024;
 
 fn previous(dir: &Path, name: &str) -> PathBuf {
     dir.join(format!("previous.{name}"))
@@ -55,7 +59,7 @@ fn unix_now() -> f64 {
 /// The files cannot be made.
 pub fn begin(dir: &Path, name: &str, monitor: &Monitor, current: &Current) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    for file in [EVENTS, OLDER_EVENTS, LEDGERS[0], LEDGERS[1], END] {
+    for file in FILES {
         let (from, to) = (dir.join(file), previous(dir, file));
         match std::fs::rename(&from, &to) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -67,7 +71,8 @@ pub fn begin(dir: &Path, name: &str, monitor: &Monitor, current: &Current) -> io
     let new =
         |file: &str| File::options().write(true).create_new(true).mode(0o600).open(dir.join(file));
     let slots = [new(LEDGERS[0])?, new(LEDGERS[1])?];
-    let end = new(END)?;
+    let mut end = new(END)?;
+    reserve(&mut end)?;
     let events = LogFile { path: dir.join(EVENTS), max_size: Some(MAX_EVENTS) };
     monitor.write_on("kept", Appended::open(&events, true)?)?;
     let current = current.clone();
@@ -76,6 +81,24 @@ pub fn begin(dir: &Path, name: &str, monitor: &Monitor, current: &Current) -> io
     // Both are for handlers, and stay as long as the process.
     dying::prepare(end.into_raw_fd(), words.into_bytes().leak());
     Ok(())
+}
+
+/// Fills the file with empty lines, which say nothing.
+fn reserve(end: &mut File) -> io::Result<()> {
+    end.write_all(&[b'\n'; RESERVED])?;
+    end.rewind()
+}
+
+/// Takes away what the last VM has left in `dir`; what the one before it left there takes its place.
+pub fn forget(dir: &Path) {
+    for file in FILES {
+        let own = dir.join(file);
+        // There may be neither.
+        let _ = std::fs::remove_file(&own);
+        let _ = std::fs::rename(previous(dir, file), &own);
+    }
+    // With something of the one before in it, it stays.
+    let _ = std::fs::remove_dir(dir);
 }
 
 /// Whether something is left of the VM of this process.
@@ -225,6 +248,12 @@ impl Record {
         let ledgers = LEDGERS.iter().filter_map(|file| serde_json::from_str(&text(file)).ok());
         let ledger = ledgers.max_by(|a: &Kept, b: &Kept| a.unix_time.total_cmp(&b.unix_time));
         Some(Self { dir: dir.to_owned(), name: name.to_owned(), end, ledger })
+    }
+
+    /// The user who has left it.
+    #[must_use]
+    pub fn uid(&self) -> Option<u32> {
+        self.dir.symlink_metadata().ok().map(|found| found.uid())
     }
 
     /// The last ledger, if there is one.

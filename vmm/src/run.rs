@@ -150,7 +150,9 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
             eprintln!("mce-relay: {}", records::where_to_look(name.as_str()));
         }
     } else if let (Some(leaving), Some(name)) = (leaving.as_mut(), &args.name) {
-        leaving.forget(name);
+        if records::are_kept() {
+            leaving.forget(name);
+        }
     }
     Ok(status)
 }
@@ -187,11 +189,11 @@ fn whose(error: ApiError, args: &RunArgs) -> RunError {
         (ApiError::Bind { source: BindError::Answers, .. }, Some(name)) => {
             NameError::Taken(name.as_str().to_owned()).into()
         }
-        _ => error.into(),
-    }
         (ApiError::Bind { source: BindError::Silent(peer), .. }, Some(name)) => {
             NameError::Silent { name: name.as_str().to_owned(), peer: peer.clone() }.into()
         }
+        _ => error.into(),
+    }
 }
 
 /// Ends the events when dropped.

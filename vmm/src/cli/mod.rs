@@ -130,12 +130,13 @@ pub enum Command {
     /// and --no-reboot); 7 memory of this program itself went bad; 8 it made a system call that it does
     /// not need (--seccomp); 128+N ended by signal N.
     Run(Box<RunArgs>),
-    /// Show the VMs that were given a name and run, and how each stands.
+    /// Show the VMs that were given a name and run, and how each stands; with --all also those that have ended.
     ///
     /// All are asked at the same time, for two seconds; of one that does not answer the state of its process
-    /// is shown, and what to do.
+    /// is shown, and what to do. Of one that has ended: the exit status of its `run`.
     List {
-        /// Those of all users that this user may see: of all of them, for root.
+        /// Those of all users that this user may see (of all of them, for root), and those that have ended
+        /// and left their events and ledger.
         #[arg(long)]
         all: bool,
         /// Print JSON.

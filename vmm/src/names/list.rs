@@ -8,19 +8,20 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{dir, others, sockets};
+use super::{dir, ended, others, sockets};
 use crate::api::{Ping, VmInfo};
 use crate::client::{self, ClientError};
 use crate::control::Panic;
 use crate::host::accounts;
 use crate::peer::Peer;
+use crate::records::Record;
 use crate::sheet::Cell;
 use crate::show;
 
 /// So long is waited for the answers. All VMs are asked at the same time.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The named VMs that run.
+/// The named VMs that run, and those that have ended, where they are asked for.
 #[derive(Debug, Serialize)]
 #[serde(transparent)]
 pub struct List {
@@ -35,9 +36,9 @@ pub struct List {
 pub struct Listed {
     /// Its name.
     pub name: String,
-    /// Its API socket.
-    pub socket: PathBuf,
-    /// The user whose socket that is.
+    /// Its API socket; null when it has ended.
+    pub socket: Option<PathBuf>,
+    /// The user whose VM that is.
     pub uid: Option<u32>,
     /// The VMM's process; null when nothing is known of it.
     pub pid: Option<u32>,
@@ -49,6 +50,10 @@ pub struct Listed {
     pub panic: Option<Panic>,
     /// How it stands, in a word or two.
     pub state: String,
+    /// The exit status of `run`; null as long as it runs, and when it did not come to say it (SIGKILL, say).
+    pub exit_status: Option<u8>,
+    /// When it ended, in seconds since 1970; null likewise.
+    pub ended_at: Option<f64>,
     /// What to do about that; null where nothing has to be done.
     pub advice: Option<String>,
 }
@@ -84,7 +89,35 @@ impl Listed {
                 ),
             };
         let pid = (pid != 0).then_some(pid);
-        Self { name, socket, uid, pid, memory, paused, panic, state, advice }
+        let (socket, exit_status, ended_at) = (Some(socket), None, None);
+        Self { name, socket, uid, pid, memory, paused, panic, state, exit_status, ended_at, advice }
+    }
+
+    /// One that has ended.
+    fn ended(record: Record) -> Self {
+        let end = record.end.as_ref();
+        Self {
+            socket: None,
+            uid: record.uid(),
+            pid: None,
+            memory: None,
+            paused: None,
+            panic: None,
+            state: "ended".to_owned(),
+            exit_status: end.map(|end| end.status),
+            ended_at: end.map(|end| end.unix_time),
+            advice: None,
+            name: record.name,
+        }
+    }
+
+    /// Its state, and with what status it ended.
+    fn standing(&self) -> String {
+        match (self.socket.is_none(), self.exit_status) {
+            (true, Some(status)) => format!("{}, exit status {status}", self.state),
+            (true, None) => format!("{}, killed perhaps", self.state),
+            (false, _) => self.state.clone(),
+        }
     }
 }
 
@@ -99,14 +132,14 @@ fn standing(paused: bool, panic: Option<Panic>) -> &'static str {
     }
 }
 
-/// Looks for them; with `all`, for other users' as well.
+/// Looks for them; with `all`, for other users' as well, and for what those have left that have ended.
 #[must_use]
 pub fn list(all: bool) -> List {
     let mut dirs = if all { others::dirs() } else { Vec::new() };
     dirs.push(dir());
     dirs.sort();
     dirs.dedup();
-    let vms = std::thread::scope(|scope| {
+    let mut vms: Vec<Listed> = std::thread::scope(|scope| {
         let asking: Vec<_> = dirs
             .iter()
             .flat_map(|dir| sockets(dir))
@@ -115,6 +148,9 @@ pub fn list(all: bool) -> List {
         // A panic of one of them has been reported.
         asking.into_iter().filter_map(|asked| asked.join().ok()).collect()
     });
+    if all {
+        vms.extend(dirs.iter().flat_map(|dir| ended(dir)).map(Listed::ended));
+    }
     List { vms, all }
 }
 
@@ -122,7 +158,7 @@ impl fmt::Display for List {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.vms.is_empty() {
             return f.write_str(match self.all {
-                true => "no VM with a name runs that this user may see",
+                true => "no VM with a name runs that this user may see, and none has left a record",
                 false => {
                     "no VM with a name of this user's runs; as root, `list --all` shows all users'"
                 }
@@ -133,13 +169,15 @@ impl fmt::Display for List {
             header.insert(1, "user");
         }
         let mut table = show::table(&header);
-        for Listed { name, socket, uid, pid, memory, state, .. } in &self.vms {
+        for vm in &self.vms {
+            let Listed { name, socket, uid, pid, memory, .. } = vm;
+            let unknown = if socket.is_some() { "?" } else { "-" };
             let mut row = vec![
                 Cell::new(name),
-                Cell::new(pid.map_or("?".to_owned(), |pid| pid.to_string())),
-                Cell::new(memory.map_or("?".to_owned(), |len| format!("{} MiB", len >> 20))),
-                Cell::new(state),
-                Cell::new(shown(socket)),
+                Cell::new(pid.map_or(unknown.to_owned(), |pid| pid.to_string())),
+                Cell::new(memory.map_or(unknown.to_owned(), |len| format!("{} MiB", len >> 20))),
+                Cell::new(vm.standing()),
+                Cell::new(socket.as_deref().map_or(unknown.to_owned(), shown)),
             ];
             if self.all {
                 row.insert(1, Cell::new(uid.map_or("?".to_owned(), accounts::user)));
