@@ -365,6 +365,7 @@ mod tests {
         assert!(file.was_begun() && file.is_mid_line());
         file.write_all(b"two\n").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"onetwo\n");
+        drop(file);
         assert!(!Appended::open(&path.into(), true).unwrap().is_mid_line());
     }
 

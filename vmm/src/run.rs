@@ -149,10 +149,10 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
         if let Some(name) = args.name.as_ref().filter(|_| records::are_kept()) {
             eprintln!("mce-relay: {}", records::where_to_look(name.as_str()));
         }
-    } else if let (Some(leaving), Some(name)) = (leaving.as_mut(), &args.name) {
-        if records::are_kept() {
-            leaving.forget(name);
-        }
+    } else if let (Some(leaving), Some(name)) = (leaving.as_mut(), &args.name)
+        && records::are_kept()
+    {
+        leaving.forget(name);
     }
     Ok(status)
 }
@@ -765,8 +765,8 @@ mod tests {
     fn what_may_be_for_bad_memory() {
         let boot = |error: BootError| by_memory(&VmError::Boot(error));
         // A file that is damaged looks the same; then nothing is found bad, and it is not tried again.
-        let source = linux_loader::loader::Error::InvalidKernelStartAddress;
-        assert!(boot(BootError::Load { path: "x".into(), ram: 1 << 20, source }));
+        let cause = "invalid kernel start address".to_owned();
+        assert!(boot(BootError::Load { path: "x".into(), ram: 1 << 20, cause }));
         let source = AccessError::Poisoned { gpa: 0x1000 };
         assert!(boot(BootError::Write { what: "command line", gpa: 0x1000, source }));
         assert!(!boot(BootError::EmptyInitramfs { path: "x".into() }));
