@@ -27,7 +27,7 @@ fn decisions(c: &mut Criterion) {
             let mut now = Duration::ZERO;
             b.iter(|| {
                 now += Duration::from_secs(10);
-                delivery.push_ar(vcpus - 1, 0x1000, now);
+                delivery.push_ar(vcpus - 1, 0x1000, true, now);
                 let Step::Inject(told) = delivery.next(vcpus - 1, vcpu.empty(), now) else {
                     panic!("it is not told");
                 };
@@ -43,11 +43,13 @@ fn decisions(c: &mut Criterion) {
             b.iter(|| {
                 now += Duration::from_secs(10);
                 delivery.push_ao(0x1000);
-                let Step::Rendezvous(_) = delivery.next(0, vcpu.empty(), now) else {
+                let Step::Rendezvous(error) = delivery.next(0, vcpu.empty(), now) else {
                     panic!("nobody is called");
                 };
-                let told = delivery.rendezvous(0, &states).unwrap();
-                told.iter().for_each(|told| delivery.told(told));
+                let told = delivery.rendezvous(0, error, &states).unwrap();
+                told.iter().for_each(|told| {
+                    let _ = delivery.told(told);
+                });
                 (0..vcpus)
                     .map(|index| delivery.taken(index, vcpu.empty(), now).len())
                     .sum::<usize>()

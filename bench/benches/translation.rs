@@ -25,8 +25,8 @@ fn translation(c: &mut Criterion) {
         group.bench_function(BenchmarkId::new("linear", n), |b| {
             b.iter(|| {
                 let hva = black_box(*next.next().unwrap());
-                let region = regions.iter().find(|r| hva >= r.hva && hva - r.hva < r.len)?;
-                Some(region.gpa + (hva - region.hva))
+                let region = regions.iter().find(|r| hva >= r.hva() && hva - r.hva() < r.len())?;
+                Some(region.gpa() + (hva - region.hva()))
             });
         });
     }

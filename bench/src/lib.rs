@@ -9,6 +9,12 @@ use std::io;
 use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
 use mce_relay::{Mca, RamRegion};
 
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
+
 /// Says what is being measured, to whoever waits.
 pub fn progress(what: &str) {
     eprintln!("bench: {what}");
@@ -24,7 +30,7 @@ pub fn regions(n: u64) -> Vec<RamRegion> {
     let mut places: Vec<u64> = (0..n).collect();
     fastrand::Rng::with_seed(7).shuffle(&mut places);
     let hva = |place: u64| 0x7f00_0000_0000 + place * 2 * LEN;
-    (0..).zip(places).map(|(index, at)| RamRegion::new(hva(at), index * 2 * LEN, LEN)).collect()
+    (0..).zip(places).map(|(index, at)| region(hva(at), index * 2 * LEN, LEN)).collect()
 }
 
 /// Addresses within `regions`, in no order.
@@ -32,7 +38,7 @@ pub fn regions(n: u64) -> Vec<RamRegion> {
 pub fn addresses(regions: &[RamRegion]) -> Vec<u64> {
     let mut random = fastrand::Rng::with_seed(11);
     (0..4096)
-        .map(|_| regions[random.usize(..regions.len())].hva + (random.u64(..LEN) & !4095))
+        .map(|_| regions[random.usize(..regions.len())].hva() + (random.u64(..LEN) & !4095))
         .collect()
 }
 
@@ -45,7 +51,7 @@ impl SortedArray {
     #[must_use]
     pub fn new(regions: &[RamRegion]) -> Self {
         let mut regions = regions.to_vec();
-        regions.sort_unstable_by_key(|region| region.hva);
+        regions.sort_unstable_by_key(|region| region.hva());
         Self(regions)
     }
 
@@ -53,9 +59,9 @@ impl SortedArray {
     #[must_use]
     #[inline]
     pub fn gpa(&self, hva: u64) -> Option<u64> {
-        let at = self.0.partition_point(|region| region.hva <= hva).checked_sub(1)?;
+        let at = self.0.partition_point(|region| region.hva() <= hva).checked_sub(1)?;
         let region = &self.0[at];
-        (hva - region.hva < region.len).then(|| region.gpa + (hva - region.hva))
+        (hva - region.hva() < region.len()).then(|| region.gpa() + (hva - region.hva()))
     }
 }
 
@@ -86,6 +92,7 @@ impl Quick {
             lmce,
             event_in_flight: false,
             interrupts_on: true,
+            halted: false,
             rip: 0,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         };

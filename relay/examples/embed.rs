@@ -137,7 +137,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let policy = if given("--late") { KillPolicy::Late } else { KillPolicy::Early };
     // relay:
-    let ram = RamMap::new(&[RamRegion::new(hva, 0, RAM as u64)])?;
+    // SAFETY: the mapping is the guest's, and outlives the relay.
+    let ram = RamMap::new(&[unsafe { RamRegion::new(hva, 0, RAM as u64) }])?;
     let config = Config::new(1, CAPS, ram, |event| println!("relay: {event}"));
     let relay = Relay::start(Config { policy, ..config })?;
     // :relay

@@ -16,13 +16,10 @@ use std::time::Duration;
 use crate::cper::Notice;
 use crate::firmware::{self, AoChannel, Channel, Outcome, Sight, Why};
 use crate::mca::{
-    self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Caps, DEFERRED_BANKS, Form, Kind, McaState, Record,
-    Vendor, mcg,
+    self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Bank, Caps, DEFERRED_BANKS, Form, Kind, McaState,
+    Record, Vendor, mcg,
 };
 use crate::pace::{Pace, Queue};
-
-/// The vCPU that takes action-optional machine checks: the boot processor, which is always online.
-pub const AO_VCPU: usize = 0;
 
 /// How long CR4.MCE has to have been set before a record is only laid into a bank. Linux sets CR4.MCE
 /// first and wipes the banks unread after that (`__mcheck_cpu_init_clear_banks`,
@@ -33,6 +30,19 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// never seen with interrupts on (a guest may idle with them off). The rest of Linux' handler is some
 /// hundred instructions.
 const LEAVE: Duration = Duration::from_secs(1);
+
+/// How long a vCPU has to have been seen in HLT with interrupts off before a record that only lies in its bank
+/// is taken back: a processor that waits for a lock may halt so, too, for a moment
+/// (`kvm_wait`, `arch/x86/kernel/kvm.c`).
+const HALTED: Duration = Duration::from_secs(1);
+
+/// Looks that are further apart than this say nothing of what was in between. Whoever has something to wait for is
+/// looked at twice a second.
+const STALE: Duration = Duration::from_secs(2);
+
+/// How long each look has to have found a vCPU with interrupts off before the same is done although it does not
+/// halt: an offline processor may wait by other means (MWAIT).
+const MASKED: Duration = Duration::from_secs(10);
 
 /// A touch of one page, told and met again, this often without a pause of ten seconds in between, is a
 /// loop: the guest takes the machine check and does nothing about the page. Linux never touches a page
@@ -118,6 +128,22 @@ pub enum Wait {
         /// The vCPU in question.
         vcpu: u32,
     },
+    /// The vCPU's thread does not come round, so that a machine check cannot reach every processor.
+    NotComing {
+        /// The vCPU in question.
+        vcpu: u32,
+    },
+    /// The guest has taken the processor offline, or left it behind, with the record in its bank. The record
+    /// was taken back; the page is told elsewhere.
+    Offline {
+        /// The vCPU in question.
+        vcpu: u32,
+    },
+    /// The vCPU was unplugged with the record in its bank; the page is told elsewhere.
+    Unplugged {
+        /// The vCPU in question.
+        vcpu: u32,
+    },
     /// The guest has as many records on its hands as its own queue is trusted to hold ([`Pace`]).
     Pace,
     /// The guest is coming up and has not taken the ACPI error source into use yet.
@@ -156,6 +182,16 @@ impl fmt::Display for Wait {
                 write!(f, "the guest started over on vCPU {vcpu} before it took the record")
             }
             Self::Paused { vcpu } => write!(f, "vCPU {vcpu} is paused"),
+            Self::NotComing { vcpu } => write!(f, "the thread of vCPU {vcpu} does not come round"),
+            Self::Offline { vcpu } => {
+                write!(
+                    f,
+                    "vCPU {vcpu} is offline and did not take the record, which was taken back"
+                )
+            }
+            Self::Unplugged { vcpu } => {
+                write!(f, "vCPU {vcpu} was unplugged before it took the record")
+            }
             Self::Pace => f.write_str("the guest has its share of errors to work off (pace)"),
             Self::NoSourceYet => {
                 f.write_str("the guest has not taken the ACPI error source into use yet")
@@ -282,6 +318,8 @@ struct InBank {
     form: Form,
     /// The vCPU was seen with its handler closed since.
     restarted: bool,
+    /// The page is not the guest's any more, so it is not told again.
+    gone: bool,
 }
 
 /// The errors of one virtual machine that wait to be told or to be acknowledged.
@@ -291,13 +329,25 @@ struct InBank {
 pub struct Delivery {
     caps: Caps,
     ao: VecDeque<u64>,
-    ar: Vec<VecDeque<u64>>,
+    ar: Vec<VecDeque<Touch>>,
     /// The pages that were touched lately.
     touches: Vec<Touched>,
     in_banks: Vec<InBank>,
+    /// Banks that hold a bystander's record, with their vCPUs, as far as has been seen.
+    bystanders: Vec<(usize, u8)>,
     queue: Queue,
     vcpus: Vec<Seen>,
+    /// The vCPU that takes action-optional machine checks.
+    ao_vcpu: usize,
     firmware: Option<Channel>,
+}
+
+/// A page that a vCPU has touched, and that it is to be told of.
+#[derive(Debug, Clone, Copy)]
+struct Touch {
+    gpa: u64,
+    /// The guest has not been told of the page before.
+    untold: bool,
 }
 
 /// A page that vCPUs touch, and are told of, again and again.
@@ -320,6 +370,46 @@ struct Seen {
     in_handler: bool,
     /// Since when it has been seen in that handler with MCG_STATUS.MCIP clear.
     leaving_since: Option<Duration>,
+    /// When it was last looked at.
+    looked_at: Option<Duration>,
+    /// What it was then.
+    standing: Standing,
+    /// It waited in HLT with interrupts off then.
+    halted: bool,
+    /// Since when each look has found it with interrupts off.
+    masked_since: Option<Duration>,
+    /// It has done so for some time.
+    stopped: bool,
+    /// It took a machine check and left the record in its bank, and has had interrupts off since.
+    ignores: bool,
+}
+
+impl Seen {
+    /// For how long each look has found it with interrupts off.
+    fn masked_for(&self, now: Duration) -> Duration {
+        self.masked_since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
+    }
+
+    /// It halts with interrupts off, and has for so long that it is not for a lock.
+    fn is_stopped(&self, now: Duration) -> bool {
+        self.halted && self.masked_for(now) >= HALTED
+    }
+}
+
+/// How much there is to be expected of a vCPU, from the best on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+enum Standing {
+    /// Its handler is open and it runs, or nobody has looked yet.
+    #[default]
+    Online,
+    /// CR4.MCE is clear.
+    Closed,
+    /// It waits with interrupts off for what never comes: the guest has taken it offline.
+    Offline,
+    /// It waits for its start-up IPI.
+    NotStarted,
+    /// It has no thread.
+    Absent,
 }
 
 impl Delivery {
@@ -331,8 +421,10 @@ impl Delivery {
             ar: vec![VecDeque::new(); vcpus],
             touches: Vec::new(),
             in_banks: Vec::new(),
+            bystanders: Vec::new(),
             queue: Queue::new(pace),
             vcpus: vec![Seen::default(); vcpus],
+            ao_vcpu: 0,
             firmware: None,
         }
     }
@@ -397,7 +489,7 @@ impl Delivery {
             self.queue.taken(now);
         }
         let on_their_way = self.aos_in_banks();
-        let up_since = self.vcpus.get(AO_VCPU).and_then(|seen| seen.open_since);
+        let up_since = self.vcpus.iter().filter_map(|seen| seen.open_since).min();
         let Some(channel) = self.firmware.as_mut() else {
             return (outcomes, firmware::Step::Idle);
         };
@@ -428,19 +520,106 @@ impl Delivery {
         }
     }
 
-    /// A page that `vcpu` touched. It takes the place of an AO that waits for the same page: the
-    /// guest learns of it by the AR.
-    pub fn push_ar(&mut self, vcpu: usize, gpa: u64, now: Duration) {
+    /// A page that `vcpu` touched; `untold` where the guest has not been told of it. It takes the place of an
+    /// AO that waits for the same page: the guest learns of it by the AR.
+    pub fn push_ar(&mut self, vcpu: usize, gpa: u64, untold: bool, now: Duration) {
         self.ao.retain(|waiting| *waiting != gpa);
         if let Some(channel) = self.firmware.as_mut() {
             channel.met(gpa);
         }
         if let Some(queue) = self.ar.get_mut(vcpu)
             // The same touch may raise its signal more than once before it is told.
-            && !queue.contains(&gpa)
+            && !queue.iter().any(|touch| touch.gpa == gpa)
         {
-            queue.push_back(gpa);
+            queue.push_back(Touch { gpa, untold });
             self.count_touch(vcpu, gpa, now);
+        }
+    }
+
+    /// Of the addresses at which the guest has one page, the one whose touch is told next. Nobody knows which of
+    /// them it was; if it was another, the guest touches that again, and is told of it then.
+    pub(crate) fn next_alias(&self, gpas: &[u64]) -> Option<u64> {
+        let rounds = |gpa: &u64| {
+            self.touches.iter().find(|touched| touched.gpa == *gpa).map_or(0, |t| t.rounds)
+        };
+        gpas.iter().copied().min_by_key(rounds)
+    }
+
+    /// `vcpu` goes on without having been told of its touches. An AR belongs to the instruction that met the page,
+    /// so they are none any more: pages that the guest does not know of wait as AOs, and what it touches
+    /// again is an AR again. True when there are such AOs.
+    pub fn goes_on(&mut self, vcpu: usize) -> bool {
+        let touches = self.ar.get_mut(vcpu).map(std::mem::take).unwrap_or_default();
+        let mut more = false;
+        for Touch { gpa, untold } in touches {
+            // Nobody was told of it, so it is no round of a loop.
+            if let Some(touched) = self.touches.iter_mut().find(|touched| touched.gpa == gpa) {
+                touched.rounds = touched.rounds.saturating_sub(1);
+            }
+            if untold && !self.waits(gpa) {
+                self.push_ao(gpa);
+                more = true;
+            }
+        }
+        more
+    }
+
+    /// `vcpu` has no thread any more. What it was to be told is told elsewhere, and so is what lies in its banks,
+    /// which nobody will read: the pages of these records.
+    pub fn absent(&mut self, vcpu: usize, now: Duration) -> Vec<u64> {
+        if let Some(seen) = self.vcpus.get_mut(vcpu) {
+            *seen = Seen { standing: Standing::Absent, ..Seen::default() };
+        }
+        self.choose_ao_vcpu();
+        self.goes_on(vcpu);
+        let mut again = Vec::new();
+        self.in_banks.retain(|record| {
+            let stays = record.vcpu != vcpu;
+            if !stays {
+                // Nobody saw whether it was read.
+                self.queue.taken(now);
+                if !record.gone {
+                    again.push(record.error.gpa);
+                }
+            }
+            stays
+        });
+        self.bystanders.retain(|(of, _)| *of != vcpu);
+        self.tell_again(&again);
+        again
+    }
+
+    /// `vcpu` has a thread, and nothing is known of it.
+    pub fn attached(&mut self, vcpu: usize) {
+        if let Some(seen) = self.vcpus.get_mut(vcpu) {
+            *seen = Seen::default();
+        }
+        self.choose_ao_vcpu();
+    }
+
+    /// Whether `error` waits to be told, and if it is an AR, on `vcpu`.
+    fn still_waits(&self, vcpu: usize, error: &Pending) -> bool {
+        match error.kind {
+            Kind::ActionOptional => self.ao.contains(&error.gpa),
+            Kind::ActionRequired => self.first_ar(vcpu) == Some(*error),
+        }
+    }
+
+    /// Whether the page at `gpa` waits to be told, in whatever form.
+    fn waits(&self, gpa: u64) -> bool {
+        self.ao.contains(&gpa) || self.ar.iter().flatten().any(|touch| touch.gpa == gpa)
+    }
+
+    /// These pages were told where nobody read it. They wait in front of the others, in their order.
+    fn tell_again(&mut self, gpas: &[u64]) {
+        for gpa in gpas.iter().rev() {
+            // A touch that waits will tell it, if it is told.
+            let touches = self.ar.iter_mut().flatten().filter(|touch| touch.gpa == *gpa);
+            touches.for_each(|touch| touch.untold = true);
+            // Two records may tell of the same page, an AO's and an AR's.
+            if !self.waits(*gpa) {
+                self.ao.push_front(*gpa);
+            }
         }
     }
 
@@ -484,11 +663,15 @@ impl Delivery {
     /// The vCPUs that have to look at their state for something to go on, ascending.
     pub fn waiting_vcpus(&self, now: Duration) -> Vec<usize> {
         let paced = self.room_at().is_some_and(|at| at <= now);
+        // Whoever it is to be, they have to be seen for it to be known.
+        let nobody = !self.vcpus.iter().any(|seen| seen.standing == Standing::Online);
+        let sought = nobody && (paced || !self.in_banks.is_empty());
         (0..self.ar.len())
             .filter(|vcpu| {
                 !self.ar[*vcpu].is_empty()
+                    || sought
                     || (paced && self.takes_aos(*vcpu))
-                    || (*vcpu == AO_VCPU && self.watches_boot())
+                    || (*vcpu == self.ao_vcpu && self.watches_boot())
                     || self.in_banks.iter().any(|record| record.vcpu == *vcpu)
             })
             .collect()
@@ -541,19 +724,26 @@ impl Delivery {
     pub fn rendezvous(
         &self,
         leader: usize,
+        error: Pending,
         states: &[Option<McaState>],
     ) -> Result<Vec<Told>, Wait> {
+        if !self.still_waits(leader, &error) {
+            // A machine check without any error is the guest's end ("Fatal machine check from unknown source").
+            return Ok(Vec::new());
+        }
+
         let mut all = Vec::new();
         for (vcpu, state) in states.iter().enumerate() {
             let Some(state) = state else { continue };
             let closed = is_closed(state) || state.mcg_ctl != u64::MAX;
-            if closed && vcpu != leader {
+            // A guest that dies in its handler stops its processors there, and may go on with another kernel on one of
+            // them (`stop_this_cpu`, arch/x86/kernel/process.c). Nobody waits for the others.
+            let stopped = state.mcip() && self.vcpus.get(vcpu).is_some_and(|seen| seen.stopped);
+            if (closed || stopped) && vcpu != leader {
                 continue;
             }
-            let own = self
-                .first(vcpu)
-                .filter(|error| vcpu == leader || error.kind == Kind::ActionRequired)
-                .and_then(|error| Some((error, mca::form(error.kind, &self.caps)?)));
+            let own = if vcpu == leader { Some(error) } else { self.first_ar(vcpu) };
+            let own = own.and_then(|error| Some((error, mca::form(error.kind, &self.caps)?)));
             all.push(match own {
                 Some((error, form)) => Told {
                     vcpu,
@@ -570,38 +760,63 @@ impl Delivery {
         Ok(all)
     }
 
-    /// The record was put into the bank: its error, if it has one, no longer waits to be told.
-    pub fn told(&mut self, told: &Told) {
+    /// The record is being put into the bank: its error, if it has one, no longer waits to be told.
+    /// [`Self::refused`] if that fails. True when AOs have come to wait: touches that are not told of
+    /// ([`Self::goes_on`]).
+    pub fn told(&mut self, told: &Told) -> bool {
         if told.record.mcg_status & mcg::MCIP != 0
             && let Some(seen) = self.vcpus.get_mut(told.vcpu)
         {
             seen.in_handler = true;
             seen.leaving_since = None;
         }
-        let Some((error, form)) = told.error else { return };
-        self.forget(told.vcpu, &error);
         let (vcpu, bank) = (told.vcpu, told.record.bank);
-        self.in_banks.push(InBank { vcpu, bank, error, form, restarted: false });
+        let Some((error, form)) = told.error else {
+            if !self.bystanders.contains(&(vcpu, bank)) {
+                self.bystanders.push((vcpu, bank));
+            }
+            return false;
+        };
+        self.forget(vcpu, &error);
+        // Others who touched the same page need not be told of it as of a new one.
+        let same = self.ar.iter_mut().flatten().filter(|touch| touch.gpa == error.gpa);
+        same.for_each(|touch| touch.untold = false);
+        self.in_banks.push(InBank { vcpu, bank, error, form, restarted: false, gone: false });
+        // One touch at once is all that a vCPU can be told of.
+        error.kind == Kind::ActionRequired && self.goes_on(vcpu)
+    }
+
+    /// The record was not put into the bank after all.
+    pub fn refused(&mut self, told: &Told) {
+        let place = (told.vcpu, told.record.bank);
+        self.in_banks.retain(|one| (one.vcpu, one.bank) != place);
+        self.bystanders.retain(|one| *one != place);
     }
 
     /// The error will not be told: drop it from the queue it waits in.
     pub fn forget(&mut self, vcpu: usize, error: &Pending) {
-        let queue = match error.kind {
-            Kind::ActionOptional => Some(&mut self.ao),
-            Kind::ActionRequired => self.ar.get_mut(vcpu),
-        };
         // It is the first nearly always, and a burst makes these queues long.
-        if let Some(queue) = queue
-            && let Some(at) = queue.iter().position(|gpa| *gpa == error.gpa)
-        {
-            queue.remove(at);
+        match error.kind {
+            Kind::ActionOptional => {
+                if let Some(at) = self.ao.iter().position(|gpa| *gpa == error.gpa) {
+                    self.ao.remove(at);
+                }
+            }
+            Kind::ActionRequired => {
+                if let Some(queue) = self.ar.get_mut(vcpu)
+                    && let Some(at) = queue.iter().position(|touch| touch.gpa == error.gpa)
+                {
+                    queue.remove(at);
+                }
+            }
         }
     }
 
     /// The pages that `is_gone` accepts are not the guest's any more: nobody has to be told of them.
     pub fn gone(&mut self, is_gone: &dyn Fn(u64) -> bool) {
         self.ao.retain(|waiting| !is_gone(*waiting));
-        self.ar.iter_mut().for_each(|queue| queue.retain(|waiting| !is_gone(*waiting)));
+        self.ar.iter_mut().for_each(|queue| queue.retain(|touch| !is_gone(touch.gpa)));
+        self.in_banks.iter_mut().for_each(|record| record.gone |= is_gone(record.error.gpa));
         if let Some(channel) = self.firmware.as_mut() {
             channel.gone(is_gone);
         }
@@ -613,6 +828,7 @@ impl Delivery {
         let mut taken = Vec::new();
         let mut again = Vec::new();
         let closed = is_closed(state);
+        let before = self.in_banks.len();
         self.in_banks.retain_mut(|record| {
             if record.vcpu != vcpu {
                 return true;
@@ -623,44 +839,153 @@ impl Delivery {
             }
             let gpa = record.error.gpa;
             if record.restarted {
-                again.push(gpa);
-                taken.push(Taken::Lost { gpa });
-            } else {
+                if !record.gone {
+                    again.push(gpa);
+                    taken.push(Taken::Lost { gpa });
+                }
+            } else if !record.gone {
                 taken.push(Taken::Acknowledged { gpa, bank: record.bank, form: record.form });
             }
             false
         });
-        for gpa in again.into_iter().rev() {
-            // Two records may tell of the same page, an AO's and an AR's.
-            if !self.ao.contains(&gpa) && !self.ar.iter().any(|ars| ars.contains(&gpa)) {
-                self.ao.push_front(gpa);
-            }
-        }
+        self.tell_again(&again);
+        self.bystanders.retain(|(of, bank)| {
+            *of != vcpu || state.mcip() || state.banks[usize::from(*bank)].valid()
+        });
         // A record that is lost may have been read all the same.
-        for _ in &taken {
+        for _ in self.in_banks.len()..before {
             self.queue.taken(now);
         }
         taken
     }
 
-    /// Takes note of what can only be told from a vCPU's states over time.
-    fn watch(&mut self, vcpu: usize, state: &McaState, now: Duration) {
-        let Some(seen) = self.vcpus.get_mut(vcpu) else { return };
-        if is_closed(state) {
-            *seen = Seen::default();
-            return;
+    /// The banks of `vcpu`, which is in `state`, that hold records which it will not take: they are to be emptied,
+    /// and [`Self::taken_back`] is to be called for each. After [`Self::taken`] with the same state.
+    ///
+    /// A processor that is offline takes a machine check that is meant for all, clears MCG_STATUS and leaves
+    /// its bank as it is; and it polls nothing.
+    pub fn left_behind(&mut self, vcpu: usize, state: &McaState, now: Duration) -> Vec<u8> {
+        let Some(seen) = self.vcpus.get(vcpu).copied() else { return Vec::new() };
+        // One whose handler is closed starts over and wipes its banks, and one that is in its handler may be reading
+        // them, unless they do not go on at all.
+        let stands = state.waits_for_sipi || seen.is_stopped(now);
+        if !stands && (is_closed(state) || state.mcip() || seen.in_handler) {
+            return Vec::new();
         }
-        seen.open_since = seen.open_since.or(Some(now));
-        if seen.in_handler && !state.mcip() {
-            let since = *seen.leaving_since.get_or_insert(now);
-            seen.in_handler = !state.interrupts_on && now.saturating_sub(since) < LEAVE;
+        // It is out of its handler, whose business that record was.
+        let bystanders = self.bystanders.iter().filter(|(of, _)| *of == vcpu);
+        let mut banks: Vec<u8> = bystanders.map(|(_, bank)| *bank).collect();
+        banks.retain(|bank| state.banks[usize::from(*bank)].valid());
+        let polls = !(stands || seen.masked_for(now) >= MASKED);
+        let theirs = self.in_banks.iter().filter(|record| record.vcpu == vcpu);
+        let left: Vec<u8> = theirs
+            .filter(|record| match record.form.raises_mc() {
+                true => !state.interrupts_on,
+                false => !polls,
+            })
+            .map(|record| record.bank)
+            .collect();
+        if !left.is_empty() && self.others_take_aos(vcpu) {
+            if let Some(seen) = self.vcpus.get_mut(vcpu).filter(|_| !is_closed(state)) {
+                seen.ignores = true;
+                seen.standing = Standing::Offline;
+            }
+            self.choose_ao_vcpu();
+            // Of one that is empty nobody can say whether it was read, and there is nothing more to come.
+            let empty = |bank: u8| !state.banks[usize::from(bank)].valid();
+            let read = left.iter().filter(|bank| empty(**bank)).count();
+            (0..read).for_each(|_| self.queue.taken(now));
+            banks.extend(left);
+        }
+        banks
+    }
+
+    /// `bank` of `vcpu` cannot be emptied: the page of the record that lies there, which waits to be told elsewhere. A
+    /// bystander's record stays, and is written over.
+    pub fn stays(&mut self, vcpu: usize, bank: u8) -> Option<u64> {
+        match self.bystanders.contains(&(vcpu, bank)) {
+            true => None,
+            false => self.taken_back(vcpu, bank),
         }
     }
 
-    /// Whether AOs may be told on `vcpu`. Deferred records may lie anywhere; a machine check for an
-    /// error that concerns no processor goes to the one that is always there.
+    /// `bank` of `vcpu` has been emptied: the page of the record that lay there, which waits to be told elsewhere.
+    pub fn taken_back(&mut self, vcpu: usize, bank: u8) -> Option<u64> {
+        self.bystanders.retain(|one| *one != (vcpu, bank));
+        let at = self.in_banks.iter().position(|one| (one.vcpu, one.bank) == (vcpu, bank))?;
+        let InBank { error, gone, .. } = self.in_banks.swap_remove(at);
+        if !gone {
+            self.tell_again(&[error.gpa]);
+        }
+        Some(error.gpa)
+    }
+
+    /// Takes note of what can only be told from a vCPU's states over time.
+    fn watch(&mut self, vcpu: usize, state: &McaState, now: Duration) {
+        let Some(seen) = self.vcpus.get_mut(vcpu) else { return };
+        let before = seen.standing;
+        // What was not looked at for long, as in a pause, was not so all the time.
+        if seen.looked_at.is_some_and(|at| now.saturating_sub(at) > STALE) {
+            (seen.masked_since, seen.leaving_since) = (None, None);
+        }
+        seen.looked_at = Some(now);
+        if is_closed(state) {
+            let standing = match (state.waits_for_sipi, state.halted && !state.interrupts_on) {
+                (true, _) => Standing::NotStarted,
+                (_, true) => Standing::Offline,
+                _ => Standing::Closed,
+            };
+            let masked_since = seen.masked_since.or(Some(now)).filter(|_| !state.interrupts_on);
+            let halted = state.halted && !state.interrupts_on;
+            let looked_at = seen.looked_at;
+            *seen = Seen { standing, halted, masked_since, looked_at, ..Seen::default() };
+        } else {
+            seen.open_since = seen.open_since.or(Some(now));
+            seen.halted = state.halted && !state.interrupts_on;
+            // Nobody halts in a handler: it has been left, and so has one whose guest takes interrupts.
+            if seen.in_handler && !state.mcip() {
+                let since = *seen.leaving_since.get_or_insert(now);
+                let left = state.interrupts_on || seen.halted;
+                seen.in_handler = !left && now.saturating_sub(since) < LEAVE;
+            }
+            if state.interrupts_on {
+                seen.masked_since = None;
+                seen.ignores = false;
+            } else {
+                seen.masked_since = seen.masked_since.or(Some(now));
+            }
+            seen.stopped = seen.is_stopped(now);
+            let offline = seen.halted || seen.ignores;
+            seen.standing = if offline { Standing::Offline } else { Standing::Online };
+        }
+        if seen.standing != before {
+            self.choose_ao_vcpu();
+        }
+    }
+
+    /// The vCPU that takes action-optional machine checks: the first that the guest has online, as far as has been
+    /// seen. Linux can take any processor offline, the boot processor included (before 6.5).
+    pub fn ao_vcpu(&self) -> usize {
+        self.ao_vcpu
+    }
+
+    fn choose_ao_vcpu(&mut self) {
+        let best = self.vcpus.iter().enumerate().min_by_key(|(vcpu, seen)| (seen.standing, *vcpu));
+        self.ao_vcpu = best.map_or(0, |(vcpu, _)| vcpu);
+    }
+
+    /// Whether AOs may be told on `vcpu`. Deferred records may lie anywhere but where nobody polls; a machine
+    /// check for an error that concerns no processor goes to one that is online.
     fn takes_aos(&self, vcpu: usize) -> bool {
-        vcpu == AO_VCPU || self.caps.vendor == Vendor::Amd
+        let online = || self.vcpus.get(vcpu).is_some_and(|seen| seen.standing < Standing::Offline);
+        vcpu == self.ao_vcpu || (self.caps.vendor == Vendor::Amd && online())
+    }
+
+    /// Whether another vCPU than `vcpu` is online.
+    fn others_take_aos(&self, vcpu: usize) -> bool {
+        let is_online =
+            |(other, seen): (usize, &Seen)| other != vcpu && seen.standing == Standing::Online;
+        self.vcpus.iter().enumerate().any(is_online)
     }
 
     fn aos_in_banks(&self) -> usize {
@@ -675,19 +1000,17 @@ impl Delivery {
 
     /// The AR that `vcpu` is to be told of next.
     pub(crate) fn first_ar(&self, vcpu: usize) -> Option<Pending> {
-        self.first(vcpu).filter(|error| error.kind == Kind::ActionRequired)
+        let touch = self.ar.get(vcpu).and_then(VecDeque::front)?;
+        Some(Pending { gpa: touch.gpa, kind: Kind::ActionRequired })
     }
 
     /// The error `vcpu` is to be told of next.
     fn first(&self, vcpu: usize) -> Option<Pending> {
-        let ar = self.ar.get(vcpu).and_then(VecDeque::front);
-        match ar {
-            Some(gpa) => Some(Pending { gpa: *gpa, kind: Kind::ActionRequired }),
-            None if self.takes_aos(vcpu) => {
-                self.ao.front().map(|gpa| Pending { gpa: *gpa, kind: Kind::ActionOptional })
-            }
-            None => None,
-        }
+        let ao = || {
+            let gpa = *self.ao.front().filter(|_| self.takes_aos(vcpu))?;
+            Some(Pending { gpa, kind: Kind::ActionOptional })
+        };
+        self.first_ar(vcpu).or_else(ao)
     }
 
     /// The bank of `vcpu` that can take a record of `form` now.
@@ -724,7 +1047,17 @@ impl Delivery {
 
     /// The bank in which `vcpu`, which did nothing, can take part in a rendezvous now.
     fn bystander_bank(&self, vcpu: usize, state: &McaState) -> Result<u8, Wait> {
-        let bank = free_bank(index(vcpu), state, &BYSTANDER_BANKS)?;
+        let bank = free_bank(index(vcpu), state, &BYSTANDER_BANKS).or_else(|why| {
+            // A record of ours that an offline processor left there, and that the hypervisor does not take back.
+            // Writing over it adds OVER, and Linux looks at nothing in a record without EN ("Not enabled",
+            // the second rule in `severities`, arch/x86/kernel/cpu/mce/severity.c).
+            let old = self.bystanders.iter().find(|(of, bank)| {
+                let Bank { ctl, status } = state.banks[usize::from(*bank)];
+                let ours = status & !mca::status::OVER == mca::bystander(*bank).status;
+                *of == vcpu && !state.mcip() && ctl == u64::MAX && ours
+            });
+            old.map(|(_, bank)| *bank).ok_or(why)
+        })?;
         self.may_be_interrupted(vcpu, state)?;
         Ok(bank)
     }
@@ -757,7 +1090,7 @@ impl Delivery {
         match error.kind {
             Kind::ActionRequired => Step::Cannot(error, Cannot::Blocked { by: wait }),
             // Where any vCPU will do, one of them says what all wait for.
-            Kind::ActionOptional if vcpu != AO_VCPU => Step::Idle,
+            Kind::ActionOptional if vcpu != self.ao_vcpu => Step::Idle,
             Kind::ActionOptional => Step::Wait(error, wait),
         }
     }
@@ -820,6 +1153,7 @@ mod tests {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            halted: false,
             rip: 0,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         }
@@ -859,7 +1193,7 @@ mod tests {
     }
 
     fn round_on(vcpu: usize, delivery: &mut Delivery, gpa: u64, now: Duration) -> Step {
-        delivery.push_ar(vcpu, gpa, now);
+        delivery.push_ar(vcpu, gpa, true, now);
         let mut state = ready();
         let step = delivery.next(vcpu, &state, now);
         if let Step::Inject(told) = &step {
@@ -941,7 +1275,7 @@ mod tests {
     fn what_is_gone_is_told_to_nobody() {
         let mut delivery = open(amd(), 2);
         delivery.push_ao(PAGE);
-        delivery.push_ar(1, PAGE, LATER);
+        delivery.push_ar(1, PAGE, true, LATER);
         delivery.gone(&|gpa| gpa == PAGE);
         assert_eq!(delivery.next(0, &ready(), LATER), Step::Idle);
         assert_eq!(delivery.next(1, &ready(), LATER), Step::Idle);
@@ -984,7 +1318,7 @@ mod tests {
     #[test]
     fn an_ar_that_would_harm_the_guest_cannot_be_told() {
         let mut delivery = open(amd(), 2);
-        delivery.push_ar(1, PAGE, Duration::ZERO);
+        delivery.push_ar(1, PAGE, true, Duration::ZERO);
         let state = with(|s| s.mcg_status = mcg::MCIP);
         let error = Pending { gpa: PAGE, kind: Kind::ActionRequired };
         let by = Wait::Mcip { vcpu: 1 };
@@ -994,7 +1328,7 @@ mod tests {
     #[test]
     fn an_ar_goes_to_its_vcpu_and_before_an_ao() {
         let mut delivery = open(amd(), 2);
-        delivery.push_ar(0, 0x2000, Duration::ZERO);
+        delivery.push_ar(0, 0x2000, true, Duration::ZERO);
         assert_eq!(delivery.next(1, &ready(), LATER), Step::Idle);
         delivery.push_ao(0x1000);
         let Step::Inject(told) = delivery.next(0, &ready(), LATER) else { panic!("AR first") };
@@ -1008,8 +1342,8 @@ mod tests {
     fn an_ar_takes_the_place_of_its_pages_ao() {
         let mut delivery = open(amd(), 1);
         delivery.push_ao(PAGE);
-        delivery.push_ar(0, PAGE, Duration::ZERO);
-        delivery.push_ar(0, PAGE, Duration::ZERO);
+        delivery.push_ar(0, PAGE, true, Duration::ZERO);
+        delivery.push_ar(0, PAGE, true, Duration::ZERO);
         let Step::Inject(told) = delivery.next(0, &ready(), LATER) else { panic!() };
         delivery.told(&told);
         assert_eq!(delivery.next(0, &ready(), LATER), Step::Idle, "told once");
@@ -1018,7 +1352,7 @@ mod tests {
     #[test]
     fn a_deferred_record_in_its_bank_does_not_hold_up_an_ar() {
         let mut delivery = open(amd(), 1);
-        delivery.push_ar(0, PAGE, Duration::ZERO);
+        delivery.push_ar(0, PAGE, true, Duration::ZERO);
         let state = with(|s| s.banks[9].status = status::VAL);
         assert!(matches!(delivery.next(0, &state, LATER), Step::Inject(_)));
     }
@@ -1044,7 +1378,7 @@ mod tests {
             Some(with(|s| s.waits_for_sipi = true)),
             Some(with(|s| s.cr4_mce = false)),
         ];
-        let told = delivery.rendezvous(0, &states).unwrap();
+        let told = delivery.rendezvous(0, delivery.first(0).unwrap(), &states).unwrap();
         assert_eq!(told.iter().map(|t| t.vcpu).collect::<Vec<_>>(), [0, 1]);
         assert!(told[0].error.is_some() && told[1].error.is_none());
         assert_eq!(told[1].record.bank, BYSTANDER_BANKS[0]);
@@ -1055,7 +1389,10 @@ mod tests {
         let mut delivery = open(intel(0), 2);
         delivery.push_ao(PAGE);
         let states = [Some(ready()), Some(with(|s| s.mcg_status = mcg::MCIP))];
-        assert_eq!(delivery.rendezvous(0, &states), Err(Wait::Mcip { vcpu: 1 }));
+        assert_eq!(
+            delivery.rendezvous(0, delivery.first(0).unwrap(), &states),
+            Err(Wait::Mcip { vcpu: 1 })
+        );
         assert!(
             matches!(delivery.next(0, &ready(), LATER), Step::Rendezvous(_)),
             "nothing is lost"
@@ -1070,12 +1407,15 @@ mod tests {
         let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
         let wait = |vcpu| Wait::EventInFlight { vcpu };
         assert_eq!(delivery.next(0, &busy(), LATER), Step::Wait(error, wait(0)));
-        assert_eq!(delivery.rendezvous(0, &[Some(ready()), Some(busy())]), Err(wait(1)));
+        assert_eq!(
+            delivery.rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(busy())]),
+            Err(wait(1))
+        );
         // A deferred record interrupts nothing, and an AR has to be told.
         let mut delivery = open(amd(), 1);
         delivery.push_ao(PAGE);
         assert!(matches!(delivery.next(0, &busy(), LATER), Step::Inject(_)));
-        delivery.push_ar(0, PAGE, Duration::ZERO);
+        delivery.push_ar(0, PAGE, true, Duration::ZERO);
         assert!(matches!(delivery.next(0, &busy(), LATER), Step::Inject(_)));
     }
 
@@ -1111,31 +1451,41 @@ mod tests {
         let mut delivery = open(intel(0), 2);
         delivery.push_ao(0x1000);
         delivery.push_ao(0x2000);
-        for told in delivery.rendezvous(0, &[Some(ready()), Some(ready())]).unwrap() {
+        for told in delivery
+            .rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(ready())])
+            .unwrap()
+        {
             delivery.told(&told);
         }
         let leaving = with(|s| s.interrupts_on = false);
         delivery.taken(0, &ready(), LATER);
         delivery.taken(1, &leaving, LATER);
-        let refused = delivery.rendezvous(0, &[Some(ready()), Some(leaving)]);
+        let refused =
+            delivery.rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(leaving)]);
         assert_eq!(refused, Err(Wait::InHandler { vcpu: 1 }));
         delivery.taken(1, &ready(), LATER);
-        assert!(delivery.rendezvous(0, &[Some(ready()), Some(ready())]).is_ok());
+        assert!(
+            delivery
+                .rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(ready())])
+                .is_ok()
+        );
     }
 
     #[test]
     fn two_ars_share_one_rendezvous() {
         let mut delivery = open(intel(0), 2);
-        delivery.push_ar(0, 0x1000, Duration::ZERO);
-        delivery.push_ar(1, 0x2000, Duration::ZERO);
-        let told = delivery.rendezvous(0, &[Some(ready()), Some(ready())]).unwrap();
+        delivery.push_ar(0, 0x1000, true, Duration::ZERO);
+        delivery.push_ar(1, 0x2000, true, Duration::ZERO);
+        let told = delivery
+            .rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(ready())])
+            .unwrap();
         assert_eq!(told.iter().map(|t| t.record.addr).collect::<Vec<_>>(), [0x1000, 0x2000]);
     }
 
     #[test]
     fn acknowledged_means_bank_and_mcip_clear() {
         let mut delivery = open(amd(), 1);
-        delivery.push_ar(0, PAGE, Duration::ZERO);
+        delivery.push_ar(0, PAGE, true, Duration::ZERO);
         let told = inject(&mut delivery, 0, &mut ready(), LATER);
         let bank = told.record.bank;
         let mut taken = |state: &McaState| delivery.taken(0, state, LATER);
@@ -1199,7 +1549,7 @@ mod tests {
         assert_eq!(delivery.waiting_vcpus(then), [0]);
         inject(&mut delivery, 0, &mut state, then);
 
-        delivery.push_ar(0, 0x9000, Duration::ZERO);
+        delivery.push_ar(0, 0x9000, true, Duration::ZERO);
         inject(&mut delivery, 0, &mut state, then);
     }
 

@@ -100,10 +100,13 @@ impl Handle {
             return Err(ForgeError::NoVcpu { vcpu });
         }
         inner.forgery.queued.push((vcpu, Caught { kind, hva, lsb: PAGE_SHIFT }));
-        match vcpu {
-            Some(vcpu) => inner.call(vcpu),
-            None => self.0.wake(),
+        if let Some(vcpu) = vcpu {
+            inner.ask(vcpu);
+            // The relay's thread makes it leave the guest: the caller may hold a lock that the kick takes.
+            inner.to_call.push(vcpu);
         }
+        drop(inner);
+        self.0.wake();
         Ok(())
     }
 

@@ -14,6 +14,7 @@ use crate::event::{Event, Injection};
 use crate::failure::{Kind, PAGE_SIZE};
 use crate::firmware::{Block, Outcome, Publication, Sight, Step, Why};
 use crate::ledger::{Place, State};
+use crate::locked::call_host;
 use crate::read;
 use crate::relay::{Change, IDLE_TICK, Inner, Shared};
 
@@ -132,7 +133,8 @@ impl Source {
 
     fn ring(&mut self) -> io::Result<()> {
         self.rang_at = Instant::now();
-        self.ghes.bell.ring()
+        let rung = call_host("bell", || self.ghes.bell.ring());
+        rung.unwrap_or_else(|| Err(io::Error::other("the bell panicked")))
     }
 
     /// Takes back what lies in the block.
@@ -155,7 +157,8 @@ impl Source {
                 return pause;
             }
         }
-        let (block, source_taken) = (self.block(), self.ghes.bell.is_heard());
+        let (block, source_taken) =
+            (self.block(), call_host("bell", || self.ghes.bell.is_heard()).flatten());
         let mut inner = shared.lock();
         inner.firmware_news = false;
         let paused = inner.is_paused();
@@ -163,7 +166,11 @@ impl Source {
         let now = shared.now();
         let (outcomes, step) = inner.delivery.firmware_step(&sight, now);
         shared.came_of(&mut inner, &outcomes);
-        if inner.delivery.firmware_withdraws() {
+        // Nobody waits while guest memory is written or the bell is rung: either may take its time. Only this thread
+        // looks at the block, so nobody sees a record taken before it was said to be there.
+        let withdraws = inner.delivery.firmware_withdraws();
+        drop(inner);
+        if withdraws {
             self.withdraw();
         }
         if !matches!(step, Step::Wait(_, Wait::InBlock)) {
@@ -174,10 +181,9 @@ impl Source {
             Step::Idle => IDLE_TICK,
             Step::Wait(first, wait) => {
                 if let Some((gpa, notice)) = first {
-                    shared.waits_here(&mut inner, gpa, notice, wait);
+                    shared.waits_here(&mut shared.lock(), gpa, notice, wait);
                 }
                 if self.rang_at.elapsed() >= RING_AGAIN && wait == Wait::InBlock {
-                    drop(inner);
                     // It has heard nothing worse than silence so far; its time will be up.
                     let _ = self.ring();
                 }
@@ -185,17 +191,18 @@ impl Source {
                 self.pause
             }
             Step::Publish(publication) => {
-                // The lock is held, so that nobody sees the page injected later than acknowledged.
-                let done = self.publish(&publication);
-                match done {
-                    Ok(()) => shared.published(&mut inner, &publication),
+                match self.publish(&publication) {
+                    Ok(()) => shared.published(&mut shared.lock(), &publication),
                     Err(error) => {
                         warn!("cannot tell the guest by its error source: {error}");
                         let unreachable = self.block() == Block::Unreachable;
                         let why = if unreachable { Why::Unreachable } else { Why::NotNotified };
+                        let mut inner = shared.lock();
                         let outcomes = inner.delivery.firmware_refused(why);
                         shared.came_of(&mut inner, &outcomes);
-                        if inner.delivery.firmware_withdraws() {
+                        let withdraws = inner.delivery.firmware_withdraws();
+                        drop(inner);
+                        if withdraws {
                             self.withdraw();
                         }
                     }

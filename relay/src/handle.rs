@@ -1,8 +1,8 @@
 //! A relay as any thread may use it: what is known, guest memory without SIGBUS, and changes of guest RAM.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use crate::event::Event;
 use crate::failure::{Kind, PAGE_SIZE};
@@ -31,6 +31,9 @@ pub enum RetireError {
         gpa: u64,
     },
 }
+
+/// How often a copy that is under way is looked at.
+const COPYING: Duration = Duration::from_millis(1);
 
 /// A relay as any thread may use it.
 #[derive(Clone)]
@@ -71,11 +74,8 @@ impl Handle {
     /// # Errors
     /// Not even the first byte could be read: see [`AccessError`].
     pub fn read(&self, gpa: u64, to: &mut [u8]) -> Result<usize, AccessError> {
-        // Held while the kernel copies: memory that is taken away is not unmapped before that is over.
-        let done = {
-            let ram = self.0.ram.read().unwrap_or_else(PoisonError::into_inner);
-            read::read_ram(&ram, gpa, to)
-        };
+        // Held while the kernel copies: `remove_ram` waits for that.
+        let done = read::read_ram(&self.0.ram(), gpa, to);
         done.inspect_err(|error| self.met(error))
     }
 
@@ -84,10 +84,7 @@ impl Handle {
     /// # Errors
     /// Not even the first byte could be written: see [`AccessError`].
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
-        let done = {
-            let ram = self.0.ram.read().unwrap_or_else(PoisonError::into_inner);
-            read::write_ram(&ram, gpa, from)
-        };
+        let done = read::write_ram(&self.0.ram(), gpa, from);
         done.inspect_err(|error| self.met(error))
     }
 
@@ -105,8 +102,15 @@ impl Handle {
         }
     }
 
+    /// Whether the relay's thread is there. It ends by itself only by a defect of its own, which it says in the log;
+    /// then nobody takes AOs any more. For a VMM's health check.
+    pub fn is_alive(&self) -> bool {
+        self.0.is_alive()
+    }
+
     /// Guest RAM has one region more. Call it before the guest can use the memory. What the ledger
-    /// says of pages that were there before, and unplugged, becomes past.
+    /// says of pages that were there before, and unplugged, becomes past. The region is looked through: pages of it
+    /// may have gone bad between its mapping and this call.
     ///
     /// # Errors
     /// See [`RamError`].
@@ -117,17 +121,38 @@ impl Handle {
         for gpa in Self::known_within(&inner, region) {
             inner.ledger.heal(gpa, now);
         }
+        drop(inner);
+        self.0.hint();
         Ok(())
     }
 
     /// The region that begins at guest-physical `gpa` is no longer guest RAM; the region. Call it
-    /// when the guest has given the memory up, and before it is unmapped. Nobody is told of its bad
-    /// pages any more.
+    /// when the guest has given the memory up, and before it is unmapped: it waits for reads and writes by
+    /// [`Self::read`] and [`Self::write`] that are under way. Nobody is told of its bad pages any more.
     ///
     /// # Errors
-    /// There is no such region.
+    /// There is no such region, or the error source's page is in it.
     pub fn remove_ram(&self, gpa: u64) -> Result<RamRegion, RamError> {
+        let (region, before) = self.take_ram(gpa)?;
+        // Whoever looks into the old map does so for a moment; who copies with it may take longer, and nobody else
+        // has to wait for that.
+        while Arc::strong_count(&before) > 1 {
+            std::thread::park_timeout(COPYING);
+        }
+        // What was done with the old map is over, and seen to be.
+        fence(Ordering::Acquire);
+        Ok(region)
+    }
+
+    /// The region at `gpa`, which is no longer guest RAM, and the map that had it.
+    fn take_ram(&self, gpa: u64) -> Result<(RamRegion, Arc<RamMap>), RamError> {
         let mut inner = self.0.lock();
+        let before = self.0.ram();
+        if let Some(page) = self.0.source_page
+            && before.region(page).is_some_and(|region| region.gpa() == gpa)
+        {
+            return Err(RamError::Source { gpa, page });
+        }
         let mut gone = None;
         self.change_ram(|ram| {
             let (less, region) = ram.without(gpa)?;
@@ -135,21 +160,23 @@ impl Handle {
             Ok(less)
         })?;
         let region = gone.ok_or(RamError::NoRegion { gpa })?;
-        inner.delivery.gone(&|gpa| gpa >= region.gpa && gpa - region.gpa < region.len);
+        let (start, len) = (region.gpa(), region.len());
+        inner.delivery.gone(&|gpa| gpa >= start && gpa - start < len);
         for gpa in Self::known_within(&inner, region) {
             self.0.set(&mut inner, gpa, State::Removed);
         }
-        inner.ledger.unpredict(region.gpa..region.gpa + region.len);
-        self.0.emit(&Event::Removed { gpa, len: region.len });
-        Ok(region)
+        inner.ledger.unpredict(start..start + len);
+        self.0.emit(&Event::Removed { gpa, len });
+        Ok((region, before))
     }
 
     /// There is good memory again in the pages of `len` bytes at guest-physical `gpa`.
     pub(crate) fn replaced(&self, gpa: u64, len: u64) {
         let mut inner = self.0.lock();
         let now = SystemTime::now();
-        let within = RamRegion::new(gpa, gpa, len);
-        for gpa in Self::known_within(&inner, within) {
+        let known: Vec<u64> =
+            inner.ledger.within(gpa..gpa.saturating_add(len)).map(|page| page.gpa).collect();
+        for gpa in known {
             let forged = inner.ledger.get(gpa).is_some_and(|page| page.is_forged());
             if inner.ledger.heal(gpa, now) {
                 self.0.emit(&Event::Healed { gpa, forged });
@@ -158,7 +185,7 @@ impl Handle {
     }
 
     fn known_within(inner: &Inner, region: RamRegion) -> Vec<u64> {
-        let RamRegion { gpa, len, .. } = region;
+        let (gpa, len) = (region.gpa(), region.len());
         inner.ledger.within(gpa..gpa + len).map(|page| page.gpa).collect()
     }
 

@@ -1,6 +1,6 @@
 //! Every poisoned page, and what became of it: the only state the relay keeps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::time::SystemTime;
 
@@ -99,6 +99,14 @@ pub enum State {
     /// There was no good memory to be had for it, or it was unplugged: it is no longer part of the
     /// guest's memory.
     Removed,
+}
+
+impl State {
+    /// Whether the guest has not been told of a bad page in this state, and could be.
+    #[must_use]
+    pub fn is_untold(&self) -> bool {
+        matches!(self, Self::Seen | Self::Waiting { .. } | Self::Undeliverable { .. })
+    }
 }
 
 impl std::fmt::Display for State {
@@ -238,12 +246,28 @@ pub struct Predicted {
     pub times: Times,
 }
 
+/// So many pages that are bad no longer are kept, the latest; those before are only counted.
+pub const PAST: usize = 65_536;
+
+/// Good memory was put in the place of a bad page that the guest has not been told of: what it had there is gone
+/// without its knowing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest has not been told that GPA {gpa:#x} is bad; it has to be, before it may use other memory there"
+)]
+pub struct Untold {
+    /// Guest-physical address of the page.
+    pub gpa: u64,
+}
+
 /// The pages, by guest-physical address. It outlives a boot: give the next relay the last one's.
 #[derive(Debug, Clone, Default)]
 pub struct Ledger {
     pages: Table,
     /// What was bad once, in the order in which it ended.
-    past: Vec<Page>,
+    past: VecDeque<Page>,
+    /// Those of [`Self::past`] that are no longer kept.
+    past_dropped: u64,
     predicted: BTreeMap<u64, Predicted>,
 }
 
@@ -333,16 +357,36 @@ impl Ledger {
         true
     }
 
-    /// There is good memory at `gpa` now: the page is no longer bad, and its entry goes to
-    /// [`Self::past`]. False when it was not bad.
+    /// The guest starts over and has good memory at `gpa`: the page is no longer bad, and its entry goes to
+    /// [`Self::past`]. False when it was not bad. For a guest that goes on there is [`Self::replace`].
     pub fn heal(&mut self, gpa: u64, now: SystemTime) -> bool {
         let Some(mut page) = self.pages.remove(gpa) else { return false };
         if page.state != State::Removed {
             page.times.note(&page.state, &State::Healed, now);
             page.state = State::Healed;
         }
-        self.past.push(page);
+        if self.past.len() == PAST {
+            self.past.pop_front();
+            self.past_dropped += 1;
+        }
+        self.past.push_back(page);
         true
+    }
+
+    /// A guest that goes on (restored from a snapshot, say, into fresh memory) has good memory at `gpa`, and has been
+    /// told that what it had there is gone. False when the page was not bad.
+    ///
+    /// # Errors
+    /// It has not been told. The page stays in the ledger, and the relay that is given it will tell; until then
+    /// whatever touches the page has to fail (UFFDIO_POISON, say).
+    pub fn replace(&mut self, gpa: u64, now: SystemTime) -> Result<bool, Untold> {
+        match self.state_of(gpa) {
+            Some(State::Acknowledged { .. } | State::Removed | State::Healed) => {
+                Ok(self.heal(gpa, now))
+            }
+            Some(_) => Err(Untold { gpa }),
+            None => Ok(false),
+        }
     }
 
     /// The guest starts over, and whatever was predicted was of memory that it has no longer.
@@ -356,9 +400,26 @@ impl Ledger {
     }
 
     /// The pages that were bad and are so no longer, in the order in which they were healed, or
-    /// removed and put back.
+    /// removed and put back: the last [`PAST`] of them.
     pub fn past(&self) -> impl ExactSizeIterator<Item = &Page> {
         self.past.iter()
+    }
+
+    /// How many pages were bad before those of [`Self::past`].
+    pub fn past_dropped(&self) -> u64 {
+        self.past_dropped
+    }
+
+    /// The pages that the guest has not been told of, or whose record it has not taken, by guest-physical address.
+    pub(crate) fn untold(&self) -> impl Iterator<Item = Page> {
+        let is_open =
+            |page: &Page| page.state.is_untold() || matches!(page.state, State::Injected { .. });
+        self.pages().filter(is_open)
+    }
+
+    /// What has become of the page at `gpa`, if it is known to be bad.
+    pub(crate) fn state_of(&self, gpa: u64) -> Option<State> {
+        self.pages.get(gpa).map(|page| page.state)
     }
 
     /// The pages that were predicted to fail, by guest-physical address.

@@ -50,7 +50,8 @@
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! // Where guest RAM is: HVA, GPA, length.
-//! let ram = RamMap::new(&[RamRegion::new(0x7f00_0000_0000, 0, 1 << 30)])?;
+//! // SAFETY: nothing is mapped there. Of a real guest: its memory, which no reference of Rust's leads to.
+//! let ram = RamMap::new(&[unsafe { RamRegion::new(0x7f00_0000_0000, 0, 1 << 30) }])?;
 //! let (send, events) = channel();
 //! let observer = move |event: &Event| drop(send.send(event.to_string()));
 //! let relay = Relay::start(Config::new(1, CAPS, ram, observer))?;
@@ -86,6 +87,7 @@ mod forge;
 pub mod ghes;
 mod handle;
 pub mod ledger;
+mod locked;
 pub mod mca;
 mod pace;
 mod port;
@@ -124,5 +126,5 @@ pub use pace::Pace;
 pub use port::{Mca, VcpuPort, Verdict};
 pub use ram::{RamError, RamMap, RamRegion};
 pub use read::AccessError;
-pub use relay::{Config, Relay, StartError};
+pub use relay::{AttachError, Config, Relay, StartError};
 pub use signal::{ExitByte, Handled, KillPolicy, Signals};

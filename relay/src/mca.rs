@@ -172,9 +172,10 @@ impl Caps {
     /// The registers that a vCPU's state is read from, for [`Self::state`].
     #[must_use]
     pub fn state_msrs(&self) -> Vec<u32> {
+        let ctl = self.has(cap::CTL_P).then_some(msr::MCG_CTL);
         let lmce = self.has(cap::LMCE_P).then_some(msr::MCG_EXT_CTL);
         let banks = (0..self.banks()).flat_map(|bank| [msr::mc_ctl(bank), msr::mc_status(bank)]);
-        [msr::MCG_STATUS, msr::MCG_CTL].into_iter().chain(lmce).chain(banks).collect()
+        [msr::MCG_STATUS].into_iter().chain(ctl).chain(lmce).chain(banks).collect()
     }
 
     /// The state that `values` of [`Self::state_msrs`], in their order, are of. What is in no such register is
@@ -183,7 +184,9 @@ impl Caps {
     pub fn state(&self, values: &[u64]) -> McaState {
         let mut values = values.iter().copied();
         let mut next = || values.next().unwrap_or_default();
-        let (mcg_status, mcg_ctl) = (next(), next());
+        let mcg_status = next();
+        // Without the register nothing can be switched off by it.
+        let mcg_ctl = if self.has(cap::CTL_P) { next() } else { u64::MAX };
         let lmce = self.has(cap::LMCE_P) && next() & msr::MCG_EXT_CTL_LMCE != 0;
         let mut banks = [Bank::default(); MAX_BANKS];
         for bank in banks.iter_mut().take(usize::from(self.banks())) {
@@ -197,6 +200,7 @@ impl Caps {
             lmce,
             event_in_flight: false,
             interrupts_on: false,
+            halted: false,
             rip: 0,
             banks,
         }
@@ -342,6 +346,12 @@ pub struct McaState {
     pub event_in_flight: bool,
     /// RFLAGS.IF: the vCPU takes interrupts, so it is not in its machine-check handler.
     pub interrupts_on: bool,
+    /// The vCPU waits in HLT with interrupts off. So do processors that Linux has taken offline, or left
+    /// behind when it went over to a crash kernel (`hlt_play_dead`, `arch/x86/kernel/smpboot.c`;
+    /// `kdump_nmi_callback`): they are woken by a machine check, clear MCG_STATUS, and take nothing out of a
+    /// bank (`mce_check_crashing_cpu`). Need not be asked where [`Self::interrupts_on`] is set; false is a
+    /// safe answer, with which such a processor is recognised more slowly.
+    pub halted: bool,
     /// RIP: where the vCPU goes on. For people who look for what touched a page.
     pub rip: u64,
     /// The banks; only the first [`Caps::banks`] mean anything.
@@ -368,6 +378,7 @@ mod tests {
             let values: Vec<u64> = registers.iter().map(|register| u64::from(*register)).collect();
             let state = caps.state(&values);
             assert_eq!((state.mcg_status, state.mcg_ctl), (0x17a, 0x17b));
+            assert!(registers.contains(&0x17b));
             // The register's number has the bit clear.
             assert_eq!(registers.contains(&0x4d0), lmce != 0);
             assert!(!state.lmce);
@@ -376,8 +387,12 @@ mod tests {
             }
             assert!(state.banks[3..].iter().all(|bank| *bank == Bank::default()));
         }
+        // Without CTL_P there is no MCG_CTL to be read, and nothing is switched off by it.
         let caps = Caps { vendor: Vendor::Intel, mcg_cap: 3 | cap::LMCE_P, succor: false };
-        assert!(caps.state(&[0, 0, 1]).lmce);
+        assert!(!caps.state_msrs().contains(&0x17b));
+        let state = caps.state(&[0, 1]);
+        assert!(state.lmce);
+        assert_eq!(state.mcg_ctl, u64::MAX);
     }
 
     /// The numbers that were seen to work with Linux guests, as literals on purpose.

@@ -7,18 +7,19 @@
 
 use std::io;
 use std::marker::PhantomData;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::warn;
 
-use crate::delivery::{Cannot, Step, Told, Wait, index};
+use crate::delivery::{Cannot, Pending, Step, Told, Wait, index};
 use crate::event::{Event, Injection, Reach, Thread};
-use crate::failure::{Kind, PAGE_SHIFT};
+use crate::failure::{Kind, PAGE_SHIFT, PAGE_SIZE};
 use crate::ledger::{Place, State};
-use crate::mca::{Form, McaState, Record, mcg};
+use crate::locked::Locked;
+use crate::mca::{Form, McaState, Record, mcg, status};
 use crate::read::{self, AccessError};
-use crate::relay::{Change, IDLE_TICK, Inner, RETRY_FIRST, Shared};
+use crate::relay::{Change, Inner, RETRY_FIRST, Shared};
 use crate::signal::{self, Caught, ThreadSlot};
 
 /// How long a vCPU that touched a bad page is held back while other processors leave their
@@ -26,11 +27,18 @@ use crate::signal::{self, Caught, ThreadSlot};
 const AR_PATIENCE: Duration = Duration::from_secs(5);
 /// How often it looks meanwhile.
 const AR_LOOK: Duration = Duration::from_millis(1);
+/// How long the vCPUs that have come round for a machine check wait for those that have not. A thread that takes
+/// longer is held up by something else.
+const GATHERING: Duration = Duration::from_secs(1);
+
+/// So many ARs without an address within [`NAMELESS_IN`] are a touch that KVM does not give the address of either.
+const NAMELESS: u32 = 64;
+const NAMELESS_IN: Duration = Duration::from_secs(10);
 
 /// What the relay needs of a hypervisor: one vCPU's machine-check state, and a way to set it.
 ///
 /// All calls are made on the thread that runs the vCPU, while it is not running, by
-/// [`VcpuPort::before_run`]. They may block briefly (an ioctl), never for another vCPU.
+/// [`VcpuPort::before_run`], and without a lock of the relay's.
 pub trait Mca {
     /// The vCPU's machine-check state now.
     ///
@@ -55,6 +63,16 @@ pub trait Mca {
         let state = self.state()?;
         Ok((state.banks[usize::from(bank)].status, state.mcg_status))
     }
+
+    /// Empties `bank`: sets its MCi_STATUS to 0 from outside, as the guest does when it has read the bank
+    /// (KVM_SET_MSRS). It holds a record that was given to a processor which is offline, so that nobody reads it.
+    ///
+    /// # Errors
+    /// `Unsupported` (what this does): the back end has no such call. What such records told is told elsewhere all
+    /// the same; if the guest brings the processor back, it may read them, too.
+    fn take_back(&mut self, _bank: u8) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 /// What a vCPU thread is to do after [`VcpuPort::before_run`].
@@ -78,22 +96,32 @@ pub enum Verdict {
 pub(crate) struct Round {
     /// Tells it from those before and after it.
     number: u64,
-    /// The vCPU that asked for it.
+    /// The vCPU that asked for it, and the error that it is for.
     leader: usize,
+    error: Pending,
     /// The vCPUs that have to stop before it is settled.
     asked: Vec<usize>,
     /// The state of each of them that has stopped.
     states: Vec<Option<McaState>>,
     /// Set once everybody has stopped: what each is to inject, or why nobody does.
-    outcome: Option<Result<Vec<Told>, Wait>>,
+    outcome: Option<Arc<Result<Vec<Told>, Wait>>>,
     /// vCPUs that have not acted on the outcome yet.
     leaving: Vec<usize>,
+    /// When it was called.
+    since: Instant,
 }
 
 impl Round {
     fn settle(&mut self, outcome: Result<Vec<Told>, Wait>) {
-        self.outcome = Some(outcome);
-        self.leaving = self.asked.clone();
+        self.outcome = Some(Arc::new(outcome));
+        // Who has not come is not waited for.
+        let came = self.asked.iter().filter(|vcpu| self.states[**vcpu].is_some());
+        self.leaving = came.copied().collect();
+    }
+
+    /// The vCPUs that were asked and have not come.
+    fn missing(&self) -> Vec<usize> {
+        self.asked.iter().copied().filter(|vcpu| self.states[*vcpu].is_none()).collect()
     }
 }
 
@@ -102,6 +130,11 @@ pub struct VcpuPort {
     pub(crate) vcpu: usize,
     pub(crate) slot: ThreadSlot,
     pub(crate) shared: Arc<Shared>,
+    /// ARs without an address, and when the first of them came.
+    pub(crate) nameless: u32,
+    pub(crate) nameless_since: Option<Instant>,
+    /// The back end empties banks, as far as is known.
+    pub(crate) takes_back: bool,
     pub(crate) not_send: PhantomData<*const ()>,
 }
 
@@ -120,17 +153,47 @@ impl VcpuPort {
         self.slot.attention()
     }
 
-    /// An MMIO exit at `gpa`: true when that is guest RAM, which means that KVM emulated an
-    /// instruction that met poison. The page is then taken for touched (AR).
+    /// An MMIO exit at `gpa`: true when that is guest RAM and the page is bad, which means that KVM emulated an
+    /// instruction that met poison. The page is then taken for touched (AR). False for what else shows as MMIO
+    /// in RAM: a store to a read-only slot, a slot that is being changed, a file that was cut short (see
+    /// [`Self::probe`]).
     pub fn mmio_hit(&mut self, gpa: u64) -> bool {
-        let Some(hva) = self.shared.ram().hva(gpa) else {
-            return false;
+        self.touches(gpa, 1, false)
+    }
+
+    /// A KVM_RUN that failed with `errno`, EFAULT or EHWPOISON, and KVM_EXIT_MEMORY_FAULT of `size` bytes at `gpa`: true
+    /// when a page of guest RAM there is bad. KVM says it so, and raises no SIGBUS, of memory that this process has
+    /// not mapped (guest_memfd); with EFAULT alone it may mean anything, and the host is asked. The first bad page is
+    /// then taken for touched (AR), and the others for bad (AO).
+    pub fn memory_fault(&mut self, gpa: u64, size: u64, errno: i32) -> bool {
+        self.touches(gpa, size, errno == libc::EHWPOISON)
+    }
+
+    /// The guest has touched `size` bytes at `gpa`, of which the first is bad if it is `sure`, and else those of which
+    /// the host says so.
+    fn touches(&mut self, gpa: u64, size: u64, sure: bool) -> bool {
+        let ram = self.shared.ram();
+        let first = gpa & !(PAGE_SIZE - 1);
+        // More than one huge page is no single fault.
+        let end = gpa.saturating_add(size.clamp(1, 1 << 30));
+        let is_bad = |at: &u64| {
+            let poisoned =
+                || matches!(read::read_ram(&ram, *at, &mut [0]), Err(AccessError::Poisoned { .. }));
+            ram.hva(*at).is_some() && ((sure && *at == first) || poisoned())
         };
-        let mut inner = self.shared.lock();
-        let caught = Caught { kind: Kind::ActionRequired, hva, lsb: PAGE_SHIFT };
-        self.shared.enter(&mut inner, caught, Thread::Vcpu(self.vcpu));
-        self.slot.shared().ask_attention();
-        true
+        let pages = (0..).map(|page| first + page * PAGE_SIZE).take_while(|page| *page < end);
+        let bad: Vec<u64> = pages.filter(is_bad).collect();
+        let mut kind = Kind::ActionRequired;
+        for gpa in &bad {
+            let Some(hva) = ram.hva(*gpa) else { continue };
+            let caught = Caught { kind, hva, lsb: PAGE_SHIFT };
+            self.shared.enter(&mut self.shared.lock(), caught, Thread::Vcpu(self.vcpu));
+            kind = Kind::ActionOptional;
+        }
+        if !bad.is_empty() {
+            self.slot.shared().ask_attention();
+        }
+        !bad.is_empty()
     }
 
     /// Whether the byte of guest RAM at `gpa` can be read, and if not, why. For exits that may be about
@@ -146,6 +209,7 @@ impl VcpuPort {
     /// vCPU: machine checks that have to reach every processor are put off.
     pub fn park(&mut self, wait: impl FnOnce()) {
         self.shared.set_parked(self.vcpu, true);
+        // Under no lock: what else was there may go on.
         wait();
         self.shared.set_parked(self.vcpu, false);
         // What came in the meantime, and whatever was put off.
@@ -157,12 +221,19 @@ impl VcpuPort {
     fn attend<M: Mca>(&mut self, mca: &mut M) -> Verdict {
         let shared = Arc::clone(&self.shared);
         let me = self.vcpu;
-        let mut inner = shared.lock();
         let mut held_since = None;
         loop {
             self.slot.clear_attention();
+            // Several system calls, for which nobody else need wait. The vCPU stands still meanwhile.
+            let state = mca.state();
+            let mut inner = shared.lock();
+            shared.comes_round(&mut inner, me);
             for caught in shared.take(&mut inner, &self.slot, Thread::Vcpu(me)) {
-                if caught.kind == Kind::ActionRequired {
+                if caught.kind == Kind::ActionRequired && caught.hva == 0 && self.is_nameless() {
+                    // The kernel does not say where, of memory that this process has not mapped (guest_memfd). It
+                    // knows by now, and says it when the guest touches the page again.
+                    shared.hint();
+                } else if caught.kind == Kind::ActionRequired {
                     // Not under the lock: whoever was there before us may end the process, and have
                     // something to put in order first.
                     drop(inner);
@@ -170,7 +241,7 @@ impl VcpuPort {
                     inner = shared.lock();
                 }
             }
-            let state = match mca.state() {
+            let state = match state {
                 Ok(state) => state,
                 Err(error) => {
                     // Nobody may be kept waiting in a round by a vCPU that cannot take part.
@@ -184,19 +255,36 @@ impl VcpuPort {
                 }
             };
             let now = shared.now();
+            let ao_vcpu = inner.delivery.ao_vcpu();
             let taken = inner.delivery.taken(me, &state, now);
             shared.taken(&mut inner, me, &taken);
+            let left = inner.delivery.left_behind(me, &state, now);
+            if !left.is_empty() && self.takes_back {
+                drop(inner);
+                self.take_back(mca, &left);
+                // The banks are other ones now.
+                continue;
+            }
+            if !left.is_empty() {
+                shared.given_up(&mut inner, me, &left, false);
+            }
             let gathering = inner.round.is_some();
             let step = if gathering { None } else { Some(inner.delivery.next(me, &state, now)) };
+            if inner.delivery.ao_vcpu() != ao_vcpu {
+                // AOs are another vCPU's matter from here on.
+                inner.news = true;
+                shared.wake();
+            }
             match step {
                 Some(Step::Idle) => return Verdict::Run,
                 Some(Step::Inject(told)) => {
                     let (at, reach) = (state.rip, Reach::Local);
-                    if let Err(verdict) = shared.inject(&mut inner, mca, &told, reach, at) {
+                    let (guard, done) = shared.inject(inner, mca, &told, reach, at);
+                    if let Err(verdict) = done {
                         return verdict;
                     }
                     // Reading the state again costs as much as all the rest.
-                    if !inner.delivery.has_something_for(me) {
+                    if !guard.delivery.has_something_for(me) {
                         return Verdict::Run;
                     }
                 }
@@ -212,13 +300,13 @@ impl VcpuPort {
                     }
                 }
                 Some(Step::Rendezvous(_)) | None => {
-                    if step.is_some() {
-                        shared.call_round(&mut inner, me);
-                    }
                     let error = step.and_then(|step| match step {
                         Step::Rendezvous(error) => Some(error),
                         _ => None,
                     });
+                    if let Some(error) = error {
+                        shared.call_round(&mut inner, me, error);
+                    }
                     let (guard, part) = shared.take_part(inner, me, state, mca);
                     inner = guard;
                     match (part, error) {
@@ -231,10 +319,14 @@ impl VcpuPort {
                         (Part::Told, _) | (Part::Postponed(_), None) => {}
                         (Part::Postponed(wait), Some(error)) => {
                             shared.waiting(&mut inner, error, wait);
-                            // A vCPU that is paused will not come, and this one is to pause, too: an
-                            // AR is met again after that.
-                            let paused = matches!(wait, Wait::Paused { .. });
-                            if error.kind == Kind::ActionOptional || paused {
+                            if error.kind == Kind::ActionOptional {
+                                return Verdict::Run;
+                            }
+                            // A vCPU that is paused will not come, and this one is to pause, too. What it
+                            // touched it touches again after that.
+                            if matches!(wait, Wait::Paused { .. }) {
+                                inner.goes_on(me);
+                                shared.wake();
                                 return Verdict::Run;
                             }
                             let since: Instant = *held_since.get_or_insert_with(Instant::now);
@@ -243,20 +335,64 @@ impl VcpuPort {
                                 shared.undeliverable(&mut inner, me, error, why, rip);
                                 return Verdict::Undeliverable { gpa: error.gpa, why, rip };
                             }
-                            inner = shared.pause(inner, AR_LOOK);
+                            drop(shared.pause(inner, AR_LOOK));
                         }
                     }
                 }
             }
         }
     }
+
+    /// Whether one more AR without an address may be taken for one of guest memory.
+    fn is_nameless(&mut self) -> bool {
+        let now = Instant::now();
+        let first = *self.nameless_since.get_or_insert(now);
+        self.nameless += 1;
+        if now.duration_since(first) > NAMELESS_IN {
+            (self.nameless_since, self.nameless) = (Some(now), 1);
+        }
+        self.nameless <= NAMELESS
+    }
+
+    /// Empties `banks`, whose records this vCPU does not take, and has what they told told elsewhere.
+    fn take_back<M: Mca>(&mut self, mca: &mut M, banks: &[u8]) {
+        let me = self.vcpu;
+        let mut emptied = Vec::new();
+        for &bank in banks {
+            match mca.take_back(bank) {
+                Ok(()) => emptied.push(bank),
+                Err(error) => {
+                    warn!(
+                        "vCPU {me}: cannot empty bank {bank}, whose record it does not take: {error}"
+                    );
+                    self.takes_back = false;
+                    break;
+                }
+            }
+        }
+        self.shared.given_up(&mut self.shared.lock(), me, &emptied, true);
+    }
 }
 
 impl Drop for VcpuPort {
     fn drop(&mut self) {
+        if self.shared.is_of_parent() {
+            return;
+        }
+        let me = self.vcpu;
         let mut inner = self.shared.lock();
-        inner.vcpus[self.vcpu] = None;
-        self.shared.absent(&mut inner, self.vcpu);
+        // What came since it last looked.
+        let nobodys = self.shared.take(&mut inner, &self.slot, Thread::Vcpu(me));
+        let kick = inner.leaves(me);
+        self.shared.absent(&mut inner, me);
+        drop(inner);
+        if let Some(kick) = kick {
+            // Whoever is kicking this vCPU is waited for.
+            *kick.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        self.shared.wake();
+        let ars = nobodys.into_iter().filter(|caught| caught.kind == Kind::ActionRequired);
+        ars.for_each(signal::give_up);
     }
 }
 
@@ -273,8 +409,31 @@ enum Part {
 /// The gathering of all vCPUs, and the injection itself.
 impl Shared {
     /// Lets go of the lock for `time` at most, or until a round takes a step.
-    fn pause<'a>(&self, inner: MutexGuard<'a, Inner>, time: Duration) -> MutexGuard<'a, Inner> {
-        self.gathered.wait_timeout(inner, time).unwrap_or_else(PoisonError::into_inner).0
+    fn pause<'a>(&self, inner: Locked<'a>, time: Duration) -> Locked<'a> {
+        inner.wait(&self.gathered, time)
+    }
+
+    /// `vcpu` has come round; a gathering may wait for it again.
+    fn comes_round(&self, inner: &mut Inner, vcpu: usize) {
+        if let Some(attached) = inner.vcpus[vcpu].as_mut().filter(|attached| attached.late) {
+            attached.late = false;
+            inner.news = true;
+            self.wake();
+        }
+    }
+
+    /// The records in `banks` of `vcpu`, which were `emptied` or could not be, are not taken by it, and are told
+    /// elsewhere.
+    fn given_up(&self, inner: &mut Inner, vcpu: usize, banks: &[u8], emptied: bool) {
+        for &bank in banks {
+            let gpa = match emptied {
+                true => inner.delivery.taken_back(vcpu, bank),
+                false => inner.delivery.stays(vcpu, bank),
+            };
+            if let Some(gpa) = gpa {
+                self.told_elsewhere(inner, &[gpa], Wait::Offline { vcpu: index(vcpu) });
+            }
+        }
     }
 
     /// Says whether `vcpu` is held by a pause. A round that waits for it is put off.
@@ -294,21 +453,34 @@ impl Shared {
     }
 
     /// `leader` wants every vCPU to stop.
-    fn call_round(&self, inner: &mut Inner, leader: usize) {
+    fn call_round(&self, inner: &mut Inner, leader: usize, error: Pending) {
         let count = inner.vcpus.len();
         let asked: Vec<usize> = (0..count).filter(|vcpu| inner.vcpus[*vcpu].is_some()).collect();
         inner.rounds += 1;
         let number = inner.rounds;
-        let is_parked = |vcpu: &&usize| inner.vcpus[**vcpu].as_ref().is_some_and(|v| v.parked);
-        let parked = asked.iter().find(is_parked).copied();
-        if let Some(vcpu) = parked {
+        let since = Instant::now();
+        let will_not_come = asked.iter().copied().find_map(|vcpu| {
+            let attached = inner.vcpus[vcpu].as_ref()?;
+            match (attached.parked, attached.late) {
+                (true, _) => Some(Wait::Paused { vcpu: index(vcpu) }),
+                (_, true) => Some(Wait::NotComing { vcpu: index(vcpu) }),
+                _ => None,
+            }
+        });
+        if let Some(wait) = will_not_come {
+            // The one call that it had may have been lost.
+            let is_late = |vcpu: &usize| inner.vcpus[*vcpu].as_ref().is_some_and(|v| v.late);
+            let late: Vec<usize> = asked.iter().copied().filter(is_late).collect();
+            late.into_iter().for_each(|vcpu| inner.call(vcpu));
             inner.round = Some(Round {
                 number,
                 leader,
+                error,
                 asked: vec![leader],
                 states: vec![None; count],
-                outcome: Some(Err(Wait::Paused { vcpu: index(vcpu) })),
+                outcome: Some(Arc::new(Err(wait))),
                 leaving: vec![leader],
+                since,
             });
             return;
         }
@@ -318,21 +490,42 @@ impl Shared {
         inner.round = Some(Round {
             number,
             leader,
+            error,
             asked,
             states: vec![None; count],
             outcome: None,
             leaving: Vec::new(),
+            since,
         });
+    }
+
+    /// A round that has waited long enough is put off, and true is returned; who has not come is not waited for again
+    /// until it does.
+    fn give_up_waiting(&self, inner: &mut Inner) -> bool {
+        let Some(round) = inner.round.as_mut() else { return false };
+        if round.outcome.is_some() || round.since.elapsed() < GATHERING {
+            return false;
+        }
+        let missing = round.missing();
+        let Some(first) = missing.first() else { return false };
+        round.settle(Err(Wait::NotComing { vcpu: index(*first) }));
+        for vcpu in missing {
+            if let Some(attached) = inner.vcpus[vcpu].as_mut() {
+                attached.late = true;
+            }
+        }
+        self.gathered.notify_all();
+        true
     }
 
     /// Shows `state` to the round, waits until everybody has, and does this vCPU's part of it.
     fn take_part<'a, M: Mca>(
-        &self,
-        mut inner: MutexGuard<'a, Inner>,
+        &'a self,
+        mut inner: Locked<'a>,
         me: usize,
         state: McaState,
         mca: &mut M,
-    ) -> (MutexGuard<'a, Inner>, Part) {
+    ) -> (Locked<'a>, Part) {
         let mut number = None;
         if let Some(round) = inner.round.as_mut() {
             number = Some(round.number);
@@ -350,15 +543,18 @@ impl Shared {
                 Some(_) => None,
             };
             match outcome {
-                None => inner = self.pause(inner, IDLE_TICK),
+                None if self.give_up_waiting(&mut inner) => {}
+                None => inner = self.pause(inner, GATHERING / 4),
                 Some(outcome) => {
-                    let part = match outcome {
-                        Err(wait) => Part::Postponed(wait),
+                    let part = match &*outcome {
+                        Err(wait) => Part::Postponed(*wait),
                         Ok(records) => match records.iter().find(|told| told.vcpu == me) {
                             None => Part::Told,
                             Some(told) => {
                                 let reach = Reach::Rendezvous;
-                                match self.inject(&mut inner, mca, told, reach, state.rip) {
+                                let (guard, done) = self.inject(inner, mca, told, reach, state.rip);
+                                inner = guard;
+                                match done {
                                     Ok(()) => Part::Told,
                                     Err(verdict) => Part::Refused(verdict),
                                 }
@@ -378,7 +574,9 @@ impl Shared {
             return;
         };
         if round.asked.iter().all(|vcpu| round.states[*vcpu].is_some()) {
-            let outcome = inner.delivery.rendezvous(round.leader, &round.states);
+            let outcome = inner.delivery.rendezvous(round.leader, round.error, &round.states);
+            // Nothing to be told any more here; what there is elsewhere is looked for.
+            inner.news |= outcome.as_ref().is_ok_and(Vec::is_empty);
             round.settle(outcome);
             self.gathered.notify_all();
         }
@@ -410,50 +608,60 @@ impl Shared {
         }
     }
 
-    /// Injects one record on the calling vCPU's thread and reads back what became of it.
-    fn inject<M: Mca>(
-        &self,
-        inner: &mut Inner,
+    /// Injects one record on the calling vCPU's thread, without the lock, and reads back what became of it.
+    fn inject<'a, M: Mca>(
+        &'a self,
+        mut inner: Locked<'a>,
         mca: &mut M,
         told: &Told,
         reach: Reach,
         rip: u64,
-    ) -> Result<(), Verdict> {
+    ) -> (Locked<'a>, Result<(), Verdict>) {
         let Told { vcpu, error, record } = *told;
+        // First, so that nobody else tells it meanwhile.
+        if inner.delivery.told(told) {
+            inner.aos_wait();
+        }
+        drop(inner);
         let done = mca.inject(&record).and_then(|()| mca.read_back(record.bank));
+        let mut inner = self.lock();
         let bank = match done {
             Ok((held, mcg_status)) => {
                 // A return of 0 from KVM is not a delivery; what the bank holds is.
                 let raised = record.mcg_status == 0 || mcg_status == record.mcg_status;
-                (held == record.status && raised).then_some((held, mcg_status))
+                // A bystander's may have been written over one like it.
+                let held_so = if error.is_none() { held & !status::OVER } else { held };
+                (held_so == record.status && raised).then_some((held, mcg_status))
             }
             Err(error) => {
                 warn!("vCPU {vcpu}: cannot inject into bank {}: {error}", record.bank);
                 None
             }
         };
+        if bank.is_none() {
+            inner.delivery.refused(told);
+        }
         let Some((pending, form)) = error else {
-            match bank {
-                Some(_) => inner.delivery.told(told),
-                None => warn!("vCPU {vcpu}: was not given its part of a rendezvous"),
+            if bank.is_none() {
+                warn!("vCPU {vcpu}: was not given its part of a rendezvous");
             }
-            return Ok(());
+            return (inner, Ok(()));
         };
         let Some((status, mcg_status)) = bank else {
             let (why, rip) = (Cannot::Refused, Some(rip));
-            self.undeliverable(inner, vcpu, pending, why, rip);
-            return match pending.kind {
+            self.undeliverable(&mut inner, vcpu, pending, why, rip);
+            let verdict = match pending.kind {
                 Kind::ActionOptional => Ok(()),
                 Kind::ActionRequired => Err(Verdict::Undeliverable { gpa: pending.gpa, why, rip }),
             };
+            return (inner, verdict);
         };
-        inner.delivery.told(told);
         inner.retry = RETRY_FIRST;
         // It may be asleep, and it is the one who looks for the acknowledgement.
         self.wake();
         let place = Place::Mce { vcpu: index(vcpu), bank: record.bank, form };
         let Change { after_micros, forged, .. } =
-            self.set(inner, pending.gpa, State::Injected { place });
+            self.set(&mut inner, pending.gpa, State::Injected { place });
         let by = Injection::Mce {
             vcpu,
             bank: record.bank,
@@ -467,6 +675,6 @@ impl Shared {
             mcg_status,
         };
         self.emit(&Event::Injected { gpa: pending.gpa, by, after_micros, forged });
-        Ok(())
+        (inner, Ok(()))
     }
 }

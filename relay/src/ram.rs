@@ -14,22 +14,64 @@ const PAGE_STEP: usize = 1 << crate::failure::PAGE_SHIFT;
 /// One stretch of guest RAM: `len` bytes at guest-physical `gpa`, mapped by this process at `hva`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RamRegion {
-    /// Host virtual address of its first byte; a multiple of 4 KiB.
-    pub hva: u64,
-    /// Guest-physical address of its first byte; a multiple of 4 KiB.
-    pub gpa: u64,
-    /// Length in bytes; a multiple of 4 KiB, not 0.
-    pub len: u64,
-    /// `log2` of the pages that the host keeps it in: 12, or 21 or 30 for hugetlb, which the host
-    /// loses as a whole. What is 12 here may be in transparent huge pages: the host splits those.
-    pub page_shift: u8,
+    hva: u64,
+    gpa: u64,
+    len: u64,
+    page_shift: u8,
 }
 
 impl RamRegion {
-    /// A stretch in pages of 4 KiB, of which the host loses one at a time.
+    /// `len` bytes of this process's memory at `hva` that the guest has at guest-physical `gpa`, in pages of 4 KiB, of
+    /// which the host loses one at a time. All three are multiples of 4 KiB, and `len` is not 0: [`RamMap::new`]
+    /// says so if they are not.
+    ///
+    /// # Safety
+    /// Whoever has the region, or a map or relay that was made with it, may write to this memory by a safe call
+    /// ([`Handle::write`](crate::Handle::write), [`read::write_ram`](crate::read::write_ram)), and the relay writes
+    /// the error source's page. So as long as one of them is there, and until
+    /// [`Handle::remove_ram`](crate::Handle::remove_ram) has returned, nothing but guest memory, which the guest may
+    /// change at any time, is mapped at `hva..hva + len`, or nothing at all; no reference of Rust's leads there.
     #[must_use]
-    pub const fn new(hva: u64, gpa: u64, len: u64) -> Self {
+    #[allow(unsafe_code, reason = "a promise about memory")]
+    pub const unsafe fn new(hva: u64, gpa: u64, len: u64) -> Self {
+        Self::unwritten(hva, gpa, len)
+    }
+
+    /// The same of memory that nobody writes by it.
+    pub(crate) const fn unwritten(hva: u64, gpa: u64, len: u64) -> Self {
         Self { hva, gpa, len, page_shift: crate::failure::PAGE_SHIFT }
+    }
+
+    /// The same in pages of `1 << page_shift` bytes: 12, or 21 or 30 for hugetlb, which the host loses as a whole.
+    /// What is 12 here may be in transparent huge pages: the host splits those.
+    #[must_use]
+    pub const fn in_pages_of(self, page_shift: u8) -> Self {
+        Self { page_shift, ..self }
+    }
+
+    /// Host virtual address of its first byte.
+    #[must_use]
+    pub const fn hva(&self) -> u64 {
+        self.hva
+    }
+
+    /// Guest-physical address of its first byte.
+    #[must_use]
+    pub const fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    #[allow(clippy::len_without_is_empty, reason = "none is empty")]
+    pub const fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// `log2` of the pages that the host keeps it in.
+    #[must_use]
+    pub const fn page_shift(&self) -> u8 {
+        self.page_shift
     }
 
     fn hvas(&self) -> Range<u64> {
@@ -39,12 +81,16 @@ impl RamRegion {
 
 #[cfg(feature = "vm-memory")]
 impl RamRegion {
-    /// The regions of `memory`, as kept in pages of 4 KiB: set [`Self::page_shift`] of those that are in
-    /// hugetlb pages.
+    /// The regions of `memory`, as kept in pages of 4 KiB: [`Self::in_pages_of`] is for those that are in hugetlb
+    /// pages.
     ///
     /// # Errors
     /// A region is not mapped by this process.
-    pub fn all_of(
+    ///
+    /// # Safety
+    /// As for [`Self::new`]: the memory stays mapped, or nothing takes its place, as long as somebody has the regions.
+    #[allow(unsafe_code, reason = "a promise about memory")]
+    pub unsafe fn all_of(
         memory: &impl vm_memory::GuestMemoryBackend,
     ) -> Result<Vec<Self>, vm_memory::GuestMemoryError> {
         use vm_memory::{Address, GuestMemoryRegion, MemoryRegionAddress};
@@ -52,7 +98,7 @@ impl RamRegion {
             let hva = GuestMemoryRegion::get_host_address(region, MemoryRegionAddress(0))?;
             let gpa = GuestMemoryRegion::start_addr(region).raw_value();
             let hva = hva.expose_provenance() as u64;
-            Ok(Self::new(hva, gpa, GuestMemoryRegion::len(region)))
+            Ok(Self::unwritten(hva, gpa, GuestMemoryRegion::len(region)))
         };
         memory.iter().map(one).collect()
     }
@@ -73,6 +119,14 @@ pub enum RamError {
     /// Two regions claim the same guest-physical address.
     #[error("guest RAM regions at GPA {:#x} and GPA {:#x} overlap", .0.gpa, .1.gpa)]
     Overlap(RamRegion, RamRegion),
+    /// The ACPI error source would lose its page, and records be written into what comes after it.
+    #[error("the region at GPA {gpa:#x} holds the error source's page, GPA {page:#x}, and stays")]
+    Source {
+        /// Guest-physical address of the region.
+        gpa: u64,
+        /// Guest-physical address of the page.
+        page: u64,
+    },
     /// There is no such region to be taken away.
     #[error("there is no region of guest RAM that begins at GPA {gpa:#x}")]
     NoRegion {
@@ -296,7 +350,10 @@ mod tests {
         use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
         let regions = [(GuestAddress(0), 0x1000), (GuestAddress(0x10_0000), 0x3000)];
         let memory = GuestMemoryMmap::<()>::from_ranges(&regions).unwrap();
-        let map = RamMap::new(&RamRegion::all_of(&memory).unwrap()).unwrap();
+        #[allow(unsafe_code, reason = "as in the item")]
+        // SAFETY: `memory` outlives the regions and their map.
+        let regions = unsafe { RamRegion::all_of(&memory) };
+        let map = RamMap::new(&regions.unwrap()).unwrap();
         let hva = memory.get_host_address(GuestAddress(0x10_1000)).unwrap().addr() as u64;
         assert!(map.gpas(hva).eq([0x10_1000]));
         assert_eq!(map.regions().len(), 2);
@@ -305,7 +362,7 @@ mod tests {
     const G: u64 = 1 << 30;
 
     fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
-        RamRegion::new(hva, gpa, len)
+        RamRegion::unwritten(hva, gpa, len)
     }
 
     #[test]

@@ -2,6 +2,13 @@
 //!
 //! A load from a poisoned page raises SIGBUS, and is executed again after the handler. The kernel's
 //! own copy between processes (here: between this one and itself) answers with an error instead.
+//!
+//! It matters in which direction it copies. A page may be bad without the kernel's knowing it yet. From a machine
+//! check that such a page raises under a copy, the kernel recovers where the copy's source is a user address (x86:
+//! `EX_TYPE_UACCESS`, arch/x86/kernel/cpu/mce/severity.c); under a copy out of its own mapping of the page, the host
+//! panics. `process_vm_writev` reads its local side by user addresses, and `process_vm_readv` reads the remote side
+//! by the kernel's mapping. So guest memory is the local side of a `process_vm_writev` to this very process when it
+//! is read. It is the remote side when it is written: a store does not consume what is bad.
 
 use std::io;
 
@@ -57,9 +64,9 @@ pub fn write_ram(ram: &RamMap, gpa: u64, from: &[u8]) -> Result<usize, AccessErr
 /// Where `gpa` is, and how many of `len` bytes from there are in the same region.
 fn stretch(ram: &RamMap, gpa: u64, len: usize) -> Result<(u64, usize), AccessError> {
     let region = ram.region(gpa).ok_or(AccessError::NotRam { gpa })?;
-    let inside = gpa - region.gpa;
-    let left = usize::try_from(region.len - inside).unwrap_or(usize::MAX);
-    Ok((region.hva + inside, len.min(left)))
+    let inside = gpa - region.gpa();
+    let left = usize::try_from(region.len() - inside).unwrap_or(usize::MAX);
+    Ok((region.hva() + inside, len.min(left)))
 }
 
 fn reached(gpa: u64, hva: u64, copied: io::Result<usize>) -> Result<usize, AccessError> {
@@ -80,13 +87,12 @@ pub(crate) fn read(hva: u64, to: &mut [u8]) -> io::Result<()> {
 
 /// The same up to the first page that cannot be reached; how many bytes.
 fn read_some(hva: u64, to: &mut [u8]) -> io::Result<usize> {
-    let local = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
-    let remote = libc::iovec { iov_base: hva as *mut libc::c_void, iov_len: to.len() };
-    // SAFETY: the kernel writes `to.len()` bytes at `to`, which is borrowed mutably, and checks
-    // `remote` itself.
-    let copied = unsafe {
-        libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
-    };
+    let from = libc::iovec { iov_base: hva as *mut libc::c_void, iov_len: to.len() };
+    let to = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
+    // SAFETY: the kernel writes as many bytes as `to` has, which is borrowed mutably, and checks the addresses of
+    // `from`, which it only reads, itself.
+    let copied =
+        unsafe { libc::process_vm_writev(libc::getpid(), &raw const from, 1, &raw const to, 1, 0) };
     usize::try_from(copied).map_err(|_| io::Error::last_os_error())
 }
 
@@ -143,7 +149,7 @@ mod tests {
     fn guest_memory_is_read_up_to_where_it_ends() {
         let mut pages = vec![7_u8; 3 * 4096];
         let hva = (pages.as_mut_ptr() as u64).next_multiple_of(4096);
-        let ram = RamMap::new(&[crate::RamRegion::new(hva, 0x10_0000, 4096)]).unwrap();
+        let ram = RamMap::new(&[crate::RamRegion::unwritten(hva, 0x10_0000, 4096)]).unwrap();
         let mut back = [0; 100];
         assert_eq!(read_ram(&ram, 0x10_0ff0, &mut back).unwrap(), 16);
         assert_eq!(back[..17], [&[7; 16][..], &[0]].concat());
@@ -154,7 +160,7 @@ mod tests {
             let error = read_ram(&ram, gpa, &mut back).unwrap_err();
             assert!(matches!(error, AccessError::NotRam { gpa: of } if of == gpa), "{error}");
         }
-        let nowhere = RamMap::new(&[crate::RamRegion::new(0, 0, 4096)]).unwrap();
+        let nowhere = RamMap::new(&[crate::RamRegion::unwritten(0, 0, 4096)]).unwrap();
         let error = read_ram(&nowhere, 0, &mut back).unwrap_err();
         assert!(matches!(error, AccessError::NoMemory { gpa: 0, .. }), "{error}");
     }

@@ -16,16 +16,18 @@ use log::warn;
 
 use crate::delivery::{Cannot, Delivery, Pending, Taken, Wait, index};
 use crate::event::{Event, Thread};
-use crate::failure::{Kind, PAGE_SIZE};
+use crate::failure::{Kind, PAGE_SHIFT, PAGE_SIZE};
 use crate::firmware::AoChannel;
 use crate::forge::Forgery;
 use crate::ghes::{Ghes, Source};
 use crate::handle::Handle;
 use crate::ledger::{FoundBy, Ledger, Page, Place, State};
+use crate::locked::{Kick, Locked, call_host};
 use crate::mca::Caps;
 use crate::pace::Pace;
 use crate::port::{Round, VcpuPort};
 use crate::ram::RamMap;
+use crate::scan::Mapped;
 use crate::search::Search;
 use crate::signal::{self, Caught, ExitByte, KillPolicy, Signals, Slot, ThreadSlot, Wake};
 
@@ -96,10 +98,16 @@ impl Config {
 
 pub(crate) struct Attached {
     slot: Arc<Slot>,
-    kick: Box<dyn Fn() + Send>,
+    pub(crate) kick: Kick,
     /// Held by a pause of the virtual machine.
     pub(crate) parked: bool,
+    /// It did not come round for the last gathering, and has not since.
+    pub(crate) late: bool,
 }
+
+/// How long a vCPU's port has been gone before it counts as unplugged. All of them go at the end of the virtual
+/// machine, one after the other, and then there is nobody to be told.
+const UNPLUGGED: Duration = Duration::from_millis(200);
 
 pub(crate) struct Inner {
     pub(crate) delivery: Delivery,
@@ -118,6 +126,12 @@ pub(crate) struct Inner {
     pub(crate) forgery: Forgery,
     /// AOs that are not of this relay's memory.
     strays: Vec<Caught>,
+    /// vCPUs whose ports have gone, and when that counts.
+    pub(crate) gone: Vec<(usize, Instant)>,
+    /// vCPUs that the relay's thread is to call.
+    pub(crate) to_call: Vec<usize>,
+    /// vCPUs that are to leave the guest, when the lock is given back.
+    pub(crate) kicks: Vec<Kick>,
 }
 
 impl Inner {
@@ -131,17 +145,44 @@ impl Inner {
         self.firmware_news = true;
     }
 
+    /// `vcpu` goes on without its touches: see [`Delivery::goes_on`].
+    pub(crate) fn goes_on(&mut self, vcpu: usize) {
+        if self.delivery.goes_on(vcpu) {
+            self.aos_wait();
+        }
+    }
+
+    /// AOs have come to wait.
+    pub(crate) fn aos_wait(&mut self) {
+        self.news = true;
+        self.firmware_news = true;
+        self.retry = RETRY_FIRST;
+    }
+
     /// Whether a pause of the virtual machine holds a vCPU.
     pub(crate) fn is_paused(&self) -> bool {
         self.vcpus.iter().flatten().any(|vcpu| vcpu.parked)
     }
 
-    /// Asks for `vcpu`'s attention and makes it leave the guest.
-    pub(crate) fn call(&self, vcpu: usize) {
+    /// Asks for `vcpu`'s attention, the next time that it comes round.
+    pub(crate) fn ask(&self, vcpu: usize) {
         if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
             attached.slot.ask_attention();
-            (attached.kick)();
         }
+    }
+
+    /// Asks for `vcpu`'s attention and makes it leave the guest.
+    pub(crate) fn call(&mut self, vcpu: usize) {
+        self.ask(vcpu);
+        if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
+            self.kicks.push(Arc::clone(&attached.kick));
+        }
+    }
+
+    /// The port of `vcpu` will go, or has gone, at `now`.
+    pub(crate) fn leaves(&mut self, vcpu: usize) -> Option<Kick> {
+        self.gone.push((vcpu, Instant::now() + UNPLUGGED));
+        self.vcpus.get_mut(vcpu).and_then(Option::take).map(|attached| attached.kick)
     }
 }
 
@@ -158,8 +199,16 @@ pub(crate) struct Shared {
     wake: Wake,
     /// How often guest RAM was looked through.
     pub(crate) scans: AtomicU64,
-    /// Another relay has heard of a failure: there may be one here that nobody was signalled.
+    /// There may be a failure here that nobody was signalled: another relay has heard of one, or memory has come
+    /// that may have been bad before.
     hinted: AtomicBool,
+    /// The process that made it.
+    pid: u32,
+    /// Guest-physical address of the error source's page.
+    pub(crate) source_page: Option<u64>,
+    /// The relay's thread runs.
+    alive: AtomicBool,
+    mapped: Mapped,
 }
 
 /// The relays of this process.
@@ -188,10 +237,14 @@ pub(crate) struct Change {
 }
 
 impl Shared {
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Nothing that panics while it holds the lock leaves the data half-changed in a way that
-        // would be worse than a VMM that no longer relays.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn lock(&self) -> Locked<'_> {
+        Locked::new(&self.inner)
+    }
+
+    /// Whether this is a child of the process that made the relay. Its threads are not there, and its locks may be
+    /// held by one of them.
+    pub(crate) fn is_of_parent(&self) -> bool {
+        std::process::id() != self.pid
     }
 
     /// Guest RAM as it is now.
@@ -205,13 +258,24 @@ impl Shared {
         self.wake.wake();
     }
 
+    /// Has the relay's thread look through guest RAM.
+    pub(crate) fn hint(&self) {
+        self.hinted.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// Whether the relay's thread is there.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::Acquire)
+    }
+
     /// The time since the relay was started, as [`Delivery`] wants it.
     pub(crate) fn now(&self) -> Duration {
         self.start.elapsed()
     }
 
     pub(crate) fn emit(&self, event: &Event) {
-        (self.observer)(event);
+        call_host("observer", || (self.observer)(event));
     }
 
     /// One signal: translation, ledger, and the queue of the vCPU concerned. False when the address
@@ -268,16 +332,23 @@ impl Shared {
     ) -> bool {
         let Caught { kind, hva, lsb } = caught;
         let ram = self.ram();
-        let (pages, lsb) = (ram.pages(hva, lsb), ram.extent(hva, lsb));
+        let (pages, lsb) = self.lost(&ram, hva, lsb, found_by);
         let now = SystemTime::now();
+        // The guest has the page that was touched at each of these addresses, and touched one of them.
+        let touched = vcpu.filter(|_| kind == Kind::ActionRequired).and_then(|_| {
+            let gpas: Vec<u64> = ram.gpas(hva & !(PAGE_SIZE - 1)).collect();
+            inner.delivery.next_alias(&gpas)
+        });
         // One event for an extent: a page of 1 GiB has 262,144 pages.
         let (mut news, mut first) = (0, None);
         for &(page_hva, gpa) in &pages {
             // Of a larger extent only the page that was named stops anybody.
             let named = page_hva <= hva && hva - page_hva < PAGE_SIZE;
-            let kind = if named { kind } else { Kind::ActionOptional };
-            let known = inner.ledger.contains(gpa);
-            if known && !named {
+            let alias = touched.is_some_and(|touched| named && gpa != touched);
+            let kind = if named && !alias { kind } else { Kind::ActionOptional };
+            let before = inner.ledger.state_of(gpa);
+            let known = before.is_some();
+            if known && (!named || alias) {
                 continue;
             }
             let new = inner.ledger.enter(gpa, page_hva, lsb, kind, found_by, now);
@@ -293,7 +364,8 @@ impl Shared {
             match (kind, vcpu) {
                 // A vCPU that touches a page cannot go on, however often it was told.
                 (Kind::ActionRequired, Some(vcpu)) => {
-                    inner.delivery.push_ar(vcpu, gpa, self.now());
+                    let untold = before.is_none_or(|state| state.is_untold());
+                    inner.delivery.push_ar(vcpu, gpa, untold, self.now());
                 }
                 _ if new => inner.push_ao(gpa),
                 _ => {}
@@ -304,6 +376,23 @@ impl Shared {
             self.emit(&Event::Seen { gpa, hva, kind, found_by, extent, pages });
         }
         !pages.is_empty()
+    }
+
+    /// The (HVA, GPA) of the pages that are lost when `hva` is and a signal says `lsb`, and `log2` of the extent. Of a
+    /// huge page whose other pages are still mapped only the one that was named is: the kernel could not split it,
+    /// or keeps it.
+    fn lost(&self, ram: &RamMap, hva: u64, lsb: u8, found_by: FoundBy) -> (Vec<(u64, u64)>, u8) {
+        let (mut pages, lsb) = (ram.pages(hva, lsb), ram.extent(hva, lsb));
+        // A forged failure pretends that the kernel has unmapped it all.
+        if lsb == PAGE_SHIFT || found_by == FoundBy::Forged {
+            return (pages, lsb);
+        }
+        let named = hva & !(PAGE_SIZE - 1);
+        let before = pages.len();
+        let mut present = self.mapped.are_present(pages.iter().map(|(page, _)| *page)).into_iter();
+        pages.retain(|(page, _)| !present.next().unwrap_or(false) || *page == named);
+        let alone = pages.len() < before && pages.iter().all(|(page, _)| *page == named);
+        (pages, if alone { PAGE_SHIFT } else { lsb })
     }
 
     pub(crate) fn set(&self, inner: &mut Inner, gpa: u64, state: State) -> Change {
@@ -326,6 +415,12 @@ impl Shared {
 
     pub(crate) fn waiting(&self, inner: &mut Inner, error: Pending, wait: Wait) {
         let Pending { gpa, kind } = error;
+        // What a touch waits for does not change that the guest knows of the page.
+        if kind == Kind::ActionRequired
+            && inner.ledger.state_of(gpa).is_some_and(|state| !state.is_untold())
+        {
+            return;
+        }
         let Change { news, forged, .. } = self.set(inner, gpa, State::Waiting { wait });
         if news {
             self.emit(&Event::Waiting { gpa, kind, wait, forged });
@@ -350,6 +445,24 @@ impl Shared {
         }
     }
 
+    /// The ports of `vcpus` have gone: what they were to be told, or had in their banks, is told elsewhere.
+    fn unplug(&self, inner: &mut Inner, vcpus: &[usize]) {
+        for &vcpu in vcpus {
+            let again = inner.delivery.absent(vcpu, self.now());
+            self.told_elsewhere(inner, &again, Wait::Unplugged { vcpu: index(vcpu) });
+        }
+    }
+
+    /// The records of these pages were not read by anybody, for the reason in `wait`, and wait to be told again.
+    pub(crate) fn told_elsewhere(&self, inner: &mut Inner, gpas: &[u64], wait: Wait) {
+        for &gpa in gpas {
+            self.waiting(inner, Pending { gpa, kind: Kind::ActionOptional }, wait);
+        }
+        inner.news = true;
+        inner.retry = RETRY_FIRST;
+        self.wake();
+    }
+
     pub(crate) fn acknowledged(&self, inner: &mut Inner, gpa: u64, place: Place) {
         let Change { news, forged, after_micros } =
             self.set(inner, gpa, State::Acknowledged { place });
@@ -368,6 +481,10 @@ impl Shared {
     ) {
         inner.delivery.forget(vcpu, &error);
         let Pending { gpa, kind } = error;
+        if kind == Kind::ActionRequired {
+            inner.goes_on(vcpu);
+            self.wake();
+        }
         let Change { forged, .. } = self.set(inner, gpa, State::Undeliverable { why });
         self.emit(&Event::Undeliverable { gpa, kind, vcpu, why, rip, forged });
     }
@@ -405,12 +522,51 @@ pub enum StartError {
     SourceWrite(#[source] io::Error),
 }
 
+/// Why a thread could not be attached as a vCPU's.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The relay was made for fewer.
+    #[error("there is no vCPU {vcpu}: the relay was started for {vcpus}")]
+    NoVcpu {
+        /// The vCPU.
+        vcpu: usize,
+        /// How many there are.
+        vcpus: usize,
+    },
+    /// Another thread runs it.
+    #[error("vCPU {vcpu} is attached already; drop its port first")]
+    Attached {
+        /// The vCPU.
+        vcpu: usize,
+    },
+    /// SIGBUS is blocked on this thread, and cannot be unblocked.
+    #[error(
+        "SIGBUS is blocked on the thread of vCPU {vcpu}: KVM_RUN would try a bad page again for ever"
+    )]
+    Blocked {
+        /// The vCPU.
+        vcpu: usize,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The thread could not be given a place for its signals.
+    #[error("the thread of vCPU {vcpu} cannot take memory failures")]
+    Slot {
+        /// The vCPU.
+        vcpu: usize,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
 impl Relay {
-    /// Installs the SIGBUS handler (unless `config` says that the host has one), sets late kill on the calling thread, and starts the relay's
-    /// own thread, with early kill unless `config` says late.
+    /// Installs the SIGBUS handler (unless `config` says that the host has one), unblocks SIGBUS and sets late kill on
+    /// the calling thread, and starts the relay's own thread, with early kill unless `config` says late.
     ///
-    /// Call it before other threads are started: they inherit the policy, and the kernel tells one
-    /// thread only.
+    /// Call it before other threads are started: they inherit the policy and the signal mask, and the kernel tells
+    /// one thread only.
     ///
     /// # Errors
     /// See [`StartError`].
@@ -424,17 +580,24 @@ impl Relay {
     /// The same, and there may be nobody to tell but the observer.
     pub(crate) fn without_vcpus(config: Config) -> Result<Self, StartError> {
         signal::set_up(config.signals).map_err(StartError::Handler)?;
+        signal::unblock().map_err(StartError::Handler)?;
         KillPolicy::Late.set().map_err(StartError::Policy)?;
         let wake = Wake::new().map_err(StartError::Thread)?;
         let mut delivery = Delivery::new(config.caps, config.vcpus, config.pace);
-        let mut source = None;
+        (0..config.vcpus).for_each(|vcpu| drop(delivery.absent(vcpu, Duration::ZERO)));
+        let (mut source, mut source_page) = (None, None);
         if let Some(ghes) = config.ghes {
             let page = ghes.page;
+            source_page = Some(page);
             let whole = page.is_multiple_of(PAGE_SIZE);
             let hva = config.ram.hva(page).filter(|_| whole);
             let hva = hva.ok_or(StartError::SourcePage { page })?;
             delivery.offer_source(config.ao_channel, ghes.patience);
             source = Some(Source::new(ghes, hva).map_err(StartError::SourceWrite)?);
+        }
+        if config.vcpus > 0 {
+            // Bad pages of a guest that goes on elsewhere, of which it has not been told.
+            config.ledger.untold().for_each(|page| delivery.push_ao(page.gpa));
         }
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner {
@@ -448,6 +611,9 @@ impl Relay {
                 firmware_news: false,
                 forgery: Forgery::default(),
                 strays: Vec::new(),
+                gone: Vec::new(),
+                to_call: Vec::new(),
+                kicks: Vec::new(),
             }),
             gathered: Condvar::new(),
             ram: RwLock::new(Arc::new(config.ram)),
@@ -457,6 +623,10 @@ impl Relay {
             wake,
             scans: AtomicU64::new(0),
             hinted: AtomicBool::new(false),
+            pid: std::process::id(),
+            source_page,
+            alive: AtomicBool::new(true),
+            mapped: Mapped::new(),
         });
         let (ready, started) = std::sync::mpsc::sync_channel(1);
         let for_thread = Arc::clone(&shared);
@@ -469,7 +639,10 @@ impl Relay {
         };
         let thread = std::thread::Builder::new()
             .name("mce-relay-ao".into())
-            .spawn(move || relay_thread(&for_thread, own, &ready))
+            .spawn(move || {
+                let _end = EndOfThread(&for_thread);
+                relay_thread(&for_thread, own, &ready);
+            })
             .map_err(StartError::Thread)?;
         let relay = Self { shared, thread: Some(thread) };
         started
@@ -479,32 +652,53 @@ impl Relay {
         Ok(relay)
     }
 
-    /// Attaches the calling thread as the one that runs `vcpu`, whose `kvm_run.immediate_exit` is `exit`.
-    /// `kick` makes that vCPU leave KVM_RUN; it may be called from any thread. A signal whose handler calls
-    /// [`signal::request_exit`] does it without a race.
+    /// Attaches the calling thread as the one that runs `vcpu`, whose `kvm_run.immediate_exit` is `exit`, and
+    /// unblocks SIGBUS on it, without which KVM_RUN would try a bad page again for ever.
+    ///
+    /// `kick` makes that vCPU leave KVM_RUN. It is called on the relay's thread, and on a vCPU's thread that is in
+    /// [`VcpuPort::before_run`]; without a lock of the relay's, by one at a time, and not any more once the port has
+    /// been dropped. So a lock that `kick` takes must not be held where [`VcpuPort::before_run`] is called or a port
+    /// is dropped. A signal whose handler calls [`signal::request_exit`] does it without a race.
+    ///
+    /// A vCPU whose port is dropped is unplugged as far as the relay is concerned, after 200 ms, if others are
+    /// attached: what it was to be told, and what lies untaken in its banks, is told on another one. A vCPU that is
+    /// to be attached to another thread is attached there within that time, or finds its banks' records told twice.
     ///
     /// # Errors
-    /// There is no such vCPU, or the vCPU or the thread is attached already.
+    /// See [`AttachError`].
     pub fn attach(
         &self,
         vcpu: usize,
         exit: ExitByte,
         kick: Box<dyn Fn() + Send>,
-    ) -> io::Result<VcpuPort> {
+    ) -> Result<VcpuPort, AttachError> {
         let mut inner = self.shared.lock();
         match inner.vcpus.get(vcpu) {
-            None => return Err(io::Error::other(format!("there is no vCPU {vcpu}"))),
-            Some(Some(_)) => {
-                return Err(io::Error::other(format!("vCPU {vcpu} is attached already")));
-            }
+            None => return Err(AttachError::NoVcpu { vcpu, vcpus: inner.vcpus.len() }),
+            Some(Some(_)) => return Err(AttachError::Attached { vcpu }),
             Some(None) => {}
         }
-        let slot = ThreadSlot::attach(exit)?;
+        let slot = ThreadSlot::attach(exit).map_err(|source| AttachError::Slot { vcpu, source })?;
+        signal::unblock().map_err(|source| AttachError::Blocked { vcpu, source })?;
+        // It was unplugged, and is plugged in again before that was seen to.
+        self.shared.unplug(&mut inner, &[vcpu]);
+        inner.gone.retain(|(gone, _)| *gone != vcpu);
+        inner.delivery.attached(vcpu);
         // Errors may have arrived before the thread did.
         slot.shared().ask_attention();
-        inner.vcpus[vcpu] = Some(Attached { slot: slot.shared(), kick, parked: false });
+        let kick = Arc::new(Mutex::new(Some(kick)));
+        let attached = Attached { slot: slot.shared(), kick, parked: false, late: false };
+        inner.vcpus[vcpu] = Some(attached);
         drop(inner);
-        Ok(VcpuPort { vcpu, slot, shared: Arc::clone(&self.shared), not_send: PhantomData })
+        Ok(VcpuPort {
+            vcpu,
+            slot,
+            shared: Arc::clone(&self.shared),
+            nameless: 0,
+            nameless_since: None,
+            takes_back: true,
+            not_send: PhantomData,
+        })
     }
 
     /// The pages of the ledger, by guest-physical address.
@@ -520,6 +714,11 @@ impl Relay {
 
 impl Drop for Relay {
     fn drop(&mut self) {
+        if self.shared.is_of_parent() {
+            // After a fork: the thread is not there to be waited for.
+            std::mem::forget(self.thread.take());
+            return;
+        }
         let own = Arc::as_ptr(&self.shared);
         relays().retain(|one| one.strong_count() > 0 && !std::ptr::eq(one.as_ptr(), own));
         self.shared.stop.store(true, Ordering::Release);
@@ -567,17 +766,48 @@ fn relay_thread(
     let mut call_at = None;
     while !shared.stop.load(Ordering::Acquire) {
         let hint = take_signals(shared, &slot) | shared.hinted.swap(false, Ordering::Relaxed);
+        let mut tell = || {
+            see_to_the_unplugged(shared);
+            // Before the vCPUs are called: what does not go this way is theirs.
+            let firmware = source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
+            call_those_who_wait(shared, &mut call_at).min(firmware)
+        };
+        let mut pause = tell();
+        // After what is known has been told, as a look through much memory takes its time.
         if let Some(search) = search.as_mut() {
             if hint {
                 search.hint();
             }
-            search.look(shared);
+            if search.look(shared) {
+                pause = tell();
+            }
+            pause = pause.min(search.pause());
         }
-        // Before the vCPUs are called: what does not go this way is theirs.
-        let firmware = source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
-        let pause = call_those_who_wait(shared, &mut call_at).min(firmware);
-        let pause = search.as_ref().map_or(pause, |search| pause.min(search.pause()));
         shared.wake.sleep(&slot, pause);
+    }
+}
+
+/// What the relay's thread leaves behind, however it ends.
+struct EndOfThread<'a>(&'a Shared);
+
+impl Drop for EndOfThread<'_> {
+    fn drop(&mut self) {
+        self.0.alive.store(false, Ordering::Release);
+        if std::thread::panicking() {
+            log::error!("the relay's thread panicked: memory errors are no longer relayed");
+        }
+    }
+}
+
+/// vCPUs whose ports have been gone for some time are unplugged, as long as there are others.
+fn see_to_the_unplugged(shared: &Shared) {
+    let mut inner = shared.lock();
+    let now = Instant::now();
+    let due: Vec<usize> =
+        inner.gone.iter().filter(|(_, at)| *at <= now).map(|(vcpu, _)| *vcpu).collect();
+    if !due.is_empty() && inner.vcpus.iter().any(Option::is_some) {
+        inner.gone.retain(|(vcpu, _)| !due.contains(vcpu));
+        shared.unplug(&mut inner, &due);
     }
 }
 
@@ -603,10 +833,7 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     drop(inner);
     if any || !strays.is_empty() {
         shared.hand_over(&strays);
-        for other in others(shared) {
-            other.hinted.store(true, Ordering::Relaxed);
-            other.wake();
-        }
+        others(shared).iter().for_each(|other| other.hint());
     }
     any
 }
@@ -615,6 +842,9 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
 /// (`call_at`) has come; how long it may be until the next time.
 fn call_those_who_wait(shared: &Shared, call_at: &mut Option<Instant>) -> Duration {
     let mut inner = shared.lock();
+    for vcpu in std::mem::take(&mut inner.to_call) {
+        inner.call(vcpu);
+    }
     let news = std::mem::take(&mut inner.news);
     if inner.delivery.is_idle() {
         *call_at = None;

@@ -40,6 +40,8 @@ const LOOK: u64 = 1 << 30;
 const RUNS: usize = 512;
 /// Entries of /proc/self/pagemap that are read at once.
 const ENTRIES: usize = 4096;
+/// Entries that [`Mapped`] reads at once: those of a huge page of 2 MiB.
+const CHUNK: usize = 512;
 /// Pages that mincore is asked about at once.
 const BATCH: usize = 512;
 
@@ -295,6 +297,38 @@ impl Scanner {
             Ok(()) => u64::from_ne_bytes(entry) & PM_UFFD_WP != 0,
             Err(_) => true,
         }
+    }
+}
+
+/// What this process has mapped, asked page by page.
+pub(crate) struct Mapped {
+    /// `None` where this process may not look at itself.
+    pagemap: Option<File>,
+}
+
+impl Mapped {
+    pub(crate) fn new() -> Self {
+        Self { pagemap: File::open(PAGEMAP).ok() }
+    }
+
+    /// Whether each of `pages`, which ascend, is mapped to memory now. A page that went bad is not, and neither is one
+    /// of which the page tables cannot be read.
+    pub(crate) fn are_present(&self, pages: impl Iterator<Item = u64>) -> Vec<bool> {
+        let mut entries = [[0; PM_ENTRY_LEN]; CHUNK];
+        let (mut first, mut read) = (u64::MAX, 0);
+        let mut is_present = |page: u64| {
+            let Some(pagemap) = &self.pagemap else { return false };
+            let number = page >> PAGE_SHIFT;
+            if number < first || number - first >= CHUNK as u64 {
+                first = number;
+                let read_at = pagemap.read_at(entries.as_flattened_mut(), entry_offset(page));
+                read = read_at.map_or(0, |len| len / PM_ENTRY_LEN);
+            }
+            let at = usize::try_from(number - first).unwrap_or(usize::MAX);
+            let entry = entries[..read].get(at).copied().map(u64::from_ne_bytes);
+            entry.is_some_and(|entry| entry & PM_PRESENT != 0)
+        };
+        pages.map(&mut is_present).collect()
     }
 }
 

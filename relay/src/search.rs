@@ -6,6 +6,7 @@
 //! Failures that raise no signal at all (a page that is clean and could be dropped) show in the
 //! kernel's count of failures.
 
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -24,12 +25,20 @@ const REST: u32 = 9;
 /// The least time between two looks; a burst fills it with many pages for one look.
 const REST_LEAST: Duration = Duration::from_millis(5);
 
+/// Host addresses that are looked at before those who have something to be told of are looked after: some ten
+/// milliseconds' worth of small pages.
+const SLICE: u64 = 8 << 30;
+
 /// The looking of one relay's thread.
 pub(crate) struct Search {
     scanner: Scanner,
     counter: Option<FailureCounter>,
     /// Something hinted that there may be pages to find.
     wanted: bool,
+    /// What a look that has begun has not come to yet, the last first.
+    rest: Vec<Range<u64>>,
+    /// How long it has taken so far.
+    took: Duration,
     /// No look begins before this.
     not_before: Instant,
     /// When the kernel's count is read next.
@@ -59,6 +68,8 @@ impl Search {
             scanner,
             counter,
             wanted: true,
+            rest: Vec::new(),
+            took: Duration::ZERO,
             not_before: now,
             count_at: now,
             failing: false,
@@ -70,27 +81,38 @@ impl Search {
         self.wanted = true;
     }
 
-    /// Looks, if there is a reason to and it is not too soon.
-    pub(crate) fn look(&mut self, shared: &Shared) {
+    /// Looks at a slice of guest RAM, if there is a reason to and it is not too soon. True when it has found anything.
+    pub(crate) fn look(&mut self, shared: &Shared) -> bool {
         let begin = Instant::now();
         if begin >= self.count_at {
             self.count_at = begin + IDLE_TICK;
             self.wanted |= self.counter.as_mut().is_some_and(FailureCounter::changed);
         }
-        if !self.wanted || begin < self.not_before {
-            return;
+        if self.rest.is_empty() {
+            if !self.wanted || begin < self.not_before {
+                return false;
+            }
+            // Cleared first: a hint that comes during the look is for the next one.
+            self.wanted = false;
+            self.took = Duration::ZERO;
+            self.rest = shared.ram().hvas().collect();
+            self.rest.reverse();
         }
-        // Cleared first: a hint that comes during the look is for the next one.
-        self.wanted = false;
-        let ram = shared.ram();
-        let found = self.scanner.scan(ram.hvas(), |hva| shared.knows(hva));
-        let took = begin.elapsed();
-        shared.scans.fetch_add(1, Ordering::Relaxed);
-        self.not_before = begin + took + (took * REST).max(REST_LEAST);
+        let slice = take_slice(&mut self.rest);
+        let found = self.scanner.scan(slice.into_iter(), |hva| shared.knows(hva));
+        self.took += begin.elapsed();
+        if found.is_err() {
+            self.rest.clear();
+        }
+        if self.rest.is_empty() {
+            shared.scans.fetch_add(1, Ordering::Relaxed);
+            self.not_before = Instant::now() + (self.took * REST).max(REST_LEAST);
+        }
         match found {
             Ok(found) => {
                 self.failing = false;
-                shared.enter_found(&found, took);
+                shared.enter_found(&found, self.took);
+                return !found.is_empty();
             }
             Err(error) if self.failing => debug!("looking for bad pages: {error}"),
             Err(error) => {
@@ -98,14 +120,34 @@ impl Search {
                 warn!("cannot look for bad pages that no signal names: {error}");
             }
         }
+        false
     }
 
     /// How long the thread may sleep at most.
     pub(crate) fn pause(&self) -> Duration {
+        if !self.rest.is_empty() {
+            return Duration::ZERO;
+        }
         let now = Instant::now();
         let count = self.count_at.saturating_duration_since(now);
         if self.wanted { count.min(self.not_before.saturating_duration_since(now)) } else { count }
     }
+}
+
+/// The next [`SLICE`] of `rest`, which is in turn the last first.
+fn take_slice(rest: &mut Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let (mut slice, mut room) = (Vec::new(), SLICE);
+    while room > 0
+        && let Some(range) = rest.pop()
+    {
+        let end = range.end.min(range.start.saturating_add(room));
+        if end < range.end {
+            rest.push(end..range.end);
+        }
+        room -= end - range.start;
+        slice.push(range.start..end);
+    }
+    slice
 }
 
 impl Shared {
@@ -136,5 +178,31 @@ impl Shared {
             let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
             self.emit(&Event::Scanned { pages, micros });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_are_all_of_it_in_order() {
+        let ranges = [0..4096, 1 << 40..(1 << 40) + 3 * SLICE, 1 << 50..(1 << 50) + 4096];
+        let mut rest: Vec<Range<u64>> = ranges.iter().rev().cloned().collect();
+        let mut slices = Vec::new();
+        while !rest.is_empty() {
+            let slice = take_slice(&mut rest);
+            assert!(slice.iter().map(|range| range.end - range.start).sum::<u64>() <= SLICE);
+            slices.extend(slice);
+        }
+        assert_eq!(slices.len(), 6, "{slices:x?}");
+        let mut joined: Vec<Range<u64>> = Vec::new();
+        for range in slices {
+            match joined.last_mut().filter(|last| last.end == range.start) {
+                Some(last) => last.end = range.end,
+                None => joined.push(range),
+            }
+        }
+        assert_eq!(joined, ranges);
     }
 }

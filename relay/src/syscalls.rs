@@ -142,13 +142,20 @@ const SIGQUEUE: Call = Call::new(
 /// the previous handler or the default action. It is part of the lists below.
 pub const HAND_ON: &[Call] = &[GETPID, GETTID, SIGACTION, SIGQUEUE];
 
-const READ: Call = Call::new(libc::SYS_process_vm_readv, "process_vm_readv", "guest memory, read")
-    .with(0, Is::OwnPid);
-const WRITE: Call =
-    Call::new(libc::SYS_process_vm_writev, "process_vm_writev", "guest memory, written")
-        .with(0, Is::OwnPid);
+const COPY: Call = Call::new(
+    libc::SYS_process_vm_writev,
+    "process_vm_writev",
+    "guest memory, read and written without dying of a bad page",
+)
+.with(0, Is::OwnPid);
 const IS_POISONED: Call = Call::new(libc::SYS_madvise, "madvise", "whether a page is poisoned")
     .given(2, libc::MADV_POPULATE_READ as i64);
+
+const IS_MAPPED: Call = Call::new(
+    libc::SYS_pread64,
+    "pread64",
+    "/proc/self/pagemap: what of a huge page is still mapped",
+);
 
 const WAKE: Call = Call::new(libc::SYS_write, "write", "an eventfd that wakes the relay's thread");
 
@@ -179,8 +186,7 @@ pub const RELAY: &[Call] = &[
          PAGEMAP_SCAN is missing",
     ),
     Call::new(libc::SYS_mincore, "mincore", "which candidates have memory behind them"),
-    READ,
-    WRITE,
+    COPY,
     IS_POISONED,
     Call::new(libc::SYS_close, "close", "the end of the relay"),
     GETPID,
@@ -191,12 +197,14 @@ pub const RELAY: &[Call] = &[
 
 /// What the relay adds to a vCPU thread, from [`Relay::attach`](crate::Relay::attach) to the end of the port,
 /// beside [`THREAD`] and the host's own.
-pub const VCPU: &[Call] = &[WAKE, READ, IS_POISONED, GETPID, GETTID, SIGACTION, SIGQUEUE];
+pub const VCPU: &[Call] =
+    &[WAKE, COPY, IS_POISONED, IS_MAPPED, GETPID, GETTID, SIGACTION, SIGQUEUE];
 
 /// What a [`Handle`](crate::Handle) adds to a thread that uses it, beside [`THREAD`].
 ///
 /// `Handle::poisoning` adds nothing to what its caller does inside it.
-pub const HANDLE: &[Call] = &[WAKE, READ, WRITE, IS_POISONED, GETPID, GETTID, SIGACTION, SIGQUEUE];
+pub const HANDLE: &[Call] =
+    &[WAKE, COPY, IS_POISONED, IS_MAPPED, GETPID, GETTID, SIGACTION, SIGQUEUE];
 
 #[cfg(feature = "seccompiler")]
 mod filters {

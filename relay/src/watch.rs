@@ -91,8 +91,9 @@ impl Watch {
         let observer = move |event: &Event| {
             let Event::Seen { hva, kind, found_by, extent, .. } = *event else { return };
             let known = known.lock().unwrap_or_else(PoisonError::into_inner);
-            let range = known.iter().find(|range| hva >= range.hva && hva - range.hva < range.len);
-            let range = range.map_or(hva, |range| range.hva);
+            let range =
+                known.iter().find(|range| hva >= range.hva() && hva - range.hva() < range.len());
+            let range = range.map_or(hva, |range| range.hva());
             let address = hva & !(extent - 1);
             // Without a receiver the watch is being dropped.
             let _ = send.send(Some(Lost { range, address, extent, kind, found_by }));
@@ -116,7 +117,7 @@ impl Watch {
     /// See [`RamError`].
     pub fn add(&self, address: u64, len: u64, page_shift: u8) -> Result<(), RamError> {
         // In the terms of a guest: its memory begins where ours does.
-        let range = RamRegion { page_shift, ..RamRegion::new(address, address, len) };
+        let range = RamRegion::unwritten(address, address, len).in_pages_of(page_shift);
         // Before the relay knows it: what goes bad at once finds its range.
         self.lock().push(range);
         let added = self.handle.add_ram(range);

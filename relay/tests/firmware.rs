@@ -28,6 +28,12 @@ const PATIENT: Duration = Duration::from_secs(15);
 /// Of one whose guest does not.
 const IMPATIENT: Duration = Duration::from_millis(300);
 
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
+
 /// Memory that outlives every thread of its test: it is never given back.
 fn memory() -> u64 {
     // SAFETY: a fresh mapping; the result is checked.
@@ -164,7 +170,7 @@ fn amd() -> Caps {
 }
 
 fn config(hva: u64, caps: Caps, ao_channel: AoChannel, ghes: Option<Ghes>) -> Config {
-    let region = RamRegion::new(hva, RAM, LEN as u64);
+    let region = region(hva, RAM, LEN as u64);
     let pace = Pace { burst: 16, rate: 1000 };
     let ram = RamMap::new(&[region]).unwrap();
     Config { pace, ao_channel, ghes, ..Config::new(1, caps, ram, |_| {}) }
@@ -197,6 +203,7 @@ impl Machine {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            halted: false,
             rip: 0,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         };

@@ -22,6 +22,12 @@ use mce_relay::{Config, ExitByte, Ledger, Mca, Pace, RamMap, RamRegion, Relay, V
 
 const HVA: u64 = 0x7f00_0000_0000;
 
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
+
 /// What KVM keeps of one vCPU, with the parts of `KVM_X86_SET_MCE` that matter.
 #[derive(Clone)]
 struct Model(Arc<Mutex<McaState>>);
@@ -36,6 +42,7 @@ impl Model {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            halted: false,
             rip: 0,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         })))
@@ -73,7 +80,7 @@ fn start(caps: Caps, vcpus: usize) -> (Relay, Receiver<Event>) {
 
 fn start_paced(caps: Caps, vcpus: usize, pace: Pace) -> (Relay, Receiver<Event>) {
     let (tx, rx) = channel();
-    let ram = RamMap::new(&[RamRegion::new(HVA, 0x10_0000, 0x10_0000)]).unwrap();
+    let ram = RamMap::new(&[region(HVA, 0x10_0000, 0x10_0000)]).unwrap();
     let observer = move |event: &Event| drop(tx.send(event.clone()));
     let config = Config { pace, ..Config::new(vcpus, caps, ram, observer) };
     (Relay::start(config).unwrap(), rx)
@@ -192,8 +199,8 @@ fn an_address_outside_guest_ram_is_reported_and_told_to_nobody() {
 fn of_two_relays_each_has_what_is_its_own() {
     on_own_thread(|| {
         const OTHERS: u64 = HVA + 0x100_0000_0000;
-        let (own, events) = start_with(&[RamRegion::new(HVA, 0, 0x10_000)], Ledger::default());
-        let (other, others) = start_with(&[RamRegion::new(OTHERS, 0, 0x10_000)], Ledger::default());
+        let (own, events) = start_with(&[region(HVA, 0, 0x10_000)], Ledger::default());
+        let (other, others) = start_with(&[region(OTHERS, 0, 0x10_000)], Ledger::default());
         let mut ports = [attach(&own, 0)];
         let model = Model::new();
         forge(BUS_MCEERR_AO, OTHERS + 0x5000, 12);
@@ -483,11 +490,11 @@ fn one_signal_for_a_huge_page_enters_all_of_it() {
         on_own_thread(move || {
             // KVM_RUN says 12 whatever the page is.
             let len = 2 << page_shift;
-            let region = RamRegion { page_shift, ..RamRegion::new(0x40_0000_0000, 0, len) };
+            let region = region(0x40_0000_0000, 0, len).in_pages_of(page_shift);
             let (relay, events) = start_with(&[region], Ledger::default());
             let mut port = attach(&relay, 0);
             let touched = (1 << page_shift) + 0x5000;
-            forge(BUS_MCEERR_AR, region.hva + touched + 0x123, 12);
+            forge(BUS_MCEERR_AR, region.hva() + touched + 0x123, 12);
             let model = Model::new();
             assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
             let seen: Vec<Event> =
@@ -502,7 +509,7 @@ fn one_signal_for_a_huge_page_enters_all_of_it() {
             let kinds = ledger.iter().filter(|page| page.kind == Kind::ActionRequired);
             assert_eq!(kinds.map(|page| page.gpa).collect::<Vec<_>>(), [touched]);
             // The touch of another of its pages is one page's matter.
-            forge(BUS_MCEERR_AR, region.hva + touched + 0x1000, 12);
+            forge(BUS_MCEERR_AR, region.hva() + touched + 0x1000, 12);
             model.handle();
             assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
             let again: Vec<Event> =
@@ -515,7 +522,7 @@ fn one_signal_for_a_huge_page_enters_all_of_it() {
 #[test]
 fn memory_is_read_and_written_through_the_relay() {
     on_own_thread(|| {
-        let region = RamRegion::new(own_memory(), 0x10_0000, 8192);
+        let region = region(own_memory(), 0x10_0000, 8192);
         let (relay, _events) = start_with(&[region], Ledger::default());
         let handle = relay.handle();
         assert_eq!(handle.write(0x10_0ffe, b"abcd").unwrap(), 4);
@@ -531,10 +538,8 @@ fn memory_is_read_and_written_through_the_relay() {
 #[test]
 fn memory_comes_and_goes_while_the_relay_runs() {
     on_own_thread(|| {
-        let (first, second) = (
-            RamRegion::new(HVA, 0, 0x10_000),
-            RamRegion::new(HVA + 0x10_0000, 0x10_0000, 0x10_000),
-        );
+        let (first, second) =
+            (region(HVA, 0, 0x10_000), region(HVA + 0x10_0000, 0x10_0000, 0x10_000));
         let (relay, events) = start_with(&[first], Ledger::default());
         let (handle, model) = (relay.handle(), Model::new());
         let mut port = attach(&relay, 0);
@@ -543,28 +548,28 @@ fn memory_comes_and_goes_while_the_relay_runs() {
             assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
         };
         // Not yet.
-        caught(second.hva);
+        caught(second.hva());
         wait_for(&events, |event| matches!(event, Event::Outside { .. }));
 
         handle.add_ram(second).unwrap();
         assert!(handle.add_ram(second).is_err(), "twice");
-        caught(second.hva + 0x3000);
-        caught(first.hva + 0x2000);
+        caught(second.hva() + 0x3000);
+        caught(first.hva() + 0x2000);
         let gpas = || relay.pages().iter().map(|page| page.gpa).collect::<Vec<_>>();
         assert_eq!(gpas(), [0x2000, 0x10_3000]);
 
-        assert_eq!(handle.remove_ram(second.gpa).unwrap(), second);
-        assert!(handle.remove_ram(second.gpa).is_err(), "gone already");
+        assert_eq!(handle.remove_ram(second.gpa()).unwrap(), second);
+        assert!(handle.remove_ram(second.gpa()).is_err(), "gone already");
         assert_eq!(relay.pages()[1].state, State::Removed);
         let gone = |event| matches!(event, Event::Removed { gpa: 0x10_0000, len: 0x10_000 });
         assert!(events.try_iter().any(gone));
-        caught(second.hva + 0x4000);
+        caught(second.hva() + 0x4000);
         // No more.
         wait_for(&events, |event| matches!(event, Event::Outside { .. }));
         assert_eq!(gpas(), [0x2000, 0x10_3000]);
 
         // What is plugged in there next is other memory.
-        handle.add_ram(RamRegion { hva: HVA + 0x20_0000, ..second }).unwrap();
+        handle.add_ram(region(HVA + 0x20_0000, second.gpa(), second.len())).unwrap();
         assert_eq!(gpas(), [0x2000]);
         assert_eq!(handle.past()[0].gpa, 0x10_3000);
         caught(HVA + 0x20_3000);
@@ -576,7 +581,7 @@ fn memory_comes_and_goes_while_the_relay_runs() {
 fn memory_comes_and_goes_under_a_storm_of_signals() {
     use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
     on_own_thread(|| {
-        let stays = RamRegion::new(HVA, 0, 0x10_0000);
+        let stays = region(HVA, 0, 0x10_0000);
         let (relay, _events) = start_with(&[stays], Ledger::default());
         let (handle, done) = (relay.handle(), Arc::new(AtomicBool::new(false)));
         let stop = Arc::clone(&done);
@@ -584,9 +589,9 @@ fn memory_comes_and_goes_under_a_storm_of_signals() {
         let so_far = Arc::clone(&times);
         let plugs = std::thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) {
-                let region = RamRegion::new(HVA + 0x1000_0000, 0x1000_0000, 0x10_0000);
+                let region = region(HVA + 0x1000_0000, 0x1000_0000, 0x10_0000);
                 handle.add_ram(region).unwrap();
-                handle.remove_ram(region.gpa).unwrap();
+                handle.remove_ram(region.gpa()).unwrap();
                 so_far.fetch_add(1, Ordering::Relaxed);
             }
         });
@@ -613,7 +618,7 @@ fn memory_comes_and_goes_under_a_storm_of_signals() {
 #[test]
 fn the_next_boot_knows_what_was_and_tells_only_what_is() {
     on_own_thread(|| {
-        let region = RamRegion::new(HVA, 0, 0x10_000);
+        let region = region(HVA, 0, 0x10_000);
         let (relay, _events) = start_with(&[region], Ledger::default());
         let model = Model::new();
         let mut port = attach(&relay, 0);

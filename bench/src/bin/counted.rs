@@ -13,6 +13,12 @@ use mce_relay_bench::{Quick, caps};
 
 const HVA: u64 = 0x7f00_0000_0000;
 
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
+
 #[inline(never)]
 fn empty(port: &mut VcpuPort, times: u64) {
     for _ in 0..times {
@@ -41,7 +47,7 @@ fn main() -> ExitCode {
         [what, times] => (what.as_str(), times.parse().unwrap_or(0)),
         _ => ("", 0),
     };
-    let ram = RamMap::new(&[RamRegion::new(HVA, 0, 1 << 20)]).unwrap();
+    let ram = RamMap::new(&[region(HVA, 0, 1 << 20)]).unwrap();
     let relay = Relay::start(Config::new(1, caps(true), ram, |_| {})).unwrap();
     let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
     let mut vcpu = Quick::new(true);

@@ -41,6 +41,12 @@ type Measure = fn() -> Vec<Figure>;
 const MEASURES: [(&str, Measure); 4] =
     [("delivery", delivery), ("exits", exits), ("scan", scan), ("ledger", ledger)];
 
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
+
 fn main() -> ExitCode {
     let mut words = std::env::args().skip(1);
     let Some(out) = words.next() else {
@@ -108,8 +114,8 @@ fn delivery() -> Vec<Figure> {
     const TIMES: u64 = 400;
     let mut with = Payload::new(Start::Beat, true);
     let mut without = Payload::new(Start::Beat, true);
-    let near = RamRegion::new(with.ram.hva(), 0, payload::Ram::LEN);
-    let far = RamRegion::new(FAR_HVA, FAR_GPA, FAR_LEN);
+    let near = region(with.ram.hva(), 0, payload::Ram::LEN);
+    let far = region(FAR_HVA, FAR_GPA, FAR_LEN);
     let ram = RamMap::new(&[near, far]).unwrap();
     let pace = Pace { burst: 1_000_000, rate: 1_000_000 };
     // An Intel-style guest, who is interrupted for an AO; KVM takes its records on any host.
@@ -204,7 +210,7 @@ fn exits() -> Vec<Figure> {
     const ROUNDS: usize = 15;
     const TIME: Duration = Duration::from_millis(300);
     let mut payload = Payload::new(Start::Beat, true);
-    let ram = RamMap::new(&[RamRegion::new(FAR_HVA, FAR_GPA, FAR_LEN)]).unwrap();
+    let ram = RamMap::new(&[region(FAR_HVA, FAR_GPA, FAR_LEN)]).unwrap();
     let relay = Relay::start(Config::new(1, payload.guest.caps(), ram, |_| {})).unwrap();
     let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
     assert_eq!(port.before_run(&mut payload.guest.on(&payload.vcpu)), Verdict::Run);
@@ -392,7 +398,7 @@ fn ledger() -> Vec<Figure> {
 /// The status of more than a million pages, as the API sends it.
 fn status() -> [Figure; 2] {
     const GIB: u64 = 1 << 30;
-    let huge = RamRegion { page_shift: 30, ..RamRegion::new(FAR_HVA, FAR_GPA, 4 * GIB) };
+    let huge = region(FAR_HVA, FAR_GPA, 4 * GIB).in_pages_of(30);
     let relay =
         Relay::start(Config::new(1, caps(false), RamMap::new(&[huge]).unwrap(), |_| {})).unwrap();
     let handle = relay.handle();

@@ -203,6 +203,24 @@ impl Drop for ThreadSlot {
     }
 }
 
+/// Lets the calling thread have SIGBUS, which whoever started it may have blocked.
+///
+/// # Errors
+/// pthread_sigmask(3) fails.
+pub(crate) fn unblock() -> io::Result<()> {
+    // SAFETY: the set is initialised by sigemptyset before it is read; both pointers are to a live local.
+    let error = unsafe {
+        let mut bus = std::mem::zeroed::<libc::sigset_t>();
+        libc::sigemptyset(&raw mut bus);
+        libc::sigaddset(&raw mut bus, libc::SIGBUS);
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const bus, ptr::null_mut())
+    };
+    match error {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
+    }
+}
+
 /// What the handler needs besides the thread's slot; there before the handler can run.
 static PROCESS: OnceLock<Process> = OnceLock::new();
 
@@ -249,7 +267,15 @@ pub fn set_up(signals: Signals) -> io::Result<()> {
 pub fn install() -> io::Result<()> {
     let mut setup = process();
     if setup.installed {
-        return Ok(());
+        let now = in_force(libc::SIGBUS).ok_or_else(io::Error::last_os_error)?;
+        if now.sa_sigaction == action().sa_sigaction {
+            return Ok(());
+        }
+        // Whoever did may hand on to ours, so ours must not hand on to theirs.
+        return Err(io::Error::other(
+            "another handler has taken the place of the relay's; have it call mce_relay::signal::handle, and \
+             start relays with Signals::Host",
+        ));
     }
     let previous = in_force(libc::SIGBUS).ok_or_else(io::Error::last_os_error)?;
     // The handler needs it from its first run on. One that is there already is from an attempt that

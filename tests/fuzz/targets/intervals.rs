@@ -5,6 +5,12 @@ use arbitrary::Arbitrary;
 use libfuzzer_sys::fuzz_target;
 use mce_relay::{RamMap, RamRegion};
 
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
+
 #[derive(Debug, Arbitrary)]
 struct Input {
     regions: Vec<Region>,
@@ -28,12 +34,12 @@ impl Region {
         let page_shift =
             *[12, 12, 12, 21, 30, self.shift].get(usize::from(self.shift)).unwrap_or(&12);
         match self.raw {
-            Some((hva, gpa, len)) => RamRegion { hva, gpa, len, page_shift },
+            Some((hva, gpa, len)) => region(hva, gpa, len).in_pages_of(page_shift),
             None => {
                 let bytes = |pages| u64::from(pages) * 4096;
                 let gpa = u64::from(self.gpa) * 4096;
                 let (hva, len) = (bytes(self.hva), bytes(self.pages));
-                RamRegion { hva, gpa, len, page_shift }
+                region(hva, gpa, len).in_pages_of(page_shift)
             }
         }
     }
@@ -44,16 +50,16 @@ struct Plain<'a>(&'a [RamRegion]);
 
 impl Plain<'_> {
     fn gpas(&self, hva: u64) -> Vec<u64> {
-        let shows = |r: &&RamRegion| hva >= r.hva && hva - r.hva < r.len;
+        let shows = |r: &&RamRegion| hva >= r.hva() && hva - r.hva() < r.len();
         let mut gpas: Vec<u64> =
-            self.0.iter().filter(shows).map(|r| r.gpa + (hva - r.hva)).collect();
+            self.0.iter().filter(shows).map(|r| r.gpa() + (hva - r.hva())).collect();
         gpas.sort_unstable();
         gpas
     }
 
     fn hva(&self, gpa: u64) -> Option<u64> {
-        let holds = |r: &&RamRegion| gpa >= r.gpa && gpa - r.gpa < r.len;
-        self.0.iter().find(holds).map(|r| r.hva + (gpa - r.gpa))
+        let holds = |r: &&RamRegion| gpa >= r.gpa() && gpa - r.gpa() < r.len();
+        self.0.iter().find(holds).map(|r| r.hva() + (gpa - r.gpa()))
     }
 }
 
@@ -63,7 +69,7 @@ fn same(map: &RamMap, regions: &[RamRegion], lookups: &[(u16, u16, u8)]) {
     for &(page, offset, lsb) in lookups {
         let at = u64::from(page) * 4096 + u64::from(offset);
         // Where regions lie, too, if they lie far away.
-        let near = regions.iter().map(|r| r.hva.wrapping_add(at));
+        let near = regions.iter().map(|r| r.hva().wrapping_add(at));
         for hva in near.take(4).chain([at]) {
             assert_eq!(map.gpas(hva).collect::<Vec<_>>(), plain.gpas(hva), "HVA {hva:#x}");
             let extent = map.extent(hva, lsb);
