@@ -20,17 +20,21 @@ const LEAST: u32 = 4_000;
 const TIME: Duration = Duration::from_secs(20);
 
 /// What has to have happened somewhere, for the invariants to have been put to the test.
-const WANTED: [&str; 21] = [
+const WANTED: [&str; 26] = [
     "AOs told",
     "ARs told",
     "acknowledged",
     "bystanders",
+    "bystanders taken back",
     "cannot be told",
     "local machine checks",
     "pages",
     "records read",
     "rendezvous",
+    "taken back",
     "told again",
+    "touches let go",
+    "unplugged",
     "waits for CR4.MCE",
     "waits for MCG_CTL",
     "waits for MCIP",
@@ -40,6 +44,7 @@ const WANTED: [&str; 21] = [
     "waits for a bank",
     "waits for an interrupt",
     "waits for the handler's end",
+    "waits for a pause",
     "waits for the pace",
     "waits to settle",
 ];

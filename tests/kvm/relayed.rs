@@ -14,6 +14,12 @@ use crate::payload::{Did, Payload, Ram, Start, TARGET, handled};
 mod siginfo;
 use siginfo::{BUS_MCEERR_AO, BUS_MCEERR_AR};
 
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
+
 /// Sends this thread a memory failure at [`TARGET`], as the kernel would.
 fn forge(code: i32, ram: &Ram) {
     siginfo::forge(code, ram.hva() + TARGET, 12);
@@ -31,7 +37,7 @@ impl Relayed {
     pub fn new(start: Start, cr4_mce: bool) -> Self {
         let mut payload = Payload::new(start, cr4_mce);
         let (send, events) = channel();
-        let region = RamRegion::new(payload.ram.hva(), 0, Ram::LEN);
+        let region = region(payload.ram.hva(), 0, Ram::LEN);
         let ram = RamMap::new(&[region]).unwrap();
         let observer = move |event: &Event| drop(send.send(event.clone()));
         let relay = Relay::start(Config::new(1, payload.guest.caps(), ram, observer)).unwrap();

@@ -4,7 +4,8 @@
 use std::rc::Rc;
 
 use kvm_bindings::{
-    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, kvm_mp_state, kvm_regs, kvm_vcpu_events,
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_vcpu_events,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use mce_relay::Mca;
@@ -228,12 +229,23 @@ impl Vcpu for Stepper {
         self.done(Command::Wrmsr, index, value);
     }
 
+    fn host_wrmsr(&mut self, index: u32, data: u64) {
+        let entry = kvm_msr_entry { index, data, ..Default::default() };
+        let msrs = Msrs::from_entries(&[entry]).unwrap();
+        assert_eq!(self.vcpu.set_msrs(&msrs).unwrap(), 1, "MSR {index:#x}");
+    }
+
     fn set_cr4_mce(&mut self, set: bool) {
         self.done(Command::Cr4Mce, 0, if set { CR4_MCE } else { 0 });
     }
 
     fn set_interrupts(&mut self, on: bool) {
         self.done(if on { Command::Sti } else { Command::Cli }, 0, 0);
+    }
+
+    fn set_halted(&mut self, on: bool) {
+        let mp_state = if on { KVM_MP_STATE_HALTED } else { KVM_MP_STATE_RUNNABLE };
+        self.vcpu.set_mp_state(kvm_mp_state { mp_state }).unwrap();
     }
 
     fn iret(&mut self) {

@@ -26,6 +26,12 @@ const ROUNDS: u32 = 1000;
 /// A call, the load, the comparison, the jump and the return; the verdict is a constant.
 const INSTRUCTIONS: u32 = 5;
 
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
+
 /// A vCPU that must not be looked at.
 struct Untouched;
 
@@ -41,7 +47,7 @@ impl Mca for Untouched {
 
 fn attach() -> (Relay, VcpuPort) {
     let caps = Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS), succor: true };
-    let ram = RamMap::new(&[RamRegion::new(0x7f00_0000_0000, 0, 4096)]).unwrap();
+    let ram = RamMap::new(&[region(0x7f00_0000_0000, 0, 4096)]).unwrap();
     let relay = Relay::start(Config::new(1, caps, ram, |_| {})).unwrap();
     let port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
     (relay, port)
@@ -109,6 +115,7 @@ impl Mca for Quiet {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            halted: false,
             rip: 0,
             banks: Default::default(),
         })

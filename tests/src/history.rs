@@ -46,6 +46,12 @@ pub enum Op {
     Advance(Duration),
     /// The guest does this on this vCPU, which takes the machine check that is queued, if one is, first.
     Guest(usize, GuestStep),
+    /// The vCPU is held by a pause, or no longer.
+    Pause(usize, bool),
+    /// The vCPU is unplugged (not the first one), or plugged in anew.
+    Plug(usize, bool),
+    /// The page is not the guest's any more, or there is other memory in its place.
+    Ram(u64, bool),
 }
 
 /// A virtual machine, and what happens to it. vCPU 0 runs from the start, the others wait for their
@@ -103,6 +109,10 @@ pub trait Vcpu {
     fn set_cr4_mce(&mut self, set: bool);
     /// The guest's kernel takes interrupts, or no longer.
     fn set_interrupts(&mut self, on: bool);
+    /// The vCPU waits in HLT, or no longer.
+    fn set_halted(&mut self, on: bool);
+    /// The hypervisor's host writes a register.
+    fn host_wrmsr(&mut self, index: u32, value: u64);
     /// The guest's kernel returns from the handler it is in.
     fn iret(&mut self);
 }

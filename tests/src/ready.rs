@@ -59,6 +59,7 @@ impl Mca for Ready {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            halted: false,
             rip: 0,
             banks,
         })

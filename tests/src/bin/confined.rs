@@ -23,6 +23,9 @@ use mce_relay_vmm::poison::uffd::Uffd;
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
 
 const LEN: usize = 1 << 20;
+/// A huge page of which nothing is mapped, by its host and its guest-physical address.
+const HUGE_HVA: usize = 0x4000_0000;
+const HUGE: u64 = 1 << 30;
 /// The error source's page, one that is marked as bad, and one that is only said to be.
 const SOURCE: u64 = 0;
 const MARKED: u64 = 0x5000;
@@ -32,6 +35,12 @@ const OUTSIDE: usize = 0x1234_5000;
 
 /// The relay's thread.
 static RELAYS: AtomicI32 = AtomicI32::new(0);
+
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
 
 /// A guest that listens, and never takes a record.
 struct Silent;
@@ -93,7 +102,8 @@ fn main() -> ExitCode {
     uffd.poison(hva + MARKED, 4096).unwrap();
     let (send, events) = channel();
     let observer = move |event: &Event| drop(send.send(event.clone()));
-    let ram = RamMap::new(&[RamRegion::new(hva, 0, LEN as u64)]).unwrap();
+    let huge = region(HUGE_HVA as u64, HUGE, 2 << 20).in_pages_of(21);
+    let ram = RamMap::new(&[region(hva, 0, LEN as u64), huge]).unwrap();
     let mut config = Config::new(1, Ready::CAPS, ram, observer);
     config.ao_channel = AoChannel::Ghes;
     config.ghes = Some(Ghes { page: SOURCE, bell: Box::new(Silent), patience: PATIENCE });
@@ -131,6 +141,9 @@ fn main() -> ExitCode {
                     handle.forge(FORGED + 0x1000, Some(0)).unwrap();
                     assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
                     assert!(port.probe(MARKED).is_err());
+                    // The guest has not left its handler, so it cannot be told of this one.
+                    forge_ar(HUGE_HVA);
+                    let _ = port.before_run(&mut vcpu);
                     // Not of guest RAM, which is found out here.
                     forge_ar(OUTSIDE);
                     let _ = port.before_run(&mut vcpu);

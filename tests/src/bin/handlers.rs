@@ -26,6 +26,12 @@ const OUTSIDE: usize = 0x1234_5000;
 /// The action that was there before the one that is installed over it.
 static BELOW: OnceLock<libc::sigaction> = OnceLock::new();
 
+/// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
+fn region(hva: u64, gpa: u64, len: u64) -> RamRegion {
+    // SAFETY: no reference of Rust's leads there.
+    unsafe { RamRegion::new(hva, gpa, len) }
+}
+
 /// Says what it was called for, with a write of its own.
 fn say(who: &str, info: &siginfo_t) {
     // SAFETY: an address is there for codes above 0, and reading it does no harm for the others.
@@ -85,7 +91,7 @@ fn main() -> ExitCode {
         }
     };
     let (send, events) = channel();
-    let ram = RamMap::new(&[RamRegion::new(HVA, 0, 1 << 20)]).unwrap();
+    let ram = RamMap::new(&[region(HVA, 0, 1 << 20)]).unwrap();
     let observer = move |event: &Event| drop(send.send(event.clone()));
     let config = Config { signals, ..Config::new(1, Ready::CAPS, ram, observer) };
     let relay = Relay::start(config).unwrap();

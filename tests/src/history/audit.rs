@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use mce_relay::Pace;
-use mce_relay::delivery::{AO_VCPU, Cannot, LOOP_ROUNDS, Pending, Taken, Told, Wait};
+use mce_relay::delivery::{Cannot, LOOP_ROUNDS, Pending, Taken, Told, Wait};
 use mce_relay::ledger::{Ledger, State};
 use mce_relay::mca::{
     self, AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, Kind, McaState, Record, Vendor, cap, mcg,
@@ -29,6 +29,8 @@ struct InBank {
     record: Record,
     /// The guest has read it.
     read: bool,
+    /// The page is not the guest's any more.
+    gone: bool,
     /// The guest has wiped its bank, in a way that Linux does not.
     thrown_away: bool,
     /// A look has shown the vCPU with its handler closed since.
@@ -42,6 +44,8 @@ struct Handler {
     open_since: Option<Duration>,
     /// Since when looks have shown it open.
     seen_open_since: Option<Duration>,
+    /// The last look has shown it online.
+    seen_online: bool,
     /// It has been closed since the last look.
     closed_unseen: bool,
     /// It was closed and opened again between two looks: what it did with its banks then, nobody saw.
@@ -92,10 +96,12 @@ pub struct Audit {
     burst: usize,
     /// AOs in the order they came.
     ao: Vec<WaitingAo>,
-    /// ARs of each vCPU in the order they came.
-    ar: Vec<Vec<u64>>,
+    /// ARs of each vCPU in the order they came, and whether the guest did not know of the page.
+    ar: Vec<Vec<(u64, bool)>>,
     in_banks: BTreeMap<(usize, u8), InBank>,
     handlers: Vec<Handler>,
+    /// vCPUs that are held by a pause.
+    pub paused: Vec<bool>,
     /// What the guest has taken and not worked off: its own queue, which is short.
     guest_queue: Backlog,
     /// The same as far as anybody outside can tell.
@@ -123,6 +129,7 @@ impl Audit {
             ar: vec![Vec::new(); vcpus],
             in_banks: BTreeMap::new(),
             handlers: (0..vcpus).map(|_| Handler::default()).collect(),
+            paused: vec![false; vcpus],
             guest_queue: Backlog::new(pace),
             left_banks: Backlog::new(pace),
             counts: Counts::default(),
@@ -134,12 +141,103 @@ impl Audit {
         self.ao.push(WaitingAo { gpa, again: false });
     }
 
-    /// `vcpu` touched a bad page. The guest will learn of it by the AR: no AO may follow.
-    pub fn ar(&mut self, vcpu: usize, gpa: u64) {
+    /// `vcpu` touched a bad page, of which the guest had not been told if it is `untold`. The guest will learn of it by
+    /// the AR: no AO may follow.
+    pub fn ar(&mut self, vcpu: usize, gpa: u64, untold: bool) {
         self.ao.retain(|waiting| waiting.gpa != gpa);
-        if !self.ar[vcpu].contains(&gpa) {
-            self.ar[vcpu].push(gpa);
+        if !self.ar[vcpu].iter().any(|(known, _)| *known == gpa) {
+            self.ar[vcpu].push((gpa, untold));
         }
+    }
+
+    /// `vcpu` goes on without its ARs: they belong to an instruction that it begins again. Of what the guest does not
+    /// know it is told as AOs.
+    pub fn goes_on(&mut self, vcpu: usize) {
+        for (gpa, untold) in std::mem::take(&mut self.ar[vcpu]) {
+            self.counts.count("touches let go");
+            if untold && !self.waits(gpa) {
+                self.ao.push(WaitingAo { gpa, again: false });
+            }
+        }
+    }
+
+    /// `vcpu` has touched a page and has not come round.
+    pub fn has_touched(&self, vcpu: usize) -> bool {
+        !self.ar[vcpu].is_empty()
+    }
+
+    fn waits(&self, gpa: u64) -> bool {
+        let is = |(waiting, _): &(u64, bool)| *waiting == gpa;
+        self.ao.iter().any(|waiting| waiting.gpa == gpa) || self.ar.iter().flatten().any(is)
+    }
+
+    /// The record in `bank` of `vcpu` was emptied from outside.
+    pub fn taken_back(
+        &mut self,
+        vcpu: usize,
+        bank: u8,
+        gpa: Option<u64>,
+        state: &McaState,
+        now: Duration,
+    ) {
+        let bank_is_valid = state.banks[usize::from(bank)].valid();
+        let stands = is_closed(state) || state.halted;
+        assert!(!state.mcip() || stands, "taken back from under a handler");
+        assert!(
+            !state.interrupts_on || gpa.is_none(),
+            "taken back from a processor that is online"
+        );
+        let in_bank = self.in_banks.remove(&(vcpu, bank));
+        assert_eq!(in_bank.as_ref().map(|one| one.error.gpa), gpa, "bank {bank} of vCPU {vcpu}");
+        self.counts.count(if gpa.is_some() { "taken back" } else { "bystanders taken back" });
+        if let Some(in_bank) = in_bank {
+            if !bank_is_valid {
+                self.left_banks.push(now);
+            }
+            assert!(
+                !in_bank.read || in_bank.seen_closed || state.mcip(),
+                "taken back, and the guest has read it: {in_bank:x?}"
+            );
+            if !in_bank.gone {
+                self.again(in_bank.error.gpa);
+            }
+        }
+    }
+
+    /// `vcpu` was unplugged; `again` is what lay in its banks.
+    pub fn unplugged(&mut self, vcpu: usize, again: &[u64], now: Duration) {
+        self.goes_on(vcpu);
+        let keys: Vec<_> = self.in_banks.keys().copied().filter(|(of, _)| *of == vcpu).collect();
+        keys.iter().for_each(|_| self.left_banks.push(now));
+        let mut pages: Vec<u64> = keys
+            .iter()
+            .filter_map(|key| self.in_banks.remove(key))
+            .filter(|one| !one.gone)
+            .map(|one| one.error.gpa)
+            .collect();
+        let mut said = again.to_vec();
+        pages.sort_unstable();
+        said.sort_unstable();
+        assert_eq!(pages, said, "what lay in the banks of vCPU {vcpu} is told elsewhere");
+        self.handlers[vcpu] = Handler::default();
+        for gpa in again.iter().rev() {
+            self.again(*gpa);
+        }
+    }
+
+    fn again(&mut self, gpa: u64) {
+        let touches = self.ar.iter_mut().flatten().filter(|(of, _)| *of == gpa);
+        touches.for_each(|(_, untold)| *untold = true);
+        if !self.waits(gpa) {
+            self.ao.insert(0, WaitingAo { gpa, again: true });
+        }
+    }
+
+    /// The page is not the guest's any more.
+    pub fn gone(&mut self, gpa: u64) {
+        self.in_banks.values_mut().for_each(|one| one.gone |= one.error.gpa == gpa);
+        self.ao.retain(|waiting| waiting.gpa != gpa);
+        self.ar.iter_mut().for_each(|ars| ars.retain(|(of, _)| *of != gpa));
     }
 
     /// The guest did `step` on `vcpu`, which left it in `state`, and read `took` out.
@@ -152,6 +250,11 @@ impl Audit {
         now: Duration,
     ) {
         self.counts.count("guest steps");
+        // It may have gone on to another instruction.
+        assert!(
+            self.ar[vcpu].is_empty(),
+            "vCPU {vcpu} runs with an AR that belongs to where it was"
+        );
         let handler = &mut self.handlers[vcpu];
         if is_closed(state) {
             handler.open_since = None;
@@ -199,6 +302,7 @@ impl Audit {
         self.counts.count("looks");
         let handler = &mut self.handlers[vcpu];
         let closed_unseen = std::mem::take(&mut handler.closed_unseen);
+        handler.seen_online = !is_closed(state) && state.interrupts_on;
         if is_closed(state) {
             handler.seen_open_since = None;
             handler.missed = false;
@@ -209,6 +313,18 @@ impl Audit {
             handler.missed |= closed_unseen && handler.seen_open_since.is_some();
             handler.seen_open_since.get_or_insert(now);
         }
+    }
+
+    /// Nobody says what becomes of a record of a page that is not the guest's: it goes as any other.
+    pub fn of_gone_pages(&mut self, vcpu: usize, state: &McaState, now: Duration) {
+        if is_closed(state) || state.mcip() {
+            return;
+        }
+        let before = self.in_banks.len();
+        self.in_banks.retain(|(of, number), in_bank| {
+            *of != vcpu || !in_bank.gone || bank(state, *number).valid()
+        });
+        (self.in_banks.len()..before).for_each(|_| self.left_banks.push(now));
     }
 
     /// `Delivery` says what became of a record in one of `vcpu`'s banks.
@@ -243,11 +359,8 @@ impl Audit {
                     cleared && in_bank.error.gpa == gpa && in_bank.seen_closed
                 });
                 let key = *restarted.expect("lost, and the guest did not start over").0;
-                self.in_banks.remove(&key);
-                let waits = self.ao.iter().any(|waiting| waiting.gpa == gpa)
-                    || self.ar.iter().any(|ars| ars.contains(&gpa));
-                if !waits {
-                    self.ao.insert(0, WaitingAo { gpa, again: true });
+                if self.in_banks.remove(&key).is_some_and(|in_bank| !in_bank.gone) {
+                    self.again(gpa);
                 }
             }
         }
@@ -288,7 +401,8 @@ impl Audit {
             }
             if raises && !local && self.caps.vendor == Vendor::Intel {
                 for (other, state) in before.iter().enumerate() {
-                    let open = !is_closed(state) && state.mcg_ctl == u64::MAX;
+                    let stopped = state.halted && state.mcip();
+                    let open = !is_closed(state) && !stopped && state.mcg_ctl == u64::MAX;
                     assert!(
                         !open || told.iter().any(|told| told.vcpu == other),
                         "a rendezvous reaches all or none: vCPU {other} is open and left out"
@@ -300,6 +414,10 @@ impl Audit {
                 Some((error, _)) => self.in_order(*vcpu, *error),
             }
         }
+        assert!(
+            told.is_empty() || told.iter().any(|one| one.error.is_some()),
+            "a machine check without any error: the guest panics"
+        );
         if told.len() > 1 {
             self.counts.count("rendezvous");
         }
@@ -325,16 +443,19 @@ impl Audit {
         match kind {
             Kind::ActionRequired => {
                 self.counts.count("ARs told");
-                assert!(ars.contains(&gpa), "an AR for {gpa:#x}, which vCPU {vcpu} did not touch");
-                assert_eq!(ars[0], gpa, "ARs of vCPU {vcpu} are told in their order");
+                let touched = ars.iter().any(|(of, _)| *of == gpa);
+                assert!(touched, "an AR for {gpa:#x}, which vCPU {vcpu} did not touch");
+                assert_eq!(ars[0].0, gpa, "ARs of vCPU {vcpu} are told in their order");
             }
             Kind::ActionOptional => {
                 self.counts.count("AOs told");
-                assert!(ars.is_empty(), "an AO on vCPU {vcpu} before its AR for {:#x}", ars[0]);
+                assert!(ars.is_empty(), "an AO on vCPU {vcpu} before its AR for {:#x}", ars[0].0);
                 let at = self.ao.iter().position(|waiting| waiting.gpa == gpa);
                 let at = at.unwrap_or_else(|| panic!("{gpa:#x} is told twice, or after its AR"));
+                // What is to be told again is put in front, also while a machine check is under way to the guest.
+                let overtakes = self.ao[..at].iter().any(|waiting| !waiting.again);
                 assert!(
-                    at == 0 || self.ao[at].again,
+                    !overtakes || self.ao[at].again,
                     "AOs are told in their order: {:x?}",
                     self.ao
                 );
@@ -347,23 +468,37 @@ impl Audit {
         self.handlers[told.vcpu].mcip |= told.record.mcg_status & mcg::MCIP != 0;
         let Some((error, _)) = told.error else { return };
         self.waits_no_longer(told.vcpu, &error);
+        // The guest knows of it from here on, whoever else has touched it.
+        let same = self.ar.iter_mut().flatten().filter(|(gpa, _)| *gpa == error.gpa);
+        same.for_each(|(_, untold)| *untold = false);
         let record = told.record;
-        let in_bank = InBank { error, record, read: false, thrown_away: false, seen_closed: false };
+        let in_bank = InBank {
+            error,
+            record,
+            read: false,
+            gone: false,
+            thrown_away: false,
+            seen_closed: false,
+        };
         let before = self.in_banks.insert((told.vcpu, record.bank), in_bank);
         assert!(before.is_none(), "{told:x?} overwrites {before:x?}");
+        if error.kind == Kind::ActionRequired {
+            // One at once is all that a vCPU can be told.
+            self.goes_on(told.vcpu);
+        }
     }
 
     fn waits_no_longer(&mut self, vcpu: usize, error: &Pending) {
         match error.kind {
             Kind::ActionOptional => self.ao.retain(|waiting| waiting.gpa != error.gpa),
-            Kind::ActionRequired => self.ar[vcpu].retain(|gpa| *gpa != error.gpa),
+            Kind::ActionRequired => self.ar[vcpu].retain(|(gpa, _)| *gpa != error.gpa),
         }
     }
 
-    /// `Delivery` has nothing to do on `vcpu`.
-    pub fn idle(&self, vcpu: usize) {
+    /// `Delivery` has nothing to do on `vcpu`, which is the one that is to be told of AOs, or not.
+    pub fn idle(&self, vcpu: usize, takes_aos: bool) {
         assert!(self.ar[vcpu].is_empty(), "vCPU {vcpu} is let go without its AR");
-        let all_told = vcpu != AO_VCPU || self.ao.is_empty();
+        let all_told = !takes_aos || self.ao.is_empty();
         assert!(all_told, "AOs wait, and nobody says for what: {:x?}", self.ao);
     }
 
@@ -371,10 +506,20 @@ impl Audit {
     pub fn waiting(&mut self, error: &Pending, wait: Wait, states: &[McaState], now: Duration) {
         let known = match error.kind {
             Kind::ActionOptional => self.ao.iter().any(|waiting| waiting.gpa == error.gpa),
-            Kind::ActionRequired => self.ar.iter().any(|ars| ars.contains(&error.gpa)),
+            Kind::ActionRequired => self.ar.iter().flatten().any(|(gpa, _)| *gpa == error.gpa),
         };
         assert!(known, "{error:x?} waits, and was told already");
         self.is_true(error.kind, wait, states, now);
+        // A processor that is offline holds up nobody, but for the moment until it has left its handler.
+        let holds = match wait {
+            Wait::InHandler { vcpu } | Wait::BankValid { vcpu, .. } => Some(vcpu as usize),
+            _ => None,
+        };
+        let offline = |vcpu: usize| states[vcpu].halted && !is_closed(&states[vcpu]);
+        if let Some(vcpu) = holds.filter(|vcpu| offline(*vcpu)) {
+            let others = self.handlers.iter().any(|other| other.seen_online);
+            assert!(!others, "{error:x?} waits for vCPU {vcpu}, which is offline: {wait}");
+        }
     }
 
     /// `Delivery` says that `error` can never be told on `vcpu`.
@@ -445,8 +590,11 @@ impl Audit {
                 let aos = aos.filter(|at| at.error.kind == Kind::ActionOptional).count();
                 aos + self.left_banks.len(now) >= self.burst
             }
-            // Said when a record is lost, which `taken` has checked; nothing pauses here.
-            Wait::Restarted { .. } | Wait::Paused { .. } => false,
+            // Said when a record is lost, which `taken` has checked.
+            Wait::Restarted { .. } | Wait::Offline { .. } | Wait::Unplugged { .. } => false,
+            Wait::Paused { vcpu } => self.paused[vcpu as usize],
+            // There are no threads here.
+            Wait::NotComing { .. } => false,
             // There is no error source here.
             Wait::NoSourceYet | Wait::InBlock | Wait::NotByFirmware { .. } => false,
         };
@@ -481,7 +629,7 @@ impl Audit {
             match page.state {
                 State::Acknowledged { .. } => {}
                 // Held against the state of its time by `cannot`.
-                State::Undeliverable { .. } => {}
+                State::Undeliverable { .. } | State::Removed => {}
                 _ if waits && first_says => {}
                 state => panic!("in the end, {:#x} is {state}", page.gpa),
             }
@@ -504,6 +652,9 @@ fn name(wait: Wait) -> &'static str {
         Wait::JustOpened { .. } => "waits to settle",
         Wait::Restarted { .. } => "waits after a restart",
         Wait::Paused { .. } => "waits for a pause",
+        Wait::NotComing { .. } => "waits for a thread",
+        Wait::Offline { .. } => "waits after it was offline",
+        Wait::Unplugged { .. } => "waits after it was unplugged",
         Wait::Pace => "waits for the pace",
         Wait::NoSourceYet => "waits for a source",
         Wait::InBlock => "waits for the block",

@@ -1,10 +1,11 @@
 //! Plays a history: what the relay's thread and `VcpuPort::attend` do with `Delivery`, on one thread.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
 use mce_relay::delivery::{Cannot, Delivery, Pending, Step, Taken, Told, Wait};
 use mce_relay::ledger::{FoundBy, Ledger, Place, State};
-use mce_relay::mca::{Caps, Kind, McaState, PAGE_SHIFT};
+use mce_relay::mca::{Caps, Kind, McaState, PAGE_SHIFT, msr};
 
 use super::audit::Audit;
 use super::guest::{self, GuestStep, TRIPLE_FAULT, Took};
@@ -41,6 +42,10 @@ struct Driver<V> {
     held: Vec<Option<Duration>>,
     /// The vCPU was started once.
     started: Vec<bool>,
+    /// The vCPU is plugged in.
+    plugged: Vec<bool>,
+    /// Pages that are not the guest's.
+    gone: BTreeSet<u64>,
 }
 
 impl<V: Vcpu> Driver<V> {
@@ -57,6 +62,8 @@ impl<V: Vcpu> Driver<V> {
             attention: vec![false; count],
             held: vec![None; count],
             started: (0..count).map(|vcpu| vcpu == 0).collect(),
+            plugged: vec![true; count],
+            gone: BTreeSet::new(),
         }
     }
 
@@ -70,8 +77,14 @@ impl<V: Vcpu> Driver<V> {
             Op::Ar { vcpu, page } => {
                 // It has to run to touch anything; what its thread has not come round for it has
                 // touched already.
-                if !self.attention[vcpu] {
+                if !self.runs(vcpu) || self.vcpus[vcpu].state().halted {
+                    return;
+                }
+                if !self.audit.has_touched(vcpu) {
                     self.guest(vcpu, GuestStep::Run);
+                    if self.held[vcpu].is_some() {
+                        return;
+                    }
                 }
                 self.enter(Kind::ActionRequired, page, Some(vcpu));
                 self.attention[vcpu] = true;
@@ -82,6 +95,9 @@ impl<V: Vcpu> Driver<V> {
             Op::Guest(vcpu, step) => {
                 self.guest(vcpu, step);
             }
+            Op::Pause(vcpu, on) => self.pause(vcpu, on),
+            Op::Plug(vcpu, on) => self.plug(vcpu, on),
+            Op::Ram(page, on) => self.ram(gpa(page), on),
         }
         for vcpu in 0..self.vcpus.len() {
             if self.held[vcpu].is_some() {
@@ -101,14 +117,80 @@ impl<V: Vcpu> Driver<V> {
         self.ledger.set(gpa, state, SystemTime::UNIX_EPOCH + self.now);
     }
 
+    /// Its thread is there, and is not held by a pause.
+    fn runs(&self, vcpu: usize) -> bool {
+        self.plugged[vcpu] && !self.audit.paused[vcpu]
+    }
+
+    /// As `VcpuPort::park`: the vCPU comes round first, and once more before it runs again.
+    fn pause(&mut self, vcpu: usize, on: bool) {
+        if self.plugged[vcpu] && self.held[vcpu].is_none() {
+            if on && self.attention[vcpu] {
+                self.look(vcpu);
+            }
+            if self.held[vcpu].is_none() {
+                self.audit.paused[vcpu] = on;
+                self.attention[vcpu] = true;
+            }
+        }
+    }
+
+    /// As the drop of a port, and as `Relay::attach`.
+    fn plug(&mut self, vcpu: usize, on: bool) {
+        if vcpu == 0 || self.plugged[vcpu] == on {
+            return;
+        }
+        self.plugged[vcpu] = on;
+        self.audit.paused[vcpu] = false;
+        self.held[vcpu] = None;
+        self.attention[vcpu] = false;
+        self.started[vcpu] = false;
+        if on {
+            self.delivery.attached(vcpu);
+            return;
+        }
+        self.audit.counts.count("unplugged");
+        let again = self.delivery.absent(vcpu, self.now);
+        self.audit.unplugged(vcpu, &again, self.now);
+        for gpa in again {
+            self.set(gpa, State::Waiting { wait: Wait::Unplugged { vcpu: number(vcpu) } });
+        }
+        // The next one there is a new one.
+        let new = &mut self.vcpus[vcpu];
+        new.init();
+        for bank in 0..self.caps.banks() {
+            new.host_wrmsr(msr::mc_ctl(bank), u64::MAX);
+            new.host_wrmsr(msr::mc_status(bank), 0);
+        }
+        new.host_wrmsr(msr::MCG_STATUS, 0);
+        new.host_wrmsr(msr::MCG_CTL, u64::MAX);
+    }
+
+    /// As `Handle::remove_ram` and `add_ram`.
+    fn ram(&mut self, gpa: u64, on: bool) {
+        if on {
+            if self.gone.remove(&gpa) {
+                self.ledger.heal(gpa, SystemTime::UNIX_EPOCH + self.now);
+            }
+        } else if self.gone.insert(gpa) {
+            self.delivery.gone(&|one| one == gpa);
+            self.audit.gone(gpa);
+            self.set(gpa, State::Removed);
+        }
+    }
+
     /// As `Shared::enter`.
     fn enter(&mut self, kind: Kind, page: u64, vcpu: Option<usize>) {
         let (gpa, now) = (gpa(page), SystemTime::UNIX_EPOCH + self.now);
+        if self.gone.contains(&gpa) {
+            return;
+        }
+        let untold = self.ledger.get(gpa).is_none_or(|page| page.state.is_untold());
         let new = self.ledger.enter(gpa, gpa, PAGE_SHIFT, kind, FoundBy::Signal, now);
         match vcpu {
             Some(vcpu) => {
-                self.delivery.push_ar(vcpu, gpa, self.now);
-                self.audit.ar(vcpu, gpa);
+                self.delivery.push_ar(vcpu, gpa, untold, self.now);
+                self.audit.ar(vcpu, gpa, untold);
             }
             None if new => {
                 self.delivery.push_ao(gpa);
@@ -120,6 +202,9 @@ impl<V: Vcpu> Driver<V> {
 
     /// The guest runs on `vcpu`, after its thread has come round if it has to.
     fn guest(&mut self, vcpu: usize, step: GuestStep) -> Vec<Took> {
+        if !self.runs(vcpu) {
+            return Vec::new();
+        }
         if self.attention[vcpu] {
             self.look(vcpu);
         }
@@ -135,7 +220,10 @@ impl<V: Vcpu> Driver<V> {
 
     fn interrupt(&mut self, vcpu: usize) {
         let state = self.vcpus[vcpu].state();
-        let runs = !state.waits_for_sipi && !self.attention[vcpu] && self.held[vcpu].is_none();
+        let runs = self.runs(vcpu)
+            && !state.waits_for_sipi
+            && !self.attention[vcpu]
+            && self.held[vcpu].is_none();
         if runs && state.interrupts_on && !state.event_in_flight {
             self.vcpus[vcpu].interrupt();
         }
@@ -143,12 +231,16 @@ impl<V: Vcpu> Driver<V> {
 
     /// As `VcpuPort::attend`.
     fn look(&mut self, me: usize) {
+        if !self.runs(me) {
+            return;
+        }
         self.attention[me] = false;
         loop {
             let state = self.see(me);
             match self.delivery.next(me, &state, self.now) {
                 Step::Idle => {
-                    self.audit.idle(me);
+                    let takes_aos = self.delivery.ao_vcpu() == me;
+                    self.audit.idle(me, takes_aos);
                     break;
                 }
                 Step::Inject(told) => self.inject(&[told]),
@@ -159,8 +251,17 @@ impl<V: Vcpu> Driver<V> {
                 // After an AR that cannot be told the VMM decides; it comes back before it runs.
                 Step::Cannot(error, why) => self.cannot(me, error, why),
                 Step::Rendezvous(error) => {
-                    let states: Vec<_> = (0..self.vcpus.len()).map(|v| Some(self.see(v))).collect();
-                    match self.delivery.rendezvous(me, &states) {
+                    let paused = (0..self.vcpus.len()).find(|vcpu| self.audit.paused[*vcpu]);
+                    let outcome = match paused {
+                        Some(vcpu) => Err(Wait::Paused { vcpu: number(vcpu) }),
+                        None => {
+                            let all = 0..self.vcpus.len();
+                            let states: Vec<_> =
+                                all.map(|v| self.plugged[v].then(|| self.see(v))).collect();
+                            self.delivery.rendezvous(me, error, &states)
+                        }
+                    };
+                    match outcome {
                         Ok(told) => {
                             self.inject(&told);
                             // The others go round once more before they run.
@@ -169,6 +270,12 @@ impl<V: Vcpu> Driver<V> {
                         Err(wait) => {
                             self.waiting(error, wait);
                             if error.kind == Kind::ActionOptional {
+                                break;
+                            }
+                            if paused.is_some() {
+                                // It pauses, too, and touches again what it touched.
+                                self.delivery.goes_on(me);
+                                self.audit.goes_on(me);
                                 break;
                             }
                             let since = *self.held[me].get_or_insert(self.now);
@@ -184,10 +291,28 @@ impl<V: Vcpu> Driver<V> {
         self.held[me] = None;
     }
 
-    /// Reads `vcpu`'s state, and what has become of the records in its banks.
+    /// Reads `vcpu`'s state, and what has become of the records in its banks; takes back those that it leaves there.
     fn see(&mut self, vcpu: usize) -> McaState {
+        let mut state = self.seen(vcpu);
+        let left = self.delivery.left_behind(vcpu, &state, self.now);
+        for &bank in &left {
+            self.vcpus[vcpu].host_wrmsr(msr::mc_status(bank), 0);
+            let gpa = self.delivery.taken_back(vcpu, bank);
+            self.audit.taken_back(vcpu, bank, gpa, &state, self.now);
+            if let Some(gpa) = gpa {
+                self.set(gpa, State::Waiting { wait: Wait::Offline { vcpu: number(vcpu) } });
+            }
+        }
+        if !left.is_empty() {
+            state = self.seen(vcpu);
+        }
+        state
+    }
+
+    fn seen(&mut self, vcpu: usize) -> McaState {
         let state = self.vcpus[vcpu].state();
         self.audit.seen(vcpu, &state, self.now);
+        self.audit.of_gone_pages(vcpu, &state, self.now);
         for taken in self.delivery.taken(vcpu, &state, self.now) {
             self.audit.taken(vcpu, taken, &state, self.now);
             match taken {
@@ -207,13 +332,20 @@ impl<V: Vcpu> Driver<V> {
     fn waiting(&mut self, error: Pending, wait: Wait) {
         let states = self.states();
         self.audit.waiting(&error, wait, &states, self.now);
-        self.set(error.gpa, State::Waiting { wait });
+        let untold = self.ledger.get(error.gpa).is_some_and(|page| page.state.is_untold());
+        if untold || error.kind == Kind::ActionOptional {
+            self.set(error.gpa, State::Waiting { wait });
+        }
     }
 
     fn cannot(&mut self, vcpu: usize, error: Pending, why: Cannot) {
         let states = self.states();
         self.audit.cannot(vcpu, &error, why, &states, self.now);
         self.delivery.forget(vcpu, &error);
+        if error.kind == Kind::ActionRequired {
+            self.delivery.goes_on(vcpu);
+            self.audit.goes_on(vcpu);
+        }
         self.set(error.gpa, State::Undeliverable { why });
     }
 
@@ -246,7 +378,11 @@ impl<V: Vcpu> Driver<V> {
     /// The guest does all that a well guest does, again and again, and the relay's thread has those
     /// vCPUs look that `Delivery` names, until nothing is left to do.
     fn become_well(&mut self) {
-        let rounds = 20 + 2 * self.ledger.pages().count();
+        for vcpu in 0..self.vcpus.len() {
+            self.op(Op::Pause(vcpu, false));
+        }
+        // An offline processor waits ten seconds at most for what it does not do, and each page may wait there.
+        let rounds = 40 + 4 * self.ledger.pages().count();
         for _ in 0..rounds {
             for vcpu in 0..self.vcpus.len() {
                 self.be_well(vcpu);
@@ -264,8 +400,19 @@ impl<V: Vcpu> Driver<V> {
     }
 
     fn be_well(&mut self, vcpu: usize) {
-        if !self.started[vcpu] {
+        if !self.started[vcpu] || !self.plugged[vcpu] {
             return;
+        }
+        if self.vcpus[vcpu].state().halted {
+            // It takes what is queued, and stays offline as long as another one is there.
+            self.guest(vcpu, GuestStep::Run);
+            let others = (0..self.vcpus.len())
+                .filter(|other| *other != vcpu && self.started[*other] && self.plugged[*other]);
+            if others.into_iter().any(|other| !self.vcpus[other].state().halted) {
+                return;
+            }
+            self.guest(vcpu, GuestStep::Init);
+            self.guest(vcpu, GuestStep::Start);
         }
         // One more than it is in, for the one that may be queued.
         let handlers = 0..=self.vcpus[vcpu].handlers();

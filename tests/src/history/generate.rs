@@ -51,7 +51,7 @@ fn time() -> impl Strategy<Value = Duration> {
     millis.prop_map(Duration::from_millis)
 }
 
-/// One of a guest's steps on `vcpu`; the boot processor is never taken offline.
+/// One of a guest's steps on `vcpu`.
 pub fn guest_step(vcpu: usize) -> impl Strategy<Value = GuestStep> {
     // The banks that carry ARs and AOs of Intel guests are worth more than the others.
     let bank = prop_oneof![7..BANKS, 0..BANKS];
@@ -69,6 +69,7 @@ pub fn guest_step(vcpu: usize) -> impl Strategy<Value = GuestStep> {
         8 => Just(GuestStep::LeaveHandler),
         1 => any::<bool>().prop_map(GuestStep::Interrupts),
         6 => Just(GuestStep::Poll),
+        1 => Just(GuestStep::Offline),
     ]
 }
 
@@ -81,6 +82,9 @@ fn op(vcpus: usize) -> impl Strategy<Value = Op> {
         1 => (0..vcpus).prop_map(Op::Interrupt),
         12 => (0..vcpus).prop_map(Op::Look),
         5 => time().prop_map(Op::Advance),
+        1 => (0..vcpus, any::<bool>()).prop_map(|(vcpu, on)| Op::Pause(vcpu, on)),
+        1 => (0..vcpus, any::<bool>()).prop_map(|(vcpu, on)| Op::Plug(vcpu, on)),
+        1 => (0..PAGES, any::<bool>()).prop_map(|(page, on)| Op::Ram(page, on)),
         20 => (0..vcpus).prop_flat_map(|vcpu| guest_step(vcpu).prop_map(move |step| Op::Guest(vcpu, step))),
     ]
 }

@@ -36,6 +36,10 @@ pub enum GuestStep {
     Interrupts(bool),
     /// Outside the handler: reads and clears every bank that holds a deferred record.
     Poll,
+    /// Outside the handler: the processor is taken offline. It waits in HLT with interrupts off, and whatever machine
+    /// check it takes, it clears MCG_STATUS and waits on (`hlt_play_dead`, `mce_check_crashing_cpu`). An INIT
+    /// and a start-up IPI bring it back.
+    Offline,
 }
 
 /// A record that the guest read out of a bank before it cleared it.
@@ -67,9 +71,22 @@ const fn all_ones(on: bool) -> u64 {
 /// The vCPU shuts down.
 pub fn step(vcpu: &mut impl Vcpu, caps: &Caps, step: GuestStep) -> Vec<Took> {
     match step {
+        // A start-up IPI is nothing to a processor that does not wait for one.
+        GuestStep::Start if !vcpu.state().waits_for_sipi => {}
         GuestStep::Start => vcpu.start(),
         GuestStep::Init => vcpu.init(),
         _ if vcpu.state().waits_for_sipi => {}
+        _ if vcpu.state().halted => {
+            if vcpu.state().event_in_flight {
+                vcpu.set_halted(false);
+                assert!(vcpu.resume(), "{TRIPLE_FAULT}");
+                vcpu.wrmsr(msr::MCG_STATUS, 0);
+                while vcpu.handlers() > 0 {
+                    vcpu.iret();
+                }
+                vcpu.set_halted(true);
+            }
+        }
         _ => {
             assert!(vcpu.resume(), "{TRIPLE_FAULT}");
             return follow(vcpu, caps, step);
@@ -125,6 +142,12 @@ fn follow(vcpu: &mut impl Vcpu, caps: &Caps, step: GuestStep) -> Vec<Took> {
         GuestStep::Interrupts(on) => {
             if vcpu.handlers() == 0 {
                 vcpu.set_interrupts(on);
+            }
+        }
+        GuestStep::Offline => {
+            if vcpu.handlers() == 0 {
+                vcpu.set_interrupts(false);
+                vcpu.set_halted(true);
             }
         }
         GuestStep::Poll => {

@@ -25,6 +25,8 @@ pub struct ModelVcpu {
     banks: Vec<[u64; 4]>,
     /// RFLAGS.IF outside the handler.
     interrupts_on: bool,
+    /// It waits in HLT.
+    halted: bool,
     /// An interrupt waits for the next entry into the guest.
     interrupt: bool,
     /// A machine check waits for the next entry into the guest.
@@ -45,6 +47,7 @@ impl ModelVcpu {
             mcg_ext_ctl: 0,
             banks: vec![[u64::MAX, 0, 0, 0]; usize::from(caps.banks())],
             interrupts_on: false,
+            halted: false,
             interrupt: false,
             queued: false,
             triple_fault: false,
@@ -80,6 +83,7 @@ impl Vcpu for ModelVcpu {
             lmce: self.mcg_ext_ctl & msr::MCG_EXT_CTL_LMCE != 0,
             event_in_flight: self.interrupt || self.queued,
             interrupts_on: self.interrupts_on && self.handlers == 0,
+            halted: self.halted,
             rip: 0,
             banks,
         }
@@ -138,6 +142,7 @@ impl Vcpu for ModelVcpu {
         self.waits_for_sipi = true;
         self.cr4_mce = false;
         self.interrupts_on = false;
+        self.halted = false;
         self.interrupt = false;
         self.queued = false;
         self.handlers = 0;
@@ -168,12 +173,20 @@ impl Vcpu for ModelVcpu {
         *self.register(index) = value;
     }
 
+    fn host_wrmsr(&mut self, index: u32, value: u64) {
+        *self.register(index) = value;
+    }
+
     fn set_cr4_mce(&mut self, set: bool) {
         self.cr4_mce = set;
     }
 
     fn set_interrupts(&mut self, on: bool) {
         self.interrupts_on = on;
+    }
+
+    fn set_halted(&mut self, on: bool) {
+        self.halted = on;
     }
 
     fn iret(&mut self) {
