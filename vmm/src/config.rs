@@ -75,6 +75,8 @@ pub struct MemoryZone {
     pub prefault: bool,
     /// A file to be the memory, at least as long as it.
     pub file: Option<PathBuf>,
+    /// The file may be one of which the host loses bad pages without a word: a shared one on a disk.
+    pub lossy: bool,
 }
 
 impl MemoryZone {
@@ -88,6 +90,7 @@ impl MemoryZone {
             thp: true,
             prefault: false,
             file: None,
+            lossy: false,
         }
     }
 }

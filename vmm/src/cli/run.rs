@@ -35,7 +35,9 @@ pub struct RunArgs {
     /// huge pages (the default is on: it may). prefault=on: all of it gets memory before the guest
     /// starts. file=PATH: the memory is this file, at least SIZE long, shared with whoever maps it
     /// where shared=on is given, and otherwise private; on hugetlbfs it comes in huge pages. What a
-    /// shared file holds is lost when the guest starts over.
+    /// shared file holds is lost when the guest starts over. A shared file has to be on tmpfs, hugetlbfs or
+    /// DAX: of another one the host drops a bad page and reads it again as it once was, without a word to
+    /// anybody, which lossy=on accepts.
     #[arg(long, value_name = "size=SIZE,...")]
     pub memory: Option<Memory>,
     /// Guest RAM in several zones, each with the keys of --memory (and id=NAME, which is only for you);
@@ -223,7 +225,7 @@ impl FromStr for Memory {
 
     fn from_str(text: &str) -> Result<Self, String> {
         const KEYS: &str = "size=SIZE, shared=on|off, hugepages=on|off, hugepage_size=2M|1G, \
-                            thp=on|off, prefault=on|off, file=PATH, id=NAME";
+                            thp=on|off, prefault=on|off, file=PATH, lossy=on|off, id=NAME";
         if !text.contains('=') {
             return parse_number(text).map(|size| Self(MemoryZone::new(size)));
         }
@@ -243,6 +245,7 @@ impl FromStr for Memory {
                 "hugepages" => hugepages = switch()?,
                 "thp" => zone.thp = switch()?,
                 "prefault" => zone.prefault = switch()?,
+                "lossy" => zone.lossy = switch()?,
                 "hugepage_size" => {
                     hugepage_size = Some(match parse_number(value) {
                         Ok(size) if size == PageSize::Size2M.bytes() => PageSize::Size2M,

@@ -17,6 +17,8 @@ use crate::config::{MemoryZone, PageSize};
 const ALIGNMENT: u64 = 2 << 20;
 /// f_type of hugetlbfs (include/uapi/linux/magic.h).
 const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
+/// f_type of tmpfs, likewise.
+const TMPFS_MAGIC: u32 = 0x0102_1994;
 
 /// The file of a zone, and the pages it comes in. Mappings of the zone share it.
 pub(super) struct Opened {
@@ -44,6 +46,9 @@ pub(super) fn open(zone: &MemoryZone) -> Result<Opened, MemoryError> {
     if meta.len() < zone.size {
         let (found, wanted) = (meta.len(), zone.size);
         return Err(MemoryError::ShortFile { path: path.clone(), found, wanted });
+    }
+    if zone.shared && !zone.lossy && !says_what_is_lost(&file).map_err(error)? {
+        return Err(MemoryError::Lossy { path: path.clone() });
     }
     let page_size = page_size_of(&file).map_err(error)?;
     Ok(Opened { file: Some(Arc::new(file)), page_size, memfd: false })
@@ -84,17 +89,44 @@ impl Opened {
     }
 }
 
+/// Whether the host signals each page of `file` that goes bad, also one that was written to. Of a file system with a
+/// disk behind it such a page is dropped and read again, stale (`me_pagecache_dirty`, mm/memory-failure.c).
+fn says_what_is_lost(file: &File) -> io::Result<bool> {
+    let in_memory = [TMPFS_MAGIC, HUGETLBFS_MAGIC];
+    Ok(in_memory.contains(&magic(&stat(file)?)) || is_dax(file))
+}
+
+/// Whether the file's pages are the storage itself.
+fn is_dax(file: &File) -> bool {
+    let flag = u64::from(libc::STATX_ATTR_DAX.cast_unsigned());
+    // SAFETY: statx is plain data, which the call fills; the path is a C string.
+    unsafe {
+        let mut statx: libc::statx = std::mem::zeroed();
+        let done =
+            libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, 0, &raw mut statx);
+        done == 0 && statx.stx_attributes & flag != 0
+    }
+}
+
+fn stat(file: &File) -> io::Result<libc::statfs> {
+    // SAFETY: statfs is plain data, and fstatfs fills it.
+    unsafe {
+        let mut stat: libc::statfs = std::mem::zeroed();
+        match libc::fstatfs(file.as_raw_fd(), &raw mut stat) {
+            0 => Ok(stat),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+fn magic(stat: &libc::statfs) -> u32 {
+    u32::try_from(stat.f_type).unwrap_or(0)
+}
+
 /// The pages that the mappings of `file` come in: a file of hugetlbfs has that of its mount.
 fn page_size_of(file: &File) -> io::Result<u64> {
-    // SAFETY: statfs is plain data, and fstatfs fills it.
-    let stat = unsafe {
-        let mut stat: libc::statfs = std::mem::zeroed();
-        if libc::fstatfs(file.as_raw_fd(), &raw mut stat) != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        stat
-    };
-    let is_hugetlbfs = u32::try_from(stat.f_type).is_ok_and(|magic| magic == HUGETLBFS_MAGIC);
+    let stat = stat(file)?;
+    let is_hugetlbfs = magic(&stat) == HUGETLBFS_MAGIC;
     Ok(if is_hugetlbfs { u64::try_from(stat.f_bsize).unwrap_or(PAGE_SIZE) } else { PAGE_SIZE })
 }
 

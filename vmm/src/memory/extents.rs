@@ -70,7 +70,7 @@ impl GuestRam {
         Ok(all)
     }
 
-    fn pagemap(&self) -> io::Result<&File> {
+    pub(super) fn pagemap(&self) -> io::Result<&File> {
         let failed =
             |error: &io::Error| io::Error::new(error.kind(), format!("{PAGEMAP}: {error}"));
         self.pagemap.as_ref().map_err(failed)
@@ -170,8 +170,10 @@ mod tests {
     fn a_file_that_nobody_has_touched_is_no_memory() {
         for shared in [false, true] {
             let dir = tempfile::tempdir().unwrap();
-            let (path, zone) =
-                (file(&dir), MemoryZone { shared, thp: false, ..MemoryZone::new(SIZE) });
+            let (path, zone) = (
+                file(&dir),
+                MemoryZone { shared, thp: false, lossy: true, ..MemoryZone::new(SIZE) },
+            );
             let ram = GuestRam::new(&[MemoryZone { file: Some(path), ..zone }]).unwrap();
             // What it holds is to be dumped all the same.
             assert_eq!(ram.in_use().unwrap(), [], "shared: {shared}");

@@ -23,6 +23,7 @@ use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::config::MemoryZone;
+use crate::host::PageFlags;
 use backing::Backing;
 pub use renew::Renewed;
 
@@ -95,6 +96,17 @@ pub enum MemoryError {
     /// The path leads to something that is not a file.
     #[error("{path} is not a regular file, so it cannot be guest memory", path = .path.display())]
     NotAFile {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// The file to be guest RAM is one of which the host loses bad pages without a word.
+    #[error(
+        "the file for guest memory {path} is on neither tmpfs, hugetlbfs nor DAX, and shared=on has the guest write to it: \
+         when a page of it goes bad the host drops what was written, reads the page from the disk again as it once \
+         was, and tells nobody. Take a file on tmpfs (/dev/shm), leave out shared=on, or accept that with lossy=on",
+        path = .path.display()
+    )]
+    Lossy {
         /// Its path.
         path: PathBuf,
     },
@@ -300,6 +312,8 @@ pub struct GuestRam {
     backings: Vec<Backing>,
     /// Stretches of it (address and length) that are no longer the guest's, ascending.
     removed: Mutex<Vec<(u64, u64)>>,
+    /// What the host says of its page frames; `None` for those who may not see it.
+    flags: Option<PageFlags>,
     /// /proc/self/pagemap. Opened here, since the threads that look into it may open nothing; who does not
     /// look need not have it.
     pagemap: io::Result<File>,
@@ -344,7 +358,8 @@ impl GuestRam {
             .map_err(|_| MemoryError::Layout { gpa: HOLE_END })?;
         let map = RamMap::new(&blocks.iter().map(region).collect::<Vec<_>>())?;
         let (removed, pagemap) = (Mutex::default(), File::open(extents::PAGEMAP));
-        let ram = Self { memory, blocks, map, backings, removed, pagemap };
+        let flags = PageFlags::open().ok();
+        let ram = Self { memory, blocks, map, backings, removed, flags, pagemap };
         ram.prefault()?;
         Ok(ram)
     }
@@ -460,7 +475,9 @@ impl GuestRam {
 
 fn region(block: &RamBlock) -> RamRegion {
     let page_shift = u8::try_from(block.page_size.trailing_zeros()).unwrap_or(12);
-    RamRegion { hva: block.hva, gpa: block.gpa, len: block.len, page_shift }
+    // SAFETY: the block is a mapping of `GuestRam`'s, to which no reference leads; when the guest's end comes the relay
+    // goes before it (`run::Boots`).
+    unsafe { RamRegion::new(block.hva, block.gpa, block.len) }.in_pages_of(page_shift)
 }
 
 #[cfg(test)]
@@ -556,7 +573,12 @@ mod tests {
         let zones = [
             MemoryZone { thp: false, ..MemoryZone::new(16 << 20) },
             MemoryZone { shared: true, prefault: true, ..MemoryZone::new(16 << 20) },
-            MemoryZone { file: Some(path.clone()), shared: true, ..MemoryZone::new(8 << 20) },
+            MemoryZone {
+                file: Some(path.clone()),
+                shared: true,
+                lossy: true,
+                ..MemoryZone::new(8 << 20)
+            },
             MemoryZone { file: Some(path.clone()), ..MemoryZone::new(8 << 20) },
         ];
         let ram = GuestRam::new(&zones).unwrap();
@@ -583,6 +605,7 @@ mod tests {
         let zone = |name: &str, shared| MemoryZone {
             file: Some(at(name)),
             shared,
+            lossy: true,
             ..MemoryZone::new(16 << 20)
         };
         for name in ["ram", "again", "link"] {

@@ -5,13 +5,14 @@
 //! each is asked about and only the bad ones are exchanged. Whatever has to be good in the end is
 //! tried; where there is no good memory to be had, the stretch is taken out of the guest's memory.
 
-use std::io;
 use std::ops::Range;
+use std::{io, iter};
 
 use log::{debug, warn};
 
 use super::backing::Backing;
 use super::{GuestRam, PAGE_SIZE};
+use crate::host::pagemap::{Entries, Entry};
 
 /// [`PAGE_SIZE`] as the standard library's iterators want it; 4096 fits any usize.
 const PAGE_STEP: usize = 4096;
@@ -60,7 +61,9 @@ impl GuestRam {
             suspects.dedup();
             let mut lost: Vec<Range<u64>> = Vec::new();
             for page in suspects {
-                if let Err(error) = replace(backing, page) {
+                let bad =
+                    pages.iter().copied().filter(|bad| (page..page + page_size).contains(bad));
+                if let Err(error) = self.replace(backing, page, bad) {
                     warn!(
                         "no good memory for GPA {:#x} ({} KiB): {error}; it is taken out of the guest's memory",
                         block.gpa + page,
@@ -86,6 +89,45 @@ impl GuestRam {
             warn!("{error}; the guest gets its memory as it uses it");
         }
         renewed
+    }
+}
+
+impl GuestRam {
+    /// Puts good memory at the page that begins at `start`, of which the 4 KiB at `bad` were bad.
+    fn replace(
+        &self,
+        backing: &Backing,
+        start: u64,
+        bad: impl Iterator<Item = u64> + Clone,
+    ) -> io::Result<()> {
+        let again = || {
+            let mut pages = iter::once(start).chain(bad.clone());
+            pages.find_map(|page| self.bad_frame_at(backing.hva() + page))
+        };
+        replace(backing, start)?;
+        if again().is_none() {
+            return Ok(());
+        }
+        // It was not let go.
+        backing.exchange(start)?;
+        backing.advise(start, backing.page_size(), libc::MADV_POPULATE_WRITE)?;
+        match again() {
+            None => Ok(()),
+            Some(pfn) => Err(io::Error::other(format!(
+                "the host gives page frame {pfn:#x} again, which it has marked as poisoned"
+            ))),
+        }
+    }
+
+    /// The page frame at `hva`, if the host has marked it as poisoned; `None` as well where it does not say.
+    fn bad_frame_at(&self, hva: u64) -> Option<u64> {
+        let (flags, pagemap) = (self.flags.as_ref()?, self.pagemap().ok()?);
+        match Entries::of(pagemap).at(hva) {
+            Ok(Entry::Present { pfn: Some(pfn), .. }) => {
+                flags.is_poisoned(pfn).is_ok_and(|poisoned| poisoned).then_some(pfn)
+            }
+            _ => None,
+        }
     }
 }
 
@@ -195,8 +237,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ram");
         std::fs::write(&path, vec![0_u8; 32 << 20]).unwrap();
-        let zone =
-            MemoryZone { file: Some(path.clone()), shared: true, ..MemoryZone::new(32 << 20) };
+        let zone = MemoryZone {
+            file: Some(path.clone()),
+            shared: true,
+            lossy: true,
+            ..MemoryZone::new(32 << 20)
+        };
         let ram = GuestRam::new(&[zone]).unwrap();
         // Somebody cuts the file: there is nothing behind its end to be had.
         std::fs::File::options().write(true).open(&path).unwrap().set_len(31 << 20).unwrap();
