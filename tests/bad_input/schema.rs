@@ -37,6 +37,9 @@ fn waits() -> Vec<Wait> {
         Wait::JustOpened { vcpu },
         Wait::Restarted { vcpu },
         Wait::Paused { vcpu },
+        Wait::NotComing { vcpu },
+        Wait::Offline { vcpu },
+        Wait::Unplugged { vcpu },
         Wait::Pace,
         Wait::NoSourceYet,
         Wait::InBlock,
@@ -182,10 +185,12 @@ fn infos() -> Vec<VmInfo> {
         paused: false,
         pause_reason: None,
         panic: None,
+        relay_alive: true,
         kernel: Extent { gpa: 0x100_0000, len: 0x200_0000 },
         memory: vec![block, of_a_file],
     };
     let mut all = vec![info.clone(), VmInfo { name: Some("x".into()), ..info.clone() }];
+    all.push(VmInfo { relay_alive: false, ..info.clone() });
     for ghes in [Notify::Interrupt, Notify::Poll { millis: 1000 }] {
         all.push(VmInfo { ghes: Some(ghes), ..info.clone() });
     }

@@ -50,6 +50,11 @@ fn of(running: &Running) -> Result<Vec<MetricFamily>, prometheus::Error> {
         "1 from when the guest says that its kernel has panicked until it starts over.",
     )?;
     panicked.set(f64::from(u8::from(info.panic.is_some())));
+    let alive = Gauge::new(
+        "mce_relay_alive",
+        "1 as long as the relay's thread is there; without it nobody takes AOs.",
+    )?;
+    alive.set(f64::from(u8::from(info.relay_alive)));
     let scans = Gauge::new(
         "mce_relay_scans",
         "Looks through guest RAM for bad pages that no signal named, in this boot.",
@@ -57,7 +62,8 @@ fn of(running: &Running) -> Result<Vec<MetricFamily>, prometheus::Error> {
     scans.set(number(running.relay.scans()));
 
     let mut families = of_ledger(|look| running.relay.inspect(|ledger| look(ledger)))?;
-    let more = [about.collect(), paused.collect(), panicked.collect(), scans.collect()];
+    let more =
+        [about.collect(), paused.collect(), panicked.collect(), alive.collect(), scans.collect()];
     families.extend(more.concat());
     Ok(families)
 }

@@ -154,8 +154,8 @@ mod tests {
     #[test]
     fn every_page_is_in_one_of_the_pieces() {
         const GIB: u64 = 1 << 30;
-        let huge =
-            RamRegion { page_shift: 30, ..RamRegion::new(0x7e00_0000_0000, 4 * GIB, 2 * GIB) };
+        // SAFETY: nothing is mapped there, and nothing writes there.
+        let huge = unsafe { RamRegion::new(0x7e00_0000_0000, 4 * GIB, 2 * GIB) }.in_pages_of(30);
         let caps = Caps { vendor: Vendor::Intel, mcg_cap: 10, succor: false };
         let map = RamMap::new(&[huge]).unwrap();
         let relay = Relay::start(Config::new(1, caps, map, |_| {})).unwrap();

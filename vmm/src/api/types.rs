@@ -93,6 +93,8 @@ pub struct VmInfo {
     pub pause_reason: Option<PauseReason>,
     /// What the guest has said of its own end since it was started; null as long as it has not.
     pub panic: Option<Panic>,
+    /// Whether the relay's thread is there, as it always should be: without it nobody takes AOs.
+    pub relay_alive: bool,
     /// The stretch of guest RAM into which the guest's kernel was loaded: its text and data, and what it gives
     /// back after its start.
     pub kernel: Extent,
@@ -245,7 +247,8 @@ impl Running {
     #[must_use]
     pub fn info(&self) -> VmInfo {
         let (pause_reason, panic) = (self.control.paused(), self.control.panicked());
-        VmInfo { paused: pause_reason.is_some(), pause_reason, panic, ..self.info.clone() }
+        let (paused, relay_alive) = (pause_reason.is_some(), self.relay.is_alive());
+        VmInfo { paused, pause_reason, panic, relay_alive, ..self.info.clone() }
     }
 }
 
@@ -326,6 +329,7 @@ pub(crate) fn an_info() -> VmInfo {
         paused: false,
         pause_reason: None,
         panic: None,
+        relay_alive: true,
         kernel: Extent { gpa: 0x100_0000, len: 0x200_0000 },
         memory: Vec::new(),
     }
