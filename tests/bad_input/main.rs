@@ -46,6 +46,14 @@ fn anywhere() -> Result<(), String> {
     Ok(())
 }
 
+fn a_disk_below_tmp() -> Result<(), String> {
+    has_kvm()?;
+    match values::is_on_disk(&std::env::temp_dir()) {
+        true => Ok(()),
+        false => Err("needs temporary files on a disk's file system, not on tmpfs".to_owned()),
+    }
+}
+
 fn as_root() -> Result<(), String> {
     // SAFETY: geteuid cannot fail and takes nothing.
     match unsafe { libc::geteuid() } {
@@ -190,6 +198,7 @@ fn main() -> ExitCode {
         not_ours::an_ar_of_its_own_memory_ends_it_with_a_status_of_its_own needs has_kvm_and_hook,
         not_ours::an_ao_of_its_own_memory_is_reported_and_it_goes_on needs has_kvm_and_hook,
         not_ours::guest_ram_that_is_cut_short_is_an_error_of_kvm needs has_kvm_and_hook,
+        not_ours::sigbus_that_is_blocked_is_unblocked needs has_kvm_and_hook,
         followers::three_of_them_one_stuck needs once,
         followers::places_come_back_with_their_clients_end needs has_kvm,
         watching::followers_end_with_their_reader needs has_kvm,
@@ -228,6 +237,7 @@ fn main() -> ExitCode {
         values::memory_of_kinds_that_do_not_go_together needs anywhere,
         values::a_memory_file_that_is_not_there needs has_kvm,
         values::a_memory_file_that_is_too_short needs has_kvm,
+        values::a_shared_memory_file_on_a_disk needs a_disk_below_tmp,
         values::a_pool_of_huge_pages_that_is_too_small needs empty_pool,
         values::memory_of_a_vm_that_is_not_there needs anywhere,
         values::a_kernel_that_is_not_one needs has_kvm,

@@ -1,7 +1,7 @@
 //! SIGBUS that is no error of guest memory: each has its documented end, with one line that says what it
 //! was, the true siginfo, and the terminal as it was.
 
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{Hooked, SPIN, library, prepare};
@@ -97,7 +97,7 @@ pub fn guest_ram_that_is_cut_short_is_an_error_of_kvm() {
     let ram = dir.path().join("ram");
     std::fs::File::create(&ram).unwrap().set_len(32 << 20).unwrap();
     let mut command = std::process::Command::new(binary());
-    let memory = format!("size=32M,shared=on,file={}", ram.display());
+    let memory = format!("size=32M,shared=on,lossy=on,file={}", ram.display());
     command.args(["run", "--serial", "off", "--memory", &memory]);
     prepare(&mut command, dir.path(), &READ);
     let mut vmm = Hooked::of(command.spawn().unwrap(), dir);
@@ -106,4 +106,51 @@ pub fn guest_ram_that_is_cut_short_is_an_error_of_kvm() {
     println!("    {}", stderr.trim_end());
     assert_eq!(status.code(), Some(5), "{status}: {stderr}");
     assert!(stderr.contains("RIP 0x10"), "{stderr}");
+}
+
+/// Whoever starts it may have SIGBUS blocked: KVM_RUN would try a bad page again for ever, and a thread that meets one
+/// elsewhere would be ended unheard.
+pub fn sigbus_that_is_blocked_is_unblocked() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = std::process::Command::new(binary());
+    command.args(["run", "--serial", "off", "--memory", "32M"]);
+    prepare(&mut command, dir.path(), &SPIN);
+    let block = || {
+        // SAFETY: the set is initialised before it is used; all of it is async-signal-safe.
+        unsafe {
+            let mut bus = std::mem::zeroed::<libc::sigset_t>();
+            libc::sigemptyset(&raw mut bus);
+            libc::sigaddset(&raw mut bus, libc::SIGBUS);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const bus, std::ptr::null_mut());
+        }
+        Ok(())
+    };
+    // SAFETY: the closure takes no lock and allocates nothing.
+    unsafe { command.pre_exec(block) };
+    let mut vmm = Hooked::of(command.spawn().unwrap(), dir);
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", vmm.pid())).unwrap();
+    // The hook has a thread of its own, which is there before the program begins.
+    let main = vmm.pid().to_string();
+    let masks: Vec<(String, u64)> = tasks
+        .filter_map(|task| {
+            let task = task.unwrap();
+            let status = std::fs::read_to_string(task.path().join("status")).unwrap();
+            let of = |key: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+                line.trim().to_owned()
+            };
+            let of_the_hook = of("Name:") == "mce-relay" && task.file_name() != *main;
+            let mask = u64::from_str_radix(&of("SigBlk:"), 16).unwrap();
+            (!of_the_hook).then(|| (of("Name:"), mask))
+        })
+        .collect();
+    assert!(masks.iter().any(|(name, _)| name.contains("vcpu")), "{masks:x?}");
+    // The relay's thread has it blocked between its look and its wait.
+    let blocked: Vec<_> = masks
+        .iter()
+        .filter(|(name, mask)| mask & 1 << (libc::SIGBUS - 1) != 0 && name != "mce-relay-ao")
+        .collect();
+    assert!(blocked.is_empty(), "{blocked:x?}");
+    vmm.put("vm.shutdown");
+    assert_eq!(vmm.ended().0.code(), Some(0));
 }

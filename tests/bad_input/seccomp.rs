@@ -115,7 +115,9 @@ fn confined(how: &str, left_out: Option<usize>) -> ExitStatus {
 fn is_occasional(how: &str, call: &Call) -> Option<&'static str> {
     match call.number {
         libc::SYS_write if how == "relay" => Some("no other relay has to be woken"),
-        libc::SYS_pread64 => Some("nothing is swapped out, and the kernel need not count failures"),
+        libc::SYS_pread64 if how == "relay" => {
+            Some("nothing is swapped out, and the kernel need not count failures")
+        }
         libc::SYS_mincore => Some("PAGEMAP_SCAN may do without"),
         _ => None,
     }

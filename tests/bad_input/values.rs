@@ -1,5 +1,6 @@
 //! Values that cannot be meant.
 
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,32 @@ pub fn a_memory_file_that_is_not_there() {
     refused(&out, 1, &["/nowhere/ram", "No such file"]);
 }
 
+/// Of such a file the host drops a bad page and reads the old contents again.
+pub fn is_on_disk(path: &Path) -> bool {
+    let path = std::ffi::CString::new(path.as_os_str().as_encoded_bytes()).unwrap();
+    // SAFETY: statfs is plain data, which the call fills; the path is a C string.
+    let stat = unsafe {
+        let mut stat: libc::statfs = std::mem::zeroed();
+        assert_eq!(libc::statfs(path.as_ptr(), &raw mut stat), 0);
+        stat
+    };
+    // tmpfs, ramfs (include/uapi/linux/magic.h): no disk.
+    ![0x0102_1994, 0x8584_58f6].contains(&stat.f_type)
+}
+
+pub fn a_shared_memory_file_on_a_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ram");
+    std::fs::File::create(&path).unwrap().set_len(64 << 20).unwrap();
+    let memory = format!("size=64M,shared=on,file={}", path.display());
+    let named = path.display().to_string();
+    let out = run(&["--kernel", &kernel(), "--memory", &memory]);
+    refused(&out, 1, &[&named, "tmpfs", "reads the page from the disk again", "lossy=on"]);
+    // With consent it gets as far as the kernel, which is none.
+    let out = run(&["--kernel", "/dev/null", "--memory", &format!("{memory},lossy=on")]);
+    assert!(!String::from_utf8_lossy(&out.stderr).contains("lossy"), "{out:?}");
+}
+
 pub fn a_memory_file_that_is_too_short() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ram").display().to_string();
@@ -67,7 +94,7 @@ pub fn memory_of_a_vm_that_is_not_there() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("dump").display().to_string();
     refused(&mce_relay(&[&["memory", "dump", &file], &socket[..]].concat()), 1, &["/nowhere/api"]);
-    assert!(!std::path::Path::new(&file).exists(), "nothing is left behind");
+    assert!(!Path::new(&file).exists(), "nothing is left behind");
     refused(&mce_relay(&[&["memory", "read"], &socket[..]].concat()), 2, &["--gpa"]);
 }
 

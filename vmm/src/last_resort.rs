@@ -11,17 +11,21 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use libc::{c_int, c_void, siginfo_t};
 use mce_relay::signal::BUS_MCEERR_AR;
+use vmm_sys_util::signal::unblock_signal;
 
 use crate::{files, records, sockets, terminal};
 
 /// Exit status of a VMM whose own memory went bad under it.
 pub const STATUS: u8 = 7;
 
-/// Installs the handler; to be done before the relay's, which then finds it.
+/// Installs the handler; to be done before the relay's, which then finds it. Unblocks SIGBUS on this thread and
+/// those that it starts: with it blocked, as some parent may have left it, a page that goes bad under one of them
+/// would end this process unheard.
 ///
 /// # Errors
-/// sigaction(2) fails.
+/// sigaction(2) or the unblocking fails.
 pub fn install() -> io::Result<()> {
+    unblock_signal(libc::SIGBUS).map_err(|error| io::Error::other(format!("{error:?}")))?;
     let handler = on_sigbus as extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
     // On the alternate stack that std gives every thread: its own may be what went bad.
     set(handler as usize, libc::SA_SIGINFO | libc::SA_ONSTACK)

@@ -16,8 +16,9 @@
 use std::io;
 
 use kvm_bindings::{
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED,
-    KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry, kvm_x86_mce,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_UNINITIALIZED, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry,
+    kvm_regs, kvm_x86_mce,
 };
 use kvm_ioctls::{
     Cap, Kvm, MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd,
@@ -323,24 +324,37 @@ impl Mca for VcpuMca<'_> {
         if self.guest.shown_by_us {
             in_kvm.mcg_cap &= !cap::LMCE_P;
         }
+        // First, as KVM takes an INIT that is on its way in this call, and what is read before would be of a vCPU
+        // that is another one after it. One that takes interrupts does not halt for good.
+        let interrupts_on = |regs: &kvm_regs| regs.rflags & RFLAGS_IF != 0;
+        let mp_state = match interrupts_on(&self.vcpu.get_regs()?) {
+            true => None,
+            false => Some(self.vcpu.get_mp_state()?.mp_state),
+        };
         let values = read_msrs(self.vcpu, &in_kvm.state_msrs()).map_err(|(_, error)| error)?;
         let banks = in_kvm.state(&values);
 
         let events = self.vcpu.get_vcpu_events()?;
         let regs = self.vcpu.get_regs()?;
         let cr4_mce = self.vcpu.get_sregs()?.cr4 & CR4_MCE != 0;
-        let waits = [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED];
+        let interrupts_on = interrupts_on(&regs);
+        // INIT clears CR4 (SDM vol. 3, table 9-1), so a vCPU with CR4.MCE does not wait, and a call is saved.
+        let mp_state = match mp_state {
+            None if !cr4_mce => Some(self.vcpu.get_mp_state()?.mp_state),
+            known => known,
+        };
+        let is = |state| mp_state == Some(state);
         Ok(McaState {
-            // INIT clears CR4 (SDM vol. 3, table 9-1), so a vCPU with CR4.MCE does not wait, and a call
-            // is saved.
-            waits_for_sipi: !cr4_mce && waits.contains(&self.vcpu.get_mp_state()?.mp_state),
+            waits_for_sipi: !cr4_mce
+                && (is(KVM_MP_STATE_UNINITIALIZED) || is(KVM_MP_STATE_INIT_RECEIVED)),
             cr4_mce,
             lmce: banks.lmce || self.guest.mcg_ext_ctl & msr::MCG_EXT_CTL_LMCE != 0,
             event_in_flight: events.interrupt.injected != 0
                 || events.nmi.injected != 0
                 || events.exception.injected != 0
                 || events.exception.pending != 0,
-            interrupts_on: regs.rflags & RFLAGS_IF != 0,
+            interrupts_on,
+            halted: !interrupts_on && is(KVM_MP_STATE_HALTED),
             rip: regs.rip,
             ..banks
         })
@@ -353,6 +367,10 @@ impl Mca for VcpuMca<'_> {
     fn read_back(&mut self, bank: u8) -> io::Result<(u64, u64)> {
         let values = read_msrs(self.vcpu, &[msr::mc_status(bank), msr::MCG_STATUS]);
         values.map(|values| (values[0], values[1])).map_err(|(_, error)| error)
+    }
+
+    fn take_back(&mut self, bank: u8) -> io::Result<()> {
+        write_msr(self.vcpu, msr::mc_status(bank), 0).map_err(io::Error::other)
     }
 }
 

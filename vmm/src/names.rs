@@ -1,7 +1,7 @@
 //! Names of running VMs: where their API sockets are.
 //!
 //! A name is a socket in a directory that belongs to the user alone. Beside the sockets is what each name's last
-//! VM has left, see [`records`](crate::records): few files of limited size, which the next one replaces.
+//! VM has left, see [`records`]: few files of limited size, which the next one replaces.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt};

@@ -314,6 +314,7 @@ impl Machine<'_> {
                 paused: false,
                 pause_reason: None,
                 panic: None,
+                relay_alive: true,
                 kernel: vm.kernel().into(),
             },
             relay: relay.clone(),
@@ -700,12 +701,8 @@ impl VcpuHook for RelayHook {
 
     fn run_failed(&mut self, _: &mut VcpuFd, failure: RunFailure) -> Option<HookVerdict> {
         // A KVM that says it so instead of by SIGBUS. What is not bad is somebody else's matter.
-        let RunFailure::MemoryFault { gpa, .. } = failure else { return None };
-        let bad = matches!(self.port.probe(gpa), Err(AccessError::Poisoned { .. }));
-        bad.then(|| {
-            self.port.mmio_hit(gpa);
-            HookVerdict::Run
-        })
+        let RunFailure::MemoryFault { gpa, size, errno } = failure else { return None };
+        self.port.memory_fault(gpa, size, errno).then_some(HookVerdict::Run)
     }
 
     fn rdmsr(&mut self, index: u32) -> Option<u64> {

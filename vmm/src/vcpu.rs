@@ -69,6 +69,8 @@ pub enum RunFailure {
         gpa: u64,
         /// Length in bytes.
         size: u64,
+        /// EFAULT, or EHWPOISON where the memory is bad.
+        errno: i32,
     },
     /// KVM_EXIT_INTERNAL_ERROR; 1 is an instruction that KVM could not emulate.
     Internal {
@@ -434,7 +436,9 @@ impl Runner<'_> {
                 Then::Step(Step::Continue)
             }
             Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
-                Then::Failed(RunFailure::MemoryFault { gpa, size })
+                // It comes with an error, which kvm-ioctls keeps to itself.
+                let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EFAULT);
+                Then::Failed(RunFailure::MemoryFault { gpa, size, errno })
             }
             Ok(VcpuExit::InternalError) => {
                 // SAFETY: KVM said which member of the union it filled.
@@ -464,7 +468,12 @@ impl Runner<'_> {
                     self.undo = self.fd.get_regs().ok();
                 }
                 let verdict = self.hook.mmio_in_ram(self.fd, access);
-                self.obey(verdict)
+                let step = self.obey(verdict);
+                if matches!(step, Step::Continue) && !self.hook.wants_attention() {
+                    // No bad page: a slot that is being changed, say. The load is done again.
+                    self.complete();
+                }
+                step
             }
             Then::Failed(failure) => match self.hook.run_failed(self.fd, failure) {
                 Some(verdict) => self.obey(verdict),
@@ -490,7 +499,7 @@ impl Runner<'_> {
             RunFailure::Errno(errno) => {
                 format!("KVM_RUN: {}", std::io::Error::from_raw_os_error(errno))
             }
-            RunFailure::MemoryFault { gpa, size } => {
+            RunFailure::MemoryFault { gpa, size, .. } => {
                 format!("no access to guest memory at {gpa:#x}, {size} bytes")
             }
             RunFailure::Internal { suberror: 1 } => "an instruction cannot be emulated".to_owned(),

@@ -62,8 +62,14 @@ pub enum HostError {
         /// As /proc/cpuinfo has it.
         vendor: String,
     },
+    /// The host's memory ends before it.
+    #[error("this host has no page frame {pfn:#x}")]
+    NoFrame {
+        /// The page frame number.
+        pfn: u64,
+    },
     /// The page is bad already, or swapped out.
-    #[error("the page at HVA {hva:#x} is not mapped: it is poisoned already, or swapped out")]
+    #[error("it is bad already, or swapped out: nothing is mapped at HVA {hva:#x}")]
     NotMapped {
         /// The address in the VMM.
         hva: u64,
@@ -129,9 +135,14 @@ impl PageFlags {
     /// The flags of page frame `pfn`; [`flags`] has their names.
     ///
     /// # Errors
-    /// They cannot be read.
+    /// There is no such page frame, or they cannot be read.
     pub fn get(&self, pfn: u64) -> Result<u64, HostError> {
-        self.0.read(pfn)
+        self.0.read(pfn).map_err(|error| match error {
+            HostError::File { source, .. } if source.kind() == io::ErrorKind::UnexpectedEof => {
+                HostError::NoFrame { pfn }
+            }
+            error => error,
+        })
     }
 }
 

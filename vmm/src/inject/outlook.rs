@@ -364,6 +364,7 @@ mod tests {
             lmce: false,
             event_in_flight: false,
             interrupts_on: true,
+            halted: false,
             rip: 0,
             banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
         }
