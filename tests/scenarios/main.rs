@@ -14,6 +14,7 @@ mod mce_test;
 mod means;
 mod memory;
 mod not_ours;
+mod offline;
 mod placement;
 mod power;
 mod undeliverable;
@@ -102,6 +103,10 @@ fn main() -> ExitCode {
         firmware::retire_intel needs may_soak,
         firmware::retire_without_the_driver needs may_soak,
         first_hour::every_command needs may_poison,
+        offline::intel_by_rendezvous needs may_poison,
+        offline::amd_by_machine_check needs may_poison,
+        offline::the_boot_processor_of_an_intel_guest needs may_poison,
+        offline::the_boot_processor_of_an_amd_guest needs may_soak,
         memory::anonymous needs may_poison,
         memory::thp needs may_poison,
         memory::file needs may_poison,

@@ -309,6 +309,7 @@ impl Agent {
             Request::Dmesg { pattern } => dmesg(&pattern),
             Request::Early { on } => early(on).map(|on| Body::Switch { on }),
             Request::Cpu { cpu } => pin(cpu),
+            Request::Online { cpu, on } if self.port.serial => online(cpu, on),
             Request::Process { which, max } => {
                 process::pages(&which, max, &|va| self.pages.owns(va))
             }
@@ -320,11 +321,22 @@ impl Agent {
                 let micros = kmsg::clock().map_err(|e| format!("/dev/kmsg: {e}"))?;
                 Ok(Body::Clock { time: micros as f64 / 1e6 })
             }
-            Request::Claim { .. } | Request::Reboot | Request::Poweroff | Request::Panic => {
+            Request::Claim { .. }
+            | Request::Online { .. }
+            | Request::Reboot
+            | Request::Poweroff
+            | Request::Panic => {
                 Err("refused: only over a serial port, because - may be your own machine".into())
             }
         }
     }
+}
+
+/// Has the kernel take a processor offline, or bring it back.
+fn online(cpu: usize, on: bool) -> Result<Body, String> {
+    let path = format!("/sys/devices/system/cpu/cpu{cpu}/online");
+    fs::write(&path, if on { "1" } else { "0" }).map_err(|error| format!("{path}: {error}"))?;
+    Ok(Body::Switch { on })
 }
 
 fn interval(seconds: u32) -> Result<Body, String> {

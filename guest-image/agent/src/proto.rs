@@ -107,6 +107,7 @@ pub enum Request {
     Dmesg { pattern: String },
     Early { on: bool },
     Cpu { cpu: usize },
+    Online { cpu: usize, on: bool },
     Free { page: u32 },
     Process { which: String, max: usize },
     Claim { frames: Vec<RangeInclusive<u32>> },
@@ -118,7 +119,7 @@ pub enum Request {
 }
 
 const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
-                     early, cpu, free, process, claim, meminfo, clock, reboot, poweroff or panic";
+                     early, cpu, online, free, process, claim, meminfo, clock, reboot, poweroff or panic";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -213,6 +214,13 @@ pub fn parse(line: &str) -> Result<Request, String> {
             let usage = "cpu N, a CPU number from 0 to 1023";
             match number(words.next(), usage)? {
                 cpu @ 0..=1023 => Request::Cpu { cpu },
+                cpu => return Err(wrong(&cpu.to_string(), usage)),
+            }
+        }
+        "online" => {
+            let usage = "online N on|off, N a CPU number from 0 to 1023";
+            match number(words.next(), usage)? {
+                cpu @ 0..=1023 => Request::Online { cpu, on: on_off(words.next(), usage)? },
                 cpu => return Err(wrong(&cpu.to_string(), usage)),
             }
         }
@@ -622,6 +630,7 @@ mod tests {
             ("clock", Request::Clock),
             ("reboot", Request::Reboot),
             ("poweroff", Request::Poweroff),
+            ("online 3 off", Request::Online { cpu: 3, on: false }),
             ("panic", Request::Panic),
         ];
         for (line, request) in table {
