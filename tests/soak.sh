@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What takes too long for `make test`: a minute of 1,000 events a second, on this machine; then in the lab
+# What takes too long for `make test`: a minute of 1,000 events a second and random histories, on this machine; then in the lab
 # large bursts, and random poison and touches on guests with four vCPUs; then the scenarios over and over,
 # as what happens once in a hundred times happens here.
 # SOAK_MINUTES   of random poison, for each of its guests (10)
@@ -21,7 +21,8 @@ executable() { # test target
         sed -n 's/^ *Executable .*(\(.*\))$/\1/p'
 }
 soak=$(executable soak) scenarios=$(executable scenarios) bad_input=$(executable bad_input)
-[ -n "$soak" ] && [ -n "$scenarios" ] && [ -n "$bad_input" ] || { echo 'the tests do not build' >&2; exit 1; }
+histories=$(executable histories)
+[ -n "$soak" ] && [ -n "$scenarios" ] && [ -n "$bad_input" ] && [ -n "$histories" ] || { echo 'the tests do not build' >&2; exit 1; }
 
 failed=0 all=0 failures=()
 in_lab() { # what, command...
@@ -40,6 +41,13 @@ name=followers::three_of_them_one_stuck
 echo "==== $name" >&2
 all=$((all + 1))
 "$bad_input" --exact "$name" --nocapture || { failed=$((failed + 1)); failures+=("$name"); }
+# A few million steps each, by seeds of their own.
+for ((round = 1; round <= 5; round++)); do
+    seed=${SOAK_SEED:-$RANDOM}$round
+    echo "==== histories, PROPTEST_RNG_SEED=$seed" >&2
+    all=$((all + 1))
+    PROPTEST_RNG_SEED=$seed "$histories" model || { failed=$((failed + 1)); failures+=("histories, seed $seed"); }
+done
 # Each in a lab of its own. Its clock can be half as fast as ours, and a burst has ten minutes as well.
 names=$("$soak" --list | sed -n 's/: test$//p')
 for name in $names; do
