@@ -46,7 +46,8 @@ fn decisions(c: &mut Criterion) {
                 let Step::Rendezvous(error) = delivery.next(0, vcpu.empty(), now) else {
                     panic!("nobody is called");
                 };
-                let told = delivery.rendezvous(0, error, &states).unwrap();
+                let told =
+                    delivery.rendezvous(0, error, &states, Duration::from_secs(100)).unwrap();
                 told.iter().for_each(|told| {
                     let _ = delivery.told(told);
                 });

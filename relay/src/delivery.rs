@@ -372,6 +372,8 @@ struct Seen {
     leaving_since: Option<Duration>,
     /// When it was last looked at.
     looked_at: Option<Duration>,
+    /// When it was first called after that.
+    called_at: Option<Duration>,
     /// What it was then.
     standing: Standing,
     /// It waited in HLT with interrupts off then.
@@ -399,15 +401,20 @@ impl Seen {
 /// How much there is to be expected of a vCPU, from the best on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 enum Standing {
-    /// Its handler is open and it runs, or nobody has looked yet.
+    /// Its handler is open and it takes interrupts, or nobody has looked yet.
     #[default]
     Online,
+    /// Its handler is open, and it takes no interrupts now. A processor that a crash kernel left behind spins so for
+    /// ever, once a machine check has woken it out of its HLT.
+    Masked,
     /// CR4.MCE is clear.
     Closed,
     /// It waits with interrupts off for what never comes: the guest has taken it offline.
     Offline,
     /// It waits for its start-up IPI.
     NotStarted,
+    /// It was called and does not come: its thread is held up by something else.
+    Held,
     /// It has no thread.
     Absent,
 }
@@ -556,6 +563,10 @@ impl Delivery {
             if let Some(touched) = self.touches.iter_mut().find(|touched| touched.gpa == gpa) {
                 touched.rounds = touched.rounds.saturating_sub(1);
             }
+            if let Some(channel) = self.firmware.as_mut() {
+                // What lies in the status block is not told by this touch after all.
+                channel.not_met(gpa);
+            }
             if untold && !self.waits(gpa) {
                 self.push_ao(gpa);
                 more = true;
@@ -660,16 +671,40 @@ impl Delivery {
         self.firmware.as_ref().is_some_and(|channel| channel.watches_boot)
     }
 
-    /// The vCPUs that have to look at their state for something to go on, ascending.
-    pub fn waiting_vcpus(&self, now: Duration) -> Vec<usize> {
+    /// The vCPUs that have to look at their state for something to go on, ascending: they are called now.
+    pub fn waiting_vcpus(&mut self, now: Duration) -> Vec<usize> {
+        let called = |seen: &Seen| seen.called_at.is_some_and(|at| now.saturating_sub(at) > STALE);
+        if let Some(seen) = self.vcpus.get_mut(self.ao_vcpu).filter(|seen| called(seen)) {
+            seen.standing = Standing::Held;
+            self.choose_ao_vcpu();
+        }
+        let waiting = self.called_now(now);
+        for vcpu in &waiting {
+            if let Some(seen) = self.vcpus.get_mut(*vcpu) {
+                seen.called_at = seen.called_at.or(Some(now));
+            }
+        }
+        waiting
+    }
+
+    fn called_now(&self, now: Duration) -> Vec<usize> {
         let paced = self.room_at().is_some_and(|at| at <= now);
         // Whoever it is to be, they have to be seen for it to be known.
         let nobody = !self.vcpus.iter().any(|seen| seen.standing == Standing::Online);
         let sought = nobody && (paced || !self.in_banks.is_empty());
+        // One that was not started when it was last looked at may take AOs by now.
+        let may_have_come = |vcpu: usize| {
+            let old = |at| now.saturating_sub(at) > STALE;
+            let closed = [Standing::Closed, Standing::NotStarted];
+            self.vcpus.get(vcpu).is_some_and(|seen| {
+                closed.contains(&seen.standing) && seen.looked_at.is_some_and(old)
+            })
+        };
         (0..self.ar.len())
             .filter(|vcpu| {
                 !self.ar[*vcpu].is_empty()
                     || sought
+                    || (paced && self.caps.vendor == Vendor::Amd && may_have_come(*vcpu))
                     || (paced && self.takes_aos(*vcpu))
                     || (*vcpu == self.ao_vcpu && self.watches_boot())
                     || self.in_banks.iter().any(|record| record.vcpu == *vcpu)
@@ -717,18 +752,27 @@ impl Delivery {
     ///
     /// vCPUs that could not take a machine check (not started, CR4.MCE clear, MCG_CTL off) are left
     /// out: Linux opens its handler before it counts a processor as online, so it does not wait for
-    /// them. A vCPU with an AR of its own takes part with that.
+    /// them. A vCPU with an AR of its own takes part with that. Nothing is told where the error is another vCPU's
+    /// matter, as is seen now.
     ///
     /// # Errors
     /// A vCPU is still in its handler, or a bank has not been cleared.
     pub fn rendezvous(
-        &self,
+        &mut self,
         leader: usize,
         error: Pending,
         states: &[Option<McaState>],
+        now: Duration,
     ) -> Result<Vec<Told>, Wait> {
-        if !self.still_waits(leader, &error) {
-            // A machine check without any error is the guest's end ("Fatal machine check from unknown source").
+        // A machine check without any error is the guest's end ("Fatal machine check from unknown source"). It is that
+        // also to those who are online where the one with the error is not.
+        for (vcpu, state) in states.iter().enumerate() {
+            if let Some(state) = state {
+                self.watch(vcpu, state, now);
+            }
+        }
+        let not_its = error.kind == Kind::ActionOptional && self.ao_vcpu != leader;
+        if not_its || !self.still_waits(leader, &error) {
             return Ok(Vec::new());
         }
 
@@ -791,6 +835,10 @@ impl Delivery {
         let place = (told.vcpu, told.record.bank);
         self.in_banks.retain(|one| (one.vcpu, one.bank) != place);
         self.bystanders.retain(|one| *one != place);
+        if let Some((error, _)) = told.error {
+            let same = self.ar.iter_mut().flatten().filter(|touch| touch.gpa == error.gpa);
+            same.for_each(|touch| touch.untold = true);
+        }
     }
 
     /// The error will not be told: drop it from the queue it waits in.
@@ -914,9 +962,10 @@ impl Delivery {
         self.bystanders.retain(|one| *one != (vcpu, bank));
         let at = self.in_banks.iter().position(|one| (one.vcpu, one.bank) == (vcpu, bank))?;
         let InBank { error, gone, .. } = self.in_banks.swap_remove(at);
-        if !gone {
-            self.tell_again(&[error.gpa]);
+        if gone {
+            return None;
         }
+        self.tell_again(&[error.gpa]);
         Some(error.gpa)
     }
 
@@ -928,7 +977,7 @@ impl Delivery {
         if seen.looked_at.is_some_and(|at| now.saturating_sub(at) > STALE) {
             (seen.masked_since, seen.leaving_since) = (None, None);
         }
-        seen.looked_at = Some(now);
+        (seen.looked_at, seen.called_at) = (Some(now), None);
         if is_closed(state) {
             let standing = match (state.waits_for_sipi, state.halted && !state.interrupts_on) {
                 (true, _) => Standing::NotStarted,
@@ -956,7 +1005,11 @@ impl Delivery {
             }
             seen.stopped = seen.is_stopped(now);
             let offline = seen.halted || seen.ignores;
-            seen.standing = if offline { Standing::Offline } else { Standing::Online };
+            seen.standing = match (offline, state.interrupts_on) {
+                (true, _) => Standing::Offline,
+                (false, true) => Standing::Online,
+                (false, false) => Standing::Masked,
+            };
         }
         if seen.standing != before {
             self.choose_ao_vcpu();
@@ -1187,6 +1240,12 @@ mod tests {
         told
     }
 
+    /// That which vCPU 0 leads.
+    fn rendezvous(delivery: &mut Delivery, states: &[Option<McaState>]) -> Result<Vec<Told>, Wait> {
+        let error = delivery.first(0).unwrap();
+        delivery.rendezvous(0, error, states, LATER)
+    }
+
     /// One round of a guest that takes the machine check and touches the page again.
     fn round(delivery: &mut Delivery, gpa: u64, now: Duration) -> Step {
         round_on(0, delivery, gpa, now)
@@ -1378,7 +1437,7 @@ mod tests {
             Some(with(|s| s.waits_for_sipi = true)),
             Some(with(|s| s.cr4_mce = false)),
         ];
-        let told = delivery.rendezvous(0, delivery.first(0).unwrap(), &states).unwrap();
+        let told = rendezvous(&mut delivery, &states).unwrap();
         assert_eq!(told.iter().map(|t| t.vcpu).collect::<Vec<_>>(), [0, 1]);
         assert!(told[0].error.is_some() && told[1].error.is_none());
         assert_eq!(told[1].record.bank, BYSTANDER_BANKS[0]);
@@ -1389,10 +1448,7 @@ mod tests {
         let mut delivery = open(intel(0), 2);
         delivery.push_ao(PAGE);
         let states = [Some(ready()), Some(with(|s| s.mcg_status = mcg::MCIP))];
-        assert_eq!(
-            delivery.rendezvous(0, delivery.first(0).unwrap(), &states),
-            Err(Wait::Mcip { vcpu: 1 })
-        );
+        assert_eq!(rendezvous(&mut delivery, &states), Err(Wait::Mcip { vcpu: 1 }));
         assert!(
             matches!(delivery.next(0, &ready(), LATER), Step::Rendezvous(_)),
             "nothing is lost"
@@ -1407,10 +1463,7 @@ mod tests {
         let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
         let wait = |vcpu| Wait::EventInFlight { vcpu };
         assert_eq!(delivery.next(0, &busy(), LATER), Step::Wait(error, wait(0)));
-        assert_eq!(
-            delivery.rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(busy())]),
-            Err(wait(1))
-        );
+        assert_eq!(rendezvous(&mut delivery, &[Some(ready()), Some(busy())]), Err(wait(1)));
         // A deferred record interrupts nothing, and an AR has to be told.
         let mut delivery = open(amd(), 1);
         delivery.push_ao(PAGE);
@@ -1423,7 +1476,7 @@ mod tests {
     /// would overwrite.
     #[test]
     fn a_handler_is_left_before_the_next_machine_check() {
-        let mut delivery = open(intel(cap::LMCE_P), 2);
+        let mut delivery = open(intel(cap::LMCE_P), 1);
         delivery.push_ao(0x1000);
         delivery.push_ao(0x2000);
         let lmce = |interrupts_on| {
@@ -1451,24 +1504,16 @@ mod tests {
         let mut delivery = open(intel(0), 2);
         delivery.push_ao(0x1000);
         delivery.push_ao(0x2000);
-        for told in delivery
-            .rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(ready())])
-            .unwrap()
-        {
+        for told in rendezvous(&mut delivery, &[Some(ready()), Some(ready())]).unwrap() {
             delivery.told(&told);
         }
         let leaving = with(|s| s.interrupts_on = false);
         delivery.taken(0, &ready(), LATER);
         delivery.taken(1, &leaving, LATER);
-        let refused =
-            delivery.rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(leaving)]);
+        let refused = rendezvous(&mut delivery, &[Some(ready()), Some(leaving)]);
         assert_eq!(refused, Err(Wait::InHandler { vcpu: 1 }));
         delivery.taken(1, &ready(), LATER);
-        assert!(
-            delivery
-                .rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(ready())])
-                .is_ok()
-        );
+        assert!(rendezvous(&mut delivery, &[Some(ready()), Some(ready())]).is_ok());
     }
 
     #[test]
@@ -1476,9 +1521,7 @@ mod tests {
         let mut delivery = open(intel(0), 2);
         delivery.push_ar(0, 0x1000, true, Duration::ZERO);
         delivery.push_ar(1, 0x2000, true, Duration::ZERO);
-        let told = delivery
-            .rendezvous(0, delivery.first(0).unwrap(), &[Some(ready()), Some(ready())])
-            .unwrap();
+        let told = rendezvous(&mut delivery, &[Some(ready()), Some(ready())]).unwrap();
         assert_eq!(told.iter().map(|t| t.record.addr).collect::<Vec<_>>(), [0x1000, 0x2000]);
     }
 

@@ -225,6 +225,13 @@ impl Channel {
         }
     }
 
+    /// The guest was not told by the AR.
+    pub(crate) fn not_met(&mut self, gpa: u64) {
+        if let Some(lying) = self.lying.as_mut() {
+            lying.met.retain(|met| *met != gpa);
+        }
+    }
+
     /// Those that `is_gone` accepts are no longer the guest's.
     pub(crate) fn gone(&mut self, is_gone: &dyn Fn(u64) -> bool) {
         self.lost.retain(|waiting| !is_gone(*waiting));

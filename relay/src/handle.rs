@@ -109,7 +109,7 @@ impl Handle {
     }
 
     /// Guest RAM has one region more. Call it before the guest can use the memory. What the ledger
-    /// says of pages that were there before, and unplugged, becomes past. The region is looked through: pages of it
+    /// says of pages that were there before, and unplugged, becomes past, but for what the guest was never told of. The region is looked through: pages of it
     /// may have gone bad between its mapping and this call.
     ///
     /// # Errors
@@ -119,7 +119,11 @@ impl Handle {
         self.change_ram(|ram| ram.with(region))?;
         let now = SystemTime::now();
         for gpa in Self::known_within(&inner, region) {
-            inner.ledger.heal(gpa, now);
+            // What the guest was never told waits: other memory in its place would be a loss without a word.
+            let told = inner.ledger.state_of(gpa).is_some_and(|state| !state.is_untold());
+            if told {
+                inner.ledger.heal(gpa, now);
+            }
         }
         drop(inner);
         self.0.hint();

@@ -335,7 +335,9 @@ impl VcpuPort {
                                 shared.undeliverable(&mut inner, me, error, why, rip);
                                 return Verdict::Undeliverable { gpa: error.gpa, why, rip };
                             }
-                            drop(shared.pause(inner, AR_LOOK));
+                            // First the kicks, which a wait would be put off for.
+                            drop(inner);
+                            drop(shared.pause(shared.lock(), AR_LOOK));
                         }
                     }
                 }
@@ -391,8 +393,9 @@ impl Drop for VcpuPort {
             *kick.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
         self.shared.wake();
-        let ars = nobodys.into_iter().filter(|caught| caught.kind == Kind::ActionRequired);
-        ars.for_each(signal::give_up);
+        // One without an address is of guest memory, which this vCPU touches no more.
+        let is_ar = |caught: &Caught| caught.kind == Kind::ActionRequired && caught.hva != 0;
+        nobodys.into_iter().filter(is_ar).for_each(signal::give_up);
     }
 }
 
@@ -467,7 +470,9 @@ impl Shared {
                 _ => None,
             }
         });
-        if let Some(wait) = will_not_come {
+        // A processor without a thread, which the guest may have online all the same, counts as unplugged soon.
+        let leaves = inner.gone.first().map(|(vcpu, _)| Wait::NotComing { vcpu: index(*vcpu) });
+        if let Some(wait) = will_not_come.or(leaves) {
             // The one call that it had may have been lost.
             let is_late = |vcpu: &usize| inner.vcpus[*vcpu].as_ref().is_some_and(|v| v.late);
             let late: Vec<usize> = asked.iter().copied().filter(is_late).collect();
@@ -574,7 +579,8 @@ impl Shared {
             return;
         };
         if round.asked.iter().all(|vcpu| round.states[*vcpu].is_some()) {
-            let outcome = inner.delivery.rendezvous(round.leader, round.error, &round.states);
+            let now = self.now();
+            let outcome = inner.delivery.rendezvous(round.leader, round.error, &round.states, now);
             // Nothing to be told any more here; what there is elsewhere is looked for.
             inner.news |= outcome.as_ref().is_ok_and(Vec::is_empty);
             round.settle(outcome);

@@ -661,8 +661,8 @@ impl Relay {
     /// is dropped. A signal whose handler calls [`signal::request_exit`] does it without a race.
     ///
     /// A vCPU whose port is dropped is unplugged as far as the relay is concerned, after 200 ms, if others are
-    /// attached: what it was to be told, and what lies untaken in its banks, is told on another one. A vCPU that is
-    /// to be attached to another thread is attached there within that time, or finds its banks' records told twice.
+    /// attached: what it was to be told, and what lies untaken in its banks, is told on another one. One that is
+    /// attached again is a new one as well: nobody knows what is left in its banks, so what lay there is told once more.
     ///
     /// # Errors
     /// See [`AttachError`].

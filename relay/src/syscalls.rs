@@ -195,7 +195,7 @@ pub const RELAY: &[Call] = &[
     SIGQUEUE,
 ];
 
-/// What the relay adds to a vCPU thread, from [`Relay::attach`](crate::Relay::attach) to the end of the port,
+/// What the relay adds to a vCPU thread, from [`Relay::attach`](crate::Relay::attach), where SIGBUS is not blocked, to the end of the port,
 /// beside [`THREAD`] and the host's own.
 pub const VCPU: &[Call] =
     &[WAKE, COPY, IS_POISONED, IS_MAPPED, GETPID, GETTID, SIGACTION, SIGQUEUE];

@@ -490,6 +490,103 @@ fn a_touch_that_a_pause_has_let_go_is_no_machine_check_later() {
     });
 }
 
+/// Its thread is held up by something of the host's.
+#[test]
+fn an_ao_does_not_wait_for_a_vcpu_that_does_not_come() {
+    on_own_thread(|| {
+        let (relay, _events) = start(2, intel(cap::LMCE_P));
+        let relay = Arc::new(relay);
+        let (attached, is_attached) = channel();
+        let (let_go, held) = channel::<()>();
+        let other = std::thread::spawn({
+            let relay = Arc::clone(&relay);
+            move || {
+                let _port = attach(&relay, 0);
+                attached.send(()).unwrap();
+                held.recv().unwrap();
+            }
+        });
+        is_attached.recv().unwrap();
+        let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 1));
+        vcpu.state.lock().unwrap().lmce = true;
+        forge(BUS_MCEERR_AO, HVA, 12);
+        let start = Instant::now();
+        while gpas(&relay, is_acknowledged) != [GPA] {
+            assert!(start.elapsed() < PATIENCE, "{:#?}", relay.pages());
+            assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+            vcpu.run();
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let_go.send(()).unwrap();
+        other.join().unwrap();
+    });
+}
+
+/// A vCPU is seen at first as one that waits for its start-up IPI, then started by the guest, which nobody sees.
+fn started_unseen(vcpu: &mut Vcpu, port: &mut VcpuPort) {
+    let set = |vcpu: &Vcpu, started: bool| {
+        let mut state = vcpu.state.lock().unwrap();
+        (state.waits_for_sipi, state.cr4_mce, state.interrupts_on) = (!started, started, started);
+    };
+    set(vcpu, false);
+    assert_eq!(port.before_run(vcpu), Verdict::Run);
+    set(vcpu, true);
+}
+
+/// To an offline processor an SRAO is nothing, and to the others it is a machine check from nowhere: they panic.
+#[test]
+fn the_error_of_a_rendezvous_goes_to_a_processor_that_is_online() {
+    for spins in [false, true] {
+        on_own_thread(move || {
+            let (relay, _events) = start(2, intel(0));
+            let relay = Arc::new(relay);
+            let over = Arc::new(AtomicBool::new(false));
+            let (ready, is_ready) = channel();
+            let online = std::thread::spawn({
+                let (relay, over) = (Arc::clone(&relay), Arc::clone(&over));
+                move || {
+                    let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 1));
+                    started_unseen(&mut vcpu, &mut port);
+                    ready.send(()).unwrap();
+                    while !over.load(Ordering::Relaxed) {
+                        assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+                        vcpu.run();
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                }
+            });
+            let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
+            assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+            is_ready.recv().unwrap();
+            *vcpu.processor.lock().unwrap() = Processor::Offline;
+            (vcpu.state.lock().unwrap().interrupts_on, vcpu.state.lock().unwrap().halted) =
+                (false, true);
+            for page in 0..4 {
+                forge(BUS_MCEERR_AO, HVA + page * 4096, 12);
+                let start = Instant::now();
+                while gpas(&relay, is_acknowledged).len() as u64 <= page {
+                    assert!(start.elapsed() < PATIENCE, "{:#?}", relay.pages());
+                    assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+                    let is_error = |record: &u64| record & status::EN != 0;
+                    assert!(
+                        !vcpu.records().iter().any(is_error),
+                        "page {page}: {:x?}",
+                        vcpu.records()
+                    );
+                    if spins && vcpu.state.lock().unwrap().mcip() {
+                        // As after a crash: `halt(); for (;;) cpu_relax();`.
+                        vcpu.state.lock().unwrap().halted = false;
+                    }
+                    vcpu.run();
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+            over.store(true, Ordering::Relaxed);
+            online.join().unwrap();
+        });
+    }
+}
+
 /// A page of this process's own memory.
 fn own_page() -> u64 {
     // SAFETY: a new private mapping at an address of the kernel's choice; it is never unmapped.

@@ -135,8 +135,8 @@ fn main() -> ExitCode {
         _ => {
             std::thread::scope(|scope| {
                 scope.spawn(|| {
-                    let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
                     confine(&vcpus).unwrap();
+                    let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
                     let mut vcpu = Ready::default();
                     handle.forge(FORGED + 0x1000, Some(0)).unwrap();
                     assert_eq!(port.before_run(&mut vcpu), Verdict::Run);

@@ -258,10 +258,16 @@ impl<V: Vcpu> Driver<V> {
                             let all = 0..self.vcpus.len();
                             let states: Vec<_> =
                                 all.map(|v| self.plugged[v].then(|| self.see(v))).collect();
-                            self.delivery.rendezvous(me, error, &states)
+                            self.delivery.rendezvous(me, error, &states, self.now)
                         }
                     };
                     match outcome {
+                        // It is another vCPU's matter, which looks next.
+                        Ok(told) if told.is_empty() => {
+                            let other = self.delivery.ao_vcpu();
+                            assert_ne!(other, me, "nothing is told, and there is no other");
+                            self.attention[other] = true;
+                        }
                         Ok(told) => {
                             self.inject(&told);
                             // The others go round once more before they run.
