@@ -50,6 +50,10 @@ pub(super) fn open(zone: &MemoryZone) -> Result<Opened, MemoryError> {
     if zone.shared && !zone.lossy && !says_what_is_lost(&file).map_err(error)? {
         return Err(MemoryError::Lossy { path: path.clone() });
     }
+    if !zone.shared {
+        // Of what is on the disk as well a bad page is read again as it is. A file system that cannot has no disk.
+        let _ = file.sync_data();
+    }
     let page_size = page_size_of(&file).map_err(error)?;
     Ok(Opened { file: Some(Arc::new(file)), page_size, memfd: false })
 }
