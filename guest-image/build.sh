@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Builds the guest: target/guest-image/{vmlinuz,vmlinux,initramfs.cpio,version}.
+# Builds the guest: target/guest-image/{vmlinuz,vmlinux,initramfs.cpio,initramfs-crash.cpio,version}.
+# The second initramfs is the first and, below /crash, what the agent loads as crash kernel.
 #
 # KERNEL=            the guest's kernel: a package, or the path of a vmlinuz or vmlinux
 #                    (unset: what linux-image-amd64 depends on)
@@ -67,6 +68,14 @@ done
 # Not compressed: an emulated CPU copies faster than it decompresses. Same input, same bytes.
 find "$root" -exec touch -h -d @0 {} +
 (cd "$root" && find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 --reproducible) >"$tmp/initramfs.cpio"
+# Of several archives one behind the other the kernel unpacks each.
+if [ -e "$kernel/vmlinuz" ]; then # a kernel given as vmlinux has none
+    mkdir -p "$tmp/crash/crash"
+    cp "$kernel/vmlinuz" "$tmp/initramfs.cpio" "$tmp/crash/crash/"
+    find "$tmp/crash" -exec touch -h -d @0 {} +
+    (cd "$tmp/crash" && find crash | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 --reproducible) |
+        cat "$tmp/initramfs.cpio" - >"$tmp/initramfs-crash.cpio"
+fi
 
 # Each file is moved into place whole, so a virtual machine started meanwhile never reads half of one.
 for file in vmlinuz vmlinux version; do
@@ -79,5 +88,7 @@ for file in vmlinuz vmlinux version; do
     fi
 done
 mv "$tmp/initramfs.cpio" "$out/"
+rm -f "$out/initramfs-crash.cpio"
+[ ! -e "$tmp/initramfs-crash.cpio" ] || mv "$tmp/initramfs-crash.cpio" "$out/"
 printf '%s\n' "$stamp" >"$out/.stamp"
 say "${out#"$top"/} is ready: Linux $(cat "$out/version"), initramfs of $(($(stat -c %s "$out/initramfs.cpio") / 1024)) KiB"

@@ -35,6 +35,9 @@ const IMAGE: &str = "guest-image";
 /// The same with the newest kernel; tests/soak.sh has it built.
 pub const NEWEST: &str = "guest-image-newest";
 
+/// The [`Options::initramfs`] of a guest that has a crash kernel.
+pub const WITH_CRASH_KERNEL: &str = "initramfs-crash.cpio";
+
 /// What to boot.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -73,6 +76,8 @@ pub struct Options {
     pub quiet: bool,
     /// The directory of the guest's image below `target/` (`GUEST_IMAGE_DIR` of guest-image/build.sh).
     pub image: &'static str,
+    /// Its initramfs there.
+    pub initramfs: &'static str,
     /// Pass the guest's kernel log and the relay's account on, for people to watch.
     pub echo: bool,
 }
@@ -98,6 +103,7 @@ impl Options {
             cmdline: "",
             quiet: false,
             image: IMAGE,
+            initramfs: "initramfs.cpio",
             echo: false,
         }
     }
@@ -161,6 +167,16 @@ pub fn has_newest() -> Result<(), String> {
     }
 }
 
+/// Whether the guest image has a crash kernel in it, which the agent's `kexec` loads.
+pub fn has_crash_kernel() -> Result<(), String> {
+    match Options::amd(1).file(WITH_CRASH_KERNEL).is_file() {
+        true => Ok(()),
+        false => Err(format!(
+            "there is no {WITH_CRASH_KERNEL}: the guest's kernel was given as a vmlinux; give a vmlinuz or a package"
+        )),
+    }
+}
+
 /// Runs `mce-relay` with `args` to its end.
 pub fn mce_relay(args: &[&str]) -> Output {
     Command::new(binary()).args(args).stdin(Stdio::null()).output().unwrap()
@@ -187,7 +203,7 @@ impl Vmm {
         let argument = |form: &str, name: &str| format!("{form}={}", at(name).display());
         let log = std::fs::File::create(at("log")).unwrap();
         let (program, kernel) = (binary(), options.file("vmlinux"));
-        let initramfs = options.file("initramfs.cpio");
+        let initramfs = options.file(options.initramfs);
         let (mut command, [kernel, initramfs]) = match options.user {
             None => (Command::new(program), [kernel, initramfs]),
             Some(user) => {

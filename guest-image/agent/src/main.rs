@@ -7,6 +7,7 @@
 
 mod claim;
 mod failures;
+mod kexec;
 mod kmsg;
 mod pages;
 mod port;
@@ -314,6 +315,7 @@ impl Agent {
                 process::pages(&which, max, &|va| self.pages.owns(va))
             }
             Request::Claim { frames } if self.port.serial => claim::claim(&frames, usize::MAX),
+            Request::Kexec if self.port.serial => kexec::load().map(|()| Body::None {}),
             Request::Meminfo => {
                 Ok(Body::Meminfo { hardware_corrupted_kb: pages::meminfo("HardwareCorrupted")? })
             }
@@ -322,6 +324,7 @@ impl Agent {
                 Ok(Body::Clock { time: micros as f64 / 1e6 })
             }
             Request::Claim { .. }
+            | Request::Kexec
             | Request::Online { .. }
             | Request::Reboot
             | Request::Poweroff

@@ -113,13 +113,15 @@ pub enum Request {
     Claim { frames: Vec<RangeInclusive<u32>> },
     Meminfo,
     Clock,
+    Kexec,
     Reboot,
     Poweroff,
     Panic,
 }
 
 const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
-                     early, cpu, online, free, process, claim, meminfo, clock, reboot, poweroff or panic";
+                     early, cpu, online, free, process, claim, meminfo, clock, kexec, reboot, poweroff or \
+                     panic";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -244,6 +246,7 @@ pub fn parse(line: &str) -> Result<Request, String> {
         }
         "meminfo" => Request::Meminfo,
         "clock" => Request::Clock,
+        "kexec" => Request::Kexec,
         "reboot" => Request::Reboot,
         "poweroff" => Request::Poweroff,
         "panic" => Request::Panic,
@@ -628,6 +631,7 @@ mod tests {
             ("claim 7 0x10-0x1f", Request::Claim { frames: vec![7..=7, 16..=31] }),
             ("meminfo", Request::Meminfo),
             ("clock", Request::Clock),
+            ("kexec", Request::Kexec),
             ("reboot", Request::Reboot),
             ("poweroff", Request::Poweroff),
             ("online 3 off", Request::Online { cpu: 3, on: false }),
