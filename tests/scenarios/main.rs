@@ -43,6 +43,14 @@ fn may_poison_the_vmm() -> Result<(), String> {
     may_poison().and_then(|()| mce_relay_tests::hooked::library("libhook.so").map(drop))
 }
 
+fn may_crash() -> Result<(), String> {
+    may_poison().and_then(|()| mce_relay_tests::guest::has_crash_kernel())
+}
+
+fn may_crash_and_soak() -> Result<(), String> {
+    may_soak().and_then(|()| mce_relay_tests::guest::has_crash_kernel())
+}
+
 fn in_lab_with_hardware() -> Result<(), String> {
     may_poison().and_then(|()| has_hardware())
 }
@@ -106,7 +114,8 @@ fn main() -> ExitCode {
         offline::intel_by_rendezvous needs may_poison,
         offline::amd_by_machine_check needs may_poison,
         offline::the_boot_processor_of_an_intel_guest needs may_poison,
-        offline::the_boot_processor_of_an_amd_guest needs may_soak,
+        offline::left_behind_by_an_intel_guests_crash needs may_crash,
+        offline::left_behind_by_an_amd_guests_crash needs may_crash_and_soak,
         memory::anonymous needs may_poison,
         memory::thp needs may_poison,
         memory::file needs may_poison,
