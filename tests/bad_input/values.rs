@@ -71,6 +71,10 @@ pub fn a_shared_memory_file_on_a_disk() {
     // With consent it gets as far as the kernel, which is none.
     let out = run(&["--kernel", "/dev/null", "--memory", &format!("{memory},lossy=on")]);
     assert!(!String::from_utf8_lossy(&out.stderr).contains("lossy"), "{out:?}");
+    // And so with one that is not written to.
+    let private = format!("size=64M,file={named}");
+    let out = run(&["--kernel", "/dev/null", "--memory", &private]);
+    refused(&out, 1, &["/dev/null"]);
 }
 
 pub fn a_memory_file_that_is_too_short() {

@@ -342,6 +342,7 @@ const MAIN_OWN: &[Call] = &any![
     SYS_fstatfs,
     SYS_ftruncate,
     SYS_fallocate,
+    SYS_fdatasync,
     SYS_memfd_create,
     SYS_getdents64,
     SYS_readlink,
