@@ -12,6 +12,7 @@ mod followers;
 mod handlers;
 mod host;
 mod jobs;
+mod midway;
 mod not_ours;
 mod schema;
 mod seccomp;
@@ -193,6 +194,8 @@ fn main() -> ExitCode {
         host::check_knows_what_it_does_not_know needs no_memory_failure,
         host::check_without_memory_failure needs no_memory_failure,
         host::poison_without_memory_failure needs has_vm_but_no_memory_failure,
+        midway::a_poison_is_over needs has_kvm,
+        midway::a_dump_is_over needs has_kvm,
         not_ours::kill_bus_ends_it_with_the_default_action needs has_kvm_and_hook,
         not_ours::a_bus_adrerr_ends_it_with_the_default_action needs has_kvm_and_hook,
         not_ours::an_ar_of_its_own_memory_ends_it_with_a_status_of_its_own needs has_kvm_and_hook,

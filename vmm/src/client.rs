@@ -43,6 +43,14 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// It was there, and is not any more.
+    #[error("the VM at {path} has ended{how}", path = .path.display())]
+    Ended {
+        /// The socket.
+        path: PathBuf,
+        /// How, in brackets; nothing where that is not known.
+        how: String,
+    },
     /// It is there, and says nothing.
     #[error(
         "the VM at {path} has not answered for {secs} s: {peer}{}",
@@ -83,7 +91,7 @@ pub enum ClientError {
         is: u32,
     },
     /// The VM answered with an error.
-    #[error("the VM says: {error} (HTTP status {status})")]
+    #[error("the VM says: {error}")]
     Refused {
         /// The HTTP status.
         status: u16,
@@ -103,6 +111,18 @@ fn later(asked: &bool) -> &'static str {
 /// See [`ClientError`].
 pub fn get<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, ClientError> {
     read(socket, &mut Answer::open(socket, Asked::get(what), Patience::WhileItLives)?)
+}
+
+/// The same with the process that answers, by the kernel's word; 0 for one of another PID namespace.
+///
+/// # Errors
+/// See [`ClientError`].
+pub fn get_and_pid<T: DeserializeOwned>(
+    socket: &Path,
+    what: &str,
+) -> Result<(u32, T), ClientError> {
+    let mut answer = Answer::open(socket, Asked::get(what), Patience::WhileItLives)?;
+    Ok((answer.pid(), read(socket, &mut answer)?))
 }
 
 /// An answer as it comes: a long ledger is not to be here twice. By whatever reader: each kind of one would have
@@ -141,9 +161,7 @@ pub trait OfProcess: DeserializeOwned {
 /// See [`ClientError`].
 pub fn get_of_process<T: OfProcess>(socket: &Path, what: &str) -> Result<T, ClientError> {
     let path = || socket.to_owned();
-    let mut answer = Answer::open(socket, Asked::get(what), Patience::WhileItLives)?;
-    let is = answer.pid();
-    let told: T = read(socket, &mut answer)?;
+    let (is, told): (u32, T) = get_and_pid(socket, what)?;
     match told.pid() {
         says if says == is => Ok(told),
         says => Err(ClientError::OtherProcess { path: path(), says, is }),

@@ -148,6 +148,7 @@ fn watch(socket: &Path, before: &VmInfo, patience: Duration) -> Result<Seen, Cli
             Err(ClientError::Connect { source, .. }) if nobody_listens(&source) => {
                 return Ok(Seen::Ended);
             }
+            Err(ClientError::Ended { .. }) => return Ok(Seen::Ended),
             // It runs on, is between two boots, or ends while it is asked.
             Ok(_) | Err(ClientError::Refused { .. } | ClientError::Talk { .. }) => {}
             Err(error) => return Err(error),

@@ -35,6 +35,7 @@ pub mod hangup;
 pub mod host;
 pub mod inject;
 pub mod last_resort;
+pub mod life;
 pub mod manual;
 pub mod map;
 pub mod mce_inject;

@@ -13,6 +13,7 @@ use log::LevelFilter;
 use mce_relay_vmm::cli::{self, Command, InjectArgs, MemcgArg, MemoryCommand, PoisonArgs, VmArg};
 use mce_relay_vmm::host::filter::Filter;
 use mce_relay_vmm::host::memcg;
+use mce_relay_vmm::life::Life;
 use mce_relay_vmm::poison::{self, FilterChoice, Order, PageRange};
 use mce_relay_vmm::{
     agent, api, by_hand, check, client, dump, ending, follow, host, inject, last_resort, manual,
@@ -288,9 +289,13 @@ fn inject_by_hand(args: &InjectArgs) -> Outcome {
     let request =
         inject::Request { vcpu, bank, status, mcg_status, addr, misc, broadcast, force, dry_run };
     let socket = args.vm.socket()?;
+    let life = Life::at(&socket);
     let ask = |dry_run| -> Result<by_hand::ByHand, client::ClientError> {
         let request = inject::Request { dry_run, ..request };
-        client::put_json(&socket, "vm.inject", &request)
+        client::put_json(&socket, "vm.inject", &request).map_err(|error| match &life {
+            Some(life) => life.explain(error),
+            None => error,
+        })
     };
     if dry_run {
         return Ok(show::outlook(&ask(true)?, args.json));

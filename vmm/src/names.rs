@@ -217,6 +217,13 @@ fn record_in(dir: &Path, name: &VmName) -> Option<Record> {
     }
 }
 
+/// What the last VM has left whose API socket was at `socket`, if it had a name.
+#[must_use]
+pub fn record_of(socket: &Path) -> Option<Record> {
+    let name: VmName = socket.file_name()?.to_str()?.strip_suffix(SUFFIX)?.parse().ok()?;
+    Record::read(&record_dir_in(socket.parent()?, &name.0), &name.0)
+}
+
 /// What named VMs have left in `dir` that do not run, by name.
 fn ended(dir: &Path) -> Vec<Record> {
     let entries = std::fs::read_dir(dir.join(RECORDS)).into_iter().flatten().flatten();

@@ -27,6 +27,7 @@ use crate::client::{self, ClientError};
 use crate::host::filter::{Filter, FilterError};
 use crate::host::memcg::{MemcgError, NoMemcg};
 use crate::host::{self, HostError, PageFlags, Pagemap, x86_injector};
+use crate::life::Life;
 use crate::show::counted;
 use frame::{FrameError, Frames};
 
@@ -233,14 +234,18 @@ pub struct Burst {
     pub notes: Vec<String>,
     /// The signal that ended it before all pages were tried.
     pub interrupted: Option<u8>,
+    /// That the VM ended before all pages were tried, and how.
+    pub ended: Option<ClientError>,
 }
 
 impl Burst {
-    /// With the signal that came, if there was something left to do by then.
-    fn by(self, interrupted: &outside::Interrupted) -> Self {
-        let untried = |page: &NotPoisoned| matches!(page.error, PoisonError::Interrupted);
-        let is_cut = self.failed.iter().any(untried);
-        Self { interrupted: interrupted.signal().filter(|_| is_cut), ..self }
+    /// With the signal that came, or the VM's end, if there was something left to do by then.
+    fn cut(self, until: &Until<'_>) -> Self {
+        let any = |is: fn(&PoisonError) -> bool| self.failed.iter().any(|page| is(&page.error));
+        let by_signal = any(|error| matches!(error, PoisonError::Interrupted));
+        let by_end = any(|error| matches!(error, PoisonError::Ended));
+        let interrupted = until.interrupted.signal().filter(|_| by_signal);
+        Self { interrupted, ended: by_end.then(|| until.life.ended()), ..self }
     }
 }
 
@@ -330,6 +335,12 @@ pub enum PoisonError {
     /// The user stopped it.
     #[error("interrupted before this page was reached; it is as it was")]
     Interrupted,
+    /// The VMM was asked, and has ended.
+    #[error("the VM ended before it said whether this was done")]
+    NotKnown,
+    /// There is no VM any more.
+    #[error("the VM had ended before this page was reached")]
+    Ended,
     /// A page that was to move did not.
     #[error("the kernel took the request, but the page is where it was (page frame {pfn:#x})")]
     NotMoved {
@@ -396,6 +407,7 @@ fn pages(count: &usize) -> String {
 pub struct Prepared<'a> {
     order: &'a Order<'a>,
     vm: VmInfo,
+    life: Life,
     targets: Vec<Target>,
     pages: Vec<Poisoned>,
     looked: Looked,
@@ -417,6 +429,7 @@ pub fn prepare<'a>(order: &'a Order<'a>) -> Result<Prepared<'a>, PoisonError> {
         let bad = bad.collect();
         (status.vm, bad)
     };
+    let life = Life::of(order.socket, vm.pid);
     let targets = targets(&vm, order.ranges)?;
     let looked = Looked::new(vm.pid, order.via)?;
     let (pages, more) = look(&vm, order.via, &targets, &looked, &bad)?;
@@ -424,7 +437,7 @@ pub fn prepare<'a>(order: &'a Order<'a>) -> Result<Prepared<'a>, PoisonError> {
     notes.extend(more);
     let (filter, more) = outside::filter(&vm, order, &targets)?;
     notes.extend(more);
-    Ok(Prepared { order, vm, targets, pages, looked, filter, notes })
+    Ok(Prepared { order, vm, life, targets, pages, looked, filter, notes })
 }
 
 impl Prepared<'_> {
@@ -439,7 +452,8 @@ impl Prepared<'_> {
     pub fn plan(mut self) -> Burst {
         self.pages.iter_mut().for_each(|page| page.dry_run = true);
         let (poisoned, took) = (self.pages, Duration::ZERO);
-        Burst { poisoned, failed: Vec::new(), took, notes: Vec::new(), interrupted: None }
+        let (failed, notes) = (Vec::new(), Vec::new());
+        Burst { poisoned, failed, took, notes, interrupted: None, ended: None }
     }
 
     /// Does to the pages what was ordered, each once, as fast as the kernel takes them, and sees that it
@@ -448,7 +462,7 @@ impl Prepared<'_> {
     /// # Errors
     /// See [`PoisonError`]; no page has been touched then. Later failures are in the answer.
     pub fn carry_out(self, progress: &mut dyn FnMut(usize, usize)) -> Result<Burst, PoisonError> {
-        let Self { order, vm, targets, pages, looked, filter, .. } = self;
+        let Self { order, vm, life, targets, pages, looked, filter, .. } = self;
         let alone = targets.into_iter().zip(&pages).filter(|(_, page)| page.goes_with.is_none());
         let targets: Vec<Target> = alone.map(|(target, _)| target).collect();
         let by_vmm = match order.via {
@@ -459,17 +473,18 @@ impl Prepared<'_> {
         };
         // Before anything of the host's is changed.
         let interrupted = outside::Interrupted::new();
+        let until = Until { life: &life, interrupted: &interrupted };
         if by_vmm {
             let start = Instant::now();
-            let asked = ask_vmm(order, &targets, &looked, &interrupted, progress)?;
+            let asked = ask_vmm(order, &targets, &looked, &until, progress)?;
             let done = settle(order, pages, asked, &looked, start.elapsed(), Vec::new());
-            return Ok(done.by(&interrupted));
+            return Ok(done.cut(&until));
         }
         let mut poisoner = outside::Poisoner::open(vm.pid, order.via, filter)?;
         let start = Instant::now();
-        let asked = outside::poison(&mut poisoner, &targets, &looked, &interrupted, progress);
+        let asked = outside::poison(&mut poisoner, &targets, &looked, &until, progress);
         let notes = poisoner.close().into_iter().collect();
-        Ok(settle(order, pages, asked, &looked, start.elapsed(), notes).by(&interrupted))
+        Ok(settle(order, pages, asked, &looked, start.elapsed(), notes).cut(&until))
     }
 }
 
@@ -600,20 +615,53 @@ impl Asked {
     }
 }
 
+/// What ends the work before all is done.
+struct Until<'a> {
+    life: &'a Life,
+    interrupted: &'a outside::Interrupted,
+}
+
+impl Until<'_> {
+    /// Why no more pages are tried.
+    fn reached(&self) -> Option<PoisonError> {
+        match (self.interrupted.is_set(), self.life.is_over()) {
+            (true, _) => Some(PoisonError::Interrupted),
+            (_, true) => Some(PoisonError::Ended),
+            _ => None,
+        }
+    }
+
+    /// Whether the VM's end is behind the error of a page that was not asked for.
+    fn is_behind(&self, error: &PoisonError) -> bool {
+        // The memory is gone a moment before the process is.
+        let gone =
+            |error: &HostError| matches!(error, HostError::Absent { .. } | HostError::File { .. });
+        matches!(error, PoisonError::Frame(FrameError::Host(error)) if gone(error))
+            && self.life.ends()
+    }
+}
+
+/// So many pages that are not tried any more.
+fn untried(why: &PoisonError, count: usize) -> impl Iterator<Item = Asked> {
+    let by_end = matches!(why, PoisonError::Ended);
+    let error = move |_| if by_end { PoisonError::Ended } else { PoisonError::Interrupted };
+    (0..count).map(error).map(|error| Asked::new(None, Err(error)))
+}
+
 fn ask_vmm(
     order: &Order<'_>,
     targets: &[Target],
     looked: &Looked,
-    interrupted: &outside::Interrupted,
+    until: &Until<'_>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Asked>, PoisonError> {
     let Order { via, kind, vcpu, .. } = *order;
     let of_frames = via.is_of_frames();
     let mut asked = Vec::with_capacity(targets.len());
     for some in targets.chunks(if of_frames { 1 } else { AT_ONCE }) {
-        if interrupted.is_set() {
-            asked.extend(some.iter().map(|_| Asked::new(None, Err(PoisonError::Interrupted))));
-            continue;
+        if let Some(why) = until.reached() {
+            asked.extend(untried(&why, targets.len() - asked.len()));
+            return Ok(asked);
         }
         let mut pfn = None;
         if let [target] = some
@@ -622,6 +670,7 @@ fn ask_vmm(
             // The VMM may not see whose a page frame is, so it is looked at here, right before.
             match looked.fit(target) {
                 Ok(found) => pfn = Some(found),
+                Err(error) if until.is_behind(&error) => continue,
                 Err(error) => {
                     asked.push(Asked::new(None, Err(error)));
                     progress(asked.len(), targets.len());
@@ -633,6 +682,13 @@ fn ask_vmm(
         let body = Poison { gpas, via, kind, vcpu };
         let done: Vec<Poisoning> = match client::put_json(order.socket, "vm.poison", &body) {
             Ok(done) => done,
+            // Of the last that were asked for some may have been done.
+            Err(error) if matches!(error, ClientError::Ended { .. }) || until.life.is_over() => {
+                let why = |_| Asked::new(None, Err(PoisonError::NotKnown));
+                asked.extend(some.iter().map(why));
+                asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
+                return Ok(asked);
+            }
             // What was done before is not lost, and neither is what was not.
             Err(error) if !asked.is_empty() => {
                 let why = |error: &ClientError| Err(PoisonError::Vmm(error.to_string()));
@@ -662,7 +718,7 @@ fn settle(
 ) -> Burst {
     let deadline = Instant::now() + PATIENCE;
     let (poisoned, failed) = (Vec::new(), Vec::new());
-    let mut burst = Burst { poisoned, failed, took, notes, interrupted: None };
+    let mut burst = Burst { poisoned, failed, took, notes, interrupted: None, ended: None };
     let (alone, others): (Vec<_>, Vec<_>) =
         pages.into_iter().partition(|page| page.goes_with.is_none());
     for (mut page, Asked { pfn, was_bad, result }) in alone.into_iter().zip(asked) {
@@ -703,7 +759,7 @@ fn seen_to(
     };
     if let Err(error) = result {
         // Nothing was asked of the kernel then.
-        if matches!(error, PoisonError::Interrupted | PoisonError::Frame(_)) {
+        if matches!(error, PoisonError::Interrupted | PoisonError::Ended | PoisonError::Frame(_)) {
             return Err(error);
         }
         return Err(match is_marked() {

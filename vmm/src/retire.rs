@@ -11,6 +11,7 @@ use serde::Serialize;
 use crate::api::{self, Gpa, Retiring, Status, VmInfo};
 use crate::client::{self, ClientError};
 use crate::control::PauseReason;
+use crate::life::Life;
 use crate::poison::{PageRange, PoisonError, targets};
 
 /// How often the VM is asked how far it is.
@@ -55,18 +56,20 @@ pub enum RetireError {
 /// each, or cannot be. `progress` is called with the number of pages that are settled and that of all.
 ///
 /// # Errors
-/// See [`RetireError`]; or the VM is paused, or ended before it was done.
+/// See [`RetireError`]; or the VM is paused.
 pub fn retire(
     socket: &Path,
     ranges: &[PageRange],
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<Vec<Retired>, RetireError> {
-    let vm: VmInfo = client::get(socket, "vm.info")?;
+    let (pid, vm): (u32, VmInfo) = client::get_and_pid(socket, "vm.info")?;
+    let life = Life::of(socket, pid);
     let gpas: Vec<u64> = targets(&vm, ranges)?.into_iter().map(|target| target.gpa).collect();
     let mut asked: Vec<Retiring> = Vec::with_capacity(gpas.len());
     for some in gpas.chunks(api::MAX_PAGES) {
         let body = api::Retire { gpas: some.iter().copied().map(Gpa).collect() };
-        asked.extend(client::put_json::<Vec<Retiring>>(socket, "vm.retire", &body)?);
+        let told = client::put_json::<Vec<Retiring>>(socket, "vm.retire", &body);
+        asked.extend(told.map_err(|error| life.explain(error))?);
     }
     let mut retired = Vec::new();
     let mut open = Vec::new();
@@ -77,7 +80,22 @@ pub fn retire(
         }
     }
     while !open.is_empty() {
-        let status: Status = client::get(socket, "relay.status")?;
+        let status: Status = match client::get(socket, "relay.status") {
+            Ok(status) => status,
+            // Between two boots, or near the end.
+            Err(ClientError::Refused { status: 503, .. }) if !life.ends() => continue,
+            Err(error) => {
+                let ended = match error {
+                    ClientError::Refused { .. } => life.ended(),
+                    error => life.explain(error),
+                };
+                if !matches!(ended, ClientError::Ended { .. }) {
+                    return Err(ended.into());
+                }
+                retired.extend(open.drain(..).map(|gpa| unknown(gpa, &ended)));
+                break;
+            }
+        };
         let again = status.vm.boot != vm.boot;
         // What holds it for a moment is not worth a word.
         let stands = status.vm.pause_reason.filter(|reason| *reason != PauseReason::Marking);
@@ -101,6 +119,12 @@ pub fn retire(
 fn put_off(gpa: u64) -> Retired {
     let outcome = "the VM was paused meanwhile; the guest is told when it is resumed";
     Retired { gpa, told: false, outcome: outcome.to_owned() }
+}
+
+/// A page that the guest was to be told of when the VM ended.
+fn unknown(gpa: u64, ended: &ClientError) -> Retired {
+    let outcome = format!("{ended}, and the guest is not known to have taken the record before");
+    Retired { gpa, told: false, outcome }
 }
 
 /// What has become of the page at `gpa`, once that is known.

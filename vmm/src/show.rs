@@ -186,14 +186,20 @@ pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
 /// What was not poisoned, a line for each stretch, as far as somebody will read it; and what was not even tried
 /// in one.
 fn failures_of(burst: &Burst) -> Vec<String> {
+    let is_untried =
+        |page: &&NotPoisoned| matches!(page.error, PoisonError::Interrupted | PoisonError::Ended);
     let (untried, failed): (Vec<&NotPoisoned>, Vec<&NotPoisoned>) =
-        burst.failed.iter().partition(|page| matches!(page.error, PoisonError::Interrupted));
+        burst.failed.iter().partition(is_untried);
     let stretches = runs(failed.iter().map(|page| (page.gpa, with_causes(&page.error))));
     let words = |(pages, error): (String, String)| format!("failed: {pages}: {error}");
     let mut lines = first_of(stretches.into_iter().map(words).collect());
     if !untried.is_empty() {
+        let (why, rest) = match &burst.ended {
+            Some(ended) => (ended.to_string(), ""),
+            None => ("interrupted".to_owned(), ": what was not tried is as it was"),
+        };
         lines.push(format!(
-            "interrupted: of {} {} done, {} failed, and {} not tried: what was not tried is as it was",
+            "{why}: of {} {} done, {} failed, and {} not tried{rest}",
             counted((burst.poisoned.len() + burst.failed.len()) as u64, "page"),
             burst.poisoned.len(),
             failed.len(),
@@ -672,6 +678,7 @@ mod tests {
             took: Duration::from_secs(1),
             notes: Vec::new(),
             interrupted: None,
+            ended: None,
         };
         let lines = failures_of(&burst);
         assert_eq!(lines.len(), MANY_PAGES + 2, "{lines:#?}");
@@ -701,6 +708,7 @@ mod tests {
             took: Duration::from_millis(1500),
             notes: Vec::new(),
             interrupted: None,
+            ended: None,
         };
         let lines = |good, bad| {
             let burst = burst(good, bad);

@@ -96,12 +96,13 @@ impl Answer {
                 // One that is stopped would do it when it goes on, long after this was said to have failed.
                 let (stream, watch) = Watch::connect(socket, patience).await?;
                 let there = watch.wait(send(stream, Asked::get("vmm.ping"))).await?;
-                there.map_err(|error| understood(socket, error))?;
+                there.map_err(|error| watch.explain(understood(socket, error)))?;
             }
             let (stream, mut watch) = Watch::connect(socket, patience).await?;
             watch.asked_for_change = asked.changes();
             let response = watch.wait(send(stream, asked)).await?;
-            Ok((response.map_err(|error| understood(socket, error))?, watch))
+            let response = response.map_err(|error| watch.explain(understood(socket, error)))?;
+            Ok((response, watch))
         })?;
         let status = response.status();
         let body = response.into_body();
@@ -143,7 +144,9 @@ impl Answer {
                     Ok(data) if !data.is_empty() => return Ok(data),
                     _ => {}
                 },
-                Some(Err(error)) => return Err(broken_off(error)),
+                // Whoever follows a VM to its end knows what it is.
+                Some(Err(error)) if self.endless => return Err(broken_off(error)),
+                Some(Err(error)) => return Err(self.watch.cut(broken_off(error))),
             }
         }
     }

@@ -4,15 +4,17 @@
 //! silence: from time to time the VM is asked on another connection whether it is there, which it answers
 //! whatever else it is doing.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 
 use super::ClientError;
 use super::answer::{Asked, send};
+use crate::life::Life;
 use crate::peer::{Peer, connect_patiently, pid_of};
 
 /// So long is waited before the VM is asked whether it is there.
@@ -39,6 +41,7 @@ pub(super) struct Watch {
     patience: Patience,
     /// Something was asked for that changes the VM.
     pub(super) asked_for_change: bool,
+    begun: SystemTime,
 }
 
 impl Watch {
@@ -49,7 +52,8 @@ impl Watch {
     ) -> Result<(UnixStream, Self), ClientError> {
         let path = || socket.to_owned();
         // Nobody is known yet.
-        let mut watch = Self { socket: path(), pid: 0, patience, asked_for_change: false };
+        let begun = SystemTime::now();
+        let mut watch = Self { socket: path(), pid: 0, patience, asked_for_change: false, begun };
         let stream = watch
             .wait(connect_patiently(socket))
             .await?
@@ -97,6 +101,27 @@ impl Watch {
                 said = true;
                 eprintln!("mce-relay: {}; waiting (Ctrl-C ends this)", self.silent(silent));
             }
+        }
+    }
+
+    /// What it means that the answer broke off.
+    pub(super) fn cut(&self, source: io::Error) -> io::Error {
+        let path = self.socket.clone();
+        match self.explain(ClientError::Talk { path, source }) {
+            ClientError::Talk { source, .. } => source,
+            ended => io::Error::other(ended),
+        }
+    }
+
+    /// What an error means, if the VM has ended.
+    pub(super) fn explain(&self, error: ClientError) -> ClientError {
+        // Who asks in passing does not wait for that.
+        if !matches!((&error, self.patience), (ClientError::Talk { .. }, Patience::WhileItLives)) {
+            return error;
+        }
+        match Life::of(&self.socket, self.pid) {
+            life if life.is_over_soon() => life.ended_since(self.begun),
+            _ => error,
         }
     }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::error::DumpError;
 use crate::api::{Extent, VmInfo};
 use crate::client::{self, ClientError};
+use crate::life::Life;
 use crate::registers::Registers;
 
 /// A VM whose memory is read.
@@ -12,6 +13,7 @@ pub(super) struct Vm<'a> {
     socket: &'a Path,
     /// What ran when the reading began.
     pub(super) info: VmInfo,
+    life: Life,
 }
 
 /// What one request for memory brings.
@@ -26,7 +28,9 @@ pub(super) enum Piece {
 
 impl<'a> Vm<'a> {
     pub(super) fn open(socket: &'a Path) -> Result<Self, DumpError> {
-        Ok(Self { socket, info: client::get(socket, "vm.info")? })
+        let (pid, info) = client::get_and_pid(socket, "vm.info")?;
+        let life = Life::of(socket, pid);
+        Ok(Self { socket, info, life })
     }
 
     /// Reads at `gpa`: `len` bytes, 1 to [`MAX_READ`](crate::api::MAX_READ), or fewer.
@@ -42,13 +46,13 @@ impl<'a> Vm<'a> {
             })),
             Err(ClientError::Refused { status: 410, .. }) => Ok(Piece::Poisoned),
             Err(ClientError::Refused { status: 409, error }) => Ok(Piece::NoMemory(error)),
-            Err(error) => Err(later(error)),
+            Err(error) => Err(self.later(error)),
         }
     }
 
     /// What runs now, which is still the same guest.
     pub(super) fn again(&self) -> Result<VmInfo, DumpError> {
-        let now: VmInfo = client::get(self.socket, "vm.info").map_err(later)?;
+        let now: VmInfo = client::get(self.socket, "vm.info").map_err(|error| self.later(error))?;
         // Another VM may have been given the same path.
         if (now.pid, now.boot) == (self.info.pid, self.info.boot) {
             Ok(now)
@@ -59,14 +63,14 @@ impl<'a> Vm<'a> {
 
     /// The stretches that have memory behind them, ascending; bad pages are in them.
     pub(super) fn extents(&self) -> Result<Vec<Extent>, DumpError> {
-        client::get(self.socket, "vm.extents").map_err(later)
+        client::get(self.socket, "vm.extents").map_err(|error| self.later(error))
     }
 
     /// The vCPUs' registers; none when they run, or when the VMM is one that does not tell.
     pub(super) fn registers(&self) -> Result<Vec<Registers>, DumpError> {
         match client::get(self.socket, "vm.registers") {
             Err(ClientError::Refused { status: 404 | 409, .. }) => Ok(Vec::new()),
-            answer => answer.map_err(later),
+            answer => answer.map_err(|error| self.later(error)),
         }
     }
 
@@ -85,13 +89,16 @@ impl<'a> Vm<'a> {
         }
         Ok(())
     }
-}
 
-/// What an error means once the VM has said which guest it runs.
-fn later(error: ClientError) -> DumpError {
-    match error {
-        // Between two boots there is no guest.
-        ClientError::Refused { status: 503, .. } => DumpError::StartedOver,
-        error => DumpError::Client(error),
+    /// What an error means once the VM has said which guest it runs.
+    fn later(&self, error: ClientError) -> DumpError {
+        match error {
+            // Between two boots there is no guest; and none in a VM that ends.
+            ClientError::Refused { status: 503, .. } if self.life.ends() => {
+                DumpError::Client(self.life.ended())
+            }
+            ClientError::Refused { status: 503, .. } => DumpError::StartedOver,
+            error => DumpError::Client(self.life.explain(error)),
+        }
     }
 }

@@ -14,7 +14,7 @@ use libc::{c_int, c_void, siginfo_t};
 use signal_hook::SigId;
 use vmm_sys_util::signal::register_signal_handler;
 
-use super::{Asked, FilterChoice, Looked, Means, Order, PoisonError, Target};
+use super::{Asked, FilterChoice, Looked, Means, Order, PoisonError, Target, Until, untried};
 use crate::api::VmInfo;
 use crate::hangup;
 use crate::host::Injector;
@@ -255,22 +255,41 @@ pub(super) fn poison(
     poisoner: &mut Poisoner,
     targets: &[Target],
     looked: &Looked,
-    interrupted: &Interrupted,
+    until: &Until<'_>,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Vec<Asked> {
+    let mut each = |target: &Target| {
+        // The host may have moved the page since it was looked up, and the frame may be somebody
+        // else's by now. Looking again leaves no more time for that than poisoning one page does.
+        match looked.fit(target) {
+            Ok(pfn) => Asked::new(Some(pfn), poisoner.poison(target, pfn)),
+            Err(error) => Asked::new(None, Err(error)),
+        }
+    };
+    one_by_one(targets, &mut each, until, progress)
+}
+
+fn one_by_one(
+    targets: &[Target],
+    each: &mut dyn FnMut(&Target) -> Asked,
+    until: &Until<'_>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Vec<Asked> {
     let mut asked = Vec::with_capacity(targets.len());
     for target in targets {
-        if interrupted.is_set() {
-            asked.push(Asked::new(None, Err(PoisonError::Interrupted)));
-            continue;
-        }
-        // The host may have moved the page since it was looked up, and the frame may be somebody
-        // else's by now. Looking again leaves no more time for that than poisoning one page does.
-        asked.push(match looked.fit(target) {
-            Ok(pfn) => Asked::new(Some(pfn), poisoner.poison(target, pfn)),
-            Err(error) => Asked::new(None, Err(error)),
+        let why = until.reached().or_else(|| {
+            let done = each(target);
+            match &done.result {
+                Err(error) if until.is_behind(error) => return Some(PoisonError::Ended),
+                _ => asked.push(done),
+            }
+            progress(asked.len(), targets.len());
+            None
         });
-        progress(asked.len(), targets.len());
+        if let Some(why) = why {
+            asked.extend(untried(&why, targets.len() - asked.len()));
+            break;
+        }
     }
     asked
 }
@@ -308,10 +327,40 @@ fn madvise(memory: &File, offset: u64, page_size: u64, advice: c_int) -> Result<
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::host::HostError;
+    use crate::life::Life;
+    use crate::poison::frame::FrameError;
 
     fn target(page_size: u64) -> Target {
         Target { gpa: 0, hva: 0, fd: None, offset: 0, page_size, is_private_file: false }
+    }
+
+    /// The memory goes with the VM: that is not said of each page as if it were the page's fault.
+    #[test]
+    fn an_end_is_the_end_for_all_pages() {
+        let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let life = Life::of(Path::new("/nowhere/api"), process.id());
+        let interrupted = Interrupted::new();
+        let until = Until { life: &life, interrupted: &interrupted };
+        let mut count = 0;
+        let mut each = |_: &Target| {
+            count += 1;
+            if count == 2 {
+                process.kill().unwrap();
+                let absent = HostError::Absent { hva: 0x1000 };
+                return Asked::new(None, Err(FrameError::from(absent).into()));
+            }
+            Asked::new(Some(1), Ok(()))
+        };
+        let targets: Vec<Target> = (0..5).map(|_| target(4096)).collect();
+        let asked = one_by_one(&targets, &mut each, &until, &mut |_, _| ());
+        process.wait().unwrap();
+        assert_eq!((count, asked.len()), (2, 5), "none is tried any more");
+        assert!(asked[0].result.is_ok());
+        assert!(asked[1..].iter().all(|page| matches!(page.result, Err(PoisonError::Ended))));
     }
 
     #[test]
