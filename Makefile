@@ -43,6 +43,12 @@ lab-image: setup
 	$(SAY) 'lab image'
 	tests/lab/build.sh
 
+# Said before anything is built.
+ifneq ($(filter run,$(MAKECMDGOALS)),)
+ifeq ($(filter intel amd,$(or $(VENDOR),intel)),)
+$(error VENDOR=$(VENDOR) is not a vendor; expected intel or amd)
+endif
+endif
 ifeq ($(NATIVE),1)
 run: build guest-image
 	MCE_RELAY_NATIVE=1 MCE_RELAY_VENDOR=$(or $(VENDOR),intel) target/release/show

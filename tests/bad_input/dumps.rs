@@ -29,10 +29,11 @@ pub fn places_that_are_none() {
     std::fs::write(at("image.json"), "mine").unwrap();
     for (args, named) in [
         (&["/nowhere/core"][..], &["/nowhere/core", "No such file"][..]),
-        (&[&at("")], &["exists", "left as it is"]),
+        (&[&at("")], &["is a directory"]),
         (&[&at("mine")], &["mine exists", "left as it is"]),
         (&["--raw", &at("image")], &["image.json exists", "left as it is"]),
         (&["/proc/core"], &["/proc/core"]),
+        (&["/dev/null"], &["/dev/null is no file"]),
     ] {
         refused(&vm.command("memory dump", args), 1, named);
     }

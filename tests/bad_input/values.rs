@@ -21,11 +21,13 @@ fn kernel() -> String {
 
 pub fn memory_of_zero() {
     refused(&run(&["--kernel", &kernel(), "--memory", "size=0"]), 1, &["0 bytes"]);
+    // As other programs take it.
+    refused(&run(&["--kernel", &kernel(), "--memory", "256"]), 1, &["256 bytes", "256M"]);
 }
 
 pub fn more_memory_than_there_is() {
     let out = run(&["--kernel", &kernel(), "--memory", "size=512T"]);
-    refused(&out, 1, &[&(512u64 << 40).to_string(), "this host has"]);
+    refused(&out, 1, &["536870912 MiB", "this host has"]);
 }
 
 pub fn memory_that_is_not_a_size() {

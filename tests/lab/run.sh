@@ -80,7 +80,7 @@ stop() { # ends QEMU, politely first
 # shellcheck disable=SC2317 # called by the trap
 leave() {
     stop
-    [ -z "$terminal" ] || stty "$terminal"
+    [ -z "$terminal" ] || stty "$terminal" || true # it may have been closed
     rm -rf "$job"
 }
 trap leave EXIT

@@ -34,6 +34,9 @@ pub fn every_command() {
             on_the_way.drain(..).for_each(|typed| drop(reader.types(&typed)));
         }
         let printed = reader.types(typed);
+        if typed.text.contains("wait $VM") {
+            assert!(printed.lines().any(|line| line.trim() == "0"), "the status of run: {printed}");
+        }
         if typed.text.starts_with("ask 'alloc anon 4'") {
             with_pages(&mut reader, &gpas(&printed));
         }

@@ -252,7 +252,9 @@ impl Vmm {
         if let Some(stderr) = child.stderr.take() {
             std::thread::spawn(move || {
                 for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                    println!("  relay | {line}");
+                    // Without the time and the level that a log line begins with.
+                    let words = line.split_once("] ").map_or(&*line, |(_, words)| words);
+                    println!("  relay | {words}");
                 }
             });
         }

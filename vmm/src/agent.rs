@@ -34,8 +34,8 @@ pub enum AgentError {
     Name(String),
     /// Nobody listens there.
     #[error(
-        "cannot reach the guest's second serial port at {path}; it is the path that was given to \
-         `mce-relay run --serial2 socket=PATH`",
+        "no guest's second serial port is to be reached at {path}; expected the path that \
+         `mce-relay run --serial2 socket=PATH` was given",
         path = .path.display()
     )]
     Connect {

@@ -100,7 +100,7 @@ pub enum Refusal {
     Wrong(String),
     /// It would kill the guest.
     #[error(
-        "nothing was injected: the guest may not survive it, and only with force is it injected then:\n{0}"
+        "nothing was injected: the guest may not survive it, and only with --force is it injected then:\n{0}"
     )]
     Lethal(Outlook),
     /// No vCPU is going to enter the guest.

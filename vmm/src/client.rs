@@ -24,7 +24,8 @@ const MAX_IN_PASSING: u64 = 1 << 20;
 pub enum ClientError {
     /// Nobody listens there.
     #[error(
-        "cannot reach a VM at {path}; it is the path that was given to `mce-relay run --api-socket`",
+        "no VM is to be reached at {path}; expected the path of an API socket: what `mce-relay run --api-socket` was \
+         given, or what `mce-relay list` shows",
         path = .path.display()
     )]
     Connect {

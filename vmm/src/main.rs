@@ -62,6 +62,8 @@ fn start_log(verbose: u8) {
         // whether that is a terminal with each line.
         .target(Target::Pipe(Box::new(io::stderr())))
         .format_timestamp_millis()
+        // A path in the source says nothing to a user.
+        .format_target(false)
         .init();
 }
 
@@ -100,7 +102,10 @@ fn carry_out(command: Command) -> Outcome {
         Command::List { all, json } => show::print(&names::list(all), json),
         Command::Poison(args) => poison_pages(&args)?,
         Command::Unpoison { pfn, json } => show::unpoisoned(
-            &pfn.into_iter().map(|pfn| (pfn, host::unpoison(pfn))).collect::<Vec<_>>(),
+            &pfn.into_iter()
+                .flat_map(cli::Frames::numbers)
+                .map(|pfn| (pfn, host::unpoison(pfn)))
+                .collect::<Vec<_>>(),
             json,
         ),
         Command::Inject(args) => inject_by_hand(&args)?,
@@ -213,8 +218,9 @@ fn chosen(
 ) -> Result<(Vec<PageRange>, Option<String>), Box<dyn Error>> {
     if let Some(count) = args.random {
         let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
+        let pages = poison::random(socket, args.via, usize::try_from(count)?, seed)?;
         eprintln!("mce-relay: random pages by --seed {seed}");
-        return Ok((poison::random(socket, args.via, usize::try_from(count)?, seed)?, None));
+        return Ok((pages, None));
     }
     if let (Some(which), Some(agent)) = (&args.pid, &args.agent) {
         let process = agent::process(&agent.0, which, args.max)?;

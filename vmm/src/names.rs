@@ -78,7 +78,7 @@ impl FromStr for Which {
 #[derive(Debug, thiserror::Error)]
 pub enum NameError {
     /// No VM is called so.
-    #[error("no VM called {name:?} of this user's runs ({}){ended}; {others}", dir.display())]
+    #[error("{}", unknown(.name, .dir, .ended, .others))]
     Unknown {
         /// The name.
         name: String,
@@ -111,6 +111,13 @@ pub enum NameError {
         #[source]
         source: io::Error,
     },
+}
+
+fn unknown(name: &str, dir: &Path, ended: &str, others: &str) -> String {
+    match ended {
+        "" => format!("no VM is called {name:?} in {}; {others}", dir.display()),
+        ended => format!("{ended}; {others}"),
+    }
 }
 
 /// Where this user's sockets are.
@@ -257,10 +264,12 @@ fn find_in(
     let names: Vec<String> = sockets(dir).into_iter().map(|(name, _)| name).collect();
     let elsewhere = others::paths(&other(), dir, name);
     let others = match (elsewhere.as_slice(), names.as_slice()) {
-        ([], []) => "no VM with a name runs (`mce-relay run --name NAME` gives it one)".to_owned(),
-        ([], names) => format!("these do: {}", names.join(", ")),
+        ([], []) => {
+            "none runs that has a name (`mce-relay run --name NAME` gives it one)".to_owned()
+        }
+        ([], names) => format!("running: {}", names.join(", ")),
         (paths, _) => format!(
-            "other users' do; name the one that is meant by its path: {}",
+            "other users have one; name the one that is meant by its path: {}",
             paths
                 .iter()
                 .map(|path| format!("--vm {}", path.display()))
@@ -269,7 +278,7 @@ fn find_in(
         ),
     };
     let ended = Record::read(&record_dir_in(dir, &name.0), &name.0);
-    let ended = ended.map(|record| format!("; {}", record.headline())).unwrap_or_default();
+    let ended = ended.map(|record| record.headline()).unwrap_or_default();
     Err(NameError::Unknown { name: name.0.clone(), dir: dir.to_owned(), ended, others })
 }
 
@@ -322,7 +331,7 @@ mod tests {
         assert_eq!(find_in(&dir, &name, &Vec::new).unwrap(), path);
         assert!(matches!(claim_in(&dir, &name), Err(NameError::Taken(_))));
         let error = find_in(&dir, &"b".parse().unwrap(), &Vec::new).unwrap_err().to_string();
-        assert!(error.contains("these do: a"), "{error}");
+        assert!(error.contains("running: a"), "{error}");
 
         // As after a VMM that was killed.
         drop(listener);

@@ -420,15 +420,9 @@ pub struct Prepared<'a> {
 /// # Errors
 /// See [`PoisonError`].
 pub fn prepare<'a>(order: &'a Order<'a>) -> Result<Prepared<'a>, PoisonError> {
-    // Which pages are bad the host says where page frames are concerned.
-    let (vm, bad) = if order.via.is_of_frames() {
-        (client::get_of_process(order.socket, "vm.info")?, HashSet::new())
-    } else {
-        let status: Status = client::get_of_process(order.socket, "relay.status")?;
-        let bad = status.pages.iter().filter(|page| !page.is_forged()).map(|page| page.gpa);
-        let bad = bad.collect();
-        (status.vm, bad)
-    };
+    let Status { vm, pages, .. } = client::get_of_process(order.socket, "relay.status")?;
+    let bad: HashSet<u64> =
+        pages.iter().filter(|page| !page.is_forged()).map(|page| page.gpa).collect();
     let life = Life::of(order.socket, vm.pid);
     let targets = targets(&vm, order.ranges)?;
     let looked = Looked::new(vm.pid, order.via)?;
@@ -530,6 +524,7 @@ fn look(
 ) -> Result<(Vec<Poisoned>, Vec<String>), PoisonError> {
     let mut pages = Vec::with_capacity(targets.len());
     let mut unfit: Vec<(u64, FrameError)> = Vec::new();
+    let mut already_bad = Vec::new();
     let (mut of_others, mut of_file) = (Vec::new(), Vec::new());
     // The first page that was asked for of each huge page.
     let mut firsts = HashMap::new();
@@ -553,6 +548,7 @@ fn look(
                         of_file.push(gpa);
                     }
                 }
+                Err(error) if is_bad(&error, bad.contains(&gpa)) => already_bad.push(gpa),
                 Err(error) => unfit.push((gpa, error)),
             },
             Looked::Part { pagemap, flags } => {
@@ -567,6 +563,9 @@ fn look(
         }
         pages.push(page);
     }
+    if let [gpa, others @ ..] = &*already_bad {
+        return Err(PoisonError::AlreadyBad { gpa: *gpa, others: others.len() });
+    }
     let others = unfit.len().saturating_sub(1);
     if let Some((gpa, source)) = unfit.into_iter().next() {
         return Err(PoisonError::Page { gpa, others, source });
@@ -578,6 +577,14 @@ fn look(
         }
     }
     Ok((pages, shared_in_words(&of_others, &of_file)))
+}
+
+/// Whether a page that cannot be looked at is bad: the host says so of its frame, or the ledger of one that the
+/// VMM does not have mapped any more.
+fn is_bad(error: &FrameError, in_ledger: bool) -> bool {
+    let unmapped =
+        matches!(error, FrameError::Host(HostError::NotMapped { .. } | HostError::Absent { .. }));
+    matches!(error, FrameError::Unfit { why: frame::Unfit::Bad, .. }) || (unmapped && in_ledger)
 }
 
 /// Pages that more than the VM has, in words.
@@ -658,6 +665,7 @@ fn ask_vmm(
     let Order { via, kind, vcpu, .. } = *order;
     let of_frames = via.is_of_frames();
     let mut asked = Vec::with_capacity(targets.len());
+    progress(0, targets.len());
     for some in targets.chunks(if of_frames { 1 } else { AT_ONCE }) {
         if let Some(why) = until.reached() {
             asked.extend(untried(&why, targets.len() - asked.len()));

@@ -127,8 +127,23 @@ impl Sheet {
             let width = u16::try_from(width + FRAME - 1).unwrap_or(u16::MAX);
             ColumnConstraint::Absolute(Width::Fixed(width))
         }));
-        table.lines().collect()
+        thin(table.lines().collect())
     }
+}
+
+/// Without the rules between rows of one line each, which need none.
+fn thin(lines: Vec<String>) -> Vec<String> {
+    let is_rule = |line: &String| ["├", "+-", "|-"].iter().any(|edge| line.starts_with(edge));
+    let last = lines.len().saturating_sub(1);
+    let tall = |lines: &mut dyn Iterator<Item = &String>| {
+        lines.take_while(|line| !is_rule(line) && !line.starts_with(['╞', '└', '+'])).count() > 1
+    };
+    let keeps = |at: usize| {
+        let (above, below) = (&mut lines[..at].iter().rev(), &mut lines[at + 1..].iter());
+        at == 0 || at == last || !is_rule(&lines[at]) || tall(above) || tall(below)
+    };
+    let kept: Vec<bool> = (0..lines.len()).map(keeps).collect();
+    lines.into_iter().zip(kept).filter_map(|(line, keeps)| keeps.then_some(line)).collect()
 }
 
 impl fmt::Display for Sheet {
@@ -258,6 +273,27 @@ mod tests {
             assert!(widest <= Some(usize::from(columns)), "{columns}:\n{}", lines.join("\n"));
         }
         assert_eq!(status(400, PLAIN).len(), 6, "one line each");
+    }
+
+    #[test]
+    fn rules_are_beside_tall_rows_only() {
+        for unicode in [true, false] {
+            let mut sheet = Sheet::new(&["", "a", "b"], Screen { unicode, ..PLAIN }, 40);
+            for what in ["short", "short", "averylongwordthatfoldscolumns", "short", "short"] {
+                sheet.add_row([Cell::default(), Cell::new(what), Cell::new("")]);
+            }
+            let long = || Cell::new("abcdefghijklmnopqrstuvwxyz");
+            sheet.add_row([Cell::new("x"), long(), long()]);
+            let lines = sheet.into_lines();
+            let text = lines.join("\n");
+            let shorts: Vec<usize> =
+                (0..lines.len()).filter(|at| lines[*at].contains("short")).collect();
+            assert_eq!(shorts.len(), 4, "{text}");
+            assert_eq!(shorts[1] - shorts[0], 1, "{text}");
+            let tall = lines.iter().position(|line| line.contains("xyz")).unwrap();
+            assert!(lines[tall - 1].starts_with(['├', '|']), "{text}");
+            assert!(!lines[tall - 1].contains("short"), "a rule above what is tall: {text}");
+        }
     }
 
     #[test]

@@ -3,6 +3,8 @@
 use std::fmt::Display;
 use std::io::{self, BufWriter, Write};
 use std::process::ExitCode;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -26,8 +28,6 @@ use crate::sheet::{Cell, Color, Sheet};
 
 /// Of more pages than this, a burst is summed up instead of shown one by one.
 const MANY_PAGES: usize = 32;
-/// Of more bytes than this, it is shown how many have been worked on.
-const MANY_BYTES: u64 = 64 << 20;
 /// Of more pages than this, a terminal shows the end of the table: the summary goes there.
 const MANY_ROWS: usize = 100;
 
@@ -93,20 +93,22 @@ pub fn table(header: &[&str]) -> Sheet {
     Sheet::new(header, screen::stdout(), screen::columns())
 }
 
+/// Work that takes longer than this shows how far it is.
+const LONG: Duration = Duration::from_secs(1);
+
 /// Shows how far a long work is, where stderr is a terminal. Goes away when dropped.
 #[derive(Debug)]
 pub struct Progress {
-    /// Not drawn for so many or fewer.
-    many: u64,
     bar: ProgressBar,
+    /// Draws once a second, also while nothing gets done; ends when its sender is dropped.
+    clock: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
 impl Progress {
     /// Of a work on pages that is called so, as in "poisoning", and begins now.
     #[must_use]
     pub fn new(what: &'static str) -> Self {
-        let template = "{prefix} [{wide_bar}] {pos} of {len} pages, {per_sec:0}, {eta} left";
-        Self::begin(what, template, MANY_PAGES as u64)
+        Self::begin(what, "{prefix} [{wide_bar}] {pos} of {len} pages, {per_sec:0}, {eta} left")
     }
 
     /// Of a work on bytes that is called so, as in "dumping", and begins now.
@@ -114,17 +116,18 @@ impl Progress {
     pub fn bytes(what: &'static str) -> Self {
         let template =
             "{prefix} [{wide_bar}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-        Self::begin(what, template, MANY_BYTES)
+        Self::begin(what, template)
     }
 
-    fn begin(what: &'static str, template: &str, many: u64) -> Self {
+    fn begin(what: &'static str, template: &str) -> Self {
         let bar = ProgressBar::hidden().with_prefix(what);
         let bar = match ProgressStyle::with_template(template) {
             // In characters that every terminal has.
             Ok(style) => bar.with_style(style.progress_chars("=> ")),
             Err(_) => bar,
         };
-        Self { many, bar }
+        let clock = screen::stderr().moves.then(|| clock(bar.clone())).and_then(Result::ok);
+        Self { bar, clock }
     }
 
     /// `done` of `total` pages are done.
@@ -134,19 +137,36 @@ impl Progress {
 
     /// `done` of `total` pages or bytes are done.
     pub fn advance(&mut self, done: u64, total: u64) {
-        if total <= self.many || !screen::stderr().moves {
-            return;
-        }
-        if self.bar.is_hidden() {
+        if self.bar.length() != Some(total) {
             self.bar.set_length(total);
-            self.bar.set_draw_target(ProgressDrawTarget::stderr());
         }
         self.bar.set_position(done);
     }
 }
 
+fn clock(bar: ProgressBar) -> io::Result<(Sender<()>, JoinHandle<()>)> {
+    let (sender, receiver) = mpsc::channel();
+    let draw = move || {
+        while receiver.recv_timeout(LONG) == Err(RecvTimeoutError::Timeout) {
+            // How much there is to do may not be known yet.
+            if bar.length().is_some_and(|length| length != 0) {
+                if bar.is_hidden() {
+                    bar.set_draw_target(ProgressDrawTarget::stderr());
+                }
+                bar.tick();
+            }
+        }
+    };
+    Ok((sender, thread::Builder::new().name("progress".to_owned()).spawn(draw)?))
+}
+
 impl Drop for Progress {
     fn drop(&mut self) {
+        if let Some((sender, clock)) = self.clock.take() {
+            drop(sender);
+            // It cannot have panicked with words that were not printed.
+            let _ = clock.join();
+        }
         self.bar.finish_and_clear();
     }
 }

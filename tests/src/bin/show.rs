@@ -64,9 +64,7 @@ fn show() -> ExitCode {
         }
     };
     let start = Instant::now();
-    println!(
-        "== A Linux guest boots: {vendor}-style, 2 vCPUs, 256 MiB. Some seconds without a word."
-    );
+    println!("== A Linux guest boots: {vendor}-style, 2 vCPUs, 256 MiB. This takes some seconds.");
     let booted = Guest::try_boot(&Options { echo: true, ao_channel: "auto", ..options });
     let mut guest = match booted {
         Ok(guest) => guest,

@@ -35,6 +35,8 @@ pub(super) type Found = Result<String, Gap>;
 pub(super) enum Gap {
     /// It is not there, or not as it should be.
     Missing(String),
+    /// It is there, and should not be.
+    InTheWay(String),
     /// It may be there.
     Unknown {
         /// Words about that.

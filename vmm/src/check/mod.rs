@@ -23,7 +23,7 @@ use gap::{AS_ROOT, Found, Gap};
 
 /// How a thing stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Standing {
     /// It is there.
     Ok,
@@ -31,6 +31,8 @@ pub enum Standing {
     Missing,
     /// It is not there, and no error can be relayed without it.
     Needed,
+    /// It is there, and should not be.
+    InTheWay,
     /// It cannot be seen by this user, or not without something else that is not there.
     Unknown,
 }
@@ -78,6 +80,7 @@ impl std::fmt::Display for Report {
                 Standing::Ok => ("ok", Color::Green),
                 Standing::Missing => ("missing", Color::Yellow),
                 Standing::Needed => ("NEEDED", Color::Red),
+                Standing::InTheWay => ("in the way", Color::Yellow),
                 Standing::Unknown => ("unknown", Color::Yellow),
             };
             table.add_row([
@@ -118,6 +121,7 @@ impl Section<'_> {
         let (standing, found, mend) = match found {
             Ok(found) => (Standing::Ok, found, "".into()),
             Err(Gap::Missing(found)) => (missing, found, mend.into()),
+            Err(Gap::InTheWay(found)) => (Standing::InTheWay, found, mend.into()),
             Err(Gap::Unknown { found, mend }) => (Standing::Unknown, found, mend.into()),
         };
         self.lines.push(Line { group: self.group, name, standing, found, mend });

@@ -136,7 +136,7 @@ fn filter_in_force() -> Found {
     there(FILTER_SWITCH)?;
     match filter::left_over() {
         Ok(None) => Ok("none in force".to_owned()),
-        Ok(Some(set)) => Err(Gap::Missing(format!("in force: {set}; no other pages go bad"))),
+        Ok(Some(set)) => Err(Gap::InTheWay(format!("in force: {set}; no other pages go bad"))),
         Err(error) => Err(Gap::of(FILTER_SWITCH, &error)),
     }
 }

@@ -6,14 +6,15 @@ mod values;
 
 use std::path::PathBuf;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use mce_relay::AoChannel;
 
 pub use poison::{KindArg, MemcgArg, PoisonArgs};
 pub use run::{AoPace, Cpus, Kill, Memory, RunArgs, Serial, Switch, VendorArg};
-pub use values::{ApiPath, LogPath, parse_number};
+use values::parse_seconds;
+pub use values::{ApiPath, Frames, LogPath, parse_number};
 
 use crate::inject::{McgStatusArg, StatusArg};
 use crate::names::{self, NameError, Which};
@@ -49,7 +50,22 @@ pub struct Cli {
 /// Reads this process's command line. What makes no sense ends it, with words and status 2.
 #[must_use]
 pub fn parse() -> Cli {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        // The commonest slip: a VM's name alone.
+        let stray = error
+            .get(ContextKind::InvalidArg)
+            .filter(|_| error.kind() == ErrorKind::UnknownArgument);
+        if let Some(ContextValue::String(word)) = stray
+            && word.parse::<Which>().is_ok()
+            // Of a command that is about a VM.
+            && error.to_string().contains("--vm")
+        {
+            let _ = error.print();
+            eprintln!("\nA VM is named by --vm: --vm {word}");
+            std::process::exit(error.exit_code());
+        }
+        error.exit()
+    });
     if let Err(error) = cli.check() {
         error.exit();
     }
@@ -63,7 +79,7 @@ impl Cli {
             Command::Run(args) if args.ao_channel == AoChannel::Mce && args.ghes_poll.is_some() => {
                 let words = "--ghes-poll says how the guest looks for firmware-first records, and with \
                              --ao-channel mce it is given none; leave one of the two out";
-                Err(Self::command().error(ErrorKind::ArgumentConflict, words))
+                Err(wrong("run", ErrorKind::ArgumentConflict, words))
             }
             Command::Run(args)
                 if !args.memory_zone.is_empty()
@@ -71,11 +87,26 @@ impl Cli {
             {
                 let words = "--memory and --memory-zone both say what guest RAM is; leave --memory out, \
                              or give it as size=0";
-                Err(Self::command().error(ErrorKind::ArgumentConflict, words))
+                Err(wrong("run", ErrorKind::ArgumentConflict, words))
             }
             Command::Poison(args) => args.check(),
+            Command::Pages { gpa, map: false, .. } if gpa.is_empty() => {
+                let words = "which pages? --gpa LIST, or --map for all of guest RAM";
+                Err(wrong("pages", ErrorKind::MissingRequiredArgument, words))
+            }
             _ => Ok(()),
         }
+    }
+}
+
+/// An error in the arguments of `command`, with how that one is used.
+fn wrong(command: &str, kind: ErrorKind, words: &str) -> clap::Error {
+    let mut all = Cli::command();
+    // Names commands below it as they are called.
+    all.build();
+    match all.find_subcommand_mut(command) {
+        Some(command) => command.error(kind, words),
+        None => all.error(kind, words),
     }
 }
 
@@ -161,9 +192,10 @@ pub enum Command {
     /// hardware error on, and mce-inject counts as one. End the VM first: a page that is still in use
     /// cannot be given back.
     Unpoison {
-        /// The host's page frame numbers, as `poison` prints them: 0x and digits, or decimal.
-        #[arg(long, required = true, value_name = "LIST", value_delimiter = ',', value_parser = parse_number)]
-        pfn: Vec<u64>,
+        /// The host's page frame numbers, as `poison` prints them, and ranges of them: 0x and digits, or decimal;
+        /// a range is all from its start to before its end. `poison --json` has those of many pages.
+        #[arg(long, required = true, value_name = "LIST", value_delimiter = ',')]
+        pfn: Vec<Frames>,
         /// Print JSON.
         #[arg(long)]
         json: bool,
@@ -214,7 +246,7 @@ pub enum Command {
         #[command(flatten)]
         vm: VmArg,
         /// Guest-physical addresses and ranges, as for `poison`.
-        #[arg(long, value_name = "LIST", required_unless_present = "map", value_delimiter = ',')]
+        #[arg(long, value_name = "LIST", value_delimiter = ',')]
         gpa: Vec<PageRange>,
         /// Draw all of guest RAM as a map instead.
         #[arg(long, conflicts_with = "gpa")]
@@ -282,7 +314,7 @@ pub enum Command {
         #[arg(long, conflicts_with = "timeout")]
         now: bool,
         /// How long to wait for the guest's end, in seconds; 0: only ask.
-        #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+        #[arg(long, default_value = "60", value_name = "SECONDS", value_parser = parse_seconds)]
         timeout: u32,
         /// Print JSON.
         #[arg(long)]
@@ -374,7 +406,7 @@ pub enum MemoryCommand {
         /// Which VM.
         #[command(flatten)]
         vm: VmArg,
-        /// Guest-physical address of the first byte: 0x and digits, or decimal with K, M or G.
+        /// Guest-physical address of the first byte: 0x and digits, or decimal with K, M, G or T.
         #[arg(long, value_parser = parse_number)]
         gpa: u64,
         /// Number of bytes, 1 or more, in the same forms.

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, ValueEnum};
+use clap::{Args, ValueEnum};
 use mce_relay::mca::Kind;
 
-use super::{ApiPath, Cli, VmArg};
+use super::values::{parse_count, parse_seed};
+use super::{ApiPath, VmArg, wrong};
 use crate::host::flags::FlagsFilter;
 use crate::poison::{Means, PageRange};
 
@@ -18,7 +19,7 @@ pub struct PoisonArgs {
     #[command(flatten)]
     pub vm: VmArg,
     /// Guest-physical addresses and ranges, e.g. 0x1000,0x3000..0x8000: 0x and digits, or decimal with K,
-    /// M or G; a range is all pages from its start to before its end. May be given repeatedly.
+    /// M, G or T; a range is all pages from its start to before its end. May be given repeatedly.
     #[arg(
         long,
         value_name = "LIST",
@@ -31,11 +32,12 @@ pub struct PoisonArgs {
         long,
         value_name = "N",
         conflicts_with = "pid",
-        value_parser = clap::value_parser!(u64).range(1..)
+        value_parser = parse_count,
+        allow_negative_numbers = true
     )]
     pub random: Option<u64>,
     /// For the same random pages as in an earlier run, which has printed it.
-    #[arg(long, value_name = "SEED")]
+    #[arg(long, value_name = "SEED", value_parser = parse_seed)]
     pub seed: Option<u64>,
     /// Pages of this process in the guest: its pid there, or its name. The guest's agent is asked.
     #[arg(long, value_name = "PID|NAME", requires = "agent")]
@@ -83,12 +85,12 @@ pub struct PoisonArgs {
 impl PoisonArgs {
     /// Checks what goes beyond single values.
     pub(super) fn check(&self) -> Result<(), clap::Error> {
-        let conflict = |words: &str| Err(Cli::command().error(ErrorKind::ArgumentConflict, words));
+        let conflict = |words: &str| Err(wrong("poison", ErrorKind::ArgumentConflict, words));
         let filtered =
             self.filter_memcg.is_some() || self.filter_dev.is_some() || self.filter_flags.is_some();
         if self.gpa.is_empty() && self.random.is_none() && self.pid.is_none() {
             let words = "which pages? --gpa LIST, --random N, or --pid PROCESS of the guest's";
-            return Err(Cli::command().error(ErrorKind::MissingRequiredArgument, words));
+            return Err(wrong("poison", ErrorKind::MissingRequiredArgument, words));
         }
         // Said here, as clap drops what a conflict makes impossible.
         if self.seed.is_some() && self.random.is_none() {
@@ -185,7 +187,7 @@ impl FromStr for DevArg {
 mod tests {
     use clap::Parser;
 
-    use super::super::Command;
+    use super::super::{Cli, Command};
     use super::*;
 
     fn parse(more: &[&str]) -> Result<Box<PoisonArgs>, clap::Error> {

@@ -27,7 +27,8 @@ pub struct RunArgs {
     /// Number of vCPUs (boot=N or N).
     #[arg(long, default_value = "1", value_name = "N")]
     pub cpus: Cpus,
-    /// Guest RAM: size=SIZE with K, M or G (or SIZE alone), and more after commas.
+    /// Guest RAM: size=SIZE with K, M, G or T (or SIZE alone), and more after commas; 512M where neither this nor
+    /// --memory-zone is given.
     ///
     /// shared=on: in a memfd that other processes can map; off (the default): anonymous memory.
     /// hugepages=on: in huge pages of the host's pool, all of them promised before the guest starts;

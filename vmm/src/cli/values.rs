@@ -68,6 +68,67 @@ impl FromStr for PageRange {
     }
 }
 
+/// A plain number within `range`: `0x…` or decimal.
+fn number_in(text: &str, range: std::ops::RangeInclusive<u64>, what: &str) -> Result<u64, String> {
+    number::plain(text).filter(|number| range.contains(number)).ok_or_else(|| {
+        let (first, last) = (range.start(), range.end());
+        match *last {
+            u64::MAX => format!("{text:?} is no {what}; expected a whole number from {first} on"),
+            _ => format!("{text:?} is no {what}; expected a whole number from {first} to {last}"),
+        }
+    })
+}
+
+/// How many pages: 1 or more.
+pub(super) fn parse_count(text: &str) -> Result<u64, String> {
+    number_in(text, 1..=u64::MAX, "number of pages")
+}
+
+/// What pages at random are drawn by.
+pub(super) fn parse_seed(text: &str) -> Result<u64, String> {
+    number_in(text, 0..=u64::MAX, "seed")
+}
+
+/// Whole seconds.
+pub(super) fn parse_seconds(text: &str) -> Result<u32, String> {
+    let seconds = number_in(text, 0..=u32::MAX.into(), "number of seconds")?;
+    u32::try_from(seconds).map_err(|error| error.to_string())
+}
+
+/// Page frame numbers of the host, first and last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Frames {
+    first: u64,
+    last: u64,
+}
+
+impl Frames {
+    /// Each of them.
+    pub fn numbers(self) -> impl Iterator<Item = u64> {
+        self.first..=self.last
+    }
+}
+
+impl FromStr for Frames {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |text: &str| {
+            number::plain(text).ok_or_else(|| {
+                format!("{text:?} is no page frame number; expected e.g. 0x10d205, or 0x3000..0x3010 for a range")
+            })
+        };
+        let Some((first, end)) = text.split_once("..") else {
+            return number(text).map(|first| Self { first, last: first });
+        };
+        let (first, end) = (number(first)?, number(end)?);
+        match end.checked_sub(1) {
+            Some(last) if first <= last => Ok(Self { first, last }),
+            _ => Err(format!("{text} is empty: the end of a range is not part of it")),
+        }
+    }
+}
+
 /// A number of bytes or an address: `0x…` or decimal, with K, M, G or T for powers of 1024.
 ///
 /// # Errors
@@ -87,6 +148,36 @@ mod tests {
         assert_eq!(parse_number("4g"), Ok(4 << 30));
         for bad in ["", "M", "0x", "-1", "1.5G", "99999999T", "0xg", "é", "+1", "0x+1"] {
             assert!(parse_number(bad).unwrap_err().contains(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn plain_numbers_and_what_is_none() {
+        assert_eq!(
+            (parse_count("3"), parse_seed("0x7"), parse_seconds("0")),
+            (Ok(3), Ok(7), Ok(0))
+        );
+        for (bad, words) in [
+            (parse_count("0"), "\"0\" is no number of pages; expected a whole number from 1 on"),
+            (
+                parse_count("1.5"),
+                "\"1.5\" is no number of pages; expected a whole number from 1 on",
+            ),
+            (parse_seed("x"), "\"x\" is no seed; expected a whole number from 0 on"),
+        ] {
+            assert_eq!(bad, Err(words.to_owned()));
+        }
+        assert!(parse_seconds("1.5").unwrap_err().contains("from 0 to 4294967295"));
+    }
+
+    #[test]
+    fn page_frames() {
+        let all = |text: &str| text.parse::<Frames>().map(|frames| frames.numbers().collect());
+        assert_eq!(all("0x10"), Ok(vec![16]));
+        assert_eq!(all("0x1..3"), Ok(vec![1, 2]));
+        for bad in ["4K", "0x3..0x3", "0x3..0x1", "..", "x"] {
+            let error = all(bad).unwrap_err();
+            assert!(error.contains("page frame number") || error.contains("is empty"), "{error}");
         }
     }
 

@@ -51,10 +51,7 @@ pub enum DumpError {
     )]
     Terminal,
     /// There is something at the path already.
-    #[error(
-        "{path} exists, and is left as it is; remove it, or choose another FILE",
-        path = .0.display()
-    )]
+    #[error("{}", exists(.0))]
     Exists(PathBuf),
     /// A file could not be made.
     #[error("cannot make the file {path}", path = .path.display())]
@@ -133,6 +130,19 @@ impl DumpError {
             Self::HalfAStream { source, .. } => source.signal(),
             _ => None,
         }
+    }
+}
+
+fn exists(path: &Path) -> String {
+    let shown = path.display();
+    match path.metadata() {
+        Ok(found) if found.is_dir() => format!("{shown} is a directory; name a FILE in it"),
+        Ok(found) if !found.is_file() => {
+            format!(
+                "{shown} is no file, and a dump is written to a new one; choose another FILE, or - for stdout"
+            )
+        }
+        _ => format!("{shown} exists, and is left as it is; remove it, or choose another FILE"),
     }
 }
 

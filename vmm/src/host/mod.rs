@@ -62,10 +62,10 @@ pub enum HostError {
         /// As /proc/cpuinfo has it.
         vendor: String,
     },
-    /// The host's memory ends before it.
+    /// There is no such page frame.
     #[error("this host has no page frame {pfn:#x}")]
     NoFrame {
-        /// The page frame number.
+        /// Its number.
         pfn: u64,
     },
     /// The page is bad already, or swapped out.
@@ -108,6 +108,21 @@ impl Table {
             .map_err(file_error("read", &self.path, self.mend))?;
         Ok(u64::from_ne_bytes(entry))
     }
+
+    /// The same of a file of page frames, which ends with the last.
+    fn of_frame(&self, pfn: u64) -> Result<u64, HostError> {
+        self.read(pfn).map_err(|error| match error {
+            HostError::File { source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidInput
+                ) =>
+            {
+                HostError::NoFrame { pfn }
+            }
+            error => error,
+        })
+    }
 }
 
 /// What the host says of its page frames.
@@ -137,12 +152,7 @@ impl PageFlags {
     /// # Errors
     /// There is no such page frame, or they cannot be read.
     pub fn get(&self, pfn: u64) -> Result<u64, HostError> {
-        self.0.read(pfn).map_err(|error| match error {
-            HostError::File { source, .. } if source.kind() == io::ErrorKind::UnexpectedEof => {
-                HostError::NoFrame { pfn }
-            }
-            error => error,
-        })
+        self.0.of_frame(pfn)
     }
 }
 
@@ -165,7 +175,7 @@ impl PageCounts {
     /// # Errors
     /// It cannot be read.
     pub fn get(&self, pfn: u64) -> Result<u64, HostError> {
-        self.0.read(pfn)
+        self.0.of_frame(pfn)
     }
 }
 
@@ -233,5 +243,23 @@ impl PfnFile {
         // Each number in one write of its own, whatever the file's offset: see `simple_attr_write`
         // in fs/libfs.c.
         (&self.file).write_all(format!("{pfn:#x}").as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_frame_that_is_none_is_called_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kpageflags");
+        std::fs::write(&path, 7_u64.to_ne_bytes()).unwrap();
+        let flags = PageFlags(Table::open(path, "no").unwrap());
+        assert_eq!(flags.get(0).unwrap(), 7);
+        for pfn in [1, 0xffff_ffff_ffff, u64::MAX] {
+            let words = flags.get(pfn).unwrap_err().to_string();
+            assert_eq!(words, format!("this host has no page frame {pfn:#x}"));
+        }
     }
 }

@@ -97,7 +97,13 @@ pub fn outlook(request: &Request, caps: &Caps, states: &[McaState]) -> Outlook {
     // The request was checked: there is such a vCPU.
     let state = &states[usize::from(request.vcpu)];
     let online = states.iter().filter(|state| !state.waits_for_sipi).count();
-    let (kvm, kvm_why) = kvm(request, caps, state);
+    let (kvm, why) = kvm(request, caps, state);
+    let bank = state.banks.get(usize::from(request.bank)).copied().unwrap_or_default();
+    let overwrites = bank.valid() && matches!(kvm, Kvm::Logs | Kvm::MachineCheck);
+    let kvm_why = match overwrites {
+        true => format!("{why}; the record that the bank still holds is overwritten"),
+        false => why.to_owned(),
+    };
     let (mut guest, guest_why) = match kvm {
         Kvm::Ignores => (Guest::Nothing, "it hears of nothing"),
         Kvm::TripleFault => (Guest::Dies, "no processor survives that"),
@@ -113,7 +119,7 @@ pub fn outlook(request: &Request, caps: &Caps, states: &[McaState]) -> Outlook {
     {
         (guest, guest_why) = worse;
     }
-    Outlook { kvm, kvm_why: kvm_why.to_owned(), guest, guest_why, lethal: guest.is_lethal() }
+    Outlook { kvm, kvm_why, guest, guest_why, lethal: guest.is_lethal() }
 }
 
 /// How a broadcast kills the guest, if it does, whose own vCPU has `kvm` do this.
@@ -178,8 +184,11 @@ fn kvm(request: &Request, caps: &Caps, state: &McaState) -> (Kvm, &'static str) 
         return (Kvm::Logs, "UC without S, AR and MCG_STATUS (UCNA)");
     }
     if !has(status::UC) {
-        return match bank.valid() && bank.status & status::UC != 0 {
-            true => (Kvm::MarksOverflow, "the bank still holds an uncorrected error"),
+        return match bank.valid() {
+            true if bank.status & status::UC != 0 => {
+                (Kvm::MarksOverflow, "the bank still holds an uncorrected error")
+            }
+            true => (Kvm::Logs, "UC is clear; as the bank still holds an error, OVER is added"),
             false => (Kvm::Logs, "UC is clear"),
         };
     }

@@ -40,13 +40,19 @@ pub const HOLE_END: u64 = 4 << 30;
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// The size is zero or too small to boot in.
-    #[error("{bytes} bytes of guest memory are too few, a kernel needs at least {MIN_RAM} bytes")]
+    #[error(
+        "{bytes} bytes of guest memory are too few, a kernel needs at least {} MiB; a size without a unit is in bytes \
+         (256M are 256 MiB)", MIN_RAM >> 20
+    )]
     TooSmall {
         /// What was asked for.
         bytes: u64,
     },
     /// The size is not a whole number of pages.
-    #[error("guest memory of {bytes} bytes is not a multiple of its page size, {page} bytes")]
+    #[error(
+        "guest memory of {bytes} bytes is not a multiple of its page size, {page} bytes; a size without a unit is in \
+         bytes (256M are 256 MiB)"
+    )]
     Unaligned {
         /// What was asked for.
         bytes: u64,
@@ -55,7 +61,7 @@ pub enum MemoryError {
     },
     /// The host is smaller than the guest.
     #[error(
-        "{bytes} bytes of guest memory asked for, but this host has {host} bytes in all; ask for less"
+        "{} MiB of guest memory asked for, but this host has {} MiB in all; ask for less", bytes >> 20, host >> 20
     )]
     LargerThanHost {
         /// What was asked for.

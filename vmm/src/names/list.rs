@@ -159,8 +159,13 @@ impl fmt::Display for List {
         if self.vms.is_empty() {
             return f.write_str(match self.all {
                 true => "no VM with a name runs that this user may see, and none has left a record",
+                // SAFETY: has no preconditions.
+                false if unsafe { libc::geteuid() } == 0 => {
+                    "no VM of root's with a name runs; `list --all` shows other users', and those that have ended"
+                }
                 false => {
-                    "no VM with a name of this user's runs; as root, `list --all` shows all users'"
+                    "no VM of this user's with a name runs; `list --all` shows those that have ended, and for root \
+                     other users'"
                 }
             });
         }

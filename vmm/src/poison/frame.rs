@@ -48,8 +48,9 @@ impl std::fmt::Display for Unfit {
         f.write_str(match self {
             Self::Bad => "is bad already",
             Self::ZeroPage => {
-                "is the zero page, which all processes of this host share: the guest has only read from there; \
-                 it has to write to the page first (--via uffd and signal do without)"
+                "is the zero page, which all processes of this host share: the guest has only read from there, or the \
+                 host has split a transparent huge page and keeps what was all zeros in it so; the guest has to write \
+                 to the page first (--via uffd and signal do without), or to be run with --memory ...,thp=off"
             }
             Self::HugeZeroPage => {
                 "is of the huge zero page, which all processes of this host share: the guest has only read from \

@@ -88,12 +88,22 @@ pub(super) fn filter(
     if !more.is_empty() {
         notes.push(format!("only pages {more} can be hit"));
     }
-    if filter.is_none()
-        && let Some(left) = filter::left_over()?
-    {
-        notes.push(format!("a filter that another program has set is in force: {left}"));
+    if let Some(left) = filter::left_over()? {
+        notes.push(about_another(&left, filter.is_some()));
     }
     Ok((filter, notes))
+}
+
+/// Words about a filter that is not ours; `replaced`: ours is in force instead, for as long as this takes.
+fn about_another(left: &str, replaced: bool) -> String {
+    let found = format!(
+        "a filter that another program has set, or left when it was killed, is in force: {left}"
+    );
+    let mend = "echo 0 > /sys/kernel/debug/hwpoison/corrupt-filter-enable";
+    match replaced {
+        true => format!("{found}; it is put back afterwards ({mend} ends it)"),
+        false => format!("{found} ({mend} ends it)"),
+    }
 }
 
 /// What the filter is that is in force where nobody asks for another.
@@ -276,6 +286,7 @@ fn one_by_one(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Vec<Asked> {
     let mut asked = Vec::with_capacity(targets.len());
+    progress(0, targets.len());
     for target in targets {
         let why = until.reached().or_else(|| {
             let done = each(target);
@@ -361,6 +372,15 @@ mod tests {
         assert_eq!((count, asked.len()), (2, 5), "none is tried any more");
         assert!(asked[0].result.is_ok());
         assert!(asked[1..].iter().all(|page| matches!(page.result, Err(PoisonError::Ended))));
+    }
+
+    #[test]
+    fn a_filter_that_was_left_is_said_whatever_ours_is() {
+        for replaced in [false, true] {
+            let words = about_another("corrupt-filter-memcg = 0x1c", replaced);
+            assert!(words.contains("memcg = 0x1c") && words.contains("echo 0 >"), "{words}");
+            assert_eq!(words.contains("put back"), replaced, "{words}");
+        }
     }
 
     #[test]
