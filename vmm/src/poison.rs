@@ -690,6 +690,11 @@ fn ask_vmm(
         let body = Poison { gpas, via, kind, vcpu };
         let done: Vec<Poisoning> = match client::put_json(order.socket, "vm.poison", &body) {
             Ok(done) => done,
+            // There is no guest, and none comes.
+            Err(ClientError::Refused { status: 503, .. }) if until.life.ends() => {
+                asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
+                return Ok(asked);
+            }
             // Of the last that were asked for some may have been done.
             Err(error) if matches!(error, ClientError::Ended { .. }) || until.life.is_over() => {
                 let why = |_| Asked::new(None, Err(PoisonError::NotKnown));

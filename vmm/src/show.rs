@@ -93,13 +93,17 @@ pub fn table(header: &[&str]) -> Sheet {
     Sheet::new(header, screen::stdout(), screen::columns())
 }
 
-/// Work that takes longer than this shows how far it is.
+/// Of more bytes than this, it is shown at once how many have been worked on; so it is of [`MANY_PAGES`].
+const MANY_BYTES: u64 = 64 << 20;
+/// Any work that takes longer than this shows how far it is.
 const LONG: Duration = Duration::from_secs(1);
 
 /// Shows how far a long work is, where stderr is a terminal. Goes away when dropped.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
+    /// Of more than so many it is drawn at once.
+    many: u64,
     /// Draws once a second, also while nothing gets done; ends when its sender is dropped.
     clock: Option<(Sender<()>, JoinHandle<()>)>,
 }
@@ -108,7 +112,8 @@ impl Progress {
     /// Of a work on pages that is called so, as in "poisoning", and begins now.
     #[must_use]
     pub fn new(what: &'static str) -> Self {
-        Self::begin(what, "{prefix} [{wide_bar}] {pos} of {len} pages, {per_sec:0}, {eta} left")
+        let template = "{prefix} [{wide_bar}] {pos} of {len} pages, {per_sec:0}, {eta} left";
+        Self::begin(what, template, MANY_PAGES as u64)
     }
 
     /// Of a work on bytes that is called so, as in "dumping", and begins now.
@@ -116,10 +121,10 @@ impl Progress {
     pub fn bytes(what: &'static str) -> Self {
         let template =
             "{prefix} [{wide_bar}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-        Self::begin(what, template)
+        Self::begin(what, template, MANY_BYTES)
     }
 
-    fn begin(what: &'static str, template: &str) -> Self {
+    fn begin(what: &'static str, template: &str, many: u64) -> Self {
         let bar = ProgressBar::hidden().with_prefix(what);
         let bar = match ProgressStyle::with_template(template) {
             // In characters that every terminal has.
@@ -127,7 +132,7 @@ impl Progress {
             Err(_) => bar,
         };
         let clock = screen::stderr().moves.then(|| clock(bar.clone())).and_then(Result::ok);
-        Self { bar, clock }
+        Self { bar, many, clock }
     }
 
     /// `done` of `total` pages are done.
@@ -139,6 +144,9 @@ impl Progress {
     pub fn advance(&mut self, done: u64, total: u64) {
         if self.bar.length() != Some(total) {
             self.bar.set_length(total);
+        }
+        if total > self.many && done != 0 && self.clock.is_some() && self.bar.is_hidden() {
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
         }
         self.bar.set_position(done);
     }
