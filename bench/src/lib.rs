@@ -6,7 +6,7 @@ pub mod figure;
 
 use std::io;
 
-use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
+use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap};
 use mce_relay::{Mca, RamRegion};
 
 /// A stretch of addresses where nothing is mapped, or where there is memory that is this program's for this alone.
@@ -84,19 +84,7 @@ impl Quick {
     /// One that takes local machine checks if `lmce`.
     #[must_use]
     pub fn new(lmce: bool) -> Self {
-        let state = McaState {
-            waits_for_sipi: false,
-            cr4_mce: true,
-            mcg_status: 0,
-            mcg_ctl: u64::MAX,
-            lmce,
-            event_in_flight: false,
-            interrupts_on: true,
-            halted: false,
-            rip: 0,
-            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
-        };
-        Self { state, given: None }
+        Self { state: McaState { lmce, ..McaState::up() }, given: None }
     }
 
     /// Its state with nothing in its banks.

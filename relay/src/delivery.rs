@@ -10,7 +10,6 @@
 //! (`kvm_vcpu_ioctl_x86_set_mce` in `arch/x86/kvm/x86.c`).
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::time::Duration;
 
 use crate::cper::Notice;
@@ -20,29 +19,13 @@ use crate::mca::{
     Record, Vendor, mcg,
 };
 use crate::pace::{Pace, Queue};
+use crate::standing::{Seen, Standing};
+pub use crate::why::{Cannot, Wait};
 
 /// How long CR4.MCE has to have been set before a record is only laid into a bank. Linux sets CR4.MCE
 /// first and wipes the banks unread after that (`__mcheck_cpu_init_clear_banks`,
 /// `arch/x86/kernel/cpu/mce/core.c`), once per processor that it starts.
 const SETTLE: Duration = Duration::from_secs(1);
-
-/// How long after MCG_STATUS.MCIP was seen clear a vCPU has surely left its handler, though it was
-/// never seen with interrupts on (a guest may idle with them off). The rest of Linux' handler is some
-/// hundred instructions.
-const LEAVE: Duration = Duration::from_secs(1);
-
-/// How long a vCPU has to have been seen in HLT with interrupts off before a record that only lies in its bank
-/// is taken back: a processor that waits for a lock may halt so, too, for a moment
-/// (`kvm_wait`, `arch/x86/kernel/kvm.c`).
-const HALTED: Duration = Duration::from_secs(1);
-
-/// Looks that are further apart than this say nothing of what was in between. Whoever has something to wait for is
-/// looked at twice a second.
-const STALE: Duration = Duration::from_secs(2);
-
-/// How long each look has to have found a vCPU with interrupts off before the same is done although it does not
-/// halt: an offline processor may wait by other means (MWAIT).
-const MASKED: Duration = Duration::from_secs(10);
 
 /// A touch of one page, told and met again, this often without a pause of ten seconds in between, is a
 /// loop: the guest takes the machine check and does nothing about the page. Linux never touches a page
@@ -55,203 +38,6 @@ pub const LOOP_ROUNDS: u32 = 64;
 
 /// A touch that comes this long after the last one of the same page begins a new count.
 const LOOP_PAUSE: Duration = Duration::from_secs(10);
-
-/// Why an error cannot be told now, though it may be later.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "reason"))]
-pub enum Wait {
-    /// The vCPU has not been started by the guest.
-    NotStarted {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// CR4.MCE is clear: the guest has not opened its machine-check handler (yet).
-    Cr4MceClear {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// MCG_STATUS.MCIP is set: the guest is in its handler.
-    Mcip {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// MCG_CTL is not all ones: the guest has switched reporting off.
-    McgCtlOff {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// MCi_CTL is not all ones: the guest has switched this bank off.
-    BankCtlOff {
-        /// The vCPU in question.
-        vcpu: u32,
-        /// The bank in question.
-        bank: u8,
-    },
-    /// MCi_STATUS.VAL is set: the guest has not taken the last error out of the bank.
-    BankValid {
-        /// The vCPU in question.
-        vcpu: u32,
-        /// The bank in question.
-        bank: u8,
-    },
-    /// The guest was shown too few banks for this kind of error.
-    NoBank {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// The guest has cleared MCG_STATUS.MCIP, but may not have left its handler yet. Linux returns
-    /// from it on the stack that the next machine check begins to fill from the top.
-    InHandler {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// An interrupt or exception is on its way into the guest; a machine check on top of it would
-    /// make the hypervisor forget it.
-    EventInFlight {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// CR4.MCE has only just been set: the guest may be about to wipe its banks.
-    JustOpened {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// The guest started over on the vCPU before it took the record out of its bank; it will be
-    /// told again.
-    Restarted {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// The vCPU is held by a pause of the virtual machine.
-    Paused {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// The vCPU's thread does not come round, so that a machine check cannot reach every processor.
-    NotComing {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// The guest has taken the processor offline, or left it behind, with the record in its bank. The record
-    /// was taken back; the page is told elsewhere.
-    Offline {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// The vCPU was unplugged with the record in its bank; the page is told elsewhere.
-    Unplugged {
-        /// The vCPU in question.
-        vcpu: u32,
-    },
-    /// The guest has as many records on its hands as its own queue is trusted to hold ([`Pace`]).
-    Pace,
-    /// The guest is coming up and has not taken the ACPI error source into use yet.
-    NoSourceYet,
-    /// The guest has not taken the firmware-first record that lies in the status block.
-    InBlock,
-    /// It is to be told by machine check, because the firmware-first channel will not do.
-    NotByFirmware {
-        /// Why not.
-        why: Why,
-    },
-}
-
-impl fmt::Display for Wait {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match *self {
-            Self::NotStarted { vcpu } => write!(f, "vCPU {vcpu} waits for its start-up IPI"),
-            Self::Cr4MceClear { vcpu } => write!(f, "CR4.MCE is clear on vCPU {vcpu}"),
-            Self::Mcip { vcpu } => write!(f, "vCPU {vcpu} is in its machine-check handler (MCIP)"),
-            Self::McgCtlOff { vcpu } => write!(f, "MCG_CTL is off on vCPU {vcpu}"),
-            Self::BankCtlOff { vcpu, bank } => write!(f, "MC{bank}_CTL is off on vCPU {vcpu}"),
-            Self::BankValid { vcpu, bank } => {
-                write!(f, "bank {bank} of vCPU {vcpu} still holds an error (VAL)")
-            }
-            Self::NoBank { vcpu } => write!(f, "vCPU {vcpu} has no bank for it"),
-            Self::InHandler { vcpu } => {
-                write!(f, "vCPU {vcpu} may not have left its machine-check handler")
-            }
-            Self::EventInFlight { vcpu } => {
-                write!(f, "an interrupt or exception is being delivered on vCPU {vcpu}")
-            }
-            Self::JustOpened { vcpu } => {
-                write!(f, "CR4.MCE has only just been set on vCPU {vcpu}, which may wipe its banks")
-            }
-            Self::Restarted { vcpu } => {
-                write!(f, "the guest started over on vCPU {vcpu} before it took the record")
-            }
-            Self::Paused { vcpu } => write!(f, "vCPU {vcpu} is paused"),
-            Self::NotComing { vcpu } => write!(f, "the thread of vCPU {vcpu} does not come round"),
-            Self::Offline { vcpu } => {
-                write!(
-                    f,
-                    "vCPU {vcpu} is offline and did not take the record, which was taken back"
-                )
-            }
-            Self::Unplugged { vcpu } => {
-                write!(f, "vCPU {vcpu} was unplugged before it took the record")
-            }
-            Self::Pace => f.write_str("the guest has its share of errors to work off (pace)"),
-            Self::NoSourceYet => {
-                f.write_str("the guest has not taken the ACPI error source into use yet")
-            }
-            Self::InBlock => f.write_str("the last record still lies in the status block"),
-            Self::NotByFirmware { why } => write!(f, "{why}; it is to be told by machine check"),
-        }
-    }
-}
-
-/// Why an error cannot be told at all.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "reason"))]
-pub enum Cannot {
-    /// The guest was shown no form of it that it survives (no SER_P, or no SUCCOR).
-    NoForm,
-    /// An action-required error cannot wait for this.
-    Blocked {
-        /// What it would have to wait for.
-        by: Wait,
-    },
-    /// The hypervisor refused the record, or took it and did not act on it.
-    Refused,
-    /// The hypervisor does not say what state the vCPU is in, so nobody knows what it can take.
-    NoState,
-    /// The guest was told of its touch of the page again and again, and touches it all the same.
-    Loop {
-        /// How often, in a row.
-        rounds: u32,
-    },
-    /// A page is predicted to fail, and the guest takes no firmware-first record, the only way to say so.
-    NoTaker {
-        /// Why not.
-        why: Why,
-    },
-    /// A page that was predicted to fail did so before the guest was told; it is told of as a bad one.
-    WentBad,
-}
-
-impl fmt::Display for Cannot {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NoForm => f.write_str(
-                "the guest's machine-check architecture has no form of it that the guest survives",
-            ),
-            Self::Blocked { by } => write!(f, "an AR cannot wait, and {by}"),
-            Self::Refused => f.write_str("the hypervisor did not put the record into the bank"),
-            Self::NoState => {
-                f.write_str("the hypervisor does not say what machine-check state the vCPU is in")
-            }
-            Self::Loop { rounds } => write!(
-                f,
-                "the guest was told {rounds} times in a row and touches the page again without progress"
-            ),
-            Self::NoTaker { why } => write!(f, "{why}"),
-            Self::WentBad => f.write_str("the page went bad before the guest was told of it"),
-        }
-    }
-}
 
 /// One error that a guest is to be told of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -359,64 +145,6 @@ struct Touched {
     /// How often, without the first touches of all vCPUs but one.
     rounds: u32,
     last: Duration,
-}
-
-/// What has been seen of a vCPU over time.
-#[derive(Debug, Clone, Copy, Default)]
-struct Seen {
-    /// Since when it has been started and had CR4.MCE set.
-    open_since: Option<Duration>,
-    /// It was given a machine check and has not been seen out of its handler since.
-    in_handler: bool,
-    /// Since when it has been seen in that handler with MCG_STATUS.MCIP clear.
-    leaving_since: Option<Duration>,
-    /// When it was last looked at.
-    looked_at: Option<Duration>,
-    /// When it was first called after that.
-    called_at: Option<Duration>,
-    /// What it was then.
-    standing: Standing,
-    /// It waited in HLT with interrupts off then.
-    halted: bool,
-    /// Since when each look has found it with interrupts off.
-    masked_since: Option<Duration>,
-    /// It has done so for some time.
-    stopped: bool,
-    /// It took a machine check and left the record in its bank, and has had interrupts off since.
-    ignores: bool,
-}
-
-impl Seen {
-    /// For how long each look has found it with interrupts off.
-    fn masked_for(&self, now: Duration) -> Duration {
-        self.masked_since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
-    }
-
-    /// It halts with interrupts off, and has for so long that it is not for a lock.
-    fn is_stopped(&self, now: Duration) -> bool {
-        self.halted && self.masked_for(now) >= HALTED
-    }
-}
-
-/// How much there is to be expected of a vCPU, from the best on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-enum Standing {
-    /// Its handler is open and it takes interrupts, or nobody has looked yet.
-    #[default]
-    Online,
-    /// Its handler is open, and it takes no interrupts now. A processor that a crash kernel left behind spins so for
-    /// ever, once a machine check has woken it out of its HLT.
-    Masked,
-    /// CR4.MCE is clear.
-    Closed,
-    /// It waits with interrupts off for what never comes: the guest has taken it offline.
-    Offline,
-    /// It waits for its start-up IPI.
-    NotStarted,
-    /// It was called and does not come: its thread is held up by something else.
-    Held,
-    /// It has no thread.
-    Absent,
 }
 
 impl Delivery {
@@ -579,7 +307,7 @@ impl Delivery {
     /// which nobody will read: the pages of these records.
     pub fn absent(&mut self, vcpu: usize, now: Duration) -> Vec<u64> {
         if let Some(seen) = self.vcpus.get_mut(vcpu) {
-            *seen = Seen { standing: Standing::Absent, ..Seen::default() };
+            *seen = Seen::absent();
         }
         self.choose_ao_vcpu();
         self.goes_on(vcpu);
@@ -673,8 +401,7 @@ impl Delivery {
 
     /// The vCPUs that have to look at their state for something to go on, ascending: they are called now.
     pub fn waiting_vcpus(&mut self, now: Duration) -> Vec<usize> {
-        let called = |seen: &Seen| seen.called_at.is_some_and(|at| now.saturating_sub(at) > STALE);
-        if let Some(seen) = self.vcpus.get_mut(self.ao_vcpu).filter(|seen| called(seen)) {
+        if let Some(seen) = self.vcpus.get_mut(self.ao_vcpu).filter(|seen| seen.is_overdue(now)) {
             seen.standing = Standing::Held;
             self.choose_ao_vcpu();
         }
@@ -693,13 +420,8 @@ impl Delivery {
         let nobody = !self.vcpus.iter().any(|seen| seen.standing == Standing::Online);
         let sought = nobody && (paced || !self.in_banks.is_empty());
         // One that was not started when it was last looked at may take AOs by now.
-        let may_have_come = |vcpu: usize| {
-            let old = |at| now.saturating_sub(at) > STALE;
-            let closed = [Standing::Closed, Standing::NotStarted];
-            self.vcpus.get(vcpu).is_some_and(|seen| {
-                closed.contains(&seen.standing) && seen.looked_at.is_some_and(old)
-            })
-        };
+        let may_have_come =
+            |vcpu: usize| self.vcpus.get(vcpu).is_some_and(|seen| seen.may_have_come(now));
         (0..self.ar.len())
             .filter(|vcpu| {
                 !self.ar[*vcpu].is_empty()
@@ -779,7 +501,7 @@ impl Delivery {
         let mut all = Vec::new();
         for (vcpu, state) in states.iter().enumerate() {
             let Some(state) = state else { continue };
-            let closed = is_closed(state) || state.mcg_ctl != u64::MAX;
+            let closed = state.is_closed() || state.mcg_ctl != u64::MAX;
             // A guest that dies in its handler stops its processors there, and may go on with another kernel on one of
             // them (`stop_this_cpu`, arch/x86/kernel/process.c). Nobody waits for the others.
             let stopped = state.mcip() && self.vcpus.get(vcpu).is_some_and(|seen| seen.stopped);
@@ -875,7 +597,7 @@ impl Delivery {
         self.watch(vcpu, state, now);
         let mut taken = Vec::new();
         let mut again = Vec::new();
-        let closed = is_closed(state);
+        let closed = state.is_closed();
         let before = self.in_banks.len();
         self.in_banks.retain_mut(|record| {
             if record.vcpu != vcpu {
@@ -917,14 +639,14 @@ impl Delivery {
         // One whose handler is closed starts over and wipes its banks, and one that is in its handler may be reading
         // them, unless they do not go on at all.
         let stands = state.waits_for_sipi || seen.is_stopped(now);
-        if !stands && (is_closed(state) || state.mcip() || seen.in_handler) {
+        if !stands && (state.is_closed() || state.mcip() || seen.in_handler) {
             return Vec::new();
         }
         // It is out of its handler, whose business that record was.
         let bystanders = self.bystanders.iter().filter(|(of, _)| *of == vcpu);
         let mut banks: Vec<u8> = bystanders.map(|(_, bank)| *bank).collect();
         banks.retain(|bank| state.banks[usize::from(*bank)].valid());
-        let polls = !(stands || seen.masked_for(now) >= MASKED);
+        let polls = !(stands || seen.is_masked(now));
         let theirs = self.in_banks.iter().filter(|record| record.vcpu == vcpu);
         let left: Vec<u8> = theirs
             .filter(|record| match record.form.raises_mc() {
@@ -934,7 +656,7 @@ impl Delivery {
             .map(|record| record.bank)
             .collect();
         if !left.is_empty() && self.others_take_aos(vcpu) {
-            if let Some(seen) = self.vcpus.get_mut(vcpu).filter(|_| !is_closed(state)) {
+            if let Some(seen) = self.vcpus.get_mut(vcpu).filter(|_| !state.is_closed()) {
                 seen.ignores = true;
                 seen.standing = Standing::Offline;
             }
@@ -973,44 +695,7 @@ impl Delivery {
     fn watch(&mut self, vcpu: usize, state: &McaState, now: Duration) {
         let Some(seen) = self.vcpus.get_mut(vcpu) else { return };
         let before = seen.standing;
-        // What was not looked at for long, as in a pause, was not so all the time.
-        if seen.looked_at.is_some_and(|at| now.saturating_sub(at) > STALE) {
-            (seen.masked_since, seen.leaving_since) = (None, None);
-        }
-        (seen.looked_at, seen.called_at) = (Some(now), None);
-        if is_closed(state) {
-            let standing = match (state.waits_for_sipi, state.halted && !state.interrupts_on) {
-                (true, _) => Standing::NotStarted,
-                (_, true) => Standing::Offline,
-                _ => Standing::Closed,
-            };
-            let masked_since = seen.masked_since.or(Some(now)).filter(|_| !state.interrupts_on);
-            let halted = state.halted && !state.interrupts_on;
-            let looked_at = seen.looked_at;
-            *seen = Seen { standing, halted, masked_since, looked_at, ..Seen::default() };
-        } else {
-            seen.open_since = seen.open_since.or(Some(now));
-            seen.halted = state.halted && !state.interrupts_on;
-            // Nobody halts in a handler: it has been left, and so has one whose guest takes interrupts.
-            if seen.in_handler && !state.mcip() {
-                let since = *seen.leaving_since.get_or_insert(now);
-                let left = state.interrupts_on || seen.halted;
-                seen.in_handler = !left && now.saturating_sub(since) < LEAVE;
-            }
-            if state.interrupts_on {
-                seen.masked_since = None;
-                seen.ignores = false;
-            } else {
-                seen.masked_since = seen.masked_since.or(Some(now));
-            }
-            seen.stopped = seen.is_stopped(now);
-            let offline = seen.halted || seen.ignores;
-            seen.standing = match (offline, state.interrupts_on) {
-                (true, _) => Standing::Offline,
-                (false, true) => Standing::Online,
-                (false, false) => Standing::Masked,
-            };
-        }
+        seen.look(state, now);
         if seen.standing != before {
             self.choose_ao_vcpu();
         }
@@ -1154,11 +839,6 @@ pub(crate) fn index(vcpu: usize) -> u32 {
     u32::try_from(vcpu).unwrap_or(u32::MAX)
 }
 
-/// Whether a machine check would shut the vCPU down, whatever is in its banks.
-fn is_closed(state: &McaState) -> bool {
-    state.waits_for_sipi || !state.cr4_mce
-}
-
 /// The first of `banks` that is enabled and empty, or why the first one is not.
 fn free_bank(vcpu: u32, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
     if state.mcip() {
@@ -1183,7 +863,8 @@ fn free_bank(vcpu: u32, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mca::{BANKS, Bank, MAX_BANKS, cap, status};
+    use crate::mca::{BANKS, cap, status};
+    use crate::standing::LEAVE;
 
     const PAGE: u64 = 0x1234_5000;
 
@@ -1198,18 +879,7 @@ mod tests {
 
     /// A vCPU of a guest that has set up its machine checks and has nothing in its banks.
     fn ready() -> McaState {
-        McaState {
-            waits_for_sipi: false,
-            cr4_mce: true,
-            mcg_status: 0,
-            mcg_ctl: u64::MAX,
-            lmce: false,
-            event_in_flight: false,
-            interrupts_on: true,
-            halted: false,
-            rip: 0,
-            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
-        }
+        McaState::up()
     }
 
     fn with(change: impl FnOnce(&mut McaState)) -> McaState {

@@ -10,7 +10,8 @@ use std::fmt;
 use std::time::Duration;
 
 use crate::cper::{MAX_PAGES, Notice};
-use crate::delivery::Wait;
+use crate::why::Wait;
+pub use crate::why::Why;
 
 /// Pages that Linux queues per processor (`MEMORY_FAILURE_FIFO_ORDER`, `mm/memory-failure.c`); more
 /// are dropped ("buffer overflow when queuing memory failure"). Nobody can say which processor takes
@@ -43,40 +44,6 @@ impl fmt::Display for AoChannel {
             Self::Auto => "auto",
             Self::Mce => "mce",
             Self::Ghes => "ghes",
-        })
-    }
-}
-
-/// Why a page is not told of by a firmware-first record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
-pub enum Why {
-    /// The guest has been up for some time and has not taken the error source into use.
-    NoSource,
-    /// The guest did not take the record in time. It was withdrawn; whether the guest was about to act
-    /// on it cannot be known.
-    NotTaken,
-    /// The guest did not take the last record that it was given; it is tried again after a minute.
-    Silent,
-    /// The guest wrote into the status block what was neither there before nor the zero that
-    /// acknowledges it. Whether it has acted on the record cannot be known.
-    Overwritten,
-    /// The status block cannot be read or written: its own page is bad, say.
-    Unreachable,
-    /// The guest could not be notified.
-    NotNotified,
-}
-
-impl fmt::Display for Why {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::NoSource => "the guest has not taken the ACPI error source into use",
-            Self::NotTaken => "the guest did not take the firmware-first record in time",
-            Self::Silent => "the guest did not take the last firmware-first record",
-            Self::Overwritten => "the guest wrote over the status block",
-            Self::Unreachable => "the status block cannot be read or written",
-            Self::NotNotified => "the guest could not be notified of the record",
         })
     }
 }

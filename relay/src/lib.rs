@@ -101,9 +101,11 @@ mod search;
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod signal;
 mod slot;
+mod standing;
 pub mod syscalls;
 mod table;
 pub mod watch;
+mod why;
 
 /// Where [`slot`] gets its atomics; `tests/loom.rs` gives it loom's.
 mod sync {

@@ -8,8 +8,6 @@ use std::time::Duration;
 
 use log::error;
 
-use crate::relay::Inner;
-
 /// Makes one vCPU leave the guest; `None` once its port has gone, so that nobody is kicked after that.
 pub(crate) type Kick = Arc<Mutex<Option<Box<dyn Fn() + Send>>>>;
 
@@ -25,15 +23,21 @@ pub(crate) fn call_host<R>(what: &str, callback: impl FnOnce() -> R) -> Option<R
     }
 }
 
-/// The relay's state, locked.
-pub(crate) struct Locked<'a> {
-    mutex: &'a Mutex<Inner>,
-    /// `None` only while the lock is being given back.
-    guard: Option<MutexGuard<'a, Inner>>,
+/// What is locked, and collects kicks.
+pub(crate) trait Collects {
+    /// The kicks that are to be made.
+    fn kicks(&mut self) -> &mut Vec<Kick>;
 }
 
-impl<'a> Locked<'a> {
-    pub(crate) fn new(mutex: &'a Mutex<Inner>) -> Self {
+/// The relay's state, locked.
+pub(crate) struct Locked<'a, T: Collects> {
+    mutex: &'a Mutex<T>,
+    /// `None` only while the lock is being given back.
+    guard: Option<MutexGuard<'a, T>>,
+}
+
+impl<'a, T: Collects> Locked<'a, T> {
+    pub(crate) fn new(mutex: &'a Mutex<T>) -> Self {
         // Nothing that panics while it holds the lock leaves the data half-changed in a way that would be
         // worse than a VMM that no longer relays.
         Self { mutex, guard: Some(mutex.lock().unwrap_or_else(PoisonError::into_inner)) }
@@ -43,7 +47,7 @@ impl<'a> Locked<'a> {
     /// made first.
     pub(crate) fn wait(mut self, changed: &Condvar, time: Duration) -> Self {
         let mutex = self.mutex;
-        if !self.kicks.is_empty() {
+        if !self.kicks().is_empty() {
             drop(self);
             return Self::new(mutex);
         }
@@ -54,10 +58,10 @@ impl<'a> Locked<'a> {
     }
 }
 
-impl Deref for Locked<'_> {
-    type Target = Inner;
+impl<T: Collects> Deref for Locked<'_, T> {
+    type Target = T;
 
-    fn deref(&self) -> &Inner {
+    fn deref(&self) -> &T {
         match &self.guard {
             Some(guard) => guard,
             None => unreachable!("the guard is there until the lock is given back"),
@@ -65,8 +69,8 @@ impl Deref for Locked<'_> {
     }
 }
 
-impl DerefMut for Locked<'_> {
-    fn deref_mut(&mut self) -> &mut Inner {
+impl<T: Collects> DerefMut for Locked<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
         match &mut self.guard {
             Some(guard) => guard,
             None => unreachable!("the guard is there until the lock is given back"),
@@ -74,10 +78,10 @@ impl DerefMut for Locked<'_> {
     }
 }
 
-impl Drop for Locked<'_> {
+impl<T: Collects> Drop for Locked<'_, T> {
     fn drop(&mut self) {
         let Some(mut guard) = self.guard.take() else { return };
-        let kicks = std::mem::take(&mut guard.kicks);
+        let kicks = std::mem::take(guard.kicks());
         drop(guard);
         for kick in kicks {
             // A kick that panicked before did nothing to the box it is in.

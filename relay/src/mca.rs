@@ -349,8 +349,8 @@ pub struct McaState {
     /// The vCPU waits in HLT with interrupts off. So do processors that Linux has taken offline, or left
     /// behind when it went over to a crash kernel (`hlt_play_dead`, `arch/x86/kernel/smpboot.c`;
     /// `kdump_nmi_callback`): they are woken by a machine check, clear MCG_STATUS, and take nothing out of a
-    /// bank (`mce_check_crashing_cpu`). Need not be asked where [`Self::interrupts_on`] is set; false is a
-    /// safe answer, with which such a processor is recognised more slowly.
+    /// bank (`mce_check_crashing_cpu`). Need not be asked where [`Self::interrupts_on`] is set; where it is not
+    /// known, false: a processor with interrupts off is then taken for offline more slowly.
     pub halted: bool,
     /// RIP: where the vCPU goes on. For people who look for what touched a page.
     pub rip: u64,
@@ -359,6 +359,31 @@ pub struct McaState {
 }
 
 impl McaState {
+    /// That of a vCPU whose guest is up: it runs with interrupts on and its handler open, everything is reported,
+    /// and nothing lies in its banks. For models of a hypervisor to begin with.
+    #[must_use]
+    pub const fn up() -> Self {
+        Self {
+            waits_for_sipi: false,
+            cr4_mce: true,
+            mcg_status: 0,
+            mcg_ctl: u64::MAX,
+            lmce: false,
+            event_in_flight: false,
+            interrupts_on: true,
+            halted: false,
+            rip: 0,
+            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
+        }
+    }
+
+    /// Whether a machine check would shut the vCPU down, whatever is in its banks: the guest has not started it, or
+    /// has not opened its handler.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.waits_for_sipi || !self.cr4_mce
+    }
+
     /// Whether a machine check is in progress.
     pub fn mcip(&self) -> bool {
         self.mcg_status & mcg::MCIP != 0

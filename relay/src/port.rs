@@ -412,7 +412,7 @@ enum Part {
 /// The gathering of all vCPUs, and the injection itself.
 impl Shared {
     /// Lets go of the lock for `time` at most, or until a round takes a step.
-    fn pause<'a>(&self, inner: Locked<'a>, time: Duration) -> Locked<'a> {
+    fn pause<'a>(&self, inner: Locked<'a, Inner>, time: Duration) -> Locked<'a, Inner> {
         inner.wait(&self.gathered, time)
     }
 
@@ -526,11 +526,11 @@ impl Shared {
     /// Shows `state` to the round, waits until everybody has, and does this vCPU's part of it.
     fn take_part<'a, M: Mca>(
         &'a self,
-        mut inner: Locked<'a>,
+        mut inner: Locked<'a, Inner>,
         me: usize,
         state: McaState,
         mca: &mut M,
-    ) -> (Locked<'a>, Part) {
+    ) -> (Locked<'a, Inner>, Part) {
         let mut number = None;
         if let Some(round) = inner.round.as_mut() {
             number = Some(round.number);
@@ -617,12 +617,12 @@ impl Shared {
     /// Injects one record on the calling vCPU's thread, without the lock, and reads back what became of it.
     fn inject<'a, M: Mca>(
         &'a self,
-        mut inner: Locked<'a>,
+        mut inner: Locked<'a, Inner>,
         mca: &mut M,
         told: &Told,
         reach: Reach,
         rip: u64,
-    ) -> (Locked<'a>, Result<(), Verdict>) {
+    ) -> (Locked<'a, Inner>, Result<(), Verdict>) {
         let Told { vcpu, error, record } = *told;
         // First, so that nobody else tells it meanwhile.
         if inner.delivery.told(told) {

@@ -22,7 +22,7 @@ use crate::forge::Forgery;
 use crate::ghes::{Ghes, Source};
 use crate::handle::Handle;
 use crate::ledger::{FoundBy, Ledger, Page, Place, State};
-use crate::locked::{Kick, Locked, call_host};
+use crate::locked::{Collects, Kick, Locked, call_host};
 use crate::mca::Caps;
 use crate::pace::Pace;
 use crate::port::{Round, VcpuPort};
@@ -134,6 +134,12 @@ pub(crate) struct Inner {
     pub(crate) kicks: Vec<Kick>,
 }
 
+impl Collects for Inner {
+    fn kicks(&mut self) -> &mut Vec<Kick> {
+        &mut self.kicks
+    }
+}
+
 impl Inner {
     /// An AO for the page at `gpa`, which nobody has heard of.
     pub(crate) fn push_ao(&mut self, gpa: u64) {
@@ -237,7 +243,7 @@ pub(crate) struct Change {
 }
 
 impl Shared {
-    pub(crate) fn lock(&self) -> Locked<'_> {
+    pub(crate) fn lock(&self) -> Locked<'_, Inner> {
         Locked::new(&self.inner)
     }
 

@@ -13,9 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
 use mce_relay::event::{Event, Injection};
 use mce_relay::ledger::State;
-use mce_relay::mca::{
-    BANKS, Bank, Caps, Form, Kind, MAX_BANKS, McaState, Record, Vendor, cap, status,
-};
+use mce_relay::mca::{BANKS, Caps, Form, Kind, McaState, Record, Vendor, cap, status};
 use mce_relay::{
     AttachError, Bell, Config, ExitByte, FoundBy, Ghes, Ledger, Mca, Pace, RamError, RamMap,
     RamRegion, Relay, VcpuPort, Verdict,
@@ -53,18 +51,7 @@ struct Vcpu {
 
 impl Vcpu {
     fn new() -> Self {
-        let state = McaState {
-            waits_for_sipi: false,
-            cr4_mce: true,
-            mcg_status: 0,
-            mcg_ctl: u64::MAX,
-            lmce: false,
-            event_in_flight: false,
-            interrupts_on: true,
-            halted: false,
-            rip: 0,
-            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
-        };
+        let state = McaState::up();
         let processor = Arc::new(Mutex::new(Processor::Online));
         Self { state: Arc::new(Mutex::new(state)), processor, takes_back: true }
     }
@@ -212,6 +199,17 @@ fn run_until(
     }
 }
 
+/// Runs `vcpu` on this thread until the guest has been told of just the pages at `expected`.
+fn run_until_told(relay: &Relay, port: &mut VcpuPort, vcpu: &mut Vcpu, expected: &[u64]) {
+    let start = Instant::now();
+    while gpas(relay, is_acknowledged) != expected {
+        assert!(start.elapsed() < PATIENCE, "{:#?}", relay.pages());
+        assert_eq!(port.before_run(vcpu), Verdict::Run);
+        vcpu.run();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 fn all_told(pages: u64) -> impl Fn(&Relay) -> bool {
     move |relay| gpas(relay, is_acknowledged).len() as u64 == pages
 }
@@ -321,13 +319,7 @@ fn an_unplugged_vcpus_records_and_touches_are_told_elsewhere() {
         });
         unplugged.join().unwrap();
         let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
-        let start = Instant::now();
-        while gpas(&relay, is_acknowledged) != [GPA, GPA + 0x1000] {
-            assert!(start.elapsed() < PATIENCE, "{:#?}", relay.pages());
-            assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
-            vcpu.run();
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        run_until_told(&relay, &mut port, &mut vcpu, &[GPA, GPA + 0x1000]);
     });
 }
 
@@ -477,13 +469,7 @@ fn a_touch_that_a_pause_has_let_go_is_no_machine_check_later() {
         assert_eq!(forms(&events), []);
         port.park(|| resume.send(()).unwrap());
         // It goes on somewhere else, and is told of the page as of one that nobody touches.
-        let start = Instant::now();
-        while gpas(&relay, is_acknowledged) != [GPA] {
-            assert!(start.elapsed() < PATIENCE, "{:#?}", relay.pages());
-            assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
-            vcpu.run();
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        run_until_told(&relay, &mut port, &mut vcpu, &[GPA]);
         assert_eq!(forms(&events), [(GPA, Form::Srao)]);
         over.store(true, Ordering::Relaxed);
         other.join().unwrap();
@@ -510,13 +496,7 @@ fn an_ao_does_not_wait_for_a_vcpu_that_does_not_come() {
         let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 1));
         vcpu.state.lock().unwrap().lmce = true;
         forge(BUS_MCEERR_AO, HVA, 12);
-        let start = Instant::now();
-        while gpas(&relay, is_acknowledged) != [GPA] {
-            assert!(start.elapsed() < PATIENCE, "{:#?}", relay.pages());
-            assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
-            vcpu.run();
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        run_until_told(&relay, &mut port, &mut vcpu, &[GPA]);
         let_go.send(()).unwrap();
         other.join().unwrap();
     });

@@ -14,7 +14,7 @@ use mce_relay::delivery::{Cannot, Wait};
 use mce_relay::firmware::Why;
 use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_OFFSET};
 use mce_relay::ledger::{Place, State};
-use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
+use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap};
 use mce_relay::{
     AoChannel, Bell, Config, Event, ExitByte, Ghes, Mca, Pace, RamMap, RamRegion, Relay,
     RetireError, StartError, VcpuPort, Verdict,
@@ -195,18 +195,7 @@ impl Machine {
         let config = Config { observer, pace, ..config(hva, caps, ao_channel, Some(ghes)) };
         let relay = Relay::start(config).unwrap();
         let port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
-        let state = McaState {
-            waits_for_sipi: false,
-            cr4_mce: true,
-            mcg_status: 0,
-            mcg_ctl: u64::MAX,
-            lmce: false,
-            event_in_flight: false,
-            interrupts_on: true,
-            halted: false,
-            rip: 0,
-            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
-        };
+        let state = McaState::up();
         Self { relay, driver, port, model: Model { state, told: Vec::new() }, events }
     }
 

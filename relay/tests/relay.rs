@@ -15,9 +15,7 @@ use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
 use mce_relay::delivery::{Cannot, Wait};
 use mce_relay::event::{Event, Injection, Reach};
 use mce_relay::ledger::State;
-use mce_relay::mca::{
-    BANKS, Bank, Caps, Form, Kind, MAX_BANKS, McaState, Record, Vendor, cap, mcg, status,
-};
+use mce_relay::mca::{BANKS, Caps, Form, Kind, McaState, Record, Vendor, cap, mcg, status};
 use mce_relay::{Config, ExitByte, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal};
 
 const HVA: u64 = 0x7f00_0000_0000;
@@ -34,18 +32,7 @@ struct Model(Arc<Mutex<McaState>>);
 
 impl Model {
     fn new() -> Self {
-        Self(Arc::new(Mutex::new(McaState {
-            waits_for_sipi: false,
-            cr4_mce: true,
-            mcg_status: 0,
-            mcg_ctl: u64::MAX,
-            lmce: false,
-            event_in_flight: false,
-            interrupts_on: true,
-            halted: false,
-            rip: 0,
-            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
-        })))
+        Self(Arc::new(Mutex::new(McaState::up())))
     }
 
     /// The guest's handler: clears the banks, then MCG_STATUS.

@@ -107,18 +107,7 @@ struct Quiet;
 
 impl Mca for Quiet {
     fn state(&mut self) -> io::Result<McaState> {
-        Ok(McaState {
-            waits_for_sipi: true,
-            cr4_mce: false,
-            mcg_status: 0,
-            mcg_ctl: u64::MAX,
-            lmce: false,
-            event_in_flight: false,
-            interrupts_on: true,
-            halted: false,
-            rip: 0,
-            banks: Default::default(),
-        })
+        Ok(McaState { waits_for_sipi: true, cr4_mce: false, ..McaState::up() })
     }
 
     fn inject(&mut self, _: &Record) -> io::Result<()> {

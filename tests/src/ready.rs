@@ -6,7 +6,7 @@ use std::ptr;
 
 use libc::{c_int, c_void};
 use mce_relay::Mca;
-use mce_relay::mca::{BANKS, Bank, Caps, MAX_BANKS, McaState, Record, Vendor, cap};
+use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap};
 use mce_relay::signal::BUS_MCEERR_AR;
 
 /// Sends this thread an AR as the kernel would.
@@ -47,22 +47,12 @@ impl Ready {
 
 impl Mca for Ready {
     fn state(&mut self) -> io::Result<McaState> {
-        let mut banks = [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS];
+        let mut state = McaState::up();
         if let Some(record) = self.0.last() {
-            banks[usize::from(record.bank)].status = record.status;
+            state.banks[usize::from(record.bank)].status = record.status;
+            state.mcg_status = record.mcg_status;
         }
-        Ok(McaState {
-            waits_for_sipi: false,
-            cr4_mce: true,
-            mcg_status: self.0.last().map_or(0, |record| record.mcg_status),
-            mcg_ctl: u64::MAX,
-            lmce: false,
-            event_in_flight: false,
-            interrupts_on: true,
-            halted: false,
-            rip: 0,
-            banks,
-        })
+        Ok(state)
     }
 
     fn inject(&mut self, record: &Record) -> io::Result<()> {

@@ -309,7 +309,7 @@ impl Door {
 
 #[cfg(test)]
 mod tests {
-    use mce_relay::mca::{BANKS, Bank, Form, MAX_BANKS, Vendor, cap, mcg, record};
+    use mce_relay::mca::{BANKS, Form, Vendor, cap, mcg, record};
 
     use super::*;
 
@@ -330,18 +330,7 @@ mod tests {
 
     /// That of a guest with its handlers open.
     fn ready(mcg_status: u64) -> McaState {
-        McaState {
-            waits_for_sipi: false,
-            cr4_mce: true,
-            mcg_status,
-            mcg_ctl: u64::MAX,
-            lmce: false,
-            event_in_flight: false,
-            interrupts_on: true,
-            halted: false,
-            rip: 0,
-            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
-        }
+        McaState { mcg_status, ..McaState::up() }
     }
 
     /// Does `request` to an Intel-style guest of two vCPUs, the second of which has this MCG_STATUS.

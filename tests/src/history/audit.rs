@@ -110,11 +110,6 @@ pub struct Audit {
     pub counts: Counts,
 }
 
-/// A machine check would shut this vCPU down.
-fn is_closed(state: &McaState) -> bool {
-    state.waits_for_sipi || !state.cr4_mce
-}
-
 fn bank(state: &McaState, bank: u8) -> Bank {
     state.banks[usize::from(bank)]
 }
@@ -181,7 +176,7 @@ impl Audit {
         now: Duration,
     ) {
         let bank_is_valid = state.banks[usize::from(bank)].valid();
-        let stands = is_closed(state) || state.halted;
+        let stands = state.is_closed() || state.halted;
         assert!(!state.mcip() || stands, "taken back from under a handler");
         assert!(
             !state.interrupts_on || gpa.is_none(),
@@ -258,7 +253,7 @@ impl Audit {
             "vCPU {vcpu} runs with an AR that belongs to where it was"
         );
         let handler = &mut self.handlers[vcpu];
-        if is_closed(state) {
+        if state.is_closed() {
             handler.open_since = None;
             handler.closed_unseen = true;
         } else {
@@ -304,8 +299,8 @@ impl Audit {
         self.counts.count("looks");
         let handler = &mut self.handlers[vcpu];
         let closed_unseen = std::mem::take(&mut handler.closed_unseen);
-        handler.seen_online = !is_closed(state) && state.interrupts_on;
-        if is_closed(state) {
+        handler.seen_online = !state.is_closed() && state.interrupts_on;
+        if state.is_closed() {
             handler.seen_open_since = None;
             handler.missed = false;
             for (_, in_bank) in self.in_banks.range_mut((vcpu, 0)..(vcpu + 1, 0)) {
@@ -319,7 +314,7 @@ impl Audit {
 
     /// Nobody says what becomes of a record of a page that is not the guest's: it goes as any other.
     pub fn of_gone_pages(&mut self, vcpu: usize, state: &McaState, now: Duration) {
-        if is_closed(state) || state.mcip() {
+        if state.is_closed() || state.mcip() {
             return;
         }
         let before = self.in_banks.len();
@@ -405,14 +400,14 @@ impl Audit {
             if ao && raises && !local {
                 // To a processor that is offline, or was left behind, it is no error, and to the others it is one from
                 // nowhere, of which they panic.
-                let takes = |state: &McaState| !is_closed(state) && state.interrupts_on;
+                let takes = |state: &McaState| !state.is_closed() && state.interrupts_on;
                 let others = told.iter().any(|told| takes(&before[told.vcpu]));
                 assert!(takes(state) || !others, "vCPU {vcpu} may be offline, and is told an AO");
             }
             if raises && !local && self.caps.vendor == Vendor::Intel {
                 for (other, state) in before.iter().enumerate() {
                     let stopped = state.halted && state.mcip();
-                    let open = !is_closed(state) && !stopped && state.mcg_ctl == u64::MAX;
+                    let open = !state.is_closed() && !stopped && state.mcg_ctl == u64::MAX;
                     assert!(
                         !open || told.iter().any(|told| told.vcpu == other),
                         "a rendezvous reaches all or none: vCPU {other} is open and left out"
@@ -525,7 +520,7 @@ impl Audit {
             Wait::InHandler { vcpu } | Wait::BankValid { vcpu, .. } => Some(vcpu as usize),
             _ => None,
         };
-        let offline = |vcpu: usize| states[vcpu].halted && !is_closed(&states[vcpu]);
+        let offline = |vcpu: usize| states[vcpu].halted && !states[vcpu].is_closed();
         if let Some(vcpu) = holds.filter(|vcpu| offline(*vcpu)) {
             let others = self.handlers.iter().any(|other| other.seen_online);
             assert!(!others, "{error:x?} waits for vCPU {vcpu}, which is offline: {wait}");

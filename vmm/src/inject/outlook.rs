@@ -354,7 +354,7 @@ fn intel(request: &Request, caps: &Caps, over: bool) -> (Guest, &'static str) {
 
 #[cfg(test)]
 mod tests {
-    use mce_relay::mca::{BANKS, Bank, Form, MAX_BANKS, record};
+    use mce_relay::mca::{BANKS, Form, record};
 
     use super::*;
 
@@ -365,18 +365,7 @@ mod tests {
     }
 
     fn state() -> McaState {
-        McaState {
-            waits_for_sipi: false,
-            cr4_mce: true,
-            mcg_status: 0,
-            mcg_ctl: u64::MAX,
-            lmce: false,
-            event_in_flight: false,
-            interrupts_on: true,
-            halted: false,
-            rip: 0,
-            banks: [Bank { ctl: u64::MAX, status: 0 }; MAX_BANKS],
-        }
+        McaState::up()
     }
 
     fn of(form: Form, lmce: bool) -> Request {
