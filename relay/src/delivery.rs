@@ -493,9 +493,15 @@ impl Delivery {
                 self.watch(vcpu, state, now);
             }
         }
-        let not_its = error.kind == Kind::ActionOptional && self.ao_vcpu != leader;
-        if not_its || !self.still_waits(leader, &error) {
+        let is_ao = error.kind == Kind::ActionOptional;
+        if (is_ao && self.ao_vcpu != leader) || !self.still_waits(leader, &error) {
             return Ok(Vec::new());
+        }
+        // Of several with interrupts off one may have been left behind by a crash. It is seen in time which.
+        let is_masked = |seen: &&Seen| seen.standing == Standing::Masked;
+        let unclear = self.vcpus.get(leader).filter(is_masked).is_some_and(|s| !s.is_masked(now));
+        if is_ao && unclear && self.vcpus.iter().filter(is_masked).count() > 1 {
+            return Err(Wait::InHandler { vcpu: index(leader) });
         }
 
         let mut all = Vec::new();
@@ -655,7 +661,7 @@ impl Delivery {
             })
             .map(|record| record.bank)
             .collect();
-        if !left.is_empty() && self.others_take_aos(vcpu) {
+        if !left.is_empty() && self.others_take_aos(vcpu, now) {
             if let Some(seen) = self.vcpus.get_mut(vcpu).filter(|_| !state.is_closed()) {
                 seen.ignores = true;
                 seen.standing = Standing::Offline;
@@ -708,7 +714,7 @@ impl Delivery {
     }
 
     fn choose_ao_vcpu(&mut self) {
-        let best = self.vcpus.iter().enumerate().min_by_key(|(vcpu, seen)| (seen.standing, *vcpu));
+        let best = self.vcpus.iter().enumerate().min_by_key(|(vcpu, seen)| (seen.rank(), *vcpu));
         self.ao_vcpu = best.map_or(0, |(vcpu, _)| vcpu);
     }
 
@@ -720,9 +726,8 @@ impl Delivery {
     }
 
     /// Whether another vCPU than `vcpu` is online.
-    fn others_take_aos(&self, vcpu: usize) -> bool {
-        let is_online =
-            |(other, seen): (usize, &Seen)| other != vcpu && seen.standing == Standing::Online;
+    fn others_take_aos(&self, vcpu: usize, now: Duration) -> bool {
+        let is_online = |(other, seen): (usize, &Seen)| other != vcpu && seen.goes_on(now);
         self.vcpus.iter().enumerate().any(is_online)
     }
 
@@ -864,7 +869,7 @@ fn free_bank(vcpu: u32, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
 mod tests {
     use super::*;
     use crate::mca::{BANKS, cap, status};
-    use crate::standing::LEAVE;
+    use crate::standing::{LEAVE, MASKED};
 
     const PAGE: u64 = 0x1234_5000;
 
@@ -1184,6 +1189,36 @@ mod tests {
         assert_eq!(refused, Err(Wait::InHandler { vcpu: 1 }));
         delivery.taken(1, &ready(), LATER);
         assert!(rendezvous(&mut delivery, &[Some(ready()), Some(ready())]).is_ok());
+    }
+
+    /// One of them a crash may have left behind, and which is not known: the error would be nothing to it, and the end
+    /// of the other.
+    #[test]
+    fn of_two_with_interrupts_off_none_leads_at_once() {
+        let mut delivery = open(intel(0), 2);
+        delivery.next(1, &ready(), Duration::from_secs(50));
+        delivery.push_ao(0x1000);
+        let masked = with(|s| s.interrupts_on = false);
+        let states = [Some(masked), Some(masked)];
+        delivery.taken(0, &masked, LATER);
+        delivery.taken(1, &masked, LATER);
+        assert_eq!(delivery.ao_vcpu(), 1, "it was seen with interrupts on last");
+        let mut lead = |leader, states: &[Option<McaState>], now| {
+            let error = Pending { gpa: 0x1000, kind: Kind::ActionOptional };
+            delivery.rendezvous(leader, error, states, now)
+        };
+        assert_eq!(lead(1, &states, LATER), Err(Wait::InHandler { vcpu: 1 }));
+        // One that shows itself online leads, and the other does not.
+        let one_online = [Some(ready()), Some(masked)];
+        assert_eq!(lead(1, &one_online, LATER), Ok(Vec::new()));
+        assert!(lead(0, &one_online, LATER).is_ok_and(|told| told.len() == 2));
+        // A guest that has them off all the time is told in the end.
+        let mut now = LATER;
+        while lead(0, &states, now).is_err() {
+            now += Duration::from_secs(1);
+            assert!(now < LATER + 2 * MASKED);
+        }
+        assert!(now >= LATER + MASKED);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::event::Event;
 use crate::failure::{Kind, PAGE_SIZE};
-use crate::ledger::{FoundBy, Ledger, Page, Predicted, State};
+use crate::ledger::{FoundBy, Ledger, Page, Predicted, State, Untold};
 use crate::ram::{RamError, RamMap, RamRegion};
 use crate::read::{self, AccessError};
 use crate::relay::{Inner, Shared};
@@ -120,10 +120,7 @@ impl Handle {
         let now = SystemTime::now();
         for gpa in Self::known_within(&inner, region) {
             // What the guest was never told waits: other memory in its place would be a loss without a word.
-            let told = inner.ledger.state_of(gpa).is_some_and(|state| !state.is_untold());
-            if told {
-                inner.ledger.heal(gpa, now);
-            }
+            let _: Result<bool, Untold> = inner.ledger.replace(gpa, now);
         }
         drop(inner);
         self.0.hint();

@@ -19,7 +19,7 @@ use crate::ledger::{Place, State};
 use crate::locked::Locked;
 use crate::mca::{Form, McaState, Record, mcg, status};
 use crate::read::{self, AccessError};
-use crate::relay::{Change, Inner, RETRY_FIRST, Shared};
+use crate::relay::{Attached, Change, Inner, RETRY_FIRST, Shared};
 use crate::signal::{self, Caught, ThreadSlot};
 
 /// How long a vCPU that touched a bad page is held back while other processors leave their
@@ -34,6 +34,9 @@ const GATHERING: Duration = Duration::from_secs(1);
 /// So many ARs without an address within [`NAMELESS_IN`] are a touch that KVM does not give the address of either.
 const NAMELESS: u32 = 64;
 const NAMELESS_IN: Duration = Duration::from_secs(10);
+
+/// How often a vCPU that does not come is called, while another one waits for it with an AR.
+const CALL_AGAIN: Duration = Duration::from_millis(100);
 
 /// What the relay needs of a hypervisor: one vCPU's machine-check state, and a way to set it.
 ///
@@ -191,6 +194,8 @@ impl VcpuPort {
             kind = Kind::ActionOptional;
         }
         if !bad.is_empty() {
+            // What had no address has one now.
+            self.nameless = 0;
             self.slot.shared().ask_attention();
         }
         !bad.is_empty()
@@ -386,7 +391,7 @@ impl Drop for VcpuPort {
         // What came since it last looked.
         let nobodys = self.shared.take(&mut inner, &self.slot, Thread::Vcpu(me));
         let kick = inner.leaves(me);
-        self.shared.absent(&mut inner, me);
+        self.shared.leaves_round(&mut inner, me);
         drop(inner);
         if let Some(kick) = kick {
             // Whoever is kicking this vCPU is waited for.
@@ -462,21 +467,29 @@ impl Shared {
         inner.rounds += 1;
         let number = inner.rounds;
         let since = Instant::now();
-        let will_not_come = asked.iter().copied().find_map(|vcpu| {
-            let attached = inner.vcpus[vcpu].as_ref()?;
-            match (attached.parked, attached.late) {
-                (true, _) => Some(Wait::Paused { vcpu: index(vcpu) }),
-                (_, true) => Some(Wait::NotComing { vcpu: index(vcpu) }),
-                _ => None,
-            }
-        });
+        let one = |is: fn(&Attached) -> bool| {
+            asked.iter().copied().find(|vcpu| inner.vcpus[*vcpu].as_ref().is_some_and(is))
+        };
+        // A pause first, as it holds the leader, too.
+        let paused = one(|vcpu| vcpu.parked).map(|vcpu| Wait::Paused { vcpu: index(vcpu) });
+        let late = one(|vcpu| vcpu.late).map(|vcpu| Wait::NotComing { vcpu: index(vcpu) });
         // A processor without a thread, which the guest may have online all the same, counts as unplugged soon.
+        self.see_to_the_unplugged(inner);
         let leaves = inner.gone.first().map(|(vcpu, _)| Wait::NotComing { vcpu: index(*vcpu) });
-        if let Some(wait) = will_not_come.or(leaves) {
-            // The one call that it had may have been lost.
-            let is_late = |vcpu: &usize| inner.vcpus[*vcpu].as_ref().is_some_and(|v| v.late);
-            let late: Vec<usize> = asked.iter().copied().filter(is_late).collect();
-            late.into_iter().for_each(|vcpu| inner.call(vcpu));
+        if let Some(wait) = paused.or(late).or(leaves) {
+            // The one call that it had may have been lost. It is not to have nothing but calls.
+            let again = |attached: &mut Attached| {
+                let due = attached.late && since.duration_since(attached.called) >= CALL_AGAIN;
+                if due {
+                    attached.called = since;
+                }
+                due
+            };
+            for vcpu in asked {
+                if inner.vcpus[vcpu].as_mut().is_some_and(again) {
+                    inner.call(vcpu);
+                }
+            }
             inner.round = Some(Round {
                 number,
                 leader,
@@ -596,6 +609,17 @@ impl Shared {
                 self.gathered.notify_all();
             }
         }
+    }
+
+    /// The thread of `me` ends. The guest may have that processor online all the same, so a round that waits for it is
+    /// put off.
+    fn leaves_round(&self, inner: &mut Inner, me: usize) {
+        let waits = |round: &&mut Round| round.outcome.is_none() && round.asked.contains(&me);
+        if let Some(round) = inner.round.as_mut().filter(waits).filter(|round| round.leader != me) {
+            round.settle(Err(Wait::NotComing { vcpu: index(me) }));
+            self.gathered.notify_all();
+        }
+        self.absent(inner, me);
     }
 
     /// `me` takes no further part: its thread has ended, or cannot say what state it is in.

@@ -103,6 +103,8 @@ pub(crate) struct Attached {
     pub(crate) parked: bool,
     /// It did not come round for the last gathering, and has not since.
     pub(crate) late: bool,
+    /// When it was last called for being late.
+    pub(crate) called: Instant,
 }
 
 /// How long a vCPU's port has been gone before it counts as unplugged. All of them go at the end of the virtual
@@ -451,6 +453,17 @@ impl Shared {
         }
     }
 
+    /// vCPUs whose ports have been gone for some time are unplugged, as long as there are others.
+    pub(crate) fn see_to_the_unplugged(&self, inner: &mut Inner) {
+        let now = Instant::now();
+        let due: Vec<usize> =
+            inner.gone.iter().filter(|(_, at)| *at <= now).map(|(vcpu, _)| *vcpu).collect();
+        if !due.is_empty() && inner.vcpus.iter().any(Option::is_some) {
+            inner.gone.retain(|(vcpu, _)| !due.contains(vcpu));
+            self.unplug(inner, &due);
+        }
+    }
+
     /// The ports of `vcpus` have gone: what they were to be told, or had in their banks, is told elsewhere.
     fn unplug(&self, inner: &mut Inner, vcpus: &[usize]) {
         for &vcpu in vcpus {
@@ -693,7 +706,13 @@ impl Relay {
         // Errors may have arrived before the thread did.
         slot.shared().ask_attention();
         let kick = Arc::new(Mutex::new(Some(kick)));
-        let attached = Attached { slot: slot.shared(), kick, parked: false, late: false };
+        let attached = Attached {
+            slot: slot.shared(),
+            kick,
+            parked: false,
+            late: false,
+            called: Instant::now(),
+        };
         inner.vcpus[vcpu] = Some(attached);
         drop(inner);
         Ok(VcpuPort {
@@ -773,7 +792,7 @@ fn relay_thread(
     while !shared.stop.load(Ordering::Acquire) {
         let hint = take_signals(shared, &slot) | shared.hinted.swap(false, Ordering::Relaxed);
         let mut tell = || {
-            see_to_the_unplugged(shared);
+            shared.see_to_the_unplugged(&mut shared.lock());
             // Before the vCPUs are called: what does not go this way is theirs.
             let firmware = source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
             call_those_who_wait(shared, &mut call_at).min(firmware)
@@ -802,18 +821,6 @@ impl Drop for EndOfThread<'_> {
         if std::thread::panicking() {
             log::error!("the relay's thread panicked: memory errors are no longer relayed");
         }
-    }
-}
-
-/// vCPUs whose ports have been gone for some time are unplugged, as long as there are others.
-fn see_to_the_unplugged(shared: &Shared) {
-    let mut inner = shared.lock();
-    let now = Instant::now();
-    let due: Vec<usize> =
-        inner.gone.iter().filter(|(_, at)| *at <= now).map(|(vcpu, _)| *vcpu).collect();
-    if !due.is_empty() && inner.vcpus.iter().any(Option::is_some) {
-        inner.gone.retain(|(vcpu, _)| !due.contains(vcpu));
-        shared.unplug(&mut inner, &due);
     }
 }
 

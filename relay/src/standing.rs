@@ -1,5 +1,6 @@
 //! What a vCPU is good for, as far as looks at its state over time tell: a pure state machine, one for each vCPU.
 
+use std::cmp::Reverse;
 use std::time::Duration;
 
 use crate::mca::McaState;
@@ -20,7 +21,7 @@ const STALE: Duration = Duration::from_secs(2);
 
 /// How long each look has to have found a vCPU with interrupts off before the same is done although it does not
 /// halt: an offline processor may wait by other means (MWAIT).
-const MASKED: Duration = Duration::from_secs(10);
+pub(crate) const MASKED: Duration = Duration::from_secs(10);
 
 /// What has been seen of a vCPU over time.
 #[derive(Debug, Clone, Copy, Default)]
@@ -37,6 +38,8 @@ pub(crate) struct Seen {
     pub(crate) called_at: Option<Duration>,
     /// What it was then.
     pub(crate) standing: Standing,
+    /// When a look has last found it with interrupts on.
+    last_on: Option<Duration>,
     /// It waited in HLT with interrupts off then.
     halted: bool,
     /// Since when each look has found it with interrupts off.
@@ -74,6 +77,21 @@ impl Seen {
         closed && self.looked_at.is_some_and(|at| now.saturating_sub(at) > STALE)
     }
 
+    /// How good it is for errors that concern no processor, the least the best. Of those that have interrupts off now
+    /// one that was seen with them on lately is no processor that a crash left behind.
+    pub(crate) fn rank(&self) -> (Standing, Reverse<Option<Duration>>) {
+        (self.standing, Reverse(self.last_on.filter(|_| self.standing == Standing::Masked)))
+    }
+
+    /// Whether others may be given what it leaves: it takes interrupts, or will.
+    pub(crate) fn goes_on(&self, now: Duration) -> bool {
+        match self.standing {
+            Standing::Online => true,
+            Standing::Masked => !self.is_masked(now),
+            _ => false,
+        }
+    }
+
     /// Whether it has had interrupts off at each look for so long that it polls nothing.
     pub(crate) fn is_masked(&self, now: Duration) -> bool {
         self.masked_for(now) >= MASKED
@@ -106,6 +124,7 @@ impl Seen {
                 self.in_handler = !left && now.saturating_sub(since) < LEAVE;
             }
             if state.interrupts_on {
+                self.last_on = Some(now);
                 self.masked_since = None;
                 self.ignores = false;
             } else {

@@ -528,7 +528,12 @@ fn the_error_of_a_rendezvous_goes_to_a_processor_that_is_online() {
                     let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 1));
                     started_unseen(&mut vcpu, &mut port);
                     ready.send(()).unwrap();
-                    while !over.load(Ordering::Relaxed) {
+                    for look in 0.. {
+                        if over.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        // It, too, has interrupts off at most looks.
+                        vcpu.state.lock().unwrap().interrupts_on = !spins || look % 3 == 0;
                         assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
                         vcpu.run();
                         std::thread::sleep(Duration::from_millis(1));
@@ -858,6 +863,53 @@ fn the_error_sources_page_stays() {
         let error = relay.handle().remove_ram(0).unwrap_err();
         assert_eq!(error, RamError::Source { gpa: 0, page: 0 });
         assert_eq!(relay.handle().remove_ram(GPA).unwrap(), regions[1]);
+    });
+}
+
+/// A pause is on, and another vCPU's thread is held up: who has touched a page pauses, and is not kept from it.
+#[test]
+fn a_pause_counts_for_more_than_a_vcpu_that_does_not_come() {
+    on_own_thread(|| {
+        let (relay, _events) = start(3, intel(0));
+        let relay = Arc::new(relay);
+        let (is_there, there) = channel();
+        let (let_go, held) = channel::<()>();
+        let stuck = std::thread::spawn({
+            let (relay, is_there) = (Arc::clone(&relay), is_there.clone());
+            move || {
+                let _port = attach(&relay, 0);
+                is_there.send(()).unwrap();
+                held.recv().unwrap();
+            }
+        });
+        let (resume, resumed) = channel::<()>();
+        let paused = std::thread::spawn({
+            let relay = Arc::clone(&relay);
+            move || {
+                let mut port = attach(&relay, 1);
+                port.park(|| {
+                    is_there.send(()).unwrap();
+                    resumed.recv().unwrap();
+                });
+            }
+        });
+        there.recv().unwrap();
+        there.recv().unwrap();
+        let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 2));
+        // It has been found out that the first does not come.
+        forge(BUS_MCEERR_AO, HVA, 12);
+        let start = Instant::now();
+        forge(BUS_MCEERR_AR, HVA + 0x1000, 12);
+        assert_eq!(
+            port.before_run(&mut vcpu),
+            Verdict::Run,
+            "it pauses, and touches the page again"
+        );
+        assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
+        resume.send(()).unwrap();
+        let_go.send(()).unwrap();
+        stuck.join().unwrap();
+        paused.join().unwrap();
     });
 }
 
