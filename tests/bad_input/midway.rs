@@ -64,7 +64,8 @@ pub fn a_dump_is_over() {
     let place = Place::new(&SPIN);
     // Data, and more than a pipe takes at once: the dump waits for its reader.
     std::fs::write(place.path("ram"), vec![0x55; LEN]).unwrap();
-    let vm = start(&place, &format!("size={LEN},{},shared=on,lossy=on", place.argument("file", "ram")));
+    let vm =
+        start(&place, &format!("size={LEN},{},shared=on,lossy=on", place.argument("file", "ram")));
     let mut command = place.command(&["memory", "dump", "--vm", "n", "--raw", "-"]);
     let mut dump = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdout = dump.stdout.take().unwrap();
