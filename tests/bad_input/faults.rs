@@ -14,6 +14,7 @@ use mce_relay::ledger::State;
 use mce_relay::mca::Kind;
 use mce_relay_tests::hooked::library;
 use mce_relay_tests::lab;
+use mce_relay_tests::left::{Place, Running};
 use mce_relay_tests::tiny::{POWER_OFF, elf};
 use mce_relay_vmm::api::{Gpa, Poison, Poisoning, Status, VmInfo};
 use mce_relay_vmm::client;
@@ -608,4 +609,24 @@ pub fn a_reboot_without_good_memory() {
             seen.stderr
         );
     }
+}
+
+/// KVM hands over a store to a slot that is read-only, or is being changed, as if RAM were a device. The page is a good
+/// one, so the store is made.
+pub fn a_store_that_kvm_hands_over() {
+    const GPA: u64 = 0x30_0123;
+    // mov dword ptr [GPA], 0x5a6b7c8d; 1: jmp 1b
+    let place = Place::new(&[0xc7, 0x05, 0x23, 0x01, 0x30, 0, 0x8d, 0x7c, 0x6b, 0x5a, 0xeb, 0xfe]);
+    let mut command = place.run(&["--serial", "off", "--name", "n"]);
+    command.env("LD_PRELOAD", library(LIBRARY).unwrap()).env("MCE_RELAY_READ_ONLY", "1");
+    let mut vm = place.started(command, "mce-relay/n.sock");
+    let stored = |vm: &Running<'_>| {
+        let info = vm.info().unwrap();
+        let block = info.block(GPA).unwrap();
+        let byte = |at| lab::read_memory(vm.pid(), block.hva + (GPA + at - block.gpa)).unwrap();
+        u32::from_le_bytes([0, 1, 2, 3].map(byte)) == 0x5a6b_7c8d
+    };
+    vm.wait("the store", stored);
+    let status: Status = client::get(vm.socket(), "relay.status").unwrap();
+    assert_eq!(status.pages.len(), 0, "no page is bad");
 }

@@ -172,6 +172,7 @@ fn main() -> ExitCode {
         faults::an_ar_that_cannot_be_told needs has_kvm_and_preload,
         faults::an_ao_that_cannot_be_told needs has_kvm_and_preload,
         faults::a_reboot_without_good_memory needs has_kvm_and_preload,
+        faults::a_store_that_kvm_hands_over needs has_kvm_and_preload,
         faults::no_filters_in_this_kernel needs has_kvm_and_preload,
         files::all_boots_are_on_the_console needs has_kvm,
         files::all_panics_of_linux_are_on_the_console needs in_the_lab,

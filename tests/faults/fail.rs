@@ -6,6 +6,7 @@
 //! * MCE_RELAY_FAIL_CALLS: or, calls as the log has them ("ioctl 0xae80,mmap"; without a detail all of that
 //!   name), each of which fails while there is a file MCE_RELAY_FAIL_WHILE.
 //! * MCE_RELAY_FAIL_ERRNO: what it fails with, as a number; ENOMEM without it.
+//! * MCE_RELAY_READ_ONLY: with any value KVM is told that guest RAM is read-only, so that stores come to the VMM.
 //! * MCE_RELAY_FAIL_LOG: a file that gets a line for each call, "NUMBER NAME DETAIL", and " fails"
 //!   behind that for those that fail.
 //!
@@ -25,6 +26,9 @@ const FAILS: &str = " fails";
 /// The type of KVM's ioctls, and the one that runs a vCPU: include/uapi/linux/kvm.h.
 const KVMIO: c_ulong = 0xae;
 const KVM_RUN: c_ulong = 0xae80;
+/// Its argument begins with the slot's number and its flags.
+const KVM_SET_USER_MEMORY_REGION: c_ulong = 0x4020_ae46;
+const KVM_MEM_READONLY: u32 = 1 << 1;
 /// So many KVM_RUNs count, those of all vCPUs together.
 const RUNS: u64 = 3;
 /// Shorter mappings do not count.
@@ -137,6 +141,11 @@ fn counts(request: c_ulong) -> bool {
 pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: usize) -> c_int {
     if counts(request) && fails("ioctl", request) {
         return -1;
+    }
+    if request == KVM_SET_USER_MEMORY_REGION && variable(c"MCE_RELAY_READ_ONLY").is_some() {
+        let flags = std::ptr::with_exposed_provenance_mut::<u32>(argument + size_of::<u32>());
+        // SAFETY: the caller's promise: a struct kvm_userspace_memory_region, which is the caller's own.
+        unsafe { *flags |= KVM_MEM_READONLY };
     }
     // SAFETY: the caller's promise.
     let result = unsafe { libc::syscall(libc::SYS_ioctl, c_long::from(fd), request, argument) };

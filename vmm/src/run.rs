@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use kvm_ioctls::VcpuFd;
-use log::{error, warn};
+use log::{debug, error, warn};
 use mce_relay::ledger::State;
 use mce_relay::mca::{Kind, PAGE_SHIFT, Vendor};
 use mce_relay::{
-    AccessError, AoChannel, Config, Event, ExitByte, FoundBy, KillPolicy, Ledger, RamError, RamMap,
-    Relay, Signals, StartError, VcpuPort, Verdict,
+    AccessError, AoChannel, Config, Event, ExitByte, FoundBy, Handle, KillPolicy, Ledger, RamError,
+    RamMap, Relay, Signals, StartError, VcpuPort, Verdict,
 };
 
 use crate::acpi::{AcpiError, Table};
@@ -646,7 +646,8 @@ impl VcpuSetup for RelaySetup {
         let port = self.relay.attach(usize::from(index), exit, kick)?;
         let injector = self.injector;
         self.filters.apply(Thread::Vcpu)?;
-        Ok(Box::new(RelayHook { index, on_undeliverable, guest, port, injector }))
+        let handle = self.relay.handle();
+        Ok(Box::new(RelayHook { index, on_undeliverable, guest, port, handle, injector }))
     }
 }
 
@@ -656,6 +657,7 @@ struct RelayHook {
     on_undeliverable: OnUndeliverable,
     guest: GuestMca,
     port: VcpuPort,
+    handle: Handle,
     injector: Injector,
 }
 
@@ -695,7 +697,13 @@ impl VcpuHook for RelayHook {
             let what = format!("{} (RIP {rip:#x})", show::with_causes(&error));
             return HookVerdict::Stop(ExitReason::KvmError { vcpu: self.index, what });
         }
-        self.port.mmio_hit(access.gpa);
+        if !self.port.mmio_hit(access.gpa)
+            && let Some(bytes) = access.store
+            && let Err(error) = self.handle.write(access.gpa, &bytes[..access.len])
+        {
+            // It went bad just now, and is in the ledger.
+            debug!("vCPU {}: a store to GPA {:#x} is lost: {error}", self.index, access.gpa);
+        }
         HookVerdict::Run
     }
 

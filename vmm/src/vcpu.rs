@@ -54,8 +54,22 @@ pub struct RamAccess {
     pub gpa: u64,
     /// Length in bytes, 1 to 8.
     pub len: usize,
-    /// Whether the guest writes.
-    pub write: bool,
+    /// What the guest stores, in the first `len` bytes; `None` where it loads.
+    pub store: Option<[u8; 8]>,
+}
+
+impl RamAccess {
+    fn load(gpa: u64, len: usize) -> Self {
+        Self { gpa, len, store: None }
+    }
+
+    fn store(gpa: u64, data: &[u8]) -> Self {
+        let mut bytes = [0; 8];
+        // KVM has no more in an exit.
+        let len = data.len().min(bytes.len());
+        bytes[..len].copy_from_slice(&data[..len]);
+        Self { gpa, len, store: Some(bytes) }
+    }
 }
 
 /// A KVM_RUN that did not work.
@@ -110,8 +124,8 @@ pub trait VcpuHook {
         HookVerdict::Run
     }
 
-    /// The guest's access to RAM ended up here: reads get all-ones, writes are lost. The next
-    /// KVM_RUN completes the instruction first.
+    /// The guest's access to RAM ended up here. A load gets all-ones, unless it is done again; a store is lost,
+    /// unless the hook makes it. The next KVM_RUN completes the instruction first.
     fn mmio_in_ram(&mut self, _vcpu: &mut VcpuFd, _access: RamAccess) -> HookVerdict {
         HookVerdict::Run
     }
@@ -401,11 +415,11 @@ impl Runner<'_> {
             Ok(VcpuExit::MmioRead(gpa, data)) => {
                 self.incomplete = true;
                 data.fill(0xff);
-                mmio(self.ram, RamAccess { gpa, len: data.len(), write: false })
+                mmio(self.ram, RamAccess::load(gpa, data.len()))
             }
             Ok(VcpuExit::MmioWrite(gpa, data)) => {
                 self.incomplete = true;
-                mmio(self.ram, RamAccess { gpa, len: data.len(), write: true })
+                mmio(self.ram, RamAccess::store(gpa, data))
             }
             Ok(VcpuExit::X86Rdmsr(exit)) => {
                 self.incomplete = true;
@@ -463,8 +477,8 @@ impl Runner<'_> {
         match then {
             Then::Step(step) => step,
             Then::RamAccess(access) => {
-                // A store has been done as far as the registers go, and is lost with the page.
-                if !access.write && self.undo.is_none() {
+                // A store has been done as far as the registers go: the hook makes it, or it is lost with the page.
+                if access.store.is_none() && self.undo.is_none() {
                     self.undo = self.fd.get_regs().ok();
                 }
                 let verdict = self.hook.mmio_in_ram(self.fd, access);
@@ -525,7 +539,7 @@ mod tests {
     #[test]
     fn mmio_in_ram_is_told_from_an_empty_bus() {
         let ram = [RamBlock::new(0, 0x1000, 0)];
-        let access = |gpa| RamAccess { gpa, len: 4, write: false };
+        let access = |gpa| RamAccess::load(gpa, 4);
         assert!(matches!(mmio(&ram, access(0xfff)), Then::RamAccess(_)));
         assert!(matches!(mmio(&ram, access(0x1000)), Then::Step(Step::Continue)));
     }
