@@ -41,3 +41,13 @@ pub fn a_foreign_handler_has_what_is_not_ours() {
         assert!(status.success(), "{how}: {status}");
     }
 }
+
+/// A relay that started without a word would never hear of anything.
+pub fn a_handler_that_was_replaced_is_said() {
+    let (lines, status) = run("replaced");
+    let (refused, rest) = lines.split_first().unwrap();
+    println!("    {refused}");
+    assert!(refused.contains("another handler") && refused.contains("Signals::Host"), "{refused}");
+    assert_eq!(rest[..3], OURS, "and with a handler that shows it what comes it does");
+    assert!(status.success(), "{status}");
+}

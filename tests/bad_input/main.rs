@@ -189,6 +189,7 @@ fn main() -> ExitCode {
         files::a_fifo_has_only_what_the_guest_says needs has_kvm,
         handlers::the_default_action_has_what_is_not_ours needs anywhere,
         handlers::a_foreign_handler_has_what_is_not_ours needs anywhere,
+        handlers::a_handler_that_was_replaced_is_said needs anywhere,
         host::no_dev_kvm needs as_root,
         host::no_permission_for_dev_kvm needs as_root_with_kvm,
         host::what_check_advises_for_dev_kvm needs as_root_with_kvm,

@@ -2,10 +2,12 @@
 //!
 //! `std` has what a Rust program has; `before` a handler of its own that the relay comes after; `after`
 //! one that is installed over the relay's and calls that; `host` one that the relay leaves alone, and that
-//! shows it what comes (`mce_relay::signal::handle`). It takes an AO and an AR of guest RAM, says so, and
+//! shows it what comes (`mce_relay::signal::handle`); `replaced` one that takes the place of the relay's between two
+//! relays, as it might between two boots. It takes an AO and an AR of guest RAM, says so, and
 //! then meets what is not the relay's.
 #![allow(clippy::unwrap_used, reason = "it says what it saw by panicking")]
 
+use std::error::Error;
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
 use std::process::ExitCode;
@@ -16,7 +18,7 @@ use std::time::Duration;
 use libc::{c_int, c_void, siginfo_t};
 use mce_relay::mca::Kind;
 use mce_relay::signal::handle;
-use mce_relay::{Config, Event, ExitByte, Handled, RamMap, RamRegion, Relay, Signals};
+use mce_relay::{Config, Event, ExitByte, Handled, RamMap, RamRegion, Relay, Signals, StartError};
 use mce_relay_tests::ready::{Ready, forge_ar};
 
 /// Nothing is there, and nothing has to be: the signals are forged.
@@ -73,6 +75,14 @@ fn install(handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void)) -> libc::
     unsafe { before.assume_init() }
 }
 
+fn start(
+    signals: Signals,
+    observer: impl Fn(&Event) + Send + Sync + 'static,
+) -> Result<Relay, StartError> {
+    let ram = RamMap::new(&[region(HVA, 0, 1 << 20)]).unwrap();
+    Relay::start(Config { signals, ..Config::new(1, Ready::CAPS, ram, observer) })
+}
+
 fn main() -> ExitCode {
     let how = std::env::args().nth(1).unwrap_or_default();
     let signals = match how.as_str() {
@@ -85,16 +95,21 @@ fn main() -> ExitCode {
             install(hosts);
             Signals::Host
         }
+        "replaced" => {
+            start(Signals::Install, |_| ()).unwrap();
+            install(hosts);
+            // Nothing is told by a relay whose signals another handler has.
+            let refused = start(Signals::Install, |_| ()).map(drop).unwrap_err();
+            println!("{refused}: {}", refused.source().unwrap());
+            Signals::Host
+        }
         other => {
-            eprintln!("handlers: got {other:?}, expected std, before, after or host");
+            eprintln!("handlers: got {other:?}, expected std, before, after, host or replaced");
             return ExitCode::from(2);
         }
     };
     let (send, events) = channel();
-    let ram = RamMap::new(&[region(HVA, 0, 1 << 20)]).unwrap();
-    let observer = move |event: &Event| drop(send.send(event.clone()));
-    let config = Config { signals, ..Config::new(1, Ready::CAPS, ram, observer) };
-    let relay = Relay::start(config).unwrap();
+    let relay = start(signals, move |event| drop(send.send(event.clone()))).unwrap();
     if how == "after" {
         let _ = BELOW.set(install(over));
     }
