@@ -20,7 +20,7 @@ const LEAST: u32 = 4_000;
 const TIME: Duration = Duration::from_secs(20);
 
 /// What has to have happened somewhere, for the invariants to have been put to the test.
-const WANTED: [&str; 26] = [
+const WANTED: [&str; 27] = [
     "AOs told",
     "ARs told",
     "acknowledged",
@@ -45,6 +45,7 @@ const WANTED: [&str; 26] = [
     "waits for an interrupt",
     "waits for the handler's end",
     "waits for a pause",
+    "waits for a thread",
     "waits for the pace",
     "waits to settle",
 ];

@@ -48,7 +48,9 @@ pub enum Op {
     Guest(usize, GuestStep),
     /// The vCPU is held by a pause, or no longer.
     Pause(usize, bool),
-    /// The vCPU is unplugged (not the first one), or plugged in anew.
+    /// The vCPU's thread is held up by something else and does not come round, or it does again.
+    Late(usize, bool),
+    /// The vCPU is unplugged (if the guest has another one), or plugged in anew.
     Plug(usize, bool),
     /// The page is not the guest's any more, or there is other memory in its place.
     Ram(u64, bool),

@@ -102,6 +102,8 @@ pub struct Audit {
     handlers: Vec<Handler>,
     /// vCPUs that are held by a pause.
     pub paused: Vec<bool>,
+    /// vCPUs whose threads do not come round.
+    pub late: Vec<bool>,
     /// What the guest has taken and not worked off: its own queue, which is short.
     guest_queue: Backlog,
     /// The same as far as anybody outside can tell.
@@ -125,6 +127,7 @@ impl Audit {
             in_banks: BTreeMap::new(),
             handlers: (0..vcpus).map(|_| Handler::default()).collect(),
             paused: vec![false; vcpus],
+            late: vec![false; vcpus],
             guest_queue: Backlog::new(pace),
             left_banks: Backlog::new(pace),
             counts: Counts::default(),
@@ -598,8 +601,7 @@ impl Audit {
             // Said when a record is lost, which `taken` has checked.
             Wait::Restarted { .. } | Wait::Offline { .. } | Wait::Unplugged { .. } => false,
             Wait::Paused { vcpu } => self.paused[vcpu as usize],
-            // There are no threads here.
-            Wait::NotComing { .. } => false,
+            Wait::NotComing { vcpu } => self.late[vcpu as usize],
             // There is no error source here.
             Wait::NoSourceYet | Wait::InBlock | Wait::NotByFirmware { .. } => false,
         };

@@ -96,6 +96,7 @@ impl<V: Vcpu> Driver<V> {
                 self.guest(vcpu, step);
             }
             Op::Pause(vcpu, on) => self.pause(vcpu, on),
+            Op::Late(vcpu, on) => self.audit.late[vcpu] = on && self.held[vcpu].is_none(),
             Op::Plug(vcpu, on) => self.plug(vcpu, on),
             Op::Ram(page, on) => self.ram(gpa(page), on),
         }
@@ -117,14 +118,15 @@ impl<V: Vcpu> Driver<V> {
         self.ledger.set(gpa, state, SystemTime::UNIX_EPOCH + self.now);
     }
 
-    /// Its thread is there, and is not held by a pause.
+    /// Its thread is there, and is held neither by a pause nor by anything else.
     fn runs(&self, vcpu: usize) -> bool {
-        self.plugged[vcpu] && !self.audit.paused[vcpu]
+        self.plugged[vcpu] && !self.audit.paused[vcpu] && !self.audit.late[vcpu]
     }
 
     /// As `VcpuPort::park`: the vCPU comes round first, and once more before it runs again.
     fn pause(&mut self, vcpu: usize, on: bool) {
-        if self.plugged[vcpu] && self.held[vcpu].is_none() {
+        let is_late = self.audit.late[vcpu];
+        if self.plugged[vcpu] && !is_late && self.held[vcpu].is_none() {
             if on && self.attention[vcpu] {
                 self.look(vcpu);
             }
@@ -137,11 +139,14 @@ impl<V: Vcpu> Driver<V> {
 
     /// As the drop of a port, and as `Relay::attach`.
     fn plug(&mut self, vcpu: usize, on: bool) {
-        if vcpu == 0 || self.plugged[vcpu] == on {
+        let another = (0..self.vcpus.len())
+            .any(|other| other != vcpu && self.plugged[other] && self.started[other]);
+        if self.plugged[vcpu] == on || (!on && !another) {
             return;
         }
         self.plugged[vcpu] = on;
         self.audit.paused[vcpu] = false;
+        self.audit.late[vcpu] = false;
         self.held[vcpu] = None;
         self.attention[vcpu] = false;
         self.started[vcpu] = false;
@@ -252,9 +257,11 @@ impl<V: Vcpu> Driver<V> {
                 Step::Cannot(error, why) => self.cannot(me, error, why),
                 Step::Rendezvous(error) => {
                     let paused = (0..self.vcpus.len()).find(|vcpu| self.audit.paused[*vcpu]);
-                    let outcome = match paused {
-                        Some(vcpu) => Err(Wait::Paused { vcpu: number(vcpu) }),
-                        None => {
+                    let late = (0..self.vcpus.len()).find(|vcpu| self.audit.late[*vcpu]);
+                    let outcome = match (paused, late) {
+                        (Some(vcpu), _) => Err(Wait::Paused { vcpu: number(vcpu) }),
+                        (None, Some(vcpu)) => Err(Wait::NotComing { vcpu: number(vcpu) }),
+                        (None, None) => {
                             let all = 0..self.vcpus.len();
                             let states: Vec<_> =
                                 all.map(|v| self.plugged[v].then(|| self.see(v))).collect();
@@ -385,6 +392,7 @@ impl<V: Vcpu> Driver<V> {
     /// vCPUs look that `Delivery` names, until nothing is left to do.
     fn become_well(&mut self) {
         for vcpu in 0..self.vcpus.len() {
+            self.op(Op::Late(vcpu, false));
             self.op(Op::Pause(vcpu, false));
         }
         // An offline processor waits ten seconds at most for what it does not do, and each page may wait there.

@@ -83,6 +83,7 @@ fn op(vcpus: usize) -> impl Strategy<Value = Op> {
         12 => (0..vcpus).prop_map(Op::Look),
         5 => time().prop_map(Op::Advance),
         1 => (0..vcpus, any::<bool>()).prop_map(|(vcpu, on)| Op::Pause(vcpu, on)),
+        1 => (0..vcpus, prop::bool::weighted(0.3)).prop_map(|(vcpu, on)| Op::Late(vcpu, on)),
         1 => (0..vcpus, any::<bool>()).prop_map(|(vcpu, on)| Op::Plug(vcpu, on)),
         1 => (0..PAGES, any::<bool>()).prop_map(|(page, on)| Op::Ram(page, on)),
         20 => (0..vcpus).prop_flat_map(|vcpu| guest_step(vcpu).prop_map(move |step| Op::Guest(vcpu, step))),
