@@ -38,6 +38,9 @@ const NAMELESS_IN: Duration = Duration::from_secs(10);
 /// How often a vCPU that does not come is called, while another one waits for it with an AR.
 const CALL_AGAIN: Duration = Duration::from_millis(100);
 
+/// How often in a row a back end may fail to empty a bank, for whatever reason but that it cannot.
+pub(crate) const TAKE_BACK_ATTEMPTS: u32 = 3;
+
 /// What the relay needs of a hypervisor: one vCPU's machine-check state, and a way to set it.
 ///
 /// All calls are made on the thread that runs the vCPU, while it is not running, by
@@ -71,8 +74,9 @@ pub trait Mca {
     /// (KVM_SET_MSRS). It holds a record that was given to a processor which is offline, so that nobody reads it.
     ///
     /// # Errors
-    /// `Unsupported` (what this does): the back end has no such call. What such records told is told elsewhere all
-    /// the same; if the guest brings the processor back, it may read them, too.
+    /// `Unsupported` (what this does): the back end has no such call, and is not asked again; nor is it after three
+    /// other errors in a row. What such records told is told elsewhere all the same; if the guest brings the processor
+    /// back, it may read them, too.
     fn take_back(&mut self, _bank: u8) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -136,8 +140,8 @@ pub struct VcpuPort {
     /// ARs without an address, and when the first of them came.
     pub(crate) nameless: u32,
     pub(crate) nameless_since: Option<Instant>,
-    /// The back end empties banks, as far as is known.
-    pub(crate) takes_back: bool,
+    /// How often in a row the back end may still fail to empty a bank; it is not asked again after that.
+    pub(crate) take_back_attempts: u32,
     pub(crate) not_send: PhantomData<*const ()>,
 }
 
@@ -179,16 +183,24 @@ impl VcpuPort {
         let first = gpa & !(PAGE_SIZE - 1);
         // More than one huge page is no single fault.
         let end = gpa.saturating_add(size.clamp(1, 1 << 30));
-        let is_bad = |at: &u64| {
+        let pages: Vec<(u64, u64)> = (first..end)
+            .step_by(1 << PAGE_SHIFT)
+            .filter_map(|gpa| ram.hva(gpa).map(|hva| (gpa, hva)))
+            .collect();
+        let present = self.shared.mapped.are_present(pages.iter().map(|(_, hva)| *hva));
+        let is_bad = |gpa: u64, is_present: bool| {
             let poisoned =
-                || matches!(read::read_ram(&ram, *at, &mut [0]), Err(AccessError::Poisoned { .. }));
-            ram.hva(*at).is_some() && ((sure && *at == first) || poisoned())
+                || matches!(read::read_ram(&ram, gpa, &mut [0]), Err(AccessError::Poisoned { .. }));
+            // What is mapped is not bad as far as the kernel knows, and need not be read.
+            (sure && gpa == first) || (!is_present && poisoned())
         };
-        let pages = (0..).map(|page| first + page * PAGE_SIZE).take_while(|page| *page < end);
-        let bad: Vec<u64> = pages.filter(is_bad).collect();
+        let bad: Vec<u64> = pages
+            .iter()
+            .zip(present)
+            .filter_map(|(&(gpa, hva), is_present)| is_bad(gpa, is_present).then_some(hva))
+            .collect();
         let mut kind = Kind::ActionRequired;
-        for gpa in &bad {
-            let Some(hva) = ram.hva(*gpa) else { continue };
+        for &hva in &bad {
             let caught = Caught { kind, hva, lsb: PAGE_SHIFT };
             self.shared.enter(&mut self.shared.lock(), caught, Thread::Vcpu(self.vcpu));
             kind = Kind::ActionOptional;
@@ -264,7 +276,7 @@ impl VcpuPort {
             let taken = inner.delivery.taken(me, &state, now);
             shared.taken(&mut inner, me, &taken);
             let left = inner.delivery.left_behind(me, &state, now);
-            if !left.is_empty() && self.takes_back {
+            if !left.is_empty() && self.take_back_attempts > 0 {
                 drop(inner);
                 self.take_back(mca, &left);
                 // The banks are other ones now.
@@ -367,12 +379,18 @@ impl VcpuPort {
         let mut emptied = Vec::new();
         for &bank in banks {
             match mca.take_back(bank) {
-                Ok(()) => emptied.push(bank),
+                Ok(()) => {
+                    emptied.push(bank);
+                    self.take_back_attempts = TAKE_BACK_ATTEMPTS;
+                }
                 Err(error) => {
                     warn!(
                         "vCPU {me}: cannot empty bank {bank}, whose record it does not take: {error}"
                     );
-                    self.takes_back = false;
+                    self.take_back_attempts = match error.kind() {
+                        io::ErrorKind::Unsupported => 0,
+                        _ => self.take_back_attempts.saturating_sub(1),
+                    };
                     break;
                 }
             }

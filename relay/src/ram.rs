@@ -6,10 +6,10 @@
 
 use std::ops::Range;
 
-use crate::failure::PAGE_SIZE;
+use crate::failure::{PAGE_SHIFT, PAGE_SIZE};
 
 /// [`PAGE_SIZE`] as the standard library's iterators want it; 4096 fits any usize.
-const PAGE_STEP: usize = 1 << crate::failure::PAGE_SHIFT;
+const PAGE_STEP: usize = 1 << PAGE_SHIFT;
 
 /// One stretch of guest RAM: `len` bytes at guest-physical `gpa`, mapped by this process at `hva`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,7 +39,7 @@ impl RamRegion {
 
     /// The same of memory that nobody writes by it.
     pub(crate) const fn unwritten(hva: u64, gpa: u64, len: u64) -> Self {
-        Self { hva, gpa, len, page_shift: crate::failure::PAGE_SHIFT }
+        Self { hva, gpa, len, page_shift: PAGE_SHIFT }
     }
 
     /// The same in pages of `1 << page_shift` bytes: 12, or 21 or 30 for hugetlb, which the host loses as a whole.
@@ -293,9 +293,14 @@ impl RamMap {
     /// `log2` of what is gone when `hva` is and a signal says `lsb`. The mapping is asked as well as
     /// the signal: KVM_RUN always says 12, and a huge page is lost as a whole all the same.
     pub fn extent(&self, hva: u64, lsb: u8) -> u8 {
-        let mapped = self.segment(hva).map_or(12, |segment| segment.page_shift);
+        let mapped = self.page_shift(hva);
         // More than an address has is nonsense.
         if lsb < 64 { lsb.max(mapped) } else { mapped }
+    }
+
+    /// `log2` of the pages that `hva` is mapped in: [`RamRegion::page_shift`] of its region.
+    pub(crate) fn page_shift(&self, hva: u64) -> u8 {
+        self.segment(hva).map_or(PAGE_SHIFT, |segment| segment.page_shift)
     }
 
     /// The host address of the byte at guest-physical `gpa`, or `None` when it is not guest RAM.

@@ -25,9 +25,9 @@ use crate::ledger::{FoundBy, Ledger, Page, Place, State};
 use crate::locked::{Collects, Kick, Locked, call_host};
 use crate::mca::Caps;
 use crate::pace::Pace;
-use crate::port::{Round, VcpuPort};
+use crate::port::{Round, TAKE_BACK_ATTEMPTS, VcpuPort};
 use crate::ram::RamMap;
-use crate::scan::Mapped;
+use crate::scan::{Mapped, can_be_mapped};
 use crate::search::Search;
 use crate::signal::{self, Caught, ExitByte, KillPolicy, Signals, Slot, ThreadSlot, Wake};
 
@@ -216,7 +216,7 @@ pub(crate) struct Shared {
     pub(crate) source_page: Option<u64>,
     /// The relay's thread runs.
     alive: AtomicBool,
-    mapped: Mapped,
+    pub(crate) mapped: Mapped,
 }
 
 /// The relays of this process.
@@ -387,8 +387,8 @@ impl Shared {
     }
 
     /// The (HVA, GPA) of the pages that are lost when `hva` is and a signal says `lsb`, and `log2` of the extent. Of a
-    /// huge page whose other pages are still mapped only the one that was named is: the kernel could not split it,
-    /// or keeps it.
+    /// huge page whose other pages are still mapped, or can be mapped again, only the one that was named is: the
+    /// kernel could not split it, or keeps it. (Trying to split a file's page takes it out of the page tables.)
     fn lost(&self, ram: &RamMap, hva: u64, lsb: u8, found_by: FoundBy) -> (Vec<(u64, u64)>, u8) {
         let (mut pages, lsb) = (ram.pages(hva, lsb), ram.extent(hva, lsb));
         // A forged failure pretends that the kernel has unmapped it all.
@@ -398,7 +398,13 @@ impl Shared {
         let named = hva & !(PAGE_SIZE - 1);
         let before = pages.len();
         let mut present = self.mapped.are_present(pages.iter().map(|(page, _)| *page)).into_iter();
-        pages.retain(|(page, _)| !present.next().unwrap_or(false) || *page == named);
+        // Of hugetlbfs the page tables have all or nothing, and asking of each of 262,144 pages would take long.
+        let goes_whole = |page| ram.page_shift(page) > PAGE_SHIFT;
+        pages.retain(|&(page, _)| {
+            let is_whole =
+                present.next().unwrap_or(false) || (!goes_whole(page) && can_be_mapped(page));
+            !is_whole || page == named
+        });
         let alone = pages.len() < before && pages.iter().all(|(page, _)| *page == named);
         (pages, if alone { PAGE_SHIFT } else { lsb })
     }
@@ -721,7 +727,7 @@ impl Relay {
             shared: Arc::clone(&self.shared),
             nameless: 0,
             nameless_since: None,
-            takes_back: true,
+            take_back_attempts: TAKE_BACK_ATTEMPTS,
             not_send: PhantomData,
         })
     }

@@ -361,6 +361,11 @@ fn populate_read(page: u64) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether the page at `page`, a host address, can be mapped for reading, and is from here on.
+pub(crate) fn can_be_mapped(page: u64) -> bool {
+    populate_read(page).is_ok()
+}
+
 /// The kernel's word on the page at `page`, a host address. A page that is only a hole gets memory.
 pub(crate) fn is_poisoned(page: u64) -> bool {
     populate_read(page).is_err_and(|error| error.raw_os_error() == Some(libc::EHWPOISON))

@@ -74,7 +74,8 @@ pub struct Watch {
 
 impl Watch {
     /// Starts watching, with no range yet. `lost` is called on a thread of its own, once for each page that
-    /// goes bad (once for a huge page), one after the other; it may block, and may use this watch.
+    /// goes bad (once for a huge page), one after the other; it may block, and may use this watch. While it blocks
+    /// the pages that go bad wait, each once: a page is news again only after [`Self::replaced`].
     ///
     /// Call it before other threads are started: see [`Relay::start`].
     ///

@@ -45,15 +45,21 @@ enum Processor {
 struct Vcpu {
     state: Arc<Mutex<McaState>>,
     processor: Arc<Mutex<Processor>>,
-    /// The back end empties banks.
+    /// The back end can empty banks.
     takes_back: bool,
+    /// How often it fails to all the same, and with what.
+    fails: Arc<Mutex<(u32, io::ErrorKind)>>,
+    /// How often it was asked to.
+    asked: Arc<AtomicU32>,
 }
 
 impl Vcpu {
     fn new() -> Self {
         let state = McaState::up();
         let processor = Arc::new(Mutex::new(Processor::Online));
-        Self { state: Arc::new(Mutex::new(state)), processor, takes_back: true }
+        let fails = Arc::new(Mutex::new((0, io::ErrorKind::Other)));
+        let state = Arc::new(Mutex::new(state));
+        Self { state, processor, takes_back: true, fails, asked: Arc::default() }
     }
 
     fn offline() -> Self {
@@ -102,8 +108,14 @@ impl Mca for Vcpu {
     }
 
     fn take_back(&mut self, bank: u8) -> io::Result<()> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
         if !self.takes_back {
             return Err(io::ErrorKind::Unsupported.into());
+        }
+        let mut fails = self.fails.lock().unwrap();
+        if fails.0 > 0 {
+            fails.0 -= 1;
+            return Err(fails.1.into());
         }
         let mut state = self.state.lock().unwrap();
         assert!(!state.mcip(), "from under a handler");
@@ -250,9 +262,20 @@ fn the_boot_processor_may_be_the_one_that_is_offline() {
 /// The records are laid where the processor polls, and then it is taken offline.
 #[test]
 fn what_lies_in_an_offline_processors_banks_is_told_elsewhere() {
-    on_own_thread(|| {
+    let busy = io::ErrorKind::ResourceBusy;
+    // How often emptying a bank fails, how often it is asked for, how many records stay.
+    for (fails, error, asked, stay) in
+        [(0, busy, 3, 0), (2, busy, 5, 0), (9, busy, 3, 3), (9, io::ErrorKind::Unsupported, 1, 3)]
+    {
+        told_elsewhere((fails, error), asked, stay);
+    }
+}
+
+fn told_elsewhere(fails: (u32, io::ErrorKind), asked: u32, stay: usize) {
+    on_own_thread(move || {
         let (relay, events) = start(2, amd());
         let (mut first, mut second) = (Vcpu::new(), Vcpu::new());
+        *first.fails.lock().unwrap() = fails;
         let mut port = attach(&relay, 0);
         // A guest that is up for a second may be laid records into.
         assert_eq!(port.before_run(&mut first), Verdict::Run);
@@ -287,7 +310,8 @@ fn what_lies_in_an_offline_processors_banks_is_told_elsewhere() {
             assert_eq!(port.before_run(&mut first), Verdict::Run);
             std::thread::sleep(Duration::from_millis(5));
         }
-        assert_eq!(first.records(), [0_u64; 0], "what the processor would read when it is back");
+        assert_eq!(first.records().len(), stay, "what the processor would read when it is back");
+        assert_eq!(first.asked.load(Ordering::Relaxed), asked, "{fails:?}");
         over.store(true, Ordering::Relaxed);
         thread.join().unwrap();
         let elsewhere = events.try_iter().filter(|event| {
@@ -609,6 +633,12 @@ fn a_memory_fault_is_a_touch_where_the_host_says_that_the_page_is_bad() {
         let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
         assert!(!port.memory_fault(8, 8, libc::EFAULT), "the host says nothing of it");
         assert!(!port.memory_fault(0xfee0_0000, 4096, libc::EHWPOISON), "no RAM");
+        for size in [0, 1, 1 << 30, u64::MAX] {
+            assert!(
+                !port.memory_fault(u64::MAX - 8, size, libc::EHWPOISON),
+                "the end of all addresses"
+            );
+        }
         assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
         assert!(relay.pages().is_empty());
         assert!(port.memory_fault(GPA + 0x1008, 8, libc::EHWPOISON));
@@ -617,27 +647,39 @@ fn a_memory_fault_is_a_touch_where_the_host_says_that_the_page_is_bad() {
     });
 }
 
-/// A huge page that the kernel could not split, or keeps: it stays mapped, and 4 KiB of it are lost.
+/// A huge page that the kernel could not split, or keeps: it stays mapped, or can be mapped again, and 4 KiB of it are
+/// lost.
 #[test]
 fn what_is_still_mapped_of_a_huge_page_is_not_lost() {
     const HUGE: u64 = 2 << 20;
-    // SAFETY: a new private mapping at an address of the kernel's choice; it is never unmapped.
-    let at = unsafe {
-        let (prot, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        libc::mmap(std::ptr::null_mut(), 2 * (2 << 20), prot, flags, -1, 0)
+    const LEN: usize = 2 << 20;
+    /// Pages that are mapped, and pages that there are.
+    const MAPPED: u64 = 256;
+    const THERE: u64 = 384;
+    let (prot, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+    // SAFETY: a new file of this test's alone; a new mapping at an address of the kernel's choice, which is never
+    // unmapped, and in it one of the file.
+    let (file, first) = unsafe {
+        let file = libc::memfd_create(c"huge".as_ptr(), libc::MFD_CLOEXEC);
+        assert_eq!(libc::ftruncate(file, THERE.cast_signed() * 4096), 0);
+        let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let at = libc::mmap(std::ptr::null_mut(), 2 * LEN, prot, private, -1, 0);
+        assert_ne!(at, libc::MAP_FAILED);
+        let first = at.map_addr(|at| at.next_multiple_of(LEN));
+        assert_eq!(libc::mmap(first, LEN, prot, shared, file, 0), first);
+        (file, first.cast::<u8>())
     };
-    assert_ne!(at, libc::MAP_FAILED);
-    // SAFETY: the mapping above; a half of it is to have no memory.
-    unsafe { libc::madvise(at, 2 * (2 << 20), libc::MADV_NOHUGEPAGE) };
-    let first = at.map_addr(|at| at.next_multiple_of(2 << 20)).cast::<u8>();
     let start = first.expose_provenance() as u64;
-    // A half of it has memory.
-    for page in 0..256 {
-        // SAFETY: inside the mapping above.
-        unsafe { first.add(page * 4096).write_volatile(1) };
-    }
-    for (page_shift, lsb) in [(12, 21), (21, 12), (21, 21)] {
+    let touch = |pages: std::ops::Range<u64>| {
+        for page in pages {
+            let offset = usize::try_from(page * 4096).unwrap();
+            // SAFETY: inside the mapping above, and of the file.
+            unsafe { first.add(offset).write_volatile(1) };
+        }
+    };
+    touch(0..MAPPED);
+    // The last of these maps what there is.
+    for (page_shift, lsb, lost_from) in [(21, 12, MAPPED), (21, 21, MAPPED), (12, 21, THERE)] {
         on_own_thread(move || {
             let huge = region(start, HUGE, HUGE).in_pages_of(page_shift);
             let (config, events) = config(1, amd(), RamMap::new(&[huge]).unwrap());
@@ -646,19 +688,20 @@ fn what_is_still_mapped_of_a_huge_page_is_not_lost() {
             forge(BUS_MCEERR_AR, start + 0x5000, lsb);
             assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
             let known: Vec<u64> = relay.pages().iter().map(|page| page.gpa - HUGE).collect();
-            // What is mapped is whole, and of what is not nobody can say so.
-            let expected = [0x5000].into_iter().chain((256..512).map(|page| page * 4096));
+            // What is mapped is whole, and of what is not, and cannot be, nobody can say so.
+            let expected = [0x5000].into_iter().chain((lost_from..512).map(|page| page * 4096));
             assert_eq!(known, expected.collect::<Vec<u64>>(), "{page_shift} {lsb}");
+            let lost = usize::try_from(1 + 512 - lost_from).unwrap();
             let touched = events.try_iter().any(|event| {
-                matches!(event, Event::Seen { gpa, extent: HUGE, pages: 257, .. } if gpa == HUGE + 0x5000)
+                matches!(event, Event::Seen { gpa, extent: HUGE, pages, .. }
+                    if gpa == HUGE + 0x5000 && pages == lost)
             });
             assert!(touched);
         });
     }
-    for page in 256..512 {
-        // SAFETY: as above.
-        unsafe { first.add(page * 4096).write_volatile(1) };
-    }
+    // SAFETY: the file above.
+    assert_eq!(unsafe { libc::ftruncate(file, HUGE.cast_signed()) }, 0);
+    touch(0..512);
     on_own_thread(move || {
         let huge = region(start, HUGE, HUGE).in_pages_of(21);
         let (config, _events) = config(1, amd(), RamMap::new(&[huge]).unwrap());
