@@ -71,6 +71,7 @@ fn leave(shell: &mut Shell, command: &str) {
     shell.pty().type_in(b"\x01x");
     let (status, text) = shell.back();
     assert_eq!(status, 0, "{text}");
+    assert!(text.contains("mce-relay: stopped by Ctrl-A x on the terminal\r\n"), "{text:?}");
     assert!(!shell.pty().text().contains("made system call"), "{}", shell.pty().text());
 }
 

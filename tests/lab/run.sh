@@ -167,8 +167,11 @@ for attempt in 1 2 3; do
     start
     while :; do
         over=; kill -0 "$qemu" 2>/dev/null || over=1
+        # Until then Ctrl-C is for this script; QEMU has the terminal so that it is for the lab.
+        [ -z "$interactive" ] || [ -n "$ready" ] || stty isig
         if [ -z "$ready" ] && grep -q '^ready' "$job/control"; then
             ready=1
+            [ -z "$interactive" ] || stty -isig
             say "ready after $((SECONDS - begun)) s"
         fi
         status=$(sed -n 's/^status \([0-9]*\)$/\1/p' "$job/control")

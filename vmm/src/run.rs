@@ -144,6 +144,10 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     records::end(status, &how);
     monitor.emit(VmEvent::Ended { how, status });
     let reason = ended?;
+    if matches!(reason, ExitReason::Stopped(StopCause::Console)) {
+        // The guest has left the cursor somewhere, and the shell's prompt comes next.
+        eprint!("\r\nmce-relay: {reason}\r\n");
+    }
     if !matches!(reason, ExitReason::PowerOff | ExitReason::Stopped(_)) {
         error!("{reason}");
         if let Some(name) = args.name.as_ref().filter(|_| records::are_kept()) {
