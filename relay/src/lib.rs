@@ -78,34 +78,19 @@
 
 #![deny(unsafe_code)]
 
-pub mod cper;
-pub mod delivery;
+mod acpi;
+mod core;
+mod decide;
 pub mod event;
-mod failure;
-pub mod firmware;
-mod forge;
-pub mod ghes;
-mod handle;
 pub mod ledger;
-mod locked;
-pub mod mca;
-mod pace;
-mod port;
-mod ram;
-#[allow(unsafe_code, reason = "it is where the system is asked")]
-pub mod read;
+mod memory;
 mod relay;
 #[allow(unsafe_code, reason = "it is where the system is asked")]
-pub mod scan;
-mod search;
-#[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod signal;
-mod slot;
-mod standing;
 pub mod syscalls;
-mod table;
+mod types;
 pub mod watch;
-mod why;
+mod x86;
 
 /// Where [`slot`] gets its atomics; `tests/loom.rs` gives it loom's.
 mod sync {
@@ -117,16 +102,24 @@ mod sync {
     }
 }
 
+pub use acpi::cper;
+pub use decide::firmware::{self, AoChannel};
+pub use decide::machine_check as delivery;
+pub use decide::pace::Pace;
 pub use event::Event;
-pub use failure::{Kind, PAGE_SHIFT, PAGE_SIZE};
-pub use firmware::AoChannel;
-pub use forge::ForgeError;
-pub use ghes::{Bell, Ghes};
-pub use handle::{Handle, RetireError};
-pub use ledger::{FoundBy, Ledger, Page, Place, Predicted};
-pub use pace::Pace;
-pub use port::{Mca, VcpuPort, Verdict};
-pub use ram::{RamError, RamMap, RamRegion};
-pub use read::AccessError;
-pub use relay::{AttachError, Config, Relay, StartError};
+pub use ledger::{Ledger, Page, Predicted};
+pub use memory::access::{self as read, AccessError};
+pub use memory::map::{RamError, RamMap, RamRegion};
+pub use memory::scan;
+pub use relay::config::Config;
+pub use relay::error::{AttachError, StartError};
+pub use relay::error_source::{self as ghes, Bell, Ghes};
+pub use relay::forge::ForgeError;
+pub use relay::handle::{Handle, RetireError};
+pub use relay::inject::Verdict;
+pub use relay::start::Relay;
+pub use relay::vcpu_port::VcpuPort;
 pub use signal::{ExitByte, Handled, KillPolicy, Signals};
+pub use types::{Caught, FoundBy, Kind, PAGE_SHIFT, PAGE_SIZE, Place};
+pub use x86::back_end::Mca;
+pub use x86::mca;

@@ -178,7 +178,7 @@ pub const RELAY: &[Call] = &[
     Call::new(libc::SYS_read, "read", "an eventfd that has woken it"),
     WAKE,
     Call::new(libc::SYS_ioctl, "ioctl", "PAGEMAP_SCAN (Linux 6.7)")
-        .given(1, crate::scan::PAGEMAP_SCAN as i64),
+        .given(1, crate::memory::scan::PAGEMAP_SCAN as i64),
     Call::new(
         libc::SYS_pread64,
         "pread64",

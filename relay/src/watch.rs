@@ -37,14 +37,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::event::Event;
-use crate::failure::{Kind, PAGE_SIZE};
-use crate::handle::Handle;
-use crate::ledger::FoundBy;
-use crate::mca::{Caps, Vendor};
-use crate::ram::{RamError, RamMap, RamRegion};
-use crate::read::AccessError;
-use crate::relay::{Config, Relay, StartError};
+use crate::memory::access::AccessError;
+use crate::memory::map::{RamError, RamMap, RamRegion};
+use crate::relay::config::Config;
+use crate::relay::error::StartError;
+use crate::relay::handle::Handle;
+use crate::relay::start::Relay;
 use crate::signal::Signals;
+use crate::types::{FoundBy, Kind, PAGE_SIZE};
+use crate::x86::mca::{Caps, Vendor};
 
 /// Memory that is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

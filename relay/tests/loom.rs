@@ -1,5 +1,5 @@
 //! What the SIGBUS handler shares with others, in every interleaving and with every order of stores
-//! that the memory model allows: `src/slot.rs` itself, on loom's atomics.
+//! that the memory model allows: `src/signal/slot.rs` itself, on loom's atomics.
 //!
 //! The models are stricter than the truth. A handler interrupts its own thread, so that thread sees
 //! its stores in order; here it is another thread, which sees no more than acquire and release say.
@@ -11,11 +11,11 @@ use loom::sync::atomic::AtomicBool;
 use loom::thread;
 
 /// Where `slot` finds what a failure is.
-mod failure {
-    pub(crate) use mce_relay::Kind;
+mod types {
+    pub(crate) use mce_relay::{Caught, Kind};
 }
 
-#[path = "../src/slot.rs"]
+#[path = "../src/signal/slot.rs"]
 #[allow(dead_code, reason = "the models use no more of it than the handler and its readers do")]
 mod slot;
 
@@ -47,15 +47,16 @@ mod sync {
     }
 }
 
-use slot::{Caught, Orphans, Slot};
+use slot::{Orphans, Slot};
 use sync::{Ordering, model};
+use types::Caught;
 
 /// One of a few signals that differ from each other, and from an empty entry, in all they have.
 fn signal(number: u8) -> Caught {
     let kind = if number.is_multiple_of(2) {
-        failure::Kind::ActionRequired
+        types::Kind::ActionRequired
     } else {
-        failure::Kind::ActionOptional
+        types::Kind::ActionOptional
     };
     Caught { kind, hva: 0x7f00_0000_1000 + u64::from(number), lsb: 12 + number }
 }

@@ -9,7 +9,7 @@ use mce_relay_tests::guest::{Guest, Options};
 use mce_relay_vmm::boot::layout::FIRMWARE_START;
 use serde_json::Value;
 
-/// Where the status block begins (`BLOCK_OFFSET` in `relay/src/ghes.rs`).
+/// Where the status block begins (`BLOCK_OFFSET` in `relay/src/relay/error_source.rs`).
 const BLOCK: u64 = FIRMWARE_START + 64;
 /// How long a guest may take to take a record or, once it is up, the source (`PATIENCE` there).
 const TEN_SECONDS: Duration = Duration::from_secs(10);

@@ -5,15 +5,14 @@
 
 use libc::{c_int, pid_t, uid_t};
 
-use super::{BUS_MCEERR_AO, BUS_MCEERR_AR};
-use crate::failure::Kind;
+use super::code::{BUS_MCEERR_AO, BUS_MCEERR_AR};
 
 /// Longer than any line below.
 const LEN: usize = 320;
 
 /// Where a SIGBUS came from.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum From {
+pub(crate) enum Origin {
     /// The kernel: an access at `addr` failed. `lsb` means something for memory failures only.
     Fault { addr: u64, lsb: u8 },
     /// A process sent it.
@@ -84,7 +83,7 @@ impl Line {
     }
 }
 
-fn line(code: c_int, from: From, thread: pid_t, next: Next) -> Line {
+fn line(code: c_int, from: Origin, thread: pid_t, next: Next) -> Line {
     let mut line = Line::new();
     line.add("mce-relay: SIGBUS on thread ");
     line.signed(thread.into());
@@ -102,7 +101,7 @@ fn line(code: c_int, from: From, thread: pid_t, next: Next) -> Line {
         line.signed(code.into());
     }
     match from {
-        From::Fault { addr, lsb } => {
+        Origin::Fault { addr, lsb } => {
             line.add(" at 0x");
             line.number(addr, 16);
             if code == BUS_MCEERR_AR || code == BUS_MCEERR_AO {
@@ -110,7 +109,7 @@ fn line(code: c_int, from: From, thread: pid_t, next: Next) -> Line {
                 line.number(lsb.into(), 10);
             }
         }
-        From::Sender { pid, uid } => {
+        Origin::Sender { pid, uid } => {
             line.add(" by process ");
             line.signed(pid.into());
             line.add(" of user ");
@@ -127,7 +126,7 @@ fn line(code: c_int, from: From, thread: pid_t, next: Next) -> Line {
 }
 
 /// Writes the line to stderr, as much of it as goes at once. Leaves errno alone. Async-signal-safe.
-pub(crate) fn say(code: c_int, from: From, next: Next) {
+pub(crate) fn say(code: c_int, from: Origin, next: Next) {
     // SAFETY: gettid takes nothing; __errno_location points to this thread's errno, which is put back,
     // since the code that was interrupted may be about to read it; the buffer is valid for its length.
     unsafe {
@@ -139,36 +138,28 @@ pub(crate) fn say(code: c_int, from: From, next: Next) {
     }
 }
 
-/// `si_code` of a memory failure of this kind.
-pub(crate) fn code_of(kind: Kind) -> c_int {
-    match kind {
-        Kind::ActionOptional => BUS_MCEERR_AO,
-        Kind::ActionRequired => BUS_MCEERR_AR,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn text(code: c_int, from: From, next: Next) -> String {
+    fn text(code: c_int, from: Origin, next: Next) -> String {
         String::from_utf8(line(code, from, 4321, next).as_bytes().to_vec()).unwrap()
     }
 
     #[test]
     fn lines_name_what_people_look_for() {
-        let ar = From::Fault { addr: 0x7f12_3456_7890, lsb: 12 };
+        let ar = Origin::Fault { addr: 0x7f12_3456_7890, lsb: 12 };
         assert_eq!(
             text(BUS_MCEERR_AR, ar, Next::Handler),
             "mce-relay: SIGBUS on thread 4321, action required memory failure (BUS_MCEERR_AR) at \
              0x7f1234567890, lsb 12: not an error of guest memory that the guest can be told of; \
              the handler before ours has it\n"
         );
-        let error = text(libc::BUS_ADRERR, From::Fault { addr: 0, lsb: 9 }, Next::Default);
+        let error = text(libc::BUS_ADRERR, Origin::Fault { addr: 0, lsb: 9 }, Next::Default);
         assert!(error.contains("(BUS_ADRERR) at 0x0: "), "{error}");
-        let sent = text(libc::SI_TKILL, From::Sender { pid: 17, uid: u32::MAX }, Next::Ignored);
+        let sent = text(libc::SI_TKILL, Origin::Sender { pid: 17, uid: u32::MAX }, Next::Ignored);
         assert!(sent.contains("sent, si_code -6 by process 17 of user 4294967295: "), "{sent}");
-        let odd = text(99, From::Fault { addr: u64::MAX, lsb: 255 }, Next::Default);
+        let odd = text(99, Origin::Fault { addr: u64::MAX, lsb: 255 }, Next::Default);
         assert!(odd.contains("si_code 99 at 0xffffffffffffffff: "), "{odd}");
         for line in [error, sent, odd] {
             assert!(line.len() < LEN && line.ends_with('\n'), "not cut: {line}");

@@ -5,7 +5,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::time::Duration;
 
-use super::ThreadSlot;
+use super::thread_slot::ThreadSlot;
 
 /// What others wake a sleeping thread by.
 #[derive(Debug)]

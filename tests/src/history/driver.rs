@@ -11,7 +11,7 @@ use super::audit::Audit;
 use super::guest::{self, GuestStep, TRIPLE_FAULT, Took};
 use super::{Counts, History, Op, Vcpu, gpa};
 
-/// How long an AR is held back for other processors (`AR_PATIENCE` in `relay/src/port.rs`).
+/// How long an AR is held back for other processors (`AR_PATIENCE` in `relay/src/relay/vcpu_port.rs`).
 const AR_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Plays `history` on `vcpus` and has the guest become well at its end; what happened.

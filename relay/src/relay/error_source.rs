@@ -8,15 +8,16 @@ use std::time::{Duration, Instant, SystemTime};
 
 use log::{debug, warn};
 
-use crate::cper::{self, MAX_LEN, Notice, STATUS_LEN};
-use crate::delivery::{Cannot, Pending, Wait};
+use crate::acpi::cper::{self, MAX_LEN, Notice, STATUS_LEN};
+use crate::core::inner::Inner;
+use crate::core::locked::call_host;
+use crate::core::shared::{IDLE_TICK, Shared};
+use crate::core::transition::Change;
+use crate::decide::firmware::{Block, Outcome, Publication, Sight, Step};
+use crate::decide::machine_check::Pending;
 use crate::event::{Event, Injection};
-use crate::failure::{Kind, PAGE_SIZE};
-use crate::firmware::{Block, Outcome, Publication, Sight, Step, Why};
-use crate::ledger::{Place, State};
-use crate::locked::call_host;
-use crate::read;
-use crate::relay::{Change, IDLE_TICK, Inner, Shared};
+use crate::memory::access;
+use crate::types::{Cannot, Kind, PAGE_SIZE, Place, State, Wait, Why};
 
 /// Where in the page the error status address register lies: eight bytes that hold the guest-physical
 /// address of the block (ACPI 6.5, table 18.10, "error status address").
@@ -100,13 +101,13 @@ impl Source {
     }
 
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        read::write(self.hva + offset, bytes)
+        access::write(self.hva + offset, bytes)
     }
 
     /// What lies in the block.
     fn block(&mut self) -> Block {
         let mut now = vec![0; self.record.len().max(STATUS_LEN)];
-        if let Err(error) = read::read(self.hva + BLOCK_OFFSET, &mut now) {
+        if let Err(error) = access::read(self.hva + BLOCK_OFFSET, &mut now) {
             if !std::mem::replace(&mut self.failing, true) {
                 warn!("cannot read the error source's status block: {error}");
             }

@@ -5,13 +5,10 @@
 //! is whole all the while, and every trace of it says that it was forged: the event of the signal,
 //! and the page in the ledger.
 
-use std::mem;
-
+use super::handle::Handle;
 use crate::event::Thread;
-use crate::failure::{Kind, PAGE_SHIFT, PAGE_SIZE};
-use crate::handle::Handle;
-use crate::relay::{Inner, Shared};
-use crate::signal::{self, Caught, ExitByte, ThreadSlot};
+use crate::signal::{ExitByte, ThreadSlot};
+use crate::types::{Caught, Kind, PAGE_SHIFT, PAGE_SIZE};
 
 /// Why a memory failure is not forged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -28,56 +25,6 @@ pub enum ForgeError {
         /// The vCPU.
         vcpu: usize,
     },
-}
-
-/// Forged failures on their way.
-#[derive(Debug, Default)]
-pub(crate) struct Forgery {
-    /// Not sent yet; `None` is the relay's own thread, and otherwise the vCPU's.
-    queued: Vec<(Option<usize>, Caught)>,
-    /// Sent by the thread that is taking its signals now.
-    sent: Vec<Caught>,
-}
-
-impl Forgery {
-    /// Whether `caught` was forged. Each forged one counts once.
-    pub(crate) fn knows(&mut self, caught: Caught) -> bool {
-        let at = self.sent.iter().position(|sent| *sent == caught);
-        at.map(|at| self.sent.swap_remove(at)).is_some()
-    }
-}
-
-impl Shared {
-    /// Takes the signals of the calling thread, which is `thread`: those that are forged for it are
-    /// sent first.
-    pub(crate) fn take(&self, inner: &mut Inner, slot: &ThreadSlot, thread: Thread) -> Vec<Caught> {
-        let whose = match thread {
-            Thread::Vcpu(vcpu) => Some(vcpu),
-            _ => None,
-        };
-        let (mine, others) =
-            mem::take(&mut inner.forgery.queued).into_iter().partition(|(to, _)| *to == whose);
-        inner.forgery.queued = others;
-        let mine: Vec<(Option<usize>, Caught)> = mine;
-        let mut nobodys = Vec::new();
-        let mut empty = |inner: &mut Inner| {
-            while let Some(caught) = slot.take() {
-                if !self.enter(inner, caught, thread) {
-                    nobodys.push(caught);
-                }
-            }
-        };
-        empty(inner);
-        for (_, caught) in mine {
-            inner.forgery.sent.push(caught);
-            signal::send_failure(caught);
-            // One by one, as the slot does not hold many.
-            empty(inner);
-        }
-        // What found the slot full was counted there, and is no mark for a later one.
-        inner.forgery.sent.clear();
-        nobodys
-    }
 }
 
 impl Handle {

@@ -7,22 +7,11 @@
 //! The atomics come from `crate::sync`, so that `tests/loom.rs` runs this very file on loom's and
 //! goes through every interleaving and every order in which a processor may show the stores.
 
-use crate::failure::Kind;
 use crate::sync::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use crate::types::{Caught, Kind};
 
 /// Signals that are held between two looks. SIGBUS does not queue, so one look follows few signals.
 const PLACES: usize = 16;
-
-/// A memory failure as the kernel signalled it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Caught {
-    /// AO or AR.
-    pub kind: Kind,
-    /// `si_addr`, a host virtual address; not necessarily page-aligned.
-    pub hva: u64,
-    /// `si_addr_lsb`, `log2` of the extent that is gone.
-    pub lsb: u8,
-}
 
 /// One [`Caught`]. Whoever uses it has to have it for itself.
 #[derive(Debug, Default)]

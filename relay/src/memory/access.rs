@@ -12,9 +12,9 @@
 
 use std::io;
 
-use crate::failure::PAGE_SIZE;
-use crate::ram::RamMap;
-use crate::scan::is_poisoned;
+use crate::memory::map::RamMap;
+use crate::memory::scan::is_poisoned;
+use crate::types::PAGE_SIZE;
 
 /// Why guest memory could not be reached.
 #[derive(Debug, thiserror::Error)]

@@ -12,15 +12,16 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use crate::cper::Notice;
-use crate::firmware::{self, AoChannel, Channel, Outcome, Sight, Why};
-use crate::mca::{
+use super::firmware::{self, AoChannel, Channel, Outcome, Sight};
+use super::pace::{Pace, Queue};
+use super::standing::{Seen, Standing};
+use crate::acpi::cper::Notice;
+use crate::types::Why;
+pub use crate::types::{Cannot, Wait};
+use crate::x86::mca::{
     self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Bank, Caps, DEFERRED_BANKS, Form, Kind, McaState,
     Record, Vendor, mcg,
 };
-use crate::pace::{Pace, Queue};
-use crate::standing::{Seen, Standing};
-pub use crate::why::{Cannot, Wait};
 
 /// How long CR4.MCE has to have been set before a record is only laid into a bank. Linux sets CR4.MCE
 /// first and wipes the banks unread after that (`__mcheck_cpu_init_clear_banks`,
@@ -868,8 +869,8 @@ fn free_bank(vcpu: u32, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mca::{BANKS, cap, status};
-    use crate::standing::{LEAVE, MASKED};
+    use crate::decide::standing::{LEAVE, MASKED};
+    use crate::x86::mca::{BANKS, cap, status};
 
     const PAGE: u64 = 0x1234_5000;
 

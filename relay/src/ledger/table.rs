@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::{Duration, SystemTime};
 
-use crate::failure::{Kind, PAGE_SHIFT};
-use crate::ledger::{FoundBy, Page, State, Times};
+use super::page::{Page, Times};
+use crate::types::{FoundBy, Kind, PAGE_SHIFT, State};
 
 /// `log2` of the bytes of guest memory that a block is about, 64 MiB. It has so few pages that one more
 /// is put in its place among them within microseconds, and so many that what it has once does not count.
@@ -219,8 +219,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::delivery::Wait;
-    use crate::ledger::Place;
+    use crate::types::{Place, Wait};
 
     #[test]
     fn an_entry_is_small() {

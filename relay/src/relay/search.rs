@@ -12,12 +12,11 @@ use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 
+use crate::core::inner::RETRY_FIRST;
+use crate::core::shared::{IDLE_TICK, Shared};
 use crate::event::Event;
-use crate::failure::{Kind, PAGE_SHIFT};
-use crate::ledger::FoundBy;
-use crate::relay::{IDLE_TICK, RETRY_FIRST, Shared};
-use crate::scan::{FailureCounter, Scanner};
-use crate::signal::Caught;
+use crate::memory::scan::{FailureCounter, Scanner};
+use crate::types::{Caught, FoundBy, Kind, PAGE_SHIFT};
 
 /// A look may take this share of the time until the next one may begin: during a burst no more than
 /// a tenth of a processor goes into looking.

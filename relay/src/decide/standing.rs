@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::time::Duration;
 
-use crate::mca::McaState;
+use crate::x86::mca::McaState;
 
 /// How long after MCG_STATUS.MCIP was seen clear a vCPU has surely left its handler, though it was
 /// never seen with interrupts on (a guest may idle with them off). The rest of Linux' handler is some

@@ -29,7 +29,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::ptr;
 
-use crate::failure::{PAGE_SHIFT, PAGE_SIZE};
+use crate::types::{PAGE_SHIFT, PAGE_SIZE};
 
 /// [`PAGE_SIZE`] as a length of memory in this process.
 const PAGE_LEN: usize = 1 << PAGE_SHIFT;

@@ -4,13 +4,13 @@ use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use crate::core::inner::Inner;
+use crate::core::shared::Shared;
 use crate::event::Event;
-use crate::failure::{Kind, PAGE_SIZE};
-use crate::ledger::{FoundBy, Ledger, Page, Predicted, State, Untold};
-use crate::ram::{RamError, RamMap, RamRegion};
-use crate::read::{self, AccessError};
-use crate::relay::{Inner, Shared};
-use crate::signal::Caught;
+use crate::ledger::{Ledger, Page, Predicted, Untold};
+use crate::memory::access::{self, AccessError};
+use crate::memory::map::{RamError, RamMap, RamRegion};
+use crate::types::{Caught, FoundBy, Kind, PAGE_SHIFT, PAGE_SIZE, State};
 
 /// Why a guest is not asked to stop using a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -75,7 +75,7 @@ impl Handle {
     /// Not even the first byte could be read: see [`AccessError`].
     pub fn read(&self, gpa: u64, to: &mut [u8]) -> Result<usize, AccessError> {
         // Held while the kernel copies: `remove_ram` waits for that.
-        let done = read::read_ram(&self.0.ram(), gpa, to);
+        let done = access::read_ram(&self.0.ram(), gpa, to);
         done.inspect_err(|error| self.met(error))
     }
 
@@ -84,7 +84,7 @@ impl Handle {
     /// # Errors
     /// Not even the first byte could be written: see [`AccessError`].
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
-        let done = read::write_ram(&self.0.ram(), gpa, from);
+        let done = access::write_ram(&self.0.ram(), gpa, from);
         done.inspect_err(|error| self.met(error))
     }
 
@@ -93,7 +93,7 @@ impl Handle {
         let AccessError::Poisoned { gpa } = *error else { return };
         let gpa = gpa & !(PAGE_SIZE - 1);
         let Some(hva) = self.0.ram().hva(gpa) else { return };
-        let caught = Caught { kind: Kind::ActionOptional, hva, lsb: crate::failure::PAGE_SHIFT };
+        let caught = Caught { kind: Kind::ActionOptional, hva, lsb: PAGE_SHIFT };
         let mut inner = self.0.lock();
         if !inner.ledger.contains(gpa) {
             self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);

@@ -1,4 +1,4 @@
-//! What to do next on the firmware-first channel: the pure half of it, as [`crate::delivery`] is of the
+//! What to do next on the firmware-first channel: the pure half of it, as [`super::machine_check`] is of the
 //! machine check's.
 //!
 //! Records lie in one status block in guest memory, one at a time. The guest takes a record when it is
@@ -9,9 +9,9 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::time::Duration;
 
-use crate::cper::{MAX_PAGES, Notice};
-use crate::why::Wait;
-pub use crate::why::Why;
+use crate::acpi::cper::{MAX_PAGES, Notice};
+use crate::types::Wait;
+pub use crate::types::Why;
 
 /// Pages that Linux queues per processor (`MEMORY_FAILURE_FIFO_ORDER`, `mm/memory-failure.c`); more
 /// are dropped ("buffer overflow when queuing memory failure"). Nobody can say which processor takes
@@ -114,7 +114,7 @@ pub enum Step {
     /// Nothing can be done now; the page named is the next in turn, if none lies in the block.
     Wait(Option<(u64, Notice)>, Wait),
     /// Write this into the block and notify the guest;
-    /// [`Delivery::firmware_refused`](crate::delivery::Delivery::firmware_refused) if that fails.
+    /// [`Delivery::firmware_refused`](crate::decide::machine_check::Delivery::firmware_refused) if that fails.
     Publish(Publication),
 }
 

@@ -5,12 +5,12 @@
 //! and of the AMD APM volume 2 chapter 9; what Linux makes of each combination was read in
 //! `arch/x86/kernel/cpu/mce/severity.c` and `core.c` of 6.1 and 6.12.
 //!
-//! This module, [`delivery`](crate::delivery) and the injecting half of [`VcpuPort`](crate::VcpuPort) are x86's.
+//! This module, [`delivery`](crate::decide::machine_check) and the injecting half of [`VcpuPort`](crate::VcpuPort) are x86's.
 //! Signals, translation, ledger, search, guarded reads and the firmware-first channel are not: a back end for
 //! another architecture (on ARM an external abort by KVM_SET_VCPU_EVENTS, and the same firmware-first records)
 //! has its place beside these three.
 
-pub use crate::failure::{Kind, PAGE_SHIFT, PAGE_SIZE};
+pub use crate::types::{Form, Kind, PAGE_SHIFT, PAGE_SIZE};
 
 /// Number of banks KVM can hold at most (`KVM_MAX_MCE_BANKS`, `arch/x86/include/asm/kvm_host.h`).
 pub const MAX_BANKS: usize = MAX_BANKS_U8 as usize;
@@ -204,42 +204,6 @@ impl Caps {
             rip: 0,
             banks,
         }
-    }
-}
-
-/// The form in which an error is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub enum Form {
-    /// Intel: software-recoverable, action optional, by machine check.
-    #[cfg_attr(feature = "serde", serde(rename = "SRAO"))]
-    Srao,
-    /// Intel: software-recoverable, action required, by machine check.
-    #[cfg_attr(feature = "serde", serde(rename = "SRAR"))]
-    Srar,
-    /// AMD: deferred error, logged in a bank and found by the guest's poll.
-    #[cfg_attr(feature = "serde", serde(rename = "deferred"))]
-    Deferred,
-    /// AMD: consumed poison, contained by SUCCOR, by machine check.
-    #[cfg_attr(feature = "serde", serde(rename = "AMD-AR"))]
-    AmdAr,
-}
-
-impl Form {
-    /// Whether the guest takes a machine check for it (a deferred record raises none).
-    pub fn raises_mc(self) -> bool {
-        !matches!(self, Self::Deferred)
-    }
-}
-
-impl std::fmt::Display for Form {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Srao => "SRAO",
-            Self::Srar => "SRAR",
-            Self::Deferred => "deferred",
-            Self::AmdAr => "AMD AR",
-        })
     }
 }
 

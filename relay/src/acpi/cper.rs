@@ -4,7 +4,7 @@
 //! Layout: ACPI 6.5, 18.3.2.7.1 (generic error status block, table 18.11; generic error data entry,
 //! table 18.12) and UEFI 2.10, N.2.5 (memory error section). All numbers are little-endian.
 
-use crate::failure::PAGE_SIZE;
+use crate::types::PAGE_SIZE;
 
 /// Pages that one record names at most. With 15 the whole block status fits into its lowest byte, so
 /// that the last thing written is a single byte and no guest sees half of it; and it is less than the

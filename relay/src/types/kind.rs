@@ -26,3 +26,14 @@ impl std::fmt::Display for Kind {
         })
     }
 }
+
+/// A memory failure as the kernel signalled it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caught {
+    /// AO or AR.
+    pub kind: Kind,
+    /// `si_addr`, a host virtual address; not necessarily page-aligned.
+    pub hva: u64,
+    /// `si_addr_lsb`, `log2` of the extent that is gone.
+    pub lsb: u8,
+}

@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 
-use crate::failure::{PAGE_SHIFT, PAGE_SIZE};
+use crate::types::{PAGE_SHIFT, PAGE_SIZE};
 
 /// [`PAGE_SIZE`] as the standard library's iterators want it; 4096 fits any usize.
 const PAGE_STEP: usize = 1 << PAGE_SHIFT;
@@ -27,7 +27,7 @@ impl RamRegion {
     ///
     /// # Safety
     /// Whoever has the region, or a map or relay that was made with it, may write to this memory by a safe call
-    /// ([`Handle::write`](crate::Handle::write), [`read::write_ram`](crate::read::write_ram)), and the relay writes
+    /// ([`Handle::write`](crate::Handle::write), [`read::write_ram`](crate::memory::access::write_ram)), and the relay writes
     /// the error source's page. So as long as one of them is there, and until
     /// [`Handle::remove_ram`](crate::Handle::remove_ram) has returned, nothing but guest memory, which the guest may
     /// change at any time, is mapped at `hva..hva + len`, or nothing at all; no reference of Rust's leads there.

@@ -1,0 +1,3 @@
+//! ACPI's records of hardware errors.
+
+pub mod cper;

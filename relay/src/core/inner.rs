@@ -1,0 +1,113 @@
+//! What is behind the relay's lock.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::forgery::Forgery;
+use super::gathering::Round;
+use super::locked::{Collects, Kick};
+use crate::decide::machine_check::Delivery;
+use crate::ledger::Ledger;
+use crate::signal::Slot;
+use crate::types::Caught;
+
+/// First pause before a vCPU that could not be told is looked at again.
+pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(5);
+
+pub(crate) struct Attached {
+    pub(crate) slot: Arc<Slot>,
+    pub(crate) kick: Kick,
+    /// Held by a pause of the virtual machine.
+    pub(crate) parked: bool,
+    /// It did not come round for the last gathering, and has not since.
+    pub(crate) late: bool,
+    /// When it was last called for being late.
+    pub(crate) called: Instant,
+}
+
+/// How long a vCPU's port has been gone before it counts as unplugged. All of them go at the end of the virtual
+/// machine, one after the other, and then there is nobody to be told.
+const UNPLUGGED: Duration = Duration::from_millis(200);
+
+pub(crate) struct Inner {
+    pub(crate) delivery: Delivery,
+    pub(crate) ledger: Ledger,
+    pub(crate) vcpus: Vec<Option<Attached>>,
+    pub(crate) round: Option<Round>,
+    /// Rounds called so far.
+    pub(crate) rounds: u64,
+    /// The pause before whoever something waits for is called again.
+    pub(crate) retry: Duration,
+    /// Something new waits: call at once.
+    pub(crate) news: bool,
+    /// Something new waits on the firmware-first channel.
+    pub(crate) firmware_news: bool,
+    /// Failures that are not real.
+    pub(crate) forgery: Forgery,
+    /// AOs that are not of this relay's memory.
+    pub(crate) strays: Vec<Caught>,
+    /// vCPUs whose ports have gone, and when that counts.
+    pub(crate) gone: Vec<(usize, Instant)>,
+    /// vCPUs that the relay's thread is to call.
+    pub(crate) to_call: Vec<usize>,
+    /// vCPUs that are to leave the guest, when the lock is given back.
+    pub(crate) kicks: Vec<Kick>,
+}
+
+impl Collects for Inner {
+    fn kicks(&mut self) -> &mut Vec<Kick> {
+        &mut self.kicks
+    }
+}
+
+impl Inner {
+    /// An AO for the page at `gpa`, which nobody has heard of.
+    pub(crate) fn push_ao(&mut self, gpa: u64) {
+        if self.vcpus.is_empty() {
+            return;
+        }
+        self.delivery.push_ao(gpa);
+        self.news = true;
+        self.firmware_news = true;
+    }
+
+    /// `vcpu` goes on without its touches: see [`Delivery::goes_on`].
+    pub(crate) fn goes_on(&mut self, vcpu: usize) {
+        if self.delivery.goes_on(vcpu) {
+            self.aos_wait();
+        }
+    }
+
+    /// AOs have come to wait.
+    pub(crate) fn aos_wait(&mut self) {
+        self.news = true;
+        self.firmware_news = true;
+        self.retry = RETRY_FIRST;
+    }
+
+    /// Whether a pause of the virtual machine holds a vCPU.
+    pub(crate) fn is_paused(&self) -> bool {
+        self.vcpus.iter().flatten().any(|vcpu| vcpu.parked)
+    }
+
+    /// Asks for `vcpu`'s attention, the next time that it comes round.
+    pub(crate) fn ask(&self, vcpu: usize) {
+        if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
+            attached.slot.ask_attention();
+        }
+    }
+
+    /// Asks for `vcpu`'s attention and makes it leave the guest.
+    pub(crate) fn call(&mut self, vcpu: usize) {
+        self.ask(vcpu);
+        if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
+            self.kicks.push(Arc::clone(&attached.kick));
+        }
+    }
+
+    /// The port of `vcpu` will go, or has gone, at `now`.
+    pub(crate) fn leaves(&mut self, vcpu: usize) -> Option<Kick> {
+        self.gone.push((vcpu, Instant::now() + UNPLUGGED));
+        self.vcpus.get_mut(vcpu).and_then(Option::take).map(|attached| attached.kick)
+    }
+}

@@ -1,0 +1,11 @@
+//! The relay's state, and all that changes it: one lock, under which a failure enters the ledger and every page comes
+//! to its states. Nobody here waits, signals a thread or calls a hypervisor.
+
+pub(crate) mod forgery;
+pub(crate) mod gathering;
+pub(crate) mod inner;
+pub(crate) mod locked;
+mod record;
+pub(crate) mod registry;
+pub(crate) mod shared;
+pub(crate) mod transition;

@@ -1,0 +1,151 @@
+//! A failure enters: translation, ledger, and the queue of whoever has to be told.
+
+use std::mem;
+use std::time::SystemTime;
+
+use super::inner::{Inner, RETRY_FIRST};
+use super::shared::Shared;
+use crate::event::{Event, Thread};
+use crate::memory::map::RamMap;
+use crate::memory::scan::can_be_mapped;
+use crate::signal::{self, ThreadSlot};
+use crate::types::{Caught, FoundBy, Kind, PAGE_SHIFT, PAGE_SIZE};
+
+impl Shared {
+    /// Takes the signals of the calling thread, which is `thread`: those that are forged for it are
+    /// sent first.
+    pub(crate) fn take(&self, inner: &mut Inner, slot: &ThreadSlot, thread: Thread) -> Vec<Caught> {
+        let whose = match thread {
+            Thread::Vcpu(vcpu) => Some(vcpu),
+            _ => None,
+        };
+        let (mine, others) =
+            mem::take(&mut inner.forgery.queued).into_iter().partition(|(to, _)| *to == whose);
+        inner.forgery.queued = others;
+        let mine: Vec<(Option<usize>, Caught)> = mine;
+        let mut nobodys = Vec::new();
+        let mut empty = |inner: &mut Inner| {
+            while let Some(caught) = slot.take() {
+                if !self.enter(inner, caught, thread) {
+                    nobodys.push(caught);
+                }
+            }
+        };
+        empty(inner);
+        for (_, caught) in mine {
+            inner.forgery.sent.push(caught);
+            signal::send_failure(caught);
+            // One by one, as the slot does not hold many.
+            empty(inner);
+        }
+        // What found the slot full was counted there, and is no mark for a later one.
+        inner.forgery.sent.clear();
+        nobodys
+    }
+
+    /// One signal: translation, ledger, and the queue of the vCPU concerned. False when the address
+    /// is not guest RAM.
+    pub(crate) fn enter(&self, inner: &mut Inner, caught: Caught, thread: Thread) -> bool {
+        let Caught { kind, hva, lsb } = caught;
+        let forged = inner.forgery.knows(caught);
+        self.emit(&Event::Caught { kind, hva, lsb, thread, forged });
+        let (vcpu, kind) = match thread {
+            Thread::Vcpu(vcpu) => (Some(vcpu), kind),
+            Thread::Relay | Thread::Other => (None, kind),
+            Thread::Caller => (None, Kind::ActionOptional),
+        };
+        let found_by = if forged { FoundBy::Forged } else { FoundBy::Signal };
+        let known = self.enter_pages(inner, Caught { kind, hva, lsb }, found_by, vcpu);
+        if !known && kind == Kind::ActionOptional {
+            // The kernel tells one thread of a process; with two VMs in it that may be the other's.
+            inner.strays.push(caught);
+        } else if !known {
+            self.emit(&Event::Outside { kind, hva, lsb });
+        }
+        inner.retry = RETRY_FIRST;
+        if (inner.news || !known) && thread != Thread::Relay {
+            self.wake();
+        }
+        known
+    }
+
+    /// All pages that are lost with the one at `caught.hva`, of which `vcpu` has touched that one if
+    /// it is an AR. False when the address is not guest RAM.
+    pub(crate) fn enter_pages(
+        &self,
+        inner: &mut Inner,
+        caught: Caught,
+        found_by: FoundBy,
+        vcpu: Option<usize>,
+    ) -> bool {
+        let Caught { kind, hva, lsb } = caught;
+        let ram = self.ram();
+        let (pages, lsb) = self.lost(&ram, hva, lsb, found_by);
+        let now = SystemTime::now();
+        // The guest has the page that was touched at each of these addresses, and touched one of them.
+        let touched = vcpu.filter(|_| kind == Kind::ActionRequired).and_then(|_| {
+            let gpas: Vec<u64> = ram.gpas(hva & !(PAGE_SIZE - 1)).collect();
+            inner.delivery.next_alias(&gpas)
+        });
+        // One event for an extent: a page of 1 GiB has 262,144 pages.
+        let (mut news, mut first) = (0, None);
+        for &(page_hva, gpa) in &pages {
+            // Of a larger extent only the page that was named stops anybody.
+            let named = page_hva <= hva && hva - page_hva < PAGE_SIZE;
+            let alias = touched.is_some_and(|touched| named && gpa != touched);
+            let kind = if named && !alias { kind } else { Kind::ActionOptional };
+            let before = inner.ledger.state_of(gpa);
+            let known = before.is_some();
+            if known && (!named || alias) {
+                continue;
+            }
+            let new = inner.ledger.enter(gpa, page_hva, lsb, kind, found_by, now);
+            if new {
+                news += 1;
+                if named || first.is_none() {
+                    first = Some((gpa, page_hva, kind));
+                }
+            } else {
+                let forged = found_by == FoundBy::Forged;
+                self.emit(&Event::Again { gpa, kind, forged });
+            }
+            match (kind, vcpu) {
+                // A vCPU that touches a page cannot go on, however often it was told.
+                (Kind::ActionRequired, Some(vcpu)) => {
+                    let untold = before.is_none_or(|state| state.is_untold());
+                    inner.delivery.push_ar(vcpu, gpa, untold, self.now());
+                }
+                _ if new => inner.push_ao(gpa),
+                _ => {}
+            }
+        }
+        if let Some((gpa, hva, kind)) = first {
+            let (extent, pages) = (1 << lsb, news);
+            self.emit(&Event::Seen { gpa, hva, kind, found_by, extent, pages });
+        }
+        !pages.is_empty()
+    }
+
+    /// The (HVA, GPA) of the pages that are lost when `hva` is and a signal says `lsb`, and `log2` of the extent. Of a
+    /// huge page whose other pages are still mapped, or can be mapped again, only the one that was named is: the
+    /// kernel could not split it, or keeps it. (Trying to split a file's page takes it out of the page tables.)
+    fn lost(&self, ram: &RamMap, hva: u64, lsb: u8, found_by: FoundBy) -> (Vec<(u64, u64)>, u8) {
+        let (mut pages, lsb) = (ram.pages(hva, lsb), ram.extent(hva, lsb));
+        // A forged failure pretends that the kernel has unmapped it all.
+        if lsb == PAGE_SHIFT || found_by == FoundBy::Forged {
+            return (pages, lsb);
+        }
+        let named = hva & !(PAGE_SIZE - 1);
+        let before = pages.len();
+        let mut present = self.mapped.are_present(pages.iter().map(|(page, _)| *page)).into_iter();
+        // Of hugetlbfs the page tables have all or nothing, and asking of each of 262,144 pages would take long.
+        let goes_whole = |page| ram.page_shift(page) > PAGE_SHIFT;
+        pages.retain(|&(page, _)| {
+            let is_whole =
+                present.next().unwrap_or(false) || (!goes_whole(page) && can_be_mapped(page));
+            !is_whole || page == named
+        });
+        let alone = pages.len() < before && pages.iter().all(|(page, _)| *page == named);
+        (pages, if alone { PAGE_SHIFT } else { lsb })
+    }
+}

@@ -1,0 +1,83 @@
+//! What the relay's thread, the vCPUs' threads and the handles of one relay share.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use super::inner::Inner;
+use super::locked::{Locked, call_host};
+use crate::event::Event;
+use crate::memory::map::RamMap;
+use crate::memory::scan::Mapped;
+use crate::signal::Wake;
+
+/// How often the relay's thread looks for AOs that reached a thread outside the relay.
+pub(crate) const IDLE_TICK: Duration = Duration::from_secs(1);
+
+pub(crate) struct Shared {
+    pub(crate) inner: Mutex<Inner>,
+    /// Woken at every step of a [`Round`].
+    pub(crate) gathered: Condvar,
+    /// Looked up by threads, never by the handler.
+    pub(crate) ram: RwLock<Arc<RamMap>>,
+    /// What [`Delivery`] counts its times from.
+    pub(crate) start: Instant,
+    pub(crate) observer: Box<dyn Fn(&Event) + Send + Sync>,
+    pub(crate) stop: AtomicBool,
+    pub(crate) wake: Wake,
+    /// How often guest RAM was looked through.
+    pub(crate) scans: AtomicU64,
+    /// There may be a failure here that nobody was signalled: another relay has heard of one, or memory has come
+    /// that may have been bad before.
+    pub(crate) hinted: AtomicBool,
+    /// The process that made it.
+    pub(crate) pid: u32,
+    /// Guest-physical address of the error source's page.
+    pub(crate) source_page: Option<u64>,
+    /// The relay's thread runs.
+    pub(crate) alive: AtomicBool,
+    pub(crate) mapped: Mapped,
+}
+
+impl Shared {
+    pub(crate) fn lock(&self) -> Locked<'_, Inner> {
+        Locked::new(&self.inner)
+    }
+
+    /// Whether this is a child of the process that made the relay. Its threads are not there, and its locks may be
+    /// held by one of them.
+    pub(crate) fn is_of_parent(&self) -> bool {
+        std::process::id() != self.pid
+    }
+
+    /// Guest RAM as it is now.
+    pub(crate) fn ram(&self) -> Arc<RamMap> {
+        // Only whole maps are put in, so there is no half-changed one.
+        Arc::clone(&self.ram.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Wakes the relay's thread.
+    pub(crate) fn wake(&self) {
+        self.wake.wake();
+    }
+
+    /// Has the relay's thread look through guest RAM.
+    pub(crate) fn hint(&self) {
+        self.hinted.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// Whether the relay's thread is there.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.alive.load(Ordering::Acquire)
+    }
+
+    /// The time since the relay was started, as [`Delivery`] wants it.
+    pub(crate) fn now(&self) -> Duration {
+        self.start.elapsed()
+    }
+
+    pub(crate) fn emit(&self, event: &Event) {
+        call_host("observer", || (self.observer)(event));
+    }
+}

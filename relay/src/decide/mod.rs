@@ -1,0 +1,6 @@
+//! What is told next, and when: state machines that read no clock, take no lock and call nobody.
+
+pub mod firmware;
+pub mod machine_check;
+pub mod pace;
+mod standing;

@@ -1,0 +1,7 @@
+//! Guest RAM: where it is, how it is read when it may be bad, and how bad pages of it are found.
+
+#[allow(unsafe_code, reason = "it is where the system is asked")]
+pub mod access;
+pub mod map;
+#[allow(unsafe_code, reason = "it is where the system is asked")]
+pub mod scan;

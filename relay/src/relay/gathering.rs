@@ -1,0 +1,259 @@
+//! The gathering of all vCPUs for one machine check.
+//!
+//! Where a machine check has to reach every processor at once, the vCPU threads gather in a [`Round`]: all stop, all
+//! show their state, and either all inject or none, so no guest waits in its handler for a processor that was never
+//! called.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::inject::Verdict;
+use crate::core::gathering::Round;
+use crate::core::inner::{Attached, Inner};
+use crate::core::locked::Locked;
+use crate::core::shared::Shared;
+use crate::decide::machine_check::{Pending, index};
+use crate::event::Reach;
+use crate::types::Wait;
+use crate::x86::back_end::Mca;
+use crate::x86::mca::McaState;
+
+/// How long the vCPUs that have come round for a machine check wait for those that have not. A thread that takes
+/// longer is held up by something else.
+const GATHERING: Duration = Duration::from_secs(1);
+/// How often a vCPU that does not come is called, while another one waits for it with an AR.
+const CALL_AGAIN: Duration = Duration::from_millis(100);
+
+/// How a round ended for one vCPU.
+pub(crate) enum Part {
+    /// Everybody who takes part was given a record.
+    Told,
+    /// Nobody was.
+    Postponed(Wait),
+    /// This vCPU's own record was refused.
+    Refused(Verdict),
+}
+
+impl Shared {
+    /// Lets go of the lock for `time` at most, or until a round takes a step.
+    pub(crate) fn pause<'a>(&self, inner: Locked<'a, Inner>, time: Duration) -> Locked<'a, Inner> {
+        inner.wait(&self.gathered, time)
+    }
+
+    /// `vcpu` has come round; a gathering may wait for it again.
+    pub(crate) fn comes_round(&self, inner: &mut Inner, vcpu: usize) {
+        if let Some(attached) = inner.vcpus[vcpu].as_mut().filter(|attached| attached.late) {
+            attached.late = false;
+            inner.news = true;
+            self.wake();
+        }
+    }
+
+    /// The records in `banks` of `vcpu`, which were `emptied` or could not be, are not taken by it, and are told
+    /// elsewhere.
+    pub(crate) fn given_up(&self, inner: &mut Inner, vcpu: usize, banks: &[u8], emptied: bool) {
+        for &bank in banks {
+            let gpa = match emptied {
+                true => inner.delivery.taken_back(vcpu, bank),
+                false => inner.delivery.stays(vcpu, bank),
+            };
+            if let Some(gpa) = gpa {
+                self.told_elsewhere(inner, &[gpa], Wait::Offline { vcpu: index(vcpu) });
+            }
+        }
+    }
+
+    /// Says whether `vcpu` is held by a pause. A round that waits for it is put off.
+    pub(crate) fn set_parked(&self, vcpu: usize, parked: bool) {
+        let mut inner = self.lock();
+        if let Some(attached) = inner.vcpus[vcpu].as_mut() {
+            attached.parked = parked;
+        }
+        // A vCPU that has shown its state is in the round, not here.
+        if parked && let Some(round) = inner.round.as_mut().filter(|r| r.asked.contains(&vcpu)) {
+            if round.outcome.is_none() {
+                round.settle(Err(Wait::Paused { vcpu: index(vcpu) }));
+            }
+            self.leave(&mut inner, vcpu);
+            self.gathered.notify_all();
+        }
+    }
+
+    /// `leader` wants every vCPU to stop.
+    pub(crate) fn call_round(&self, inner: &mut Inner, leader: usize, error: Pending) {
+        let count = inner.vcpus.len();
+        let asked: Vec<usize> = (0..count).filter(|vcpu| inner.vcpus[*vcpu].is_some()).collect();
+        inner.rounds += 1;
+        let number = inner.rounds;
+        let since = Instant::now();
+        let one = |is: fn(&Attached) -> bool| {
+            asked.iter().copied().find(|vcpu| inner.vcpus[*vcpu].as_ref().is_some_and(is))
+        };
+        // A pause first, as it holds the leader, too.
+        let paused = one(|vcpu| vcpu.parked).map(|vcpu| Wait::Paused { vcpu: index(vcpu) });
+        let late = one(|vcpu| vcpu.late).map(|vcpu| Wait::NotComing { vcpu: index(vcpu) });
+        // A processor without a thread, which the guest may have online all the same, counts as unplugged soon.
+        self.see_to_the_unplugged(inner);
+        let leaves = inner.gone.first().map(|(vcpu, _)| Wait::NotComing { vcpu: index(*vcpu) });
+        if let Some(wait) = paused.or(late).or(leaves) {
+            // The one call that it had may have been lost. It is not to have nothing but calls.
+            let again = |attached: &mut Attached| {
+                let due = attached.late && since.duration_since(attached.called) >= CALL_AGAIN;
+                if due {
+                    attached.called = since;
+                }
+                due
+            };
+            for vcpu in asked {
+                if inner.vcpus[vcpu].as_mut().is_some_and(again) {
+                    inner.call(vcpu);
+                }
+            }
+            inner.round = Some(Round {
+                number,
+                leader,
+                error,
+                asked: vec![leader],
+                states: vec![None; count],
+                outcome: Some(Arc::new(Err(wait))),
+                leaving: vec![leader],
+                since,
+            });
+            return;
+        }
+        for vcpu in asked.iter().filter(|vcpu| **vcpu != leader) {
+            inner.call(*vcpu);
+        }
+        inner.round = Some(Round {
+            number,
+            leader,
+            error,
+            asked,
+            states: vec![None; count],
+            outcome: None,
+            leaving: Vec::new(),
+            since,
+        });
+    }
+
+    /// A round that has waited long enough is put off, and true is returned; who has not come is not waited for again
+    /// until it does.
+    fn give_up_waiting(&self, inner: &mut Inner) -> bool {
+        let Some(round) = inner.round.as_mut() else { return false };
+        if round.outcome.is_some() || round.since.elapsed() < GATHERING {
+            return false;
+        }
+        let missing = round.missing();
+        let Some(first) = missing.first() else { return false };
+        round.settle(Err(Wait::NotComing { vcpu: index(*first) }));
+        for vcpu in missing {
+            if let Some(attached) = inner.vcpus[vcpu].as_mut() {
+                attached.late = true;
+            }
+        }
+        self.gathered.notify_all();
+        true
+    }
+
+    /// Shows `state` to the round, waits until everybody has, and does this vCPU's part of it.
+    pub(crate) fn take_part<'a, M: Mca>(
+        &'a self,
+        mut inner: Locked<'a, Inner>,
+        me: usize,
+        state: McaState,
+        mca: &mut M,
+    ) -> (Locked<'a, Inner>, Part) {
+        let mut number = None;
+        if let Some(round) = inner.round.as_mut() {
+            number = Some(round.number);
+            if round.outcome.is_none() && round.asked.contains(&me) {
+                round.states[me] = Some(state);
+            }
+        }
+        self.decide(&mut inner);
+        loop {
+            let outcome = match inner.round.as_ref().filter(|r| Some(r.number) == number) {
+                // The last one out has closed it, and this vCPU had no part in it. If there is a
+                // new one, that one wants this vCPU's state as it is now.
+                None => return (inner, Part::Told),
+                Some(round) if round.leaving.contains(&me) => round.outcome.clone(),
+                Some(_) => None,
+            };
+            match outcome {
+                None if self.give_up_waiting(&mut inner) => {}
+                None => inner = self.pause(inner, GATHERING / 4),
+                Some(outcome) => {
+                    let part = match &*outcome {
+                        Err(wait) => Part::Postponed(*wait),
+                        Ok(records) => match records.iter().find(|told| told.vcpu == me) {
+                            None => Part::Told,
+                            Some(told) => {
+                                let reach = Reach::Rendezvous;
+                                let (guard, done) = self.inject(inner, mca, told, reach, state.rip);
+                                inner = guard;
+                                match done {
+                                    Ok(()) => Part::Told,
+                                    Err(verdict) => Part::Refused(verdict),
+                                }
+                            }
+                        },
+                    };
+                    self.leave(&mut inner, me);
+                    return (inner, part);
+                }
+            }
+        }
+    }
+
+    /// Settles the round once every vCPU that was asked has shown its state.
+    fn decide(&self, inner: &mut Inner) {
+        let Some(round) = inner.round.as_mut().filter(|round| round.outcome.is_none()) else {
+            return;
+        };
+        if round.asked.iter().all(|vcpu| round.states[*vcpu].is_some()) {
+            let now = self.now();
+            let outcome = inner.delivery.rendezvous(round.leader, round.error, &round.states, now);
+            // Nothing to be told any more here; what there is elsewhere is looked for.
+            inner.news |= outcome.as_ref().is_ok_and(Vec::is_empty);
+            round.settle(outcome);
+            self.gathered.notify_all();
+        }
+    }
+
+    fn leave(&self, inner: &mut Inner, me: usize) {
+        if let Some(round) = inner.round.as_mut() {
+            round.leaving.retain(|vcpu| *vcpu != me);
+            if round.leaving.is_empty() && round.outcome.is_some() {
+                inner.round = None;
+                self.gathered.notify_all();
+            }
+        }
+    }
+
+    /// The thread of `me` ends. The guest may have that processor online all the same, so a round that waits for it is
+    /// put off.
+    pub(crate) fn leaves_round(&self, inner: &mut Inner, me: usize) {
+        let waits = |round: &&mut Round| round.outcome.is_none() && round.asked.contains(&me);
+        if let Some(round) = inner.round.as_mut().filter(waits).filter(|round| round.leader != me) {
+            round.settle(Err(Wait::NotComing { vcpu: index(me) }));
+            self.gathered.notify_all();
+        }
+        self.absent(inner, me);
+    }
+
+    /// `me` takes no further part: its thread has ended, or cannot say what state it is in.
+    pub(crate) fn absent(&self, inner: &mut Inner, me: usize) {
+        let Some(round) = inner.round.as_mut() else {
+            return;
+        };
+        if round.outcome.is_some() {
+            self.leave(inner, me);
+        } else if round.leader == me {
+            inner.round = None;
+            self.gathered.notify_all();
+        } else {
+            round.asked.retain(|vcpu| *vcpu != me);
+            self.decide(inner);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! One record goes into one vCPU, and is read back.
+
+use log::warn;
+
+use crate::core::inner::{Inner, RETRY_FIRST};
+use crate::core::locked::Locked;
+use crate::core::shared::Shared;
+use crate::core::transition::Change;
+use crate::decide::machine_check::{Told, index};
+use crate::event::{Event, Injection, Reach};
+use crate::types::{Cannot, Form, Kind, Place, State};
+use crate::x86::back_end::Mca;
+use crate::x86::mca::{mcg, status};
+
+/// What a vCPU thread is to do after [`VcpuPort::before_run`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Enter the guest.
+    Run,
+    /// Do not enter the guest: it would touch a bad page it cannot be told of. What to do instead
+    /// (reset, pause, stop) is the user's policy.
+    Undeliverable {
+        /// Guest-physical address of the page.
+        gpa: u64,
+        /// Why the guest cannot be told.
+        why: Cannot,
+        /// Where the vCPU was: its RIP, if the hypervisor said it.
+        rip: Option<u64>,
+    },
+}
+
+impl Shared {
+    /// Injects one record on the calling vCPU's thread, without the lock, and reads back what became of it.
+    pub(crate) fn inject<'a, M: Mca>(
+        &'a self,
+        mut inner: Locked<'a, Inner>,
+        mca: &mut M,
+        told: &Told,
+        reach: Reach,
+        rip: u64,
+    ) -> (Locked<'a, Inner>, Result<(), Verdict>) {
+        let Told { vcpu, error, record } = *told;
+        // First, so that nobody else tells it meanwhile.
+        if inner.delivery.told(told) {
+            inner.aos_wait();
+        }
+        drop(inner);
+        let done = mca.inject(&record).and_then(|()| mca.read_back(record.bank));
+        let mut inner = self.lock();
+        let bank = match done {
+            Ok((held, mcg_status)) => {
+                // A return of 0 from KVM is not a delivery; what the bank holds is.
+                let raised = record.mcg_status == 0 || mcg_status == record.mcg_status;
+                // A bystander's may have been written over one like it.
+                let held_so = if error.is_none() { held & !status::OVER } else { held };
+                (held_so == record.status && raised).then_some((held, mcg_status))
+            }
+            Err(error) => {
+                warn!("vCPU {vcpu}: cannot inject into bank {}: {error}", record.bank);
+                None
+            }
+        };
+        if bank.is_none() {
+            inner.delivery.refused(told);
+        }
+        let Some((pending, form)) = error else {
+            if bank.is_none() {
+                warn!("vCPU {vcpu}: was not given its part of a rendezvous");
+            }
+            return (inner, Ok(()));
+        };
+        let Some((status, mcg_status)) = bank else {
+            let (why, rip) = (Cannot::Refused, Some(rip));
+            self.undeliverable(&mut inner, vcpu, pending, why, rip);
+            let verdict = match pending.kind {
+                Kind::ActionOptional => Ok(()),
+                Kind::ActionRequired => Err(Verdict::Undeliverable { gpa: pending.gpa, why, rip }),
+            };
+            return (inner, verdict);
+        };
+        inner.retry = RETRY_FIRST;
+        // It may be asleep, and it is the one who looks for the acknowledgement.
+        self.wake();
+        let place = Place::Mce { vcpu: index(vcpu), bank: record.bank, form };
+        let Change { after_micros, forged, .. } =
+            self.set(&mut inner, pending.gpa, State::Injected { place });
+        let by = Injection::Mce {
+            vcpu,
+            bank: record.bank,
+            form,
+            reach: match form {
+                Form::Deferred => Reach::Logged,
+                _ if record.mcg_status & mcg::LMCES != 0 => Reach::Lmce,
+                _ => reach,
+            },
+            status,
+            mcg_status,
+        };
+        self.emit(&Event::Injected { gpa: pending.gpa, by, after_micros, forged });
+        (inner, Ok(()))
+    }
+}

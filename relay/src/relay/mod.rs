@@ -1,0 +1,18 @@
+//! The relay: takes signals, keeps the ledger, and brings every error to the vCPU that has to be told, on that vCPU's
+//! own thread.
+//!
+//! Two parties meet under one lock. The relay's thread takes AOs and wakes whoever has to act. A
+//! vCPU thread comes round before each KVM_RUN ([`VcpuPort::before_run`](vcpu_port::VcpuPort::before_run)); while
+//! nothing is wrong that costs one relaxed load.
+
+pub mod config;
+pub mod error;
+pub mod error_source;
+pub mod forge;
+mod gathering;
+pub mod handle;
+pub mod inject;
+mod search;
+pub mod start;
+mod thread;
+pub mod vcpu_port;

@@ -1,0 +1,321 @@
+//! A vCPU thread's door to the relay. Injection happens here, on the vCPU's own thread, between two KVM_RUNs.
+
+use std::io;
+use std::marker::PhantomData;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use log::warn;
+
+use super::gathering::Part;
+use super::inject::Verdict;
+use crate::core::shared::Shared;
+use crate::decide::machine_check::Step;
+use crate::event::{Reach, Thread};
+use crate::memory::access::{self, AccessError};
+use crate::signal::{self, ThreadSlot};
+use crate::types::{Cannot, Caught, Kind, PAGE_SHIFT, PAGE_SIZE, Wait};
+use crate::x86::back_end::Mca;
+
+/// How long a vCPU that touched a bad page is held back while other processors leave their
+/// machine-check handlers. A guest that takes longer has given up on its own one-second limit.
+const AR_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it looks meanwhile.
+const AR_LOOK: Duration = Duration::from_millis(1);
+/// So many ARs without an address within [`NAMELESS_IN`] are a touch that KVM does not give the address of either.
+const NAMELESS: u32 = 64;
+const NAMELESS_IN: Duration = Duration::from_secs(10);
+
+/// How often in a row a back end may fail to empty a bank, for whatever reason but that it cannot.
+pub(crate) const TAKE_BACK_ATTEMPTS: u32 = 3;
+
+/// A vCPU thread's door to the relay. Made on that thread, used there, dropped there.
+pub struct VcpuPort {
+    pub(crate) vcpu: usize,
+    pub(crate) slot: ThreadSlot,
+    pub(crate) shared: Arc<Shared>,
+    /// ARs without an address, and when the first of them came.
+    pub(crate) nameless: u32,
+    pub(crate) nameless_since: Option<Instant>,
+    /// How often in a row the back end may still fail to empty a bank; it is not asked again after that.
+    pub(crate) take_back_attempts: u32,
+    pub(crate) not_send: PhantomData<*const ()>,
+}
+
+impl VcpuPort {
+    /// Call before every KVM_RUN, after the last exit's I/O has been completed and after
+    /// `immediate_exit` has been cleared.
+    #[inline]
+    pub fn before_run<M: Mca>(&mut self, mca: &mut M) -> Verdict {
+        if self.slot.attention() { self.attend(mca) } else { Verdict::Run }
+    }
+
+    /// Whether [`Self::before_run`] has something to do. For a VMM that completes the last exit's I/O
+    /// only when it has to. One relaxed load.
+    #[inline]
+    pub fn wants_attention(&self) -> bool {
+        self.slot.attention()
+    }
+
+    /// An MMIO exit at `gpa`: true when that is guest RAM and the page is bad, which means that KVM emulated an
+    /// instruction that met poison. The page is then taken for touched (AR). False for what else shows as MMIO
+    /// in RAM: a store to a read-only slot, a slot that is being changed, a file that was cut short (see
+    /// [`Self::probe`]).
+    pub fn mmio_hit(&mut self, gpa: u64) -> bool {
+        self.touches(gpa, 1, false)
+    }
+
+    /// A KVM_RUN that failed with `errno`, EFAULT or EHWPOISON, and KVM_EXIT_MEMORY_FAULT of `size` bytes at `gpa`: true
+    /// when a page of guest RAM there is bad. KVM says it so, and raises no SIGBUS, of memory that this process has
+    /// not mapped (guest_memfd); with EFAULT alone it may mean anything, and the host is asked. The first bad page is
+    /// then taken for touched (AR), and the others for bad (AO).
+    pub fn memory_fault(&mut self, gpa: u64, size: u64, errno: i32) -> bool {
+        self.touches(gpa, size, errno == libc::EHWPOISON)
+    }
+
+    /// The guest has touched `size` bytes at `gpa`, of which the first is bad if it is `sure`, and else those of which
+    /// the host says so.
+    fn touches(&mut self, gpa: u64, size: u64, sure: bool) -> bool {
+        let ram = self.shared.ram();
+        let first = gpa & !(PAGE_SIZE - 1);
+        // More than one huge page is no single fault.
+        let end = gpa.saturating_add(size.clamp(1, 1 << 30));
+        let pages: Vec<(u64, u64)> = (first..end)
+            .step_by(1 << PAGE_SHIFT)
+            .filter_map(|gpa| ram.hva(gpa).map(|hva| (gpa, hva)))
+            .collect();
+        let present = self.shared.mapped.are_present(pages.iter().map(|(_, hva)| *hva));
+        let is_bad = |gpa: u64, is_present: bool| {
+            let poisoned = || {
+                matches!(access::read_ram(&ram, gpa, &mut [0]), Err(AccessError::Poisoned { .. }))
+            };
+            // What is mapped is not bad as far as the kernel knows, and need not be read.
+            (sure && gpa == first) || (!is_present && poisoned())
+        };
+        let bad: Vec<u64> = pages
+            .iter()
+            .zip(present)
+            .filter_map(|(&(gpa, hva), is_present)| is_bad(gpa, is_present).then_some(hva))
+            .collect();
+        let mut kind = Kind::ActionRequired;
+        for &hva in &bad {
+            let caught = Caught { kind, hva, lsb: PAGE_SHIFT };
+            self.shared.enter(&mut self.shared.lock(), caught, Thread::Vcpu(self.vcpu));
+            kind = Kind::ActionOptional;
+        }
+        if !bad.is_empty() {
+            // What had no address has one now.
+            self.nameless = 0;
+            self.slot.shared().ask_attention();
+        }
+        !bad.is_empty()
+    }
+
+    /// Whether the byte of guest RAM at `gpa` can be read, and if not, why. For exits that may be about
+    /// poison and may be about something else.
+    ///
+    /// # Errors
+    /// See [`AccessError`].
+    pub fn probe(&self, gpa: u64) -> Result<(), AccessError> {
+        access::read_ram(&self.shared.ram(), gpa, &mut [0]).map(drop)
+    }
+
+    /// Runs `wait`, which blocks while the virtual machine is paused. Meanwhile nobody waits for this
+    /// vCPU: machine checks that have to reach every processor are put off.
+    pub fn park(&mut self, wait: impl FnOnce()) {
+        self.shared.set_parked(self.vcpu, true);
+        // Under no lock: what else was there may go on.
+        wait();
+        self.shared.set_parked(self.vcpu, false);
+        // What came in the meantime, and whatever was put off.
+        self.slot.shared().ask_attention();
+        self.shared.wake();
+    }
+
+    #[cold]
+    fn attend<M: Mca>(&mut self, mca: &mut M) -> Verdict {
+        let shared = Arc::clone(&self.shared);
+        let me = self.vcpu;
+        let mut held_since = None;
+        loop {
+            self.slot.clear_attention();
+            // Several system calls, for which nobody else need wait. The vCPU stands still meanwhile.
+            let state = mca.state();
+            let mut inner = shared.lock();
+            shared.comes_round(&mut inner, me);
+            for caught in shared.take(&mut inner, &self.slot, Thread::Vcpu(me)) {
+                if caught.kind == Kind::ActionRequired && caught.hva == 0 && self.is_nameless() {
+                    // The kernel does not say where, of memory that this process has not mapped (guest_memfd). It
+                    // knows by now, and says it when the guest touches the page again.
+                    shared.hint();
+                } else if caught.kind == Kind::ActionRequired {
+                    // Not under the lock: whoever was there before us may end the process, and have
+                    // something to put in order first.
+                    drop(inner);
+                    signal::give_up(caught);
+                    inner = shared.lock();
+                }
+            }
+            let state = match state {
+                Ok(state) => state,
+                Err(error) => {
+                    // Nobody may be kept waiting in a round by a vCPU that cannot take part.
+                    warn!("vCPU {me}: cannot read its machine-check state: {error}");
+                    shared.absent(&mut inner, me);
+                    // Back in the guest it would meet its AR again, and again without end.
+                    let Some(error) = inner.delivery.first_ar(me) else { return Verdict::Run };
+                    let why = Cannot::NoState;
+                    shared.undeliverable(&mut inner, me, error, why, None);
+                    return Verdict::Undeliverable { gpa: error.gpa, why, rip: None };
+                }
+            };
+            let now = shared.now();
+            let ao_vcpu = inner.delivery.ao_vcpu();
+            let taken = inner.delivery.taken(me, &state, now);
+            shared.taken(&mut inner, me, &taken);
+            let left = inner.delivery.left_behind(me, &state, now);
+            if !left.is_empty() && self.take_back_attempts > 0 {
+                drop(inner);
+                self.take_back(mca, &left);
+                // The banks are other ones now.
+                continue;
+            }
+            if !left.is_empty() {
+                shared.given_up(&mut inner, me, &left, false);
+            }
+            let gathering = inner.round.is_some();
+            let step = if gathering { None } else { Some(inner.delivery.next(me, &state, now)) };
+            if inner.delivery.ao_vcpu() != ao_vcpu {
+                // AOs are another vCPU's matter from here on.
+                inner.news = true;
+                shared.wake();
+            }
+            match step {
+                Some(Step::Idle) => return Verdict::Run,
+                Some(Step::Inject(told)) => {
+                    let (at, reach) = (state.rip, Reach::Local);
+                    let (guard, done) = shared.inject(inner, mca, &told, reach, at);
+                    if let Err(verdict) = done {
+                        return verdict;
+                    }
+                    // Reading the state again costs as much as all the rest.
+                    if !guard.delivery.has_something_for(me) {
+                        return Verdict::Run;
+                    }
+                }
+                Some(Step::Wait(error, wait)) => {
+                    shared.waiting(&mut inner, error, wait);
+                    return Verdict::Run;
+                }
+                Some(Step::Cannot(error, why)) => {
+                    shared.undeliverable(&mut inner, me, error, why, Some(state.rip));
+                    if error.kind == Kind::ActionRequired {
+                        let rip = Some(state.rip);
+                        return Verdict::Undeliverable { gpa: error.gpa, why, rip };
+                    }
+                }
+                Some(Step::Rendezvous(_)) | None => {
+                    let error = step.and_then(|step| match step {
+                        Step::Rendezvous(error) => Some(error),
+                        _ => None,
+                    });
+                    if let Some(error) = error {
+                        shared.call_round(&mut inner, me, error);
+                    }
+                    let (guard, part) = shared.take_part(inner, me, state, mca);
+                    inner = guard;
+                    match (part, error) {
+                        (Part::Refused(verdict), _) => return verdict,
+                        // Ours, and it is done.
+                        (Part::Told, Some(_)) if !inner.delivery.has_something_for(me) => {
+                            return Verdict::Run;
+                        }
+                        // Somebody else's round, or there is more.
+                        (Part::Told, _) | (Part::Postponed(_), None) => {}
+                        (Part::Postponed(wait), Some(error)) => {
+                            shared.waiting(&mut inner, error, wait);
+                            if error.kind == Kind::ActionOptional {
+                                return Verdict::Run;
+                            }
+                            // A vCPU that is paused will not come, and this one is to pause, too. What it
+                            // touched it touches again after that.
+                            if matches!(wait, Wait::Paused { .. }) {
+                                inner.goes_on(me);
+                                shared.wake();
+                                return Verdict::Run;
+                            }
+                            let since: Instant = *held_since.get_or_insert_with(Instant::now);
+                            if since.elapsed() > AR_PATIENCE {
+                                let (why, rip) = (Cannot::Blocked { by: wait }, Some(state.rip));
+                                shared.undeliverable(&mut inner, me, error, why, rip);
+                                return Verdict::Undeliverable { gpa: error.gpa, why, rip };
+                            }
+                            // First the kicks, which a wait would be put off for.
+                            drop(inner);
+                            drop(shared.pause(shared.lock(), AR_LOOK));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Whether one more AR without an address may be taken for one of guest memory.
+    fn is_nameless(&mut self) -> bool {
+        let now = Instant::now();
+        let first = *self.nameless_since.get_or_insert(now);
+        self.nameless += 1;
+        if now.duration_since(first) > NAMELESS_IN {
+            (self.nameless_since, self.nameless) = (Some(now), 1);
+        }
+        self.nameless <= NAMELESS
+    }
+
+    /// Empties `banks`, whose records this vCPU does not take, and has what they told told elsewhere.
+    fn take_back<M: Mca>(&mut self, mca: &mut M, banks: &[u8]) {
+        let me = self.vcpu;
+        let mut emptied = Vec::new();
+        for &bank in banks {
+            match mca.take_back(bank) {
+                Ok(()) => {
+                    emptied.push(bank);
+                    self.take_back_attempts = TAKE_BACK_ATTEMPTS;
+                }
+                Err(error) => {
+                    warn!(
+                        "vCPU {me}: cannot empty bank {bank}, whose record it does not take: {error}"
+                    );
+                    self.take_back_attempts = match error.kind() {
+                        io::ErrorKind::Unsupported => 0,
+                        _ => self.take_back_attempts.saturating_sub(1),
+                    };
+                    break;
+                }
+            }
+        }
+        self.shared.given_up(&mut self.shared.lock(), me, &emptied, true);
+    }
+}
+
+impl Drop for VcpuPort {
+    fn drop(&mut self) {
+        if self.shared.is_of_parent() {
+            return;
+        }
+        let me = self.vcpu;
+        let mut inner = self.shared.lock();
+        // What came since it last looked.
+        let nobodys = self.shared.take(&mut inner, &self.slot, Thread::Vcpu(me));
+        let kick = inner.leaves(me);
+        self.shared.leaves_round(&mut inner, me);
+        drop(inner);
+        if let Some(kick) = kick {
+            // Whoever is kicking this vCPU is waited for.
+            *kick.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+        self.shared.wake();
+        // One without an address is of guest memory, which this vCPU touches no more.
+        let is_ar = |caught: &Caught| caught.kind == Kind::ActionRequired && caught.hva != 0;
+        nobodys.into_iter().filter(is_ar).for_each(signal::give_up);
+    }
+}

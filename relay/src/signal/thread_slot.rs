@@ -1,0 +1,132 @@
+//! The calling thread's slot, as the handler finds it.
+
+use std::io;
+use std::marker::PhantomData;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
+
+use super::slot::Slot;
+use crate::types::Caught;
+
+/// Somebody's handler stores what is ours: without it no thread is to rely on its slot.
+static READY: AtomicBool = AtomicBool::new(false);
+
+/// Says that the process's handler stores memory failures in the slots.
+pub(crate) fn set_ready() {
+    READY.store(true, Ordering::Release);
+}
+
+thread_local! {
+    // Const-initialised and without destructors, so that the handler reads them without running any
+    // code of the thread-local machinery. Atomic, because the handler may run between any two
+    // instructions of this thread.
+
+    /// The calling thread's slot, or null.
+    static SLOT: AtomicPtr<Slot> = const { AtomicPtr::new(ptr::null_mut()) };
+    /// `kvm_run.immediate_exit` of the vCPU that the calling thread runs, or null.
+    static IMMEDIATE_EXIT: AtomicPtr<u8> = const { AtomicPtr::new(ptr::null_mut()) };
+}
+
+/// The calling thread's slot, or null. Async-signal-safe.
+pub(crate) fn own_slot() -> *const Slot {
+    SLOT.with(|slot| slot.load(Ordering::Acquire))
+}
+
+/// Makes the calling thread's KVM_RUN end at once. For the handler of the signal a VMM kicks its
+/// vCPU threads with: async-signal-safe, and without effect on a thread that is not attached.
+pub fn request_exit() {
+    let exit = IMMEDIATE_EXIT.with(|exit| exit.load(Ordering::Acquire));
+    if !exit.is_null() {
+        // SAFETY: `ExitByte::new`'s caller keeps the byte mapped for as long as this thread is
+        // attached, and every access to it from Rust is atomic or by the kernel.
+        unsafe { AtomicU8::from_ptr(exit) }.store(1, Ordering::Relaxed);
+    }
+}
+
+/// `kvm_run.immediate_exit` of a vCPU, which the handler writes so that a KVM_RUN that is about to start ends
+/// at once.
+#[derive(Debug)]
+pub struct ExitByte(*mut u8);
+
+impl ExitByte {
+    /// None: of a thread that is not in a KVM_RUN, or whose run ends soon enough by itself.
+    pub const NONE: Self = Self(ptr::null_mut());
+
+    /// The byte at `immediate_exit`.
+    ///
+    /// # Safety
+    /// It stays mapped, and is written by nobody but atomically or by the kernel, until the port that is
+    /// attached with it is dropped.
+    #[must_use]
+    pub unsafe fn new(immediate_exit: *mut u8) -> Self {
+        Self(immediate_exit)
+    }
+}
+
+/// The calling thread's membership: while it lives, memory failures signalled to this thread are
+/// stored. It must be dropped on the thread that made it, so it is not `Send`.
+#[derive(Debug)]
+pub(crate) struct ThreadSlot {
+    slot: Arc<Slot>,
+    not_send: PhantomData<*const ()>,
+}
+
+impl ThreadSlot {
+    /// Attaches the calling thread; the handler makes the KVM_RUN that `exit` belongs to end at once.
+    ///
+    /// # Errors
+    /// The handler is not installed, or the thread is attached already.
+    pub(crate) fn attach(exit: ExitByte) -> io::Result<Self> {
+        if !READY.load(Ordering::Acquire) {
+            return Err(io::Error::other("the SIGBUS handler is not installed"));
+        }
+        if !own_slot().is_null() {
+            return Err(io::Error::other("this thread takes memory failures already"));
+        }
+        let slot = Arc::new(Slot::new());
+        IMMEDIATE_EXIT.with(|byte| byte.store(exit.0, Ordering::Release));
+        SLOT.with(|own| own.store(Arc::as_ptr(&slot).cast_mut(), Ordering::Release));
+        Ok(Self { slot, not_send: PhantomData })
+    }
+
+    /// Whether a signal was stored or another thread asked. One relaxed load.
+    #[inline]
+    pub(crate) fn attention(&self) -> bool {
+        self.slot.attention()
+    }
+
+    /// Lowers the attention flag; call before [`Self::take`], so that what comes later raises it again.
+    pub(crate) fn clear_attention(&self) {
+        self.slot.clear_attention();
+    }
+
+    /// Takes the oldest stored signal.
+    pub(crate) fn take(&self) -> Option<Caught> {
+        self.slot.take()
+    }
+
+    /// Whether no signal is stored.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.slot.is_empty()
+    }
+
+    /// Takes the number of signals that found the ring full.
+    pub(crate) fn take_overrun(&self) -> u32 {
+        self.slot.take_overrun()
+    }
+
+    /// The slot, for threads that want this one's attention.
+    pub(crate) fn shared(&self) -> Arc<Slot> {
+        Arc::clone(&self.slot)
+    }
+}
+
+impl Drop for ThreadSlot {
+    fn drop(&mut self) {
+        // The handler runs on this very thread, so after these stores it can find neither, and the
+        // memory behind them may go.
+        SLOT.with(|own| own.store(ptr::null_mut(), Ordering::Release));
+        IMMEDIATE_EXIT.with(|exit| exit.store(ptr::null_mut(), Ordering::Release));
+    }
+}

@@ -1,0 +1,158 @@
+//! What is known of a page: how it was found, what became of it, where its record lies.
+
+use super::reason::{Cannot, Wait};
+
+/// The form in which an error is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Form {
+    /// Intel: software-recoverable, action optional, by machine check.
+    #[cfg_attr(feature = "serde", serde(rename = "SRAO"))]
+    Srao,
+    /// Intel: software-recoverable, action required, by machine check.
+    #[cfg_attr(feature = "serde", serde(rename = "SRAR"))]
+    Srar,
+    /// AMD: deferred error, logged in a bank and found by the guest's poll.
+    #[cfg_attr(feature = "serde", serde(rename = "deferred"))]
+    Deferred,
+    /// AMD: consumed poison, contained by SUCCOR, by machine check.
+    #[cfg_attr(feature = "serde", serde(rename = "AMD-AR"))]
+    AmdAr,
+}
+
+impl Form {
+    /// Whether the guest takes a machine check for it (a deferred record raises none).
+    pub fn raises_mc(self) -> bool {
+        !matches!(self, Self::Deferred)
+    }
+}
+
+impl std::fmt::Display for Form {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Srao => "SRAO",
+            Self::Srar => "SRAR",
+            Self::Deferred => "deferred",
+            Self::AmdAr => "AMD AR",
+        })
+    }
+}
+
+/// How the relay came to know of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+pub enum FoundBy {
+    /// The kernel signalled it.
+    Signal,
+    /// No signal named it: it was found by looking ([`crate::scan`]).
+    Scan,
+    /// The VMM itself wanted to read or write it ([`crate::Handle::read`]).
+    Access,
+    /// A signal that was forged ([`crate::Handle::forge`]): the page is whole.
+    Forged,
+}
+
+impl std::fmt::Display for FoundBy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Signal => "signal",
+            Self::Scan => "scan",
+            Self::Access => "access",
+            Self::Forged => "forged signal",
+        })
+    }
+}
+
+/// Where a record was put for the guest to find.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "channel"))]
+pub enum Place {
+    /// Into a bank, by or for a machine check.
+    Mce {
+        /// The vCPU that was given it.
+        vcpu: u32,
+        /// The bank.
+        bank: u8,
+        /// The form it was told in.
+        form: Form,
+    },
+    /// Into the status block of the ACPI error source.
+    Ghes {
+        /// Number of the record, which may name several pages; 1 for the first.
+        record: u32,
+    },
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Mce { vcpu, bank, form } => write!(f, "{form} in bank {bank} of vCPU {vcpu}"),
+            Self::Ghes { record } => write!(f, "firmware-first record {record}"),
+        }
+    }
+}
+
+/// What is known of one page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "state"))]
+pub enum State {
+    /// Known to the relay, and not told yet.
+    Seen,
+    /// Waits to be told.
+    Waiting {
+        /// For what.
+        wait: Wait,
+    },
+    /// The record lies where the guest finds it; the guest has not taken it yet.
+    Injected {
+        /// Where it lies.
+        #[cfg_attr(feature = "serde", serde(flatten))]
+        place: Place,
+    },
+    /// The guest has taken it: cleared the bank and MCIP, or zeroed the status word.
+    Acknowledged {
+        /// Where it lay.
+        #[cfg_attr(feature = "serde", serde(flatten))]
+        place: Place,
+    },
+    /// The guest cannot be told.
+    Undeliverable {
+        /// Why not.
+        why: Cannot,
+    },
+    /// The guest started over, and has good memory there now.
+    Healed,
+    /// There was no good memory to be had for it, or it was unplugged: it is no longer part of the
+    /// guest's memory.
+    Removed,
+}
+
+impl State {
+    /// Whether the guest has not been told of a bad page in this state, and could be.
+    #[must_use]
+    pub fn is_untold(&self) -> bool {
+        matches!(self, Self::Seen | Self::Waiting { .. } | Self::Undeliverable { .. })
+    }
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Seen => f.write_str("seen: not told yet"),
+            Self::Waiting { wait } => write!(f, "waiting: {wait}"),
+            Self::Injected { place } => write!(f, "injected: {place}"),
+            Self::Acknowledged { place: Place::Mce { vcpu, bank, .. } } => {
+                write!(f, "acknowledged: bank {bank} of vCPU {vcpu} cleared")
+            }
+            Self::Acknowledged { place: Place::Ghes { record } } => {
+                write!(f, "acknowledged: firmware-first record {record} taken")
+            }
+            Self::Undeliverable { why } => write!(f, "undeliverable: {why}"),
+            Self::Healed => f.write_str("healed: good memory is there now"),
+            Self::Removed => f.write_str("removed: no longer part of the guest's memory"),
+        }
+    }
+}

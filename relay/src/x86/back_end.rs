@@ -1,0 +1,46 @@
+//! The seam to a hypervisor on x86.
+
+use std::io;
+
+use super::mca::{McaState, Record};
+
+/// What the relay needs of a hypervisor: one vCPU's machine-check state, and a way to set it.
+///
+/// All calls are made on the thread that runs the vCPU, while it is not running, by
+/// [`VcpuPort::before_run`], and without a lock of the relay's.
+pub trait Mca {
+    /// The vCPU's machine-check state now.
+    ///
+    /// # Errors
+    /// The hypervisor does not say. Nothing is told on this vCPU until it does: an AO waits, an AR is
+    /// undeliverable.
+    fn state(&mut self) -> io::Result<McaState>;
+
+    /// Puts `record` into its bank and raises what it raises. Called only when `state` has just
+    /// shown that the guest can take it.
+    ///
+    /// # Errors
+    /// The hypervisor refuses the record.
+    fn inject(&mut self, record: &Record) -> io::Result<()>;
+
+    /// MCi_STATUS of `bank`, and MCG_STATUS: what became of a record that was just injected. A back end
+    /// that reads these two alone is quicker than this one, which reads all.
+    ///
+    /// # Errors
+    /// The hypervisor does not say; the record then does not count as injected.
+    fn read_back(&mut self, bank: u8) -> io::Result<(u64, u64)> {
+        let state = self.state()?;
+        Ok((state.banks[usize::from(bank)].status, state.mcg_status))
+    }
+
+    /// Empties `bank`: sets its MCi_STATUS to 0 from outside, as the guest does when it has read the bank
+    /// (KVM_SET_MSRS). It holds a record that was given to a processor which is offline, so that nobody reads it.
+    ///
+    /// # Errors
+    /// `Unsupported` (what this does): the back end has no such call, and is not asked again; nor is it after three
+    /// other errors in a row. What such records told is told elsewhere all the same; if the guest brings the processor
+    /// back, it may read them, too.
+    fn take_back(&mut self, _bank: u8) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
