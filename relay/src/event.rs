@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::types::{Cannot, Form, FoundBy, Kind, Place, State, Wait};
+use crate::types::{FailureKind, Form, FoundBy, Place, State, UndeliverableReason, WaitReason};
 #[cfg(feature = "serde")]
 pub use crate::types::{hex, hex_option};
 
@@ -10,7 +10,7 @@ pub use crate::types::{hex, hex_option};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
-pub enum Thread {
+pub enum SignalledThread {
     /// The relay's own thread.
     Relay,
     /// The thread of this vCPU.
@@ -21,7 +21,7 @@ pub enum Thread {
     Caller,
 }
 
-impl fmt::Display for Thread {
+impl fmt::Display for SignalledThread {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Relay => f.write_str("the relay's thread"),
@@ -105,14 +105,14 @@ pub enum Event {
     /// The kernel signalled a memory failure.
     Caught {
         /// AO or AR.
-        kind: Kind,
+        kind: FailureKind,
         /// `si_addr`.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         hva: u64,
         /// `si_addr_lsb`.
         lsb: u8,
         /// Who took it.
-        thread: Thread,
+        thread: SignalledThread,
         /// It was forged ([`crate::Handle::forge`]); the page is whole.
         #[cfg_attr(feature = "serde", serde(default))]
         forged: bool,
@@ -120,7 +120,7 @@ pub enum Event {
     /// The address is not guest RAM.
     Outside {
         /// AO or AR.
-        kind: Kind,
+        kind: FailureKind,
         /// `si_addr`.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         hva: u64,
@@ -136,7 +136,7 @@ pub enum Event {
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         hva: u64,
         /// AO or AR.
-        kind: Kind,
+        kind: FailureKind,
         /// How it became known.
         found_by: FoundBy,
         /// Bytes that were lost with it: 4096, or a huge page's 2 MiB or 1 GiB.
@@ -150,7 +150,7 @@ pub enum Event {
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         gpa: u64,
         /// AO or AR.
-        kind: Kind,
+        kind: FailureKind,
         /// This signal was forged.
         #[cfg_attr(feature = "serde", serde(default))]
         forged: bool,
@@ -161,9 +161,9 @@ pub enum Event {
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         gpa: u64,
         /// AO or AR.
-        kind: Kind,
+        kind: FailureKind,
         /// For what.
-        wait: Wait,
+        wait: WaitReason,
         /// The page is whole: the signal was forged.
         #[cfg_attr(feature = "serde", serde(default))]
         forged: bool,
@@ -206,11 +206,11 @@ pub enum Event {
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         gpa: u64,
         /// AO or AR.
-        kind: Kind,
+        kind: FailureKind,
         /// The vCPU that touched it, or was to be told.
         vcpu: usize,
         /// Why not.
-        why: Cannot,
+        why: UndeliverableReason,
         /// RIP of that vCPU, where it is known.
         #[cfg_attr(feature = "serde", serde(with = "hex_option"))]
         rip: Option<u64>,

@@ -120,6 +120,6 @@ pub use relay::inject::Verdict;
 pub use relay::start::Relay;
 pub use relay::vcpu_port::VcpuPort;
 pub use signal::{ExitByte, Handled, KillPolicy, Signals};
-pub use types::{Caught, FoundBy, Kind, PAGE_SHIFT, PAGE_SIZE, Place};
+pub use types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE, Place};
 pub use x86::back_end::Mca;
 pub use x86::mca;

@@ -44,7 +44,7 @@ use crate::relay::error::StartError;
 use crate::relay::handle::Handle;
 use crate::relay::start::Relay;
 use crate::signal::Signals;
-use crate::types::{FoundBy, Kind, PAGE_SIZE};
+use crate::types::{FailureKind, FoundBy, PAGE_SIZE};
 use crate::x86::mca::{Caps, Vendor};
 
 /// Memory that is gone.
@@ -57,7 +57,7 @@ pub struct Lost {
     /// How many bytes are: 4096, or a huge page's 2 MiB or 1 GiB.
     pub extent: u64,
     /// AO, or AR where somebody ran into it.
-    pub kind: Kind,
+    pub kind: FailureKind,
     /// How it became known; [`FoundBy::Access`] by a guarded read.
     pub found_by: FoundBy,
 }

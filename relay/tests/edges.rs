@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
 use mce_relay::event::{Event, Injection};
 use mce_relay::ledger::State;
-use mce_relay::mca::{BANKS, Caps, Form, Kind, McaState, Record, Vendor, cap, status};
+use mce_relay::mca::{BANKS, Caps, FailureKind, Form, McaState, Record, Vendor, cap, status};
 use mce_relay::{
     AttachError, Bell, Config, ExitByte, FoundBy, Ghes, Ledger, Mca, Pace, RamError, RamMap,
     RamRegion, Relay, VcpuPort, Verdict,
@@ -774,7 +774,7 @@ fn a_page_that_was_never_told_waits_in_the_next_relay() {
         let mut ledger = Ledger::default();
         for page in 0..2 {
             let (gpa, hva) = (GPA + page * 4096, HVA + page * 4096);
-            assert!(ledger.enter(gpa, hva, 12, Kind::ActionOptional, FoundBy::Signal, now));
+            assert!(ledger.enter(gpa, hva, 12, FailureKind::ActionOptional, FoundBy::Signal, now));
         }
         let place = mce_relay::Place::Mce { vcpu: 0, bank: 9, form: Form::Srao };
         assert!(ledger.set(GPA, State::Acknowledged { place }, now));

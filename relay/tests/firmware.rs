@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR};
-use mce_relay::delivery::{Cannot, Wait};
-use mce_relay::firmware::Why;
+use mce_relay::delivery::{UndeliverableReason, WaitReason};
+use mce_relay::firmware::FallbackReason;
 use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_OFFSET};
 use mce_relay::ledger::{Place, State};
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap};
@@ -232,8 +232,8 @@ impl Machine {
         self.relay.pages().iter().filter_map(|page| place(&page.state)).collect()
     }
 
-    fn fell_back(&self, why: Why) -> bool {
-        let wanted = Wait::NotByFirmware { why };
+    fn fell_back(&self, why: FallbackReason) -> bool {
+        let wanted = WaitReason::NotByFirmware { why };
         let events = self.events.lock().unwrap();
         events.iter().any(|event| matches!(event, Event::Waiting { wait, .. } if *wait == wanted))
     }
@@ -281,11 +281,11 @@ fn every_page_is_in_one_record_and_in_no_bank() {
 fn a_guest_that_does_not_take_the_record_is_told_by_machine_check_once() {
     on_own_thread(|| {
         for (does, heard, why) in [
-            (1, 1, Why::NotTaken),
-            (1, 2, Why::NotTaken),
-            (2, 1, Why::Overwritten),
-            (0, 0, Why::NoSource),
-            (0, 3, Why::NotNotified),
+            (1, 1, FallbackReason::NotTaken),
+            (1, 2, FallbackReason::NotTaken),
+            (2, 1, FallbackReason::Overwritten),
+            (0, 0, FallbackReason::NoSource),
+            (0, 3, FallbackReason::NotNotified),
         ] {
             let mut machine = Machine::impatient(AoChannel::Ghes);
             machine.driver.does.store(does, Ordering::SeqCst);
@@ -333,7 +333,7 @@ fn a_record_whose_body_was_changed_does_not_count_as_taken() {
         unsafe { machine.driver.block().byte_add(20 + 88).write_volatile(0) };
         machine.driver.set_status(0);
         assert!(by_machine_check(&machine.settle(1)));
-        assert!(machine.fell_back(Why::Overwritten));
+        assert!(machine.fell_back(FallbackReason::Overwritten));
     });
 }
 
@@ -384,7 +384,9 @@ fn a_page_in_the_block_that_is_touched_is_not_told_of_again() {
         machine.run_until(|machine| machine.driver.status() != 0);
         machine.forge(BUS_MCEERR_AR, 1);
         machine.forge(BUS_MCEERR_AO, 2);
-        machine.run_until(|machine| machine.fell_back(Why::Silent) || machine.driver.status() == 0);
+        machine.run_until(|machine| {
+            machine.fell_back(FallbackReason::Silent) || machine.driver.status() == 0
+        });
         assert!(by_machine_check(&machine.settle(2)));
         assert_eq!(machine.model.told, [RAM + 0x1000, RAM + 0x2000], "the AR, and the other page");
     });
@@ -400,7 +402,7 @@ fn a_block_that_cannot_be_reached_harms_nobody() {
         let gone = unsafe { libc::munmap(machine.driver.hva as *mut _, 4096) };
         assert_eq!(gone, 0);
         machine.forge(BUS_MCEERR_AO, 2);
-        machine.run_until(|machine| machine.fell_back(Why::Unreachable));
+        machine.run_until(|machine| machine.fell_back(FallbackReason::Unreachable));
         machine.settle(2);
         assert_eq!(machine.model.told, [RAM + 0x2000]);
     });
@@ -448,7 +450,7 @@ fn a_page_that_is_predicted_to_fail_is_told_of_as_such() {
         assert_eq!(handle.retire(gpa), Err(RetireError::Known { gpa }), "it is being told of");
         machine.forge(BUS_MCEERR_AO, 2);
         machine.run_until(|machine| machine.relay.pages().len() == 2);
-        assert_eq!(state(&machine), State::Undeliverable { why: Cannot::WentBad });
+        assert_eq!(state(&machine), State::Undeliverable { why: UndeliverableReason::WentBad });
         machine.settle(2);
 
         // A guest without the driver.
@@ -456,7 +458,7 @@ fn a_page_that_is_predicted_to_fail_is_told_of_as_such() {
         let mut machine = Machine::impatient(AoChannel::Auto);
         machine.driver.heard.store(0, Ordering::SeqCst);
         machine.relay.handle().retire(gpa).unwrap();
-        let why = Cannot::NoTaker { why: Why::NoSource };
+        let why = UndeliverableReason::NoTaker { why: FallbackReason::NoSource };
         machine.run_until(|machine| state(machine) == State::Undeliverable { why });
     });
 }

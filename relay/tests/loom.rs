@@ -12,7 +12,7 @@ use loom::thread;
 
 /// Where `slot` finds what a failure is.
 mod types {
-    pub(crate) use mce_relay::{Caught, Kind};
+    pub(crate) use mce_relay::{Caught, FailureKind};
 }
 
 #[path = "../src/signal/slot.rs"]
@@ -54,9 +54,9 @@ use types::Caught;
 /// One of a few signals that differ from each other, and from an empty entry, in all they have.
 fn signal(number: u8) -> Caught {
     let kind = if number.is_multiple_of(2) {
-        types::Kind::ActionRequired
+        types::FailureKind::ActionRequired
     } else {
-        types::Kind::ActionOptional
+        types::FailureKind::ActionOptional
     };
     Caught { kind, hva: 0x7f00_0000_1000 + u64::from(number), lsb: 12 + number }
 }

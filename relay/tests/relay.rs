@@ -12,10 +12,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
-use mce_relay::delivery::{Cannot, Wait};
+use mce_relay::delivery::{UndeliverableReason, WaitReason};
 use mce_relay::event::{Event, Injection, Reach};
 use mce_relay::ledger::State;
-use mce_relay::mca::{BANKS, Caps, Form, Kind, McaState, Record, Vendor, cap, mcg, status};
+use mce_relay::mca::{BANKS, Caps, FailureKind, Form, McaState, Record, Vendor, cap, mcg, status};
 use mce_relay::{Config, ExitByte, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal};
 
 const HVA: u64 = 0x7f00_0000_0000;
@@ -241,13 +241,13 @@ fn an_ar_of_a_vcpu_in_no_known_state_stops_it_and_an_ao_waits() {
         forge(BUS_MCEERR_AO, HVA + 0x5000, 12);
         assert_eq!(port.before_run(&mut Silent), Verdict::Run, "an AO does not stop it");
         forge(BUS_MCEERR_AR, HVA + 0x3000, 12);
-        let why = Cannot::NoState;
+        let why = UndeliverableReason::NoState;
         let untold = Verdict::Undeliverable { gpa: ar, why, rip: None };
         assert_eq!(port.before_run(&mut Silent), untold);
         wait_for(&events, |event| {
             let ar = Event::Undeliverable {
                 gpa: ar,
-                kind: Kind::ActionRequired,
+                kind: FailureKind::ActionRequired,
                 vcpu: 0,
                 why,
                 rip: None,
@@ -423,7 +423,7 @@ fn a_rendezvous_is_put_off_while_a_vcpu_is_paused() {
         let mut model = Model::new();
         forge(BUS_MCEERR_AO, HVA, 12);
         assert_eq!(port.before_run(&mut model), Verdict::Run);
-        let waits = State::Waiting { wait: Wait::Paused { vcpu: 1 } };
+        let waits = State::Waiting { wait: WaitReason::Paused { vcpu: 1 } };
         assert_eq!(relay.pages()[0].state, waits);
 
         resume.send(()).unwrap();
@@ -493,7 +493,7 @@ fn one_signal_for_a_huge_page_enters_all_of_it() {
             let ledger = relay.pages();
             assert_eq!(ledger.len(), pages);
             assert!(ledger.iter().all(|page| page.lsb == page_shift));
-            let kinds = ledger.iter().filter(|page| page.kind == Kind::ActionRequired);
+            let kinds = ledger.iter().filter(|page| page.kind == FailureKind::ActionRequired);
             assert_eq!(kinds.map(|page| page.gpa).collect::<Vec<_>>(), [touched]);
             // The touch of another of its pages is one page's matter.
             forge(BUS_MCEERR_AR, region.hva() + touched + 0x1000, 12);

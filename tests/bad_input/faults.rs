@@ -9,9 +9,9 @@ use std::path::PathBuf;
 use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
-use mce_relay::delivery::Cannot;
+use mce_relay::delivery::UndeliverableReason;
 use mce_relay::ledger::State;
-use mce_relay::mca::Kind;
+use mce_relay::mca::FailureKind;
 use mce_relay_tests::hooked::library;
 use mce_relay_tests::lab;
 use mce_relay_tests::left::{Place, Running};
@@ -216,7 +216,7 @@ impl Run {
     }
 
     /// Forges a memory failure, by an AR on vCPU 0.
-    fn forge(&self, kind: Kind, gpa: u64) {
+    fn forge(&self, kind: FailureKind, gpa: u64) {
         let asked = Poison { gpas: vec![Gpa(gpa)], via: Means::Signal, kind, vcpu: 0 };
         // A vCPU's thread comes a moment after the VM.
         self.wait_for("the thread of vCPU 0", |run| {
@@ -498,15 +498,15 @@ fn takes_machine_checks(go: u64) -> Vec<u8> {
 pub fn an_ar_that_cannot_be_told() {
     // The MP state of a vCPU with CR4.MCE is known without a call.
     let state = [KVM_GET_MSRS, KVM_GET_VCPU_EVENTS, KVM_GET_REGS, KVM_GET_SREGS];
-    let reads = state.map(|call| (call, Cannot::NoState));
-    for (call, why) in reads.into_iter().chain([(KVM_X86_SET_MCE, Cannot::Refused)]) {
+    let reads = state.map(|call| (call, UndeliverableReason::NoState));
+    for (call, why) in reads.into_iter().chain([(KVM_X86_SET_MCE, UndeliverableReason::Refused)]) {
         let run = Run::start_failing(PRIVATE, &[], call);
-        run.forge(Kind::ActionRequired, SHARED);
+        run.forge(FailureKind::ActionRequired, SHARED);
         run.wait_for("the guest's acknowledgement", |run| {
             matches!(run.state(SHARED), Some(State::Acknowledged { .. }))
         });
         run.fail(true);
-        run.forge(Kind::ActionRequired, PRIVATE + 0x1000);
+        run.forge(FailureKind::ActionRequired, PRIVATE + 0x1000);
         let seen = run.end(0);
         println!("    {call}: {:?} {}", seen.code(), seen.words().unwrap_or_default());
         assert_eq!((seen.code(), seen.complaints()), (Some(6), vec![]), "{call}: {}", seen.stderr);
@@ -524,11 +524,11 @@ pub fn an_ao_that_cannot_be_told() {
         let run = Run::start_failing(PRIVATE, &more, call);
         let injected =
             |gpa| move |run: &Run| matches!(run.state(gpa), Some(State::Injected { .. }));
-        run.forge(Kind::ActionOptional, SHARED);
+        run.forge(FailureKind::ActionOptional, SHARED);
         run.wait_for("the first record", injected(SHARED));
         run.fail(true);
         let late = PRIVATE + 0x1000;
-        run.forge(Kind::ActionOptional, late);
+        run.forge(FailureKind::ActionOptional, late);
         run.wait_for("the second page", |run| run.state(late).is_some());
         if waits {
             std::thread::sleep(Duration::from_millis(500));
@@ -537,7 +537,7 @@ pub fn an_ao_that_cannot_be_told() {
             run.fail(false);
             run.wait_for("the second record", injected(late));
         } else {
-            let refused = State::Undeliverable { why: Cannot::Refused };
+            let refused = State::Undeliverable { why: UndeliverableReason::Refused };
             run.wait_for("the refusal", |run| run.state(late) == Some(refused));
             run.fail(false);
         }
@@ -575,7 +575,7 @@ pub fn a_reboot_without_good_memory() {
     for (calls, go, zone, expected) in cases {
         let run = Run::start_failing(go, &["--ao-channel", "mce"], calls);
         let bad = zone + 0x5000;
-        run.forge(Kind::ActionOptional, bad);
+        run.forge(FailureKind::ActionOptional, bad);
         run.wait_for("the bad page", |run| run.state(bad).is_some());
         run.fail(true);
         run.write(go, 1);

@@ -5,11 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use mce_relay::delivery::{Cannot, Wait};
-use mce_relay::event::{Injection, Reach, Thread};
-use mce_relay::firmware::Why;
+use mce_relay::delivery::{UndeliverableReason, WaitReason};
+use mce_relay::event::{Injection, Reach, SignalledThread};
+use mce_relay::firmware::FallbackReason;
 use mce_relay::ledger::{Place, State, Times};
-use mce_relay::mca::{Form, Kind, Vendor};
+use mce_relay::mca::{FailureKind, Form, Vendor};
 use mce_relay::{AoChannel, Event, FoundBy, KillPolicy, Pace, Page, Predicted};
 use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
@@ -22,48 +22,53 @@ use serde_json::{Map, Value, json};
 
 const GPA: u64 = 0x1_2345_6000;
 
-fn waits() -> Vec<Wait> {
+fn waits() -> Vec<WaitReason> {
     let vcpu = 3;
     let mut all = vec![
-        Wait::NotStarted { vcpu },
-        Wait::Cr4MceClear { vcpu },
-        Wait::Mcip { vcpu },
-        Wait::McgCtlOff { vcpu },
-        Wait::BankCtlOff { vcpu, bank: 9 },
-        Wait::BankValid { vcpu, bank: 9 },
-        Wait::NoBank { vcpu },
-        Wait::InHandler { vcpu },
-        Wait::EventInFlight { vcpu },
-        Wait::JustOpened { vcpu },
-        Wait::Restarted { vcpu },
-        Wait::Paused { vcpu },
-        Wait::NotComing { vcpu },
-        Wait::Offline { vcpu },
-        Wait::Unplugged { vcpu },
-        Wait::Pace,
-        Wait::NoSourceYet,
-        Wait::InBlock,
+        WaitReason::NotStarted { vcpu },
+        WaitReason::Cr4MceClear { vcpu },
+        WaitReason::Mcip { vcpu },
+        WaitReason::McgCtlOff { vcpu },
+        WaitReason::BankCtlOff { vcpu, bank: 9 },
+        WaitReason::BankValid { vcpu, bank: 9 },
+        WaitReason::NoBank { vcpu },
+        WaitReason::InHandler { vcpu },
+        WaitReason::EventInFlight { vcpu },
+        WaitReason::JustOpened { vcpu },
+        WaitReason::Restarted { vcpu },
+        WaitReason::Paused { vcpu },
+        WaitReason::NotComing { vcpu },
+        WaitReason::Offline { vcpu },
+        WaitReason::Unplugged { vcpu },
+        WaitReason::Pace,
+        WaitReason::NoSourceYet,
+        WaitReason::InBlock,
     ];
-    all.extend(whys().map(|why| Wait::NotByFirmware { why }));
+    all.extend(whys().map(|why| WaitReason::NotByFirmware { why }));
     all
 }
 
-fn whys() -> [Why; 6] {
+fn whys() -> [FallbackReason; 6] {
     [
-        Why::NoSource,
-        Why::NotTaken,
-        Why::Silent,
-        Why::Overwritten,
-        Why::Unreachable,
-        Why::NotNotified,
+        FallbackReason::NoSource,
+        FallbackReason::NotTaken,
+        FallbackReason::Silent,
+        FallbackReason::Overwritten,
+        FallbackReason::Unreachable,
+        FallbackReason::NotNotified,
     ]
 }
 
-fn cannots() -> Vec<Cannot> {
-    let mut all = vec![Cannot::NoForm, Cannot::Refused, Cannot::NoState, Cannot::WentBad];
-    all.push(Cannot::Loop { rounds: 64 });
-    all.extend(waits().into_iter().map(|by| Cannot::Blocked { by }));
-    all.extend(whys().map(|why| Cannot::NoTaker { why }));
+fn cannots() -> Vec<UndeliverableReason> {
+    let mut all = vec![
+        UndeliverableReason::NoForm,
+        UndeliverableReason::Refused,
+        UndeliverableReason::NoState,
+        UndeliverableReason::WentBad,
+    ];
+    all.push(UndeliverableReason::Loop { rounds: 64 });
+    all.extend(waits().into_iter().map(|by| UndeliverableReason::Blocked { by }));
+    all.extend(whys().map(|why| UndeliverableReason::NoTaker { why }));
     all
 }
 
@@ -87,8 +92,13 @@ fn states() -> Vec<State> {
 fn memory_events() -> Vec<Event> {
     let (gpa, hva, lsb) = (GPA, 0x7f00_0000_0000, 12);
     let mut all = Vec::new();
-    for kind in [Kind::ActionOptional, Kind::ActionRequired] {
-        for thread in [Thread::Relay, Thread::Vcpu(2), Thread::Other, Thread::Caller] {
+    for kind in [FailureKind::ActionOptional, FailureKind::ActionRequired] {
+        for thread in [
+            SignalledThread::Relay,
+            SignalledThread::Vcpu(2),
+            SignalledThread::Other,
+            SignalledThread::Caller,
+        ] {
             for forged in [false, true] {
                 all.push(Event::Caught { kind, hva, lsb, thread, forged });
             }
@@ -291,7 +301,7 @@ pub fn pages() {
         gpa: GPA,
         hva: GPA,
         lsb: 12,
-        kind: Kind::ActionOptional,
+        kind: FailureKind::ActionOptional,
         found_by: FoundBy::Scan,
         signals: 0,
         state,

@@ -3,7 +3,7 @@
 //! emulates the guest's instruction, the touch shows as MMIO at an address that is RAM.
 
 use mce_relay::Verdict;
-use mce_relay::delivery::{Cannot, LOOP_ROUNDS};
+use mce_relay::delivery::{LOOP_ROUNDS, UndeliverableReason};
 use mce_relay::ledger::State;
 
 use crate::payload::{CODE, Did, Start, TARGET};
@@ -39,7 +39,11 @@ pub fn a_guest_that_ignores_it() {
     for again in 0..2 {
         let (end, told) = rounds(&mut relayed);
         println!("    {end:?} after {told} rounds");
-        let Verdict::Undeliverable { gpa, why: Cannot::Loop { rounds }, rip: Some(rip) } = end
+        let Verdict::Undeliverable {
+            gpa,
+            why: UndeliverableReason::Loop { rounds },
+            rip: Some(rip),
+        } = end
         else {
             panic!("{again}: {end:?}")
         };
@@ -48,7 +52,10 @@ pub fn a_guest_that_ignores_it() {
         assert_eq!(rip, CODE as u64 + Start::LoadAsKernel as u64, "RIP {rip:#x}");
         assert_ne!(relayed.payload.vcpu.get_regs().unwrap().rbx, u64::MAX);
         let state = relayed.relay.pages()[0].state;
-        assert!(matches!(state, State::Undeliverable { why: Cannot::Loop { .. } }), "{state:?}");
+        assert!(
+            matches!(state, State::Undeliverable { why: UndeliverableReason::Loop { .. } }),
+            "{state:?}"
+        );
         // Whoever lets it go on, as `resume` does, gets as many rounds again.
     }
     drop(uffd);

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use mce_relay::mca::Kind;
+use mce_relay::mca::FailureKind;
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_vmm::api::{Gpa, Poison, Poisoning};
 use mce_relay_vmm::client;
@@ -37,7 +37,8 @@ pub fn marking_beside_a_user_who_pauses_and_resumes() {
                     for page in 0..PAGES {
                         let gpa = 0x100_0000 + (number * PAGES + page) * 0x1000;
                         let (gpas, via) = (vec![Gpa(gpa)], Means::Uffd);
-                        let asked = Poison { gpas, via, kind: Kind::ActionOptional, vcpu: 0 };
+                        let asked =
+                            Poison { gpas, via, kind: FailureKind::ActionOptional, vcpu: 0 };
                         let done: Vec<Poisoning> =
                             client::put_json(socket, "vm.poison", &asked).unwrap();
                         assert_eq!(done[0].error, None, "{gpa:#x}");

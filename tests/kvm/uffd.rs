@@ -6,9 +6,9 @@ use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use mce_relay::Event;
-use mce_relay::event::Thread;
+use mce_relay::event::SignalledThread;
 use mce_relay::ledger::State;
-use mce_relay::mca::{Form, Kind, record};
+use mce_relay::mca::{FailureKind, Form, record};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 use crate::payload::{Did, Start, TARGET, handled};
@@ -154,10 +154,10 @@ pub fn a_real_ar_from_guest_user_mode() {
 
     let caught: Vec<Event> = relayed.events.try_iter().collect();
     let by_kernel = Event::Caught {
-        kind: Kind::ActionRequired,
+        kind: FailureKind::ActionRequired,
         hva,
         lsb: 12,
-        thread: Thread::Vcpu(0),
+        thread: SignalledThread::Vcpu(0),
         forged: false,
     };
     assert!(caught.contains(&by_kernel), "{caught:?}");

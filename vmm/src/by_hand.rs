@@ -67,7 +67,7 @@ pub enum Outcome {
     },
     /// Nothing was tried.
     Skipped {
-        /// Why.
+        /// FallbackReason.
         why: String,
     },
 }
@@ -92,7 +92,7 @@ impl std::fmt::Display for OnVcpu {
     }
 }
 
-/// Why nothing was injected.
+/// FallbackReason nothing was injected.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// The request makes no sense.

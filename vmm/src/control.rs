@@ -51,7 +51,7 @@ pub struct Undeliverable {
     /// Guest-physical address of the page.
     #[serde(with = "mce_relay::event::hex")]
     pub gpa: u64,
-    /// Why the guest cannot be told.
+    /// FallbackReason the guest cannot be told.
     pub why: String,
     /// Where the vCPU was: its RIP, if it is known.
     #[serde(with = "mce_relay::event::hex_option")]
@@ -70,7 +70,7 @@ impl fmt::Display for Undeliverable {
     }
 }
 
-/// Why a VM is paused.
+/// FallbackReason a VM is paused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "reason")]
 pub enum PauseReason {
@@ -133,7 +133,7 @@ pub enum Parked {
     Unpaused,
 }
 
-/// Why a VM ended.
+/// FallbackReason a VM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExitReason {
     /// The guest powered itself off.
@@ -306,7 +306,7 @@ impl VmControl {
         }
     }
 
-    /// Why the VM ended, or is about to.
+    /// FallbackReason the VM ended, or is about to.
     #[must_use]
     pub fn exit_reason(&self) -> Option<ExitReason> {
         self.lock().reason.clone()
@@ -401,7 +401,7 @@ impl VmControl {
         });
     }
 
-    /// Why the VM is paused, if it is.
+    /// FallbackReason the VM is paused, if it is.
     #[must_use]
     pub fn paused(&self) -> Option<PauseReason> {
         self.lock().holders.reason()

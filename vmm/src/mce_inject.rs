@@ -43,7 +43,7 @@ mod ioctls {
 /// RFLAGS.IF (SDM vol. 1, 3.4.3).
 const RFLAGS_IF: u64 = 1 << 9;
 
-/// Why a vCPU could not be given a machine-check architecture.
+/// FallbackReason a vCPU could not be given a machine-check architecture.
 #[derive(Debug, thiserror::Error)]
 pub enum MceError {
     /// The kernel's KVM has no machine checks to give.

@@ -74,7 +74,7 @@ impl FromStr for Which {
     }
 }
 
-/// Why a name leads nowhere.
+/// FallbackReason a name leads nowhere.
 #[derive(Debug, thiserror::Error)]
 pub enum NameError {
     /// No VM is called so.
@@ -107,7 +107,7 @@ pub enum NameError {
     Dir {
         /// The directory.
         dir: PathBuf,
-        /// Why not.
+        /// FallbackReason not.
         #[source]
         source: io::Error,
     },

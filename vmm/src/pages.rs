@@ -26,7 +26,7 @@ const MANY: usize = 64;
 /// Times a page is mapped, of which nobody has any.
 const UNKNOWN: u64 = u64::MAX;
 
-/// Why nothing can be said of the pages.
+/// FallbackReason nothing can be said of the pages.
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
     /// The VM does not answer.
@@ -102,7 +102,7 @@ fn flag_names<S: Serializer>(value: &Option<u64>, to: S) -> Result<S::Ok, S::Err
 pub struct Pages {
     /// The pages, in the order asked for.
     pub pages: Vec<PageView>,
-    /// Why something is not known.
+    /// FallbackReason something is not known.
     pub notes: Vec<String>,
 }
 
@@ -301,7 +301,7 @@ mod tests {
         let (gpa, now) = (0x3000, std::time::SystemTime::UNIX_EPOCH);
         let ledger = |found_by| {
             let mut ledger = mce_relay::Ledger::default();
-            ledger.enter(gpa, gpa, 12, mce_relay::mca::Kind::ActionOptional, found_by, now);
+            ledger.enter(gpa, gpa, 12, mce_relay::mca::FailureKind::ActionOptional, found_by, now);
             PageView { ledger: ledger.get(gpa), ..view(3, Presence::Present) }.words()[4].clone()
         };
         assert!(ledger(FoundBy::Forged).starts_with("FORGED AO (the page is whole): seen"));

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use mce_relay::mca::Kind;
+use mce_relay::mca::FailureKind;
 use serde::{Deserialize, Serialize};
 
 pub use targets::{PageRange, random};
@@ -112,7 +112,7 @@ pub struct Order<'a> {
     /// By what means.
     pub via: Means,
     /// For a forged signal: which.
-    pub kind: Kind,
+    pub kind: FailureKind,
     /// For a forged AR: the vCPU that is to have touched the page.
     pub vcpu: u8,
     /// For hwpoison-inject: which filter.
@@ -216,7 +216,7 @@ impl std::fmt::Display for Poisoned {
 pub struct NotPoisoned {
     /// Guest-physical address of the page.
     pub gpa: u64,
-    /// Why.
+    /// FallbackReason.
     pub error: PoisonError,
 }
 
@@ -249,7 +249,7 @@ impl Burst {
     }
 }
 
-/// Why a page was not poisoned.
+/// FallbackReason a page was not poisoned.
 #[derive(Debug, thiserror::Error)]
 pub enum PoisonError {
     /// The VM does not answer.
@@ -290,7 +290,7 @@ pub enum PoisonError {
          risk with --force"
     )]
     Unprotected {
-        /// Why there is no filter.
+        /// FallbackReason there is no filter.
         why: NoMemcg,
     },
     /// The kernel cannot poison memory.
@@ -629,7 +629,7 @@ struct Until<'a> {
 }
 
 impl Until<'_> {
-    /// Why no more pages are tried.
+    /// FallbackReason no more pages are tried.
     fn reached(&self) -> Option<PoisonError> {
         match (self.interrupted.is_set(), self.life.is_over()) {
             (true, _) => Some(PoisonError::Interrupted),

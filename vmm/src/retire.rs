@@ -41,7 +41,7 @@ impl Retired {
     }
 }
 
-/// Why no page was asked for.
+/// FallbackReason no page was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum RetireError {
     /// The VM does not answer.
@@ -144,8 +144,8 @@ fn settled(gpa: u64, page: Option<&Predicted>) -> Option<Retired> {
 mod tests {
     use std::time::SystemTime;
 
-    use mce_relay::delivery::{Cannot, Wait};
-    use mce_relay::firmware::Why;
+    use mce_relay::delivery::{UndeliverableReason, WaitReason};
+    use mce_relay::firmware::FallbackReason;
     use mce_relay::ledger::{Place, Times};
 
     use super::*;
@@ -154,10 +154,10 @@ mod tests {
     fn told_is_said_of_what_the_guest_has_taken_only() {
         let times = Times::new(SystemTime::UNIX_EPOCH);
         let place = Place::Ghes { record: 1 };
-        let no_taker = Cannot::NoTaker { why: Why::NoSource };
+        let no_taker = UndeliverableReason::NoTaker { why: FallbackReason::NoSource };
         for (state, told) in [
             (State::Seen, None),
-            (State::Waiting { wait: Wait::Pace }, None),
+            (State::Waiting { wait: WaitReason::Pace }, None),
             (State::Injected { place }, None),
             (State::Acknowledged { place }, Some(true)),
             (State::Undeliverable { why: no_taker }, Some(false)),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use kvm_ioctls::VcpuFd;
 use log::{debug, error, warn};
 use mce_relay::ledger::State;
-use mce_relay::mca::{Kind, PAGE_SHIFT, Vendor};
+use mce_relay::mca::{FailureKind, PAGE_SHIFT, Vendor};
 use mce_relay::{
     AccessError, AoChannel, Config, Event, ExitByte, FoundBy, Handle, KillPolicy, Ledger, RamError,
     RamMap, Relay, Signals, StartError, VcpuPort, Verdict,
@@ -37,7 +37,7 @@ use crate::sockets::BindError;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
 
-/// Why a guest could not be run.
+/// FallbackReason a guest could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The event monitor.
@@ -72,7 +72,7 @@ pub enum RunError {
     Policy(#[source] std::io::Error),
 }
 
-/// Why a VM could not be given a relay.
+/// FallbackReason a VM could not be given a relay.
 #[derive(Debug, thiserror::Error)]
 enum RelayError {
     #[error(transparent)]
@@ -410,7 +410,7 @@ impl Machine<'_> {
 /// Enters the `bad` pages, which no signal named, into the ledger, and with each what the host has lost with
 /// it: one event for all of that.
 fn enter(ledger: &mut Ledger, blocks: &[RamBlock], bad: &[u64], emit: &dyn Fn(&Event)) {
-    let (kind, found_by, now) = (Kind::ActionOptional, FoundBy::Scan, SystemTime::now());
+    let (kind, found_by, now) = (FailureKind::ActionOptional, FoundBy::Scan, SystemTime::now());
     for &named in bad {
         // The other pages of a huge page came with the first.
         if ledger.contains(named) {

@@ -82,7 +82,7 @@ fn everything() -> Vec<Call> {
     all
 }
 
-/// Why there are no filters.
+/// FallbackReason there are no filters.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// They cannot be made.

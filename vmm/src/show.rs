@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::Timestamp;
-use mce_relay::delivery::Wait;
+use mce_relay::delivery::WaitReason;
 use mce_relay::ledger::{State, Times};
 use mce_relay::{FoundBy, Pace, Page, Predicted};
 use serde::Serialize;
@@ -532,7 +532,7 @@ fn headline(vm: &VmInfo) -> String {
 
 /// How many pages wait for the pace, and about how long they will.
 fn paced(pages: &[Page], pace: Pace) -> Option<String> {
-    let waits = |page: &&Page| matches!(page.state, State::Waiting { wait: Wait::Pace });
+    let waits = |page: &&Page| matches!(page.state, State::Waiting { wait: WaitReason::Pace });
     // Those behind the first that wait are not looked at yet.
     pages.iter().find(waits)?;
     let untold = |page: &&Page| waits(page) || matches!(page.state, State::Seen);
@@ -614,7 +614,7 @@ fn course(times: &Times) -> String {
 
 #[cfg(test)]
 mod tests {
-    use mce_relay::mca::Kind;
+    use mce_relay::mca::FailureKind;
     use serde_json::Value;
 
     use super::*;
@@ -630,7 +630,7 @@ mod tests {
             gpa: number << 12,
             hva: 0x7000_0000 + (number << 12),
             lsb: 12,
-            kind: Kind::ActionOptional,
+            kind: FailureKind::ActionOptional,
             found_by: if number == 0 { FoundBy::Scan } else { FoundBy::Signal },
             signals: 1,
             state,
@@ -658,7 +658,7 @@ mod tests {
     #[test]
     fn a_status_counts_states_and_says_why_it_is_paused() {
         assert_eq!(shown(Vec::new(), None, false)[1..], ["no bad pages"]);
-        let waits = State::Waiting { wait: Wait::Mcip { vcpu: 0 } };
+        let waits = State::Waiting { wait: WaitReason::Mcip { vcpu: 0 } };
         let pages = vec![page(0, waits), page(1, State::Seen), page(2, waits)];
         let what = Undeliverable { vcpu: 1, gpa: 0x5000, why: "test".into(), rip: Some(0) };
         let lines = shown(pages, Some(PauseReason::Undeliverable(what)), true);
@@ -686,7 +686,7 @@ mod tests {
 
     #[test]
     fn a_status_estimates_how_long_the_pace_takes() {
-        let waits = State::Waiting { wait: Wait::Pace };
+        let waits = State::Waiting { wait: WaitReason::Pace };
         let mut pages: Vec<Page> = (0..1200).map(|number| page(number, State::Seen)).collect();
         assert!(!shown(pages.clone(), None, false)[2].contains("pace"), "told at once");
         pages[0].state = waits;

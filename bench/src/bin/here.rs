@@ -17,12 +17,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use mce_relay::delivery::Wait;
+use mce_relay::delivery::WaitReason;
 use mce_relay::ledger::{FoundBy, Ledger, Place, State};
 use mce_relay::mca::{Form, record};
 use mce_relay::scan::{Method, Scanner};
 use mce_relay::signal::BUS_MCEERR_AO;
-use mce_relay::{Config, ExitByte, Kind, Mca, PAGE_SHIFT, Pace, RamMap, RamRegion, Relay, Verdict};
+use mce_relay::{
+    Config, ExitByte, FailureKind, Mca, PAGE_SHIFT, Pace, RamMap, RamRegion, Relay, Verdict,
+};
 use mce_relay_bench::figure::{Figure, Goal, Series, US};
 use mce_relay_bench::{caps, progress};
 use mce_relay_tests::ready::forge;
@@ -357,11 +359,11 @@ fn ledger() -> Vec<Figure> {
         // Not in the order of their addresses: 999,983 has no factor in common with a million.
         let gpas = (0..PAGES).map(|page| (page * 999_983 % PAGES * stride) << PAGE_SHIFT);
         for (record, gpa) in (1..).zip(gpas) {
-            let (hva, kind) = (FAR_HVA + gpa, Kind::ActionOptional);
+            let (hva, kind) = (FAR_HVA + gpa, FailureKind::ActionOptional);
             ledger.enter(gpa, hva, PAGE_SHIFT, kind, FoundBy::Signal, SystemTime::now());
             let place = Place::Ghes { record };
             for state in [
-                State::Waiting { wait: Wait::Pace },
+                State::Waiting { wait: WaitReason::Pace },
                 State::Injected { place },
                 State::Acknowledged { place },
             ] {

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::decide::machine_check::{Pending, Told};
-use crate::types::Wait;
+use crate::decide::machine_check::{Assignment, Pending};
+use crate::types::WaitReason;
 use crate::x86::mca::McaState;
 
 /// A gathering of all vCPUs for one machine check.
-pub(crate) struct Round {
+pub(crate) struct Gathering {
     /// Tells it from those before and after it.
     pub(crate) number: u64,
     /// The vCPU that asked for it, and the error that it is for.
@@ -19,15 +19,15 @@ pub(crate) struct Round {
     /// The state of each of them that has stopped.
     pub(crate) states: Vec<Option<McaState>>,
     /// Set once everybody has stopped: what each is to inject, or why nobody does.
-    pub(crate) outcome: Option<Arc<Result<Vec<Told>, Wait>>>,
+    pub(crate) outcome: Option<Arc<Result<Vec<Assignment>, WaitReason>>>,
     /// vCPUs that have not acted on the outcome yet.
     pub(crate) leaving: Vec<usize>,
     /// When it was called.
     pub(crate) since: Instant,
 }
 
-impl Round {
-    pub(crate) fn settle(&mut self, outcome: Result<Vec<Told>, Wait>) {
+impl Gathering {
+    pub(crate) fn settle(&mut self, outcome: Result<Vec<Assignment>, WaitReason>) {
         self.outcome = Some(Arc::new(outcome));
         // Who has not come is not waited for.
         let came = self.asked.iter().filter(|vcpu| self.states[**vcpu].is_some());

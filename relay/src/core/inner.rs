@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::forgery::Forgery;
-use super::gathering::Round;
+use super::gathering::Gathering;
 use super::locked::{Collects, Kick};
 use crate::decide::machine_check::Delivery;
 use crate::ledger::Ledger;
@@ -33,9 +33,9 @@ pub(crate) struct Inner {
     pub(crate) delivery: Delivery,
     pub(crate) ledger: Ledger,
     pub(crate) vcpus: Vec<Option<Attached>>,
-    pub(crate) round: Option<Round>,
+    pub(crate) gathering: Option<Gathering>,
     /// Rounds called so far.
-    pub(crate) rounds: u64,
+    pub(crate) gatherings: u64,
     /// The pause before whoever something waits for is called again.
     pub(crate) retry: Duration,
     /// Something new waits: call at once.
@@ -90,7 +90,7 @@ impl Inner {
         self.vcpus.iter().flatten().any(|vcpu| vcpu.parked)
     }
 
-    /// Asks for `vcpu`'s attention, the next time that it comes round.
+    /// Asks for `vcpu`'s attention, the next time that it comes gathering.
     pub(crate) fn ask(&self, vcpu: usize) {
         if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
             attached.slot.ask_attention();

@@ -5,18 +5,23 @@ use std::time::SystemTime;
 
 use super::inner::{Inner, RETRY_FIRST};
 use super::shared::Shared;
-use crate::event::{Event, Thread};
+use crate::event::{Event, SignalledThread};
 use crate::memory::map::RamMap;
 use crate::memory::scan::can_be_mapped;
 use crate::signal::{self, ThreadSlot};
-use crate::types::{Caught, FoundBy, Kind, PAGE_SHIFT, PAGE_SIZE};
+use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE};
 
 impl Shared {
     /// Takes the signals of the calling thread, which is `thread`: those that are forged for it are
     /// sent first.
-    pub(crate) fn take(&self, inner: &mut Inner, slot: &ThreadSlot, thread: Thread) -> Vec<Caught> {
+    pub(crate) fn take(
+        &self,
+        inner: &mut Inner,
+        slot: &ThreadSlot,
+        thread: SignalledThread,
+    ) -> Vec<Caught> {
         let whose = match thread {
-            Thread::Vcpu(vcpu) => Some(vcpu),
+            SignalledThread::Vcpu(vcpu) => Some(vcpu),
             _ => None,
         };
         let (mine, others) =
@@ -45,25 +50,25 @@ impl Shared {
 
     /// One signal: translation, ledger, and the queue of the vCPU concerned. False when the address
     /// is not guest RAM.
-    pub(crate) fn enter(&self, inner: &mut Inner, caught: Caught, thread: Thread) -> bool {
+    pub(crate) fn enter(&self, inner: &mut Inner, caught: Caught, thread: SignalledThread) -> bool {
         let Caught { kind, hva, lsb } = caught;
         let forged = inner.forgery.knows(caught);
         self.emit(&Event::Caught { kind, hva, lsb, thread, forged });
         let (vcpu, kind) = match thread {
-            Thread::Vcpu(vcpu) => (Some(vcpu), kind),
-            Thread::Relay | Thread::Other => (None, kind),
-            Thread::Caller => (None, Kind::ActionOptional),
+            SignalledThread::Vcpu(vcpu) => (Some(vcpu), kind),
+            SignalledThread::Relay | SignalledThread::Other => (None, kind),
+            SignalledThread::Caller => (None, FailureKind::ActionOptional),
         };
         let found_by = if forged { FoundBy::Forged } else { FoundBy::Signal };
         let known = self.enter_pages(inner, Caught { kind, hva, lsb }, found_by, vcpu);
-        if !known && kind == Kind::ActionOptional {
+        if !known && kind == FailureKind::ActionOptional {
             // The kernel tells one thread of a process; with two VMs in it that may be the other's.
             inner.strays.push(caught);
         } else if !known {
             self.emit(&Event::Outside { kind, hva, lsb });
         }
         inner.retry = RETRY_FIRST;
-        if (inner.news || !known) && thread != Thread::Relay {
+        if (inner.news || !known) && thread != SignalledThread::Relay {
             self.wake();
         }
         known
@@ -83,7 +88,7 @@ impl Shared {
         let (pages, lsb) = self.lost(&ram, hva, lsb, found_by);
         let now = SystemTime::now();
         // The guest has the page that was touched at each of these addresses, and touched one of them.
-        let touched = vcpu.filter(|_| kind == Kind::ActionRequired).and_then(|_| {
+        let touched = vcpu.filter(|_| kind == FailureKind::ActionRequired).and_then(|_| {
             let gpas: Vec<u64> = ram.gpas(hva & !(PAGE_SIZE - 1)).collect();
             inner.delivery.next_alias(&gpas)
         });
@@ -93,7 +98,7 @@ impl Shared {
             // Of a larger extent only the page that was named stops anybody.
             let named = page_hva <= hva && hva - page_hva < PAGE_SIZE;
             let alias = touched.is_some_and(|touched| named && gpa != touched);
-            let kind = if named && !alias { kind } else { Kind::ActionOptional };
+            let kind = if named && !alias { kind } else { FailureKind::ActionOptional };
             let before = inner.ledger.state_of(gpa);
             let known = before.is_some();
             if known && (!named || alias) {
@@ -111,7 +116,7 @@ impl Shared {
             }
             match (kind, vcpu) {
                 // A vCPU that touches a page cannot go on, however often it was told.
-                (Kind::ActionRequired, Some(vcpu)) => {
+                (FailureKind::ActionRequired, Some(vcpu)) => {
                     let untold = before.is_none_or(|state| state.is_untold());
                     inner.delivery.push_ar(vcpu, gpa, untold, self.now());
                 }

@@ -16,7 +16,7 @@ pub(crate) const IDLE_TICK: Duration = Duration::from_secs(1);
 
 pub(crate) struct Shared {
     pub(crate) inner: Mutex<Inner>,
-    /// Woken at every step of a [`Round`].
+    /// Woken at every step of a [`Gathering`].
     pub(crate) gathered: Condvar,
     /// Looked up by threads, never by the handler.
     pub(crate) ram: RwLock<Arc<RamMap>>,

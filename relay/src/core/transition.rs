@@ -6,7 +6,7 @@ use super::inner::{Inner, RETRY_FIRST};
 use super::shared::Shared;
 use crate::decide::machine_check::{Pending, Taken, index};
 use crate::event::Event;
-use crate::types::{Cannot, Kind, Place, State, Wait};
+use crate::types::{FailureKind, Place, State, UndeliverableReason, WaitReason};
 
 /// What it means that something became of a page.
 #[derive(Debug, Clone, Copy, Default)]
@@ -38,10 +38,10 @@ impl Shared {
         Change { news, forged: before.is_forged(), after_micros: is_first.then_some(micros) }
     }
 
-    pub(crate) fn waiting(&self, inner: &mut Inner, error: Pending, wait: Wait) {
+    pub(crate) fn waiting(&self, inner: &mut Inner, error: Pending, wait: WaitReason) {
         let Pending { gpa, kind } = error;
         // What a touch waits for does not change that the guest knows of the page.
-        if kind == Kind::ActionRequired
+        if kind == FailureKind::ActionRequired
             && inner.ledger.state_of(gpa).is_some_and(|state| !state.is_untold())
         {
             return;
@@ -63,8 +63,8 @@ impl Shared {
                     self.acknowledged(inner, gpa, Place::Mce { vcpu: index(vcpu), bank, form });
                 }
                 Taken::Lost { gpa } => {
-                    let error = Pending { gpa, kind: Kind::ActionOptional };
-                    self.waiting(inner, error, Wait::Restarted { vcpu: index(vcpu) });
+                    let error = Pending { gpa, kind: FailureKind::ActionOptional };
+                    self.waiting(inner, error, WaitReason::Restarted { vcpu: index(vcpu) });
                 }
             }
         }
@@ -85,14 +85,14 @@ impl Shared {
     pub(crate) fn unplug(&self, inner: &mut Inner, vcpus: &[usize]) {
         for &vcpu in vcpus {
             let again = inner.delivery.absent(vcpu, self.now());
-            self.told_elsewhere(inner, &again, Wait::Unplugged { vcpu: index(vcpu) });
+            self.told_elsewhere(inner, &again, WaitReason::Unplugged { vcpu: index(vcpu) });
         }
     }
 
     /// The records of these pages were not read by anybody, for the reason in `wait`, and wait to be told again.
-    pub(crate) fn told_elsewhere(&self, inner: &mut Inner, gpas: &[u64], wait: Wait) {
+    pub(crate) fn told_elsewhere(&self, inner: &mut Inner, gpas: &[u64], wait: WaitReason) {
         for &gpa in gpas {
-            self.waiting(inner, Pending { gpa, kind: Kind::ActionOptional }, wait);
+            self.waiting(inner, Pending { gpa, kind: FailureKind::ActionOptional }, wait);
         }
         inner.news = true;
         inner.retry = RETRY_FIRST;
@@ -112,12 +112,12 @@ impl Shared {
         inner: &mut Inner,
         vcpu: usize,
         error: Pending,
-        why: Cannot,
+        why: UndeliverableReason,
         rip: Option<u64>,
     ) {
         inner.delivery.forget(vcpu, &error);
         let Pending { gpa, kind } = error;
-        if kind == Kind::ActionRequired {
+        if kind == FailureKind::ActionRequired {
             inner.goes_on(vcpu);
             self.wake();
         }

@@ -3,15 +3,15 @@
 //!
 //! Records lie in one status block in guest memory, one at a time. The guest takes a record when it is
 //! notified, or at its next poll, and zeroes the status word: that is its acknowledgement. A guest that
-//! does not take records in time is told by machine check instead; see [`Why`] for when.
+//! does not take records in time is told by machine check instead; see [`FallbackReason`] for when.
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::time::Duration;
 
 use crate::acpi::cper::{MAX_PAGES, Notice};
-use crate::types::Wait;
-pub use crate::types::Why;
+pub use crate::types::FallbackReason;
+use crate::types::WaitReason;
 
 /// Pages that Linux queues per processor (`MEMORY_FAILURE_FIFO_ORDER`, `mm/memory-failure.c`); more
 /// are dropped ("buffer overflow when queuing memory failure"). Nobody can say which processor takes
@@ -63,7 +63,7 @@ pub enum Block {
 
 /// What is seen of the guest's side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sight {
+pub struct Observation {
     /// The status block.
     pub block: Block,
     /// Whether the guest has taken the error source into use; `None` where that cannot be seen.
@@ -102,17 +102,17 @@ pub enum Outcome {
         /// What it was to be told.
         notice: Notice,
         /// Why not.
-        why: Why,
+        why: FallbackReason,
     },
 }
 
 /// The next step.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step {
+pub enum ChannelStep {
     /// Nothing waits here.
     Idle,
     /// Nothing can be done now; the page named is the next in turn, if none lies in the block.
-    Wait(Option<(u64, Notice)>, Wait),
+    WaitReason(Option<(u64, Notice)>, WaitReason),
     /// Write this into the block and notify the guest;
     /// [`Delivery::firmware_refused`](crate::decide::machine_check::Delivery::firmware_refused) if that fails.
     Publish(Publication),
@@ -143,7 +143,7 @@ pub(crate) struct Channel {
     looked_at: Option<Duration>,
     source_taken: Option<bool>,
     silent_until: Option<Duration>,
-    broken: Option<Why>,
+    broken: Option<FallbackReason>,
     /// What lies in the block is to be zeroed.
     withdraw: bool,
     /// It matters when the guest came up.
@@ -220,7 +220,7 @@ impl Channel {
     }
 
     /// What `sight` shows to have become of the record in the block.
-    pub(crate) fn settle(&mut self, sight: &Sight, now: Duration) -> Vec<Outcome> {
+    pub(crate) fn settle(&mut self, sight: &Observation, now: Duration) -> Vec<Outcome> {
         let since = self.looked_at.map_or(Duration::ZERO, |at| now.saturating_sub(at));
         self.looked_at = Some(now);
         if !sight.paused {
@@ -232,15 +232,15 @@ impl Channel {
         }
         self.source_taken = sight.source_taken;
         if sight.block == Block::Unreachable {
-            self.broken = Some(Why::Unreachable);
+            self.broken = Some(FallbackReason::Unreachable);
         }
         let late = self.waited >= self.patience;
         let why = match sight.block {
             Block::Empty => None,
             Block::Ours if !late => return Vec::new(),
-            Block::Ours => Some(Why::NotTaken),
-            Block::Foreign => Some(Why::Overwritten),
-            Block::Unreachable => Some(Why::Unreachable),
+            Block::Ours => Some(FallbackReason::NotTaken),
+            Block::Foreign => Some(FallbackReason::Overwritten),
+            Block::Unreachable => Some(FallbackReason::Unreachable),
         };
         let Some(lying) = self.lying.take() else { return Vec::new() };
         self.waited = Duration::ZERO;
@@ -253,7 +253,7 @@ impl Channel {
             }
             Some(why) => {
                 self.silent_until = Some(now.saturating_add(SILENCE));
-                self.withdraw = why != Why::Unreachable;
+                self.withdraw = why != FallbackReason::Unreachable;
                 // Those that were met have had their AR, and are not to be told of once more.
                 let left = gpas.into_iter().filter(|gpa| !met.contains(gpa));
                 left.map(|gpa| Outcome::Returned { gpa, notice, why }).collect()
@@ -266,40 +266,43 @@ impl Channel {
     /// handler. What is returned is told elsewhere, or not at all.
     pub(crate) fn step(
         &mut self,
-        sight: &Sight,
+        sight: &Observation,
         now: Duration,
         up_since: Option<Duration>,
         room: u32,
-    ) -> (Vec<Outcome>, Step) {
+    ) -> (Vec<Outcome>, ChannelStep) {
         self.watches_boot = false;
         if self.lying.is_some() {
-            return (Vec::new(), Step::Wait(None, Wait::InBlock));
+            return (Vec::new(), ChannelStep::WaitReason(None, WaitReason::InBlock));
         }
-        let Some((notice, first)) = self.first() else { return (Vec::new(), Step::Idle) };
+        let Some((notice, first)) = self.first() else { return (Vec::new(), ChannelStep::Idle) };
         let up = up_since.is_some_and(|at| now.saturating_sub(at) >= self.patience);
         let silent = self.silent_until.is_some_and(|until| now < until);
         let why = match (self.broken, sight.source_taken) {
             (Some(why), _) => Some(why),
-            (None, Some(false)) if up => Some(Why::NoSource),
+            (None, Some(false)) if up => Some(FallbackReason::NoSource),
             (None, Some(false)) => {
                 self.watches_boot = true;
-                return (Vec::new(), Step::Wait(Some((first, notice)), Wait::NoSourceYet));
+                return (
+                    Vec::new(),
+                    ChannelStep::WaitReason(Some((first, notice)), WaitReason::NoSourceYet),
+                );
             }
-            (None, _) if silent => Some(Why::Silent),
-            (None, _) if sight.block != Block::Empty => Some(Why::Overwritten),
+            (None, _) if silent => Some(FallbackReason::Silent),
+            (None, _) if sight.block != Block::Empty => Some(FallbackReason::Overwritten),
             (None, _) => None,
         };
         if let Some(why) = why {
-            if why == Why::Overwritten {
+            if why == FallbackReason::Overwritten {
                 self.withdraw = true;
                 self.silent_until = Some(now.saturating_add(SILENCE));
             }
-            return (self.give_up(why), Step::Idle);
+            return (self.give_up(why), ChannelStep::Idle);
         }
         // At most MAX_PAGES, which fits.
         let room = (room as usize).min(MAX_PAGES);
         if room == 0 {
-            return (Vec::new(), Step::Wait(Some((first, notice)), Wait::Pace));
+            return (Vec::new(), ChannelStep::WaitReason(Some((first, notice)), WaitReason::Pace));
         }
         let queue = match notice {
             Notice::Lost => &mut self.lost,
@@ -311,11 +314,11 @@ impl Channel {
         self.waited = Duration::ZERO;
         let publication = Publication { number: self.records, notice, gpas };
         self.lying = Some(Lying { publication: publication.clone(), met: Vec::new() });
-        (Vec::new(), Step::Publish(publication))
+        (Vec::new(), ChannelStep::Publish(publication))
     }
 
     /// The record could not be published, or the guest could not be told of it.
-    pub(crate) fn refused(&mut self, why: Why) -> Vec<Outcome> {
+    pub(crate) fn refused(&mut self, why: FallbackReason) -> Vec<Outcome> {
         self.broken = Some(why);
         let mut outcomes = Vec::new();
         if let Some(Lying { publication, met }) = self.lying.take() {
@@ -339,7 +342,7 @@ impl Channel {
     }
 
     /// Nothing that waits is told here.
-    fn give_up(&mut self, why: Why) -> Vec<Outcome> {
+    fn give_up(&mut self, why: FallbackReason) -> Vec<Outcome> {
         let returned = |notice| move |gpa| Outcome::Returned { gpa, notice, why };
         let lost = self.lost.drain(..).map(returned(Notice::Lost));
         let predicted = self.predicted.drain(..).map(returned(Notice::Predicted));
@@ -360,11 +363,11 @@ mod tests {
     const ALL: u32 = u32::MAX;
 
     /// Of a guest that has taken the source and has nothing in its block.
-    fn well() -> Sight {
-        Sight { block: Block::Empty, source_taken: Some(true), paused: false }
+    fn well() -> Observation {
+        Observation { block: Block::Empty, source_taken: Some(true), paused: false }
     }
 
-    fn with(change: impl FnOnce(&mut Sight)) -> Sight {
+    fn with(change: impl FnOnce(&mut Observation)) -> Observation {
         let mut sight = well();
         change(&mut sight);
         sight
@@ -376,24 +379,28 @@ mod tests {
         channel
     }
 
-    fn look(channel: &mut Channel, sight: Sight, now: Duration) -> (Vec<Outcome>, Step) {
+    fn look(
+        channel: &mut Channel,
+        sight: Observation,
+        now: Duration,
+    ) -> (Vec<Outcome>, ChannelStep) {
         let mut outcomes = channel.settle(&sight, now);
         let (more, step) = channel.step(&sight, now, Some(Duration::ZERO), ALL);
         outcomes.extend(more);
         (outcomes, step)
     }
 
-    fn published(step: Step) -> Publication {
-        let Step::Publish(publication) = step else { panic!("a record, not {step:?}") };
+    fn published(step: ChannelStep) -> Publication {
+        let ChannelStep::Publish(publication) = step else { panic!("a record, not {step:?}") };
         publication
     }
 
-    fn returned(gpa: u64, why: Why) -> Outcome {
+    fn returned(gpa: u64, why: FallbackReason) -> Outcome {
         Outcome::Returned { gpa, notice: Notice::Lost, why }
     }
 
     /// Looks every half second, as the relay's thread does at the least, until something comes of it.
-    fn wait(channel: &mut Channel, sight: Sight, now: &mut Duration) -> Vec<Outcome> {
+    fn wait(channel: &mut Channel, sight: Observation, now: &mut Duration) -> Vec<Outcome> {
         for _ in 0..1000 {
             *now += Duration::from_millis(500);
             let (outcomes, _) = look(channel, sight, *now);
@@ -410,13 +417,13 @@ mod tests {
         let sight = well();
         let step = channel.step(&sight, MILLI, None, 3).1;
         assert_eq!(published(step).gpas, [0, 1, 2]);
-        let waits = Step::Wait(None, Wait::InBlock);
+        let waits = ChannelStep::WaitReason(None, WaitReason::InBlock);
         assert_eq!(look(&mut channel, with(|s| s.block = Block::Ours), 2 * MILLI).1, waits);
         let taken = channel.settle(&sight, 3 * MILLI);
         let expected = [0, 1, 2].map(|gpa| Outcome::Taken { gpa, notice: Notice::Lost, record: 1 });
         assert_eq!(taken, expected);
         let none = channel.step(&sight, 3 * MILLI, None, 0).1;
-        assert_eq!(none, Step::Wait(Some((3, Notice::Lost)), Wait::Pace));
+        assert_eq!(none, ChannelStep::WaitReason(Some((3, Notice::Lost)), WaitReason::Pace));
         let all = published(channel.step(&sight, 3 * MILLI, None, ALL).1);
         assert_eq!((all.number, all.gpas), (2, (3..18).collect()));
     }
@@ -428,7 +435,10 @@ mod tests {
             let mut channel = holding([1]);
             let (outcomes, step) = channel.step(&deaf, Duration::from_secs(100), up_since, ALL);
             assert!(outcomes.is_empty());
-            assert_eq!(step, Step::Wait(Some((1, Notice::Lost)), Wait::NoSourceYet));
+            assert_eq!(
+                step,
+                ChannelStep::WaitReason(Some((1, Notice::Lost)), WaitReason::NoSourceYet)
+            );
             assert!(channel.watches_boot);
             let step = channel.step(&well(), Duration::from_secs(101), up_since, ALL).1;
             assert_eq!(published(step).gpas, [1]);
@@ -437,9 +447,10 @@ mod tests {
         channel.push(Notice::Predicted, 3);
         let up_since = Some(Duration::from_secs(90));
         let (outcomes, step) = channel.step(&deaf, Duration::from_secs(100), up_since, ALL);
-        let predicted = Outcome::Returned { gpa: 3, notice: Notice::Predicted, why: Why::NoSource };
-        let [one, two] = [1, 2].map(|gpa| returned(gpa, Why::NoSource));
-        assert_eq!((outcomes, step), (vec![one, two, predicted], Step::Idle));
+        let predicted =
+            Outcome::Returned { gpa: 3, notice: Notice::Predicted, why: FallbackReason::NoSource };
+        let [one, two] = [1, 2].map(|gpa| returned(gpa, FallbackReason::NoSource));
+        assert_eq!((outcomes, step), (vec![one, two, predicted], ChannelStep::Idle));
         assert!(channel.is_idle() && !channel.watches_boot);
     }
 
@@ -450,14 +461,17 @@ mod tests {
         published(look(&mut channel, well(), now).1);
         let ours = with(|s| s.block = Block::Ours);
         assert!(look(&mut channel, ours, now + MILLI).0.is_empty());
-        let expected = [1, 2].map(|gpa| returned(gpa, Why::NotTaken));
+        let expected = [1, 2].map(|gpa| returned(gpa, FallbackReason::NotTaken));
         assert_eq!(wait(&mut channel, ours, &mut now), expected);
         assert!(now >= PATIENCE && now < PATIENCE + Duration::from_secs(2), "{now:?}");
         assert!(channel.take_withdrawal() && !channel.take_withdrawal());
 
         channel.push(Notice::Lost, 3);
         let (outcomes, step) = look(&mut channel, well(), now + Duration::from_secs(59));
-        assert_eq!((outcomes, step), (vec![returned(3, Why::Silent)], Step::Idle));
+        assert_eq!(
+            (outcomes, step),
+            (vec![returned(3, FallbackReason::Silent)], ChannelStep::Idle)
+        );
         channel.push(Notice::Lost, 4);
         assert_eq!(published(look(&mut channel, well(), now + SILENCE).1).gpas, [4]);
     }
@@ -492,8 +506,8 @@ mod tests {
     #[test]
     fn what_is_not_known_to_have_been_read_is_told_elsewhere() {
         for (block, why, withdrawn) in [
-            (Block::Foreign, Why::Overwritten, true),
-            (Block::Unreachable, Why::Unreachable, false),
+            (Block::Foreign, FallbackReason::Overwritten, true),
+            (Block::Unreachable, FallbackReason::Unreachable, false),
         ] {
             let mut channel = holding([1]);
             published(look(&mut channel, well(), MILLI).1);
@@ -506,7 +520,7 @@ mod tests {
         // What lies there before anything of ours does.
         let mut channel = holding([1]);
         let (outcomes, _) = look(&mut channel, with(|s| s.block = Block::Foreign), MILLI);
-        assert_eq!(outcomes, [returned(1, Why::Overwritten)]);
+        assert_eq!(outcomes, [returned(1, FallbackReason::Overwritten)]);
         assert!(channel.take_withdrawal());
     }
 
@@ -517,11 +531,14 @@ mod tests {
         assert_eq!(published(step).gpas, [1, 2]);
         channel.met(1);
         channel.met(3);
-        assert_eq!(channel.refused(Why::NotNotified), [returned(2, Why::NotNotified)]);
+        assert_eq!(
+            channel.refused(FallbackReason::NotNotified),
+            [returned(2, FallbackReason::NotNotified)]
+        );
         assert!(channel.take_withdrawal() && channel.is_idle());
         channel.push(Notice::Lost, 4);
         let (outcomes, _) = look(&mut channel, well(), MILLI);
-        assert_eq!(outcomes, [returned(4, Why::NotNotified)], "it stays so");
+        assert_eq!(outcomes, [returned(4, FallbackReason::NotNotified)], "it stays so");
     }
 
     #[test]
@@ -622,13 +639,13 @@ mod tests {
                         }
                         let (more, step) = channel.step(&sight, now, Some(Duration::ZERO), room);
                         outcomes.extend(more);
-                        if let Step::Publish(publication) = step {
+                        if let ChannelStep::Publish(publication) = step {
                             prop_assert!(in_block.is_none() && sight.block == Block::Empty);
                             prop_assert!(sight.source_taken != Some(false));
                             let count = publication.gpas.len();
                             prop_assert!((1..=MAX_PAGES.min(room as usize)).contains(&count));
                             if std::mem::take(&mut fail) {
-                                outcomes.extend(channel.refused(Why::NotNotified));
+                                outcomes.extend(channel.refused(FallbackReason::NotNotified));
                             } else {
                                 sight.block = Block::Ours;
                                 in_block = Some(publication);

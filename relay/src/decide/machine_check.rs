@@ -12,15 +12,15 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::firmware::{self, AoChannel, Channel, Outcome, Sight};
+use super::firmware::{self, AoChannel, Channel, Observation, Outcome};
 use super::pace::{Pace, Queue};
 use super::standing::{Seen, Standing};
 use crate::acpi::cper::Notice;
-use crate::types::Why;
-pub use crate::types::{Cannot, Wait};
+use crate::types::FallbackReason;
+pub use crate::types::{UndeliverableReason, WaitReason};
 use crate::x86::mca::{
-    self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Bank, Caps, DEFERRED_BANKS, Form, Kind, McaState,
-    Record, Vendor, mcg,
+    self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Bank, Caps, DEFERRED_BANKS, FailureKind, Form,
+    McaState, Record, Vendor, mcg,
 };
 
 /// How long CR4.MCE has to have been set before a record is only laid into a bank. Linux sets CR4.MCE
@@ -46,12 +46,12 @@ pub struct Pending {
     /// Guest-physical address of the 4 KiB page.
     pub gpa: u64,
     /// AO or AR.
-    pub kind: Kind,
+    pub kind: FailureKind,
 }
 
 /// A record together with what it tells of; `error` is `None` for a bystander's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Told {
+pub struct Assignment {
     /// The vCPU that is to be given the record.
     pub vcpu: usize,
     /// The page, its kind and the form chosen.
@@ -66,14 +66,14 @@ pub enum Step {
     /// Nothing to do on this vCPU: let it run.
     Idle,
     /// Inject this on the vCPU that asked, now.
-    Inject(Told),
+    Inject(Assignment),
     /// The machine check has to reach every online vCPU: stop them all, then ask
     /// [`Delivery::rendezvous`].
     Rendezvous(Pending),
     /// Nothing can be told now; ask again later.
-    Wait(Pending, Wait),
+    WaitReason(Pending, WaitReason),
     /// This error can never be told.
-    Cannot(Pending, Cannot),
+    UndeliverableReason(Pending, UndeliverableReason),
 }
 
 /// What became of a record that lay in a bank.
@@ -213,11 +213,11 @@ impl Delivery {
     /// from here on.
     pub fn firmware_step(
         &mut self,
-        sight: &Sight,
+        sight: &Observation,
         now: Duration,
-    ) -> (Vec<Outcome>, firmware::Step) {
+    ) -> (Vec<Outcome>, firmware::ChannelStep) {
         let Some(channel) = self.firmware.as_mut() else {
-            return (Vec::new(), firmware::Step::Idle);
+            return (Vec::new(), firmware::ChannelStep::Idle);
         };
         let mut outcomes = channel.settle(sight, now);
         // A record that was not acknowledged may have been read all the same.
@@ -227,7 +227,7 @@ impl Delivery {
         let on_their_way = self.aos_in_banks();
         let up_since = self.vcpus.iter().filter_map(|seen| seen.open_since).min();
         let Some(channel) = self.firmware.as_mut() else {
-            return (outcomes, firmware::Step::Idle);
+            return (outcomes, firmware::ChannelStep::Idle);
         };
         let room = self.queue.room(on_their_way + channel.in_block(), firmware::QUEUE, now);
         let (more, step) = channel.step(sight, now, up_since, room);
@@ -237,7 +237,7 @@ impl Delivery {
     }
 
     /// The record that was to be published was not, or the guest could not be notified of it.
-    pub fn firmware_refused(&mut self, why: Why) -> Vec<Outcome> {
+    pub fn firmware_refused(&mut self, why: FallbackReason) -> Vec<Outcome> {
         let outcomes = self.firmware.as_mut().map_or_else(Vec::new, |channel| channel.refused(why));
         self.take_back(&outcomes);
         outcomes
@@ -340,8 +340,8 @@ impl Delivery {
     /// Whether `error` waits to be told, and if it is an AR, on `vcpu`.
     fn still_waits(&self, vcpu: usize, error: &Pending) -> bool {
         match error.kind {
-            Kind::ActionOptional => self.ao.contains(&error.gpa),
-            Kind::ActionRequired => self.first_ar(vcpu) == Some(*error),
+            FailureKind::ActionOptional => self.ao.contains(&error.gpa),
+            FailureKind::ActionRequired => self.first_ar(vcpu) == Some(*error),
         }
     }
 
@@ -446,23 +446,23 @@ impl Delivery {
         let Some(error) = self.first(vcpu) else {
             return Step::Idle;
         };
-        if error.kind == Kind::ActionRequired
+        if error.kind == FailureKind::ActionRequired
             && let Some(rounds) = self.take_loop(error.gpa)
         {
-            return Step::Cannot(error, Cannot::Loop { rounds });
+            return Step::UndeliverableReason(error, UndeliverableReason::Loop { rounds });
         }
         let Some(form) = mca::form(error.kind, &self.caps) else {
-            return Step::Cannot(error, Cannot::NoForm);
+            return Step::UndeliverableReason(error, UndeliverableReason::NoForm);
         };
         let placed = self.place(vcpu, state, form).and_then(|bank| match error.kind {
-            Kind::ActionOptional => self.may_go(vcpu, form, now).map(|()| bank),
-            Kind::ActionRequired => Ok(bank),
+            FailureKind::ActionOptional => self.may_go(vcpu, form, now).map(|()| bank),
+            FailureKind::ActionRequired => Ok(bank),
         });
         let lmce = state.lmce && self.caps.has(mca::cap::LMCE_P);
         match placed {
             Err(wait) => self.blocked(vcpu, error, wait),
             Ok(_) if self.caps.vendor == Vendor::Intel && !lmce => Step::Rendezvous(error),
-            Ok(bank) => Step::Inject(Told {
+            Ok(bank) => Step::Inject(Assignment {
                 vcpu,
                 error: Some((error, form)),
                 record: mca::record(form, error.gpa, bank, lmce),
@@ -486,7 +486,7 @@ impl Delivery {
         error: Pending,
         states: &[Option<McaState>],
         now: Duration,
-    ) -> Result<Vec<Told>, Wait> {
+    ) -> Result<Vec<Assignment>, WaitReason> {
         // A machine check without any error is the guest's end ("Fatal machine check from unknown source"). It is that
         // also to those who are online where the one with the error is not.
         for (vcpu, state) in states.iter().enumerate() {
@@ -494,7 +494,7 @@ impl Delivery {
                 self.watch(vcpu, state, now);
             }
         }
-        let is_ao = error.kind == Kind::ActionOptional;
+        let is_ao = error.kind == FailureKind::ActionOptional;
         if (is_ao && self.ao_vcpu != leader) || !self.still_waits(leader, &error) {
             return Ok(Vec::new());
         }
@@ -502,7 +502,7 @@ impl Delivery {
         let is_masked = |seen: &&Seen| seen.standing == Standing::Masked;
         let unclear = self.vcpus.get(leader).filter(is_masked).is_some_and(|s| !s.is_masked(now));
         if is_ao && unclear && self.vcpus.iter().filter(is_masked).count() > 1 {
-            return Err(Wait::InHandler { vcpu: index(leader) });
+            return Err(WaitReason::InHandler { vcpu: index(leader) });
         }
 
         let mut all = Vec::new();
@@ -518,12 +518,12 @@ impl Delivery {
             let own = if vcpu == leader { Some(error) } else { self.first_ar(vcpu) };
             let own = own.and_then(|error| Some((error, mca::form(error.kind, &self.caps)?)));
             all.push(match own {
-                Some((error, form)) => Told {
+                Some((error, form)) => Assignment {
                     vcpu,
                     error: Some((error, form)),
                     record: mca::record(form, error.gpa, self.place(vcpu, state, form)?, false),
                 },
-                None => Told {
+                None => Assignment {
                     vcpu,
                     error: None,
                     record: mca::bystander(self.bystander_bank(vcpu, state)?),
@@ -536,7 +536,7 @@ impl Delivery {
     /// The record is being put into the bank: its error, if it has one, no longer waits to be told.
     /// [`Self::refused`] if that fails. True when AOs have come to wait: touches that are not told of
     /// ([`Self::goes_on`]).
-    pub fn told(&mut self, told: &Told) -> bool {
+    pub fn told(&mut self, told: &Assignment) -> bool {
         if told.record.mcg_status & mcg::MCIP != 0
             && let Some(seen) = self.vcpus.get_mut(told.vcpu)
         {
@@ -556,11 +556,11 @@ impl Delivery {
         same.for_each(|touch| touch.untold = false);
         self.in_banks.push(InBank { vcpu, bank, error, form, restarted: false, gone: false });
         // One touch at once is all that a vCPU can be told of.
-        error.kind == Kind::ActionRequired && self.goes_on(vcpu)
+        error.kind == FailureKind::ActionRequired && self.goes_on(vcpu)
     }
 
     /// The record was not put into the bank after all.
-    pub fn refused(&mut self, told: &Told) {
+    pub fn refused(&mut self, told: &Assignment) {
         let place = (told.vcpu, told.record.bank);
         self.in_banks.retain(|one| (one.vcpu, one.bank) != place);
         self.bystanders.retain(|one| *one != place);
@@ -574,12 +574,12 @@ impl Delivery {
     pub fn forget(&mut self, vcpu: usize, error: &Pending) {
         // It is the first nearly always, and a burst makes these queues long.
         match error.kind {
-            Kind::ActionOptional => {
+            FailureKind::ActionOptional => {
                 if let Some(at) = self.ao.iter().position(|gpa| *gpa == error.gpa) {
                     self.ao.remove(at);
                 }
             }
-            Kind::ActionRequired => {
+            FailureKind::ActionRequired => {
                 if let Some(queue) = self.ar.get_mut(vcpu)
                     && let Some(at) = queue.iter().position(|touch| touch.gpa == error.gpa)
                 {
@@ -733,7 +733,7 @@ impl Delivery {
     }
 
     fn aos_in_banks(&self) -> usize {
-        let aos = self.in_banks.iter().filter(|r| r.error.kind == Kind::ActionOptional);
+        let aos = self.in_banks.iter().filter(|r| r.error.kind == FailureKind::ActionOptional);
         aos.count()
     }
 
@@ -745,35 +745,35 @@ impl Delivery {
     /// The AR that `vcpu` is to be told of next.
     pub(crate) fn first_ar(&self, vcpu: usize) -> Option<Pending> {
         let touch = self.ar.get(vcpu).and_then(VecDeque::front)?;
-        Some(Pending { gpa: touch.gpa, kind: Kind::ActionRequired })
+        Some(Pending { gpa: touch.gpa, kind: FailureKind::ActionRequired })
     }
 
     /// The error `vcpu` is to be told of next.
     fn first(&self, vcpu: usize) -> Option<Pending> {
         let ao = || {
             let gpa = *self.ao.front().filter(|_| self.takes_aos(vcpu))?;
-            Some(Pending { gpa, kind: Kind::ActionOptional })
+            Some(Pending { gpa, kind: FailureKind::ActionOptional })
         };
         self.first_ar(vcpu).or_else(ao)
     }
 
     /// The bank of `vcpu` that can take a record of `form` now.
-    fn place(&self, vcpu: usize, state: &McaState, form: Form) -> Result<u8, Wait> {
+    fn place(&self, vcpu: usize, state: &McaState, form: Form) -> Result<u8, WaitReason> {
         let of = vcpu;
         let vcpu = index(of);
         if state.waits_for_sipi {
-            return Err(Wait::NotStarted { vcpu });
+            return Err(WaitReason::NotStarted { vcpu });
         }
         // A deferred record only lies in its bank, so KVM would take it even from a guest that has
         // not set up its machine checks; but such a guest clears the banks unread when it does.
         if !state.cr4_mce {
-            return Err(Wait::Cr4MceClear { vcpu });
+            return Err(WaitReason::Cr4MceClear { vcpu });
         }
         if state.mcip() {
-            return Err(Wait::Mcip { vcpu });
+            return Err(WaitReason::Mcip { vcpu });
         }
         if state.mcg_ctl != u64::MAX {
-            return Err(Wait::McgCtlOff { vcpu });
+            return Err(WaitReason::McgCtlOff { vcpu });
         }
         // An AR was met by what the vCPU was doing when it was stopped; it cannot be put off.
         if form == Form::Srao {
@@ -790,7 +790,7 @@ impl Delivery {
     }
 
     /// The bank in which `vcpu`, which did nothing, can take part in a rendezvous now.
-    fn bystander_bank(&self, vcpu: usize, state: &McaState) -> Result<u8, Wait> {
+    fn bystander_bank(&self, vcpu: usize, state: &McaState) -> Result<u8, WaitReason> {
         let bank = free_bank(index(vcpu), state, &BYSTANDER_BANKS).or_else(|why| {
             // A record of ours that an offline processor left there, and that the hypervisor does not take back.
             // Writing over it adds OVER, and Linux looks at nothing in a record without EN ("Not enabled",
@@ -807,35 +807,37 @@ impl Delivery {
     }
 
     /// Whether a machine check that `vcpu` did not call for would harm what it is doing.
-    fn may_be_interrupted(&self, vcpu: usize, state: &McaState) -> Result<(), Wait> {
+    fn may_be_interrupted(&self, vcpu: usize, state: &McaState) -> Result<(), WaitReason> {
         if self.vcpus.get(vcpu).is_some_and(|seen| seen.in_handler) {
-            return Err(Wait::InHandler { vcpu: index(vcpu) });
+            return Err(WaitReason::InHandler { vcpu: index(vcpu) });
         }
         if state.event_in_flight {
-            return Err(Wait::EventInFlight { vcpu: index(vcpu) });
+            return Err(WaitReason::EventInFlight { vcpu: index(vcpu) });
         }
         Ok(())
     }
 
     /// What holds back an AO that has a place.
-    fn may_go(&self, vcpu: usize, form: Form, now: Duration) -> Result<(), Wait> {
+    fn may_go(&self, vcpu: usize, form: Form, now: Duration) -> Result<(), WaitReason> {
         let since = self.vcpus.get(vcpu).and_then(|seen| seen.open_since);
         let settled = since.is_some_and(|since| now.saturating_sub(since) >= SETTLE);
         if !form.raises_mc() && !settled {
-            return Err(Wait::JustOpened { vcpu: index(vcpu) });
+            return Err(WaitReason::JustOpened { vcpu: index(vcpu) });
         }
         match self.room_at() {
             Some(at) if at <= now => Ok(()),
-            _ => Err(Wait::Pace),
+            _ => Err(WaitReason::Pace),
         }
     }
 
-    fn blocked(&self, vcpu: usize, error: Pending, wait: Wait) -> Step {
+    fn blocked(&self, vcpu: usize, error: Pending, wait: WaitReason) -> Step {
         match error.kind {
-            Kind::ActionRequired => Step::Cannot(error, Cannot::Blocked { by: wait }),
+            FailureKind::ActionRequired => {
+                Step::UndeliverableReason(error, UndeliverableReason::Blocked { by: wait })
+            }
             // Where any vCPU will do, one of them says what all wait for.
-            Kind::ActionOptional if vcpu != self.ao_vcpu => Step::Idle,
-            Kind::ActionOptional => Step::Wait(error, wait),
+            FailureKind::ActionOptional if vcpu != self.ao_vcpu => Step::Idle,
+            FailureKind::ActionOptional => Step::WaitReason(error, wait),
         }
     }
 }
@@ -846,23 +848,26 @@ pub(crate) fn index(vcpu: usize) -> u32 {
 }
 
 /// The first of `banks` that is enabled and empty, or why the first one is not.
-fn free_bank(vcpu: u32, state: &McaState, banks: &[u8]) -> Result<u8, Wait> {
+fn free_bank(vcpu: u32, state: &McaState, banks: &[u8]) -> Result<u8, WaitReason> {
     if state.mcip() {
-        return Err(Wait::Mcip { vcpu });
+        return Err(WaitReason::Mcip { vcpu });
     }
     let why_not = |bank: u8| {
         let now = state.banks[usize::from(bank)];
         if now.ctl != u64::MAX {
-            Some(Wait::BankCtlOff { vcpu, bank })
+            Some(WaitReason::BankCtlOff { vcpu, bank })
         } else if now.valid() {
-            Some(Wait::BankValid { vcpu, bank })
+            Some(WaitReason::BankValid { vcpu, bank })
         } else {
             None
         }
     };
     match banks.iter().copied().find(|bank| why_not(*bank).is_none()) {
         Some(bank) => Ok(bank),
-        None => Err(banks.first().and_then(|bank| why_not(*bank)).unwrap_or(Wait::NoBank { vcpu })),
+        None => Err(banks
+            .first()
+            .and_then(|bank| why_not(*bank))
+            .unwrap_or(WaitReason::NoBank { vcpu })),
     }
 }
 
@@ -906,7 +911,12 @@ mod tests {
         delivery
     }
 
-    fn inject(delivery: &mut Delivery, vcpu: usize, state: &mut McaState, now: Duration) -> Told {
+    fn inject(
+        delivery: &mut Delivery,
+        vcpu: usize,
+        state: &mut McaState,
+        now: Duration,
+    ) -> Assignment {
         let Step::Inject(told) = delivery.next(vcpu, state, now) else { panic!("an injection") };
         state.banks[usize::from(told.record.bank)].status = told.record.status;
         if told.record.mcg_status != 0 {
@@ -917,7 +927,10 @@ mod tests {
     }
 
     /// That which vCPU 0 leads.
-    fn rendezvous(delivery: &mut Delivery, states: &[Option<McaState>]) -> Result<Vec<Told>, Wait> {
+    fn rendezvous(
+        delivery: &mut Delivery,
+        states: &[Option<McaState>],
+    ) -> Result<Vec<Assignment>, WaitReason> {
         let error = delivery.first(0).unwrap();
         delivery.rendezvous(0, error, states, LATER)
     }
@@ -936,7 +949,7 @@ mod tests {
             state.interrupts_on = true;
             assert_eq!(delivery.taken(vcpu, &state, now).len(), 1, "it took it");
         }
-        if let Step::Cannot(error, _) = &step {
+        if let Step::UndeliverableReason(error, _) = &step {
             delivery.forget(vcpu, error);
         }
         step
@@ -951,9 +964,12 @@ mod tests {
                 let step = round(&mut delivery, PAGE, millis(n));
                 assert!(matches!(step, Step::Inject(_)), "{again}, round {n}: {step:?}");
             }
-            let error = Pending { gpa: PAGE, kind: Kind::ActionRequired };
-            let why = Cannot::Loop { rounds: LOOP_ROUNDS };
-            assert_eq!(round(&mut delivery, PAGE, millis(LOOP_ROUNDS)), Step::Cannot(error, why));
+            let error = Pending { gpa: PAGE, kind: FailureKind::ActionRequired };
+            let why = UndeliverableReason::Loop { rounds: LOOP_ROUNDS };
+            assert_eq!(
+                round(&mut delivery, PAGE, millis(LOOP_ROUNDS)),
+                Step::UndeliverableReason(error, why)
+            );
             assert!(delivery.is_idle(), "and whoever goes on has as many rounds again");
         }
         const { assert!(LOOP_ROUNDS < 100) };
@@ -993,7 +1009,7 @@ mod tests {
                 round(&mut delivery, gpa, LATER + Duration::from_millis(n.into()))
             })
             .collect();
-        let loops = steps.iter().filter(|step| matches!(step, Step::Cannot(..)));
+        let loops = steps.iter().filter(|step| matches!(step, Step::UndeliverableReason(..)));
         assert_eq!(loops.count(), 2, "{steps:?}");
     }
 
@@ -1030,22 +1046,22 @@ mod tests {
             let mut delivery = open(caps, 1);
             delivery.push_ao(PAGE);
             let cases = [
-                (with(|s| s.waits_for_sipi = true), Wait::NotStarted { vcpu: 0 }),
-                (with(|s| s.cr4_mce = false), Wait::Cr4MceClear { vcpu: 0 }),
-                (with(|s| s.mcg_status = mcg::MCIP), Wait::Mcip { vcpu: 0 }),
-                (with(|s| s.mcg_ctl = 0), Wait::McgCtlOff { vcpu: 0 }),
+                (with(|s| s.waits_for_sipi = true), WaitReason::NotStarted { vcpu: 0 }),
+                (with(|s| s.cr4_mce = false), WaitReason::Cr4MceClear { vcpu: 0 }),
+                (with(|s| s.mcg_status = mcg::MCIP), WaitReason::Mcip { vcpu: 0 }),
+                (with(|s| s.mcg_ctl = 0), WaitReason::McgCtlOff { vcpu: 0 }),
                 (
                     with(|s| s.banks.iter_mut().for_each(|bank| bank.ctl = 0)),
-                    Wait::BankCtlOff { vcpu: 0, bank: 9 },
+                    WaitReason::BankCtlOff { vcpu: 0, bank: 9 },
                 ),
                 (
                     with(|s| s.banks.iter_mut().for_each(|bank| bank.status = status::VAL)),
-                    Wait::BankValid { vcpu: 0, bank: 9 },
+                    WaitReason::BankValid { vcpu: 0, bank: 9 },
                 ),
             ];
             for (state, why) in cases {
-                let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
-                assert_eq!(delivery.next(0, &state, LATER), Step::Wait(error, why), "{name}");
+                let error = Pending { gpa: PAGE, kind: FailureKind::ActionOptional };
+                assert_eq!(delivery.next(0, &state, LATER), Step::WaitReason(error, why), "{name}");
             }
         }
     }
@@ -1055,9 +1071,12 @@ mod tests {
         let mut delivery = open(amd(), 2);
         delivery.push_ar(1, PAGE, true, Duration::ZERO);
         let state = with(|s| s.mcg_status = mcg::MCIP);
-        let error = Pending { gpa: PAGE, kind: Kind::ActionRequired };
-        let by = Wait::Mcip { vcpu: 1 };
-        assert_eq!(delivery.next(1, &state, LATER), Step::Cannot(error, Cannot::Blocked { by }));
+        let error = Pending { gpa: PAGE, kind: FailureKind::ActionRequired };
+        let by = WaitReason::Mcip { vcpu: 1 };
+        assert_eq!(
+            delivery.next(1, &state, LATER),
+            Step::UndeliverableReason(error, UndeliverableReason::Blocked { by })
+        );
     }
 
     #[test]
@@ -1124,7 +1143,7 @@ mod tests {
         let mut delivery = open(intel(0), 2);
         delivery.push_ao(PAGE);
         let states = [Some(ready()), Some(with(|s| s.mcg_status = mcg::MCIP))];
-        assert_eq!(rendezvous(&mut delivery, &states), Err(Wait::Mcip { vcpu: 1 }));
+        assert_eq!(rendezvous(&mut delivery, &states), Err(WaitReason::Mcip { vcpu: 1 }));
         assert!(
             matches!(delivery.next(0, &ready(), LATER), Step::Rendezvous(_)),
             "nothing is lost"
@@ -1136,9 +1155,9 @@ mod tests {
         let busy = || with(|s| s.event_in_flight = true);
         let mut delivery = open(intel(0), 2);
         delivery.push_ao(PAGE);
-        let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
-        let wait = |vcpu| Wait::EventInFlight { vcpu };
-        assert_eq!(delivery.next(0, &busy(), LATER), Step::Wait(error, wait(0)));
+        let error = Pending { gpa: PAGE, kind: FailureKind::ActionOptional };
+        let wait = |vcpu| WaitReason::EventInFlight { vcpu };
+        assert_eq!(delivery.next(0, &busy(), LATER), Step::WaitReason(error, wait(0)));
         assert_eq!(rendezvous(&mut delivery, &[Some(ready()), Some(busy())]), Err(wait(1)));
         // A deferred record interrupts nothing, and an AR has to be told.
         let mut delivery = open(amd(), 1);
@@ -1162,8 +1181,8 @@ mod tests {
             })
         };
         inject(&mut delivery, 0, &mut lmce(true), LATER);
-        let next = Pending { gpa: 0x2000, kind: Kind::ActionOptional };
-        let waits = Step::Wait(next, Wait::InHandler { vcpu: 0 });
+        let next = Pending { gpa: 0x2000, kind: FailureKind::ActionOptional };
+        let waits = Step::WaitReason(next, WaitReason::InHandler { vcpu: 0 });
         let leaving = lmce(false);
         assert_eq!(delivery.taken(0, &leaving, LATER).len(), 1, "acknowledged all the same");
         assert_eq!(delivery.next(0, &leaving, LATER), waits);
@@ -1171,7 +1190,7 @@ mod tests {
         // A guest that idles with interrupts off is given a second.
         inject(&mut delivery, 0, &mut lmce(true), LATER);
         delivery.push_ao(0x3000);
-        assert!(matches!(delivery.next(0, &leaving, LATER), Step::Wait(..)));
+        assert!(matches!(delivery.next(0, &leaving, LATER), Step::WaitReason(..)));
         assert!(matches!(delivery.next(0, &leaving, LATER + LEAVE), Step::Inject(_)));
     }
 
@@ -1187,7 +1206,7 @@ mod tests {
         delivery.taken(0, &ready(), LATER);
         delivery.taken(1, &leaving, LATER);
         let refused = rendezvous(&mut delivery, &[Some(ready()), Some(leaving)]);
-        assert_eq!(refused, Err(Wait::InHandler { vcpu: 1 }));
+        assert_eq!(refused, Err(WaitReason::InHandler { vcpu: 1 }));
         delivery.taken(1, &ready(), LATER);
         assert!(rendezvous(&mut delivery, &[Some(ready()), Some(ready())]).is_ok());
     }
@@ -1205,10 +1224,10 @@ mod tests {
         delivery.taken(1, &masked, LATER);
         assert_eq!(delivery.ao_vcpu(), 1, "it was seen with interrupts on last");
         let mut lead = |leader, states: &[Option<McaState>], now| {
-            let error = Pending { gpa: 0x1000, kind: Kind::ActionOptional };
+            let error = Pending { gpa: 0x1000, kind: FailureKind::ActionOptional };
             delivery.rendezvous(leader, error, states, now)
         };
-        assert_eq!(lead(1, &states, LATER), Err(Wait::InHandler { vcpu: 1 }));
+        assert_eq!(lead(1, &states, LATER), Err(WaitReason::InHandler { vcpu: 1 }));
         // One that shows itself online leads, and the other does not.
         let one_online = [Some(ready()), Some(masked)];
         assert_eq!(lead(1, &one_online, LATER), Ok(Vec::new()));
@@ -1263,9 +1282,9 @@ mod tests {
         let banks = DEFERRED_BANKS.iter().chain(&DEFERRED_BANKS);
         let expected: Vec<_> = (0..14).map(|page| page << 12).zip(banks.copied()).collect();
         assert_eq!(given, expected);
-        let full = Wait::BankValid { vcpu: 0, bank: AO_BANK };
-        let error = Pending { gpa: 14 << 12, kind: Kind::ActionOptional };
-        assert_eq!(delivery.next(0, &states[0], LATER), Step::Wait(error, full));
+        let full = WaitReason::BankValid { vcpu: 0, bank: AO_BANK };
+        let error = Pending { gpa: 14 << 12, kind: FailureKind::ActionOptional };
+        assert_eq!(delivery.next(0, &states[0], LATER), Step::WaitReason(error, full));
         assert_eq!(delivery.next(1, &states[1], LATER), Step::Idle, "one says what all wait for");
 
         states[1].banks[2].status = 0;
@@ -1284,7 +1303,9 @@ mod tests {
         (0..3).for_each(|_| {
             inject(&mut delivery, 0, &mut state, LATER);
         });
-        let paced = |gpa| Step::Wait(Pending { gpa, kind: Kind::ActionOptional }, Wait::Pace);
+        let paced = |gpa| {
+            Step::WaitReason(Pending { gpa, kind: FailureKind::ActionOptional }, WaitReason::Pace)
+        };
         assert_eq!(delivery.next(0, &state, LATER), paced(3 << 12));
         assert_eq!(delivery.room_at(), None, "time alone makes no room");
         assert_eq!(delivery.waiting_vcpus(LATER), [0], "to see what the guest takes");
@@ -1306,8 +1327,8 @@ mod tests {
     fn a_record_is_not_laid_into_a_bank_that_may_be_wiped() {
         let mut delivery = Delivery::new(amd(), 1, Pace::default());
         delivery.push_ao(PAGE);
-        let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
-        let just = Step::Wait(error, Wait::JustOpened { vcpu: 0 });
+        let error = Pending { gpa: PAGE, kind: FailureKind::ActionOptional };
+        let just = Step::WaitReason(error, WaitReason::JustOpened { vcpu: 0 });
         let at = Duration::from_millis;
         assert_eq!(delivery.next(0, &ready(), at(5000)), just);
         assert_eq!(delivery.next(0, &ready(), at(5999)), just);
@@ -1337,7 +1358,10 @@ mod tests {
         let caps = Caps { vendor: Vendor::Intel, mcg_cap, succor: false };
         let mut delivery = open(caps, 1);
         delivery.push_ao(PAGE);
-        let error = Pending { gpa: PAGE, kind: Kind::ActionOptional };
-        assert_eq!(delivery.next(0, &ready(), LATER), Step::Wait(error, Wait::NoBank { vcpu: 0 }));
+        let error = Pending { gpa: PAGE, kind: FailureKind::ActionOptional };
+        assert_eq!(
+            delivery.next(0, &ready(), LATER),
+            Step::WaitReason(error, WaitReason::NoBank { vcpu: 0 })
+        );
     }
 }

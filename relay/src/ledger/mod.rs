@@ -7,7 +7,7 @@ use std::time::SystemTime;
 mod page;
 mod table;
 
-use crate::types::{Cannot, Kind};
+use crate::types::{FailureKind, UndeliverableReason};
 pub use crate::types::{FoundBy, Place, State};
 pub use page::{Page, Predicted, Times};
 use table::Table;
@@ -44,7 +44,7 @@ impl Ledger {
         gpa: u64,
         hva: u64,
         lsb: u8,
-        kind: Kind,
+        kind: FailureKind,
         found_by: FoundBy,
         now: SystemTime,
     ) -> bool {
@@ -59,7 +59,7 @@ impl Ledger {
             && matches!(predicted.state, State::Seen | State::Waiting { .. })
         {
             let before = predicted.state;
-            predicted.state = State::Undeliverable { why: Cannot::WentBad };
+            predicted.state = State::Undeliverable { why: UndeliverableReason::WentBad };
             predicted.times.note(&before, &predicted.state, now);
         }
         if page.is_forged() && found_by != FoundBy::Forged {
@@ -232,7 +232,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{Form, Wait};
+    use crate::types::{Form, WaitReason};
 
     #[test]
     fn a_page_is_new_once_and_news_once() {
@@ -240,13 +240,13 @@ mod tests {
         let mut ledger = Ledger::default();
         assert!(ledger.is_empty());
         let signal = FoundBy::Signal;
-        assert!(ledger.enter(0x1000, 0x7000, 12, Kind::ActionOptional, signal, now));
-        assert!(!ledger.enter(0x1000, 0x7000, 12, Kind::ActionRequired, signal, now));
-        assert!(!ledger.enter(0x1000, 0x7000, 12, Kind::ActionOptional, FoundBy::Scan, now));
+        assert!(ledger.enter(0x1000, 0x7000, 12, FailureKind::ActionOptional, signal, now));
+        assert!(!ledger.enter(0x1000, 0x7000, 12, FailureKind::ActionRequired, signal, now));
+        assert!(!ledger.enter(0x1000, 0x7000, 12, FailureKind::ActionOptional, FoundBy::Scan, now));
         let page = ledger.get(0x1000).unwrap();
-        assert_eq!((page.signals, page.kind), (2, Kind::ActionRequired));
+        assert_eq!((page.signals, page.kind), (2, FailureKind::ActionRequired));
 
-        let waiting = State::Waiting { wait: Wait::Mcip { vcpu: 0 } };
+        let waiting = State::Waiting { wait: WaitReason::Mcip { vcpu: 0 } };
         assert!(ledger.set(0x1000, waiting, now));
         assert!(!ledger.set(0x1000, waiting, now), "the same again is no news");
         assert!(!ledger.set(0x2000, waiting, now), "an unknown page has no state");
@@ -261,7 +261,7 @@ mod tests {
         // It waits again, first for one thing and then for another.
         let again = later + std::time::Duration::from_secs(3600);
         assert!(ledger.set(0x1000, waiting, again));
-        let other = State::Waiting { wait: Wait::Mcip { vcpu: 1 } };
+        let other = State::Waiting { wait: WaitReason::Mcip { vcpu: 1 } };
         assert!(ledger.set(0x1000, other, again + std::time::Duration::from_secs(5)));
         assert_eq!(ledger.get(0x1000).unwrap().times.waiting_since(), again);
         assert_eq!((times.injected, times.undeliverable), (None, None));
@@ -271,7 +271,7 @@ mod tests {
     fn what_is_healed_is_kept_and_may_go_bad_again() {
         let now = SystemTime::UNIX_EPOCH;
         let mut ledger = Ledger::default();
-        let (ao, signal) = (Kind::ActionOptional, FoundBy::Signal);
+        let (ao, signal) = (FailureKind::ActionOptional, FoundBy::Signal);
         ledger.enter(0x1000, 0x7000, 12, ao, signal, now);
         ledger.enter(0x2000, 0x8000, 12, ao, signal, now);
         assert!(ledger.heal(0x1000, now));

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use crate::types::{FoundBy, Kind, State};
+use crate::types::{FailureKind, FoundBy, State};
 #[cfg(feature = "serde")]
 use crate::types::{hex, unix_time, unix_time_option};
 
@@ -19,7 +19,7 @@ pub struct Page {
     /// `log2` of the extent in bytes that was lost with it, 12 for the page alone.
     pub lsb: u8,
     /// The kind of the last signal; AO for a page that no signal named.
-    pub kind: Kind,
+    pub kind: FailureKind,
     /// How the page became known.
     pub found_by: FoundBy,
     /// Number of signals that named the page.

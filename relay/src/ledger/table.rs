@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::time::{Duration, SystemTime};
 
 use super::page::{Page, Times};
-use crate::types::{FoundBy, Kind, PAGE_SHIFT, State};
+use crate::types::{FailureKind, FoundBy, PAGE_SHIFT, State};
 
 /// `log2` of the bytes of guest memory that a block is about, 64 MiB. It has so few pages that one more
 /// is put in its place among them within microseconds, and so many that what it has once does not count.
@@ -45,7 +45,7 @@ struct Entry {
     /// Index of [`Block::offsets`].
     offset: u16,
     lsb: u8,
-    kind: Kind,
+    kind: FailureKind,
     found_by: FoundBy,
 }
 
@@ -219,7 +219,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::types::{Place, Wait};
+    use crate::types::{Place, WaitReason};
 
     #[test]
     fn an_entry_is_small() {
@@ -248,12 +248,16 @@ mod tests {
             gpa,
             hva: gpa.wrapping_add((seed % 3) << 30),
             lsb: 12 + (seed % 2) as u8 * 9,
-            kind: if seed.is_multiple_of(5) { Kind::ActionRequired } else { Kind::ActionOptional },
+            kind: if seed.is_multiple_of(5) {
+                FailureKind::ActionRequired
+            } else {
+                FailureKind::ActionOptional
+            },
             found_by: if seed.is_multiple_of(7) { FoundBy::Scan } else { FoundBy::Signal },
             signals,
             state: match seed % 3 {
                 0 => State::Seen,
-                1 => State::Waiting { wait: Wait::Mcip { vcpu: 3 } },
+                1 => State::Waiting { wait: WaitReason::Mcip { vcpu: 3 } },
                 _ => State::Acknowledged { place: Place::Ghes { record: signals } },
             },
             times: Times {

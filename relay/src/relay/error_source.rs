@@ -13,11 +13,13 @@ use crate::core::inner::Inner;
 use crate::core::locked::call_host;
 use crate::core::shared::{IDLE_TICK, Shared};
 use crate::core::transition::Change;
-use crate::decide::firmware::{Block, Outcome, Publication, Sight, Step};
+use crate::decide::firmware::{Block, ChannelStep, Observation, Outcome, Publication};
 use crate::decide::machine_check::Pending;
 use crate::event::{Event, Injection};
 use crate::memory::access;
-use crate::types::{Cannot, Kind, PAGE_SIZE, Place, State, Wait, Why};
+use crate::types::{
+    FailureKind, FallbackReason, PAGE_SIZE, Place, State, UndeliverableReason, WaitReason,
+};
 
 /// Where in the page the error status address register lies: eight bytes that hold the guest-physical
 /// address of the block (ACPI 6.5, table 18.10, "error status address").
@@ -163,7 +165,7 @@ impl Source {
         let mut inner = shared.lock();
         inner.firmware_news = false;
         let paused = inner.is_paused();
-        let sight = Sight { block, source_taken, paused };
+        let sight = Observation { block, source_taken, paused };
         let now = shared.now();
         let (outcomes, step) = inner.delivery.firmware_step(&sight, now);
         shared.came_of(&mut inner, &outcomes);
@@ -174,30 +176,34 @@ impl Source {
         if withdraws {
             self.withdraw();
         }
-        if !matches!(step, Step::Wait(_, Wait::InBlock)) {
+        if !matches!(step, ChannelStep::WaitReason(_, WaitReason::InBlock)) {
             // What the guest writes behind a status word of zero is nobody's business.
             self.record.clear();
         }
         let pause = match step {
-            Step::Idle => IDLE_TICK,
-            Step::Wait(first, wait) => {
+            ChannelStep::Idle => IDLE_TICK,
+            ChannelStep::WaitReason(first, wait) => {
                 if let Some((gpa, notice)) = first {
                     shared.waits_here(&mut shared.lock(), gpa, notice, wait);
                 }
-                if self.rang_at.elapsed() >= RING_AGAIN && wait == Wait::InBlock {
+                if self.rang_at.elapsed() >= RING_AGAIN && wait == WaitReason::InBlock {
                     // It has heard nothing worse than silence so far; its time will be up.
                     let _ = self.ring();
                 }
                 self.pause = (self.pause * 2).min(LOOK_LAST);
                 self.pause
             }
-            Step::Publish(publication) => {
+            ChannelStep::Publish(publication) => {
                 match self.publish(&publication) {
                     Ok(()) => shared.published(&mut shared.lock(), &publication),
                     Err(error) => {
                         warn!("cannot tell the guest by its error source: {error}");
                         let unreachable = self.block() == Block::Unreachable;
-                        let why = if unreachable { Why::Unreachable } else { Why::NotNotified };
+                        let why = if unreachable {
+                            FallbackReason::Unreachable
+                        } else {
+                            FallbackReason::NotNotified
+                        };
                         let mut inner = shared.lock();
                         let outcomes = inner.delivery.firmware_refused(why);
                         shared.came_of(&mut inner, &outcomes);
@@ -233,11 +239,11 @@ impl Shared {
         }
     }
 
-    fn waits_here(&self, inner: &mut Inner, gpa: u64, notice: Notice, wait: Wait) {
+    fn waits_here(&self, inner: &mut Inner, gpa: u64, notice: Notice, wait: WaitReason) {
         match notice {
             Notice::Predicted => self.set_predicted(inner, gpa, State::Waiting { wait }),
             Notice::Lost => {
-                self.waiting(inner, Pending { gpa, kind: Kind::ActionOptional }, wait);
+                self.waiting(inner, Pending { gpa, kind: FailureKind::ActionOptional }, wait);
             }
         }
     }
@@ -257,11 +263,11 @@ impl Shared {
                 Outcome::Returned { gpa, notice: Notice::Lost, why } => {
                     // A vCPU has to come round for it.
                     inner.news = true;
-                    let error = Pending { gpa, kind: Kind::ActionOptional };
-                    self.waiting(inner, error, Wait::NotByFirmware { why });
+                    let error = Pending { gpa, kind: FailureKind::ActionOptional };
+                    self.waiting(inner, error, WaitReason::NotByFirmware { why });
                 }
                 Outcome::Returned { gpa, notice: Notice::Predicted, why } => {
-                    let why = Cannot::NoTaker { why };
+                    let why = UndeliverableReason::NoTaker { why };
                     self.set_predicted(inner, gpa, State::Undeliverable { why });
                 }
             }

@@ -6,9 +6,9 @@
 //! and the page in the ledger.
 
 use super::handle::Handle;
-use crate::event::Thread;
+use crate::event::SignalledThread;
 use crate::signal::{ExitByte, ThreadSlot};
-use crate::types::{Caught, Kind, PAGE_SHIFT, PAGE_SIZE};
+use crate::types::{Caught, FailureKind, PAGE_SHIFT, PAGE_SIZE};
 
 /// Why a memory failure is not forged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -39,7 +39,8 @@ impl Handle {
     pub fn forge(&self, gpa: u64, vcpu: Option<usize>) -> Result<(), ForgeError> {
         let gpa = gpa & !(PAGE_SIZE - 1);
         let hva = self.0.ram().hva(gpa).ok_or(ForgeError::NotRam { gpa })?;
-        let kind = if vcpu.is_some() { Kind::ActionRequired } else { Kind::ActionOptional };
+        let kind =
+            if vcpu.is_some() { FailureKind::ActionRequired } else { FailureKind::ActionOptional };
         let mut inner = self.0.lock();
         if let Some(vcpu) = vcpu
             && inner.vcpus.get(vcpu).is_none_or(Option::is_none)
@@ -68,7 +69,7 @@ impl Handle {
         let result = poison();
         let mut inner = self.0.lock();
         while let Some(caught) = slot.take() {
-            self.0.enter(&mut inner, caught, Thread::Caller);
+            self.0.enter(&mut inner, caught, SignalledThread::Caller);
         }
         drop(inner);
         self.0.wake();

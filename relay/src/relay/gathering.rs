@@ -1,6 +1,6 @@
 //! The gathering of all vCPUs for one machine check.
 //!
-//! Where a machine check has to reach every processor at once, the vCPU threads gather in a [`Round`]: all stop, all
+//! Where a machine check has to reach every processor at once, the vCPU threads gather in a [`Gathering`]: all stop, all
 //! show their state, and either all inject or none, so no guest waits in its handler for a processor that was never
 //! called.
 
@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::inject::Verdict;
-use crate::core::gathering::Round;
+use crate::core::gathering::Gathering;
 use crate::core::inner::{Attached, Inner};
 use crate::core::locked::Locked;
 use crate::core::shared::Shared;
 use crate::decide::machine_check::{Pending, index};
 use crate::event::Reach;
-use crate::types::Wait;
+use crate::types::WaitReason;
 use crate::x86::back_end::Mca;
 use crate::x86::mca::McaState;
 
@@ -27,9 +27,9 @@ const CALL_AGAIN: Duration = Duration::from_millis(100);
 /// How a round ended for one vCPU.
 pub(crate) enum Part {
     /// Everybody who takes part was given a record.
-    Told,
+    Assignment,
     /// Nobody was.
-    Postponed(Wait),
+    Postponed(WaitReason),
     /// This vCPU's own record was refused.
     Refused(Verdict),
 }
@@ -40,7 +40,7 @@ impl Shared {
         inner.wait(&self.gathered, time)
     }
 
-    /// `vcpu` has come round; a gathering may wait for it again.
+    /// `vcpu` has come gathering; a gathering may wait for it again.
     pub(crate) fn comes_round(&self, inner: &mut Inner, vcpu: usize) {
         if let Some(attached) = inner.vcpus[vcpu].as_mut().filter(|attached| attached.late) {
             attached.late = false;
@@ -58,7 +58,7 @@ impl Shared {
                 false => inner.delivery.stays(vcpu, bank),
             };
             if let Some(gpa) = gpa {
-                self.told_elsewhere(inner, &[gpa], Wait::Offline { vcpu: index(vcpu) });
+                self.told_elsewhere(inner, &[gpa], WaitReason::Offline { vcpu: index(vcpu) });
             }
         }
     }
@@ -69,10 +69,12 @@ impl Shared {
         if let Some(attached) = inner.vcpus[vcpu].as_mut() {
             attached.parked = parked;
         }
-        // A vCPU that has shown its state is in the round, not here.
-        if parked && let Some(round) = inner.round.as_mut().filter(|r| r.asked.contains(&vcpu)) {
-            if round.outcome.is_none() {
-                round.settle(Err(Wait::Paused { vcpu: index(vcpu) }));
+        // A vCPU that has shown its state is in the gathering, not here.
+        if parked
+            && let Some(gathering) = inner.gathering.as_mut().filter(|r| r.asked.contains(&vcpu))
+        {
+            if gathering.outcome.is_none() {
+                gathering.settle(Err(WaitReason::Paused { vcpu: index(vcpu) }));
             }
             self.leave(&mut inner, vcpu);
             self.gathered.notify_all();
@@ -80,21 +82,22 @@ impl Shared {
     }
 
     /// `leader` wants every vCPU to stop.
-    pub(crate) fn call_round(&self, inner: &mut Inner, leader: usize, error: Pending) {
+    pub(crate) fn call_gathering(&self, inner: &mut Inner, leader: usize, error: Pending) {
         let count = inner.vcpus.len();
         let asked: Vec<usize> = (0..count).filter(|vcpu| inner.vcpus[*vcpu].is_some()).collect();
-        inner.rounds += 1;
-        let number = inner.rounds;
+        inner.gatherings += 1;
+        let number = inner.gatherings;
         let since = Instant::now();
         let one = |is: fn(&Attached) -> bool| {
             asked.iter().copied().find(|vcpu| inner.vcpus[*vcpu].as_ref().is_some_and(is))
         };
         // A pause first, as it holds the leader, too.
-        let paused = one(|vcpu| vcpu.parked).map(|vcpu| Wait::Paused { vcpu: index(vcpu) });
-        let late = one(|vcpu| vcpu.late).map(|vcpu| Wait::NotComing { vcpu: index(vcpu) });
+        let paused = one(|vcpu| vcpu.parked).map(|vcpu| WaitReason::Paused { vcpu: index(vcpu) });
+        let late = one(|vcpu| vcpu.late).map(|vcpu| WaitReason::NotComing { vcpu: index(vcpu) });
         // A processor without a thread, which the guest may have online all the same, counts as unplugged soon.
         self.see_to_the_unplugged(inner);
-        let leaves = inner.gone.first().map(|(vcpu, _)| Wait::NotComing { vcpu: index(*vcpu) });
+        let leaves =
+            inner.gone.first().map(|(vcpu, _)| WaitReason::NotComing { vcpu: index(*vcpu) });
         if let Some(wait) = paused.or(late).or(leaves) {
             // The one call that it had may have been lost. It is not to have nothing but calls.
             let again = |attached: &mut Attached| {
@@ -109,7 +112,7 @@ impl Shared {
                     inner.call(vcpu);
                 }
             }
-            inner.round = Some(Round {
+            inner.gathering = Some(Gathering {
                 number,
                 leader,
                 error,
@@ -124,7 +127,7 @@ impl Shared {
         for vcpu in asked.iter().filter(|vcpu| **vcpu != leader) {
             inner.call(*vcpu);
         }
-        inner.round = Some(Round {
+        inner.gathering = Some(Gathering {
             number,
             leader,
             error,
@@ -139,13 +142,13 @@ impl Shared {
     /// A round that has waited long enough is put off, and true is returned; who has not come is not waited for again
     /// until it does.
     fn give_up_waiting(&self, inner: &mut Inner) -> bool {
-        let Some(round) = inner.round.as_mut() else { return false };
-        if round.outcome.is_some() || round.since.elapsed() < GATHERING {
+        let Some(gathering) = inner.gathering.as_mut() else { return false };
+        if gathering.outcome.is_some() || gathering.since.elapsed() < GATHERING {
             return false;
         }
-        let missing = round.missing();
+        let missing = gathering.missing();
         let Some(first) = missing.first() else { return false };
-        round.settle(Err(Wait::NotComing { vcpu: index(*first) }));
+        gathering.settle(Err(WaitReason::NotComing { vcpu: index(*first) }));
         for vcpu in missing {
             if let Some(attached) = inner.vcpus[vcpu].as_mut() {
                 attached.late = true;
@@ -155,7 +158,7 @@ impl Shared {
         true
     }
 
-    /// Shows `state` to the round, waits until everybody has, and does this vCPU's part of it.
+    /// Shows `state` to the gathering, waits until everybody has, and does this vCPU's part of it.
     pub(crate) fn take_part<'a, M: Mca>(
         &'a self,
         mut inner: Locked<'a, Inner>,
@@ -164,19 +167,19 @@ impl Shared {
         mca: &mut M,
     ) -> (Locked<'a, Inner>, Part) {
         let mut number = None;
-        if let Some(round) = inner.round.as_mut() {
-            number = Some(round.number);
-            if round.outcome.is_none() && round.asked.contains(&me) {
-                round.states[me] = Some(state);
+        if let Some(gathering) = inner.gathering.as_mut() {
+            number = Some(gathering.number);
+            if gathering.outcome.is_none() && gathering.asked.contains(&me) {
+                gathering.states[me] = Some(state);
             }
         }
         self.decide(&mut inner);
         loop {
-            let outcome = match inner.round.as_ref().filter(|r| Some(r.number) == number) {
+            let outcome = match inner.gathering.as_ref().filter(|r| Some(r.number) == number) {
                 // The last one out has closed it, and this vCPU had no part in it. If there is a
                 // new one, that one wants this vCPU's state as it is now.
-                None => return (inner, Part::Told),
-                Some(round) if round.leaving.contains(&me) => round.outcome.clone(),
+                None => return (inner, Part::Assignment),
+                Some(gathering) if gathering.leaving.contains(&me) => gathering.outcome.clone(),
                 Some(_) => None,
             };
             match outcome {
@@ -186,13 +189,13 @@ impl Shared {
                     let part = match &*outcome {
                         Err(wait) => Part::Postponed(*wait),
                         Ok(records) => match records.iter().find(|told| told.vcpu == me) {
-                            None => Part::Told,
+                            None => Part::Assignment,
                             Some(told) => {
                                 let reach = Reach::Rendezvous;
                                 let (guard, done) = self.inject(inner, mca, told, reach, state.rip);
                                 inner = guard;
                                 match done {
-                                    Ok(()) => Part::Told,
+                                    Ok(()) => Part::Assignment,
                                     Err(verdict) => Part::Refused(verdict),
                                 }
                             }
@@ -207,24 +210,31 @@ impl Shared {
 
     /// Settles the round once every vCPU that was asked has shown its state.
     fn decide(&self, inner: &mut Inner) {
-        let Some(round) = inner.round.as_mut().filter(|round| round.outcome.is_none()) else {
+        let Some(gathering) =
+            inner.gathering.as_mut().filter(|gathering| gathering.outcome.is_none())
+        else {
             return;
         };
-        if round.asked.iter().all(|vcpu| round.states[*vcpu].is_some()) {
+        if gathering.asked.iter().all(|vcpu| gathering.states[*vcpu].is_some()) {
             let now = self.now();
-            let outcome = inner.delivery.rendezvous(round.leader, round.error, &round.states, now);
+            let outcome = inner.delivery.rendezvous(
+                gathering.leader,
+                gathering.error,
+                &gathering.states,
+                now,
+            );
             // Nothing to be told any more here; what there is elsewhere is looked for.
             inner.news |= outcome.as_ref().is_ok_and(Vec::is_empty);
-            round.settle(outcome);
+            gathering.settle(outcome);
             self.gathered.notify_all();
         }
     }
 
     fn leave(&self, inner: &mut Inner, me: usize) {
-        if let Some(round) = inner.round.as_mut() {
-            round.leaving.retain(|vcpu| *vcpu != me);
-            if round.leaving.is_empty() && round.outcome.is_some() {
-                inner.round = None;
+        if let Some(gathering) = inner.gathering.as_mut() {
+            gathering.leaving.retain(|vcpu| *vcpu != me);
+            if gathering.leaving.is_empty() && gathering.outcome.is_some() {
+                inner.gathering = None;
                 self.gathered.notify_all();
             }
         }
@@ -232,10 +242,14 @@ impl Shared {
 
     /// The thread of `me` ends. The guest may have that processor online all the same, so a round that waits for it is
     /// put off.
-    pub(crate) fn leaves_round(&self, inner: &mut Inner, me: usize) {
-        let waits = |round: &&mut Round| round.outcome.is_none() && round.asked.contains(&me);
-        if let Some(round) = inner.round.as_mut().filter(waits).filter(|round| round.leader != me) {
-            round.settle(Err(Wait::NotComing { vcpu: index(me) }));
+    pub(crate) fn leaves_gathering(&self, inner: &mut Inner, me: usize) {
+        let waits = |gathering: &&mut Gathering| {
+            gathering.outcome.is_none() && gathering.asked.contains(&me)
+        };
+        if let Some(gathering) =
+            inner.gathering.as_mut().filter(waits).filter(|gathering| gathering.leader != me)
+        {
+            gathering.settle(Err(WaitReason::NotComing { vcpu: index(me) }));
             self.gathered.notify_all();
         }
         self.absent(inner, me);
@@ -243,16 +257,16 @@ impl Shared {
 
     /// `me` takes no further part: its thread has ended, or cannot say what state it is in.
     pub(crate) fn absent(&self, inner: &mut Inner, me: usize) {
-        let Some(round) = inner.round.as_mut() else {
+        let Some(gathering) = inner.gathering.as_mut() else {
             return;
         };
-        if round.outcome.is_some() {
+        if gathering.outcome.is_some() {
             self.leave(inner, me);
-        } else if round.leader == me {
-            inner.round = None;
+        } else if gathering.leader == me {
+            inner.gathering = None;
             self.gathered.notify_all();
         } else {
-            round.asked.retain(|vcpu| *vcpu != me);
+            gathering.asked.retain(|vcpu| *vcpu != me);
             self.decide(inner);
         }
     }

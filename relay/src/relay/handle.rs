@@ -10,7 +10,7 @@ use crate::event::Event;
 use crate::ledger::{Ledger, Page, Predicted, Untold};
 use crate::memory::access::{self, AccessError};
 use crate::memory::map::{RamError, RamMap, RamRegion};
-use crate::types::{Caught, FoundBy, Kind, PAGE_SHIFT, PAGE_SIZE, State};
+use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE, State};
 
 /// Why a guest is not asked to stop using a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -93,7 +93,7 @@ impl Handle {
         let AccessError::Poisoned { gpa } = *error else { return };
         let gpa = gpa & !(PAGE_SIZE - 1);
         let Some(hva) = self.0.ram().hva(gpa) else { return };
-        let caught = Caught { kind: Kind::ActionOptional, hva, lsb: PAGE_SHIFT };
+        let caught = Caught { kind: FailureKind::ActionOptional, hva, lsb: PAGE_SHIFT };
         let mut inner = self.0.lock();
         if !inner.ledger.contains(gpa) {
             self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);

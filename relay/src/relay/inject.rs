@@ -6,9 +6,9 @@ use crate::core::inner::{Inner, RETRY_FIRST};
 use crate::core::locked::Locked;
 use crate::core::shared::Shared;
 use crate::core::transition::Change;
-use crate::decide::machine_check::{Told, index};
+use crate::decide::machine_check::{Assignment, index};
 use crate::event::{Event, Injection, Reach};
-use crate::types::{Cannot, Form, Kind, Place, State};
+use crate::types::{FailureKind, Form, Place, State, UndeliverableReason};
 use crate::x86::back_end::Mca;
 use crate::x86::mca::{mcg, status};
 
@@ -23,7 +23,7 @@ pub enum Verdict {
         /// Guest-physical address of the page.
         gpa: u64,
         /// Why the guest cannot be told.
-        why: Cannot,
+        why: UndeliverableReason,
         /// Where the vCPU was: its RIP, if the hypervisor said it.
         rip: Option<u64>,
     },
@@ -35,11 +35,11 @@ impl Shared {
         &'a self,
         mut inner: Locked<'a, Inner>,
         mca: &mut M,
-        told: &Told,
+        told: &Assignment,
         reach: Reach,
         rip: u64,
     ) -> (Locked<'a, Inner>, Result<(), Verdict>) {
-        let Told { vcpu, error, record } = *told;
+        let Assignment { vcpu, error, record } = *told;
         // First, so that nobody else tells it meanwhile.
         if inner.delivery.told(told) {
             inner.aos_wait();
@@ -70,11 +70,13 @@ impl Shared {
             return (inner, Ok(()));
         };
         let Some((status, mcg_status)) = bank else {
-            let (why, rip) = (Cannot::Refused, Some(rip));
+            let (why, rip) = (UndeliverableReason::Refused, Some(rip));
             self.undeliverable(&mut inner, vcpu, pending, why, rip);
             let verdict = match pending.kind {
-                Kind::ActionOptional => Ok(()),
-                Kind::ActionRequired => Err(Verdict::Undeliverable { gpa: pending.gpa, why, rip }),
+                FailureKind::ActionOptional => Ok(()),
+                FailureKind::ActionRequired => {
+                    Err(Verdict::Undeliverable { gpa: pending.gpa, why, rip })
+                }
             };
             return (inner, verdict);
         };

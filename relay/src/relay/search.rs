@@ -16,7 +16,7 @@ use crate::core::inner::RETRY_FIRST;
 use crate::core::shared::{IDLE_TICK, Shared};
 use crate::event::Event;
 use crate::memory::scan::{FailureCounter, Scanner};
-use crate::types::{Caught, FoundBy, Kind, PAGE_SHIFT};
+use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT};
 
 /// A look may take this share of the time until the next one may begin: during a burst no more than
 /// a tenth of a processor goes into looking.
@@ -166,7 +166,7 @@ impl Shared {
         for &hva in hvas {
             // A vCPU may have met it in the meantime, or it is one of a huge page that is known now.
             if !self.ram().gpas(hva).all(|gpa| inner.ledger.contains(gpa)) {
-                let caught = Caught { kind: Kind::ActionOptional, hva, lsb: PAGE_SHIFT };
+                let caught = Caught { kind: FailureKind::ActionOptional, hva, lsb: PAGE_SHIFT };
                 self.enter_pages(&mut inner, caught, FoundBy::Scan, None);
             }
         }

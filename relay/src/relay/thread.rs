@@ -10,7 +10,7 @@ use super::search::Search;
 use crate::core::inner::RETRY_FIRST;
 use crate::core::registry::others;
 use crate::core::shared::{IDLE_TICK, Shared};
-use crate::event::{Event, Thread};
+use crate::event::{Event, SignalledThread};
 use crate::signal::{self, ExitByte, KillPolicy, ThreadSlot};
 use crate::types::Caught;
 
@@ -94,10 +94,10 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     let mut inner = shared.lock();
     slot.clear_attention();
     any |= !slot.is_empty();
-    shared.take(&mut inner, slot, Thread::Relay);
+    shared.take(&mut inner, slot, SignalledThread::Relay);
     while let Some(caught) = signal::take_orphan() {
         any = true;
-        shared.enter(&mut inner, caught, Thread::Other);
+        shared.enter(&mut inner, caught, SignalledThread::Other);
     }
     let signals = slot.take_overrun().saturating_add(signal::take_orphan_overrun());
     if signals > 0 {
@@ -153,7 +153,7 @@ impl Shared {
             let theirs: Vec<_> =
                 others.iter().filter(|other| other.ram().gpas(hva).len() > 0).collect();
             for other in &theirs {
-                other.enter(&mut other.lock(), caught, Thread::Other);
+                other.enter(&mut other.lock(), caught, SignalledThread::Other);
             }
             if theirs.is_empty() {
                 self.emit(&Event::Outside { kind, hva, lsb });

@@ -11,10 +11,10 @@ use super::gathering::Part;
 use super::inject::Verdict;
 use crate::core::shared::Shared;
 use crate::decide::machine_check::Step;
-use crate::event::{Reach, Thread};
+use crate::event::{Reach, SignalledThread};
 use crate::memory::access::{self, AccessError};
 use crate::signal::{self, ThreadSlot};
-use crate::types::{Cannot, Caught, Kind, PAGE_SHIFT, PAGE_SIZE, Wait};
+use crate::types::{Caught, FailureKind, PAGE_SHIFT, PAGE_SIZE, UndeliverableReason, WaitReason};
 use crate::x86::back_end::Mca;
 
 /// How long a vCPU that touched a bad page is held back while other processors leave their
@@ -97,11 +97,11 @@ impl VcpuPort {
             .zip(present)
             .filter_map(|(&(gpa, hva), is_present)| is_bad(gpa, is_present).then_some(hva))
             .collect();
-        let mut kind = Kind::ActionRequired;
+        let mut kind = FailureKind::ActionRequired;
         for &hva in &bad {
             let caught = Caught { kind, hva, lsb: PAGE_SHIFT };
-            self.shared.enter(&mut self.shared.lock(), caught, Thread::Vcpu(self.vcpu));
-            kind = Kind::ActionOptional;
+            self.shared.enter(&mut self.shared.lock(), caught, SignalledThread::Vcpu(self.vcpu));
+            kind = FailureKind::ActionOptional;
         }
         if !bad.is_empty() {
             // What had no address has one now.
@@ -143,12 +143,15 @@ impl VcpuPort {
             let state = mca.state();
             let mut inner = shared.lock();
             shared.comes_round(&mut inner, me);
-            for caught in shared.take(&mut inner, &self.slot, Thread::Vcpu(me)) {
-                if caught.kind == Kind::ActionRequired && caught.hva == 0 && self.is_nameless() {
+            for caught in shared.take(&mut inner, &self.slot, SignalledThread::Vcpu(me)) {
+                if caught.kind == FailureKind::ActionRequired
+                    && caught.hva == 0
+                    && self.is_nameless()
+                {
                     // The kernel does not say where, of memory that this process has not mapped (guest_memfd). It
                     // knows by now, and says it when the guest touches the page again.
                     shared.hint();
-                } else if caught.kind == Kind::ActionRequired {
+                } else if caught.kind == FailureKind::ActionRequired {
                     // Not under the lock: whoever was there before us may end the process, and have
                     // something to put in order first.
                     drop(inner);
@@ -164,7 +167,7 @@ impl VcpuPort {
                     shared.absent(&mut inner, me);
                     // Back in the guest it would meet its AR again, and again without end.
                     let Some(error) = inner.delivery.first_ar(me) else { return Verdict::Run };
-                    let why = Cannot::NoState;
+                    let why = UndeliverableReason::NoState;
                     shared.undeliverable(&mut inner, me, error, why, None);
                     return Verdict::Undeliverable { gpa: error.gpa, why, rip: None };
                 }
@@ -183,7 +186,7 @@ impl VcpuPort {
             if !left.is_empty() {
                 shared.given_up(&mut inner, me, &left, false);
             }
-            let gathering = inner.round.is_some();
+            let gathering = inner.gathering.is_some();
             let step = if gathering { None } else { Some(inner.delivery.next(me, &state, now)) };
             if inner.delivery.ao_vcpu() != ao_vcpu {
                 // AOs are another vCPU's matter from here on.
@@ -203,13 +206,13 @@ impl VcpuPort {
                         return Verdict::Run;
                     }
                 }
-                Some(Step::Wait(error, wait)) => {
+                Some(Step::WaitReason(error, wait)) => {
                     shared.waiting(&mut inner, error, wait);
                     return Verdict::Run;
                 }
-                Some(Step::Cannot(error, why)) => {
+                Some(Step::UndeliverableReason(error, why)) => {
                     shared.undeliverable(&mut inner, me, error, why, Some(state.rip));
-                    if error.kind == Kind::ActionRequired {
+                    if error.kind == FailureKind::ActionRequired {
                         let rip = Some(state.rip);
                         return Verdict::Undeliverable { gpa: error.gpa, why, rip };
                     }
@@ -220,33 +223,34 @@ impl VcpuPort {
                         _ => None,
                     });
                     if let Some(error) = error {
-                        shared.call_round(&mut inner, me, error);
+                        shared.call_gathering(&mut inner, me, error);
                     }
                     let (guard, part) = shared.take_part(inner, me, state, mca);
                     inner = guard;
                     match (part, error) {
                         (Part::Refused(verdict), _) => return verdict,
                         // Ours, and it is done.
-                        (Part::Told, Some(_)) if !inner.delivery.has_something_for(me) => {
+                        (Part::Assignment, Some(_)) if !inner.delivery.has_something_for(me) => {
                             return Verdict::Run;
                         }
-                        // Somebody else's round, or there is more.
-                        (Part::Told, _) | (Part::Postponed(_), None) => {}
+                        // Somebody else's gathering, or there is more.
+                        (Part::Assignment, _) | (Part::Postponed(_), None) => {}
                         (Part::Postponed(wait), Some(error)) => {
                             shared.waiting(&mut inner, error, wait);
-                            if error.kind == Kind::ActionOptional {
+                            if error.kind == FailureKind::ActionOptional {
                                 return Verdict::Run;
                             }
                             // A vCPU that is paused will not come, and this one is to pause, too. What it
                             // touched it touches again after that.
-                            if matches!(wait, Wait::Paused { .. }) {
+                            if matches!(wait, WaitReason::Paused { .. }) {
                                 inner.goes_on(me);
                                 shared.wake();
                                 return Verdict::Run;
                             }
                             let since: Instant = *held_since.get_or_insert_with(Instant::now);
                             if since.elapsed() > AR_PATIENCE {
-                                let (why, rip) = (Cannot::Blocked { by: wait }, Some(state.rip));
+                                let (why, rip) =
+                                    (UndeliverableReason::Blocked { by: wait }, Some(state.rip));
                                 shared.undeliverable(&mut inner, me, error, why, rip);
                                 return Verdict::Undeliverable { gpa: error.gpa, why, rip };
                             }
@@ -305,9 +309,9 @@ impl Drop for VcpuPort {
         let me = self.vcpu;
         let mut inner = self.shared.lock();
         // What came since it last looked.
-        let nobodys = self.shared.take(&mut inner, &self.slot, Thread::Vcpu(me));
+        let nobodys = self.shared.take(&mut inner, &self.slot, SignalledThread::Vcpu(me));
         let kick = inner.leaves(me);
-        self.shared.leaves_round(&mut inner, me);
+        self.shared.leaves_gathering(&mut inner, me);
         drop(inner);
         if let Some(kick) = kick {
             // Whoever is kicking this vCPU is waited for.
@@ -315,7 +319,7 @@ impl Drop for VcpuPort {
         }
         self.shared.wake();
         // One without an address is of guest memory, which this vCPU touches no more.
-        let is_ar = |caught: &Caught| caught.kind == Kind::ActionRequired && caught.hva != 0;
+        let is_ar = |caught: &Caught| caught.kind == FailureKind::ActionRequired && caught.hva != 0;
         nobodys.into_iter().filter(is_ar).for_each(signal::give_up);
     }
 }

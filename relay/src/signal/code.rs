@@ -2,7 +2,7 @@
 
 use libc::c_int;
 
-use crate::types::Kind;
+use crate::types::FailureKind;
 
 /// `si_code` of an action-required memory failure (`include/uapi/asm-generic/siginfo.h`).
 pub const BUS_MCEERR_AR: c_int = 4;
@@ -10,9 +10,9 @@ pub const BUS_MCEERR_AR: c_int = 4;
 pub const BUS_MCEERR_AO: c_int = 5;
 
 /// `si_code` of a memory failure of this kind.
-pub(crate) fn code_of(kind: Kind) -> c_int {
+pub(crate) fn code_of(kind: FailureKind) -> c_int {
     match kind {
-        Kind::ActionOptional => BUS_MCEERR_AO,
-        Kind::ActionRequired => BUS_MCEERR_AR,
+        FailureKind::ActionOptional => BUS_MCEERR_AO,
+        FailureKind::ActionRequired => BUS_MCEERR_AR,
     }
 }

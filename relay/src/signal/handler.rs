@@ -12,7 +12,7 @@ use super::code::{BUS_MCEERR_AO, BUS_MCEERR_AR, code_of};
 use super::last_words::{self, Next, Origin};
 use super::slot::Orphans;
 use super::thread_slot::{self, own_slot, request_exit};
-use crate::types::{Caught, Kind};
+use crate::types::{Caught, FailureKind};
 
 thread_local! {
     // As in `thread_slot`: the handler reads it.
@@ -167,8 +167,8 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
 /// Whether the signal was a memory failure that somebody will take care of.
 fn store(mce: &MceInfo) -> bool {
     let kind = match mce.code {
-        BUS_MCEERR_AR => Kind::ActionRequired,
-        BUS_MCEERR_AO => Kind::ActionOptional,
+        BUS_MCEERR_AR => FailureKind::ActionRequired,
+        BUS_MCEERR_AO => FailureKind::ActionOptional,
         _ => return false,
     };
     if NOT_OURS.with(|not_ours| not_ours.swap(false, Ordering::Relaxed)) {
@@ -184,10 +184,10 @@ fn store(mce: &MceInfo) -> bool {
         request_exit();
         // A thread that takes AR after AR without coming round to look is not in KVM_RUN: its own
         // code loads from the bad page, over and over. Nothing here can mend that.
-        return stored || kind == Kind::ActionOptional;
+        return stored || kind == FailureKind::ActionOptional;
     }
     match (kind, PROCESS.get()) {
-        (Kind::ActionOptional, Some(process)) => {
+        (FailureKind::ActionOptional, Some(process)) => {
             process.orphans.store(caught);
             true
         }
@@ -352,7 +352,7 @@ mod tests {
         assert!(slot.attention());
         // SAFETY: a local of this function.
         assert_eq!(unsafe { exit.read_volatile() }, 1);
-        let caught = Caught { kind: Kind::ActionOptional, hva: 0x1000, lsb: 12 };
+        let caught = Caught { kind: FailureKind::ActionOptional, hva: 0x1000, lsb: 12 };
         assert_eq!(slot.take(), Some(caught));
         drop(slot);
         // SAFETY: as above.
@@ -399,7 +399,7 @@ mod tests {
             }
         };
         assert!(!store(&MceInfo { code: BUS_MCEERR_AR, ..AO }));
-        let caught = Caught { kind: Kind::ActionOptional, hva: 0x1000, lsb: 12 };
+        let caught = Caught { kind: FailureKind::ActionOptional, hva: 0x1000, lsb: 12 };
         let taken: Vec<_> = std::iter::from_fn(take_orphan).collect();
         assert_eq!((dropped, taken), (1, vec![caught; stored - 1]));
     }

@@ -8,7 +8,7 @@
 //! goes through every interleaving and every order in which a processor may show the stores.
 
 use crate::sync::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use crate::types::{Caught, Kind};
+use crate::types::{Caught, FailureKind};
 
 /// Signals that are held between two looks. SIGBUS does not queue, so one look follows few signals.
 const PLACES: usize = 16;
@@ -24,14 +24,14 @@ struct Entry {
 impl Entry {
     fn set(&self, caught: Caught) {
         self.hva.store(caught.hva, Ordering::Relaxed);
-        self.ar.store(matches!(caught.kind, Kind::ActionRequired), Ordering::Relaxed);
+        self.ar.store(matches!(caught.kind, FailureKind::ActionRequired), Ordering::Relaxed);
         self.lsb.store(caught.lsb, Ordering::Relaxed);
     }
 
     fn get(&self) -> Caught {
         let ar = self.ar.load(Ordering::Relaxed);
         Caught {
-            kind: if ar { Kind::ActionRequired } else { Kind::ActionOptional },
+            kind: if ar { FailureKind::ActionRequired } else { FailureKind::ActionOptional },
             hva: self.hva.load(Ordering::Relaxed),
             lsb: self.lsb.load(Ordering::Relaxed),
         }
@@ -198,7 +198,7 @@ mod tests {
     use crate::sync::model;
 
     fn ao(hva: u64) -> Caught {
-        Caught { kind: Kind::ActionOptional, hva, lsb: 12 }
+        Caught { kind: FailureKind::ActionOptional, hva, lsb: 12 }
     }
 
     #[test]
@@ -215,7 +215,7 @@ mod tests {
             }
             assert_eq!(slot.take(), None);
             assert_eq!((slot.take_overrun(), slot.take_overrun()), (1, 0));
-            let ar = Caught { kind: Kind::ActionRequired, hva: u64::MAX, lsb: u8::MAX };
+            let ar = Caught { kind: FailureKind::ActionRequired, hva: u64::MAX, lsb: u8::MAX };
             assert!(slot.store(ar), "room again");
             assert_eq!(slot.take(), Some(ar));
         });

@@ -9,7 +9,7 @@ pub const PAGE_SHIFT: u8 = 12;
 /// What a memory error asks of whoever uses the page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub enum Kind {
+pub enum FailureKind {
     /// Action optional: a page is gone, nobody has touched it.
     #[cfg_attr(feature = "serde", serde(rename = "AO"))]
     ActionOptional,
@@ -18,7 +18,7 @@ pub enum Kind {
     ActionRequired,
 }
 
-impl std::fmt::Display for Kind {
+impl std::fmt::Display for FailureKind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::ActionOptional => "AO",
@@ -31,7 +31,7 @@ impl std::fmt::Display for Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caught {
     /// AO or AR.
-    pub kind: Kind,
+    pub kind: FailureKind,
     /// `si_addr`, a host virtual address; not necessarily page-aligned.
     pub hva: u64,
     /// `si_addr_lsb`, `log2` of the extent that is gone.

@@ -7,8 +7,8 @@ mod reason;
 mod serde_with;
 mod state;
 
-pub use kind::{Caught, Kind, PAGE_SHIFT, PAGE_SIZE};
-pub use reason::{Cannot, Wait, Why};
+pub use kind::{Caught, FailureKind, PAGE_SHIFT, PAGE_SIZE};
+pub use reason::{FallbackReason, UndeliverableReason, WaitReason};
 #[cfg(feature = "serde")]
 pub use serde_with::{hex, hex_option};
 #[cfg(feature = "serde")]

@@ -6,7 +6,7 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "reason"))]
-pub enum Wait {
+pub enum WaitReason {
     /// The vCPU has not been started by the guest.
     NotStarted {
         /// The vCPU in question.
@@ -99,11 +99,11 @@ pub enum Wait {
     /// It is to be told by machine check, because the firmware-first channel will not do.
     NotByFirmware {
         /// Why not.
-        why: Why,
+        why: FallbackReason,
     },
 }
 
-impl fmt::Display for Wait {
+impl fmt::Display for WaitReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
             Self::NotStarted { vcpu } => write!(f, "vCPU {vcpu} waits for its start-up IPI"),
@@ -152,13 +152,13 @@ impl fmt::Display for Wait {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "reason"))]
-pub enum Cannot {
+pub enum UndeliverableReason {
     /// The guest was shown no form of it that it survives (no SER_P, or no SUCCOR).
     NoForm,
     /// An action-required error cannot wait for this.
     Blocked {
         /// What it would have to wait for.
-        by: Wait,
+        by: WaitReason,
     },
     /// The hypervisor refused the record, or took it and did not act on it.
     Refused,
@@ -172,13 +172,13 @@ pub enum Cannot {
     /// A page is predicted to fail, and the guest takes no firmware-first record, the only way to say so.
     NoTaker {
         /// Why not.
-        why: Why,
+        why: FallbackReason,
     },
     /// A page that was predicted to fail did so before the guest was told; it is told of as a bad one.
     WentBad,
 }
 
-impl fmt::Display for Cannot {
+impl fmt::Display for UndeliverableReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoForm => f.write_str(
@@ -203,7 +203,7 @@ impl fmt::Display for Cannot {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
-pub enum Why {
+pub enum FallbackReason {
     /// The guest has been up for some time and has not taken the error source into use.
     NoSource,
     /// The guest did not take the record in time. It was withdrawn; whether the guest was about to act
@@ -220,7 +220,7 @@ pub enum Why {
     NotNotified,
 }
 
-impl fmt::Display for Why {
+impl fmt::Display for FallbackReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::NoSource => "the guest has not taken the ACPI error source into use",

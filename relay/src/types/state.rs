@@ -1,6 +1,6 @@
 //! What is known of a page: how it was found, what became of it, where its record lies.
 
-use super::reason::{Cannot, Wait};
+use super::reason::{UndeliverableReason, WaitReason};
 
 /// The form in which an error is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +104,7 @@ pub enum State {
     /// Waits to be told.
     Waiting {
         /// For what.
-        wait: Wait,
+        wait: WaitReason,
     },
     /// The record lies where the guest finds it; the guest has not taken it yet.
     Injected {
@@ -121,7 +121,7 @@ pub enum State {
     /// The guest cannot be told.
     Undeliverable {
         /// Why not.
-        why: Cannot,
+        why: UndeliverableReason,
     },
     /// The guest started over, and has good memory there now.
     Healed,

@@ -10,7 +10,7 @@
 //! another architecture (on ARM an external abort by KVM_SET_VCPU_EVENTS, and the same firmware-first records)
 //! has its place beside these three.
 
-pub use crate::types::{Form, Kind, PAGE_SHIFT, PAGE_SIZE};
+pub use crate::types::{FailureKind, Form, PAGE_SHIFT, PAGE_SIZE};
 
 /// Number of banks KVM can hold at most (`KVM_MAX_MCE_BANKS`, `arch/x86/include/asm/kvm_host.h`).
 pub const MAX_BANKS: usize = MAX_BANKS_U8 as usize;
@@ -225,13 +225,13 @@ pub struct Record {
 /// The form for an error of `kind` in a guest with `caps`, or `None` when this guest can be told
 /// in no form that it survives: an Intel-style guest without SER_P and an AMD-style one without
 /// SUCCOR take any uncorrected error for a reason to panic.
-pub fn form(kind: Kind, caps: &Caps) -> Option<Form> {
+pub fn form(kind: FailureKind, caps: &Caps) -> Option<Form> {
     match (caps.vendor, kind) {
         (Vendor::Intel, _) if !caps.has(cap::SER_P) => None,
-        (Vendor::Intel, Kind::ActionOptional) => Some(Form::Srao),
-        (Vendor::Intel, Kind::ActionRequired) => Some(Form::Srar),
-        (Vendor::Amd, Kind::ActionOptional) => Some(Form::Deferred),
-        (Vendor::Amd, Kind::ActionRequired) => caps.succor.then_some(Form::AmdAr),
+        (Vendor::Intel, FailureKind::ActionOptional) => Some(Form::Srao),
+        (Vendor::Intel, FailureKind::ActionRequired) => Some(Form::Srar),
+        (Vendor::Amd, FailureKind::ActionOptional) => Some(Form::Deferred),
+        (Vendor::Amd, FailureKind::ActionRequired) => caps.succor.then_some(Form::AmdAr),
     }
 }
 
@@ -411,11 +411,11 @@ mod tests {
     #[test]
     fn a_guest_that_would_panic_has_no_form() {
         let intel = Caps { vendor: Vendor::Intel, mcg_cap: u64::from(BANKS), succor: false };
-        assert_eq!(form(Kind::ActionOptional, &intel), None);
-        assert_eq!(form(Kind::ActionRequired, &intel), None);
+        assert_eq!(form(FailureKind::ActionOptional, &intel), None);
+        assert_eq!(form(FailureKind::ActionRequired, &intel), None);
         let amd = Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS), succor: false };
-        assert_eq!(form(Kind::ActionRequired, &amd), None);
-        assert_eq!(form(Kind::ActionOptional, &amd), Some(Form::Deferred));
+        assert_eq!(form(FailureKind::ActionRequired, &amd), None);
+        assert_eq!(form(FailureKind::ActionOptional, &amd), Some(Form::Deferred));
     }
 
     #[test]

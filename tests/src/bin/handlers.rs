@@ -16,7 +16,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use libc::{c_int, c_void, siginfo_t};
-use mce_relay::mca::Kind;
+use mce_relay::mca::FailureKind;
 use mce_relay::signal::handle;
 use mce_relay::{Config, Event, ExitByte, Handled, RamMap, RamRegion, Relay, Signals, StartError};
 use mce_relay_tests::ready::{Ready, forge_ar};
@@ -120,12 +120,12 @@ fn main() -> ExitCode {
         }
     };
     relay.handle().forge(0x1000, None).unwrap();
-    println!("AO at {:#x}", seen(Kind::ActionOptional));
+    println!("AO at {:#x}", seen(FailureKind::ActionOptional));
     let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
     let mut vcpu = Ready::default();
     forge_ar(usize::try_from(HVA).unwrap() + 0x5000);
     let _ = port.before_run(&mut vcpu);
-    println!("AR at {:#x}", seen(Kind::ActionRequired));
+    println!("AR at {:#x}", seen(FailureKind::ActionRequired));
 
     println!("an AR that is not the guest's");
     let _ = io::stdout().flush();

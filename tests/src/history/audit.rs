@@ -5,11 +5,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use mce_relay::Pace;
-use mce_relay::delivery::{Cannot, LOOP_ROUNDS, Pending, Taken, Told, Wait};
+use mce_relay::delivery::{
+    Assignment, LOOP_ROUNDS, Pending, Taken, UndeliverableReason, WaitReason,
+};
 use mce_relay::ledger::{Ledger, State};
 use mce_relay::mca::{
-    self, AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, Kind, McaState, Record, Vendor, cap, mcg,
-    status,
+    self, AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, FailureKind, McaState, Record, Vendor,
+    cap, mcg, status,
 };
 
 use super::Counts;
@@ -280,7 +282,7 @@ impl Audit {
             let Record { bank, status, addr, .. } = in_bank.record;
             assert_eq!(*took, Took { bank, status, addr }, "the guest reads what was told");
             in_bank.read = true;
-            if in_bank.error.kind == Kind::ActionOptional {
+            if in_bank.error.kind == FailureKind::ActionOptional {
                 self.guest_queue.push(now);
                 let held = self.guest_queue.len(now);
                 let burst = self.burst;
@@ -370,13 +372,13 @@ impl Audit {
     /// many of their `handlers`.
     pub fn before_injection(
         &mut self,
-        told: &[Told],
+        told: &[Assignment],
         before: &[McaState],
         handlers: &[u32],
         now: Duration,
     ) {
         for one in told {
-            let Told { vcpu, error, record } = one;
+            let Assignment { vcpu, error, record } = one;
             let state = &before[*vcpu];
             assert!(!state.waits_for_sipi, "a record for vCPU {vcpu}, which waits for SIPI");
             assert!(self.survives(record), "the guest panics: {record:x?} for vCPU {vcpu}");
@@ -388,7 +390,7 @@ impl Audit {
                 self.counts.count("local machine checks");
             }
             let raises = record.mcg_status != 0;
-            let ar = error.is_some_and(|(error, _)| error.kind == Kind::ActionRequired);
+            let ar = error.is_some_and(|(error, _)| error.kind == FailureKind::ActionRequired);
             if raises && !ar {
                 let cleared = self.handlers[*vcpu].mcip_cleared;
                 let leaving = now.saturating_sub(cleared) < LEAVE;
@@ -399,7 +401,7 @@ impl Audit {
                 let in_flight = state.event_in_flight;
                 assert!(!in_flight, "vCPU {vcpu} forgets an interrupt for a machine check");
             }
-            let ao = error.is_some_and(|(error, _)| error.kind == Kind::ActionOptional);
+            let ao = error.is_some_and(|(error, _)| error.kind == FailureKind::ActionOptional);
             if ao && raises && !local {
                 // To a processor that is offline, or was left behind, it is no error, and to the others it is one from
                 // nowhere, of which they panic.
@@ -449,13 +451,13 @@ impl Audit {
         let Pending { gpa, kind } = error;
         let ars = &self.ar[vcpu];
         match kind {
-            Kind::ActionRequired => {
+            FailureKind::ActionRequired => {
                 self.counts.count("ARs told");
                 let touched = ars.iter().any(|(of, _)| *of == gpa);
                 assert!(touched, "an AR for {gpa:#x}, which vCPU {vcpu} did not touch");
                 assert_eq!(ars[0].0, gpa, "ARs of vCPU {vcpu} are told in their order");
             }
-            Kind::ActionOptional => {
+            FailureKind::ActionOptional => {
                 self.counts.count("AOs told");
                 assert!(ars.is_empty(), "an AO on vCPU {vcpu} before its AR for {:#x}", ars[0].0);
                 let at = self.ao.iter().position(|waiting| waiting.gpa == gpa);
@@ -472,7 +474,7 @@ impl Audit {
     }
 
     /// `told` is in its bank.
-    pub fn injected(&mut self, told: &Told) {
+    pub fn injected(&mut self, told: &Assignment) {
         self.handlers[told.vcpu].mcip |= told.record.mcg_status & mcg::MCIP != 0;
         let Some((error, _)) = told.error else { return };
         self.waits_no_longer(told.vcpu, &error);
@@ -490,7 +492,7 @@ impl Audit {
         };
         let before = self.in_banks.insert((told.vcpu, record.bank), in_bank);
         assert!(before.is_none(), "{told:x?} overwrites {before:x?}");
-        if error.kind == Kind::ActionRequired {
+        if error.kind == FailureKind::ActionRequired {
             // One at once is all that a vCPU can be told.
             self.goes_on(told.vcpu);
         }
@@ -498,8 +500,8 @@ impl Audit {
 
     fn waits_no_longer(&mut self, vcpu: usize, error: &Pending) {
         match error.kind {
-            Kind::ActionOptional => self.ao.retain(|waiting| waiting.gpa != error.gpa),
-            Kind::ActionRequired => self.ar[vcpu].retain(|(gpa, _)| *gpa != error.gpa),
+            FailureKind::ActionOptional => self.ao.retain(|waiting| waiting.gpa != error.gpa),
+            FailureKind::ActionRequired => self.ar[vcpu].retain(|(gpa, _)| *gpa != error.gpa),
         }
     }
 
@@ -511,16 +513,26 @@ impl Audit {
     }
 
     /// `Delivery` says that `error` has to wait, of vCPUs that are in `states`.
-    pub fn waiting(&mut self, error: &Pending, wait: Wait, states: &[McaState], now: Duration) {
+    pub fn waiting(
+        &mut self,
+        error: &Pending,
+        wait: WaitReason,
+        states: &[McaState],
+        now: Duration,
+    ) {
         let known = match error.kind {
-            Kind::ActionOptional => self.ao.iter().any(|waiting| waiting.gpa == error.gpa),
-            Kind::ActionRequired => self.ar.iter().flatten().any(|(gpa, _)| *gpa == error.gpa),
+            FailureKind::ActionOptional => self.ao.iter().any(|waiting| waiting.gpa == error.gpa),
+            FailureKind::ActionRequired => {
+                self.ar.iter().flatten().any(|(gpa, _)| *gpa == error.gpa)
+            }
         };
         assert!(known, "{error:x?} waits, and was told already");
         self.is_true(error.kind, wait, states, now);
         // A processor that is offline holds up nobody, but for the moment until it has left its handler.
         let holds = match wait {
-            Wait::InHandler { vcpu } | Wait::BankValid { vcpu, .. } => Some(vcpu as usize),
+            WaitReason::InHandler { vcpu } | WaitReason::BankValid { vcpu, .. } => {
+                Some(vcpu as usize)
+            }
             _ => None,
         };
         let offline = |vcpu: usize| states[vcpu].halted && !states[vcpu].is_closed();
@@ -535,31 +547,31 @@ impl Audit {
         &mut self,
         vcpu: usize,
         error: &Pending,
-        why: Cannot,
+        why: UndeliverableReason,
         states: &[McaState],
         now: Duration,
     ) {
         self.counts.count("cannot be told");
         match why {
-            Cannot::NoForm => {
+            UndeliverableReason::NoForm => {
                 let form = match self.caps.vendor {
                     Vendor::Intel => self.caps.has(cap::SER_P),
-                    Vendor::Amd => self.caps.succor || error.kind == Kind::ActionOptional,
+                    Vendor::Amd => self.caps.succor || error.kind == FailureKind::ActionOptional,
                 };
                 assert!(!form, "{error:x?} has a form in this guest");
             }
-            Cannot::Blocked { by } => {
-                assert_eq!(error.kind, Kind::ActionRequired, "an AO can wait");
+            UndeliverableReason::Blocked { by } => {
+                assert_eq!(error.kind, FailureKind::ActionRequired, "an AO can wait");
                 self.is_true(error.kind, by, states, now);
-                if let Wait::BankValid { vcpu, bank } = by
+                if let WaitReason::BankValid { vcpu, bank } = by
                     && let Some(in_bank) = self.in_banks.get(&(vcpu as usize, bank))
                 {
-                    let ar = in_bank.error.kind == Kind::ActionRequired;
+                    let ar = in_bank.error.kind == FailureKind::ActionRequired;
                     assert!(ar, "an AR that an AO's record is in the way of: {by}");
                 }
             }
-            Cannot::Loop { rounds } => {
-                assert_eq!(error.kind, Kind::ActionRequired, "nobody touches for an AO");
+            UndeliverableReason::Loop { rounds } => {
+                assert_eq!(error.kind, FailureKind::ActionRequired, "nobody touches for an AO");
                 // It is said of one vCPU when all of them may have touched the page just now.
                 let late = rounds.checked_sub(LOOP_ROUNDS).map(|late| late as usize);
                 assert!(
@@ -567,53 +579,61 @@ impl Audit {
                     "as soon as it is one: {rounds}"
                 );
             }
-            Cannot::Refused | Cannot::NoState => panic!("delivery cannot know that"),
-            Cannot::NoTaker { .. } | Cannot::WentBad => panic!("nothing is predicted here"),
+            UndeliverableReason::Refused | UndeliverableReason::NoState => {
+                panic!("delivery cannot know that")
+            }
+            UndeliverableReason::NoTaker { .. } | UndeliverableReason::WentBad => {
+                panic!("nothing is predicted here")
+            }
         }
         self.waits_no_longer(vcpu, error);
     }
 
     /// `wait`, of an error of `kind`, has to be the truth about `states`.
-    fn is_true(&mut self, kind: Kind, wait: Wait, states: &[McaState], now: Duration) {
+    fn is_true(&mut self, kind: FailureKind, wait: WaitReason, states: &[McaState], now: Duration) {
         self.counts.count(name(wait));
         let of = |vcpu: u32| &states[vcpu as usize];
         let truth = match wait {
-            Wait::NotStarted { vcpu } => of(vcpu).waits_for_sipi,
-            Wait::Cr4MceClear { vcpu } => !of(vcpu).cr4_mce,
-            Wait::Mcip { vcpu } => of(vcpu).mcip(),
-            Wait::McgCtlOff { vcpu } => of(vcpu).mcg_ctl != u64::MAX,
-            Wait::BankCtlOff { vcpu, bank: number } => {
+            WaitReason::NotStarted { vcpu } => of(vcpu).waits_for_sipi,
+            WaitReason::Cr4MceClear { vcpu } => !of(vcpu).cr4_mce,
+            WaitReason::Mcip { vcpu } => of(vcpu).mcip(),
+            WaitReason::McgCtlOff { vcpu } => of(vcpu).mcg_ctl != u64::MAX,
+            WaitReason::BankCtlOff { vcpu, bank: number } => {
                 bank(of(vcpu), number).ctl != u64::MAX && number < self.caps.banks()
             }
-            Wait::BankValid { vcpu, bank: number } => bank(of(vcpu), number).valid(),
-            Wait::NoBank { .. } => self.lacks_banks(kind),
-            Wait::InHandler { vcpu } => !of(vcpu).interrupts_on,
-            Wait::EventInFlight { vcpu } => of(vcpu).event_in_flight,
-            Wait::JustOpened { vcpu } => {
+            WaitReason::BankValid { vcpu, bank: number } => bank(of(vcpu), number).valid(),
+            WaitReason::NoBank { .. } => self.lacks_banks(kind),
+            WaitReason::InHandler { vcpu } => !of(vcpu).interrupts_on,
+            WaitReason::EventInFlight { vcpu } => of(vcpu).event_in_flight,
+            WaitReason::JustOpened { vcpu } => {
                 let since = self.handlers[vcpu as usize].seen_open_since;
                 since.is_some_and(|since| now.saturating_sub(since) < SETTLE)
             }
-            Wait::Pace => {
+            WaitReason::Pace => {
                 let aos = self.in_banks.values();
-                let aos = aos.filter(|at| at.error.kind == Kind::ActionOptional).count();
+                let aos = aos.filter(|at| at.error.kind == FailureKind::ActionOptional).count();
                 aos + self.left_banks.len(now) >= self.burst
             }
             // Said when a record is lost, which `taken` has checked.
-            Wait::Restarted { .. } | Wait::Offline { .. } | Wait::Unplugged { .. } => false,
-            Wait::Paused { vcpu } => self.paused[vcpu as usize],
-            Wait::NotComing { vcpu } => self.late[vcpu as usize],
+            WaitReason::Restarted { .. }
+            | WaitReason::Offline { .. }
+            | WaitReason::Unplugged { .. } => false,
+            WaitReason::Paused { vcpu } => self.paused[vcpu as usize],
+            WaitReason::NotComing { vcpu } => self.late[vcpu as usize],
             // There is no error source here.
-            Wait::NoSourceYet | Wait::InBlock | Wait::NotByFirmware { .. } => false,
+            WaitReason::NoSourceYet | WaitReason::InBlock | WaitReason::NotByFirmware { .. } => {
+                false
+            }
         };
         assert!(truth, "this is not so: {wait}");
     }
 
     /// The guest was shown none of the banks that carry errors of `kind`.
-    fn lacks_banks(&self, kind: Kind) -> bool {
+    fn lacks_banks(&self, kind: FailureKind) -> bool {
         let banks: &[u8] = match (kind, self.caps.vendor) {
-            (Kind::ActionRequired, _) => &AR_BANKS,
-            (Kind::ActionOptional, Vendor::Intel) => &[AO_BANK],
-            (Kind::ActionOptional, Vendor::Amd) => &DEFERRED_BANKS,
+            (FailureKind::ActionRequired, _) => &AR_BANKS,
+            (FailureKind::ActionOptional, Vendor::Intel) => &[AO_BANK],
+            (FailureKind::ActionOptional, Vendor::Amd) => &DEFERRED_BANKS,
         };
         banks.iter().all(|bank| *bank >= self.caps.banks())
     }
@@ -627,8 +647,8 @@ impl Audit {
     /// a well guest does not lift.
     pub fn finish(&mut self, ledger: &Ledger) {
         // The first says what it waits for, and the others wait for their turn.
-        let no_bank = |state| matches!(state, State::Waiting { wait: Wait::NoBank { .. } });
-        let lacks_banks = self.lacks_banks(Kind::ActionOptional);
+        let no_bank = |state| matches!(state, State::Waiting { wait: WaitReason::NoBank { .. } });
+        let lacks_banks = self.lacks_banks(FailureKind::ActionOptional);
         let first_says = lacks_banks && ledger.pages().any(|page| no_bank(page.state));
         for page in ledger.pages() {
             self.counts.count("pages");
@@ -645,26 +665,26 @@ impl Audit {
 }
 
 /// A name to count `wait` by.
-fn name(wait: Wait) -> &'static str {
+fn name(wait: WaitReason) -> &'static str {
     match wait {
-        Wait::NotStarted { .. } => "waits for SIPI",
-        Wait::Cr4MceClear { .. } => "waits for CR4.MCE",
-        Wait::Mcip { .. } => "waits for MCIP",
-        Wait::McgCtlOff { .. } => "waits for MCG_CTL",
-        Wait::BankCtlOff { .. } => "waits for MCi_CTL",
-        Wait::BankValid { .. } => "waits for VAL",
-        Wait::NoBank { .. } => "waits for a bank",
-        Wait::InHandler { .. } => "waits for the handler's end",
-        Wait::EventInFlight { .. } => "waits for an interrupt",
-        Wait::JustOpened { .. } => "waits to settle",
-        Wait::Restarted { .. } => "waits after a restart",
-        Wait::Paused { .. } => "waits for a pause",
-        Wait::NotComing { .. } => "waits for a thread",
-        Wait::Offline { .. } => "waits after it was offline",
-        Wait::Unplugged { .. } => "waits after it was unplugged",
-        Wait::Pace => "waits for the pace",
-        Wait::NoSourceYet => "waits for a source",
-        Wait::InBlock => "waits for the block",
-        Wait::NotByFirmware { .. } => "waits after firmware",
+        WaitReason::NotStarted { .. } => "waits for SIPI",
+        WaitReason::Cr4MceClear { .. } => "waits for CR4.MCE",
+        WaitReason::Mcip { .. } => "waits for MCIP",
+        WaitReason::McgCtlOff { .. } => "waits for MCG_CTL",
+        WaitReason::BankCtlOff { .. } => "waits for MCi_CTL",
+        WaitReason::BankValid { .. } => "waits for VAL",
+        WaitReason::NoBank { .. } => "waits for a bank",
+        WaitReason::InHandler { .. } => "waits for the handler's end",
+        WaitReason::EventInFlight { .. } => "waits for an interrupt",
+        WaitReason::JustOpened { .. } => "waits to settle",
+        WaitReason::Restarted { .. } => "waits after a restart",
+        WaitReason::Paused { .. } => "waits for a pause",
+        WaitReason::NotComing { .. } => "waits for a thread",
+        WaitReason::Offline { .. } => "waits after it was offline",
+        WaitReason::Unplugged { .. } => "waits after it was unplugged",
+        WaitReason::Pace => "waits for the pace",
+        WaitReason::NoSourceYet => "waits for a source",
+        WaitReason::InBlock => "waits for the block",
+        WaitReason::NotByFirmware { .. } => "waits after firmware",
     }
 }

@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
-use mce_relay::delivery::{Cannot, Delivery, Pending, Step, Taken, Told, Wait};
+use mce_relay::delivery::{
+    Assignment, Delivery, Pending, Step, Taken, UndeliverableReason, WaitReason,
+};
 use mce_relay::ledger::{FoundBy, Ledger, Place, State};
-use mce_relay::mca::{Caps, Kind, McaState, PAGE_SHIFT, msr};
+use mce_relay::mca::{Caps, FailureKind, McaState, PAGE_SHIFT, msr};
 
 use super::audit::Audit;
 use super::guest::{self, GuestStep, TRIPLE_FAULT, Took};
@@ -72,7 +74,7 @@ impl<V: Vcpu> Driver<V> {
         match op {
             Op::Ao { first, pages } => {
                 (first..first + pages)
-                    .for_each(|page| self.enter(Kind::ActionOptional, page, None));
+                    .for_each(|page| self.enter(FailureKind::ActionOptional, page, None));
             }
             Op::Ar { vcpu, page } => {
                 // It has to run to touch anything; what its thread has not come round for it has
@@ -86,7 +88,7 @@ impl<V: Vcpu> Driver<V> {
                         return;
                     }
                 }
-                self.enter(Kind::ActionRequired, page, Some(vcpu));
+                self.enter(FailureKind::ActionRequired, page, Some(vcpu));
                 self.attention[vcpu] = true;
             }
             Op::Interrupt(vcpu) => self.interrupt(vcpu),
@@ -158,7 +160,7 @@ impl<V: Vcpu> Driver<V> {
         let again = self.delivery.absent(vcpu, self.now);
         self.audit.unplugged(vcpu, &again, self.now);
         for gpa in again {
-            self.set(gpa, State::Waiting { wait: Wait::Unplugged { vcpu: number(vcpu) } });
+            self.set(gpa, State::Waiting { wait: WaitReason::Unplugged { vcpu: number(vcpu) } });
         }
         // The next one there is a new one.
         let new = &mut self.vcpus[vcpu];
@@ -185,7 +187,7 @@ impl<V: Vcpu> Driver<V> {
     }
 
     /// As `Shared::enter`.
-    fn enter(&mut self, kind: Kind, page: u64, vcpu: Option<usize>) {
+    fn enter(&mut self, kind: FailureKind, page: u64, vcpu: Option<usize>) {
         let (gpa, now) = (gpa(page), SystemTime::UNIX_EPOCH + self.now);
         if self.gone.contains(&gpa) {
             return;
@@ -249,18 +251,18 @@ impl<V: Vcpu> Driver<V> {
                     break;
                 }
                 Step::Inject(told) => self.inject(&[told]),
-                Step::Wait(error, wait) => {
+                Step::WaitReason(error, wait) => {
                     self.waiting(error, wait);
                     break;
                 }
                 // After an AR that cannot be told the VMM decides; it comes back before it runs.
-                Step::Cannot(error, why) => self.cannot(me, error, why),
+                Step::UndeliverableReason(error, why) => self.cannot(me, error, why),
                 Step::Rendezvous(error) => {
                     let paused = (0..self.vcpus.len()).find(|vcpu| self.audit.paused[*vcpu]);
                     let late = (0..self.vcpus.len()).find(|vcpu| self.audit.late[*vcpu]);
                     let outcome = match (paused, late) {
-                        (Some(vcpu), _) => Err(Wait::Paused { vcpu: number(vcpu) }),
-                        (None, Some(vcpu)) => Err(Wait::NotComing { vcpu: number(vcpu) }),
+                        (Some(vcpu), _) => Err(WaitReason::Paused { vcpu: number(vcpu) }),
+                        (None, Some(vcpu)) => Err(WaitReason::NotComing { vcpu: number(vcpu) }),
                         (None, None) => {
                             let all = 0..self.vcpus.len();
                             let states: Vec<_> =
@@ -282,7 +284,7 @@ impl<V: Vcpu> Driver<V> {
                         }
                         Err(wait) => {
                             self.waiting(error, wait);
-                            if error.kind == Kind::ActionOptional {
+                            if error.kind == FailureKind::ActionOptional {
                                 break;
                             }
                             if paused.is_some() {
@@ -295,7 +297,7 @@ impl<V: Vcpu> Driver<V> {
                             if self.now - since <= AR_PATIENCE {
                                 return;
                             }
-                            self.cannot(me, error, Cannot::Blocked { by: wait });
+                            self.cannot(me, error, UndeliverableReason::Blocked { by: wait });
                         }
                     }
                 }
@@ -313,7 +315,7 @@ impl<V: Vcpu> Driver<V> {
             let gpa = self.delivery.taken_back(vcpu, bank);
             self.audit.taken_back(vcpu, bank, gpa, &state, self.now);
             if let Some(gpa) = gpa {
-                self.set(gpa, State::Waiting { wait: Wait::Offline { vcpu: number(vcpu) } });
+                self.set(gpa, State::Waiting { wait: WaitReason::Offline { vcpu: number(vcpu) } });
             }
         }
         if !left.is_empty() {
@@ -334,7 +336,7 @@ impl<V: Vcpu> Driver<V> {
                     self.set(gpa, State::Acknowledged { place });
                 }
                 Taken::Lost { gpa } => {
-                    let wait = Wait::Restarted { vcpu: number(vcpu) };
+                    let wait = WaitReason::Restarted { vcpu: number(vcpu) };
                     self.set(gpa, State::Waiting { wait });
                 }
             }
@@ -342,20 +344,20 @@ impl<V: Vcpu> Driver<V> {
         state
     }
 
-    fn waiting(&mut self, error: Pending, wait: Wait) {
+    fn waiting(&mut self, error: Pending, wait: WaitReason) {
         let states = self.states();
         self.audit.waiting(&error, wait, &states, self.now);
         let untold = self.ledger.get(error.gpa).is_some_and(|page| page.state.is_untold());
-        if untold || error.kind == Kind::ActionOptional {
+        if untold || error.kind == FailureKind::ActionOptional {
             self.set(error.gpa, State::Waiting { wait });
         }
     }
 
-    fn cannot(&mut self, vcpu: usize, error: Pending, why: Cannot) {
+    fn cannot(&mut self, vcpu: usize, error: Pending, why: UndeliverableReason) {
         let states = self.states();
         self.audit.cannot(vcpu, &error, why, &states, self.now);
         self.delivery.forget(vcpu, &error);
-        if error.kind == Kind::ActionRequired {
+        if error.kind == FailureKind::ActionRequired {
             self.delivery.goes_on(vcpu);
             self.audit.goes_on(vcpu);
         }
@@ -363,12 +365,12 @@ impl<V: Vcpu> Driver<V> {
     }
 
     /// As `Shared::inject`, for one record or for all of a rendezvous.
-    fn inject(&mut self, all: &[Told]) {
+    fn inject(&mut self, all: &[Assignment]) {
         let before = self.states();
         let handlers: Vec<_> = self.vcpus.iter().map(Vcpu::handlers).collect();
         self.audit.before_injection(all, &before, &handlers, self.now);
         for told in all {
-            let Told { vcpu, error, record } = *told;
+            let Assignment { vcpu, error, record } = *told;
             let accepted = self.vcpus[vcpu].inject(&record);
             let state = self.vcpus[vcpu].state();
             Audit::no_over(vcpu, &state);

@@ -154,9 +154,9 @@ fn of_ledger(
 #[cfg(test)]
 mod tests {
     use mce_relay::FoundBy;
-    use mce_relay::delivery::Wait;
+    use mce_relay::delivery::WaitReason;
     use mce_relay::ledger::Place;
-    use mce_relay::mca::Kind;
+    use mce_relay::mca::FailureKind;
 
     use super::*;
     use crate::events::{VmEvent, What};
@@ -173,7 +173,7 @@ mod tests {
         let mut ledger = Ledger::default();
         let seen = SystemTime::now() - Duration::from_secs(100);
         for page in 0..3 {
-            let (gpa, kind) = (page << 12, Kind::ActionOptional);
+            let (gpa, kind) = (page << 12, FailureKind::ActionOptional);
             ledger.enter(gpa, gpa, 12, kind, FoundBy::Signal, seen);
         }
         let place = Place::Ghes { record: 1 };
@@ -190,7 +190,14 @@ mod tests {
         }
         // More than are counted in one go.
         for page in 3..2 * AT_ONCE as u64 + 1 {
-            ledger.enter(page << 12, page << 12, 12, Kind::ActionOptional, FoundBy::Scan, seen);
+            ledger.enter(
+                page << 12,
+                page << 12,
+                12,
+                FailureKind::ActionOptional,
+                FoundBy::Scan,
+                seen,
+            );
         }
         let families = of_ledger(|look| look(&ledger)).unwrap();
         let text = TextEncoder::new().encode_to_string(&families).unwrap();
@@ -199,10 +206,10 @@ mod tests {
 
         // One that was told of, and begins to wait again.
         let mut ledger = Ledger::default();
-        ledger.enter(0, 0, 12, Kind::ActionOptional, FoundBy::Signal, seen);
+        ledger.enter(0, 0, 12, FailureKind::ActionOptional, FoundBy::Signal, seen);
         ledger.set(0, State::Acknowledged { place }, seen);
         assert_eq!(oldest(&ledger).to_bits(), 0.0_f64.to_bits());
-        let wait = Wait::Mcip { vcpu: 0 };
+        let wait = WaitReason::Mcip { vcpu: 0 };
         ledger.set(0, State::Waiting { wait }, seen + Duration::from_secs(90));
         assert!((10.0..99.0).contains(&oldest(&ledger)), "since it waits");
     }

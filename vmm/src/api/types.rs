@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mce_relay::ledger::Predicted;
-use mce_relay::mca::{Kind, Vendor};
+use mce_relay::mca::{FailureKind, Vendor};
 use mce_relay::{AoChannel, Handle, KillPolicy, Pace, Page};
 use serde::{Deserialize, Serialize};
 
@@ -89,7 +89,7 @@ pub struct VmInfo {
     pub on_undeliverable: OnUndeliverable,
     /// Whether the vCPUs are held, or are about to be.
     pub paused: bool,
-    /// Why, if they are.
+    /// FallbackReason, if they are.
     pub pause_reason: Option<PauseReason>,
     /// What the guest has said of its own end since it was started; null as long as it has not.
     pub panic: Option<Panic>,
@@ -166,7 +166,7 @@ pub struct Gpa(#[serde(with = "mce_relay::event::hex")] pub u64);
 pub struct Retiring {
     /// Guest-physical address of the page.
     pub gpa: Gpa,
-    /// Why it is not, or null.
+    /// FallbackReason it is not, or null.
     pub error: Option<String>,
 }
 
@@ -180,14 +180,14 @@ pub struct Poison {
     pub via: Means,
     /// For forged signals: which. An AO where it is left out.
     #[serde(default = "ao")]
-    pub kind: Kind,
+    pub kind: FailureKind,
     /// For forged ARs: the vCPU that is to have touched the page.
     #[serde(default, deserialize_with = "crate::inject::small")]
     pub vcpu: u8,
 }
 
-fn ao() -> Kind {
-    Kind::ActionOptional
+fn ao() -> FailureKind {
+    FailureKind::ActionOptional
 }
 
 /// What became of one of them.
@@ -197,7 +197,7 @@ pub struct Poisoning {
     pub gpa: Gpa,
     /// Whether the page was really bad before, by the kernel or the ledger; null where it was not looked at.
     pub was_bad: Option<bool>,
-    /// Why it was not done, or null.
+    /// FallbackReason it was not done, or null.
     pub error: Option<String>,
 }
 

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
-use mce_relay::mca::Kind;
+use mce_relay::mca::FailureKind;
 
 use super::values::{parse_count, parse_seed};
 use super::{ApiPath, VmArg, wrong};
@@ -128,7 +128,7 @@ pub enum KindArg {
     Ar,
 }
 
-impl From<KindArg> for Kind {
+impl From<KindArg> for FailureKind {
     fn from(arg: KindArg) -> Self {
         match arg {
             KindArg::Ao => Self::ActionOptional,

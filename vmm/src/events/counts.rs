@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mce_relay::event::{Injection, Thread};
+use mce_relay::event::{Injection, SignalledThread};
 use mce_relay::{Event, Place};
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
@@ -142,10 +142,10 @@ impl Counts {
         match event {
             Event::Caught { kind, thread, forged, .. } => {
                 let thread = match thread {
-                    Thread::Relay => "relay",
-                    Thread::Vcpu(_) => "vcpu",
-                    Thread::Caller => "caller",
-                    Thread::Other => "other",
+                    SignalledThread::Relay => "relay",
+                    SignalledThread::Vcpu(_) => "vcpu",
+                    SignalledThread::Caller => "caller",
+                    SignalledThread::Other => "other",
                 };
                 let forged = if *forged { "true" } else { "false" };
                 self.signals.with_label_values(&[&*kind.to_string(), thread, forged]).inc();

@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use log::{Level, info, log, warn};
-use mce_relay::mca::Kind;
+use mce_relay::mca::FailureKind;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -26,7 +26,7 @@ use crate::seccomp::{Filters, Thread};
 use crate::show::counted;
 pub use hub::{Entry, Follower, Hub, Next, What};
 
-/// Why events cannot be written down.
+/// FallbackReason events cannot be written down.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// The event monitor's file could not be opened.
@@ -74,7 +74,7 @@ pub enum VmEvent {
     },
     /// The vCPUs leave the guest and wait.
     Paused {
-        /// Why.
+        /// FallbackReason.
         #[serde(flatten)]
         reason: PauseReason,
         /// How the user goes on from here.
@@ -247,7 +247,7 @@ fn write_log(mut follower: Follower) {
 /// Whether it is of the VMM's own memory, and the VMM lives. (An AR of it ends the process, with a line of its
 /// own.)
 fn is_of_the_vmm(event: &mce_relay::Event) -> bool {
-    matches!(event, mce_relay::Event::Outside { kind: Kind::ActionOptional, .. })
+    matches!(event, mce_relay::Event::Outside { kind: FailureKind::ActionOptional, .. })
 }
 
 /// What a follower is sent for `next`: a line of JSON with its line feed, or `None` at the end.

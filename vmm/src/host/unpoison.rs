@@ -4,7 +4,7 @@ use std::io;
 
 use super::{HostError, PageFlags, PfnFile, UNPOISON_PFN};
 
-/// Why a page frame is not given back.
+/// FallbackReason a page frame is not given back.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpoisonError {
     /// The host cannot be asked or told.

@@ -51,11 +51,11 @@ pub enum Guest {
 pub struct Outlook {
     /// Of KVM.
     pub kvm: Kvm,
-    /// Why.
+    /// FallbackReason.
     pub kvm_why: String,
     /// Of a Linux guest.
     pub guest: Guest,
-    /// Why.
+    /// FallbackReason.
     pub guest_why: String,
     /// The guest may not survive it.
     pub lethal: bool,

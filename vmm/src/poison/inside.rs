@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use mce_relay::mca::Kind;
+use mce_relay::mca::FailureKind;
 
 use super::Means;
 use super::uffd::Uffd;
@@ -14,7 +14,7 @@ use crate::memory::PAGE_SIZE;
 /// How long the vCPUs may take to leave the guest.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Why none of the pages was touched.
+/// FallbackReason none of the pages was touched.
 #[derive(Debug, thiserror::Error)]
 pub enum InsideError {
     /// It is done from outside.
@@ -86,7 +86,8 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
     match asked.via {
         Means::HwpoisonInject | Means::MceInject => Err(InsideError::Outside(asked.via)),
         Means::Signal => {
-            let vcpu = (asked.kind == Kind::ActionRequired).then_some(usize::from(asked.vcpu));
+            let vcpu =
+                (asked.kind == FailureKind::ActionRequired).then_some(usize::from(asked.vcpu));
             if let Some(vcpu) = vcpu.filter(|vcpu| *vcpu >= info.vcpus) {
                 let last = info.vcpus - 1;
                 return Err(InsideError::NoVcpu {
