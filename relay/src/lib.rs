@@ -82,6 +82,9 @@ mod acpi;
 mod core;
 mod decide;
 pub mod event;
+#[cfg(all(feature = "kvm", target_arch = "x86_64"))]
+#[allow(unsafe_code, reason = "it is where KVM is asked")]
+pub mod kvm;
 pub mod ledger;
 mod memory;
 mod relay;

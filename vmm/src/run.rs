@@ -26,7 +26,7 @@ use crate::events::{self, Monitor, MonitorError, VmEvent};
 use crate::files::{self, Appended, LogFile};
 use crate::ghes::{self, Notify};
 use crate::host;
-use crate::mce_inject::{GuestMca, MceError, MceSetup};
+use crate::mce_inject::{GuestMca, MceError, MceSetup, VcpuMca};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE, RamBlock};
 use crate::names::{self, NameError, VmName};
 use crate::records;
@@ -673,9 +673,9 @@ impl VcpuHook for RelayHook {
     fn before_run(&mut self, vcpu: &mut VcpuFd) -> HookVerdict {
         // First, so that the relay finds the bank as the guest will.
         if self.injector.wants(self.index) {
-            self.injector.serve(self.index, &mut self.guest.on(vcpu));
+            self.injector.serve(self.index, &mut VcpuMca::new(&self.guest, vcpu));
         }
-        match self.port.before_run(&mut self.guest.on(vcpu)) {
+        match self.port.before_run(&mut VcpuMca::new(&self.guest, vcpu)) {
             Verdict::Run => HookVerdict::Run,
             Verdict::Undeliverable { gpa, why, rip } => {
                 let what = Undeliverable { vcpu: self.index, gpa, why: why.to_string(), rip };

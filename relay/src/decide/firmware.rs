@@ -123,7 +123,7 @@ pub enum ChannelStep {
 struct Lying {
     publication: Publication,
     /// Pages of it that the guest has met since (AR), and need not be told of again.
-    met: Vec<u64>,
+    touched: Vec<u64>,
 }
 
 /// The channel of one virtual machine.
@@ -182,20 +182,20 @@ impl Channel {
     }
 
     /// The guest has met the page: it learns of it by the AR.
-    pub(crate) fn met(&mut self, gpa: u64) {
+    pub(crate) fn touched(&mut self, gpa: u64) {
         self.lost.retain(|waiting| *waiting != gpa);
         self.predicted.retain(|waiting| *waiting != gpa);
         if let Some(lying) = self.lying.as_mut()
             && lying.publication.gpas.contains(&gpa)
         {
-            lying.met.push(gpa);
+            lying.touched.push(gpa);
         }
     }
 
     /// The guest was not told by the AR.
-    pub(crate) fn not_met(&mut self, gpa: u64) {
+    pub(crate) fn touch_dropped(&mut self, gpa: u64) {
         if let Some(lying) = self.lying.as_mut() {
-            lying.met.retain(|met| *met != gpa);
+            lying.touched.retain(|met| *met != gpa);
         }
     }
 
@@ -205,7 +205,7 @@ impl Channel {
         self.predicted.retain(|waiting| !is_gone(*waiting));
         if let Some(lying) = self.lying.as_mut() {
             let gone = lying.publication.gpas.iter().copied().filter(|gpa| is_gone(*gpa));
-            lying.met.extend(gone);
+            lying.touched.extend(gone);
         }
     }
 
@@ -244,7 +244,7 @@ impl Channel {
         };
         let Some(lying) = self.lying.take() else { return Vec::new() };
         self.waited = Duration::ZERO;
-        let Lying { publication: Publication { number: record, notice, gpas }, met } = lying;
+        let Lying { publication: Publication { number: record, notice, gpas }, touched } = lying;
         match why {
             None => {
                 self.silent_until = None;
@@ -255,7 +255,7 @@ impl Channel {
                 self.silent_until = Some(now.saturating_add(SILENCE));
                 self.withdraw = why != FallbackReason::Unreachable;
                 // Those that were met have had their AR, and are not to be told of once more.
-                let left = gpas.into_iter().filter(|gpa| !met.contains(gpa));
+                let left = gpas.into_iter().filter(|gpa| !touched.contains(gpa));
                 left.map(|gpa| Outcome::Returned { gpa, notice, why }).collect()
             }
         }
@@ -313,7 +313,7 @@ impl Channel {
         self.records = self.records.wrapping_add(1);
         self.waited = Duration::ZERO;
         let publication = Publication { number: self.records, notice, gpas };
-        self.lying = Some(Lying { publication: publication.clone(), met: Vec::new() });
+        self.lying = Some(Lying { publication: publication.clone(), touched: Vec::new() });
         (Vec::new(), ChannelStep::Publish(publication))
     }
 
@@ -321,10 +321,10 @@ impl Channel {
     pub(crate) fn refused(&mut self, why: FallbackReason) -> Vec<Outcome> {
         self.broken = Some(why);
         let mut outcomes = Vec::new();
-        if let Some(Lying { publication, met }) = self.lying.take() {
+        if let Some(Lying { publication, touched }) = self.lying.take() {
             let Publication { notice, gpas, .. } = publication;
             self.withdraw = true;
-            let left = gpas.into_iter().filter(|gpa| !met.contains(gpa));
+            let left = gpas.into_iter().filter(|gpa| !touched.contains(gpa));
             outcomes.extend(left.map(|gpa| Outcome::Returned { gpa, notice, why }));
         }
         outcomes.extend(self.give_up(why));
@@ -529,8 +529,8 @@ mod tests {
         let mut channel = holding([1, 2, 3]);
         let step = channel.step(&well(), MILLI, None, 2).1;
         assert_eq!(published(step).gpas, [1, 2]);
-        channel.met(1);
-        channel.met(3);
+        channel.touched(1);
+        channel.touched(3);
         assert_eq!(
             channel.refused(FallbackReason::NotNotified),
             [returned(2, FallbackReason::NotNotified)]
@@ -611,7 +611,7 @@ mod tests {
                         let met_now = pushed.len().checked_sub(ago + 1).map(|at| pushed[at].0);
                         if let Some(gpa) = met_now {
                             met.insert(gpa);
-                            channel.met(gpa);
+                            channel.touched(gpa);
                         }
                     }
                     Op::Guest(block) if in_block.is_some() || block == Block::Empty => {
@@ -634,7 +634,7 @@ mod tests {
                                 }
                             }
                         } else if channel.in_block() == 0 {
-                            // All of its pages were met, so nothing comes of them.
+                            // All of its pages were touched, so nothing comes of them.
                             in_block = None;
                         }
                         let (more, step) = channel.step(&sight, now, Some(Duration::ZERO), room);

@@ -183,7 +183,7 @@ impl Delivery {
             other => {
                 if let Some(channel) = other {
                     // It is no longer one that is only predicted to fail.
-                    channel.met(gpa);
+                    channel.touched(gpa);
                 }
                 self.ao.push_back(gpa);
             }
@@ -261,7 +261,7 @@ impl Delivery {
     pub fn push_ar(&mut self, vcpu: usize, gpa: u64, untold: bool, now: Duration) {
         self.ao.retain(|waiting| *waiting != gpa);
         if let Some(channel) = self.firmware.as_mut() {
-            channel.met(gpa);
+            channel.touched(gpa);
         }
         if let Some(queue) = self.ar.get_mut(vcpu)
             // The same touch may raise its signal more than once before it is told.
@@ -294,7 +294,7 @@ impl Delivery {
             }
             if let Some(channel) = self.firmware.as_mut() {
                 // What lies in the status block is not told by this touch after all.
-                channel.not_met(gpa);
+                channel.touch_dropped(gpa);
             }
             if untold && !self.waits(gpa) {
                 self.push_ao(gpa);
