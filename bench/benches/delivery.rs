@@ -9,9 +9,9 @@ use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use mce_relay::delivery::{Delivery, Step};
+use mce_relay::internals::machine_check::{Delivery, Step};
 use mce_relay::mca::McaState;
-use mce_relay::{Config, Event, ExitByte, Pace, RamMap, Relay, Verdict};
+use mce_relay::{Event, ExitByte, Pace, RamMap, Relay, Verdict};
 use mce_relay_bench::{Quick, caps, regions};
 
 const INTERVALS: u64 = 10_000;
@@ -22,7 +22,7 @@ fn decisions(c: &mut Criterion) {
     let mut group = c.benchmark_group("decisions");
     for vcpus in VCPUS {
         group.bench_function(BenchmarkId::new("AR by LMCE", vcpus), |b| {
-            let mut delivery = Delivery::new(caps(true), vcpus, PACE);
+            let mut delivery = Delivery::new(Some(caps(true)), vcpus, PACE);
             let vcpu = Quick::new(true);
             let mut now = Duration::ZERO;
             b.iter(|| {
@@ -36,7 +36,7 @@ fn decisions(c: &mut Criterion) {
             });
         });
         group.bench_function(BenchmarkId::new("AO by rendezvous", vcpus), |b| {
-            let mut delivery = Delivery::new(caps(false), vcpus, PACE);
+            let mut delivery = Delivery::new(Some(caps(false)), vcpus, PACE);
             let vcpu = Quick::new(false);
             let states: Vec<Option<McaState>> = vec![Some(*vcpu.empty()); vcpus];
             let mut now = Duration::ZERO;
@@ -78,8 +78,8 @@ fn whole(c: &mut Criterion) {
                 }
             };
             let ram = RamMap::new(&regions(INTERVALS)).unwrap();
-            let config = Config { pace: PACE, ..Config::new(vcpus, caps(lmce), ram, observer) };
-            let relay = Arc::new(Relay::start(config).unwrap());
+            let relay = Relay::builder(ram).vcpus(vcpus).machine_checks(caps(lmce));
+            let relay = Arc::new(relay.pace(PACE).observer(observer).start().unwrap());
             let (stop, ready) =
                 (Arc::new(AtomicBool::new(false)), Arc::new(Barrier::new(vcpus + 1)));
             let sleepers: Vec<Arc<Sleeper>> = (0..vcpus).map(|_| Arc::default()).collect();
@@ -96,7 +96,7 @@ fn whole(c: &mut Criterion) {
                             *own.kicked.lock().unwrap() = true;
                             own.kick.notify_one();
                         };
-                        let mut port = relay.attach(index, ExitByte::NONE, Box::new(kick)).unwrap();
+                        let mut port = relay.attach(index, ExitByte::NONE, kick).unwrap();
                         ready.wait();
                         let mut vcpu = Quick::new(lmce);
                         while !stop.load(Ordering::Relaxed) {

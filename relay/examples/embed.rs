@@ -1,20 +1,23 @@
 //! A virtual machine monitor on bare kvm-ioctls that has its guest told of memory errors.
 //!
-//! The guest is a few instructions in real mode: it loads from one page again and again, and has a
-//! machine-check handler that takes what is in the banks and goes on with the next page. What the adoption
+//! The guest is a few instructions in real mode, on two vCPUs: one idles, the other loads from one page again and again;
+//! both have a machine-check handler that takes what is in the banks and goes on with the next page. What the adoption
 //! takes stands between `// relay:` and `// :relay`; all else is there without it. Run it:
-//! `cargo run -p mce-relay --example embed`. With `--outside` it does not forge two failures but waits for two
-//! real ones; with `--late` it hears of what the guest touches only.
+//! `cargo run -p mce-relay --example embed --features kvm,forge`. With `--outside` it does not forge two failures but waits
+//! for two real ones; with `--late` it hears of what the guest touches only.
 
 use std::error::Error;
-use std::io;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::{io, thread};
 
-use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_userspace_memory_region, kvm_x86_mce};
+use kvm_bindings::{kvm_mp_state, kvm_regs, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
 // relay:
-use mce_relay::mca::{BANKS, CR4_MCE, Caps, McaState, Record, Vendor, cap};
-use mce_relay::{Config, ExitByte, KillPolicy, Mca, RamMap, RamRegion, Relay, Verdict};
-use vmm_sys_util::ioctl::ioctl_with_ref;
+use libc::{c_int, c_void, siginfo_t};
+use mce_relay::kvm::MceSetup;
+use mce_relay::mca::Vendor;
+use mce_relay::{ExitByte, Handle, KillPolicy, RamMap, RamRegion, Relay, Verdict, signal};
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 // :relay
 
 std::arch::global_asm!(
@@ -25,19 +28,26 @@ std::arch::global_asm!(
     "mov eax, cr4", // open the machine-check handler
     "or eax, 0x40",
     "mov cr4, eax",
-    "mov si, 0x8000",
-    "2: mov al, [si]", // load from a page, and say so
+    "sti", // an AO waits for a vCPU that takes none
+    "test bl, bl",
+    "jnz 1f",
+    "5: hlt", // the first vCPU idles
+    "jmp 5b",
+    "1: mov si, 0x8000",
+    "2: mov al, [si]", // the other one loads from a page, and says so
     "out 0x10, al",
     "jmp 2b",
-    ".org embed_guest + 0x80", // #MC
+    ".org embed_guest + 0xa0", // #MC
     "mov ecx, 0x401",
     "3: rdmsr",
     "test edx, edx",
     "jns 4f",
     "inc ecx",
-    "rdmsr", // MCi_ADDR of a bank that is valid
+    "rdmsr", // MCi_ADDR of a bank that is valid; a bystander's is 0
+    "test eax, eax",
+    "jz 6f",
     "out 0x20, eax",
-    "dec ecx",
+    "6: dec ecx",
     "xor eax, eax",
     "xor edx, edx",
     "wrmsr",
@@ -48,6 +58,7 @@ std::arch::global_asm!(
     "xor edx, edx",
     "mov ecx, 0x17a", // and MCG_STATUS last
     "wrmsr",
+    "out 0x30, al",
     "add si, 0x1000", // do without that page
     "iret",
     "embed_guest_end:",
@@ -62,45 +73,25 @@ unsafe extern "C" {
 
 const RAM: usize = 1 << 20;
 const CODE: u16 = 0x1000;
-const MC_HANDLER: u16 = CODE + 0x80;
+const MC_HANDLER: u16 = CODE + 0xa0;
+const VCPUS: u8 = 2;
+
+/// What the guest does.
+enum Guest {
+    /// It loads from a page.
+    Loads,
+    /// It was told of this page.
+    Told(u32),
+    /// The vCPU that loads is done with a machine check.
+    Done,
+    /// The VMM cannot go on.
+    Failed(String),
+}
 
 // relay:
-/// `include/uapi/linux/kvm.h`: `_IOW(KVMIO, 0x9c, __u64)`, and `_IOW(KVMIO, 0x9e, struct kvm_x86_mce)`.
-const KVM_X86_SETUP_MCE: u64 = 0x4008_ae9c;
-const KVM_X86_SET_MCE: u64 = 0x4040_ae9e;
-const MCG_CAP: u64 = cap::CTL_P | cap::SER_P | BANKS as u64;
-const CAPS: Caps = Caps { vendor: Vendor::Intel, mcg_cap: MCG_CAP, succor: false };
-
-struct Vcpu<'a>(&'a VcpuFd);
-
-impl Mca for Vcpu<'_> {
-    fn state(&mut self) -> io::Result<McaState> {
-        let entry = |index| kvm_msr_entry { index, ..Default::default() };
-        let wanted: Vec<_> = CAPS.state_msrs().into_iter().map(entry).collect();
-        let mut msrs = Msrs::from_entries(&wanted).map_err(|_| io::ErrorKind::InvalidInput)?;
-        if self.0.get_msrs(&mut msrs)? != wanted.len() {
-            return Err(io::Error::other("an MSR cannot be read"));
-        }
-        let value: Vec<u64> = msrs.as_slice().iter().map(|entry| entry.data).collect();
-        let (events, regs) = (self.0.get_vcpu_events()?, self.0.get_regs()?);
-        Ok(McaState {
-            cr4_mce: self.0.get_sregs()?.cr4 & CR4_MCE != 0,
-            event_in_flight: events.interrupt.injected | events.exception.injected != 0,
-            interrupts_on: regs.rflags & 1 << 9 != 0,
-            rip: regs.rip,
-            ..CAPS.state(&value)
-        })
-    }
-
-    fn inject(&mut self, record: &Record) -> io::Result<()> {
-        let Record { bank, status, addr, misc, mcg_status } = *record;
-        let mce = kvm_x86_mce { bank, status, addr, misc, mcg_status, ..Default::default() };
-        // SAFETY: the ioctl reads one kvm_x86_mce.
-        match unsafe { ioctl_with_ref(self.0, KVM_X86_SET_MCE, &mce) } {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        }
-    }
+/// KVM_RUN ends, or the next one at once.
+extern "C" fn on_kick(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
+    signal::request_exit();
 }
 // :relay
 
@@ -108,25 +99,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let given = |option: &str| std::env::args().any(|argument| argument == option);
     let kvm = Kvm::new()?;
     let vm = kvm.create_vm()?;
-    // SAFETY: a new private mapping at an address of the kernel's choice.
-    let ram = unsafe {
-        let (prot, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        libc::mmap(std::ptr::null_mut(), RAM, prot, flags, -1, 0)
-    };
-    if ram == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error().into());
-    }
-    let hva = ram.expose_provenance() as u64;
-    let (start, end) = (&raw const embed_guest, &raw const embed_guest_end);
-    let vector = 18 * 4;
-    // SAFETY: the code lies between the two symbols, and all places are inside the new mapping.
-    unsafe {
-        // There is memory behind all of it: what is not there cannot go bad.
-        ram.cast::<u8>().write_bytes(1, RAM);
-        start.copy_to(ram.cast::<u8>().add(CODE.into()), end.addr() - start.addr());
-        ram.cast::<u8>().add(vector).cast::<u32>().write(MC_HANDLER.into());
-    }
+    vm.create_irq_chip()?;
+    let ram = memory()?;
+    let hva = ram as u64;
     let region = kvm_userspace_memory_region {
         memory_size: RAM as u64,
         userspace_addr: hva,
@@ -137,63 +112,131 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let policy = if given("--late") { KillPolicy::Late } else { KillPolicy::Early };
     // relay:
+    let setup = MceSetup::new(&kvm, Vendor::Intel, false, false)?;
+    setup.prepare_vm(&vm)?;
+    register_signal_handler(SIGRTMIN(), on_kick)?;
     // SAFETY: the mapping is the guest's, and outlives the relay.
     let ram = RamMap::new(&[unsafe { RamRegion::new(hva, 0, RAM as u64) }])?;
-    let config = Config::new(1, CAPS, ram, |event| println!("relay: {event}"));
-    let relay = Relay::start(Config { policy, ..config })?;
+    let relay = Relay::builder(ram).vcpus(VCPUS.into()).machine_checks(setup.caps()).policy(policy);
+    let relay = relay.observer(|event| println!("relay: {event}")).start()?;
     // :relay
-
-    let mut vcpu = vm.create_vcpu(0)?;
-    // relay:
-    // SAFETY: the ioctl reads one u64.
-    if unsafe { ioctl_with_ref(&vcpu, KVM_X86_SETUP_MCE, &MCG_CAP) } != 0 {
-        return Err(io::Error::last_os_error().into());
+    let (send, guest) = channel();
+    for index in 0..VCPUS {
+        let vcpu = vm.create_vcpu(index.into())?;
+        start_at_code(&vcpu, index)?;
+        let (handle, send) = (relay.handle(), send.clone());
+        thread::spawn(move || {
+            if let Err(error) = run(vcpu, index, setup, &handle, &send) {
+                let _ = send.send(Guest::Failed(error.to_string()));
+            }
+        });
     }
-    // :relay
+    while !matches!(next(&guest)?, Guest::Loads) {}
+    println!("ready: process {}, guest RAM at {hva:#x}", std::process::id());
+    // What goes bad if nobody else sees to it: a page that nobody touches (AO), and the one that the guest touches by
+    // then (AR).
+    let mut told = Vec::new();
+    for (gpa, vcpu) in [(0xd000, None), (0x9000, Some(1))] {
+        if !given("--outside") {
+            relay.handle().forge(gpa, vcpu)?;
+        }
+        // In whichever order: two threads say it.
+        let (mut named, mut done) = (None, false);
+        while named.is_none() || !done {
+            match next(&guest)? {
+                Guest::Told(gpa) => named = Some(gpa),
+                Guest::Done => done = true,
+                _ => {}
+            }
+        }
+        if let Some(gpa) = named {
+            println!("guest: machine check for {gpa:#x}, going on with the next page");
+            told.push(gpa);
+        }
+    }
+    println!("the guest lives, and was told of {told:#x?}");
+    Ok(())
+}
+
+/// Guest RAM, with the code and the vector of machine checks in it.
+fn memory() -> io::Result<usize> {
+    // SAFETY: a new private mapping at an address of the kernel's choice.
+    let ram = unsafe {
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        libc::mmap(std::ptr::null_mut(), RAM, prot, flags, -1, 0)
+    };
+    if ram == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    let (start, end) = (&raw const embed_guest, &raw const embed_guest_end);
+    let vector = 18 * 4;
+    // SAFETY: the code lies between the two symbols, and all places are inside the new mapping.
+    unsafe {
+        // There is memory behind all of it: what is not there cannot go bad.
+        ram.cast::<u8>().write_bytes(1, RAM);
+        start.copy_to(ram.cast::<u8>().add(CODE.into()), end.addr() - start.addr());
+        ram.cast::<u8>().add(vector).cast::<u32>().write(MC_HANDLER.into());
+    }
+    Ok(ram.expose_provenance())
+}
+
+/// The vCPU begins at the code, with its index in BL.
+fn start_at_code(vcpu: &VcpuFd, index: u8) -> Result<(), Box<dyn Error>> {
     let mut sregs = vcpu.get_sregs()?;
     (sregs.cs.base, sregs.cs.selector) = (0, 0);
     vcpu.set_sregs(&sregs)?;
-    vcpu.set_regs(&kvm_regs { rip: CODE.into(), rsp: 0x7000, rflags: 2, ..Default::default() })?;
+    let (rip, rsp) = (CODE.into(), 0x7000 - 0x800 * u64::from(index));
+    vcpu.set_regs(&kvm_regs { rip, rsp, rbx: index.into(), rflags: 2, ..Default::default() })?;
+    vcpu.set_mp_state(kvm_mp_state { mp_state: kvm_bindings::KVM_MP_STATE_RUNNABLE })?;
+    Ok(())
+}
+
+fn run(
+    mut vcpu: VcpuFd,
+    index: u8,
+    setup: MceSetup,
+    handle: &Handle,
+    send: &Sender<Guest>,
+) -> Result<(), Box<dyn Error>> {
     // relay:
-    let exit = &raw mut vcpu.get_kvm_run().immediate_exit;
+    let guest = setup.prepare_vcpu(&vcpu)?;
     // SAFETY: the byte is mapped as long as the vCPU is there, which the port does not outlive.
-    let exit = unsafe { ExitByte::new(exit) };
-    let mut port = relay.attach(0, exit, Box::new(|| {}))?;
+    let exit = unsafe { ExitByte::new(&raw mut vcpu.get_kvm_run().immediate_exit) };
+    // SAFETY: has no preconditions.
+    let this = unsafe { libc::pthread_self() };
+    let kick = move || {
+        // SAFETY: nobody is kicked when the port has gone, which this thread drops.
+        unsafe { libc::pthread_kill(this, SIGRTMIN()) };
+    };
+    let mut port = handle.attach(index.into(), exit, kick)?;
     // :relay
-    println!("ready: process {}, guest RAM at {hva:#x}", std::process::id());
-    // What goes bad if nobody else sees to it: a page that nobody touches (AO), and the one that the guest
-    // touches by then (AR).
-    let bad = [(0xd000, None), (0x9000, Some(0))];
-    let mut bad = bad.into_iter().filter(|_| !given("--outside"));
-    let mut told = Vec::new();
-    while told.len() < 2 {
-        vcpu.set_kvm_immediate_exit(0);
+    loop {
         // relay:
-        match port.before_run(&mut Vcpu(&vcpu)) {
-            Verdict::Run => {}
-            Verdict::Undeliverable { gpa, why, .. } => {
-                return Err(format!("{gpa:#x}: {why}").into());
-            }
+        port.clear_exit();
+        let verdict = port.before_run(&mut guest.on(&vcpu));
+        if let Verdict::Undeliverable { gpa, why, .. } = verdict {
+            return Err(format!("{gpa:#x}: {why}").into());
         }
         // :relay
         match vcpu.run() {
-            Ok(VcpuExit::IoOut(0x10, _)) => {
-                if let Some((gpa, vcpu)) = bad.next() {
-                    relay.handle().forge(gpa, vcpu)?;
-                }
-            }
+            Ok(VcpuExit::IoOut(0x10, _)) => send.send(Guest::Loads)?,
+            Ok(VcpuExit::IoOut(0x30, _)) if index == 0 => {}
+            Ok(VcpuExit::IoOut(0x30, _)) => send.send(Guest::Done)?,
             Ok(VcpuExit::IoOut(0x20, data)) => {
-                let gpa = u32::from_le_bytes(data.try_into()?);
-                println!("guest: machine check for {gpa:#x}, going on with the next page");
-                if !told.contains(&gpa) {
-                    told.push(gpa);
-                }
+                send.send(Guest::Told(u32::from_le_bytes(data.try_into()?)))?;
             }
             Ok(other) => return Err(format!("the guest: {other:?}").into()),
             Err(error) if error.errno() == libc::EINTR => {}
             Err(error) => return Err(error.into()),
         }
     }
-    println!("the guest lives, and was told of {told:#x?}");
-    Ok(())
+}
+
+/// What the guest does next.
+fn next(guest: &Receiver<Guest>) -> Result<Guest, Box<dyn Error>> {
+    match guest.recv()? {
+        Guest::Failed(error) => Err(error.into()),
+        seen => Ok(seen),
+    }
 }

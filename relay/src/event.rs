@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::types::{FailureKind, Form, FoundBy, Place, State, UndeliverableReason, WaitReason};
 #[cfg(feature = "serde")]
-pub use crate::types::{hex, hex_option};
+use crate::types::{hex, hex_option};
 
 /// Who took a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

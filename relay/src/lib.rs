@@ -5,22 +5,37 @@
 //! you cannot go on"). Where that process is a virtual machine monitor, only it can tell the guest,
 //! by a virtual machine check; a guest that is told drops one page or one process instead of dying.
 //!
-//! This crate is that part of a VMM, and no other part: no KVM, no device, no loader, no async
-//! runtime. A VMM gives it guest RAM as intervals ([`RamMap`]), what the guest was shown of its
-//! machine-check architecture ([`mca::Caps`]), and per vCPU a way to read and set that state
-//! ([`Mca`]). It starts the [`Relay`] before its other threads, attaches each vCPU thread, and calls
-//! [`VcpuPort::before_run`] before each KVM_RUN.
+//! This crate is that part of a VMM, and no other part: no device, no loader, no async runtime, and no KVM unless feature
+//! `kvm` is asked for. What a VMM does, once for a boot and once for each vCPU:
 //!
-//! The way of one error, by names: [`signal`] stores it, [`RamMap::pages`] translates it,
-//! [`ledger::Ledger::enter`] merges it, [`delivery::Delivery::next`] decides, [`mca::record`] makes
-//! the record, [`Mca::inject`] hands it to the hypervisor, and every step is an [`Event`].
+//! | step | by |
+//! |---|---|
+//! | says where guest RAM is | [`RamMap`] of [`RamRegion`]s |
+//! | says what the guest was shown of its machine checks | [`mca::Caps`]; on KVM `kvm::MceSetup` finds out and sets up |
+//! | starts the relay | [`Relay::builder`], [`RelayBuilder::start`] |
+//! | attaches each vCPU's thread | [`Handle::attach`], with the [`ExitByte`] and a kick |
+//! | comes round before each KVM_RUN | [`VcpuPort::clear_exit`], [`VcpuPort::before_run`] with its [`Mca`], and obeys the [`Verdict`] |
+//! | is told of every step | [`Event`], by [`RelayBuilder::observer`] |
+//! | reads guest memory that may be bad, plugs RAM, asks what is known | [`Handle`]: [`Ledger`], [`Page`], [`AccessError`] |
+//!
+//! A guest that was given an ACPI error source can be told of what it has not touched without a machine check:
+//! [`ErrorSource`] and its [`Bell`]. A program without a guest has [`watch`]. Lists of system calls for seccomp are in
+//! [`syscalls`], what a SIGBUS handler of one's own calls is in [`signal`], and the bits of x86's machine checks are in
+//! [`mca`].
+//!
+//! What is guaranteed: every page that the kernel says is bad ends in the ledger with an outcome; the guest is told of it
+//! once, in a form that it survives, when it can take it; "injected" is said only of what was read back. What the VMM owes
+//! is on each call: above all, that [`VcpuPort::before_run`] is called before every KVM_RUN, and obeyed.
+//!
+//! Optional features: `kvm` (x86-64), `serde` (events and the ledger as data), `seccompiler` and `vm-memory` (their types
+//! beside plain values), `forge` (memory failures that this process forges, for tests).
 //!
 //! ```
 //! use std::io;
 //! use std::sync::mpsc::channel;
 //!
 //! use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap, msr};
-//! use mce_relay::{Config, Event, ExitByte, Mca, RamMap, RamRegion, Relay, Verdict};
+//! use mce_relay::{Event, ExitByte, Mca, RamMap, RamRegion, Relay, Verdict};
 //!
 //! // What the guest is shown: an AMD processor that recovers.
 //! const CAPS: Caps =
@@ -54,38 +69,42 @@
 //! let ram = RamMap::new(&[unsafe { RamRegion::new(0x7f00_0000_0000, 0, 1 << 30) }])?;
 //! let (send, events) = channel();
 //! let observer = move |event: &Event| drop(send.send(event.to_string()));
-//! let relay = Relay::start(Config::new(1, CAPS, ram, observer))?;
+//! let relay = Relay::builder(ram).vcpus(1).machine_checks(CAPS).observer(observer).start()?;
 //!
 //! // On the vCPU's thread, with kvm_run.immediate_exit and a way to make it leave KVM_RUN.
 //! let mut vcpu = Vcpu(vec![0; CAPS.state_msrs().len()]);
 //! (0..BANKS).for_each(|bank| *vcpu.register(msr::mc_ctl(bank)) = u64::MAX);
 //! *vcpu.register(msr::MCG_CTL) = u64::MAX;
-//! let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {}))?;
+//! let mut port = relay.attach(0, ExitByte::NONE, || {})?;
+//! port.clear_exit();
+//! assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+//! # #[cfg(feature = "forge")] {
 //!
-//! // The guest touches a bad page: here by a signal that says so, and comes round.
+//! // The guest touches a bad page: here by a signal that says so (feature `forge`), and comes round.
 //! relay.handle().forge(0x5000, Some(0))?;
 //! assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
 //! let told: Vec<String> = events.try_iter().collect();
 //! assert!(told.last().unwrap().starts_with("injected"), "{told:?}");
 //! assert_eq!(relay.pages()[0].gpa, 0x5000);
+//! # }
+//! # drop(events);
 //! # Ok(())
 //! # }
 //! ```
-//!
-//! A guest that was given an ACPI error source can be told of what it has not touched without a machine
-//! check: [`firmware`] decides, [`cper::record`] makes the record, [`ghes`] puts it where the guest
-//! finds it and rings the [`Bell`].
 
 #![deny(unsafe_code)]
 
 mod acpi;
 mod core;
 mod decide;
-pub mod event;
+mod event;
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+pub mod internals;
 #[cfg(all(feature = "kvm", target_arch = "x86_64"))]
 #[allow(unsafe_code, reason = "it is where KVM is asked")]
 pub mod kvm;
-pub mod ledger;
+mod ledger;
 mod memory;
 mod relay;
 #[allow(unsafe_code, reason = "it is where the system is asked")]
@@ -105,24 +124,27 @@ mod sync {
     }
 }
 
-pub use acpi::cper;
-pub use decide::firmware::{self, AoChannel};
-pub use decide::machine_check as delivery;
+pub use decide::firmware::AoChannel;
 pub use decide::pace::Pace;
-pub use event::Event;
-pub use ledger::{Ledger, Page, Predicted};
-pub use memory::access::{self as read, AccessError};
+pub use event::{Event, Injection, Reach, SignalledThread};
+pub use ledger::{Ledger, Page, Predicted, Times, Untold};
+pub use memory::access::AccessError;
 pub use memory::map::{RamError, RamMap, RamRegion};
-pub use memory::scan;
-pub use relay::config::Config;
+pub use relay::builder::RelayBuilder;
 pub use relay::error::{AttachError, StartError};
-pub use relay::error_source::{self as ghes, Bell, Ghes};
+pub use relay::error_source::{Bell, ErrorSource};
+#[cfg(feature = "forge")]
 pub use relay::forge::ForgeError;
 pub use relay::handle::{Handle, RetireError};
 pub use relay::inject::Verdict;
 pub use relay::start::Relay;
 pub use relay::vcpu_port::VcpuPort;
 pub use signal::{ExitByte, Handled, KillPolicy, Signals};
-pub use types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE, Place};
-pub use x86::back_end::Mca;
+pub use types::{
+    FailureKind, FallbackReason, Form, FoundBy, PAGE_SHIFT, PAGE_SIZE, Place, State,
+    UndeliverableReason, WaitReason,
+};
+#[cfg(feature = "serde")]
+pub use types::{hex, hex_option};
+pub use x86::back_end::{Mca, NoMachineChecks};
 pub use x86::mca;

@@ -3,8 +3,13 @@
 //! A host merges the lists into its own filters, or takes `filter` and `merge` (feature `seccompiler`).
 //! [`THREAD`] is what Rust's standard library and the C library (glibc) do on any thread; [`RELAY`] is the
 //! relay's own thread once it is set up, [`VCPU`] what the relay adds to a vCPU thread, [`HANDLE`] what it
-//! adds to a thread that uses a [`Handle`](crate::Handle). Starting and ending a relay takes more
-//! ([`Relay::start`](crate::Relay::start) opens files and makes a thread): do that where you build the rest.
+//! adds to a thread that uses a [`Handle`](crate::Handle), and [`START`] what a thread needs that starts a relay and
+//! drops it. [`KICK`] is a kick by pthread_kill(3), on whichever thread makes it.
+//!
+//! Filters are inherited: a thread has the filter of the one that started it, whatever it installs itself later. So a
+//! thread under a filter that starts a relay needs [`RELAY`] in it, too, and [`VCPU`] if it starts the vCPUs' threads.
+//! Merge into the complete rules of a thread, and last: a rule of a list allows a call with certain arguments, and a
+//! later one of the host's for the same call would be the narrower for it.
 //!
 //! What the host's own callbacks do is the host's to add: the observer, [`Mca`](crate::Mca) and the kick of
 //! [`Relay::attach`](crate::Relay::attach) run on these threads, and so does its logger.
@@ -14,7 +19,7 @@
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use mce_relay::syscalls::{RELAY, THREAD, VCPU, filter, merge};
 //!
-//! // Ready-made, for the relay's thread alone, as Config::on_thread:
+//! // Ready-made, for the relay's thread alone, as RelayBuilder::on_thread:
 //! let program = filter(THREAD.iter().chain(RELAY), seccompiler::SeccompAction::Trap)?;
 //! let on_thread = move || seccompiler::apply_filter(&program).map_err(std::io::Error::other);
 //!
@@ -159,7 +164,65 @@ const IS_MAPPED: Call = Call::new(
 
 const WAKE: Call = Call::new(libc::SYS_write, "write", "an eventfd that wakes the relay's thread");
 
-/// The relay's own thread, from [`Config::on_thread`](crate::Config::on_thread) to its end, beside [`THREAD`].
+/// A thread that starts a relay ([`RelayBuilder::start`](crate::RelayBuilder::start)) and drops it, beside [`THREAD`]. The
+/// relay's thread inherits its filter.
+pub const START: &[Call] = &[
+    Call::new(libc::SYS_rt_sigaction, "rt_sigaction", "the SIGBUS handler")
+        .given(0, libc::SIGBUS as i64),
+    Call::new(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "SIGBUS is unblocked; a new thread")
+        .given(0, libc::SIG_UNBLOCK as i64),
+    Call::new(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "a new thread")
+        .given(0, libc::SIG_SETMASK as i64),
+    Call::new(libc::SYS_prctl, "prctl", "early and late kill").given(0, libc::PR_MCE_KILL as i64),
+    Call::new(libc::SYS_prctl, "prctl", "whether it is in force")
+        .given(0, libc::PR_MCE_KILL_GET as i64),
+    Call::new(libc::SYS_eventfd2, "eventfd2", "what wakes the relay's thread"),
+    Call::new(
+        libc::SYS_openat,
+        "openat",
+        "/proc/self/pagemap and status, the kernel's counts of failures",
+    ),
+    Call::new(libc::SYS_newfstatat, "newfstatat", "the kernel's counts of failures"),
+    Call::new(libc::SYS_getdents64, "getdents64", "the kernel's counts of failures"),
+    Call::new(libc::SYS_pread64, "pread64", "the kernel's counts of failures"),
+    Call::new(libc::SYS_close, "close", "files that were looked at; the end of the relay"),
+    Call::new(libc::SYS_ioctl, "ioctl", "whether there is PAGEMAP_SCAN (Linux 6.7)")
+        .given(1, crate::memory::scan::PAGEMAP_SCAN as i64),
+    IS_POISONED,
+    COPY,
+    WAKE,
+    GETPID,
+    GETTID,
+    Call::new(libc::SYS_mmap, "mmap", "a new thread's stack")
+        .given(2, libc::PROT_NONE as i64)
+        .given(3, ANONYMOUS | libc::MAP_STACK as i64),
+    Call::new(libc::SYS_mmap, "mmap", "a new thread's stack for signal handlers")
+        .given(2, READ_WRITE)
+        .given(3, ANONYMOUS | libc::MAP_STACK as i64),
+    Call::new(libc::SYS_mprotect, "mprotect", "the page below that stack")
+        .given(2, libc::PROT_NONE as i64),
+    Call::new(libc::SYS_futex, "futex", "a thread's end is waited for")
+        .given(1, (libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME) as i64),
+    Call::new(libc::SYS_clone3, "clone3", "a new thread"),
+    Call::new(libc::SYS_clone, "clone", "a new thread, where there is no clone3"),
+    Call::new(libc::SYS_rseq, "rseq", "a new thread"),
+    Call::new(libc::SYS_set_robust_list, "set_robust_list", "a new thread"),
+    Call::new(libc::SYS_sched_getaffinity, "sched_getaffinity", "a new thread"),
+    Call::new(libc::SYS_prctl, "prctl", "a new thread's name").given(0, libc::PR_SET_NAME as i64),
+];
+
+/// A kick by pthread_kill(3), on whichever thread makes it: the relay's, or a vCPU's in
+/// [`VcpuPort::before_run`](crate::VcpuPort::before_run).
+pub const KICK: &[Call] = &[
+    Call::new(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "no signal within pthread_kill")
+        .given(0, libc::SIG_BLOCK as i64),
+    Call::new(libc::SYS_rt_sigprocmask, "rt_sigprocmask", "no signal within pthread_kill")
+        .given(0, libc::SIG_SETMASK as i64),
+    Call::new(libc::SYS_tgkill, "tgkill", "the signal").with(0, Is::OwnPid),
+    Call::new(libc::SYS_getpid, "getpid", "whose thread it is"),
+];
+
+/// The relay's own thread, from [`RelayBuilder::on_thread`](crate::RelayBuilder::on_thread) to its end, beside [`THREAD`].
 /// It opens no file.
 pub const RELAY: &[Call] = &[
     Call::new(libc::SYS_ppoll, "ppoll", "waiting for a signal or an eventfd"),

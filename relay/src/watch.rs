@@ -39,13 +39,11 @@ use std::thread::JoinHandle;
 use crate::event::Event;
 use crate::memory::access::AccessError;
 use crate::memory::map::{RamError, RamMap, RamRegion};
-use crate::relay::config::Config;
 use crate::relay::error::StartError;
 use crate::relay::handle::Handle;
 use crate::relay::start::Relay;
 use crate::signal::Signals;
 use crate::types::{FailureKind, FoundBy, PAGE_SIZE};
-use crate::x86::mca::{Caps, Vendor};
 
 /// Memory that is gone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,7 +76,7 @@ impl Watch {
     /// goes bad (once for a huge page), one after the other; it may block, and may use this watch. While it blocks
     /// the pages that go bad wait, each once: a page is news again only after [`Self::replaced`].
     ///
-    /// Call it before other threads are started: see [`Relay::start`].
+    /// Which threads are signalled: see [`RelayBuilder::start`](crate::RelayBuilder::start).
     ///
     /// # Errors
     /// See [`StartError`].
@@ -100,11 +98,8 @@ impl Watch {
             // Without a receiver the watch is being dropped.
             let _ = send.send(Some(Lost { range, address, extent, kind, found_by }));
         };
-        // Nobody is told of anything by machine check.
-        let caps = Caps { vendor: Vendor::Intel, mcg_cap: 0, succor: false };
         let ram = RamMap::new(&[]).map_err(|error| StartError::Thread(io::Error::other(error)))?;
-        let relay =
-            Relay::without_vcpus(Config { signals, ..Config::new(0, caps, ram, observer) })?;
+        let relay = Relay::builder(ram).signals(signals).observer(observer).start()?;
         let calls = std::thread::Builder::new()
             .name("mce-relay-lost".into())
             .spawn(move || news.iter().map_while(|news| news).for_each(&mut lost))

@@ -11,12 +11,11 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
-use mce_relay::event::{Event, Injection};
-use mce_relay::ledger::State;
-use mce_relay::mca::{BANKS, Caps, FailureKind, Form, McaState, Record, Vendor, cap, status};
+use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap, status};
 use mce_relay::{
-    AttachError, Bell, Config, ExitByte, FoundBy, Ghes, Ledger, Mca, Pace, RamError, RamMap,
-    RamRegion, Relay, VcpuPort, Verdict,
+    AttachError, Bell, ErrorSource, Event, ExitByte, FailureKind, Form, FoundBy, Handle, Injection,
+    Ledger, Mca, NoMachineChecks, Pace, RamError, RamMap, RamRegion, Relay, RelayBuilder, State,
+    VcpuPort, Verdict,
 };
 
 const HVA: u64 = 0x7f00_0000_0000;
@@ -138,20 +137,21 @@ fn ram() -> RamMap {
 }
 
 /// As quick as the guest takes it.
-fn config(vcpus: usize, caps: Caps, ram: RamMap) -> (Config, Receiver<Event>) {
+fn config(vcpus: usize, caps: Caps, ram: RamMap) -> (RelayBuilder, Receiver<Event>) {
     let (tx, rx) = channel();
     let observer = move |event: &Event| drop(tx.send(event.clone()));
     let pace = Pace { burst: 1000, rate: 1_000_000 };
-    (Config { pace, ..Config::new(vcpus, caps, ram, observer) }, rx)
+    let relay = Relay::builder(ram).vcpus(vcpus).machine_checks(caps);
+    (relay.pace(pace).observer(observer), rx)
 }
 
 fn start(vcpus: usize, caps: Caps) -> (Relay, Receiver<Event>) {
     let (config, events) = config(vcpus, caps, ram());
-    (Relay::start(config).unwrap(), events)
+    (config.start().unwrap(), events)
 }
 
 fn attach(relay: &Relay, vcpu: usize) -> VcpuPort {
-    relay.attach(vcpu, ExitByte::NONE, Box::new(|| {})).unwrap()
+    relay.attach(vcpu, ExitByte::NONE, || {}).unwrap()
 }
 
 fn on_own_thread(body: impl FnOnce() + Send + 'static) {
@@ -409,7 +409,7 @@ fn a_page_at_two_addresses_is_one_ar_and_one_ao() {
         let alias = 0x4000_0000;
         let regions = [region(HVA, GPA, 0x4000), region(HVA, alias, 0x4000)];
         let (config, events) = config(1, intel(cap::LMCE_P), RamMap::new(&regions).unwrap());
-        let relay = Relay::start(config).unwrap();
+        let relay = config.start().unwrap();
         let mut vcpu = Vcpu::new();
         vcpu.state.lock().unwrap().lmce = true;
         let mut port = attach(&relay, 0);
@@ -613,7 +613,7 @@ fn an_mmio_exit_of_good_memory_is_no_touch_of_a_bad_page() {
     on_own_thread(|| {
         let ram = RamMap::new(&[region(own_page(), GPA, 4096)]).unwrap();
         let (config, _events) = config(1, amd(), ram);
-        let relay = Relay::start(config).unwrap();
+        let relay = config.start().unwrap();
         let mut port = attach(&relay, 0);
         assert!(!port.mmio_hit(GPA + 8), "a read-only slot, say");
         assert!(!port.mmio_hit(0xfee0_0000), "a device");
@@ -629,7 +629,7 @@ fn a_memory_fault_is_a_touch_where_the_host_says_that_the_page_is_bad() {
         let (good, bad) = (own_page(), HVA);
         let regions = [region(good, 0, 4096), region(bad, GPA, 0x4000)];
         let (config, events) = config(1, amd(), RamMap::new(&regions).unwrap());
-        let relay = Relay::start(config).unwrap();
+        let relay = config.start().unwrap();
         let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
         assert!(!port.memory_fault(8, 8, libc::EFAULT), "the host says nothing of it");
         assert!(!port.memory_fault(0xfee0_0000, 4096, libc::EHWPOISON), "no RAM");
@@ -683,7 +683,7 @@ fn what_is_still_mapped_of_a_huge_page_is_not_lost() {
         on_own_thread(move || {
             let huge = region(start, HUGE, HUGE).in_pages_of(page_shift);
             let (config, events) = config(1, amd(), RamMap::new(&[huge]).unwrap());
-            let relay = Relay::start(config).unwrap();
+            let relay = config.start().unwrap();
             let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
             forge(BUS_MCEERR_AR, start + 0x5000, lsb);
             assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
@@ -705,7 +705,7 @@ fn what_is_still_mapped_of_a_huge_page_is_not_lost() {
     on_own_thread(move || {
         let huge = region(start, HUGE, HUGE).in_pages_of(21);
         let (config, _events) = config(1, amd(), RamMap::new(&[huge]).unwrap());
-        let relay = Relay::start(config).unwrap();
+        let relay = config.start().unwrap();
         let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
         forge(BUS_MCEERR_AR, start + 0x5000, 12);
         assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
@@ -783,7 +783,7 @@ fn a_page_that_was_never_told_waits_in_the_next_relay() {
         let untold = ledger.replace(GPA + 4096, now).unwrap_err();
         assert!(untold.to_string().contains("0x101000"), "{untold}");
         let (config, events) = config(1, intel(cap::LMCE_P), ram());
-        let relay = Relay::start(Config { ledger, ..config }).unwrap();
+        let relay = config.ledger(ledger).start().unwrap();
         let mut vcpu = Vcpu::new();
         vcpu.state.lock().unwrap().lmce = true;
         let mut port = attach(&relay, 0);
@@ -838,7 +838,12 @@ fn a_host_that_panics_does_not_take_the_relay_along() {
             tx.send(event.clone()).unwrap();
             assert!(!matches!(event, Event::Caught { .. }), "a host's own defect");
         };
-        let relay = Relay::start(Config::new(1, amd(), ram(), observer)).unwrap();
+        let relay = Relay::builder(ram())
+            .vcpus(1)
+            .machine_checks(amd())
+            .observer(observer)
+            .start()
+            .unwrap();
         let kick = || panic!("a host's own defect");
         let port = relay.attach(0, ExitByte::NONE, Box::new(kick)).unwrap();
         for page in 0..3 {
@@ -851,9 +856,9 @@ fn a_host_that_panics_does_not_take_the_relay_along() {
         }
         assert!(relay.handle().is_alive());
         drop(port);
-        assert!(events.try_iter().count() >= 3);
         let handle = relay.handle();
         drop(relay);
+        assert!(events.try_iter().count() >= 3, "each was given");
         assert!(!handle.is_alive(), "it has ended");
     });
 }
@@ -901,8 +906,8 @@ fn the_error_sources_page_stays() {
     on_own_thread(|| {
         let regions = [region(own_page(), 0, 4096), region(HVA, GPA, 4096)];
         let (config, _events) = config(1, amd(), RamMap::new(&regions).unwrap());
-        let ghes = Ghes { page: 0, bell: Box::new(Silent), patience: Duration::from_secs(1) };
-        let relay = Relay::start(Config { ghes: Some(ghes), ..config }).unwrap();
+        let source = ErrorSource::new(0, Silent).patience(Duration::from_secs(1));
+        let relay = config.error_source(source).start().unwrap();
         let error = relay.handle().remove_ram(0).unwrap_err();
         assert_eq!(error, RamError::Source { gpa: 0, page: 0 });
         assert_eq!(relay.handle().remove_ram(GPA).unwrap(), regions[1]);
@@ -960,7 +965,7 @@ fn a_pause_counts_for_more_than_a_vcpu_that_does_not_come() {
 fn attaching_says_what_is_wrong() {
     on_own_thread(|| {
         let (relay, _events) = start(1, amd());
-        let refused = |vcpu| relay.attach(vcpu, ExitByte::NONE, Box::new(|| {})).err().unwrap();
+        let refused = |vcpu| relay.attach(vcpu, ExitByte::NONE, || {}).err().unwrap();
         let error = refused(5);
         assert!(matches!(error, AttachError::NoVcpu { vcpu: 5, vcpus: 1 }), "{error}");
         let _port = attach(&relay, 0);
@@ -976,4 +981,89 @@ fn a_guest_without_mcg_ctl_is_told() {
     let values: Vec<u64> =
         caps.state_msrs().iter().map(|msr| if msr % 4 == 0 { u64::MAX } else { 0 }).collect();
     assert_eq!(caps.state(&values).mcg_ctl, u64::MAX);
+}
+
+/// What a snapshot may write by write(2).
+#[test]
+fn the_parts_of_a_range_that_are_whole() {
+    on_own_thread(|| {
+        let (relay, _events) = start(1, amd());
+        let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
+        let handle = relay.handle();
+        let parts = |gpas: std::ops::Range<u64>| -> Vec<(u64, u64)> {
+            handle.whole_parts(gpas).iter().map(|part| (part.start, part.end)).collect()
+        };
+        assert_eq!(parts(GPA..GPA + 0x4000), [(GPA, GPA + 0x4000)]);
+        for page in [0, 3, 4, 6] {
+            forge(BUS_MCEERR_AO, HVA + page * 4096, 12);
+            assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+        }
+        let page = |number: u64| GPA + number * 4096;
+        assert_eq!(
+            parts(page(0)..page(8)),
+            [(page(1), page(3)), (page(5), page(6)), (page(7), page(8))]
+        );
+        // In the middle of pages.
+        assert_eq!(parts(page(3) + 8..page(5) + 8), [(page(5), page(5) + 8)]);
+        assert_eq!(parts(page(2) + 8..page(3) + 8), [(page(2) + 8, page(3))]);
+        assert!(parts(page(3)..page(5)).is_empty());
+    });
+}
+
+/// A layer below the run loop takes MMIO exits itself, and has no port.
+#[test]
+fn an_mmio_exit_is_a_touch_whoever_saw_it() {
+    on_own_thread(|| {
+        let regions = [region(own_page(), 0, 4096)];
+        let (config, _events) = config(1, amd(), RamMap::new(&regions).unwrap());
+        let relay = config.start().unwrap();
+        let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
+        assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+        let handle = relay.handle();
+        assert!(!handle.mmio_hit(0, 8), "it is whole");
+        assert!(!handle.mmio_hit(0, 0xfee0_0000), "no RAM");
+        assert!(!port.wants_attention() && relay.pages().is_empty());
+    });
+}
+
+/// A VMM on an architecture without machine checks: an AR is undeliverable, and nothing is lost.
+#[test]
+fn a_relay_without_machine_checks() {
+    on_own_thread(|| {
+        let (tx, events) = channel();
+        let observer = move |event: &Event| drop(tx.send(event.clone()));
+        let relay = Relay::builder(ram()).vcpus(1).observer(observer).start().unwrap();
+        let mut port = attach(&relay, 0);
+        forge(BUS_MCEERR_AR, HVA, 12);
+        let verdict = port.before_run(&mut NoMachineChecks);
+        assert!(matches!(verdict, Verdict::Undeliverable { gpa: GPA, .. }), "{verdict:?}");
+        assert_eq!(gpas(&relay, |state| matches!(state, State::Undeliverable { .. })), [GPA]);
+        drop(relay);
+        assert!(events.try_iter().any(|event| matches!(event, Event::Undeliverable { .. })));
+    });
+}
+
+/// The observer may use the relay, and whoever waits for it holds up nobody else.
+#[test]
+fn an_observer_may_use_the_relay() {
+    on_own_thread(|| {
+        let handle: Arc<Mutex<Option<Handle>>> = Arc::default();
+        let (own, (tx, events)) = (Arc::clone(&handle), channel());
+        let observer = move |event: &Event| {
+            let known = own.lock().unwrap().as_ref().map_or(0, |handle| handle.pages().len());
+            let _ = tx.send((event.clone(), known));
+        };
+        let relay = Relay::builder(ram()).vcpus(1).machine_checks(amd()).observer(observer);
+        let relay = relay.start().unwrap();
+        *handle.lock().unwrap() = Some(relay.handle());
+        let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
+        forge(BUS_MCEERR_AR, HVA, 12);
+        assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+        let seen: Vec<_> = events.try_iter().collect();
+        let is_injected = |(event, known): &(Event, usize)| {
+            matches!(event, Event::Injected { .. }) && *known == 1
+        };
+        assert!(seen.iter().any(is_injected), "{seen:?}");
+        *handle.lock().unwrap() = None;
+    });
 }

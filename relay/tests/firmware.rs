@@ -10,14 +10,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR};
-use mce_relay::delivery::{UndeliverableReason, WaitReason};
-use mce_relay::firmware::FallbackReason;
-use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_OFFSET};
-use mce_relay::ledger::{Place, State};
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap};
 use mce_relay::{
-    AoChannel, Bell, Config, Event, ExitByte, Ghes, Mca, Pace, RamMap, RamRegion, Relay,
-    RetireError, StartError, VcpuPort, Verdict,
+    AoChannel, Bell, ErrorSource, Event, ExitByte, FallbackReason, Mca, Pace, Place, RamMap,
+    RamRegion, Relay, RelayBuilder, RetireError, StartError, State, UndeliverableReason, VcpuPort,
+    Verdict, WaitReason,
 };
 
 /// Guest RAM: the block's page, and pages to go bad.
@@ -76,7 +73,7 @@ impl Driver {
     }
 
     fn block(&self) -> *mut u32 {
-        (self.hva + BLOCK_OFFSET) as *mut u32
+        (self.hva + ErrorSource::BLOCK_OFFSET) as *mut u32
     }
 
     fn status(&self) -> u32 {
@@ -169,11 +166,11 @@ fn amd() -> Caps {
     Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS) | cap::CTL_P, succor: true }
 }
 
-fn config(hva: u64, caps: Caps, ao_channel: AoChannel, ghes: Option<Ghes>) -> Config {
+fn config(hva: u64, caps: Caps, ao_channel: AoChannel) -> RelayBuilder {
     let region = region(hva, RAM, LEN as u64);
     let pace = Pace { burst: 16, rate: 1000 };
     let ram = RamMap::new(&[region]).unwrap();
-    Config { pace, ao_channel, ghes, ..Config::new(1, caps, ram, |_| {}) }
+    Relay::builder(ram).vcpus(1).machine_checks(caps).pace(pace).ao_channel(ao_channel)
 }
 
 impl Machine {
@@ -188,13 +185,13 @@ impl Machine {
     fn with(caps: Caps, ao_channel: AoChannel, pace: Pace, patience: Duration) -> Self {
         let hva = memory();
         let driver = Driver::new(hva);
-        let ghes = Ghes { page: RAM, bell: Box::new(driver.clone()), patience };
+        let source = ErrorSource::new(RAM, driver.clone()).patience(patience);
         let events = Arc::new(Mutex::new(Vec::new()));
         let all = Arc::clone(&events);
-        let observer = Box::new(move |event: &Event| all.lock().unwrap().push(event.clone()));
-        let config = Config { observer, pace, ..config(hva, caps, ao_channel, Some(ghes)) };
-        let relay = Relay::start(config).unwrap();
-        let port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
+        let observer = move |event: &Event| all.lock().unwrap().push(event.clone());
+        let relay = config(hva, caps, ao_channel).error_source(source).pace(pace);
+        let relay = relay.observer(observer).start().unwrap();
+        let port = relay.attach(0, ExitByte::NONE, || {}).unwrap();
         let state = McaState::up();
         Self { relay, driver, port, model: Model { state, told: Vec::new() }, events }
     }
@@ -261,9 +258,10 @@ fn every_page_is_in_one_record_and_in_no_bank() {
     on_own_thread(|| {
         let mut machine = Machine::new(amd(), AoChannel::Auto);
         // SAFETY: the page is mapped for good.
-        let register =
-            unsafe { ((machine.driver.hva + ADDRESS_OFFSET) as *const u64).read_volatile() };
-        assert_eq!(register, RAM + BLOCK_OFFSET, "the error status address register");
+        let register = unsafe {
+            ((machine.driver.hva + ErrorSource::ADDRESS_OFFSET) as *const u64).read_volatile()
+        };
+        assert_eq!(register, RAM + ErrorSource::BLOCK_OFFSET, "the error status address register");
         for page in 1..=40 {
             machine.forge(BUS_MCEERR_AO, page);
             // A slot holds fewer signals than that.
@@ -467,13 +465,12 @@ fn a_page_that_is_predicted_to_fail_is_told_of_as_such() {
 fn without_a_source_there_is_no_such_channel() {
     on_own_thread(|| {
         let hva = memory();
-        let relay = Relay::start(config(hva, amd(), AoChannel::Ghes, None)).unwrap();
+        let relay = config(hva, amd(), AoChannel::Ghes).start().unwrap();
         assert_eq!(relay.handle().retire(RAM), Err(RetireError::NoSource));
         drop(relay);
         for page in [0, RAM + 8, RAM + LEN as u64] {
-            let bell = Box::new(Driver::new(hva));
-            let ghes = Ghes { page, bell, patience: PATIENT };
-            let started = Relay::start(config(hva, amd(), AoChannel::Auto, Some(ghes)));
+            let source = ErrorSource::new(page, Driver::new(hva)).patience(PATIENT);
+            let started = config(hva, amd(), AoChannel::Auto).error_source(source).start();
             let error = started.err().expect("not a page of guest RAM");
             assert!(matches!(error, StartError::SourcePage { page: named } if named == page));
         }

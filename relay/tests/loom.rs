@@ -12,7 +12,8 @@ use loom::thread;
 
 /// Where `slot` finds what a failure is.
 mod types {
-    pub(crate) use mce_relay::{Caught, FailureKind};
+    pub(crate) use mce_relay::FailureKind;
+    pub(crate) use mce_relay::internals::Caught;
 }
 
 #[path = "../src/signal/slot.rs"]

@@ -12,11 +12,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
-use mce_relay::delivery::{UndeliverableReason, WaitReason};
-use mce_relay::event::{Event, Injection, Reach};
-use mce_relay::ledger::State;
-use mce_relay::mca::{BANKS, Caps, FailureKind, Form, McaState, Record, Vendor, cap, mcg, status};
-use mce_relay::{Config, ExitByte, Ledger, Mca, Pace, RamMap, RamRegion, Relay, Verdict, signal};
+use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap, mcg, status};
+use mce_relay::{
+    Event, ExitByte, FailureKind, Form, Injection, Ledger, Mca, Pace, RamMap, RamRegion, Reach,
+    Relay, State, UndeliverableReason, Verdict, WaitReason, signal,
+};
 
 const HVA: u64 = 0x7f00_0000_0000;
 
@@ -69,8 +69,8 @@ fn start_paced(caps: Caps, vcpus: usize, pace: Pace) -> (Relay, Receiver<Event>)
     let (tx, rx) = channel();
     let ram = RamMap::new(&[region(HVA, 0x10_0000, 0x10_0000)]).unwrap();
     let observer = move |event: &Event| drop(tx.send(event.clone()));
-    let config = Config { pace, ..Config::new(vcpus, caps, ram, observer) };
-    (Relay::start(config).unwrap(), rx)
+    let relay = Relay::builder(ram).vcpus(vcpus).machine_checks(caps);
+    (relay.pace(pace).observer(observer).start().unwrap(), rx)
 }
 
 fn intel() -> Caps {
@@ -83,7 +83,7 @@ fn amd() -> Caps {
 }
 
 fn attach(relay: &Relay, vcpu: usize) -> mce_relay::VcpuPort {
-    relay.attach(vcpu, ExitByte::NONE, Box::new(|| {})).unwrap()
+    relay.attach(vcpu, ExitByte::NONE, || {}).unwrap()
 }
 
 /// Waits for an event.
@@ -441,11 +441,11 @@ fn attaching_twice_is_refused() {
     on_own_thread(|| {
         let (relay, _events) = start(amd(), 1);
         let port = attach(&relay, 0);
-        let again = relay.attach(0, ExitByte::NONE, Box::new(|| {}));
+        let again = relay.attach(0, ExitByte::NONE, || {});
         assert!(again.is_err());
         drop(port);
         drop(attach(&relay, 0));
-        assert!(relay.attach(1, ExitByte::NONE, Box::new(|| {})).is_err());
+        assert!(relay.attach(1, ExitByte::NONE, || {}).is_err());
         signal::request_exit();
     });
 }
@@ -466,9 +466,8 @@ fn start_with(ram: &[RamRegion], ledger: Ledger) -> (Relay, Receiver<Event>) {
     let (tx, rx) = channel();
     let observer = move |event: &Event| drop(tx.send(event.clone()));
     let pace = Pace { burst: 1000, rate: 1_000_000 };
-    let config =
-        Config { pace, ledger, ..Config::new(1, amd(), RamMap::new(ram).unwrap(), observer) };
-    (Relay::start(config).unwrap(), rx)
+    let relay = Relay::builder(RamMap::new(ram).unwrap()).vcpus(1).machine_checks(amd());
+    (relay.pace(pace).ledger(ledger).observer(observer).start().unwrap(), rx)
 }
 
 #[test]

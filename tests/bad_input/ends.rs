@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// The page that is said to be bad.
 const PAGE: u64 = 0x3000;
 
-fn forge(vm: &Running<'_>, kind: mce_relay::mca::FailureKind) {
+fn forge(vm: &Running<'_>, kind: mce_relay::FailureKind) {
     let asked = Poison { gpas: vec![Gpa(PAGE)], via: Means::Signal, kind, vcpu: 0 };
     let done: Vec<Poisoning> = client::put_json(vm.socket(), "vm.poison", &asked).unwrap();
     assert!(done.iter().all(|page| page.error.is_none()), "{done:?}");
@@ -163,7 +163,7 @@ pub fn events_and_ledger_after_exit_8() {
 pub fn events_and_ledger_after_a_kill() {
     let place = Place::new(&SPIN);
     let mut vm = start(&place, &[]);
-    forge(&vm, mce_relay::mca::FailureKind::ActionOptional);
+    forge(&vm, mce_relay::FailureKind::ActionOptional);
     known(&mut vm);
     kept(&place, &mut vm);
     vm.signal(libc::SIGKILL);
@@ -232,7 +232,7 @@ pub fn what_a_failed_boot_left_among_temporary_files_stays() {
         place.started(run, &socket)
     };
     let failing = start();
-    forge(&failing, mce_relay::mca::FailureKind::ActionRequired);
+    forge(&failing, mce_relay::FailureKind::ActionRequired);
     assert_eq!(failing.ended().code(), Some(6), "{}", place.text("stderr"));
     for _ in 0..2 {
         start().shut_down();

@@ -9,9 +9,7 @@ use std::path::PathBuf;
 use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
-use mce_relay::delivery::UndeliverableReason;
-use mce_relay::ledger::State;
-use mce_relay::mca::FailureKind;
+use mce_relay::{FailureKind, State, UndeliverableReason};
 use mce_relay_tests::hooked::library;
 use mce_relay_tests::lab;
 use mce_relay_tests::left::{Place, Running};

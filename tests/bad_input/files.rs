@@ -261,7 +261,7 @@ fn forge(vm: &Running<'_>, from: u64) {
 
 fn forge_from(vm: &Running<'_>, from: u64, count: u64) {
     let gpas = (0..count).map(|page| Gpa(from + page * 4096)).collect();
-    let (via, kind) = (Means::Signal, mce_relay::mca::FailureKind::ActionOptional);
+    let (via, kind) = (Means::Signal, mce_relay::FailureKind::ActionOptional);
     let asked = Poison { gpas, via, kind, vcpu: 0 };
     let done: Vec<Poisoning> = client::put_json(vm.socket(), "vm.poison", &asked).unwrap();
     let failed = done.iter().find_map(|page| page.error.as_ref());

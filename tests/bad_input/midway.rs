@@ -21,7 +21,7 @@ fn start<'a>(place: &'a Place, memory: &str) -> Running<'a> {
 
 /// A forged AR that a guest without a handler cannot be told of: exit status 6.
 fn end(vm: &Running<'_>) {
-    let (via, kind) = (Means::Signal, mce_relay::mca::FailureKind::ActionRequired);
+    let (via, kind) = (Means::Signal, mce_relay::FailureKind::ActionRequired);
     let asked = Poison { gpas: vec![Gpa(0x3000)], via, kind, vcpu: 0 };
     let _: Vec<Poisoning> = client::put_json(vm.socket(), "vm.poison", &asked).unwrap();
 }

@@ -5,12 +5,11 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
-use mce_relay::delivery::{UndeliverableReason, WaitReason};
-use mce_relay::event::{Injection, Reach, SignalledThread};
-use mce_relay::firmware::FallbackReason;
-use mce_relay::ledger::{Place, State, Times};
-use mce_relay::mca::{FailureKind, Form, Vendor};
-use mce_relay::{AoChannel, Event, FoundBy, KillPolicy, Pace, Page, Predicted};
+use mce_relay::mca::Vendor;
+use mce_relay::{
+    AoChannel, Event, FailureKind, FallbackReason, Form, FoundBy, Injection, KillPolicy, Pace,
+    Page, Place, Predicted, Reach, SignalledThread, State, Times, UndeliverableReason, WaitReason,
+};
 use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_vmm::api::{Extent, MemoryBlock, Status, VmInfo};

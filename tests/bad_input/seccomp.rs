@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 
-use mce_relay::syscalls::{Call, HAND_ON, HANDLE, Is, RELAY, THREAD, VCPU};
+use mce_relay::syscalls::{Call, HAND_ON, HANDLE, Is, KICK, RELAY, START, THREAD, VCPU};
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{Hooked, Stray};
 use mce_relay_vmm::api::VmInfo;
@@ -72,7 +72,14 @@ pub fn it_is_carried_out_where_nobody_forbids_it() {
 /// them has as many.
 pub fn the_document_has_the_components_lists() {
     let document = include_str!("../../docs/embedding.md");
-    let lists = [("any thread", THREAD), ("relay", RELAY), ("vcpu", VCPU), ("handle", HANDLE)];
+    let lists = [
+        ("any thread", THREAD),
+        ("relay", RELAY),
+        ("vcpu", VCPU),
+        ("handle", HANDLE),
+        ("start", START),
+        ("kick", KICK),
+    ];
     let mut rows: Vec<String> =
         lists.iter().flat_map(|(on, list)| list.iter().map(|call| row(on, call))).collect();
     let is_row = |line: &&str| lists.iter().any(|(on, _)| line.starts_with(&format!("| {on} | `")));
@@ -128,6 +135,7 @@ fn is_occasional(how: &str, call: &Call) -> Option<&'static str> {
 pub fn the_components_lists_are_exact() {
     let (bus, sys) = (Some(libc::SIGBUS), Some(libc::SIGSYS));
     assert!(confined("relay", None).success());
+    assert!(confined("start", None).success(), "a relay is started under a filter");
     assert_eq!(confined("handed-on", None).signal(), bus);
     assert_eq!(confined("vcpu", None).signal(), bus);
     if std::env::var_os("MCE_RELAY_LAB").is_some() {

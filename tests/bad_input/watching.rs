@@ -6,8 +6,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use mce_relay::Page;
-use mce_relay::ledger::State;
+use mce_relay::{Page, State};
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::spinning::{Nobody, Spinning};

@@ -1,8 +1,8 @@
 //! What KVM makes of `KVM_X86_SET_MCE`, bare: the facts that the relay's rules rest on. If one of
 //! these fails, a rule in `delivery` may be wrong for this kernel.
 
-use mce_relay::Mca;
-use mce_relay::mca::{Form, Record, record, status};
+use mce_relay::mca::{Record, record, status};
+use mce_relay::{Form, Mca};
 use mce_relay_vmm::mce_inject::set_mce;
 
 use crate::payload::{Did, Payload, Start, handled};

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use mce_relay::mca::FailureKind;
+use mce_relay::FailureKind;
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_vmm::api::{Gpa, Poison, Poisoning};
 use mce_relay_vmm::client;

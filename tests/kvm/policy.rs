@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use mce_relay::ledger::State;
+use mce_relay::State;
 use mce_relay_vmm::control::{PauseReason, Undeliverable};
 use serde_json::Value;
 

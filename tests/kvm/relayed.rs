@@ -3,10 +3,10 @@
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use mce_relay::event::Injection;
-use mce_relay::ledger::State;
-use mce_relay::mca::{Form, mcg, record};
-use mce_relay::{Config, Event, ExitByte, RamMap, RamRegion, Relay, VcpuPort, Verdict};
+use mce_relay::mca::{mcg, record};
+use mce_relay::{
+    Event, ExitByte, Form, Injection, RamMap, RamRegion, Relay, State, VcpuPort, Verdict,
+};
 
 use crate::payload::{Did, Payload, Ram, Start, TARGET, handled};
 
@@ -40,12 +40,17 @@ impl Relayed {
         let region = region(payload.ram.hva(), 0, Ram::LEN);
         let ram = RamMap::new(&[region]).unwrap();
         let observer = move |event: &Event| drop(send.send(event.clone()));
-        let relay = Relay::start(Config::new(1, payload.guest.caps(), ram, observer)).unwrap();
+        let relay = Relay::builder(ram)
+            .vcpus(1)
+            .machine_checks(payload.guest.caps())
+            .observer(observer)
+            .start()
+            .unwrap();
         let exit = &raw mut payload.vcpu.get_kvm_run().immediate_exit;
         // The payload leaves the guest by itself at every beat, so nobody has to kick it.
         // SAFETY: `port` is dropped before `payload`, whose kvm_run the byte lies in (field order).
         let exit = unsafe { ExitByte::new(exit) };
-        let port = relay.attach(0, exit, Box::new(|| {})).unwrap();
+        let port = relay.attach(0, exit, || {}).unwrap();
         Self { port, relay, payload, events }
     }
 

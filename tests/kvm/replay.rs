@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use kvm_ioctls::Kvm;
-use mce_relay::mca::{BANKS, Caps, Form, McaState, Record, Vendor, bystander, record, status};
+use mce_relay::Form;
+use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, bystander, record, status};
 use mce_relay_tests::history::generate::{caps, for_all, guest_step, histories};
 use mce_relay_tests::history::guest::{self, GuestStep};
 use mce_relay_tests::history::model::ModelVcpu;

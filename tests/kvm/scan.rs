@@ -10,7 +10,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::time::{Duration, Instant};
 
 use mce_relay::KillPolicy;
-use mce_relay::scan::{FailureCounter, Method, Scanner};
+use mce_relay::internals::scan::{FailureCounter, Method, Scanner};
 use mce_relay_tests::lab::may_poison;
 use mce_relay_vmm::host;
 

@@ -5,10 +5,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
 
-use mce_relay::Event;
-use mce_relay::event::SignalledThread;
-use mce_relay::ledger::State;
-use mce_relay::mca::{FailureKind, Form, record};
+use mce_relay::mca::record;
+use mce_relay::{Event, FailureKind, Form, SignalledThread, State};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 use crate::payload::{Did, Start, TARGET, handled};

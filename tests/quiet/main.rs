@@ -13,7 +13,7 @@ use std::process::{Command, ExitCode};
 
 use libc::{c_int, pid_t};
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor};
-use mce_relay::{Config, ExitByte, Mca, RamMap, RamRegion, Relay, VcpuPort, Verdict};
+use mce_relay::{ExitByte, Mca, RamMap, RamRegion, Relay, VcpuPort, Verdict};
 use mce_relay_tests::lab::has_kvm;
 use mce_relay_tests::suite;
 
@@ -48,8 +48,8 @@ impl Mca for Untouched {
 fn attach() -> (Relay, VcpuPort) {
     let caps = Caps { vendor: Vendor::Amd, mcg_cap: u64::from(BANKS), succor: true };
     let ram = RamMap::new(&[region(0x7f00_0000_0000, 0, 4096)]).unwrap();
-    let relay = Relay::start(Config::new(1, caps, ram, |_| {})).unwrap();
-    let port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
+    let relay = Relay::builder(ram).vcpus(1).machine_checks(caps).start().unwrap();
+    let port = relay.attach(0, ExitByte::NONE, || {}).unwrap();
     (relay, port)
 }
 

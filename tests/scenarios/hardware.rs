@@ -1,6 +1,7 @@
 //! From the hardware down, with nothing forged on the way.
 
-use mce_relay::mca::{Form, record};
+use mce_relay::Form;
+use mce_relay::mca::record;
 use mce_relay_tests::agent::hex;
 use mce_relay_tests::guest::{Guest, Options};
 use mce_relay_tests::lab;

@@ -16,8 +16,8 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-use mce_relay::Pace;
-use mce_relay::mca::{Caps, McaState, PAGE_SIZE, Record};
+use mce_relay::mca::{Caps, McaState, Record};
+use mce_relay::{PAGE_SIZE, Pace};
 
 use guest::GuestStep;
 

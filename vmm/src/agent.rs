@@ -94,7 +94,7 @@ pub enum AgentError {
 
 /// An address as the agent writes it.
 #[derive(Debug, Clone, Copy, Deserialize)]
-struct Hex(#[serde(with = "mce_relay::event::hex")] u64);
+struct Hex(#[serde(with = "mce_relay::hex")] u64);
 
 /// A page of a process in the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]

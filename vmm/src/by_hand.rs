@@ -50,19 +50,19 @@ pub enum Outcome {
     /// The bank holds it.
     Injected {
         /// MCi_STATUS as read back.
-        #[serde(with = "mce_relay::event::hex")]
+        #[serde(with = "mce_relay::hex")]
         status: u64,
         /// MCG_STATUS as read back.
-        #[serde(with = "mce_relay::event::hex")]
+        #[serde(with = "mce_relay::hex")]
         mcg_status: u64,
     },
     /// KVM took the call, and the bank holds something else.
     NotThere {
         /// MCi_STATUS as read back.
-        #[serde(with = "mce_relay::event::hex")]
+        #[serde(with = "mce_relay::hex")]
         status: u64,
         /// MCG_STATUS as read back.
-        #[serde(with = "mce_relay::event::hex")]
+        #[serde(with = "mce_relay::hex")]
         mcg_status: u64,
     },
     /// Nothing was tried.
@@ -309,7 +309,8 @@ impl Door {
 
 #[cfg(test)]
 mod tests {
-    use mce_relay::mca::{BANKS, Form, Vendor, cap, mcg, record};
+    use mce_relay::Form;
+    use mce_relay::mca::{BANKS, Vendor, cap, mcg, record};
 
     use super::*;
 

@@ -49,12 +49,12 @@ pub struct Undeliverable {
     /// The vCPU's index.
     pub vcpu: u8,
     /// Guest-physical address of the page.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
     /// FallbackReason the guest cannot be told.
     pub why: String,
     /// Where the vCPU was: its RIP, if it is known.
-    #[serde(with = "mce_relay::event::hex_option")]
+    #[serde(with = "mce_relay::hex_option")]
     pub rip: Option<u64>,
 }
 

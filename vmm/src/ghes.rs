@@ -16,9 +16,7 @@ use acpi_tables::hest::{
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip};
 use kvm_ioctls::VmFd;
 use log::debug;
-use mce_relay::cper::MAX_PAGES;
-use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_LEN, PATIENCE};
-use mce_relay::{Bell, Ghes};
+use mce_relay::{Bell, ErrorSource};
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -63,19 +61,17 @@ pub fn table(notify: Notify) -> Result<Table, AcpiError> {
         64,
         0,
         AccessSize::QwordAccess,
-        FIRMWARE_START + ADDRESS_OFFSET,
+        FIRMWARE_START + ErrorSource::ADDRESS_OFFSET,
     );
-    #[allow(clippy::cast_possible_truncation, reason = "it is 15")]
-    let sections = MAX_PAGES as u32;
     let mut hest = HEST::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     hest.add_structure(
         GenericHardwareSource::new(SOURCE_ID, EnabledStatus::Enabled)
             .num_records(1)
-            .max_sections(sections)
-            .max_raw_length(BLOCK_LEN)
+            .max_sections(ErrorSource::MAX_SECTIONS)
+            .max_raw_length(ErrorSource::BLOCK_LEN)
             .error_status_address(register)
             .notification(notification)
-            .error_status_block_len(BLOCK_LEN),
+            .error_status_block_len(ErrorSource::BLOCK_LEN),
     );
     let mut bytes = Vec::new();
     hest.to_aml_bytes(&mut bytes);
@@ -86,20 +82,20 @@ pub fn table(notify: Notify) -> Result<Table, AcpiError> {
 ///
 /// # Errors
 /// There is no eventfd to be had, or KVM does not take it for an interrupt.
-pub fn source(vm: &Arc<VmFd>, notify: Notify) -> io::Result<Ghes> {
+pub fn source(vm: &Arc<VmFd>, notify: Notify) -> io::Result<ErrorSource> {
     let (bell, patience): (Box<dyn Bell>, Duration) = match notify {
         Notify::Interrupt => {
             let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
             vm.register_irqfd(&event, GSI).map_err(io::Error::from)?;
-            (Box::new(Interrupt { event, vm: Arc::clone(vm) }), PATIENCE)
+            (Box::new(Interrupt { event, vm: Arc::clone(vm) }), ErrorSource::PATIENCE)
         }
         Notify::Poll { millis } => {
             // Rounded up as Linux may do it, and one more in case the guest is busy.
             let interval = Duration::from_millis(u64::from(millis)) + Duration::from_secs(1);
-            (Box::new(Polled), PATIENCE + 2 * interval)
+            (Box::new(Polled), ErrorSource::PATIENCE + 2 * interval)
         }
     };
-    Ok(Ghes { page: FIRMWARE_START, bell, patience })
+    Ok(ErrorSource::new(FIRMWARE_START, bell).patience(patience))
 }
 
 /// A guest that looks by itself.

@@ -5,8 +5,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use console::Style;
-use mce_relay::Page;
-use mce_relay::ledger::State;
+use mce_relay::{Page, State};
 use serde::Serialize;
 
 use crate::api::{Extent, Status, VmInfo};
@@ -122,7 +121,7 @@ impl Mark {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Cell {
     /// Guest-physical address of its first byte.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
     /// Its length in bytes.
     pub len: u64,

@@ -7,9 +7,8 @@
 use std::io;
 
 use kvm_ioctls::VcpuFd;
-use mce_relay::Mca;
-use mce_relay::kvm;
 use mce_relay::mca::{McaState, Record};
+use mce_relay::{Mca, kvm};
 
 pub use mce_relay::kvm::{GuestMca, MceError, MceSetup, held, supported};
 

@@ -70,17 +70,17 @@ impl std::fmt::Display for Presence {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PageView {
     /// Guest-physical address.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
     /// Host virtual address in the VMM.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub hva: u64,
     /// Bytes of the pages that the host keeps it in.
     pub page_size: u64,
     /// Whether it has memory.
     pub presence: Presence,
     /// The host's page frame number, where it is known.
-    #[serde(with = "mce_relay::event::hex_option")]
+    #[serde(with = "mce_relay::hex_option")]
     pub pfn: Option<u64>,
     /// How often that frame is mapped, where it is known.
     pub mapped: Option<u64>,
@@ -301,7 +301,7 @@ mod tests {
         let (gpa, now) = (0x3000, std::time::SystemTime::UNIX_EPOCH);
         let ledger = |found_by| {
             let mut ledger = mce_relay::Ledger::default();
-            ledger.enter(gpa, gpa, 12, mce_relay::mca::FailureKind::ActionOptional, found_by, now);
+            ledger.enter(gpa, gpa, 12, mce_relay::FailureKind::ActionOptional, found_by, now);
             PageView { ledger: ledger.get(gpa), ..view(3, Presence::Present) }.words()[4].clone()
         };
         assert!(ledger(FoundBy::Forged).starts_with("FORGED AO (the page is whole): seen"));

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use mce_relay::mca::FailureKind;
+use mce_relay::FailureKind;
 use serde::{Deserialize, Serialize};
 
 pub use targets::{PageRange, random};
@@ -129,13 +129,13 @@ pub struct Order<'a> {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Poisoned {
     /// Guest-physical address of the page.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
     /// Host virtual address of the page in the VMM.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub hva: u64,
     /// The host's page frame number, where it is known to this user.
-    #[serde(with = "mce_relay::event::hex_option")]
+    #[serde(with = "mce_relay::hex_option")]
     pub pfn: Option<u64>,
     /// By what it is poisoned.
     pub via: Means,
@@ -150,10 +150,10 @@ pub struct Poisoned {
     /// Some of them are in the range where the guest's kernel was loaded.
     pub guest_kernel: bool,
     /// The page of the same huge page that was asked for before, with which it goes.
-    #[serde(with = "mce_relay::event::hex_option")]
+    #[serde(with = "mce_relay::hex_option")]
     pub goes_with: Option<u64>,
     /// The page frame that it moved to (soft offline).
-    #[serde(with = "mce_relay::event::hex_option")]
+    #[serde(with = "mce_relay::hex_option")]
     pub moved_to: Option<u64>,
     /// Nothing was done.
     pub dry_run: bool,

@@ -14,8 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use jiff::Timestamp;
-use mce_relay::Handle;
-use mce_relay::ledger::Ledger;
+use mce_relay::{Handle, Ledger};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 

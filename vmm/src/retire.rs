@@ -4,8 +4,7 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
-use mce_relay::Predicted;
-use mce_relay::ledger::State;
+use mce_relay::{Predicted, State};
 use serde::Serialize;
 
 use crate::api::{self, Gpa, Retiring, Status, VmInfo};
@@ -21,7 +20,7 @@ const LOOK: Duration = Duration::from_millis(50);
 #[derive(Debug, Serialize)]
 pub struct Retired {
     /// Guest-physical address of the page.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
     /// Whether the guest has taken the record.
     pub told: bool,
@@ -144,9 +143,7 @@ fn settled(gpa: u64, page: Option<&Predicted>) -> Option<Retired> {
 mod tests {
     use std::time::SystemTime;
 
-    use mce_relay::delivery::{UndeliverableReason, WaitReason};
-    use mce_relay::firmware::FallbackReason;
-    use mce_relay::ledger::{Place, Times};
+    use mce_relay::{FallbackReason, Place, Times, UndeliverableReason, WaitReason};
 
     use super::*;
 

@@ -6,11 +6,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use kvm_ioctls::VcpuFd;
 use log::{debug, error, warn};
-use mce_relay::ledger::State;
-use mce_relay::mca::{FailureKind, PAGE_SHIFT, Vendor};
+use mce_relay::mca::Vendor;
 use mce_relay::{
-    AccessError, AoChannel, Config, Event, ExitByte, FoundBy, Handle, KillPolicy, Ledger, RamError,
-    RamMap, Relay, Signals, StartError, VcpuPort, Verdict,
+    AccessError, AoChannel, Event, ExitByte, FailureKind, FoundBy, Handle, KillPolicy, Ledger,
+    PAGE_SHIFT, RamError, RamMap, Relay, StartError, State, VcpuPort, Verdict,
 };
 
 use crate::acpi::{AcpiError, Table};
@@ -545,25 +544,20 @@ impl RelayHooks<'_> {
         let lmce = self.args.lmce == Switch::On;
         let setup = MceSetup::new(vm.kvm, vm.vendor, lmce, vm.vendor == Vendor::Amd)?;
         setup.prepare_vm(vm.vm)?;
-        let relay = Relay::start(Config {
-            vcpus: usize::from(vm.cpus),
-            caps: setup.caps(),
-            ram: RamMap::new(vm.ram.regions())?,
-            policy: self.args.mce_kill.into(),
-            pace: self.args.ao_pace.0,
-            ao_channel: self.args.ao_channel,
-            ghes: notify(self.args)
-                .map(|notify| ghes::source(vm.vm, notify))
-                .transpose()
-                .map_err(RelayError::Source)?,
-            signals: Signals::Install,
-            ledger: self.ledger.clone(),
-            on_thread: {
-                let filters = self.filters.clone();
-                Box::new(move || Ok(filters.apply(Thread::Relay)?))
-            },
-            observer: self.monitor.for_relay(),
-        })?;
+        let filters = self.filters.clone();
+        let mut relay = Relay::builder(RamMap::new(vm.ram.regions())?)
+            .vcpus(usize::from(vm.cpus))
+            .machine_checks(setup.caps())
+            .policy(self.args.mce_kill.into())
+            .pace(self.args.ao_pace.0)
+            .ao_channel(self.args.ao_channel)
+            .ledger(self.ledger.clone())
+            .on_thread(move || Ok(filters.apply(Thread::Relay)?))
+            .observer(self.monitor.for_relay());
+        if let Some(notify) = notify(self.args) {
+            relay = relay.error_source(ghes::source(vm.vm, notify).map_err(RelayError::Source)?);
+        }
+        let relay = relay.start()?;
         let (emit, socket) = (self.monitor.for_vm(), self.socket.map(Path::to_owned));
         vm.control.observe(move |change| {
             let socket = socket.as_deref();
@@ -643,7 +637,7 @@ impl VcpuSetup for RelaySetup {
         let guest = self.guest.ok_or(RelayError::Early)?;
         let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
         let (control, index, on_undeliverable) = (self.control, self.index, self.on_undeliverable);
-        let kick = Box::new(move || control.kick(index));
+        let kick = move || control.kick(index);
         // SAFETY: the byte lies in the vCPU's kvm_run mapping, and the vCPU's owner drops the hook
         // with the port in it before the vCPU (see `Vcpu::run`).
         let exit = unsafe { ExitByte::new(immediate_exit) };

@@ -15,7 +15,8 @@ use kvm_bindings::{
     kvm_vcpu_events, kvm_x86_mce,
 };
 use libc::{_IO, _IOR, _IOW, _IOWR, Ioctl};
-use mce_relay::syscalls::{self, Call, HAND_ON, HANDLE, Is, RELAY, THREAD, VCPU};
+use mce_relay::syscalls;
+use mce_relay::syscalls::{Call, HAND_ON, HANDLE, Is, RELAY, THREAD, VCPU};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
 use crate::terminal::deadly_signals;

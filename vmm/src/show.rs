@@ -9,9 +9,7 @@ use std::time::{Duration, SystemTime};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use jiff::Timestamp;
-use mce_relay::delivery::WaitReason;
-use mce_relay::ledger::{State, Times};
-use mce_relay::{FoundBy, Pace, Page, Predicted};
+use mce_relay::{FoundBy, Pace, Page, Predicted, State, Times, WaitReason};
 use serde::Serialize;
 
 use crate::api::{Status, VmInfo};
@@ -185,7 +183,7 @@ impl Drop for Progress {
 enum Entry<'a> {
     Poisoned(&'a Poisoned),
     Failed {
-        #[serde(with = "mce_relay::event::hex")]
+        #[serde(with = "mce_relay::hex")]
         gpa: u64,
         error: String,
     },
@@ -268,7 +266,7 @@ fn write_burst(out: &mut dyn Write, burst: &Burst, via: Means, json: bool) -> io
 pub fn unpoisoned(pages: &[(u64, Result<(), UnpoisonError>)], json: bool) -> ExitCode {
     #[derive(Serialize)]
     struct Entry {
-        #[serde(with = "mce_relay::event::hex")]
+        #[serde(with = "mce_relay::hex")]
         pfn: u64,
         error: Option<String>,
     }
@@ -614,7 +612,7 @@ fn course(times: &Times) -> String {
 
 #[cfg(test)]
 mod tests {
-    use mce_relay::mca::FailureKind;
+    use mce_relay::FailureKind;
     use serde_json::Value;
 
     use super::*;

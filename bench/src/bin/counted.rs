@@ -7,8 +7,8 @@
 use std::hint::black_box;
 use std::process::ExitCode;
 
-use mce_relay::signal::{self, BUS_MCEERR_AO};
-use mce_relay::{Config, ExitByte, Handled, RamMap, RamRegion, Relay, VcpuPort, Verdict};
+use mce_relay::signal::BUS_MCEERR_AO;
+use mce_relay::{ExitByte, Handled, RamMap, RamRegion, Relay, VcpuPort, Verdict, signal};
 use mce_relay_bench::{Quick, caps};
 
 const HVA: u64 = 0x7f00_0000_0000;
@@ -48,8 +48,8 @@ fn main() -> ExitCode {
         _ => ("", 0),
     };
     let ram = RamMap::new(&[region(HVA, 0, 1 << 20)]).unwrap();
-    let relay = Relay::start(Config::new(1, caps(true), ram, |_| {})).unwrap();
-    let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
+    let relay = Relay::builder(ram).vcpus(1).machine_checks(caps(true)).start().unwrap();
+    let mut port = relay.attach(0, ExitByte::NONE, || {}).unwrap();
     let mut vcpu = Quick::new(true);
     assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
     match what {

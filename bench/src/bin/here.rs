@@ -17,13 +17,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use mce_relay::delivery::WaitReason;
-use mce_relay::ledger::{FoundBy, Ledger, Place, State};
-use mce_relay::mca::{Form, record};
-use mce_relay::scan::{Method, Scanner};
+use mce_relay::internals::scan::{Method, Scanner};
+use mce_relay::mca::record;
 use mce_relay::signal::BUS_MCEERR_AO;
 use mce_relay::{
-    Config, ExitByte, FailureKind, Mca, PAGE_SHIFT, Pace, RamMap, RamRegion, Relay, Verdict,
+    ExitByte, FailureKind, Form, FoundBy, Ledger, Mca, PAGE_SHIFT, Pace, Place, RamMap, RamRegion,
+    Relay, State, Verdict, WaitReason,
 };
 use mce_relay_bench::figure::{Figure, Goal, Series, US};
 use mce_relay_bench::{caps, progress};
@@ -121,14 +120,14 @@ fn delivery() -> Vec<Figure> {
     let ram = RamMap::new(&[near, far]).unwrap();
     let pace = Pace { burst: 1_000_000, rate: 1_000_000 };
     // An Intel-style guest, who is interrupted for an AO; KVM takes its records on any host.
-    let config = Config { pace, ..Config::new(1, caps(false), ram, |_| {}) };
+    let relay = Relay::builder(ram).vcpus(1).machine_checks(caps(false)).pace(pace);
     // With interrupts on it is seen to have left its handler.
     for payload in [&with, &without] {
         let regs = payload.vcpu.get_regs().unwrap();
         payload.vcpu.set_regs(&kvm_regs { rflags: regs.rflags | 1 << 9, ..regs }).unwrap();
     }
-    let relay = Relay::start(config).unwrap();
-    let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
+    let relay = relay.start().unwrap();
+    let mut port = relay.attach(0, ExitByte::NONE, || {}).unwrap();
     let relays = install_bare();
     put_back(&relays);
 
@@ -213,8 +212,8 @@ fn exits() -> Vec<Figure> {
     const TIME: Duration = Duration::from_millis(300);
     let mut payload = Payload::new(Start::Beat, true);
     let ram = RamMap::new(&[region(FAR_HVA, FAR_GPA, FAR_LEN)]).unwrap();
-    let relay = Relay::start(Config::new(1, payload.guest.caps(), ram, |_| {})).unwrap();
-    let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
+    let relay = Relay::builder(ram).vcpus(1).machine_checks(payload.guest.caps()).start().unwrap();
+    let mut port = relay.attach(0, ExitByte::NONE, || {}).unwrap();
     assert_eq!(port.before_run(&mut payload.guest.on(&payload.vcpu)), Verdict::Run);
     let mut with = || {
         let (begun, mut count) = (Instant::now(), 0u64);
@@ -401,8 +400,11 @@ fn ledger() -> Vec<Figure> {
 fn status() -> [Figure; 2] {
     const GIB: u64 = 1 << 30;
     let huge = region(FAR_HVA, FAR_GPA, 4 * GIB).in_pages_of(30);
-    let relay =
-        Relay::start(Config::new(1, caps(false), RamMap::new(&[huge]).unwrap(), |_| {})).unwrap();
+    let relay = Relay::builder(RamMap::new(&[huge]).unwrap())
+        .vcpus(1)
+        .machine_checks(caps(false))
+        .start()
+        .unwrap();
     let handle = relay.handle();
     for page in 0..4 {
         handle.forge(FAR_GPA + page * GIB, None).unwrap();

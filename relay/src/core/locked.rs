@@ -1,27 +1,15 @@
-//! The relay's lock. Kicks are not made under it but when it is given back: a host's kick may take a lock of
-//! the host's own, under which another thread of it may call the relay.
+//! The relay's lock. The host's kicks and its observer are not called under it but when it is given back: they may take a
+//! lock of the host's own, under which another thread of it may call the relay.
 
 use std::ops::{Deref, DerefMut};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use log::error;
+use super::host::call_host;
+use super::outbox::Outbox;
 
 /// Makes one vCPU leave the guest; `None` once its port has gone, so that nobody is kicked after that.
 pub(crate) type Kick = Arc<Mutex<Option<Box<dyn Fn() + Send>>>>;
-
-/// Calls `callback`, which is the host's `what`. If it panics, that is said, and the relay goes on.
-pub(crate) fn call_host<R>(what: &str, callback: impl FnOnce() -> R) -> Option<R> {
-    // What a callback of the host's leaves half done is the host's.
-    match catch_unwind(AssertUnwindSafe(callback)) {
-        Ok(result) => Some(result),
-        Err(_) => {
-            error!("the host's {what} panicked; the relay goes on without it");
-            None
-        }
-    }
-}
 
 /// What is locked, and collects kicks.
 pub(crate) trait Collects {
@@ -32,29 +20,31 @@ pub(crate) trait Collects {
 /// The relay's state, locked.
 pub(crate) struct Locked<'a, T: Collects> {
     mutex: &'a Mutex<T>,
+    outbox: &'a Outbox,
     /// `None` only while the lock is being given back.
     guard: Option<MutexGuard<'a, T>>,
 }
 
 impl<'a, T: Collects> Locked<'a, T> {
-    pub(crate) fn new(mutex: &'a Mutex<T>) -> Self {
+    pub(crate) fn new(mutex: &'a Mutex<T>, outbox: &'a Outbox) -> Self {
         // Nothing that panics while it holds the lock leaves the data half-changed in a way that would be
         // worse than a VMM that no longer relays.
-        Self { mutex, guard: Some(mutex.lock().unwrap_or_else(PoisonError::into_inner)) }
+        let guard = Some(mutex.lock().unwrap_or_else(PoisonError::into_inner));
+        Self { mutex, outbox, guard }
     }
 
-    /// Gives the lock back until `changed` is notified, for `time` at most; at once where there are kicks to be
-    /// made first.
+    /// Gives the lock back until `changed` is notified, for `time` at most; at once where the host is to be called
+    /// first.
     pub(crate) fn wait(mut self, changed: &Condvar, time: Duration) -> Self {
-        let mutex = self.mutex;
-        if !self.kicks().is_empty() {
+        let (mutex, outbox) = (self.mutex, self.outbox);
+        if !self.kicks().is_empty() || !outbox.is_empty() {
             drop(self);
-            return Self::new(mutex);
+            return Self::new(mutex, outbox);
         }
         let guard = self.guard.take().map(|guard| {
             changed.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner).0
         });
-        Self { mutex, guard }
+        Self { mutex, outbox, guard }
     }
 }
 
@@ -90,5 +80,6 @@ impl<T: Collects> Drop for Locked<'_, T> {
                 call_host("kick of a vCPU", kick);
             }
         }
+        self.outbox.deliver();
     }
 }

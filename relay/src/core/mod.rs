@@ -3,9 +3,12 @@
 
 pub(crate) mod forgery;
 pub(crate) mod gathering;
+pub(crate) mod host;
 pub(crate) mod inner;
 pub(crate) mod locked;
+pub(crate) mod outbox;
 mod record;
 pub(crate) mod registry;
 pub(crate) mod shared;
+mod touch;
 pub(crate) mod transition;

@@ -5,7 +5,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use super::inner::Inner;
-use super::locked::{Locked, call_host};
+use super::locked::Locked;
+use super::outbox::Outbox;
 use crate::event::Event;
 use crate::memory::map::RamMap;
 use crate::memory::scan::Mapped;
@@ -22,7 +23,7 @@ pub(crate) struct Shared {
     pub(crate) ram: RwLock<Arc<RamMap>>,
     /// What [`Delivery`] counts its times from.
     pub(crate) start: Instant,
-    pub(crate) observer: Box<dyn Fn(&Event) + Send + Sync>,
+    pub(crate) outbox: Outbox,
     pub(crate) stop: AtomicBool,
     pub(crate) wake: Wake,
     /// How often guest RAM was looked through.
@@ -41,7 +42,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn lock(&self) -> Locked<'_, Inner> {
-        Locked::new(&self.inner)
+        Locked::new(&self.inner, &self.outbox)
     }
 
     /// Whether this is a child of the process that made the relay. Its threads are not there, and its locks may be
@@ -77,7 +78,8 @@ impl Shared {
         self.start.elapsed()
     }
 
-    pub(crate) fn emit(&self, event: &Event) {
-        call_host("observer", || (self.observer)(event));
+    /// The observer gets `event` when the lock is given back.
+    pub(crate) fn emit(&self, event: Event) {
+        self.outbox.push(event);
     }
 }

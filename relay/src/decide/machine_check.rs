@@ -149,10 +149,10 @@ struct Touched {
 }
 
 impl Delivery {
-    /// For a guest with `vcpus` processors that was shown `caps`.
-    pub fn new(caps: Caps, vcpus: usize, pace: Pace) -> Self {
+    /// For a guest with `vcpus` processors that was shown `caps`, if it has machine checks.
+    pub fn new(caps: Option<Caps>, vcpus: usize, pace: Pace) -> Self {
         Self {
-            caps,
+            caps: caps.unwrap_or(Caps::NONE),
             ao: VecDeque::new(),
             ar: vec![VecDeque::new(); vcpus],
             touches: Vec::new(),
@@ -169,7 +169,7 @@ impl Delivery {
     /// take to use it after it has come up, and to take a record.
     pub fn offer_source(&mut self, channel: AoChannel, patience: Duration) {
         let carries_aos = match channel {
-            AoChannel::Auto => self.caps.vendor == Vendor::Amd,
+            AoChannel::Auto => self.caps.vendor == Vendor::Amd || self.caps == Caps::NONE,
             AoChannel::Mce => false,
             AoChannel::Ghes => true,
         };
@@ -904,7 +904,7 @@ mod tests {
 
     /// For a guest whose vCPUs have all been seen to be ready at time zero.
     fn open(caps: Caps, vcpus: usize) -> Delivery {
-        let mut delivery = Delivery::new(caps, vcpus, Pace::default());
+        let mut delivery = Delivery::new(Some(caps), vcpus, Pace::default());
         for vcpu in 0..vcpus {
             assert_eq!(delivery.next(vcpu, &ready(), Duration::ZERO), Step::Idle);
         }
@@ -1267,7 +1267,7 @@ mod tests {
 
     #[test]
     fn an_amd_guest_is_given_deferred_records_in_every_bank_of_every_vcpu() {
-        let mut delivery = Delivery::new(amd(), 2, Pace { burst: 100, rate: 1000 });
+        let mut delivery = Delivery::new(Some(amd()), 2, Pace { burst: 100, rate: 1000 });
         let mut states = [ready(), ready()];
         delivery.next(0, &states[0], Duration::ZERO);
         delivery.next(1, &states[1], Duration::ZERO);
@@ -1296,7 +1296,7 @@ mod tests {
     #[test]
     fn the_pace_counts_what_lies_in_banks_and_what_was_taken() {
         let pace = Pace { burst: 3, rate: 1 };
-        let mut delivery = Delivery::new(amd(), 1, pace);
+        let mut delivery = Delivery::new(Some(amd()), 1, pace);
         let mut state = ready();
         delivery.next(0, &state, Duration::ZERO);
         (0..5).for_each(|page| delivery.push_ao(page << 12));
@@ -1325,7 +1325,7 @@ mod tests {
 
     #[test]
     fn a_record_is_not_laid_into_a_bank_that_may_be_wiped() {
-        let mut delivery = Delivery::new(amd(), 1, Pace::default());
+        let mut delivery = Delivery::new(Some(amd()), 1, Pace::default());
         delivery.push_ao(PAGE);
         let error = Pending { gpa: PAGE, kind: FailureKind::ActionOptional };
         let just = Step::WaitReason(error, WaitReason::JustOpened { vcpu: 0 });

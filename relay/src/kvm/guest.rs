@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED};
 
 use super::ioctl;
-use super::setup::is_deferred_msr;
+use super::smca::is_deferred_msr;
 use crate::x86::back_end::Mca;
 use crate::x86::mca::{CR4_MCE, Caps, McaState, Record, Vendor, cap, msr};
 

@@ -38,6 +38,7 @@
 mod guest;
 mod ioctl;
 mod setup;
+mod smca;
 
 pub use guest::{GuestMca, VcpuMca, VcpuValues};
 pub use ioctl::set_mce;

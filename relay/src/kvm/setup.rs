@@ -11,7 +11,8 @@ use log::warn;
 
 use super::guest::GuestMca;
 use super::ioctl;
-use crate::x86::mca::{BANKS, Caps, MAX_BANKS, Vendor, cap, msr};
+use super::smca::{ALL, DEFERRED, SMCA_BANK_MSRS, SMCA_MC0_CTL};
+use crate::x86::mca::{BANKS, Caps, Vendor, cap, msr};
 
 /// Why a guest could not be given a machine-check architecture.
 #[derive(Debug, thiserror::Error)]
@@ -83,44 +84,6 @@ fn setup_mce(vcpu: &impl AsRawFd, mcg_cap: u64) -> Result<(), MceError> {
 /// The MSRs whose accesses have to come to user space for a guest that is shown more than KVM
 /// has: see [`GuestMca::read_msr`].
 const SHOWN_MSRS: [u32; 3] = [msr::FEAT_CTL, msr::MCG_CAP, msr::MCG_EXT_CTL];
-
-/// The first MSR of AMD's scalable MCA (SMCA, AMD PPR: MCA_CTL of bank 0), which has 16 for each
-/// bank. `arch/x86/include/asm/msr-index.h`: MSR_AMD64_SMCA_MC0_CTL.
-const SMCA_MC0_CTL: u32 = 0xc000_2000;
-/// MSRs of each bank.
-const SMCA_BANK_MSRS: u32 = 16;
-/// The one of a bank's MSRs that holds the status of a deferred error (MCA_DESTAT).
-const SMCA_DESTAT: u32 = 8;
-/// The one that holds its address (MCA_DEADDR).
-const SMCA_DEADDR: u32 = 9;
-
-/// Whether `index` is MCA_DESTAT or MCA_DEADDR of one of the first `banks` banks.
-pub(super) fn is_deferred_msr(index: u32, banks: u8) -> bool {
-    let Some(offset) = index.checked_sub(SMCA_MC0_CTL) else {
-        return false;
-    };
-    offset / SMCA_BANK_MSRS < u32::from(banks)
-        && [SMCA_DESTAT, SMCA_DEADDR].contains(&(offset % SMCA_BANK_MSRS))
-}
-
-/// Bits of a filter range, a set one for each MSR that is KVM's own business and a clear one for each
-/// that goes to user space. KVM reads them in units of eight bytes, whatever the number of MSRs
-/// (`kvm_add_msr_filter` in arch/x86/kvm/x86.c).
-type FilterBits = [u8; MAX_BANKS * SMCA_BANK_MSRS as usize / 8];
-/// Everything goes to user space.
-static ALL: FilterBits = [0; size_of::<FilterBits>()];
-/// Of every bank's registers MCA_DESTAT and MCA_DEADDR do.
-static DEFERRED: FilterBits = deferred_bits();
-
-const fn deferred_bits() -> FilterBits {
-    let mut bits = [u8::MAX; size_of::<FilterBits>()];
-    let mut bank = 0;
-    while bank < MAX_BANKS {
-        bits[2 * bank + 1] &= !(1 << (SMCA_DESTAT - 8) | 1 << (SMCA_DEADDR - 8));
-        bank += 1;
-    }
-    bits
-}
 
 /// MSRs of which some accesses, reads and writes, have to come to user space (KVM_X86_SET_MSR_FILTER), for a VMM that
 /// has a filter of its own.

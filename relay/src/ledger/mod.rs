@@ -8,7 +8,7 @@ mod page;
 mod table;
 
 use crate::types::{FailureKind, UndeliverableReason};
-pub use crate::types::{FoundBy, Place, State};
+use crate::types::{FoundBy, State};
 pub use page::{Page, Predicted, Times};
 use table::Table;
 
@@ -166,7 +166,7 @@ impl Ledger {
     }
 
     /// The pages that were bad and are so no longer, in the order in which they were healed, or
-    /// removed and put back: the last [`PAST`] of them.
+    /// removed and put back: the last 65,536 of them.
     pub fn past(&self) -> impl ExactSizeIterator<Item = &Page> {
         self.past.iter()
     }
@@ -232,7 +232,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{Form, WaitReason};
+    use crate::types::{Form, Place, WaitReason};
 
     #[test]
     fn a_page_is_new_once_and_news_once() {

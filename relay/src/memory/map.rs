@@ -79,10 +79,15 @@ impl RamRegion {
     }
 }
 
+/// `log2` of x86's usual huge page.
+#[cfg(feature = "vm-memory")]
+const HUGETLB_SHIFT: u8 = 21;
+
 #[cfg(feature = "vm-memory")]
 impl RamRegion {
-    /// The regions of `memory`, as kept in pages of 4 KiB: [`Self::in_pages_of`] is for those that are in hugetlb
-    /// pages.
+    /// The regions of `memory`, in the pages that their files are kept in. Of anonymous hugetlb memory nobody can say so:
+    /// it is taken for pages of 2 MiB, and [`Self::in_pages_of`] says otherwise. Memory that the VMM maps and gives the
+    /// guest beside `memory` (a slot of its own) is to be added by [`Self::new`].
     ///
     /// # Errors
     /// A region is not mapped by this process.
@@ -98,7 +103,13 @@ impl RamRegion {
             let hva = GuestMemoryRegion::get_host_address(region, MemoryRegionAddress(0))?;
             let gpa = GuestMemoryRegion::start_addr(region).raw_value();
             let hva = hva.expose_provenance() as u64;
-            Ok(Self::unwritten(hva, gpa, GuestMemoryRegion::len(region)))
+            let page_shift = match GuestMemoryRegion::file_offset(region) {
+                Some(of) => super::page_size::page_shift(of.file()),
+                None if GuestMemoryRegion::is_hugetlbfs(region) == Some(true) => HUGETLB_SHIFT,
+                None => PAGE_SHIFT,
+            };
+            let region = Self::unwritten(hva, gpa, GuestMemoryRegion::len(region));
+            Ok(region.in_pages_of(page_shift))
         };
         memory.iter().map(one).collect()
     }

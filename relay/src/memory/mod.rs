@@ -3,5 +3,8 @@
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod access;
 pub mod map;
+#[cfg(feature = "vm-memory")]
+#[allow(unsafe_code, reason = "it is where the system is asked")]
+mod page_size;
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod scan;

@@ -168,6 +168,7 @@ impl Scanner {
     }
 
     /// By what candidates are looked for.
+    #[cfg(feature = "internals")]
     pub fn method(&self) -> Method {
         self.method
     }
@@ -437,6 +438,7 @@ impl FailureCounter {
     }
 
     /// Where it counts, for people.
+    #[cfg(feature = "internals")]
     pub fn source(&self) -> &'static str {
         match self.line {
             None => "/sys/devices/system/node/node*/memory_failure/total",

@@ -4,10 +4,8 @@ use std::io;
 
 /// Why a relay could not be started.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum StartError {
-    /// There is nobody to tell.
-    #[error("a relay needs at least one vCPU")]
-    NoVcpu,
     /// The SIGBUS handler could not be installed.
     #[error("cannot install the SIGBUS handler")]
     Handler(#[source] io::Error),
@@ -30,6 +28,7 @@ pub enum StartError {
 
 /// Why a thread could not be attached as a vCPU's.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum AttachError {
     /// The relay was made for fewer.
     #[error("there is no vCPU {vcpu}: the relay was started for {vcpus}")]

@@ -1,4 +1,4 @@
-//! The firmware-first channel's hands: the status block in guest memory, and the bell.
+//! The firmware-first channel as it acts: the status block in guest memory, and the bell.
 //!
 //! All of it happens on the relay's thread. Guest memory is touched by the kernel's copy only
 //! (`read.rs`), since the page that the block lies in can go bad like any other.
@@ -8,9 +8,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use log::{debug, warn};
 
-use crate::acpi::cper::{self, MAX_LEN, Notice, STATUS_LEN};
+use crate::acpi::cper::{self, MAX_LEN, MAX_PAGES, Notice, STATUS_LEN};
+use crate::core::host::call_host;
 use crate::core::inner::Inner;
-use crate::core::locked::call_host;
 use crate::core::shared::{IDLE_TICK, Shared};
 use crate::core::transition::Change;
 use crate::decide::firmware::{Block, ChannelStep, Observation, Outcome, Publication};
@@ -21,22 +21,12 @@ use crate::types::{
     FailureKind, FallbackReason, PAGE_SIZE, Place, State, UndeliverableReason, WaitReason,
 };
 
-/// Where in the page the error status address register lies: eight bytes that hold the guest-physical
-/// address of the block (ACPI 6.5, table 18.10, "error status address").
-pub const ADDRESS_OFFSET: u64 = 0;
-/// Where in the page the status block begins.
-pub const BLOCK_OFFSET: u64 = 64;
-/// Room for a status block, in bytes: the "error status block length" of the source.
-#[allow(clippy::cast_possible_truncation, reason = "less than a page")]
-pub const BLOCK_LEN: u32 = (PAGE_SIZE - BLOCK_OFFSET) as u32;
-const _: () = assert!(MAX_LEN <= BLOCK_LEN as usize);
-
 /// Pause before the first look at a record that has just been published; it doubles.
 const LOOK_FIRST: Duration = Duration::from_millis(1);
 /// The longest such pause.
 const LOOK_LAST: Duration = Duration::from_millis(100);
 /// How often the bell is rung again while a record lies untaken: one ring may have come while the guest
-/// had its ears shut.
+/// had its interrupts masked.
 const RING_AGAIN: Duration = Duration::from_secs(1);
 
 /// How the guest is told that there is a record, and how it is seen to listen.
@@ -56,25 +46,68 @@ pub trait Bell: Send {
     }
 }
 
-/// The ACPI error source that the guest was given (HEST, generic hardware error source).
-pub struct Ghes {
-    /// Guest-physical address of a page of guest RAM that the guest's memory map calls reserved,
-    /// aligned to 4 KiB. The relay writes the error status address register at [`ADDRESS_OFFSET`] and
-    /// the status block, of [`BLOCK_LEN`] bytes, at [`BLOCK_OFFSET`].
-    pub page: u64,
-    /// How the guest is notified.
-    pub bell: Box<dyn Bell>,
-    /// How long the guest may take to use the source after it has come up, and to take a record. More
-    /// than the interval at which it polls, if it does.
-    pub patience: Duration,
+impl<B: Bell + ?Sized> Bell for Box<B> {
+    fn ring(&mut self) -> io::Result<()> {
+        (**self).ring()
+    }
+
+    fn is_heard(&mut self) -> Option<bool> {
+        (**self).is_heard()
+    }
 }
 
-/// Patience for a guest that is notified by interrupt; add twice the interval for one that polls.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// The ACPI error source that the guest was given (HEST, generic hardware error source).
+pub struct ErrorSource {
+    page: u64,
+    bell: Box<dyn Bell>,
+    patience: Duration,
+}
+
+const _: () = assert!(MAX_LEN <= ErrorSource::BLOCK_LEN as usize);
+
+impl ErrorSource {
+    /// Where in the page the error status address register lies: eight bytes that hold the guest-physical
+    /// address of the block (ACPI 6.5, table 18.10, "error status address").
+    pub const ADDRESS_OFFSET: u64 = 0;
+    /// Where in the page the status block begins.
+    pub const BLOCK_OFFSET: u64 = 64;
+    /// Room for a status block, in bytes: the "error status block length" of the source.
+    #[allow(clippy::cast_possible_truncation, reason = "less than a page")]
+    pub const BLOCK_LEN: u32 = (PAGE_SIZE - Self::BLOCK_OFFSET) as u32;
+    /// How many pages a record names at most: the source's "max sections per record".
+    #[allow(clippy::cast_possible_truncation, reason = "it is 15")]
+    pub const MAX_SECTIONS: u32 = MAX_PAGES as u32;
+    /// Patience for a guest that is notified by interrupt; add twice the interval for one that polls.
+    pub const PATIENCE: Duration = Duration::from_secs(10);
+
+    /// In the page at guest-physical `page`, a page of guest RAM that the guest's memory map calls reserved, aligned to
+    /// 4 KiB. The relay writes the error status address register at [`Self::ADDRESS_OFFSET`] and the status block, of
+    /// [`Self::BLOCK_LEN`] bytes, at [`Self::BLOCK_OFFSET`]. `bell` is how the guest is notified.
+    #[must_use]
+    pub fn new(page: u64, bell: impl Bell + 'static) -> Self {
+        Self { page, bell: Box::new(bell), patience: Self::PATIENCE }
+    }
+
+    /// How long the guest may take to use the source after it has come up, and to take a record: [`Self::PATIENCE`] if
+    /// this is not said. More than the interval at which it polls, if it does.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    pub(super) fn page(&self) -> u64 {
+        self.page
+    }
+
+    pub(super) fn how_patient(&self) -> Duration {
+        self.patience
+    }
+}
 
 /// The status block of one guest.
 pub(crate) struct Source {
-    ghes: Ghes,
+    of: ErrorSource,
     hva: u64,
     /// The record that was published last.
     record: Vec<u8>,
@@ -86,10 +119,10 @@ pub(crate) struct Source {
 
 impl Source {
     /// Writes an empty block for the page at `hva`.
-    pub(crate) fn new(ghes: Ghes, hva: u64) -> io::Result<Self> {
+    pub(crate) fn new(of: ErrorSource, hva: u64) -> io::Result<Self> {
         let now = Instant::now();
         let source = Self {
-            ghes,
+            of,
             hva,
             record: Vec::new(),
             look_at: now,
@@ -97,8 +130,11 @@ impl Source {
             rang_at: now,
             failing: false,
         };
-        source.write(BLOCK_OFFSET, &[0; MAX_LEN])?;
-        source.write(ADDRESS_OFFSET, &(source.ghes.page + BLOCK_OFFSET).to_le_bytes())?;
+        source.write(ErrorSource::BLOCK_OFFSET, &[0; MAX_LEN])?;
+        source.write(
+            ErrorSource::ADDRESS_OFFSET,
+            &(source.of.page + ErrorSource::BLOCK_OFFSET).to_le_bytes(),
+        )?;
         Ok(source)
     }
 
@@ -109,7 +145,7 @@ impl Source {
     /// What lies in the block.
     fn block(&mut self) -> Block {
         let mut now = vec![0; self.record.len().max(STATUS_LEN)];
-        if let Err(error) = access::read(self.hva + BLOCK_OFFSET, &mut now) {
+        if let Err(error) = access::read(self.hva + ErrorSource::BLOCK_OFFSET, &mut now) {
             if !std::mem::replace(&mut self.failing, true) {
                 warn!("cannot read the error source's status block: {error}");
             }
@@ -128,22 +164,22 @@ impl Source {
     fn publish(&mut self, publication: &Publication) -> io::Result<()> {
         self.record = cper::record(publication.notice, &publication.gpas);
         let (status, rest) = self.record.split_at(STATUS_LEN);
-        self.write(BLOCK_OFFSET + STATUS_LEN as u64, rest)?;
-        self.write(BLOCK_OFFSET, status)?;
+        self.write(ErrorSource::BLOCK_OFFSET + STATUS_LEN as u64, rest)?;
+        self.write(ErrorSource::BLOCK_OFFSET, status)?;
         self.pause = LOOK_FIRST;
         self.ring()
     }
 
     fn ring(&mut self) -> io::Result<()> {
         self.rang_at = Instant::now();
-        let rung = call_host("bell", || self.ghes.bell.ring());
+        let rung = call_host("bell", || self.of.bell.ring());
         rung.unwrap_or_else(|| Err(io::Error::other("the bell panicked")))
     }
 
     /// Takes back what lies in the block.
     fn withdraw(&mut self) {
         self.record.clear();
-        if let Err(error) = self.write(BLOCK_OFFSET, &[0; STATUS_LEN]) {
+        if let Err(error) = self.write(ErrorSource::BLOCK_OFFSET, &[0; STATUS_LEN]) {
             debug!("cannot empty the error source's status block: {error}");
         }
     }
@@ -161,7 +197,7 @@ impl Source {
             }
         }
         let (block, source_taken) =
-            (self.block(), call_host("bell", || self.ghes.bell.is_heard()).flatten());
+            (self.block(), call_host("bell", || self.of.bell.is_heard()).flatten());
         let mut inner = shared.lock();
         inner.firmware_news = false;
         let paused = inner.is_paused();
@@ -233,7 +269,7 @@ impl Shared {
                 Notice::Lost => {
                     let Change { after_micros, forged, .. } = self.set(inner, gpa, state);
                     let by = Injection::Ghes { record, pages: gpas.len() };
-                    self.emit(&Event::Injected { gpa, by, after_micros, forged });
+                    self.emit(Event::Injected { gpa, by, after_micros, forged });
                 }
             }
         }
@@ -276,7 +312,7 @@ impl Shared {
 
     fn set_predicted(&self, inner: &mut Inner, gpa: u64, state: State) {
         if inner.ledger.set_predicted(gpa, state, SystemTime::now()) {
-            self.emit(&Event::Predicted { gpa, state });
+            self.emit(Event::Predicted { gpa, state });
         }
     }
 }

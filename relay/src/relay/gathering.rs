@@ -159,12 +159,12 @@ impl Shared {
     }
 
     /// Shows `state` to the gathering, waits until everybody has, and does this vCPU's part of it.
-    pub(crate) fn take_part<'a, M: Mca>(
+    pub(crate) fn take_part<'a>(
         &'a self,
         mut inner: Locked<'a, Inner>,
         me: usize,
         state: McaState,
-        mca: &mut M,
+        mca: &mut dyn Mca,
     ) -> (Locked<'a, Inner>, Part) {
         let mut number = None;
         if let Some(gathering) = inner.gathering.as_mut() {

@@ -1,5 +1,6 @@
 //! A relay as any thread may use it: what is known, guest memory without SIGBUS, and changes of guest RAM.
 
+use std::ops::Range;
 use std::sync::atomic::{Ordering, fence};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
@@ -102,6 +103,37 @@ impl Handle {
         }
     }
 
+    /// `vcpu` has left the guest for an MMIO access at `gpa`: as [`VcpuPort::mmio_hit`](crate::VcpuPort::mmio_hit), for a
+    /// layer below the run loop that takes MMIO exits itself and has no port. Where it is true the access was to a bad page:
+    /// what the layer was going to complete a load with must not reach the guest, and the run loop has to come round before
+    /// the next KVM_RUN that runs the guest.
+    ///
+    /// An address that is not guest RAM costs a search among the regions, some nanoseconds.
+    pub fn mmio_hit(&self, vcpu: usize, gpa: u64) -> bool {
+        self.0.ram().hva(gpa).is_some() && self.0.touches(vcpu, gpa, 1, false)
+    }
+
+    /// The parts of `gpas`, guest-physical addresses, that hold no page which is known to be bad, ascending. For a snapshot
+    /// that writes guest memory to a file by write(2), which ends at a bad page. Nothing keeps a page from going bad
+    /// between this and the write: one that does shows as EFAULT or as a short write there, and here the next time.
+    pub fn whole_parts(&self, gpas: Range<u64>) -> Vec<Range<u64>> {
+        let inner = self.0.lock();
+        let mut from = gpas.start;
+        let mut parts = Vec::new();
+        let is_bad = |page: &Page| !matches!(page.state, State::Healed | State::Removed);
+        let around = gpas.start & !(PAGE_SIZE - 1)..gpas.end;
+        for page in inner.ledger.within(around).filter(is_bad) {
+            if from < page.gpa {
+                parts.push(from..page.gpa);
+            }
+            from = page.gpa.saturating_add(PAGE_SIZE);
+        }
+        if from < gpas.end {
+            parts.push(from..gpas.end);
+        }
+        parts
+    }
+
     /// Whether the relay's thread is there. It ends by itself only by a defect of its own, which it says in the log;
     /// then nobody takes AOs any more. For a VMM's health check.
     pub fn is_alive(&self) -> bool {
@@ -167,7 +199,7 @@ impl Handle {
             self.0.set(&mut inner, gpa, State::Removed);
         }
         inner.ledger.unpredict(start..start + len);
-        self.0.emit(&Event::Removed { gpa, len });
+        self.0.emit(Event::Removed { gpa, len });
         Ok((region, before))
     }
 
@@ -180,7 +212,7 @@ impl Handle {
         for gpa in known {
             let forged = inner.ledger.get(gpa).is_some_and(|page| page.is_forged());
             if inner.ledger.heal(gpa, now) {
-                self.0.emit(&Event::Healed { gpa, forged });
+                self.0.emit(Event::Healed { gpa, forged });
             }
         }
     }
@@ -225,7 +257,7 @@ impl Handle {
         }
         inner.delivery.push_predicted(gpa);
         inner.firmware_news = true;
-        self.0.emit(&Event::Predicted { gpa, state: State::Seen });
+        self.0.emit(Event::Predicted { gpa, state: State::Seen });
         drop(inner);
         self.0.wake();
         Ok(())

@@ -12,7 +12,7 @@ use crate::types::{FailureKind, Form, Place, State, UndeliverableReason};
 use crate::x86::back_end::Mca;
 use crate::x86::mca::{mcg, status};
 
-/// What a vCPU thread is to do after [`VcpuPort::before_run`].
+/// What a vCPU thread is to do after [`VcpuPort::before_run`](crate::VcpuPort::before_run).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Enter the guest.
@@ -31,10 +31,10 @@ pub enum Verdict {
 
 impl Shared {
     /// Injects one record on the calling vCPU's thread, without the lock, and reads back what became of it.
-    pub(crate) fn inject<'a, M: Mca>(
+    pub(crate) fn inject<'a>(
         &'a self,
         mut inner: Locked<'a, Inner>,
-        mca: &mut M,
+        mca: &mut dyn Mca,
         told: &Assignment,
         reach: Reach,
         rip: u64,
@@ -46,7 +46,6 @@ impl Shared {
         }
         drop(inner);
         let done = mca.inject(&record).and_then(|()| mca.read_back(record.bank));
-        let mut inner = self.lock();
         let bank = match done {
             Ok((held, mcg_status)) => {
                 // A return of 0 from KVM is not a delivery; what the bank holds is.
@@ -60,15 +59,14 @@ impl Shared {
                 None
             }
         };
+        if bank.is_none() && error.is_none() {
+            warn!("vCPU {vcpu}: was not given its part of a rendezvous");
+        }
+        let mut inner = self.lock();
         if bank.is_none() {
             inner.delivery.refused(told);
         }
-        let Some((pending, form)) = error else {
-            if bank.is_none() {
-                warn!("vCPU {vcpu}: was not given its part of a rendezvous");
-            }
-            return (inner, Ok(()));
-        };
+        let Some((pending, form)) = error else { return (inner, Ok(())) };
         let Some((status, mcg_status)) = bank else {
             let (why, rip) = (UndeliverableReason::Refused, Some(rip));
             self.undeliverable(&mut inner, vcpu, pending, why, rip);
@@ -98,7 +96,7 @@ impl Shared {
             status,
             mcg_status,
         };
-        self.emit(&Event::Injected { gpa: pending.gpa, by, after_micros, forged });
+        self.emit(Event::Injected { gpa: pending.gpa, by, after_micros, forged });
         (inner, Ok(()))
     }
 }

@@ -5,9 +5,11 @@
 //! vCPU thread comes round before each KVM_RUN ([`VcpuPort::before_run`](vcpu_port::VcpuPort::before_run)); while
 //! nothing is wrong that costs one relaxed load.
 
-pub mod config;
+mod attach;
+pub mod builder;
 pub mod error;
 pub mod error_source;
+#[cfg(feature = "forge")]
 pub mod forge;
 mod gathering;
 pub mod handle;

@@ -1,7 +1,6 @@
 //! The relay of one virtual machine: its start, its vCPUs, its end.
 
 use std::io;
-use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, RwLock};
 use std::thread::JoinHandle;
@@ -9,21 +8,23 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::config::Config;
+use super::builder::RelayBuilder;
 use super::error::{AttachError, StartError};
 use super::error_source::Source;
 use super::handle::Handle;
 use super::search::Search;
 use super::thread::{EndOfThread, Own, relay_thread};
-use super::vcpu_port::{TAKE_BACK_ATTEMPTS, VcpuPort};
+use super::vcpu_port::VcpuPort;
 use crate::core::forgery::Forgery;
-use crate::core::inner::{Attached, Inner, RETRY_FIRST};
+use crate::core::inner::{Inner, RETRY_FIRST};
+use crate::core::outbox::Outbox;
 use crate::core::registry::relays;
 use crate::core::shared::Shared;
 use crate::decide::machine_check::Delivery;
 use crate::ledger::Page;
+use crate::memory::map::RamMap;
 use crate::memory::scan::Mapped;
-use crate::signal::{self, ExitByte, KillPolicy, ThreadSlot, Wake};
+use crate::signal::{self, ExitByte, KillPolicy, Wake};
 use crate::types::PAGE_SIZE;
 
 /// The relay of one virtual machine. Dropping it ends its thread.
@@ -33,23 +34,13 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Installs the SIGBUS handler (unless `config` says that the host has one), unblocks SIGBUS and sets late kill on
-    /// the calling thread, and starts the relay's own thread, with early kill unless `config` says late.
-    ///
-    /// Call it before other threads are started: they inherit the policy and the signal mask, and the kernel tells
-    /// one thread only.
-    ///
-    /// # Errors
-    /// See [`StartError`].
-    pub fn start(config: Config) -> Result<Self, StartError> {
-        if config.vcpus == 0 {
-            return Err(StartError::NoVcpu);
-        }
-        Self::without_vcpus(config)
+    /// What a relay of `ram` is made of.
+    pub fn builder(ram: RamMap) -> RelayBuilder {
+        RelayBuilder::new(ram)
     }
 
-    /// The same, and there may be nobody to tell but the observer.
-    pub(crate) fn without_vcpus(config: Config) -> Result<Self, StartError> {
+    /// See [`RelayBuilder::start`].
+    fn start(config: RelayBuilder) -> Result<Self, StartError> {
         signal::set_up(config.signals).map_err(StartError::Handler)?;
         signal::unblock().map_err(StartError::Handler)?;
         KillPolicy::Late.set().map_err(StartError::Policy)?;
@@ -57,14 +48,14 @@ impl Relay {
         let mut delivery = Delivery::new(config.caps, config.vcpus, config.pace);
         (0..config.vcpus).for_each(|vcpu| drop(delivery.absent(vcpu, Duration::ZERO)));
         let (mut source, mut source_page) = (None, None);
-        if let Some(ghes) = config.ghes {
-            let page = ghes.page;
+        if let Some(of) = config.source {
+            let page = of.page();
             source_page = Some(page);
             let whole = page.is_multiple_of(PAGE_SIZE);
             let hva = config.ram.hva(page).filter(|_| whole);
             let hva = hva.ok_or(StartError::SourcePage { page })?;
-            delivery.offer_source(config.ao_channel, ghes.patience);
-            source = Some(Source::new(ghes, hva).map_err(StartError::SourceWrite)?);
+            delivery.offer_source(config.ao_channel, of.how_patient());
+            source = Some(Source::new(of, hva).map_err(StartError::SourceWrite)?);
         }
         if config.vcpus > 0 {
             // Bad pages of a guest that goes on elsewhere, of which it has not been told.
@@ -89,7 +80,7 @@ impl Relay {
             gathered: Condvar::new(),
             ram: RwLock::new(Arc::new(config.ram)),
             start: Instant::now(),
-            observer: config.observer,
+            outbox: Outbox::new(config.observer),
             stop: AtomicBool::new(false),
             wake,
             scans: AtomicU64::new(0),
@@ -123,17 +114,7 @@ impl Relay {
         Ok(relay)
     }
 
-    /// Attaches the calling thread as the one that runs `vcpu`, whose `kvm_run.immediate_exit` is `exit`, and
-    /// unblocks SIGBUS on it, without which KVM_RUN would try a bad page again for ever.
-    ///
-    /// `kick` makes that vCPU leave KVM_RUN. It is called on the relay's thread, and on a vCPU's thread that is in
-    /// [`VcpuPort::before_run`]; without a lock of the relay's, by one at a time, and not any more once the port has
-    /// been dropped. So a lock that `kick` takes must not be held where [`VcpuPort::before_run`] is called or a port
-    /// is dropped. A signal whose handler calls [`signal::request_exit`] does it without a race.
-    ///
-    /// A vCPU whose port is dropped is unplugged as far as the relay is concerned, after 200 ms, if others are
-    /// attached: what it was to be told, and what lies untaken in its banks, is told on another one. One that is
-    /// attached again is a new one as well: nobody knows what is left in its banks, so what lay there is told once more.
+    /// See [`Handle::attach`].
     ///
     /// # Errors
     /// See [`AttachError`].
@@ -141,41 +122,9 @@ impl Relay {
         &self,
         vcpu: usize,
         exit: ExitByte,
-        kick: Box<dyn Fn() + Send>,
+        kick: impl Fn() + Send + 'static,
     ) -> Result<VcpuPort, AttachError> {
-        let mut inner = self.shared.lock();
-        match inner.vcpus.get(vcpu) {
-            None => return Err(AttachError::NoVcpu { vcpu, vcpus: inner.vcpus.len() }),
-            Some(Some(_)) => return Err(AttachError::Attached { vcpu }),
-            Some(None) => {}
-        }
-        let slot = ThreadSlot::attach(exit).map_err(|source| AttachError::Slot { vcpu, source })?;
-        signal::unblock().map_err(|source| AttachError::Blocked { vcpu, source })?;
-        // It was unplugged, and is plugged in again before that was seen to.
-        self.shared.unplug(&mut inner, &[vcpu]);
-        inner.gone.retain(|(gone, _)| *gone != vcpu);
-        inner.delivery.attached(vcpu);
-        // Errors may have arrived before the thread did.
-        slot.shared().ask_attention();
-        let kick = Arc::new(Mutex::new(Some(kick)));
-        let attached = Attached {
-            slot: slot.shared(),
-            kick,
-            parked: false,
-            late: false,
-            called: Instant::now(),
-        };
-        inner.vcpus[vcpu] = Some(attached);
-        drop(inner);
-        Ok(VcpuPort {
-            vcpu,
-            slot,
-            shared: Arc::clone(&self.shared),
-            nameless: 0,
-            nameless_since: None,
-            take_back_attempts: TAKE_BACK_ATTEMPTS,
-            not_send: PhantomData,
-        })
+        self.handle().attach(vcpu, exit, kick)
     }
 
     /// The pages of the ledger, by guest-physical address.
@@ -186,6 +135,25 @@ impl Relay {
     /// A handle for other threads.
     pub fn handle(&self) -> Handle {
         Handle(Arc::clone(&self.shared))
+    }
+}
+
+impl RelayBuilder {
+    /// Starts the relay.
+    ///
+    /// Installs the SIGBUS handler (unless the host has one), unblocks SIGBUS and sets late kill on the calling thread,
+    /// and starts the relay's own thread, with early kill unless the policy is late.
+    ///
+    /// Of a process's threads that ask for early kill the kernel signals an AO to one. A new thread inherits from the one
+    /// that starts it; threads that are there already keep what they have, which is late kill unless the process asked
+    /// for something else (PR_MCE_KILL) or the host's vm.memory_failure_early_kill is set. An AO that such an older
+    /// thread takes is not lost: the relay's thread finds it within a second instead of at once. One that has blocked
+    /// SIGBUS and runs a vCPU is unblocked when it is attached.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn start(self) -> Result<Relay, StartError> {
+        Relay::start(self)
     }
 }
 
@@ -205,5 +173,7 @@ impl Drop for Relay {
         {
             warn!("the relay's thread had panicked");
         }
+        // What came of it until then.
+        self.shared.outbox.deliver();
     }
 }

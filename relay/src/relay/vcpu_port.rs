@@ -14,7 +14,7 @@ use crate::decide::machine_check::Step;
 use crate::event::{Reach, SignalledThread};
 use crate::memory::access::{self, AccessError};
 use crate::signal::{self, ThreadSlot};
-use crate::types::{Caught, FailureKind, PAGE_SHIFT, PAGE_SIZE, UndeliverableReason, WaitReason};
+use crate::types::{Caught, FailureKind, UndeliverableReason, WaitReason};
 use crate::x86::back_end::Mca;
 
 /// How long a vCPU that touched a bad page is held back while other processors leave their
@@ -27,27 +27,51 @@ const NAMELESS: u32 = 64;
 const NAMELESS_IN: Duration = Duration::from_secs(10);
 
 /// How often in a row a back end may fail to empty a bank, for whatever reason but that it cannot.
-pub(crate) const TAKE_BACK_ATTEMPTS: u32 = 3;
+const TAKE_BACK_ATTEMPTS: u32 = 3;
 
 /// A vCPU thread's door to the relay. Made on that thread, used there, dropped there.
 pub struct VcpuPort {
-    pub(crate) vcpu: usize,
-    pub(crate) slot: ThreadSlot,
-    pub(crate) shared: Arc<Shared>,
+    vcpu: usize,
+    slot: ThreadSlot,
+    shared: Arc<Shared>,
     /// ARs without an address, and when the first of them came.
-    pub(crate) nameless: u32,
-    pub(crate) nameless_since: Option<Instant>,
+    nameless: u32,
+    nameless_since: Option<Instant>,
     /// How often in a row the back end may still fail to empty a bank; it is not asked again after that.
-    pub(crate) take_back_attempts: u32,
-    pub(crate) not_send: PhantomData<*const ()>,
+    take_back_attempts: u32,
+    not_send: PhantomData<*const ()>,
 }
 
+// A panic in between leaves nothing half-changed: what is shared is behind the relay's lock, which takes care of itself.
+impl std::panic::UnwindSafe for VcpuPort {}
+impl std::panic::RefUnwindSafe for VcpuPort {}
+
 impl VcpuPort {
-    /// Call before every KVM_RUN, after the last exit's I/O has been completed and after
-    /// `immediate_exit` has been cleared.
+    pub(super) fn new(vcpu: usize, slot: ThreadSlot, shared: Arc<Shared>) -> Self {
+        Self {
+            vcpu,
+            slot,
+            shared,
+            nameless: 0,
+            nameless_since: None,
+            take_back_attempts: TAKE_BACK_ATTEMPTS,
+            not_send: PhantomData,
+        }
+    }
+
+    /// Call before every KVM_RUN, after the last exit's I/O has been completed and after `immediate_exit` has been
+    /// cleared ([`Self::clear_exit`]). While nothing is wrong it is one relaxed load.
     #[inline]
-    pub fn before_run<M: Mca>(&mut self, mca: &mut M) -> Verdict {
+    pub fn before_run(&mut self, mca: &mut dyn Mca) -> Verdict {
         if self.slot.attention() { self.attend(mca) } else { Verdict::Run }
+    }
+
+    /// Clears `immediate_exit`, which a kick, or a signal of the kernel's, has set. First thing in a round of the run
+    /// loop, before whatever a kick may be about is looked at: [`Self::before_run`], and what the VMM itself kicks for.
+    /// A kick that comes later makes the next KVM_RUN return at once. One relaxed store.
+    #[inline]
+    pub fn clear_exit(&self) {
+        self.slot.clear_exit();
     }
 
     /// Whether [`Self::before_run`] has something to do. For a VMM that completes the last exit's I/O
@@ -73,42 +97,13 @@ impl VcpuPort {
         self.touches(gpa, size, errno == libc::EHWPOISON)
     }
 
-    /// The guest has touched `size` bytes at `gpa`, of which the first is bad if it is `sure`, and else those of which
-    /// the host says so.
     fn touches(&mut self, gpa: u64, size: u64, sure: bool) -> bool {
-        let ram = self.shared.ram();
-        let first = gpa & !(PAGE_SIZE - 1);
-        // More than one huge page is no single fault.
-        let end = gpa.saturating_add(size.clamp(1, 1 << 30));
-        let pages: Vec<(u64, u64)> = (first..end)
-            .step_by(1 << PAGE_SHIFT)
-            .filter_map(|gpa| ram.hva(gpa).map(|hva| (gpa, hva)))
-            .collect();
-        let present = self.shared.mapped.are_present(pages.iter().map(|(_, hva)| *hva));
-        let is_bad = |gpa: u64, is_present: bool| {
-            let poisoned = || {
-                matches!(access::read_ram(&ram, gpa, &mut [0]), Err(AccessError::Poisoned { .. }))
-            };
-            // What is mapped is not bad as far as the kernel knows, and need not be read.
-            (sure && gpa == first) || (!is_present && poisoned())
-        };
-        let bad: Vec<u64> = pages
-            .iter()
-            .zip(present)
-            .filter_map(|(&(gpa, hva), is_present)| is_bad(gpa, is_present).then_some(hva))
-            .collect();
-        let mut kind = FailureKind::ActionRequired;
-        for &hva in &bad {
-            let caught = Caught { kind, hva, lsb: PAGE_SHIFT };
-            self.shared.enter(&mut self.shared.lock(), caught, SignalledThread::Vcpu(self.vcpu));
-            kind = FailureKind::ActionOptional;
-        }
-        if !bad.is_empty() {
+        let touched = self.shared.touches(self.vcpu, gpa, size, sure);
+        if touched {
             // What had no address has one now.
             self.nameless = 0;
-            self.slot.shared().ask_attention();
         }
-        !bad.is_empty()
+        touched
     }
 
     /// Whether the byte of guest RAM at `gpa` can be read, and if not, why. For exits that may be about
@@ -133,7 +128,7 @@ impl VcpuPort {
     }
 
     #[cold]
-    fn attend<M: Mca>(&mut self, mca: &mut M) -> Verdict {
+    fn attend(&mut self, mca: &mut dyn Mca) -> Verdict {
         let shared = Arc::clone(&self.shared);
         let me = self.vcpu;
         let mut held_since = None;
@@ -141,6 +136,9 @@ impl VcpuPort {
             self.slot.clear_attention();
             // Several system calls, for which nobody else need wait. The vCPU stands still meanwhile.
             let state = mca.state();
+            if let Err(error) = &state {
+                warn!("vCPU {me}: cannot read its machine-check state: {error}");
+            }
             let mut inner = shared.lock();
             shared.comes_round(&mut inner, me);
             for caught in shared.take(&mut inner, &self.slot, SignalledThread::Vcpu(me)) {
@@ -161,9 +159,8 @@ impl VcpuPort {
             }
             let state = match state {
                 Ok(state) => state,
-                Err(error) => {
-                    // Nobody may be kept waiting in a round by a vCPU that cannot take part.
-                    warn!("vCPU {me}: cannot read its machine-check state: {error}");
+                Err(_) => {
+                    // Nobody may be kept waiting in a gathering by a vCPU that cannot take part.
                     shared.absent(&mut inner, me);
                     // Back in the guest it would meet its AR again, and again without end.
                     let Some(error) = inner.delivery.first_ar(me) else { return Verdict::Run };
@@ -276,7 +273,7 @@ impl VcpuPort {
     }
 
     /// Empties `banks`, whose records this vCPU does not take, and has what they told told elsewhere.
-    fn take_back<M: Mca>(&mut self, mca: &mut M, banks: &[u8]) {
+    fn take_back(&mut self, mca: &mut dyn Mca, banks: &[u8]) {
         let me = self.vcpu;
         let mut emptied = Vec::new();
         for &bank in banks {

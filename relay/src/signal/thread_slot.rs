@@ -4,7 +4,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering, compiler_fence};
 
 use super::slot::Slot;
 use crate::types::Caught;
@@ -39,7 +39,7 @@ pub fn request_exit() {
     let exit = IMMEDIATE_EXIT.with(|exit| exit.load(Ordering::Acquire));
     if !exit.is_null() {
         // SAFETY: `ExitByte::new`'s caller keeps the byte mapped for as long as this thread is
-        // attached, and every access to it from Rust is atomic or by the kernel.
+        // attached, and no other thread of this process accesses it.
         unsafe { AtomicU8::from_ptr(exit) }.store(1, Ordering::Relaxed);
     }
 }
@@ -56,8 +56,8 @@ impl ExitByte {
     /// The byte at `immediate_exit`.
     ///
     /// # Safety
-    /// It stays mapped, and is written by nobody but atomically or by the kernel, until the port that is
-    /// attached with it is dropped.
+    /// Until the port that is attached with it is dropped it stays mapped, and nobody writes it but the kernel and the
+    /// thread that the port is attached on (a signal handler on that thread included).
     #[must_use]
     pub unsafe fn new(immediate_exit: *mut u8) -> Self {
         Self(immediate_exit)
@@ -69,6 +69,7 @@ impl ExitByte {
 #[derive(Debug)]
 pub(crate) struct ThreadSlot {
     slot: Arc<Slot>,
+    exit: *mut u8,
     not_send: PhantomData<*const ()>,
 }
 
@@ -87,13 +88,24 @@ impl ThreadSlot {
         let slot = Arc::new(Slot::new());
         IMMEDIATE_EXIT.with(|byte| byte.store(exit.0, Ordering::Release));
         SLOT.with(|own| own.store(Arc::as_ptr(&slot).cast_mut(), Ordering::Release));
-        Ok(Self { slot, not_send: PhantomData })
+        Ok(Self { slot, exit: exit.0, not_send: PhantomData })
     }
 
     /// Whether a signal was stored or another thread asked. One relaxed load.
     #[inline]
     pub(crate) fn attention(&self) -> bool {
         self.slot.attention()
+    }
+
+    /// Clears the byte that makes this thread's KVM_RUN end at once.
+    #[inline]
+    pub(crate) fn clear_exit(&self) {
+        if !self.exit.is_null() {
+            // SAFETY: as in `request_exit`.
+            unsafe { AtomicU8::from_ptr(self.exit) }.store(0, Ordering::Relaxed);
+            // What a kick is about is looked at after that. The handler that sets the byte runs on this very thread.
+            compiler_fence(Ordering::SeqCst);
+        }
     }
 
     /// Lowers the attention flag; call before [`Self::take`], so that what comes later raises it again.

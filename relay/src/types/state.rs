@@ -45,7 +45,7 @@ impl std::fmt::Display for Form {
 pub enum FoundBy {
     /// The kernel signalled it.
     Signal,
-    /// No signal named it: it was found by looking ([`crate::scan`]).
+    /// No signal named it: it was found by looking at the page tables.
     Scan,
     /// The VMM itself wanted to read or write it ([`crate::Handle::read`]).
     Access,

@@ -7,7 +7,7 @@ use super::mca::{McaState, Record};
 /// What the relay needs of a hypervisor: one vCPU's machine-check state, and a way to set it.
 ///
 /// All calls are made on the thread that runs the vCPU, while it is not running, by
-/// [`VcpuPort::before_run`], and without a lock of the relay's.
+/// [`VcpuPort::before_run`](crate::VcpuPort::before_run), and without a lock of the relay's.
 pub trait Mca {
     /// The vCPU's machine-check state now.
     ///
@@ -41,6 +41,43 @@ pub trait Mca {
     /// other errors in a row. What such records told is told elsewhere all the same; if the guest brings the processor
     /// back, it may read them, too.
     fn take_back(&mut self, _bank: u8) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+macro_rules! by_reference {
+    ($($type:ty),*) => {$(
+        impl<M: Mca + ?Sized> Mca for $type {
+            fn state(&mut self) -> io::Result<McaState> {
+                (**self).state()
+            }
+
+            fn inject(&mut self, record: &Record) -> io::Result<()> {
+                (**self).inject(record)
+            }
+
+            fn read_back(&mut self, bank: u8) -> io::Result<(u64, u64)> {
+                (**self).read_back(bank)
+            }
+
+            fn take_back(&mut self, bank: u8) -> io::Result<()> {
+                (**self).take_back(bank)
+            }
+        }
+    )*};
+}
+by_reference!(&mut M, Box<M>);
+
+/// The back end of a vCPU that has no machine checks: nothing is told on it, and an AR is undeliverable.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct NoMachineChecks;
+
+impl Mca for NoMachineChecks {
+    fn state(&mut self) -> io::Result<McaState> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn inject(&mut self, _: &Record) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 }

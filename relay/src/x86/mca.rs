@@ -156,6 +156,9 @@ pub struct Caps {
 }
 
 impl Caps {
+    /// Those of a guest without machine checks: there is no form in which it could be told.
+    pub(crate) const NONE: Self = Self { vendor: Vendor::Intel, mcg_cap: 0, succor: false };
+
     /// Number of banks the guest has, 0 to [`MAX_BANKS`].
     pub fn banks(&self) -> u8 {
         // Masked to 8 bits by COUNT_MASK and bounded by MAX_BANKS, so the cast keeps the value.

@@ -109,7 +109,7 @@ fuzz_target!(|input: Input| {
     }
     if !regions.is_empty() {
         let gone = regions[usize::from(input.unplugged) % regions.len()];
-        let (less, region) = map.without(gone.gpa).unwrap();
+        let (less, region) = map.without(gone.gpa()).unwrap();
         assert_eq!(region, gone);
         let rest: Vec<RamRegion> = regions.iter().copied().filter(|r| *r != gone).collect();
         same(&less, &rest, &input.lookups);

@@ -6,10 +6,9 @@ use std::cell::RefCell;
 use std::sync::mpsc::{Receiver, channel};
 
 use libfuzzer_sys::fuzz_target;
-use mce_relay::mca::Kind;
 use mce_relay::signal::{BUS_MCEERR_AO, BUS_MCEERR_AR, handle};
 use mce_relay::{
-    Config, Event, ExitByte, Handled, Pace, RamMap, RamRegion, Relay, Signals, VcpuPort,
+    Event, ExitByte, FailureKind, Handled, Pace, RamMap, RamRegion, Relay, Signals, VcpuPort,
 };
 use mce_relay_tests::ready::Ready;
 
@@ -52,9 +51,9 @@ fn host() -> Host {
     let ram = RamMap::new(&[region(HVA, 0, LEN)]).unwrap();
     let pace = Pace { burst: 1_000_000, rate: 1_000_000 };
     let signals = Signals::Host;
-    let config = Config { signals, pace, ..Config::new(1, Ready::CAPS, ram, observer) };
-    let relay = Relay::start(config).unwrap();
-    let port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
+    let relay = Relay::builder(ram).vcpus(1).machine_checks(Ready::CAPS);
+    let relay = relay.signals(signals).pace(pace).observer(observer).start().unwrap();
+    let port = relay.attach(0, ExitByte::NONE, || {}).unwrap();
     Host { relay, port, events, runs: 0 }
 }
 
@@ -77,8 +76,8 @@ fuzz_target!(|bytes: [u8; 128]| {
         let known = host.relay.pages().len();
         let handled = handle(&info);
         let kind = match code {
-            BUS_MCEERR_AR => Some(Kind::ActionRequired),
-            BUS_MCEERR_AO => Some(Kind::ActionOptional),
+            BUS_MCEERR_AR => Some(FailureKind::ActionRequired),
+            BUS_MCEERR_AO => Some(FailureKind::ActionOptional),
             _ => None,
         };
         assert_eq!(handled == Handled::Handled, kind.is_some(), "si_code {code}");

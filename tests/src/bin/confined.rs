@@ -1,5 +1,5 @@
 //! A relay whose threads may make no system calls but those of `mce_relay::syscalls`:
-//! `confined relay|handed-on|vcpu [LEFT-OUT]`.
+//! `confined relay|handed-on|vcpu|start [LEFT-OUT]`. With `start` the thread that starts it is under a filter, too.
 //!
 //! Everything that the thread does in its life happens once. LEFT-OUT is the number of a call in its list
 //! that it may not make either; then it is killed (SIGSYS) if it makes it. `relay` ends with status 0, the
@@ -13,14 +13,15 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use mce_relay::ghes::PATIENCE;
-use mce_relay::syscalls::{self, Call, RELAY, THREAD, VCPU};
+use mce_relay::syscalls::{Call, HANDLE, KICK, RELAY, START, THREAD, VCPU};
 use mce_relay::{
-    AoChannel, Bell, Config, Event, ExitByte, FoundBy, Ghes, RamMap, RamRegion, Relay, Verdict,
+    AoChannel, Bell, ErrorSource, Event, ExitByte, FoundBy, Page, RamMap, RamRegion, Relay, State,
+    Verdict, syscalls,
 };
 use mce_relay_tests::ready::{Ready, forge_ar};
 use mce_relay_vmm::poison::uffd::Uffd;
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
+use vmm_sys_util::signal::SIGRTMIN;
 
 const LEN: usize = 1 << 20;
 /// A huge page of which nothing is mapped, by its host and its guest-physical address.
@@ -87,12 +88,60 @@ fn wait(events: &Receiver<Event>, what: &str, wanted: impl Fn(&Event) -> bool) {
     }
 }
 
+/// A thread under a filter starts a relay and a vCPU's thread, which inherit it and are kicked, and ends them.
+fn start() -> ExitCode {
+    extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        mce_relay::signal::request_exit();
+    }
+    vmm_sys_util::signal::register_signal_handler(SIGRTMIN(), on_kick).unwrap();
+    let hva = memory();
+    let calls = [START, RELAY, VCPU, HANDLE, KICK].concat();
+    let program = filter(&calls, None);
+    let (told, events) = channel();
+    let confined = std::thread::spawn(move || {
+        confine(&program).unwrap();
+        let ram = RamMap::new(&[region(hva, 0, LEN as u64)]).unwrap();
+        let observer = move |event: &Event| drop(told.send(event.clone()));
+        let relay = Relay::builder(ram).vcpus(1).machine_checks(Ready::CAPS).observer(observer);
+        let relay = relay.start().unwrap();
+        let handle = relay.handle();
+        let vcpu = std::thread::spawn(move || {
+            let mut exit = 0_u8;
+            // SAFETY: the byte outlives the port.
+            let byte = unsafe { ExitByte::new(&raw mut exit) };
+            // SAFETY: has no preconditions.
+            let this = unsafe { libc::pthread_self() };
+            let kick = move || {
+                // SAFETY: the thread is there as long as the port.
+                unsafe { libc::pthread_kill(this, SIGRTMIN()) };
+            };
+            let mut port = handle.attach(0, byte, kick).unwrap();
+            let mut vcpu = Ready::default();
+            let is_told = |page: &Page| matches!(page.state, State::Injected { .. });
+            while !handle.pages().iter().any(is_told) {
+                port.clear_exit();
+                assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+                std::thread::park_timeout(Duration::from_millis(1));
+            }
+        });
+        relay.handle().forge(FORGED, None).unwrap();
+        vcpu.join().unwrap();
+        drop(relay);
+    });
+    wait(&events, "forged page", |event| matches!(event, Event::Injected { .. }));
+    confined.join().unwrap();
+    ExitCode::SUCCESS
+}
+
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     let how = args.next().unwrap_or_default();
     let left_out: Option<usize> = args.next().map(|index| index.parse().unwrap());
+    if how == "start" {
+        return start();
+    }
     if !["relay", "handed-on", "vcpu"].contains(&how.as_str()) {
-        eprintln!("confined: got {how:?}, expected relay, handed-on or vcpu");
+        eprintln!("confined: got {how:?}, expected relay, handed-on, vcpu or start");
         return ExitCode::from(2);
     }
     let of = |one: bool| left_out.filter(|_| one);
@@ -104,15 +153,14 @@ fn main() -> ExitCode {
     let observer = move |event: &Event| drop(send.send(event.clone()));
     let huge = region(HUGE_HVA as u64, HUGE, 2 << 20).in_pages_of(21);
     let ram = RamMap::new(&[region(hva, 0, LEN as u64), huge]).unwrap();
-    let mut config = Config::new(1, Ready::CAPS, ram, observer);
-    config.ao_channel = AoChannel::Ghes;
-    config.ghes = Some(Ghes { page: SOURCE, bell: Box::new(Silent), patience: PATIENCE });
-    config.on_thread = Box::new(move || {
+    let relay = Relay::builder(ram).vcpus(1).machine_checks(Ready::CAPS).observer(observer);
+    let relay = relay.error_source(ErrorSource::new(SOURCE, Silent)).ao_channel(AoChannel::Ghes);
+    let relay = relay.on_thread(move || {
         // SAFETY: has no preconditions.
         RELAYS.store(unsafe { libc::gettid() }, Ordering::Relaxed);
         confine(&relays)
     });
-    let relay = Relay::start(config).unwrap();
+    let relay = relay.start().unwrap();
     let handle = relay.handle();
     // What its first look finds.
     wait(&events, "page by a scan", |event| {
@@ -136,7 +184,7 @@ fn main() -> ExitCode {
             std::thread::scope(|scope| {
                 scope.spawn(|| {
                     confine(&vcpus).unwrap();
-                    let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
+                    let mut port = relay.attach(0, ExitByte::NONE, || {}).unwrap();
                     let mut vcpu = Ready::default();
                     handle.forge(FORGED + 0x1000, Some(0)).unwrap();
                     assert_eq!(port.before_run(&mut vcpu), Verdict::Run);

@@ -16,9 +16,10 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use libc::{c_int, c_void, siginfo_t};
-use mce_relay::mca::FailureKind;
 use mce_relay::signal::handle;
-use mce_relay::{Config, Event, ExitByte, Handled, RamMap, RamRegion, Relay, Signals, StartError};
+use mce_relay::{
+    Event, ExitByte, FailureKind, Handled, RamMap, RamRegion, Relay, Signals, StartError,
+};
 use mce_relay_tests::ready::{Ready, forge_ar};
 
 /// Nothing is there, and nothing has to be: the signals are forged.
@@ -80,7 +81,8 @@ fn start(
     observer: impl Fn(&Event) + Send + Sync + 'static,
 ) -> Result<Relay, StartError> {
     let ram = RamMap::new(&[region(HVA, 0, 1 << 20)]).unwrap();
-    Relay::start(Config { signals, ..Config::new(1, Ready::CAPS, ram, observer) })
+    let relay = Relay::builder(ram).vcpus(1).machine_checks(Ready::CAPS);
+    relay.signals(signals).observer(observer).start()
 }
 
 fn main() -> ExitCode {
@@ -121,7 +123,7 @@ fn main() -> ExitCode {
     };
     relay.handle().forge(0x1000, None).unwrap();
     println!("AO at {:#x}", seen(FailureKind::ActionOptional));
-    let mut port = relay.attach(0, ExitByte::NONE, Box::new(|| {})).unwrap();
+    let mut port = relay.attach(0, ExitByte::NONE, || {}).unwrap();
     let mut vcpu = Ready::default();
     forge_ar(usize::try_from(HVA).unwrap() + 0x5000);
     let _ = port.before_run(&mut vcpu);

@@ -4,15 +4,11 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use mce_relay::Pace;
-use mce_relay::delivery::{
-    Assignment, LOOP_ROUNDS, Pending, Taken, UndeliverableReason, WaitReason,
-};
-use mce_relay::ledger::{Ledger, State};
+use mce_relay::internals::machine_check::{Assignment, LOOP_ROUNDS, Pending, Taken};
 use mce_relay::mca::{
-    self, AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, FailureKind, McaState, Record, Vendor,
-    cap, mcg, status,
+    AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, McaState, Record, Vendor, cap, mcg, status,
 };
+use mce_relay::{FailureKind, Ledger, Pace, State, UndeliverableReason, WaitReason, mca};
 
 use super::Counts;
 use super::guest::{GuestStep, Took};

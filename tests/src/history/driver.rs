@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime};
 
-use mce_relay::delivery::{
-    Assignment, Delivery, Pending, Step, Taken, UndeliverableReason, WaitReason,
+use mce_relay::internals::machine_check::{Assignment, Delivery, Pending, Step, Taken};
+use mce_relay::mca::{Caps, McaState, msr};
+use mce_relay::{
+    FailureKind, FoundBy, Ledger, PAGE_SHIFT, Place, State, UndeliverableReason, WaitReason,
 };
-use mce_relay::ledger::{FoundBy, Ledger, Place, State};
-use mce_relay::mca::{Caps, FailureKind, McaState, PAGE_SHIFT, msr};
 
 use super::audit::Audit;
 use super::guest::{self, GuestStep, TRIPLE_FAULT, Took};
@@ -57,7 +57,7 @@ impl<V: Vcpu> Driver<V> {
         Self {
             caps,
             vcpus,
-            delivery: Delivery::new(caps, count, pace),
+            delivery: Delivery::new(Some(caps), count, pace),
             ledger: Ledger::default(),
             audit: Audit::new(caps, count, pace),
             now: Duration::ZERO,

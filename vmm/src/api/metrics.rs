@@ -5,8 +5,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use mce_relay::Ledger;
-use mce_relay::ledger::State;
+use mce_relay::{Ledger, State};
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, GaugeVec, Opts, TextEncoder};
@@ -153,10 +152,7 @@ fn of_ledger(
 
 #[cfg(test)]
 mod tests {
-    use mce_relay::FoundBy;
-    use mce_relay::delivery::WaitReason;
-    use mce_relay::ledger::Place;
-    use mce_relay::mca::FailureKind;
+    use mce_relay::{FailureKind, FoundBy, Place, WaitReason};
 
     use super::*;
     use crate::events::{VmEvent, What};

@@ -8,8 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use hyper::body::{Body, Bytes, Frame};
-use mce_relay::Handle;
-use mce_relay::ledger::Ledger;
+use mce_relay::{Handle, Ledger};
 use serde::Serialize;
 
 use super::types::VmInfo;
@@ -145,7 +144,7 @@ impl Body for StatusPieces {
 #[cfg(test)]
 mod tests {
     use mce_relay::mca::{Caps, Vendor};
-    use mce_relay::{Config, RamMap, RamRegion, Relay};
+    use mce_relay::{RamMap, RamRegion, Relay};
 
     use super::*;
     use crate::api::{Status, an_info};
@@ -158,7 +157,7 @@ mod tests {
         let huge = unsafe { RamRegion::new(0x7e00_0000_0000, 4 * GIB, 2 * GIB) }.in_pages_of(30);
         let caps = Caps { vendor: Vendor::Intel, mcg_cap: 10, succor: false };
         let map = RamMap::new(&[huge]).unwrap();
-        let relay = Relay::start(Config::new(1, caps, map, |_| {})).unwrap();
+        let relay = Relay::builder(map).vcpus(1).machine_checks(caps).start().unwrap();
         let handle = relay.handle();
         assert!(!StatusPieces::are_many(&handle));
         let empty = StatusPieces::new(handle.clone(), &an_info()).flatten().collect::<Vec<u8>>();

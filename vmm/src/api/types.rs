@@ -2,9 +2,8 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mce_relay::ledger::Predicted;
-use mce_relay::mca::{FailureKind, Vendor};
-use mce_relay::{AoChannel, Handle, KillPolicy, Pace, Page};
+use mce_relay::mca::Vendor;
+use mce_relay::{AoChannel, FailureKind, Handle, KillPolicy, Pace, Page, Predicted};
 use serde::{Deserialize, Serialize};
 
 use crate::button::PowerButton;
@@ -20,7 +19,7 @@ use crate::poison::Means;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Extent {
     /// Guest-physical address of its first byte.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
     /// Length.
     pub len: u64,
@@ -36,12 +35,12 @@ impl From<std::ops::Range<u64>> for Extent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryBlock {
     /// Guest-physical address of its first byte.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
     /// Length.
     pub len: u64,
     /// Where the VMM has mapped it.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub hva: u64,
     /// The descriptor of the file behind it, in the VMM's process; null for anonymous memory.
     pub fd: Option<i32>,
@@ -159,7 +158,7 @@ pub struct Retire {
 /// A guest-physical address, `"0x…"` in JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Gpa(#[serde(with = "mce_relay::event::hex")] pub u64);
+pub struct Gpa(#[serde(with = "mce_relay::hex")] pub u64);
 
 /// Whether the guest is being asked to stop using a page.
 #[derive(Debug, Serialize, Deserialize)]

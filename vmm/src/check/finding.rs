@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::ptr;
 
-use mce_relay::mca::PAGE_SHIFT;
-use mce_relay::scan::{FailureCounter, Method, Scanner};
+use mce_relay::PAGE_SHIFT;
+use mce_relay::internals::scan::{FailureCounter, Method, Scanner};
 
 use super::gap::{Found, Gap, to_see};
 use super::{Section, Standing};

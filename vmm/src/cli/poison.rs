@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
-use mce_relay::mca::FailureKind;
+use mce_relay::FailureKind;
 
 use super::values::{parse_count, parse_seed};
 use super::{ApiPath, VmArg, wrong};

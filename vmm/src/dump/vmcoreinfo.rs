@@ -31,7 +31,7 @@ pub struct Kernel {
     /// Its release, as `uname -r` has it.
     pub release: String,
     /// Guest-physical address of the words.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub vmcoreinfo: u64,
     #[serde(skip)]
     pub(super) text: String,

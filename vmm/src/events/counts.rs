@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use mce_relay::event::{Injection, SignalledThread};
-use mce_relay::{Event, Place};
+use mce_relay::{Event, Injection, Place, SignalledThread};
 use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts};

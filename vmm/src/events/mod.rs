@@ -16,7 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use log::{Level, info, log, warn};
-use mce_relay::mca::FailureKind;
+use mce_relay::FailureKind;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 

@@ -15,7 +15,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use mce_relay::mca::{Form, PAGE_SHIFT, record};
+use mce_relay::mca::record;
+use mce_relay::{Form, PAGE_SHIFT};
 
 use super::{HostError, PageFlags, file_error};
 

@@ -2,7 +2,8 @@
 
 use std::str::FromStr;
 
-use mce_relay::mca::{Form, mcg, record, status};
+use mce_relay::Form;
+use mce_relay::mca::{mcg, record, status};
 
 use crate::number;
 

@@ -3,7 +3,8 @@
 mod bits;
 mod outlook;
 
-use mce_relay::mca::{self, BYSTANDER_BANKS, Record, status};
+use mce_relay::mca;
+use mce_relay::mca::{BYSTANDER_BANKS, Record, status};
 use serde::{Deserialize, Deserializer, Serialize};
 
 pub use bits::{McgStatusArg, StatusArg, mcg_status_words, status_words};
@@ -20,16 +21,16 @@ pub struct Request {
     #[serde(deserialize_with = "small")]
     pub bank: u8,
     /// MCi_STATUS.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub status: u64,
     /// MCG_STATUS.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub mcg_status: u64,
     /// MCi_ADDR.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub addr: u64,
     /// MCi_MISC.
-    #[serde(with = "mce_relay::event::hex")]
+    #[serde(with = "mce_relay::hex")]
     pub misc: u64,
     /// Give the other vCPUs one without an error.
     #[serde(default)]

@@ -354,7 +354,8 @@ fn intel(request: &Request, caps: &Caps, over: bool) -> (Guest, &'static str) {
 
 #[cfg(test)]
 mod tests {
-    use mce_relay::mca::{BANKS, Form, record};
+    use mce_relay::Form;
+    use mce_relay::mca::{BANKS, record};
 
     use super::*;
 

@@ -15,8 +15,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
-use mce_relay::scan::Scanner;
-use mce_relay::{AccessError, RamError, RamMap, RamRegion, read};
+use mce_relay::internals::access as read;
+use mce_relay::internals::scan::Scanner;
+use mce_relay::{AccessError, RamError, RamMap, RamRegion};
 use procfs::Current;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegion;

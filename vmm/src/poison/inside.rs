@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use mce_relay::mca::FailureKind;
+use mce_relay::FailureKind;
 
 use super::Means;
 use super::uffd::Uffd;

@@ -1,0 +1,17 @@
+//! The host's callbacks.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use log::error;
+
+/// Calls `callback`, which is the host's `what`. If it panics, that is said, and the relay goes on.
+pub(crate) fn call_host<R>(what: &str, callback: impl FnOnce() -> R) -> Option<R> {
+    // What a callback of the host's leaves half done is the host's.
+    match catch_unwind(AssertUnwindSafe(callback)) {
+        Ok(result) => Some(result),
+        Err(_) => {
+            error!("the host's {what} panicked; the relay goes on without it");
+            None
+        }
+    }
+}
