@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::left::{Place, Running};
-use mce_relay_vmm::api::{Gpa, Poison, Poisoning, Status};
+use mce_relay_vmm::api::types::{Gpa, Poison, Poisoning, Status};
 use mce_relay_vmm::client;
 use mce_relay_vmm::poison::Means;
 use serde_json::Value;

@@ -12,7 +12,7 @@ use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::spinning::{Nobody, Spinning};
 use mce_relay_tests::tiny::{self, elf, takes_the_power_button};
-use mce_relay_vmm::api::VmInfo;
+use mce_relay_vmm::api::types::VmInfo;
 use mce_relay_vmm::control::Panic;
 use serde_json::Value;
 

@@ -5,7 +5,7 @@ use std::thread;
 
 use mce_relay::mca::Kind;
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_vmm::api::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::{Gpa, Poison, Poisoning};
 use mce_relay_vmm::client;
 use mce_relay_vmm::poison::Means;
 

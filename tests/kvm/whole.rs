@@ -6,13 +6,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-pub use mce_relay_tests::tiny::POWER_OFF;
 use mce_relay_tests::tiny::elf;
-use mce_relay_vmm::api::{Status, VmInfo};
+use mce_relay_vmm::api::types::{Status, VmInfo};
 use mce_relay_vmm::cli::{Cli, Command};
 use mce_relay_vmm::{client, run};
 use serde_json::Value;
 use tempfile::TempDir;
+
+pub use mce_relay_tests::tiny::POWER_OFF;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 

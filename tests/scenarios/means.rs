@@ -549,7 +549,7 @@ fn held_back_and_interrupted(guest: &Guest, many: &[Page], inode: &str) {
     injector.corrupt(pfn).unwrap();
     assert!(is_poisoned(pfn), "without the filter page frame {pfn:#x} is hit");
     drop(bystander);
-    let back = match mce_relay_vmm::host::unpoison(pfn) {
+    let back = match mce_relay_vmm::host::unpoison::unpoison(pfn) {
         Ok(()) => "given back".to_owned(),
         Err(error) => error.to_string(),
     };

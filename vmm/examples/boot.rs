@@ -2,14 +2,15 @@
 //!
 //! VENDOR is host, intel or amd; COM2 is the path of a socket to make. A guest that resets itself is started over, as often as it likes.
 
-use std::{error::Error, process::ExitCode, sync::Arc, time::Instant};
+use std::error::Error;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
 
-use mce_relay_vmm::{
-    config::{CpuVendor, MemoryZone, SerialMode, VmConfig},
-    control::ExitReason,
-    memory::GuestRam,
-    vm::{NoHooks, Vm},
-};
+use mce_relay_vmm::config::{CpuVendor, MemoryZone, SerialMode, VmConfig};
+use mce_relay_vmm::control::ExitReason;
+use mce_relay_vmm::memory::GuestRam;
+use mce_relay_vmm::vm::{NoHooks, Vm};
 
 fn main() -> ExitCode {
     env_logger::init();

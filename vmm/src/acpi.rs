@@ -3,32 +3,28 @@
 //! Tables lie one after another from [`ACPI_START`], the RSDP first. More tables than ours (an
 //! error source table, say) are appended as plain bytes, see [`Table`].
 
-use acpi_tables::{
-    Aml,
-    aml::{
-        Device, EISAName, IO, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate,
-        Scope,
-    },
-    fadt::{FADTBuilder, Flags},
-    gas::{AccessSize, AddressSpace, GAS},
-    madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic},
-    rsdp::Rsdp,
-    sdt::Sdt,
-    xsdt::XSDT,
+use acpi_tables::Aml;
+use acpi_tables::aml::{
+    Device, EISAName, IO, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate, Scope,
 };
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
 use thiserror::Error;
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::{
-    boot::layout::{ACPI_END, ACPI_START, IO_APIC, LOCAL_APIC},
-    button,
-    devices::{
-        PVPANIC_PORT, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
-        SLEEP_TYPE_S5, UART_PORTS, UARTS,
-    },
-    ghes,
-    memory::GuestRam,
+use crate::boot::layout::{ACPI_END, ACPI_START, IO_APIC, LOCAL_APIC};
+use crate::devices::{
+    PVPANIC_PORT, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_S5,
+    UART_PORTS, UARTS,
 };
+use crate::memory::GuestRam;
+use crate::{button, ghes};
 
 /// OEM id in every table.
 pub const OEM_ID: [u8; 6] = *b"MCERLY";

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::peer::{self, Peer};
-use crate::show::counted;
+use crate::words::counted;
 
 /// How long the agent may take; an emulated guest takes its time.
 const PATIENCE: Duration = Duration::from_secs(30);

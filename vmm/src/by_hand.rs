@@ -14,7 +14,8 @@ use mce_relay::mca::{Caps, McaState, Record, status};
 use serde::{Deserialize, Serialize};
 
 use crate::control::{PauseReason, VmControl};
-use crate::inject::{self, Outlook, Request};
+use crate::inject::outlook::{self, Outlook};
+use crate::inject::{self, Request, bits};
 
 /// How long a vCPU may take to come round.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -79,8 +80,8 @@ impl std::fmt::Display for OnVcpu {
             Outcome::Injected { status, mcg_status } => write!(
                 f,
                 "injected: vCPU {vcpu}, bank {bank}: {} ({status:#018x}), MCG_STATUS {} ({mcg_status:#x})",
-                inject::status_words(*status),
-                inject::mcg_status_words(*mcg_status)
+                bits::status_words(*status),
+                bits::mcg_status_words(*mcg_status)
             ),
             Outcome::NotThere { status, mcg_status } => write!(
                 f,
@@ -188,7 +189,7 @@ impl Injector {
                 Done::Injected(_) => Err(Refusal::Late { vcpu }),
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let outlook = inject::outlook(request, caps, &states);
+        let outlook = outlook::outlook(request, caps, &states);
         if request.dry_run {
             return Ok(ByHand { outlook, done: Vec::new() });
         }
@@ -276,7 +277,7 @@ impl Injector {
         if vcpu == request.vcpu {
             let mut states = states.clone();
             states[usize::from(vcpu)] = state;
-            let outlook = inject::outlook(request, &self.0.caps, &states);
+            let outlook = outlook::outlook(request, &self.0.caps, &states);
             if outlook.lethal && !request.force {
                 return Err(Refusal::Lethal(outlook));
             }

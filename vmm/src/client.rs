@@ -1,7 +1,7 @@
 //! Asks a running VM by its API socket.
 
-mod answer;
-mod patience;
+pub mod answer;
+pub mod patience;
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -11,9 +11,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
-use answer::{Answer, Asked};
-use patience::Patience;
-
+use crate::client::answer::{Answer, Asked};
+use crate::client::patience::Patience;
 use crate::peer::Peer;
 
 /// The longest answer, in bytes, that is taken from one that is asked in passing.
@@ -243,7 +242,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
-    use crate::show;
+    use crate::words;
 
     /// What `ask` makes of a server that answers with `body`, and says that it has `len` bytes.
     fn answered<T>(body: &[u8], len: usize, ask: impl FnOnce(&Path) -> T) -> T {
@@ -273,7 +272,7 @@ mod tests {
         for (pid, believed) in [(own, true), (1, false), (0, false)] {
             let body = format!(r#"{{"version":"","pid":{pid},"name":null}}"#);
             let told = answered(body.as_bytes(), body.len(), |path| {
-                get_of_process::<crate::api::Ping>(path, "vmm.ping")
+                get_of_process::<crate::api::types::Ping>(path, "vmm.ping")
             });
             match told {
                 Ok(ping) => assert!(believed && ping.pid == own),
@@ -292,7 +291,7 @@ mod tests {
             match answered(b"\0\xffa", len, |path| get_bytes(path, "vm.memory")) {
                 Ok(bytes) => assert!(whole && bytes == b"\0\xffa", "{bytes:?}"),
                 Err(error) => {
-                    assert!(!whole && show::with_causes(&error).contains("cut short"), "{error}")
+                    assert!(!whole && words::with_causes(&error).contains("cut short"), "{error}")
                 }
             }
         }
@@ -321,7 +320,7 @@ mod tests {
             let error = get::<serde_json::Value>(&path, "vmm.ping").unwrap_err();
             server.join().unwrap();
             assert_eq!(matches!(error, ClientError::Stranger { .. }), at == 0, "{error:?}");
-            assert_eq!(show::with_causes(&error).contains("cut short"), at != 0, "{error:?}");
+            assert_eq!(words::with_causes(&error).contains("cut short"), at != 0, "{error:?}");
         }
     }
 

@@ -125,7 +125,9 @@ impl PortBus {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{config::SerialMode, control::VmControl, serial::SerialLine};
+    use crate::config::SerialMode;
+    use crate::control::VmControl;
+    use crate::serial::SerialLine;
 
     #[test]
     fn an_empty_bus_reads_all_ones() {

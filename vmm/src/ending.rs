@@ -1,14 +1,13 @@
 //! `mce-relay shutdown` and `reset`: the end of a running guest, asked for and waited for.
 
-use std::fmt;
-use std::io;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
+use std::{fmt, io};
 
 use serde::Serialize;
 
-use crate::api::VmInfo;
+use crate::api::types::VmInfo;
 use crate::client::{self, ClientError};
 
 /// How often the VM is looked at.

@@ -10,11 +10,11 @@ use jiff::Timestamp;
 use mce_relay::Event;
 use serde_json::{Value, json};
 
-use crate::api::Status;
+use crate::api::types::Status;
 use crate::client::{self, ClientError};
 use crate::events::VmEvent;
 use crate::records::Record;
-use crate::{screen, show};
+use crate::{screen, show, words};
 
 /// A status is shown again no more often than this, however much happens.
 const LEAST: Duration = Duration::from_millis(200);
@@ -206,7 +206,7 @@ fn in_words(event: &Value) -> (String, Style) {
         },
         "monitor" if event["event"] == "missed" => {
             let events = event["properties"]["events"].as_u64().unwrap_or_default();
-            let words = format!("{} missed here", show::counted(events, "event"));
+            let words = format!("{} missed here", words::counted(events, "event"));
             return (words, plain.red());
         }
         _ => {}

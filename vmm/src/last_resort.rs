@@ -5,15 +5,16 @@
 //! went bad ends it with [`STATUS`]; anything else (kill -BUS, a mapped file that was cut short) with the
 //! default action, as it would without us.
 
-use std::io;
-use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::{io, ptr};
 
 use libc::{c_int, c_void, siginfo_t};
 use mce_relay::signal::BUS_MCEERR_AR;
 use vmm_sys_util::signal::unblock_signal;
 
-use crate::{files, records, sockets, terminal};
+use crate::records::dying;
+use crate::sockets::for_handlers;
+use crate::{files, terminal};
 
 /// Exit status of a VMM whose own memory went bad under it.
 pub const STATUS: u8 = 7;
@@ -58,7 +59,7 @@ pub fn while_waiting(wait: impl FnOnce()) {
     WAITS.store(false, Ordering::SeqCst);
     let status = ENDS.load(Ordering::SeqCst);
     if status >= 0 {
-        sockets::remove_all();
+        for_handlers::remove_all();
         // SAFETY: ends the process. Nothing is to be cleaned up: another thread is in a handler.
         unsafe { libc::_exit(status) };
     }
@@ -66,12 +67,12 @@ pub fn while_waiting(wait: impl FnOnce()) {
 
 /// Ends the process with this status, and without the sockets if that can be. For signal handlers, on any thread.
 pub(crate) fn end(status: u8) -> ! {
-    records::note_end(status);
+    dying::note_end(status);
     let status = c_int::from(status);
     // SAFETY: both are async-signal-safe, and every filter has them.
     let on_main = unsafe { libc::getpid() == libc::gettid() };
     if on_main {
-        sockets::remove_all();
+        for_handlers::remove_all();
     } else if WAITS.load(Ordering::SeqCst) {
         ENDS.store(status, Ordering::SeqCst);
         files::wake();

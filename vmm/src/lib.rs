@@ -59,3 +59,4 @@ pub mod sockets;
 pub mod terminal;
 pub mod vcpu;
 pub mod vm;
+pub mod words;

@@ -10,14 +10,19 @@ use std::time::Duration;
 
 use env_logger::{Target, WriteStyle};
 use log::LevelFilter;
-use mce_relay_vmm::cli::{self, Command, InjectArgs, MemcgArg, MemoryCommand, PoisonArgs, VmArg};
+use mce_relay_vmm::api::types;
+use mce_relay_vmm::cli::poison::{MemcgArg, PoisonArgs};
+use mce_relay_vmm::cli::{self, Command, InjectArgs, MemoryCommand, VmArg, values};
+use mce_relay_vmm::dump::{self, stretch};
 use mce_relay_vmm::host::filter::Filter;
-use mce_relay_vmm::host::memcg;
+use mce_relay_vmm::host::{memcg, unpoison};
 use mce_relay_vmm::life::Life;
-use mce_relay_vmm::poison::{self, FilterChoice, Order, PageRange};
+use mce_relay_vmm::names::list;
+use mce_relay_vmm::poison::targets::{self, PageRange};
+use mce_relay_vmm::poison::{self, FilterChoice, Order};
 use mce_relay_vmm::{
-    agent, api, by_hand, check, client, dump, ending, follow, host, inject, last_resort, manual,
-    map, names, pages, retire, run, screen, show, terminal,
+    agent, by_hand, check, client, ending, follow, inject, last_resort, manual, map, pages, retire,
+    run, screen, show, terminal, words,
 };
 
 /// What a command comes to: its exit status, or words for the user.
@@ -36,7 +41,7 @@ fn main() -> ExitCode {
     match carry_out(cli.command) {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("mce-relay: {}", show::with_causes(&*error));
+            eprintln!("mce-relay: {}", words::with_causes(&*error));
             ExitCode::FAILURE
         }
     }
@@ -99,12 +104,12 @@ fn carry_out(command: Command) -> Outcome {
                 .map_err(|error| format!("cannot see to the signals of job control: {error}"))?;
             ExitCode::from(run::run(&args)?)
         }
-        Command::List { all, json } => show::print(&names::list(all), json),
+        Command::List { all, json } => show::print(&list(all), json),
         Command::Poison(args) => poison_pages(&args)?,
         Command::Unpoison { pfn, json } => show::unpoisoned(
             &pfn.into_iter()
-                .flat_map(cli::Frames::numbers)
-                .map(|pfn| (pfn, host::unpoison(pfn)))
+                .flat_map(values::Frames::numbers)
+                .map(|pfn| (pfn, unpoison(pfn)))
                 .collect::<Vec<_>>(),
             json,
         ),
@@ -114,7 +119,7 @@ fn carry_out(command: Command) -> Outcome {
             ExitCode::SUCCESS
         }
         Command::Status { vm, follow: false, json } => {
-            show::status(&client::get::<api::Status>(&vm.socket()?, "relay.status")?, json)
+            show::status(&client::get::<types::Status>(&vm.socket()?, "relay.status")?, json)
         }
         Command::Events { vm, follow, json } => {
             follow::events(&vm.socket()?, follow, json)?;
@@ -169,9 +174,9 @@ fn memory(command: MemoryCommand) -> Outcome {
         MemoryCommand::Read { vm, gpa, len, raw, json } => {
             if raw {
                 // Before anything is read: the terminal will not become something else.
-                dump::check_raw()?;
+                stretch::check_raw()?;
             }
-            let stretch = dump::read(&vm.socket()?, gpa, len)?;
+            let stretch = stretch::read(&vm.socket()?, gpa, len)?;
             if raw { show::raw(&stretch.bytes) } else { show::print(&stretch, json) }
         }
         MemoryCommand::Dump { vm, file, raw, json } => {
@@ -203,7 +208,7 @@ fn dump_memory(vm: &VmArg, file: &std::path::Path, form: dump::Form, json: bool)
         }
         Err(error) => match error.signal().and_then(|signal| u8::try_from(signal).ok()) {
             Some(signal) => {
-                eprintln!("mce-relay: {}", show::with_causes(&error));
+                eprintln!("mce-relay: {}", words::with_causes(&error));
                 Ok(ExitCode::from(128 + signal))
             }
             None => Err(error.into()),
@@ -218,7 +223,7 @@ fn chosen(
 ) -> Result<(Vec<PageRange>, Option<String>), Box<dyn Error>> {
     if let Some(count) = args.random {
         let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
-        let pages = poison::random(socket, args.via, usize::try_from(count)?, seed)?;
+        let pages = targets::random(socket, args.via, usize::try_from(count)?, seed)?;
         eprintln!("mce-relay: random pages by --seed {seed}");
         return Ok((pages, None));
     }
@@ -245,7 +250,7 @@ fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
         Some(MemcgArg::Nothing) if dev.is_some() || flags.is_some() => None,
         Some(MemcgArg::Nothing) => return Ok(FilterChoice::Nothing),
         Some(MemcgArg::Own) => {
-            let vmm: api::Ping = client::get_of_process(&args.vm.socket()?, "vmm.ping")?;
+            let vmm: types::Ping = client::get_of_process(&args.vm.socket()?, "vmm.ping")?;
             let own = memcg::of(vmm.pid)?.map_err(|none| {
                 format!("{none}; give --filter-memcg none to use no such filter")
             })?;

@@ -9,13 +9,13 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
-mod list;
-mod others;
-
-pub use list::{List, Listed, list};
-
 use crate::peer::{self, Holder, Peer, listens};
 use crate::records::{self, Record};
+
+pub mod list;
+pub mod others;
+
+pub use crate::names::list::{List, Listed, list};
 
 /// The longest name, in bytes: a socket's path has room for 107.
 const MAX_LEN: usize = 48;
@@ -304,7 +304,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
-    use crate::show;
+    use crate::words;
 
     #[test]
     fn names_and_paths() {
@@ -345,6 +345,6 @@ mod tests {
         let top = tempfile::tempdir().unwrap();
         std::fs::set_permissions(top.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
         let error = claim_in(top.path(), &"a".parse().unwrap()).unwrap_err();
-        assert!(show::with_causes(&error).contains("nobody else"), "{error}");
+        assert!(words::with_causes(&error).contains("nobody else"), "{error}");
     }
 }

@@ -9,12 +9,12 @@ use std::path::Path;
 use mce_relay::Page;
 use serde::{Serialize, Serializer};
 
-use crate::api::{Status, VmInfo};
+use crate::api::types::{Status, VmInfo};
 use crate::client::{self, ClientError};
-use crate::host::flags;
 use crate::host::pagemap::{Entries, Entry};
-use crate::host::{PageCounts, PageFlags};
-use crate::poison::{PageRange, PoisonError, targets};
+use crate::host::{PageCounts, PageFlags, flags};
+use crate::poison::PoisonError;
+use crate::poison::targets::{PageRange, targets};
 use crate::sheet::Cell;
 use crate::show;
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use procfs::process::Process;
 use tokio::net::UnixStream;
 
-mod listener;
+pub mod listener;
 
 /// Where cgroups of version 2 are.
 const CGROUP: &str = "/sys/fs/cgroup";

@@ -3,11 +3,11 @@
 //! This side only poisons. What the VMM then catches, and what it tells its guest, is in the VM's
 //! own account (`mce-relay status`, the event monitor).
 
-mod forecast;
+pub mod forecast;
 pub mod frame;
 pub mod inside;
-mod outside;
-mod targets;
+pub mod outside;
+pub mod targets;
 pub mod uffd;
 
 use std::collections::{HashMap, HashSet};
@@ -19,17 +19,18 @@ use clap::ValueEnum;
 use mce_relay::mca::Kind;
 use serde::{Deserialize, Serialize};
 
-pub use targets::{PageRange, random};
-pub(crate) use targets::{Target, targets};
-
-use crate::api::{Gpa, Poison, Poisoning, Status, VmInfo};
+use crate::api::types::{Gpa, Poison, Poisoning, Status, VmInfo};
 use crate::client::{self, ClientError};
 use crate::host::filter::{Filter, FilterError};
 use crate::host::memcg::{MemcgError, NoMemcg};
-use crate::host::{self, HostError, PageFlags, Pagemap, x86_injector};
+use crate::host::pagemap::Pagemap;
+use crate::host::{self, HostError, PageFlags, x86_injector};
 use crate::life::Life;
-use crate::show::counted;
-use frame::{FrameError, Frames};
+use crate::poison::frame::{FrameError, Frames};
+use crate::words::counted;
+
+pub use crate::poison::targets::{PageRange, random};
+pub(crate) use crate::poison::targets::{Target, targets};
 
 /// How long the kernel may take to mark the pages, after the last of them was asked for.
 const PATIENCE: Duration = Duration::from_secs(1);

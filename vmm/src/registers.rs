@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use serde::{Deserialize, Serialize};
 
-use crate::api::Gpa;
+use crate::api::types::Gpa;
 
 /// Bytes of a struct elf_prstatus for x86-64 (include/linux/elfcore.h).
 pub(crate) const PRSTATUS: usize = 336;

@@ -8,11 +8,13 @@ use mce_relay::Predicted;
 use mce_relay::ledger::State;
 use serde::Serialize;
 
-use crate::api::{self, Gpa, Retiring, Status, VmInfo};
+use crate::api;
+use crate::api::types::{self, Gpa, Retiring, Status, VmInfo};
 use crate::client::{self, ClientError};
 use crate::control::PauseReason;
 use crate::life::Life;
-use crate::poison::{PageRange, PoisonError, targets};
+use crate::poison::PoisonError;
+use crate::poison::targets::{PageRange, targets};
 
 /// How often the VM is asked how far it is.
 const LOOK: Duration = Duration::from_millis(50);
@@ -67,7 +69,7 @@ pub fn retire(
     let gpas: Vec<u64> = targets(&vm, ranges)?.into_iter().map(|target| target.gpa).collect();
     let mut asked: Vec<Retiring> = Vec::with_capacity(gpas.len());
     for some in gpas.chunks(api::MAX_PAGES) {
-        let body = api::Retire { gpas: some.iter().copied().map(Gpa).collect() };
+        let body = types::Retire { gpas: some.iter().copied().map(Gpa).collect() };
         let told = client::put_json::<Vec<Retiring>>(socket, "vm.retire", &body);
         asked.extend(told.map_err(|error| life.explain(error))?);
     }

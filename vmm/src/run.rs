@@ -14,28 +14,27 @@ use mce_relay::{
 };
 
 use crate::acpi::{AcpiError, Table};
-use crate::allocator;
-use crate::api::{Api, ApiError, Current, Running, VmInfo};
+use crate::api::server::{Api, ApiError};
+use crate::api::types::{Current, Running, VmInfo};
 use crate::boot::BootError;
 use crate::button::PowerButton;
 use crate::by_hand::Injector;
-use crate::cli::{ApiPath, LogPath, RunArgs, Serial, Switch};
+use crate::cli::run::{RunArgs, Serial, Switch};
+use crate::cli::values::{ApiPath, LogPath};
 use crate::config::{OnUndeliverable, SerialMode, VmConfig};
 use crate::control::{Change, ExitReason, Panic, PauseReason, StopCause, Undeliverable, VmControl};
 use crate::events::{self, Monitor, MonitorError, VmEvent};
 use crate::files::{self, Appended, LogFile};
 use crate::ghes::{self, Notify};
-use crate::host;
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE, RamBlock};
 use crate::names::{self, NameError, VmName};
-use crate::records;
 use crate::seccomp::{Filters, SeccompError, Thread};
 use crate::serial::{self, SerialLines};
-use crate::show;
 use crate::sockets::BindError;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
+use crate::{allocator, host, records, words};
 
 /// Why a guest could not be run.
 #[derive(Debug, thiserror::Error)]
@@ -139,7 +138,7 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     machine.outlets = Outlets::default();
     let (status, how) = match &ended {
         Ok(reason) => (exit_status(reason), reason.to_string()),
-        Err(error) => (1, show::with_causes(error)),
+        Err(error) => (1, words::with_causes(error)),
     };
     records::end(status, &how);
     monitor.emit(VmEvent::Ended { how, status });
@@ -698,7 +697,7 @@ impl VcpuHook for RelayHook {
         if let Err(error @ AccessError::NoMemory { .. }) = self.port.probe(access.gpa) {
             // Not poison, so there is nothing to tell the guest of; and nothing for it to go on with.
             let rip = vcpu.get_regs().map_or(0, |regs| regs.rip);
-            let what = format!("{} (RIP {rip:#x})", show::with_causes(&error));
+            let what = format!("{} (RIP {rip:#x})", words::with_causes(&error));
             return HookVerdict::Stop(ExitReason::KvmError { vcpu: self.index, what });
         }
         if !self.port.mmio_hit(access.gpa)

@@ -18,11 +18,11 @@ use libc::{_IO, _IOR, _IOW, _IOWR, Ioctl};
 use mce_relay::syscalls::{self, Call, HAND_ON, HANDLE, Is, RELAY, THREAD, VCPU};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
-use crate::terminal::deadly_signals;
+use crate::terminal::deadly::taken as deadly_signals;
 
-mod refused;
+pub mod refused;
 
-pub use refused::STATUS;
+pub use crate::seccomp::refused::STATUS;
 
 /// What is done about a system call that is on no list (`--seccomp`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

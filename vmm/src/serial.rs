@@ -7,42 +7,31 @@
 //! thread. It lives as long as the process. A [`SerialPort`] is a guest's UART on it, and is another one at each
 //! boot; whoever is connected to the line stays so.
 
-use std::{
-    fs::{File, OpenOptions},
-    io::{self, Read, Write},
-    os::{
-        fd::{AsRawFd, BorrowedFd, RawFd},
-        unix::{
-            fs::{FileTypeExt, OpenOptionsExt},
-            net::{UnixListener, UnixStream},
-        },
-    },
-    path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
-    },
-    thread::JoinHandle,
-    time::{Duration, Instant},
-};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use thiserror::Error;
 use vm_superio::Serial;
 
-use crate::{
-    config::SerialMode,
-    control::{ExitReason, StopCause, VmControl},
-    files::{self, Appended, LogFile},
-    seccomp::{self, Filters},
-    show::counted,
-    sockets::{self, BindError, BoundPath},
-    terminal::{self, Escape, Owner, RawMode},
-};
+use crate::config::SerialMode;
+use crate::control::{ExitReason, StopCause, VmControl};
+use crate::files::{self, Appended, LogFile};
+use crate::seccomp::{self, Filters};
+use crate::serial::link::{Events, Guest, Irq, Link, Output, Uart};
+use crate::sockets::{self, BindError, BoundPath};
+use crate::terminal::{self, Escape, Owner, RawMode};
+use crate::words::counted;
 
-mod link;
-
-use link::{Events, Guest, Irq, Link, Output, Uart};
+pub mod link;
 
 /// How much output waits for a reader, in bytes.
 pub const QUEUE_LEN: usize = 1 << 20;
@@ -769,7 +758,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let try_open = |mode| {
             let error = SerialLine::open(1, &mode, &Filters::default()).unwrap_err();
-            crate::show::with_causes(&error)
+            crate::words::with_causes(&error)
         };
         let absent = dir.path().join("no/such/dir");
         assert!(try_open(SerialMode::File(absent.clone().into())).contains("no/such/dir"));

@@ -14,17 +14,18 @@ use mce_relay::ledger::{State, Times};
 use mce_relay::{FoundBy, Pace, Page, Predicted};
 use serde::Serialize;
 
-use crate::api::{Status, VmInfo};
+use crate::api::types::{Status, VmInfo};
 use crate::by_hand::{ByHand, OnVcpu, Outcome};
 use crate::ghes::Notify;
-use crate::host::UnpoisonError;
-use crate::inject::Outlook;
+use crate::host::unpoison::UnpoisonError;
+use crate::inject::outlook::Outlook;
 use crate::map::Map;
 use crate::poison::{Burst, Means, NotPoisoned, PoisonError, Poisoned};
 use crate::records::Record;
 use crate::retire::Retired;
 use crate::screen;
 use crate::sheet::{Cell, Color, Sheet};
+use crate::words::{counted, with_causes};
 
 /// Of more pages than this, a burst is summed up instead of shown one by one.
 const MANY_PAGES: usize = 32;
@@ -64,28 +65,6 @@ pub fn print_beside(value: &(impl Serialize + Display), json: bool) -> ExitCode 
 /// Writes `bytes` to stdout as they are. A reader that goes away is no error.
 pub fn raw(bytes: &[u8]) -> ExitCode {
     output(|out| out.write_all(bytes))
-}
-
-/// An error and what caused it, on one line.
-pub fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let words = error.to_string();
-        // Some libraries' errors have their cause in their own words.
-        if !text.ends_with(&words) {
-            text.push_str(": ");
-            text.push_str(&words);
-        }
-        cause = error.source();
-    }
-    text
-}
-
-/// So many things of a kind, in words: `1 page`, `2 pages`.
-#[must_use]
-pub fn counted(count: u64, one: &str) -> String {
-    format!("{count} {one}{}", if count == 1 { "" } else { "s" })
 }
 
 /// An empty table for standard output.
@@ -639,7 +618,8 @@ mod tests {
     }
 
     fn shown(pages: Vec<Page>, pause_reason: Option<PauseReason>, terminal: bool) -> Vec<String> {
-        let vm = VmInfo { paused: pause_reason.is_some(), pause_reason, ..crate::api::an_info() };
+        let vm =
+            VmInfo { paused: pause_reason.is_some(), pause_reason, ..crate::api::types::an_info() };
         let mut out = Vec::new();
         let status = Status { vm, pages, predicted: Vec::new(), past: Vec::new() };
         write_status(&mut out, &status, terminal).unwrap();

@@ -17,9 +17,9 @@ use log::{debug, warn};
 use crate::files;
 use crate::peer::{self, Holder, Peer};
 
-mod for_handlers;
+pub mod for_handlers;
 
-pub use for_handlers::remove_all;
+pub use crate::sockets::for_handlers::remove_all;
 
 /// How long somebody else's lock is waited for. Each is held for a moment.
 const PATIENCE: Duration = Duration::from_secs(2);

@@ -1,21 +1,17 @@
 //! The user's terminal in raw mode, put back on every way out, and the escape to leave the VM.
 
-use std::{
-    io::{self, IsTerminal},
-    mem::MaybeUninit,
-    os::fd::{IntoRawFd, RawFd},
-    sync::{
-        Once, OnceLock,
-        atomic::{AtomicBool, AtomicI32, Ordering},
-    },
-    time::{Duration, Instant},
-};
+use std::io::{self, IsTerminal};
+use std::mem::MaybeUninit;
+use std::os::fd::{IntoRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Once, OnceLock};
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-mod deadly;
+pub mod deadly;
 
-pub use deadly::taken as deadly_signals;
+pub use crate::terminal::deadly::taken as deadly_signals;
 
 /// Ctrl-A, which begins an escape.
 const ESCAPE: u8 = 1;

@@ -4,26 +4,20 @@
 //! interrupts; the loop clears it first and looks at everything that a kick may be about after
 //! that, so a kick either comes before the look, or makes the next KVM_RUN return at once.
 
-use std::{
-    cell::Cell,
-    ptr,
-    sync::{
-        Arc, Once,
-        atomic::{Ordering, compiler_fence},
-    },
-};
+use std::cell::Cell;
+use std::ptr;
+use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::{Arc, Once};
 
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use log::warn;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
-use crate::{
-    control::{ExitReason, PauseReason, State, VmControl},
-    devices::{PortBus, PowerEvent},
-    memory::RamBlock,
-    registers::Registers,
-};
+use crate::control::{ExitReason, PauseReason, State, VmControl};
+use crate::devices::{PortBus, PowerEvent};
+use crate::memory::RamBlock;
+use crate::registers::Registers;
 
 /// The error type of hooks: anything with words.
 pub type HookError = Box<dyn std::error::Error + Send + Sync>;

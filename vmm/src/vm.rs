@@ -2,13 +2,11 @@
 //!
 //! A VM is used once. Starting the guest over means building another one, in the same process.
 
-use std::{
-    io,
-    ops::Range,
-    os::fd::{AsRawFd, IntoRawFd, RawFd},
-    os::unix::net::UnixStream,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
@@ -18,21 +16,19 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use thiserror::Error;
 
-use crate::{
-    acpi::{self, AcpiError, Table},
-    boot::{self, Boot, BootError, Entry, layout, regs},
-    check,
-    config::{ConfigError, MAX_CPUS, VmConfig},
-    control::{ExitReason, StopCause, VmControl},
-    cpuid::{self, CpuSpec, Vendor},
-    devices::{PortBus, UARTS},
-    files, hangup, last_resort,
-    memory::{GuestRam, MemoryError, RamBlock},
-    msr::{self, MsrError},
-    seccomp::Filters,
-    serial::{self, IrqLine, SerialLines, SerialPort},
-    vcpu::{HookError, NoHook, Ready, Vcpu, VcpuSetup, install_kick_handler},
-};
+use crate::acpi::{self, AcpiError, Table};
+use crate::boot::{self, Boot, BootError, Entry, layout, regs};
+use crate::check::dev_kvm;
+use crate::config::{ConfigError, MAX_CPUS, VmConfig};
+use crate::control::{ExitReason, StopCause, VmControl};
+use crate::cpuid::{self, CpuSpec, Vendor};
+use crate::devices::{PortBus, UARTS};
+use crate::memory::{GuestRam, MemoryError, RamBlock};
+use crate::msr::{self, MsrError};
+use crate::seccomp::Filters;
+use crate::serial::{self, IrqLine, SerialLines, SerialPort};
+use crate::vcpu::{HookError, NoHook, Ready, Vcpu, VcpuSetup, install_kick_handler};
+use crate::{files, hangup, last_resort};
 
 /// Where KVM is.
 const KVM_PATH: &str = "/dev/kvm";
@@ -52,10 +48,10 @@ pub enum VmError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// There is no KVM.
-    #[error("there is no {KVM_PATH} that works: {}", check::advice_now())]
+    #[error("there is no {KVM_PATH} that works: {}", dev_kvm::advice_now())]
     NoKvm,
     /// KVM is not ours to use.
-    #[error("no permission to open {KVM_PATH}: {}", check::advice_now())]
+    #[error("no permission to open {KVM_PATH}: {}", dev_kvm::advice_now())]
     KvmPermission,
     /// KVM could not be opened.
     #[error("cannot open {KVM_PATH}")]
@@ -544,19 +540,15 @@ fn wait_for_end(control: &VmControl) {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        path::Path,
-        sync::atomic::{AtomicU32, Ordering},
-        time::{Duration, Instant},
-    };
+    use std::path::Path;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::{
-        boot::tiny::elf,
-        config::{CpuVendor, MemoryZone, SerialMode},
-        control::{Parked, PauseReason, StopCause, Undeliverable},
-        vcpu::{HookVerdict, VcpuHook},
-    };
+    use crate::boot::tiny::elf;
+    use crate::config::{CpuVendor, MemoryZone, SerialMode};
+    use crate::control::{Parked, PauseReason, StopCause, Undeliverable};
+    use crate::vcpu::{HookVerdict, VcpuHook};
 
     /// mov dx, 0x600; mov al, S5 and SLP_EN; out dx, al; hlt.
     const POWER_OFF: [u8; 8] = [0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4];

@@ -4,7 +4,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use mce_relay::Event;
-use mce_relay_vmm::api::Status;
+use mce_relay_vmm::api::types::Status;
 use mce_relay_vmm::events::VmEvent;
 use mce_relay_vmm::follow::Timeline;
 use serde_json::{Value, json};

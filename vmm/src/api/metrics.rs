@@ -12,7 +12,7 @@ use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, GaugeVec, Opts, TextEncoder};
 
 use super::types::Running;
-use crate::events::Hub;
+use crate::events::hub::Hub;
 
 /// Names of the states, in the order of a page's way.
 const STATES: [&str; 6] =
@@ -159,7 +159,8 @@ mod tests {
     use mce_relay::mca::Kind;
 
     use super::*;
-    use crate::events::{VmEvent, What};
+    use crate::events::VmEvent;
+    use crate::events::hub::What;
 
     #[test]
     fn a_ledger_in_numbers() {

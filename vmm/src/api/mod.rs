@@ -27,16 +27,16 @@
 //! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy a part of it. Whoever
 //! is slow, or sends without end, holds up nobody else: `server` has the limits.
 
-mod metrics;
-mod routes;
-mod server;
-mod status;
-mod stream;
-mod types;
+pub mod metrics;
+pub mod routes;
+pub mod server;
+pub mod status;
+pub mod stream;
+pub mod types;
 
-pub use server::{Api, ApiError};
-pub use status::StatusPieces;
-pub use types::*;
+pub use crate::api::server::{Api, ApiError};
+pub use crate::api::status::StatusPieces;
+pub use crate::api::types::*;
 
 /// The most pages that one `vm.retire` or `vm.poison` may name.
 pub const MAX_PAGES: usize = 4096;

@@ -14,11 +14,11 @@ use super::{MAX_PAGES, MAX_READ, metrics};
 use crate::button::PressError;
 use crate::by_hand::Refusal;
 use crate::control::{ExitReason, Parked, StopCause, VmControl};
-use crate::events::Hub;
+use crate::events::hub::Hub;
 use crate::inject::Request as Inject;
 use crate::memory::PAGE_SIZE;
 use crate::poison::inside::{self, InsideError};
-use crate::show;
+use crate::words;
 
 /// How long an answer waits for the vCPUs to leave the guest. More than a vCPU may be held back by a
 /// machine check that other processors have to take part in (five seconds).
@@ -215,7 +215,7 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             not_too_many(&poison.gpas)?;
             match inside::poison(&running()?, &poison) {
                 Ok(pages) => Answer::json(200, &pages),
-                Err(error) => Answer::problem(status_of(&error), show::with_causes(&error)),
+                Err(error) => Answer::problem(status_of(&error), words::with_causes(&error)),
             }
         }
         Route::Inject => {
@@ -233,7 +233,7 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             match running.button.press(&running.control) {
                 Ok(()) => Answer::done(),
                 Err(error @ PressError::NoGuest) => Answer::problem(503, error.to_string()),
-                Err(error) => Answer::problem(409, show::with_causes(&error)),
+                Err(error) => Answer::problem(409, words::with_causes(&error)),
             }
         }
         Route::Reset => {
@@ -380,7 +380,7 @@ fn read_memory(relay: &Handle, query: &str, vm: &VmInfo) -> Answer {
             Answer::problem(404, format!("{error}; this guest has {}", vm.ram_in_words()))
         }
         Err(error @ AccessError::NoMemory { .. }) => {
-            Answer::problem(409, show::with_causes(&error))
+            Answer::problem(409, words::with_causes(&error))
         }
     }
 }

@@ -32,7 +32,8 @@ use super::routes::{self, Answer, Asked, JSON, Route};
 use super::status::StatusPieces;
 use super::stream::Shared;
 use super::types::Current;
-use crate::events::{Follower, Hub, Next, line_of};
+use crate::events::hub::{Follower, Hub, Next};
+use crate::events::line_of;
 use crate::seccomp::{Filters, Thread};
 use crate::sockets::{self, BindError, BoundPath};
 
@@ -393,10 +394,11 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::api::VmInfo;
+    use crate::api::types::VmInfo;
     use crate::client;
+    use crate::events::VmEvent;
     use crate::events::hub::KEPT;
-    use crate::events::{VmEvent, What};
+    use crate::events::hub::What;
 
     const FOLLOW: &str = "GET /api/v1/relay.events?follow=true HTTP/1.1\r\nHost: x\r\n\r\n";
 

@@ -3,10 +3,8 @@
 use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::ByteValued;
 
-use super::{
-    BootError, Initramfs,
-    layout::{CMDLINE, MapEntry, PVH_INFO},
-};
+use super::layout::{CMDLINE, MapEntry, PVH_INFO};
+use super::{BootError, Initramfs};
 use crate::memory::GuestRam;
 
 /// "xEn3" with bit 7 of the first letter set (Xen's public/arch-x86/hvm/start_info.h).
@@ -62,11 +60,9 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::{
-        boot::layout::{self, memory_map},
-        config::MemoryZone,
-        memory::GuestRam,
-    };
+    use crate::boot::layout::{self, memory_map};
+    use crate::config::MemoryZone;
+    use crate::memory::GuestRam;
 
     #[test]
     fn start_info_leads_to_map_and_module() {

@@ -4,10 +4,8 @@ use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 
-use super::{
-    BootError, Entry,
-    layout::{GDT, PAGE_TABLES, PVH_INFO, ZERO_PAGE},
-};
+use super::layout::{GDT, PAGE_TABLES, PVH_INFO, ZERO_PAGE};
+use super::{BootError, Entry};
 use crate::memory::GuestRam;
 
 /// CR0.PE: protected mode.

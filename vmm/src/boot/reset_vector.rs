@@ -3,7 +3,8 @@
 //! On a hardware-reduced platform Linux asks EFI for a reboot before it asks ACPI, and without EFI
 //! it goes straight to real mode and jumps to the firmware. Here it finds this.
 
-use super::{BootError, layout::RESET_VECTOR};
+use super::BootError;
+use super::layout::RESET_VECTOR;
 use crate::devices::{RESET_PORT, RESET_VALUE};
 use crate::memory::GuestRam;
 

@@ -3,10 +3,8 @@
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::ByteValued;
 
-use super::{
-    BootError, Initramfs,
-    layout::{CMDLINE, MapEntry, ZERO_PAGE},
-};
+use super::layout::{CMDLINE, MapEntry, ZERO_PAGE};
+use super::{BootError, Initramfs};
 use crate::memory::GuestRam;
 
 /// "This boot loader has no number assigned".
@@ -67,11 +65,9 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     use super::*;
-    use crate::{
-        boot::layout::{self, memory_map},
-        config::MemoryZone,
-        memory::GuestRam,
-    };
+    use crate::boot::layout::{self, memory_map};
+    use crate::config::MemoryZone;
+    use crate::memory::GuestRam;
 
     #[test]
     fn kernel_header_is_kept_and_completed() {

@@ -6,7 +6,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::iter::successors;
 
-use crate::show::with_causes;
+use crate::words::with_causes;
 
 /// Where debugfs belongs.
 pub(super) const DEBUGFS: &str = "/sys/kernel/debug";

@@ -7,11 +7,10 @@ use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::{Cap, Kvm};
 use mce_relay::mca::{BANKS, cap};
 
-use super::dev_kvm;
 use super::gap::{Found, Gap};
-use super::{Section, Standing};
+use super::{Section, Standing, dev_kvm};
 use crate::mce_inject::{self, MceError};
-use crate::show::with_causes;
+use crate::words::with_causes;
 
 const CPUINFO: &str = "/proc/cpuinfo";
 

@@ -3,23 +3,24 @@
 //! Everything is looked at, or tried where nothing comes of it: no memory is poisoned, no module
 //! loaded, nothing mounted and no setting changed. Each group of lines has a module of its own.
 
-mod dev_kvm;
-mod failure;
-mod finding;
-mod gap;
-mod kvm;
-mod memory;
-mod poisoning;
-mod privileges;
+pub mod dev_kvm;
+pub mod failure;
+pub mod finding;
+pub mod gap;
+pub mod kvm;
+pub mod memory;
+pub mod poisoning;
+pub mod privileges;
 
 use std::borrow::Cow;
 
 use serde::Serialize;
 
+use crate::check::gap::{AS_ROOT, Found, Gap};
 use crate::sheet::{Cell, Color};
 use crate::show;
-pub use dev_kvm::advice_now;
-use gap::{AS_ROOT, Found, Gap};
+
+pub use crate::check::dev_kvm::advice_now;
 
 /// How a thing stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -1,8 +1,8 @@
 //! The command line. Its forms are Cloud Hypervisor's, since its users are ours.
 
-mod poison;
-mod run;
-mod values;
+pub mod poison;
+pub mod run;
+pub mod values;
 
 use std::path::PathBuf;
 
@@ -11,15 +11,15 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use mce_relay::AoChannel;
 
-pub use poison::{KindArg, MemcgArg, PoisonArgs};
-pub use run::{AoPace, Cpus, Kill, Memory, RunArgs, Serial, Switch, VendorArg};
-use values::parse_seconds;
-pub use values::{ApiPath, Frames, LogPath, parse_number};
-
-use crate::inject::{McgStatusArg, StatusArg};
+use crate::cli::values::parse_seconds;
+use crate::inject::bits::{McgStatusArg, StatusArg};
 use crate::names::{self, NameError, Which};
-use crate::poison::PageRange;
+use crate::poison::targets::PageRange;
 use crate::records::Record;
+
+pub use crate::cli::poison::{KindArg, MemcgArg, PoisonArgs};
+pub use crate::cli::run::{AoPace, Cpus, Kill, Memory, RunArgs, Serial, Switch, VendorArg};
+pub use crate::cli::values::{ApiPath, Frames, LogPath, parse_number};
 
 /// Runs Linux guests on KVM and tells them of the host's memory errors.
 ///

@@ -7,10 +7,11 @@ use clap::error::ErrorKind;
 use clap::{Args, ValueEnum};
 use mce_relay::mca::Kind;
 
-use super::values::{parse_count, parse_seed};
-use super::{ApiPath, VmArg, wrong};
+use super::values::{ApiPath, parse_count, parse_seed};
+use super::{VmArg, wrong};
 use crate::host::flags::FlagsFilter;
-use crate::poison::{Means, PageRange};
+use crate::poison::Means;
+use crate::poison::targets::PageRange;
 
 /// Which pages are to go bad, and how.
 #[derive(Debug, Args)]
@@ -187,8 +188,8 @@ impl FromStr for DevArg {
 mod tests {
     use clap::Parser;
 
-    use super::super::{Cli, Command};
     use super::*;
+    use crate::cli::{Cli, Command};
 
     fn parse(more: &[&str]) -> Result<Box<PoisonArgs>, clap::Error> {
         let line = ["mce-relay", "poison", "--api-socket", "/x"].iter().chain(more).copied();

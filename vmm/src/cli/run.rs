@@ -6,8 +6,7 @@ use std::str::FromStr;
 use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 
-use super::values::log_file;
-use super::{ApiPath, LogPath, parse_number};
+use super::values::{ApiPath, LogPath, log_file, parse_number};
 use crate::config::{CpuVendor, MemoryZone, OnUndeliverable, PageSize, SerialMode};
 use crate::names::VmName;
 use crate::seccomp::Mode;
@@ -363,8 +362,8 @@ impl std::fmt::Display for AoPace {
 mod tests {
     use clap::Parser;
 
-    use super::super::{Cli, Command};
     use super::*;
+    use crate::cli::{Cli, Command};
     use crate::files::LogFile;
 
     fn parse(more: &[&str]) -> Result<Box<RunArgs>, clap::Error> {

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use crate::files::LogFile;
 use crate::number;
-use crate::poison::PageRange;
+use crate::poison::targets::PageRange;
 
 /// `path=PATH` or `PATH`.
 #[derive(Debug, Clone, PartialEq, Eq)]

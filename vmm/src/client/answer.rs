@@ -16,7 +16,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::ClientError;
 use super::patience::{Patience, Watch};
-use crate::show::with_causes;
+use crate::words::with_causes;
 
 /// What an answer's head may have, in bytes; its body comes in pieces of that size at most.
 const MAX_BUFFER: usize = 64 << 10;

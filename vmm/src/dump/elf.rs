@@ -21,7 +21,7 @@ use object::pod::bytes_of;
 use super::note::{self, NAME_CORE, NAME_OWN, NAME_VMCOREINFO};
 use super::ram::{Ram, subtract};
 use super::vmcoreinfo::Kernel;
-use crate::api::Extent;
+use crate::api::types::Extent;
 use crate::memory::PAGE_SIZE;
 use crate::registers::Registers;
 
@@ -230,8 +230,8 @@ fn section(name: u32, kind: SectionType, offset: u64, len: u64) -> SectionHeader
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing;
     use super::*;
+    use crate::dump::testing;
 
     fn lost(pages: impl IntoIterator<Item = u64>) -> Vec<Lost> {
         let mut lost: Vec<Lost> = Vec::new();

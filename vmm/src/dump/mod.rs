@@ -10,17 +10,17 @@
 //! in JSON, is written beside it when all else is done. A file whose writing was ended by force (kill -9, a
 //! crash of the host) shows it: a core has no ELF header then, a raw image no account.
 
-mod account;
-mod elf;
-mod error;
-mod file;
-mod interrupt;
-mod note;
-mod ram;
-mod stretch;
-mod sweep;
-mod vm;
-mod vmcoreinfo;
+pub mod account;
+pub mod elf;
+pub mod error;
+pub mod file;
+pub mod interrupt;
+pub mod note;
+pub mod ram;
+pub mod stretch;
+pub mod sweep;
+pub mod vm;
+pub mod vmcoreinfo;
 
 #[cfg(test)]
 mod testing;
@@ -33,16 +33,16 @@ use std::path::Path;
 
 use serde::Serialize;
 
-pub use account::Dumped;
-pub use error::DumpError;
-pub use stretch::{Stretch, check_raw, read};
-pub use vmcoreinfo::Kernel;
+use crate::dump::account::list_of;
+use crate::dump::elf::Layout;
+use crate::dump::file::{Stream, Unfinished};
+use crate::dump::ram::{len_of, subtract};
+use crate::dump::sweep::{Found, Job, Steps};
 
-use account::list_of;
-use elf::Layout;
-use file::{Stream, Unfinished};
-use ram::{len_of, subtract};
-use sweep::{Found, Job, Steps};
+pub use crate::dump::account::Dumped;
+pub use crate::dump::error::DumpError;
+pub use crate::dump::stretch::{Stretch, check_raw, read};
+pub use crate::dump::vmcoreinfo::Kernel;
 
 /// What a dump is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

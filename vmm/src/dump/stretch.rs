@@ -9,7 +9,8 @@ use serde::{Serialize, Serializer};
 
 use super::error::DumpError;
 use super::vm::{Piece, Vm};
-use crate::api::{Gpa, MAX_READ};
+use crate::api::MAX_READ;
+use crate::api::types::Gpa;
 
 /// The bytes on one line of a hexdump.
 const LINE: usize = 16;

@@ -10,7 +10,8 @@ use super::interrupt::Interrupt;
 use super::ram::{Ram, add};
 use super::vm::{Piece, Vm};
 use super::vmcoreinfo::Finder;
-use crate::api::{Extent, MAX_READ, VmInfo};
+use crate::api::MAX_READ;
+use crate::api::types::{Extent, VmInfo};
 use crate::memory::PAGE_SIZE;
 use crate::registers::Registers;
 

@@ -10,8 +10,8 @@ use object::read::elf::{FileHeader, NoteIterator, ProgramHeader, SectionHeader};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::api::{MemoryBlock, VmInfo, an_info};
-use crate::cli::parse_number;
+use crate::api::types::{MemoryBlock, VmInfo, an_info};
+use crate::cli::values::parse_number;
 use crate::memory::PAGE_SIZE;
 
 /// An answer: its status and its body.

@@ -10,7 +10,7 @@ use super::account::size;
 use super::file::PAGE;
 use super::testing::{Said, answer, info, refused, serve};
 use super::*;
-use crate::api::Extent;
+use crate::api::types::Extent;
 use crate::memory::PAGE_SIZE;
 use crate::registers::tests::at;
 
@@ -367,7 +367,7 @@ fn half_a_stream_is_said() {
     assert!(matches!(error, DumpError::WriteStream(_)), "nothing was written: {error}");
     let error =
         dump(&socket, Form::Raw, Target::Stream(&mut Full(0x2100)), &mut |_, _| {}).unwrap_err();
-    let words = crate::show::with_causes(&error);
+    let words = crate::words::with_causes(&error);
     assert!(
         words.contains("not a complete dump: cannot write to stdout") && words.contains("bytes"),
         "{words}"

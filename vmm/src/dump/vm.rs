@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::error::DumpError;
-use crate::api::{Extent, VmInfo};
+use crate::api::types::{Extent, VmInfo};
 use crate::client::{self, ClientError};
 use crate::life::Life;
 use crate::registers::Registers;

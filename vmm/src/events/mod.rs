@@ -7,7 +7,7 @@
 
 pub mod counts;
 pub mod hub;
-mod written;
+pub mod written;
 
 use std::io;
 use std::path::PathBuf;
@@ -23,8 +23,9 @@ use serde_json::{Value, json};
 use crate::control::{Panic, PauseReason};
 use crate::files::{Appended, LogFile};
 use crate::seccomp::{Filters, Thread};
-use crate::show::counted;
-pub use hub::{Entry, Follower, Hub, Next, What};
+use crate::words::counted;
+
+pub use crate::events::hub::{Entry, Follower, Hub, Next, What};
 
 /// Why events cannot be written down.
 #[derive(Debug, thiserror::Error)]

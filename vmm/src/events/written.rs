@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::{Follower, Next, line_of};
+use super::hub::{Follower, Next};
+use super::line_of;
 use crate::files::{Appended, RETRY};
 
 /// About how much is written in one piece, in bytes.

@@ -7,7 +7,7 @@ pub mod filter;
 pub mod flags;
 pub mod memcg;
 pub mod pagemap;
-mod unpoison;
+pub mod unpoison;
 pub mod x86_injector;
 
 use std::fs::{File, OpenOptions};
@@ -15,8 +15,8 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-pub use pagemap::Pagemap;
-pub use unpoison::{UnpoisonError, unpoison};
+pub use crate::host::pagemap::Pagemap;
+pub use crate::host::unpoison::{UnpoisonError, unpoison};
 
 /// Where hwpoison-inject takes page frame numbers.
 pub const CORRUPT_PFN: &str = "/sys/kernel/debug/hwpoison/corrupt-pfn";

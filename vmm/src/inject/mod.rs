@@ -1,13 +1,13 @@
 //! A machine check by hand, and what would come of it. No I/O here.
 
-mod bits;
-mod outlook;
+pub mod bits;
+pub mod outlook;
 
 use mce_relay::mca::{self, BYSTANDER_BANKS, Record, status};
 use serde::{Deserialize, Deserializer, Serialize};
 
-pub use bits::{McgStatusArg, StatusArg, mcg_status_words, status_words};
-pub use outlook::{Guest, Kvm, Outlook, outlook};
+pub use crate::inject::bits::{McgStatusArg, StatusArg, mcg_status_words, status_words};
+pub use crate::inject::outlook::{Guest, Kvm, Outlook, outlook};
 
 /// A machine check by hand. All values as KVM_X86_SET_MCE takes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

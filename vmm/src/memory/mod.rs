@@ -3,10 +3,10 @@
 //! It outlives a boot. When the guest starts over its RAM is made good again in place ([`GuestRam::renew`]), so
 //! that addresses and file descriptors stay what they were.
 
-mod backing;
-mod extents;
-mod pool;
-mod renew;
+pub mod backing;
+pub mod extents;
+pub mod pool;
+pub mod renew;
 
 use std::fs::File;
 use std::io;
@@ -24,8 +24,9 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::config::MemoryZone;
 use crate::host::PageFlags;
-use backing::Backing;
-pub use renew::Renewed;
+use crate::memory::backing::Backing;
+
+pub use crate::memory::renew::Renewed;
 
 /// RAM is a whole number of these.
 pub const PAGE_SIZE: u64 = 4096;

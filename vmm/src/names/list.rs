@@ -1,22 +1,21 @@
 //! `mce-relay list`: which VMs run, and how they stand.
 
-use std::fmt;
-use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fmt, fs};
 
 use serde::Serialize;
 
 use super::{dir, ended, others, sockets};
-use crate::api::{Ping, VmInfo};
+use crate::api::types::{Ping, VmInfo};
 use crate::client::{self, ClientError};
 use crate::control::Panic;
 use crate::host::accounts;
 use crate::peer::Peer;
 use crate::records::Record;
 use crate::sheet::Cell;
-use crate::show;
+use crate::{show, words};
 
 /// So long is waited for the answers. All VMs are asked at the same time.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -85,7 +84,7 @@ impl Listed {
                     None,
                     None,
                     "not answering".to_owned(),
-                    Some(show::with_causes(&error)),
+                    Some(words::with_causes(&error)),
                 ),
             };
         let pid = (pid != 0).then_some(pid);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::{Means, Poisoned};
-use crate::api::VmInfo;
+use crate::api::types::VmInfo;
 
 const PAGE_SIZE: u64 = 4096;
 
@@ -130,7 +130,7 @@ fn bad(via: Means, pages: &[Poisoned]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{Extent, an_info};
+    use crate::api::types::{Extent, an_info};
 
     const HUGE: u64 = 2 << 20;
 

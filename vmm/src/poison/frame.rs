@@ -9,8 +9,8 @@ use crate::host::flags::{
     ANON, BUDDY, HUGE, HWPOISON, KSM, MMAP, NOPAGE, OFFLINE, PGTABLE, RESERVED, SLAB, THP,
     ZERO_PAGE,
 };
-use crate::host::pagemap::Entry;
-use crate::host::{HostError, PageCounts, PageFlags, Pagemap};
+use crate::host::pagemap::{Entry, Pagemap};
+use crate::host::{HostError, PageCounts, PageFlags};
 
 const PAGE_SHIFT: u32 = 12;
 /// How often a page may move while it is looked at.

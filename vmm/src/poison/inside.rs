@@ -7,7 +7,7 @@ use mce_relay::mca::Kind;
 
 use super::Means;
 use super::uffd::Uffd;
-use crate::api::{Gpa, MemoryBlock, Poison, Poisoning, Running};
+use crate::api::types::{Gpa, MemoryBlock, Poison, Poisoning, Running};
 use crate::control::{Hold, Parked};
 use crate::memory::PAGE_SIZE;
 

@@ -3,19 +3,19 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{io, ptr};
 
 use libc::{c_int, c_void, siginfo_t};
 use signal_hook::SigId;
 use vmm_sys_util::signal::register_signal_handler;
 
-use super::{Asked, FilterChoice, Looked, Means, Order, PoisonError, Target, Until, untried};
-use crate::api::VmInfo;
+use super::targets::Target;
+use super::{Asked, FilterChoice, Looked, Means, Order, PoisonError, Until, untried};
+use crate::api::types::VmInfo;
 use crate::hangup;
 use crate::host::Injector;
 use crate::host::filter::{self, Filter, FilterInForce};
@@ -216,7 +216,7 @@ impl Poisoner {
         let error = filter.restore().err()?;
         Some(format!(
             "the filter that was in force before is not: {}",
-            crate::show::with_causes(&error)
+            crate::words::with_causes(&error)
         ))
     }
 }

@@ -5,10 +5,9 @@ use std::path::Path;
 
 use super::frame::Frames;
 use super::{Means, PoisonError};
-use crate::api::{Extent, MemoryBlock, Status, VmInfo};
+use crate::api::types::{Extent, MemoryBlock, Status, VmInfo};
 use crate::client;
-use crate::host::Pagemap;
-use crate::host::pagemap::Entry;
+use crate::host::pagemap::{Entry, Pagemap};
 
 const PAGE_SHIFT: u32 = 12;
 
@@ -186,7 +185,7 @@ mod tests {
     fn vm() -> VmInfo {
         VmInfo {
             memory: vec![block(0, 0x7000_0000, 0), block(0x20000, 0x8000_0000, 0x10000)],
-            ..crate::api::an_info()
+            ..crate::api::types::an_info()
         }
     }
 
