@@ -8,7 +8,7 @@ use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::pty::{Pty, Started, shown};
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_tests::tiny::{elf, takes_machine_checks};
-use mce_relay_vmm::api::types::VmInfo;
+use mce_relay_vmm::api::types::vm::VmInfo;
 use mce_relay_vmm::client;
 use tempfile::TempDir;
 

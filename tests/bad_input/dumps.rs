@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_tests::tiny::ENTRY;
+use mce_relay_vmm::api::types::registers::Registers;
 use mce_relay_vmm::client;
-use mce_relay_vmm::registers::Registers;
 
 use crate::refused;
 use crate::terminal::Terminal;

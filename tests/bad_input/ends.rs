@@ -12,9 +12,10 @@ use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{SPIN, Stray, library, stray};
 use mce_relay_tests::left::{AGAIN, Place, RESET, Running, WAIT, say};
 use mce_relay_tests::spinning::Nobody;
-use mce_relay_vmm::api::types::{Gpa, Poison, Poisoning, Status, VmInfo};
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use mce_relay_vmm::client;
-use mce_relay_vmm::poison::Means;
 use serde_json::Value;
 
 use crate::refused;

@@ -16,9 +16,10 @@ use mce_relay_tests::hooked::library;
 use mce_relay_tests::lab;
 use mce_relay_tests::left::{Place, Running};
 use mce_relay_tests::tiny::{POWER_OFF, elf};
-use mce_relay_vmm::api::types::{Gpa, Poison, Poisoning, Status, VmInfo};
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use mce_relay_vmm::client;
-use mce_relay_vmm::poison::Means;
 use serde_json::Value;
 use tempfile::TempDir;
 

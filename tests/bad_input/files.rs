@@ -14,10 +14,10 @@ use mce_relay_tests::guest::image;
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::left::{AGAIN, Place, RESET, Running, WAIT, say};
 use mce_relay_tests::tiny::POWER_OFF;
-use mce_relay_vmm::api::types::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
 use mce_relay_vmm::client;
 use mce_relay_vmm::events::hub::KEPT;
-use mce_relay_vmm::poison::Means;
 use serde_json::Value;
 
 use crate::refused;
@@ -223,7 +223,8 @@ pub fn a_terminal_that_goes_ends_it() {
             command.stdin(slave()).stdout(slave()).stderr(slave());
         });
         let start = Instant::now();
-        let runs = || client::get::<mce_relay_vmm::api::types::VmInfo>(&ready, "vm.info").is_ok();
+        let runs =
+            || client::get::<mce_relay_vmm::api::types::vm::VmInfo>(&ready, "vm.info").is_ok();
         while !runs() || (serial == "tty" && terminal.modes() == before) {
             assert!(start.elapsed() < Duration::from_secs(30), "it does not run");
             std::thread::sleep(Duration::from_millis(5));

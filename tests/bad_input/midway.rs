@@ -5,9 +5,10 @@ use std::process::Stdio;
 
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::left::{Place, Running};
-use mce_relay_vmm::api::types::{Gpa, Poison, Poisoning, Status};
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::vm::Status;
 use mce_relay_vmm::client;
-use mce_relay_vmm::poison::Means;
 use serde_json::Value;
 
 const PAGES: usize = 65536;

@@ -13,12 +13,12 @@ use mce_relay::mca::{Form, Kind, Vendor};
 use mce_relay::{AoChannel, Event, FoundBy, KillPolicy, Pace, Page, Predicted};
 use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_vmm::api::types::{Extent, MemoryBlock, Status, VmInfo};
-use mce_relay_vmm::config::OnUndeliverable;
-use mce_relay_vmm::control::{Panic, PauseReason, Undeliverable};
+use mce_relay_vmm::api::types::pause::{Panic, PauseReason, Undeliverable};
+use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
+use mce_relay_vmm::api::types::vm::{Extent, MemoryBlock, Status, VmInfo};
+use mce_relay_vmm::api::types::vm_event::VmEvent;
 use mce_relay_vmm::events::hub::{Entry, Next, What};
-use mce_relay_vmm::events::{VmEvent, line_of};
-use mce_relay_vmm::ghes::Notify;
+use mce_relay_vmm::events::line_of;
 use serde_json::{Map, Value, json};
 
 const GPA: u64 = 0x1_2345_6000;

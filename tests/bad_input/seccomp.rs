@@ -7,7 +7,7 @@ use std::process::{Command, ExitStatus};
 use mce_relay::syscalls::{Call, HAND_ON, HANDLE, Is, RELAY, THREAD, VCPU};
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{Hooked, Stray};
-use mce_relay_vmm::api::types::VmInfo;
+use mce_relay_vmm::api::types::vm::VmInfo;
 use mce_relay_vmm::client;
 
 /// KVM_CREATE_VM, include/uapi/linux/kvm.h.

@@ -5,9 +5,9 @@ use std::thread;
 
 use mce_relay::mca::Kind;
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_vmm::api::types::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
 use mce_relay_vmm::client;
-use mce_relay_vmm::poison::Means;
 
 /// Pages that each of those who mark marks, one request for each.
 const PAGES: u64 = 60;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use mce_relay_tests::tiny::elf;
-use mce_relay_vmm::api::types::{Status, VmInfo};
+use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use mce_relay_vmm::cli::{Cli, Command};
 use mce_relay_vmm::{client, run};
 use serde_json::Value;

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use mce_relay_tests::agent::{PATIENCE, hex};
 use mce_relay_tests::guest::{Guest, Options};
-use mce_relay_vmm::host::{self, Injector, unpoison};
+use mce_relay_vmm::host::{self, Injector};
 use serde_json::Value;
 
 const KINDS: &[&str] = &["anon", "mlocked", "file-clean", "file-dirty", "shared", "thp", "hugetlb"];
@@ -241,7 +241,7 @@ impl Drop for BareMetal {
         // The lab is thrown away; a host of somebody's own is not.
         if std::env::var("MCE_RELAY_NATIVE").is_ok_and(|value| value == "1") {
             for pfn in &self.poisoned {
-                if let Err(error) = unpoison::unpoison(*pfn) {
+                if let Err(error) = host::unpoison::unpoison(*pfn) {
                     println!("== Host pfn {pfn:#x} stays out of use: {error}");
                 }
             }

@@ -11,7 +11,6 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mce_relay_vmm::host;
 use mce_relay_vmm::host::pagemap::{self, Entry};
 
 /// Whether this runs in the lab (or on a host that was given over to it by MCE_RELAY_NATIVE=1).

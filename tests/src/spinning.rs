@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use mce_relay_vmm::api::types::{Status, VmInfo};
+use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use mce_relay_vmm::client;
 use tempfile::TempDir;
 

@@ -5,7 +5,8 @@ use std::sync::{Arc, Weak};
 
 use kvm_ioctls::VmFd;
 
-use crate::control::{Panic, VmControl};
+use crate::api::types::pause::Panic;
+use crate::control::VmControl;
 use crate::ghes;
 
 /// The interrupt by which ACPI's events come: a line that no device of a PC's has for itself. An edge.

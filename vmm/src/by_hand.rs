@@ -11,87 +11,17 @@ use std::time::Duration;
 
 use mce_relay::Mca;
 use mce_relay::mca::{Caps, McaState, Record, status};
-use serde::{Deserialize, Serialize};
 
-use crate::control::{PauseReason, VmControl};
-use crate::inject::outlook::{self, Outlook};
-use crate::inject::{self, Request, bits};
+use crate::api::types::manual_mce::{ByHand, OnVcpu, Outcome, Outlook, Request};
+use crate::api::types::pause::PauseReason;
+use crate::control::VmControl;
+use crate::inject;
 
 /// How long a vCPU may take to come round.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// How often it is looked whether the VM was paused meanwhile.
 const LOOK: Duration = Duration::from_millis(100);
-
-/// What came of a machine check by hand.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ByHand {
-    /// What KVM and a Linux guest would make of it, as the vCPUs stood.
-    pub outlook: Outlook,
-    /// What was done on each vCPU; empty when nothing was to be done.
-    pub done: Vec<OnVcpu>,
-}
-
-/// What was done on one vCPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OnVcpu {
-    /// Its index.
-    pub vcpu: u8,
-    /// The bank.
-    pub bank: u8,
-    /// What came of it.
-    #[serde(flatten)]
-    pub outcome: Outcome,
-}
-
-/// What came of a record on one vCPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "outcome")]
-pub enum Outcome {
-    /// The bank holds it.
-    Injected {
-        /// MCi_STATUS as read back.
-        #[serde(with = "mce_relay::event::hex")]
-        status: u64,
-        /// MCG_STATUS as read back.
-        #[serde(with = "mce_relay::event::hex")]
-        mcg_status: u64,
-    },
-    /// KVM took the call, and the bank holds something else.
-    NotThere {
-        /// MCi_STATUS as read back.
-        #[serde(with = "mce_relay::event::hex")]
-        status: u64,
-        /// MCG_STATUS as read back.
-        #[serde(with = "mce_relay::event::hex")]
-        mcg_status: u64,
-    },
-    /// Nothing was tried.
-    Skipped {
-        /// Why.
-        why: String,
-    },
-}
-
-impl std::fmt::Display for OnVcpu {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { vcpu, bank, outcome } = self;
-        match outcome {
-            Outcome::Injected { status, mcg_status } => write!(
-                f,
-                "injected: vCPU {vcpu}, bank {bank}: {} ({status:#018x}), MCG_STATUS {} ({mcg_status:#x})",
-                bits::status_words(*status),
-                bits::mcg_status_words(*mcg_status)
-            ),
-            Outcome::NotThere { status, mcg_status } => write!(
-                f,
-                "NOT injected: vCPU {vcpu}: KVM took the call, but bank {bank} holds {status:#018x} \
-                 and MCG_STATUS is {mcg_status:#x}"
-            ),
-            Outcome::Skipped { why } => write!(f, "skipped: vCPU {vcpu}: {why}"),
-        }
-    }
-}
 
 /// Why nothing was injected.
 #[derive(Debug, thiserror::Error)]
@@ -189,7 +119,7 @@ impl Injector {
                 Done::Injected(_) => Err(Refusal::Late { vcpu }),
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let outlook = outlook::outlook(request, caps, &states);
+        let outlook = inject::outlook::outlook(request, caps, &states);
         if request.dry_run {
             return Ok(ByHand { outlook, done: Vec::new() });
         }
@@ -277,7 +207,7 @@ impl Injector {
         if vcpu == request.vcpu {
             let mut states = states.clone();
             states[usize::from(vcpu)] = state;
-            let outlook = outlook::outlook(request, &self.0.caps, &states);
+            let outlook = inject::outlook::outlook(request, &self.0.caps, &states);
             if outlook.lethal && !request.force {
                 return Err(Refusal::Lethal(outlook));
             }

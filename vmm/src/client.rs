@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
+use crate::api::types::vm::{Ping, Status, VmInfo};
 use crate::client::answer::{Answer, Asked};
 use crate::client::patience::Patience;
 use crate::peer::Peer;
@@ -236,6 +237,24 @@ fn broken(socket: &Path, source: io::Error) -> ClientError {
         .unwrap_or_else(|source| ClientError::Talk { path: socket.to_owned(), source })
 }
 
+impl OfProcess for VmInfo {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+}
+
+impl OfProcess for Status {
+    fn pid(&self) -> u32 {
+        self.vm.pid
+    }
+}
+
+impl OfProcess for Ping {
+    fn pid(&self) -> u32 {
+        self.pid
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;
@@ -272,7 +291,7 @@ mod tests {
         for (pid, believed) in [(own, true), (1, false), (0, false)] {
             let body = format!(r#"{{"version":"","pid":{pid},"name":null}}"#);
             let told = answered(body.as_bytes(), body.len(), |path| {
-                get_of_process::<crate::api::types::Ping>(path, "vmm.ping")
+                get_of_process::<Ping>(path, "vmm.ping")
             });
             match told {
                 Ok(ping) => assert!(believed && ping.pid == own),

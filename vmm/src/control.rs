@@ -2,22 +2,16 @@
 //!
 //! A handle is cheap to clone and outlives its VM, after whose end everything is a no-op.
 
-use std::{
-    fmt, io,
-    sync::{
-        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicU8, Ordering},
-    },
-    time::Duration,
-};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+use std::{fmt, io};
 
-use serde::{Deserialize, Serialize};
-use vmm_sys_util::{
-    eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd},
-    signal::SIGRTMIN,
-};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::signal::SIGRTMIN;
 
-use crate::registers::Registers;
+use crate::api::types::pause::{Panic, PauseReason, Undeliverable};
+use crate::api::types::registers::Registers;
 
 /// Who stopped a VM from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,74 +34,6 @@ impl fmt::Display for StopCause {
             Self::Console => f.write_str("Ctrl-A x on the terminal"),
             Self::Request(why) => f.write_str(why),
         }
-    }
-}
-
-/// A vCPU touched a bad page, and the guest cannot be told.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Undeliverable {
-    /// The vCPU's index.
-    pub vcpu: u8,
-    /// Guest-physical address of the page.
-    #[serde(with = "mce_relay::event::hex")]
-    pub gpa: u64,
-    /// Why the guest cannot be told.
-    pub why: String,
-    /// Where the vCPU was: its RIP, if it is known.
-    #[serde(with = "mce_relay::event::hex_option")]
-    pub rip: Option<u64>,
-}
-
-impl fmt::Display for Undeliverable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { vcpu, gpa, why, rip } = self;
-        write!(f, "vCPU {vcpu} touched the bad page at {gpa:#x} ")?;
-        match rip {
-            Some(rip) => write!(f, "(RIP {rip:#x})")?,
-            None => f.write_str("(RIP unknown)")?,
-        }
-        write!(f, " and cannot be told: {why}")
-    }
-}
-
-/// Why a VM is paused.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "reason")]
-pub enum PauseReason {
-    /// Asked for from outside.
-    Request,
-    /// Pages are being marked as bad, which the guest must not see half done. It is over in a moment.
-    Marking,
-    /// The user's policy for what cannot be told.
-    Undeliverable(Undeliverable),
-}
-
-impl fmt::Display for PauseReason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Request => f.write_str("on request"),
-            Self::Marking => f.write_str("while pages are marked as bad"),
-            Self::Undeliverable(what) => what.fmt(f),
-        }
-    }
-}
-
-/// What a guest's kernel says of its own end, by the device for that (pvpanic).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Panic {
-    /// It has panicked. Most kernels stand still then, or reset the machine.
-    Panicked,
-    /// It has panicked, and goes on with a second kernel that was loaded for it, to write a dump (kdump).
-    CrashLoaded,
-}
-
-impl fmt::Display for Panic {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Panicked => "the guest's kernel has panicked",
-            Self::CrashLoaded => "the guest's kernel has panicked, and its crash kernel takes over",
-        })
     }
 }
 
@@ -539,14 +465,10 @@ fn kick_thread(thread: libc::pid_t) {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        sync::{
-            atomic::{AtomicBool, AtomicU64},
-            mpsc::channel,
-        },
-        thread::{self, JoinHandle, sleep},
-        time::Instant,
-    };
+    use std::sync::atomic::{AtomicBool, AtomicU64};
+    use std::sync::mpsc::channel;
+    use std::thread::{self, JoinHandle, sleep};
+    use std::time::Instant;
 
     use super::*;
 

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::control::Panic;
+use crate::api::types::pause::Panic;
 use crate::serial::SerialPort;
 
 /// One standard serial port.

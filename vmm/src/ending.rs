@@ -7,7 +7,7 @@ use std::{fmt, io};
 
 use serde::Serialize;
 
-use crate::api::types::VmInfo;
+use crate::api::types::vm::VmInfo;
 use crate::client::{self, ClientError};
 
 /// How often the VM is looked at.

@@ -10,9 +10,9 @@ use jiff::Timestamp;
 use mce_relay::Event;
 use serde_json::{Value, json};
 
-use crate::api::types::Status;
+use crate::api::types::vm::Status;
+use crate::api::types::vm_event::VmEvent;
 use crate::client::{self, ClientError};
-use crate::events::VmEvent;
 use crate::records::Record;
 use crate::{screen, show, words};
 

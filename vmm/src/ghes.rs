@@ -19,10 +19,10 @@ use log::debug;
 use mce_relay::cper::MAX_PAGES;
 use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_LEN, PATIENCE};
 use mce_relay::{Bell, Ghes};
-use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::acpi::{AcpiError, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Table};
+use crate::api::types::policy::Notify;
 use crate::boot::layout::FIRMWARE_START;
 
 /// The interrupt of the error source: the one that a PC has for ACPI, which is free here. An edge.
@@ -33,19 +33,6 @@ pub const IRQ: u8 = 9;
 const SOURCE_ID: u16 = 0;
 /// In an entry of an I/O APIC's redirection table: the interrupt is masked (82093AA data sheet, 3.2.4).
 const REDIRECTION_MASKED: u64 = 1 << 16;
-
-/// How the guest comes to know of a record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "notify")]
-pub enum Notify {
-    /// By an interrupt, [`GSI`].
-    Interrupt,
-    /// It looks every so many milliseconds. Linux rounds that to whole seconds.
-    Poll {
-        /// The interval, in milliseconds, at least 1.
-        millis: u32,
-    },
-}
 
 /// The table that describes the source.
 ///
@@ -112,7 +99,7 @@ impl Bell for Polled {
 }
 
 /// A guest that is interrupted.
-struct Interrupt {
+pub(crate) struct Interrupt {
     event: EventFd,
     vm: Arc<VmFd>,
 }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::api::types::VmInfo;
+use crate::api::types::vm::VmInfo;
 use crate::client::{self, ClientError};
 use crate::names;
 use crate::peer::{self, Peer, Standing};

@@ -10,19 +10,20 @@ use std::time::Duration;
 
 use env_logger::{Target, WriteStyle};
 use log::LevelFilter;
-use mce_relay_vmm::api::types;
+use mce_relay_vmm::api::types::{manual_mce, vm};
 use mce_relay_vmm::cli::poison::{MemcgArg, PoisonArgs};
 use mce_relay_vmm::cli::{self, Command, InjectArgs, MemoryCommand, VmArg, values};
 use mce_relay_vmm::dump::{self, stretch};
 use mce_relay_vmm::host::filter::Filter;
-use mce_relay_vmm::host::{memcg, unpoison};
+use mce_relay_vmm::host::memcg;
+use mce_relay_vmm::host::unpoison::unpoison;
 use mce_relay_vmm::life::Life;
-use mce_relay_vmm::names::list;
+use mce_relay_vmm::names::list::list;
 use mce_relay_vmm::poison::targets::{self, PageRange};
 use mce_relay_vmm::poison::{self, FilterChoice, Order};
 use mce_relay_vmm::{
-    agent, by_hand, check, client, ending, follow, inject, last_resort, manual, map, pages, retire,
-    run, screen, show, terminal, words,
+    agent, by_hand, check, client, ending, follow, last_resort, manual, map, pages, retire, run,
+    screen, show, terminal, words,
 };
 
 /// What a command comes to: its exit status, or words for the user.
@@ -119,7 +120,7 @@ fn carry_out(command: Command) -> Outcome {
             ExitCode::SUCCESS
         }
         Command::Status { vm, follow: false, json } => {
-            show::status(&client::get::<types::Status>(&vm.socket()?, "relay.status")?, json)
+            show::status(&client::get::<vm::Status>(&vm.socket()?, "relay.status")?, json)
         }
         Command::Events { vm, follow, json } => {
             follow::events(&vm.socket()?, follow, json)?;
@@ -250,7 +251,7 @@ fn filter_of(args: &PoisonArgs) -> Result<FilterChoice, Box<dyn Error>> {
         Some(MemcgArg::Nothing) if dev.is_some() || flags.is_some() => None,
         Some(MemcgArg::Nothing) => return Ok(FilterChoice::Nothing),
         Some(MemcgArg::Own) => {
-            let vmm: types::Ping = client::get_of_process(&args.vm.socket()?, "vmm.ping")?;
+            let vmm: vm::Ping = client::get_of_process(&args.vm.socket()?, "vmm.ping")?;
             let own = memcg::of(vmm.pid)?.map_err(|none| {
                 format!("{none}; give --filter-memcg none to use no such filter")
             })?;
@@ -297,12 +298,21 @@ fn inject_by_hand(args: &InjectArgs) -> Outcome {
     let InjectArgs { vcpu, bank, addr, misc, broadcast, force, dry_run, .. } = *args;
     let status = args.status.status;
     let mcg_status = args.mcg_status.map_or(args.status.mcg_status, |given| given.0);
-    let request =
-        inject::Request { vcpu, bank, status, mcg_status, addr, misc, broadcast, force, dry_run };
+    let request = manual_mce::Request {
+        vcpu,
+        bank,
+        status,
+        mcg_status,
+        addr,
+        misc,
+        broadcast,
+        force,
+        dry_run,
+    };
     let socket = args.vm.socket()?;
     let life = Life::at(&socket);
-    let ask = |dry_run| -> Result<by_hand::ByHand, client::ClientError> {
-        let request = inject::Request { dry_run, ..request };
+    let ask = |dry_run| -> Result<manual_mce::ByHand, client::ClientError> {
+        let request = manual_mce::Request { dry_run, ..request };
         client::put_json(&socket, "vm.inject", &request).map_err(|error| match &life {
             Some(life) => life.explain(error),
             None => error,

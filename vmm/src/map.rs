@@ -9,7 +9,7 @@ use mce_relay::Page;
 use mce_relay::ledger::State;
 use serde::Serialize;
 
-use crate::api::types::{Extent, Status, VmInfo};
+use crate::api::types::vm::{Extent, Status, VmInfo};
 use crate::client;
 use crate::pages::PagesError;
 use crate::words::counted;
@@ -253,7 +253,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::api::types::{MemoryBlock, an_info};
+    use crate::api::types::vm::{MemoryBlock, an_info};
 
     fn vm(blocks: &[(u64, u64)]) -> VmInfo {
         let block = |&(gpa, len): &(u64, u64)| MemoryBlock {

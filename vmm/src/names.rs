@@ -15,8 +15,6 @@ use crate::records::{self, Record};
 pub mod list;
 pub mod others;
 
-pub use crate::names::list::{List, Listed, list};
-
 /// The longest name, in bytes: a socket's path has room for 107.
 const MAX_LEN: usize = 48;
 /// How long the VM that may have a name may leave a connection waiting.

@@ -9,7 +9,7 @@ use std::path::Path;
 use mce_relay::Page;
 use serde::{Serialize, Serializer};
 
-use crate::api::types::{Status, VmInfo};
+use crate::api::types::vm::{Status, VmInfo};
 use crate::client::{self, ClientError};
 use crate::host::pagemap::{Entries, Entry};
 use crate::host::{PageCounts, PageFlags, flags};

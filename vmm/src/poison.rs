@@ -15,11 +15,12 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use mce_relay::mca::Kind;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
-use crate::api::types::{Gpa, Poison, Poisoning, Status, VmInfo};
+use crate::api::types::means::Means;
+use crate::api::types::pages::{Gpa, Poison, Poisoning};
+use crate::api::types::vm::{Status, VmInfo};
 use crate::client::{self, ClientError};
 use crate::host::filter::{Filter, FilterError};
 use crate::host::memcg::{MemcgError, NoMemcg};
@@ -29,67 +30,14 @@ use crate::life::Life;
 use crate::poison::frame::{FrameError, Frames};
 use crate::words::counted;
 
-pub use crate::poison::targets::{PageRange, random};
-pub(crate) use crate::poison::targets::{Target, targets};
+use crate::poison::targets::PageRange;
+use crate::poison::targets::{Target, targets};
 
 /// How long the kernel may take to mark the pages, after the last of them was asked for.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// So many pages are asked of the VMM at once, where nothing has to be looked at right before each.
 const AT_ONCE: usize = 1000;
 const PAGE_SHIFT: u32 = 12;
-
-/// By what a page is made to go bad.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Means {
-    /// The hwpoison-inject module, by page frame number. The VMM gets an AO. Root.
-    HwpoisonInject,
-    /// madvise(MADV_HWPOISON): by this command, on a mapping of its own, where the memory is shared;
-    /// else by the VMM. The caller gets an AR, the VMM an AO. Root.
-    Madvise,
-    /// madvise(MADV_SOFT_OFFLINE): the page moves to another frame and the old one is never used
-    /// again. The guest notices nothing, and nothing goes into the ledger. Root.
-    SoftOffline,
-    /// The mce-inject module: the host's own machine-check code is made to believe in an error of the
-    /// page. The VMM gets an AO. Root; `unpoison` is off from then on.
-    MceInject,
-    /// UFFDIO_POISON, by the VMM on its own memory. Nothing is signalled until somebody touches the
-    /// page; then it is an AR. No privileges, no CONFIG_MEMORY_FAILURE (Linux 6.6).
-    Uffd,
-    /// A signal that the VMM forges for itself; the page is whole. Everything about it is labelled as
-    /// forged. No privileges.
-    Signal,
-}
-
-impl std::fmt::Display for Means {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::HwpoisonInject => "hwpoison-inject",
-            Self::Madvise => "madvise",
-            Self::SoftOffline => "soft-offline",
-            Self::MceInject => "mce-inject",
-            Self::Uffd => "uffd",
-            Self::Signal => "signal",
-        })
-    }
-}
-
-impl Means {
-    /// What has been done to a page by it, in a word, if the page was whole before.
-    #[must_use]
-    pub fn done(self) -> &'static str {
-        match self {
-            Self::Signal => "FORGED (the page is whole)",
-            Self::SoftOffline => "taken out of use",
-            _ => "poisoned",
-        }
-    }
-
-    /// Whether it is the host's page frame that goes bad.
-    fn is_of_frames(self) -> bool {
-        !matches!(self, Self::Uffd | Self::Signal)
-    }
-}
 
 /// Which of hwpoison-inject's filters to use.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -19,15 +19,14 @@ use mce_relay::ledger::Ledger;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::api::current::Current;
 use crate::api::status::StatusPieces;
-use crate::api::types::{Current, Status, VmInfo};
+use crate::api::types::vm::{Status, VmInfo};
 use crate::events::Monitor;
 use crate::events::hub::{Follower, Next};
 use crate::files::{Appended, LogFile};
 
 pub mod dying;
-
-pub use crate::records::dying::note_end;
 
 /// The length at which a file of events is put aside, in bytes.
 const MAX_EVENTS: u64 = 1 << 20;

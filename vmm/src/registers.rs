@@ -1,89 +1,52 @@
-//! A vCPU's registers, as the API and a dump have them.
-
-use std::collections::BTreeMap;
+//! A vCPU's registers, as the API has them.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
-use serde::{Deserialize, Serialize};
 
-use crate::api::types::Gpa;
+use crate::api::types::pages::Gpa;
+use crate::api::types::registers::Registers;
 
-/// Bytes of a struct elf_prstatus for x86-64 (include/linux/elfcore.h).
-pub(crate) const PRSTATUS: usize = 336;
-/// Where it has the process' id, and the registers.
-const PR_PID: usize = 32;
-const PR_REG: usize = 112;
-/// The registers in it, in order (struct user_regs_struct, arch/x86/include/asm/user_64.h). There is none of
-/// them for orig_rax, which is of a system call.
-const IN_PRSTATUS: [&str; 27] = [
-    "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi",
-    "rdi", "orig_rax", "rip", "cs", "rflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs",
-    "gs",
-];
-
-/// The registers of one vCPU.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Registers {
-    /// Its index.
-    pub vcpu: u8,
-    /// Each by its name (rax, rip, cs, gs_base, cr3, efer …), `"0x…"`; of a segment, the selector.
-    pub values: BTreeMap<String, Gpa>,
-}
-
-impl Registers {
-    /// What KVM says of them.
-    #[must_use]
-    pub fn new(vcpu: u8, regs: &kvm_regs, sregs: &kvm_sregs) -> Self {
-        let kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, rip, rflags, .. } = *regs;
-        let kvm_regs { r8, r9, r10, r11, r12, r13, r14, r15, .. } = *regs;
-        let kvm_sregs { cs, ds, es, fs, gs, ss, cr0, cr2, cr3, cr4, efer, .. } = *sregs;
-        let selector = |segment: kvm_bindings::kvm_segment| u64::from(segment.selector);
-        let values = [
-            ("rax", rax),
-            ("rbx", rbx),
-            ("rcx", rcx),
-            ("rdx", rdx),
-            ("rsi", rsi),
-            ("rdi", rdi),
-            ("rsp", rsp),
-            ("rbp", rbp),
-            ("r8", r8),
-            ("r9", r9),
-            ("r10", r10),
-            ("r11", r11),
-            ("r12", r12),
-            ("r13", r13),
-            ("r14", r14),
-            ("r15", r15),
-            ("rip", rip),
-            ("rflags", rflags),
-            ("cs", selector(cs)),
-            ("ds", selector(ds)),
-            ("es", selector(es)),
-            ("fs", selector(fs)),
-            ("gs", selector(gs)),
-            ("ss", selector(ss)),
-            ("fs_base", fs.base),
-            ("gs_base", gs.base),
-            ("cr0", cr0),
-            ("cr2", cr2),
-            ("cr3", cr3),
-            ("cr4", cr4),
-            ("efer", efer),
-        ];
-        let values = values.into_iter().map(|(name, value)| (name.to_owned(), Gpa(value)));
-        Self { vcpu, values: values.collect() }
-    }
-
-    /// As a struct elf_prstatus. Processes are counted from 1, so the first vCPU is 1, as in dumps of QEMU.
-    pub(crate) fn prstatus(&self) -> Vec<u8> {
-        let mut bytes = vec![0; PRSTATUS];
-        bytes[PR_PID..PR_PID + 4].copy_from_slice(&(u32::from(self.vcpu) + 1).to_le_bytes());
-        for (place, name) in bytes[PR_REG..].chunks_exact_mut(8).zip(IN_PRSTATUS) {
-            let value = self.values.get(name).map_or(0, |value| value.0);
-            place.copy_from_slice(&value.to_le_bytes());
-        }
-        bytes
-    }
+/// What KVM says of the registers of a vCPU.
+#[must_use]
+pub fn registers(vcpu: u8, regs: &kvm_regs, sregs: &kvm_sregs) -> Registers {
+    let kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, rip, rflags, .. } = *regs;
+    let kvm_regs { r8, r9, r10, r11, r12, r13, r14, r15, .. } = *regs;
+    let kvm_sregs { cs, ds, es, fs, gs, ss, cr0, cr2, cr3, cr4, efer, .. } = *sregs;
+    let selector = |segment: kvm_bindings::kvm_segment| u64::from(segment.selector);
+    let values = [
+        ("rax", rax),
+        ("rbx", rbx),
+        ("rcx", rcx),
+        ("rdx", rdx),
+        ("rsi", rsi),
+        ("rdi", rdi),
+        ("rsp", rsp),
+        ("rbp", rbp),
+        ("r8", r8),
+        ("r9", r9),
+        ("r10", r10),
+        ("r11", r11),
+        ("r12", r12),
+        ("r13", r13),
+        ("r14", r14),
+        ("r15", r15),
+        ("rip", rip),
+        ("rflags", rflags),
+        ("cs", selector(cs)),
+        ("ds", selector(ds)),
+        ("es", selector(es)),
+        ("fs", selector(fs)),
+        ("gs", selector(gs)),
+        ("ss", selector(ss)),
+        ("fs_base", fs.base),
+        ("gs_base", gs.base),
+        ("cr0", cr0),
+        ("cr2", cr2),
+        ("cr3", cr3),
+        ("cr4", cr4),
+        ("efer", efer),
+    ];
+    let values = values.into_iter().map(|(name, value)| (name.to_owned(), Gpa(value)));
+    Registers { vcpu, values: values.collect() }
 }
 
 #[cfg(test)]
@@ -92,30 +55,6 @@ pub(crate) mod tests {
 
     /// Of a vCPU whose RIP is so.
     pub(crate) fn at(vcpu: u8, rip: u64) -> Registers {
-        Registers::new(
-            vcpu,
-            &kvm_regs { rip, r15: 15, ..Default::default() },
-            &kvm_sregs::default(),
-        )
-    }
-
-    #[test]
-    fn each_has_its_place() {
-        let bytes = at(1, 0xffff_ffff_8123_4567).prstatus();
-        assert_eq!(bytes.len(), PRSTATUS);
-        assert_eq!(bytes[PR_PID], 2);
-        assert_eq!(bytes[PR_REG], 15);
-        // libc has the same structure: rip is its 17th member.
-        let rip = PR_REG + std::mem::offset_of!(libc::user_regs_struct, rip);
-        assert_eq!(bytes[rip..rip + 8], 0xffff_ffff_8123_4567_u64.to_le_bytes());
-        assert_eq!(IN_PRSTATUS.len() * 8, size_of::<libc::user_regs_struct>());
-    }
-
-    #[test]
-    fn every_register_of_a_core_is_known() {
-        let known = at(0, 0).values;
-        let unknown: Vec<&str> =
-            IN_PRSTATUS.into_iter().filter(|name| !known.contains_key(*name)).collect();
-        assert_eq!(unknown, ["orig_rax"]);
+        registers(vcpu, &kvm_regs { rip, r15: 15, ..Default::default() }, &kvm_sregs::default())
     }
 }

@@ -8,10 +8,11 @@ use mce_relay::Predicted;
 use mce_relay::ledger::State;
 use serde::Serialize;
 
-use crate::api;
-use crate::api::types::{self, Gpa, Retiring, Status, VmInfo};
+use crate::api::types::limits;
+use crate::api::types::pages::{self, Gpa, Retiring};
+use crate::api::types::pause::PauseReason;
+use crate::api::types::vm::{Status, VmInfo};
 use crate::client::{self, ClientError};
-use crate::control::PauseReason;
 use crate::life::Life;
 use crate::poison::PoisonError;
 use crate::poison::targets::{PageRange, targets};
@@ -68,8 +69,8 @@ pub fn retire(
     let life = Life::of(socket, pid);
     let gpas: Vec<u64> = targets(&vm, ranges)?.into_iter().map(|target| target.gpa).collect();
     let mut asked: Vec<Retiring> = Vec::with_capacity(gpas.len());
-    for some in gpas.chunks(api::MAX_PAGES) {
-        let body = types::Retire { gpas: some.iter().copied().map(Gpa).collect() };
+    for some in gpas.chunks(limits::MAX_PAGES) {
+        let body = pages::Retire { gpas: some.iter().copied().map(Gpa).collect() };
         let told = client::put_json::<Vec<Retiring>>(socket, "vm.retire", &body);
         asked.extend(told.map_err(|error| life.explain(error))?);
     }

@@ -14,18 +14,21 @@ use mce_relay::{
 };
 
 use crate::acpi::{AcpiError, Table};
+use crate::api::current::{Current, Running};
 use crate::api::server::{Api, ApiError};
-use crate::api::types::{Current, Running, VmInfo};
+use crate::api::types::pause::{Panic, PauseReason, Undeliverable};
+use crate::api::types::policy::{Notify, OnUndeliverable};
+use crate::api::types::vm::VmInfo;
+use crate::api::types::vm_event::VmEvent;
 use crate::boot::BootError;
 use crate::button::PowerButton;
 use crate::by_hand::Injector;
 use crate::cli::run::{RunArgs, Serial, Switch};
 use crate::cli::values::{ApiPath, LogPath};
-use crate::config::{OnUndeliverable, SerialMode, VmConfig};
-use crate::control::{Change, ExitReason, Panic, PauseReason, StopCause, Undeliverable, VmControl};
-use crate::events::{self, Monitor, MonitorError, VmEvent};
+use crate::config::{SerialMode, VmConfig};
+use crate::control::{Change, ExitReason, StopCause, VmControl};
+use crate::events::{self, Monitor, MonitorError};
 use crate::files::{self, Appended, LogFile};
-use crate::ghes::{self, Notify};
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE, RamBlock};
 use crate::names::{self, NameError, VmName};
@@ -34,7 +37,7 @@ use crate::serial::{self, SerialLines};
 use crate::sockets::BindError;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
-use crate::{allocator, host, records, words};
+use crate::{allocator, ghes, host, records, words};
 
 /// Why a guest could not be run.
 #[derive(Debug, thiserror::Error)]

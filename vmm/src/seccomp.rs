@@ -22,8 +22,6 @@ use crate::terminal::deadly::taken as deadly_signals;
 
 pub mod refused;
 
-pub use crate::seccomp::refused::STATUS;
-
 /// What is done about a system call that is on no list (`--seccomp`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {

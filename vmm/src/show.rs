@@ -14,13 +14,13 @@ use mce_relay::ledger::{State, Times};
 use mce_relay::{FoundBy, Pace, Page, Predicted};
 use serde::Serialize;
 
-use crate::api::types::{Status, VmInfo};
-use crate::by_hand::{ByHand, OnVcpu, Outcome};
-use crate::ghes::Notify;
+use crate::api::types::manual_mce::{ByHand, OnVcpu, Outcome, Outlook};
+use crate::api::types::means::Means;
+use crate::api::types::policy::Notify;
+use crate::api::types::vm::{Status, VmInfo};
 use crate::host::unpoison::UnpoisonError;
-use crate::inject::outlook::Outlook;
 use crate::map::Map;
-use crate::poison::{Burst, Means, NotPoisoned, PoisonError, Poisoned};
+use crate::poison::{Burst, NotPoisoned, PoisonError, Poisoned};
 use crate::records::Record;
 use crate::retire::Retired;
 use crate::screen;
@@ -597,7 +597,7 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
-    use crate::control::{PauseReason, Undeliverable};
+    use crate::api::types::pause::{PauseReason, Undeliverable};
 
     fn at(millis: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_millis(1_000_000_000_000 + millis)
@@ -618,8 +618,11 @@ mod tests {
     }
 
     fn shown(pages: Vec<Page>, pause_reason: Option<PauseReason>, terminal: bool) -> Vec<String> {
-        let vm =
-            VmInfo { paused: pause_reason.is_some(), pause_reason, ..crate::api::types::an_info() };
+        let vm = VmInfo {
+            paused: pause_reason.is_some(),
+            pause_reason,
+            ..crate::api::types::vm::an_info()
+        };
         let mut out = Vec::new();
         let status = Status { vm, pages, predicted: Vec::new(), past: Vec::new() };
         write_status(&mut out, &status, terminal).unwrap();

@@ -19,8 +19,6 @@ use crate::peer::{self, Holder, Peer};
 
 pub mod for_handlers;
 
-pub use crate::sockets::for_handlers::remove_all;
-
 /// How long somebody else's lock is waited for. Each is held for a moment.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long whoever listens at a path may leave a connection waiting; the lock is held meanwhile.

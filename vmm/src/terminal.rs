@@ -11,8 +11,6 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub mod deadly;
 
-pub use crate::terminal::deadly::taken as deadly_signals;
-
 /// Ctrl-A, which begins an escape.
 const ESCAPE: u8 = 1;
 

@@ -14,10 +14,10 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use log::warn;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
-use crate::control::{ExitReason, PauseReason, State, VmControl};
+use crate::api::types::pause::PauseReason;
+use crate::control::{ExitReason, State, VmControl};
 use crate::devices::{PortBus, PowerEvent};
 use crate::memory::RamBlock;
-use crate::registers::Registers;
 
 /// The error type of hooks: anything with words.
 pub type HookError = Box<dyn std::error::Error + Send + Sync>;
@@ -368,7 +368,7 @@ impl Runner<'_> {
     /// Shows the registers to who asks while the VM is paused.
     fn show(&self) {
         let registers = match (self.fd.get_regs(), self.fd.get_sregs()) {
-            (Ok(regs), Ok(sregs)) => Some(Registers::new(self.index, &regs, &sregs)),
+            (Ok(regs), Ok(sregs)) => Some(crate::registers::registers(self.index, &regs, &sregs)),
             (Err(error), _) | (_, Err(error)) => {
                 warn!("vCPU {}: its registers cannot be read: {error}", self.index);
                 None

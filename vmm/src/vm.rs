@@ -545,9 +545,10 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::api::types::pause::{PauseReason, Undeliverable};
     use crate::boot::tiny::elf;
     use crate::config::{CpuVendor, MemoryZone, SerialMode};
-    use crate::control::{Parked, PauseReason, StopCause, Undeliverable};
+    use crate::control::{Parked, StopCause};
     use crate::vcpu::{HookVerdict, VcpuHook};
 
     /// mov dx, 0x600; mov al, S5 and SLP_EN; out dx, al; hlt.

@@ -1,7 +1,5 @@
 //! Errors and numbers in words.
 
-
-
 /// An error and what caused it, on one line.
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();

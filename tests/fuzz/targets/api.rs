@@ -10,8 +10,8 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
+use mce_relay_vmm::api::current::Current;
 use mce_relay_vmm::api::server::Api;
-use mce_relay_vmm::api::types::Current;
 use mce_relay_vmm::events::hub::Hub;
 use mce_relay_vmm::seccomp::Filters;
 

@@ -4,8 +4,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use mce_relay::Event;
-use mce_relay_vmm::api::types::Status;
-use mce_relay_vmm::events::VmEvent;
+use mce_relay_vmm::api::types::vm::Status;
+use mce_relay_vmm::api::types::vm_event::VmEvent;
 use mce_relay_vmm::follow::Timeline;
 use serde_json::{Value, json};
 

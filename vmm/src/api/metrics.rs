@@ -11,7 +11,7 @@ use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, GaugeVec, Opts, TextEncoder};
 
-use super::types::Running;
+use super::current::Running;
 use crate::events::hub::Hub;
 
 /// Names of the states, in the order of a page's way.
@@ -159,7 +159,7 @@ mod tests {
     use mce_relay::mca::Kind;
 
     use super::*;
-    use crate::events::VmEvent;
+    use crate::api::types::vm_event::VmEvent;
     use crate::events::hub::What;
 
     #[test]

@@ -10,7 +10,7 @@
 //! | `GET /api/v1/vm.extents` | an [`Extent`] for each stretch of guest RAM that may hold something; with `?in_use=true` for each that has memory |
 //! | `PUT /api/v1/vm.retire` | body [`Retire`]; a [`Retiring`] for each page |
 //! | `PUT /api/v1/vm.poison` | body [`Poison`]; a [`Poisoning`] for each page |
-//! | `PUT /api/v1/vm.inject` | body [`Request`](crate::inject::Request); what came of it on each vCPU. 409 when it would kill the guest and `force` is not set |
+//! | `PUT /api/v1/vm.inject` | body [`Request`](crate::api::types::manual_mce::Request); what came of it on each vCPU. 409 when it would kill the guest and `force` is not set |
 //! | `PUT /api/v1/vm.pause` | 204 when no vCPU is in the guest any more; also if that is so already |
 //! | `PUT /api/v1/vm.resume` | 204; the vCPUs go on, unless pages are being marked as bad: then in a moment |
 //! | `PUT /api/v1/vm.power-button` | 204; the guest is asked to power off. 409 when it is paused or does not listen |
@@ -27,19 +27,10 @@
 //! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy a part of it. Whoever
 //! is slow, or sends without end, holds up nobody else: `server` has the limits.
 
+pub mod current;
 pub mod metrics;
 pub mod routes;
 pub mod server;
 pub mod status;
 pub mod stream;
 pub mod types;
-
-pub use crate::api::server::{Api, ApiError};
-pub use crate::api::status::StatusPieces;
-pub use crate::api::types::*;
-
-/// The most pages that one `vm.retire` or `vm.poison` may name.
-pub const MAX_PAGES: usize = 4096;
-
-/// The most that one `vm.memory` answers with, in bytes.
-pub const MAX_READ: u64 = 4 << 20;

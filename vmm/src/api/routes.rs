@@ -7,15 +7,16 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::types::{
-    Current, Extent, Gpa, Ping, Poison, Problem, Retire, Retiring, Running, Status, VmInfo,
-};
-use super::{MAX_PAGES, MAX_READ, metrics};
+use super::current::{Current, Running};
+use super::metrics;
+use super::types::limits::{MAX_PAGES, MAX_READ};
+use super::types::pages::{Gpa, Poison, Retire, Retiring};
+use super::types::vm::{Extent, Ping, Problem, Status, VmInfo};
+use crate::api::types::manual_mce::Request as Inject;
 use crate::button::PressError;
 use crate::by_hand::Refusal;
 use crate::control::{ExitReason, Parked, StopCause, VmControl};
 use crate::events::hub::Hub;
-use crate::inject::Request as Inject;
 use crate::memory::PAGE_SIZE;
 use crate::poison::inside::{self, InsideError};
 use crate::words;

@@ -28,10 +28,10 @@ use log::{debug, warn};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use super::current::Current;
 use super::routes::{self, Answer, Asked, JSON, Route};
 use super::status::StatusPieces;
 use super::stream::Shared;
-use super::types::Current;
 use crate::events::hub::{Follower, Hub, Next};
 use crate::events::line_of;
 use crate::seccomp::{Filters, Thread};
@@ -394,9 +394,9 @@ mod tests {
     use tempfile::TempDir;
 
     use super::*;
-    use crate::api::types::VmInfo;
+    use crate::api::types::vm::VmInfo;
+    use crate::api::types::vm_event::VmEvent;
     use crate::client;
-    use crate::events::VmEvent;
     use crate::events::hub::KEPT;
     use crate::events::hub::What;
 

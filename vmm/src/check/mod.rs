@@ -20,8 +20,6 @@ use crate::check::gap::{AS_ROOT, Found, Gap};
 use crate::sheet::{Cell, Color};
 use crate::show;
 
-pub use crate::check::dev_kvm::advice_now;
-
 /// How a thing stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]

@@ -17,9 +17,9 @@ use crate::names::{self, NameError, Which};
 use crate::poison::targets::PageRange;
 use crate::records::Record;
 
-pub use crate::cli::poison::{KindArg, MemcgArg, PoisonArgs};
-pub use crate::cli::run::{AoPace, Cpus, Kill, Memory, RunArgs, Serial, Switch, VendorArg};
-pub use crate::cli::values::{ApiPath, Frames, LogPath, parse_number};
+use crate::cli::poison::PoisonArgs;
+use crate::cli::run::RunArgs;
+use crate::cli::values::{ApiPath, Frames, parse_number};
 
 /// Runs Linux guests on KVM and tells them of the host's memory errors.
 ///

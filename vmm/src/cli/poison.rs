@@ -9,8 +9,8 @@ use mce_relay::mca::Kind;
 
 use super::values::{ApiPath, parse_count, parse_seed};
 use super::{VmArg, wrong};
+use crate::api::types::means::Means;
 use crate::host::flags::FlagsFilter;
-use crate::poison::Means;
 use crate::poison::targets::PageRange;
 
 /// Which pages are to go bad, and how.

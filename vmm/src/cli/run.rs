@@ -7,7 +7,8 @@ use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 
 use super::values::{ApiPath, LogPath, log_file, parse_number};
-use crate::config::{CpuVendor, MemoryZone, OnUndeliverable, PageSize, SerialMode};
+use crate::api::types::policy::OnUndeliverable;
+use crate::config::{CpuVendor, MemoryZone, PageSize, SerialMode};
 use crate::names::VmName;
 use crate::seccomp::Mode;
 

@@ -9,7 +9,7 @@ use super::Form;
 use super::elf::{Lost, State};
 use super::ram::{add, len_of};
 use super::vmcoreinfo::Kernel;
-use crate::api::types::Extent;
+use crate::api::types::vm::Extent;
 use crate::memory::PAGE_SIZE;
 
 /// A dump of a guest's memory; in JSON, what is written beside a raw image.

@@ -21,9 +21,10 @@ use object::pod::bytes_of;
 use super::note::{self, NAME_CORE, NAME_OWN, NAME_VMCOREINFO};
 use super::ram::{Ram, subtract};
 use super::vmcoreinfo::Kernel;
-use crate::api::types::Extent;
+use crate::api::types::registers::Registers;
+use crate::api::types::vm::Extent;
+use crate::dump::prstatus;
 use crate::memory::PAGE_SIZE;
-use crate::registers::Registers;
 
 /// The type of our own note: 24 bytes for each stretch of pages, three numbers of 8 bytes, little-endian: the
 /// guest-physical address, the length in bytes, and a [`State`]. A length of 0 is none.
@@ -89,7 +90,7 @@ pub(super) fn machine(kernel: Option<&Kernel>, registers: &[Registers]) -> Vec<u
     let mut notes = Vec::new();
     // crash takes the first for the vCPUs', in their order.
     for vcpu in registers {
-        notes.extend(note::note(NAME_CORE, NT_PRSTATUS.0, &vcpu.prstatus()));
+        notes.extend(note::note(NAME_CORE, NT_PRSTATUS.0, &prstatus::prstatus(vcpu)));
     }
     if let Some(kernel) = kernel {
         notes.extend(note::note(NAME_VMCOREINFO, 0, kernel.text.as_bytes()));
@@ -119,8 +120,8 @@ impl Layout {
     pub(super) fn roomy(ram: &Ram, vcpus: usize) -> (Self, usize) {
         let most = usize::try_from((ram.len() / PAGE_SIZE).min(MOST_ABSENT)).unwrap_or(usize::MAX);
         let vmcoreinfo = note::len(NAME_VMCOREINFO, super::file::PAGE);
-        let prstatus = note::len(NAME_CORE, crate::registers::PRSTATUS);
-        let notes = vmcoreinfo + vcpus * prstatus + note::len(NAME_OWN, most * ENTRY);
+        let registers = note::len(NAME_CORE, prstatus::PRSTATUS);
+        let notes = vmcoreinfo + vcpus * registers + note::len(NAME_OWN, most * ENTRY);
         (Self::exact(ram, ram.runs.len() + most, notes), most)
     }
 
@@ -322,8 +323,7 @@ mod tests {
         let ram = Ram { runs: vec![Extent { gpa: 0, len: 1000 * PAGE_SIZE }] };
         let (roomy, most) = Layout::roomy(&ram, 4);
         assert_eq!(most, 1000, "all of them");
-        let vcpus: Vec<Registers> =
-            (0..4).map(|vcpu| crate::registers::tests::at(vcpu, 0)).collect();
+        let vcpus: Vec<Registers> = (0..4).map(|vcpu| prstatus::tests::at(vcpu, 0)).collect();
         let text = "X=1\n".repeat(1024);
         let kernel = Kernel { release: "1".into(), vmcoreinfo: 0, text };
         let mut absent = lost((0..500).map(|page| 2 * page));

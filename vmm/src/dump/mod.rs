@@ -2,7 +2,7 @@
 //!
 //! The VM does the reading, so a bad page costs that page and nothing else: neither the VM nor who
 //! asks is harmed. The guest may run meanwhile. What is read in one go is at most
-//! [`crate::api::MAX_READ`] bytes, and different parts are of different moments then; pause the VM first where that
+//! [`crate::api::types::limits::MAX_READ`] bytes, and different parts are of different moments then; pause the VM first where that
 //! matters.
 //!
 //! A [`dump`](dump()) is an ELF core, for crash, drgn and makedumpfile: absent from it is what is bad, which a
@@ -16,6 +16,7 @@ pub mod error;
 pub mod file;
 pub mod interrupt;
 pub mod note;
+pub mod prstatus;
 pub mod ram;
 pub mod stretch;
 pub mod sweep;
@@ -39,10 +40,9 @@ use crate::dump::file::{Stream, Unfinished};
 use crate::dump::ram::{len_of, subtract};
 use crate::dump::sweep::{Found, Job, Steps};
 
-pub use crate::dump::account::Dumped;
-pub use crate::dump::error::DumpError;
-pub use crate::dump::stretch::{Stretch, check_raw, read};
-pub use crate::dump::vmcoreinfo::Kernel;
+use crate::dump::account::Dumped;
+use crate::dump::error::DumpError;
+use crate::dump::stretch::{Stretch, read};
 
 /// What a dump is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -212,7 +212,7 @@ fn core_headers(
     job: &Job<'_>,
     layout: Layout,
     dumped: &Dumped,
-    registers: &[crate::registers::Registers],
+    registers: &[crate::api::types::registers::Registers],
     late: usize,
 ) -> Vec<u8> {
     let lost = dumped.lost();

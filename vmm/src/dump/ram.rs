@@ -1,6 +1,6 @@
 //! Stretches of guest-physical memory.
 
-use crate::api::types::{Extent, MemoryBlock};
+use crate::api::types::vm::{Extent, MemoryBlock};
 
 /// How many bytes there are in all of them.
 pub(super) fn len_of(extents: &[Extent]) -> u64 {

@@ -9,8 +9,8 @@ use serde::{Serialize, Serializer};
 
 use super::error::DumpError;
 use super::vm::{Piece, Vm};
-use crate::api::MAX_READ;
-use crate::api::types::Gpa;
+use crate::api::types::limits::MAX_READ;
+use crate::api::types::pages::Gpa;
 
 /// The bytes on one line of a hexdump.
 const LINE: usize = 16;

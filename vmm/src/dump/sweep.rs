@@ -10,10 +10,10 @@ use super::interrupt::Interrupt;
 use super::ram::{Ram, add};
 use super::vm::{Piece, Vm};
 use super::vmcoreinfo::Finder;
-use crate::api::MAX_READ;
-use crate::api::types::{Extent, VmInfo};
+use crate::api::types::limits::MAX_READ;
+use crate::api::types::registers::Registers;
+use crate::api::types::vm::{Extent, VmInfo};
 use crate::memory::PAGE_SIZE;
-use crate::registers::Registers;
 
 /// A dump of one VM.
 pub(super) struct Job<'a> {

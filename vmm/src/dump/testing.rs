@@ -10,7 +10,7 @@ use object::read::elf::{FileHeader, NoteIterator, ProgramHeader, SectionHeader};
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::api::types::{MemoryBlock, VmInfo, an_info};
+use crate::api::types::vm::{MemoryBlock, VmInfo, an_info};
 use crate::cli::values::parse_number;
 use crate::memory::PAGE_SIZE;
 

@@ -10,9 +10,9 @@ use super::account::size;
 use super::file::PAGE;
 use super::testing::{Said, answer, info, refused, serve};
 use super::*;
-use crate::api::types::Extent;
+use crate::api::types::vm::Extent;
+use crate::dump::prstatus::tests::at;
 use crate::memory::PAGE_SIZE;
-use crate::registers::tests::at;
 
 /// A raw image.
 fn raw(

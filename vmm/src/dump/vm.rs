@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use super::error::DumpError;
-use crate::api::types::{Extent, VmInfo};
+use crate::api::types::registers::Registers;
+use crate::api::types::vm::{Extent, VmInfo};
 use crate::client::{self, ClientError};
 use crate::life::Life;
-use crate::registers::Registers;
 
 /// A VM whose memory is read.
 pub(super) struct Vm<'a> {
@@ -33,7 +33,7 @@ impl<'a> Vm<'a> {
         Ok(Self { socket, info, life })
     }
 
-    /// Reads at `gpa`: `len` bytes, 1 to [`MAX_READ`](crate::api::MAX_READ), or fewer.
+    /// Reads at `gpa`: `len` bytes, 1 to [`MAX_READ`](crate::api::types::limits::MAX_READ), or fewer.
     pub(super) fn piece(&self, gpa: u64, len: u64) -> Result<Piece, DumpError> {
         match client::get_bytes(self.socket, &format!("vm.memory?gpa={gpa:#x}&len={len}")) {
             Ok(bytes) if (1..=len).contains(&(bytes.len() as u64)) => Ok(Piece::Bytes(bytes)),

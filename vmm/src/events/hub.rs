@@ -11,8 +11,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use super::VmEvent;
 use super::counts::Counts;
+use crate::api::types::vm_event::VmEvent;
 
 /// So many events are kept for followers: some seconds of the worst that was seen.
 pub const KEPT: usize = 16_384;

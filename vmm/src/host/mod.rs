@@ -15,8 +15,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-pub use crate::host::pagemap::Pagemap;
-pub use crate::host::unpoison::{UnpoisonError, unpoison};
+use crate::host::pagemap::Pagemap;
 
 /// Where hwpoison-inject takes page frame numbers.
 pub const CORRUPT_PFN: &str = "/sys/kernel/debug/hwpoison/corrupt-pfn";

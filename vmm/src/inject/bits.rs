@@ -2,33 +2,10 @@
 
 use std::str::FromStr;
 
-use mce_relay::mca::{Form, mcg, record, status};
+use mce_relay::mca::{Form, record, status};
 
+use crate::api::types::mca_bits::{MCG_STATUS, STATUS};
 use crate::number;
-
-/// MCi_STATUS.PCC: the processor's context is corrupt (SDM vol. 3B, 17.3.2.2).
-pub(super) const PCC: u64 = 1 << 57;
-/// The error code in MCi_STATUS: MCACOD, bits 15:0.
-pub(super) const MCACOD: u64 = 0xffff;
-
-const STATUS: [(&str, u64); 12] = [
-    ("VAL", status::VAL),
-    ("OVER", status::OVER),
-    ("UC", status::UC),
-    ("EN", status::EN),
-    ("MISCV", status::MISCV),
-    ("ADDRV", status::ADDRV),
-    ("PCC", PCC),
-    ("S", status::S),
-    ("AR", status::AR),
-    // AMD: the task's context is corrupt (APM vol. 2, 9.3.2.2).
-    ("TCC", 1 << 55),
-    ("DEFERRED", status::DEFERRED),
-    ("POISON", status::POISON),
-];
-
-const MCG_STATUS: [(&str, u64); 4] =
-    [("RIPV", mcg::RIPV), ("EIPV", mcg::EIPV), ("MCIP", mcg::MCIP), ("LMCES", mcg::LMCES)];
 
 /// MCi_STATUS as a user writes it, and the MCG_STATUS that goes with it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,43 +76,12 @@ impl FromStr for McgStatusArg {
     }
 }
 
-/// The names of the bits of MCi_STATUS that are set, and its error code.
-#[must_use]
-pub fn status_words(value: u64) -> String {
-    // AMD's TCC is where Intel has AR; both read as AR.
-    let names = STATUS.iter().filter(|(name, _)| *name != "TCC");
-    let mut words = words(value & !MCACOD, names);
-    words.push(format!("MCACOD {:#x}", value & MCACOD));
-    words.join(" ")
-}
-
-/// The names of the bits of MCG_STATUS that are set.
-#[must_use]
-pub fn mcg_status_words(value: u64) -> String {
-    match value {
-        0 => "0".to_owned(),
-        _ => words(value, MCG_STATUS.iter()).join(" "),
-    }
-}
-
-fn words<'a>(value: u64, names: impl Iterator<Item = &'a (&'a str, u64)>) -> Vec<String> {
-    let mut left = value;
-    let mut words: Vec<String> = Vec::new();
-    for (name, bit) in names {
-        if value & bit != 0 {
-            left &= !bit;
-            words.push((*name).to_owned());
-        }
-    }
-    if left != 0 {
-        words.push(format!("{left:#x}"));
-    }
-    words
-}
-
 #[cfg(test)]
 mod tests {
+    use mce_relay::mca::mcg;
+
     use super::*;
+    use crate::api::types::mca_bits::{mcg_status_words, status_words};
 
     #[test]
     fn names_numbers_and_wholes() {

@@ -4,91 +4,10 @@
 //! `arch/x86/kernel/cpu/mce/severity.c` and what `do_machine_check` and `machine_check_poll` in
 //! `core.c` do about each grade, in 6.1 and 6.12. What no rule here knows counts as deadly.
 
-use std::fmt;
-
 use mce_relay::mca::{Caps, MISC_PHYSICAL_4K, McaState, Record, Vendor, cap, mcg, status};
-use serde::{Deserialize, Serialize};
 
-use super::Request;
-use super::bits::{MCACOD, PCC};
-
-/// What KVM does with the record.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Kvm {
-    /// Takes the call and does nothing.
-    Ignores,
-    /// Ends the vCPU, and so the guest.
-    TripleFault,
-    /// Writes the bank and raises a machine check.
-    MachineCheck,
-    /// Writes the bank and raises nothing.
-    Logs,
-    /// Marks in the bank, which is full, that an error was lost.
-    MarksOverflow,
-}
-
-/// What a Linux guest does about it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Guest {
-    /// Nothing that anybody would notice.
-    Nothing,
-    /// Writes it to its log.
-    Logs,
-    /// Takes the page out of use.
-    IsolatesPage,
-    /// The same, when it next polls its banks.
-    IsolatesPageAtPoll,
-    /// Kills what runs there: a process, or, in its kernel, itself.
-    KillsWhatRuns,
-    /// Panics, or is ended.
-    Dies,
-}
-
-/// What is to be expected.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Outlook {
-    /// Of KVM.
-    pub kvm: Kvm,
-    /// Why.
-    pub kvm_why: String,
-    /// Of a Linux guest.
-    pub guest: Guest,
-    /// Why.
-    pub guest_why: String,
-    /// The guest may not survive it.
-    pub lethal: bool,
-}
-
-impl fmt::Display for Outlook {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kvm = match self.kvm {
-            Kvm::Ignores => "ignores it",
-            Kvm::TripleFault => "ends the guest (triple fault)",
-            Kvm::MachineCheck => "raises a machine check",
-            Kvm::Logs => "writes it into the bank",
-            Kvm::MarksOverflow => "only marks in the bank that an error was lost (OVER)",
-        };
-        let guest = match self.guest {
-            Guest::Nothing => "does nothing",
-            Guest::Logs => "writes it to its log",
-            Guest::IsolatesPage => "takes the page out of use",
-            Guest::IsolatesPageAtPoll => "takes the page out of use when it next polls its banks",
-            Guest::KillsWhatRuns => {
-                "kills the process that runs there, or panics if its kernel does"
-            }
-            Guest::Dies => "dies",
-        };
-        write!(f, "KVM {kvm}: {}\nLinux {guest}: {}", self.kvm_why, self.guest_why)
-    }
-}
-
-impl Guest {
-    fn is_lethal(self) -> bool {
-        matches!(self, Self::Dies | Self::KillsWhatRuns)
-    }
-}
+use crate::api::types::manual_mce::{Guest, Kvm, Outlook, Request};
+use crate::api::types::mca_bits::{MCACOD, PCC};
 
 /// What would come of `request` for a guest that was shown `caps`, whose vCPUs stand as `states` says, each
 /// at its index.

@@ -22,11 +22,10 @@ use thiserror::Error;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use crate::api::types::vm::MemoryBlock;
 use crate::config::MemoryZone;
 use crate::host::PageFlags;
 use crate::memory::backing::Backing;
-
-pub use crate::memory::renew::Renewed;
 
 /// RAM is a whole number of these.
 pub const PAGE_SIZE: u64 = 4096;
@@ -485,6 +484,13 @@ fn region(block: &RamBlock) -> RamRegion {
     // SAFETY: the block is a mapping of `GuestRam`'s, to which no reference leads; when the guest's end comes the relay
     // goes before it (`run::Boots`).
     unsafe { RamRegion::new(block.hva, block.gpa, block.len) }.in_pages_of(page_shift)
+}
+
+impl From<&RamBlock> for MemoryBlock {
+    fn from(block: &RamBlock) -> Self {
+        let RamBlock { gpa, len, hva, fd_offset, fd, shared, page_size } = *block;
+        Self { gpa, len, hva, fd, fd_offset, shared, page_size }
+    }
 }
 
 #[cfg(test)]

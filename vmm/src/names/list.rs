@@ -8,9 +8,9 @@ use std::{fmt, fs};
 use serde::Serialize;
 
 use super::{dir, ended, others, sockets};
-use crate::api::types::{Ping, VmInfo};
+use crate::api::types::pause::Panic;
+use crate::api::types::vm::{Ping, VmInfo};
 use crate::client::{self, ClientError};
-use crate::control::Panic;
 use crate::host::accounts;
 use crate::peer::Peer;
 use crate::records::Record;

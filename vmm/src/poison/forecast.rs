@@ -2,8 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use super::{Means, Poisoned};
-use crate::api::types::VmInfo;
+use super::Poisoned;
+use crate::api::types::means::Means;
+use crate::api::types::vm::VmInfo;
 
 const PAGE_SIZE: u64 = 4096;
 
@@ -130,7 +131,7 @@ fn bad(via: Means, pages: &[Poisoned]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::types::{Extent, an_info};
+    use crate::api::types::vm::{Extent, an_info};
 
     const HUGE: u64 = 2 << 20;
 

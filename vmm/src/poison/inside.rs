@@ -5,9 +5,11 @@ use std::time::Duration;
 
 use mce_relay::mca::Kind;
 
-use super::Means;
 use super::uffd::Uffd;
-use crate::api::types::{Gpa, MemoryBlock, Poison, Poisoning, Running};
+use crate::api::current::Running;
+use crate::api::types::means::Means;
+use crate::api::types::pages::{Gpa, Poison, Poisoning};
+use crate::api::types::vm::MemoryBlock;
 use crate::control::{Hold, Parked};
 use crate::memory::PAGE_SIZE;
 

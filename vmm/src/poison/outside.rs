@@ -14,8 +14,9 @@ use signal_hook::SigId;
 use vmm_sys_util::signal::register_signal_handler;
 
 use super::targets::Target;
-use super::{Asked, FilterChoice, Looked, Means, Order, PoisonError, Until, untried};
-use crate::api::types::VmInfo;
+use super::{Asked, FilterChoice, Looked, Order, PoisonError, Until, untried};
+use crate::api::types::means::Means;
+use crate::api::types::vm::VmInfo;
 use crate::hangup;
 use crate::host::Injector;
 use crate::host::filter::{self, Filter, FilterInForce};

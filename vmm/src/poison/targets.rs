@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use super::PoisonError;
 use super::frame::Frames;
-use super::{Means, PoisonError};
-use crate::api::types::{Extent, MemoryBlock, Status, VmInfo};
+use crate::api::types::means::Means;
+use crate::api::types::vm::{Extent, MemoryBlock, Status, VmInfo};
 use crate::client;
 use crate::host::pagemap::{Entry, Pagemap};
 
@@ -185,7 +186,7 @@ mod tests {
     fn vm() -> VmInfo {
         VmInfo {
             memory: vec![block(0, 0x7000_0000, 0), block(0x20000, 0x8000_0000, 0x10000)],
-            ..crate::api::types::an_info()
+            ..crate::api::types::vm::an_info()
         }
     }
 

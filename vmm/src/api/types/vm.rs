@@ -1,20 +1,12 @@
-//! What the API's requests and answers hold.
-
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+//! What runs, and how it stands.
 
 use mce_relay::ledger::Predicted;
-use mce_relay::mca::{Kind, Vendor};
-use mce_relay::{AoChannel, Handle, KillPolicy, Pace, Page};
+use mce_relay::mca::Vendor;
+use mce_relay::{AoChannel, KillPolicy, Pace, Page};
 use serde::{Deserialize, Serialize};
 
-use crate::button::PowerButton;
-use crate::by_hand::Injector;
-use crate::client::OfProcess;
-use crate::config::OnUndeliverable;
-use crate::control::{Panic, PauseReason, VmControl};
-use crate::ghes::Notify;
-use crate::memory::{GuestRam, RamBlock};
-use crate::poison::Means;
+use crate::api::types::pause::{Panic, PauseReason};
+use crate::api::types::policy::{Notify, OnUndeliverable};
 
 /// A stretch of guest RAM that has memory behind it; the rest reads as zeros. In bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,13 +43,6 @@ pub struct MemoryBlock {
     pub shared: bool,
     /// The pages that the host keeps it in, and loses as a whole.
     pub page_size: u64,
-}
-
-impl From<&RamBlock> for MemoryBlock {
-    fn from(block: &RamBlock) -> Self {
-        let RamBlock { gpa, len, hva, fd_offset, fd, shared, page_size } = *block;
-        Self { gpa, len, hva, fd, fd_offset, shared, page_size }
-    }
 }
 
 /// What runs.
@@ -102,12 +87,6 @@ pub struct VmInfo {
     pub memory: Vec<MemoryBlock>,
 }
 
-impl OfProcess for VmInfo {
-    fn pid(&self) -> u32 {
-        self.pid
-    }
-}
-
 impl VmInfo {
     /// The block of guest RAM that holds `gpa`.
     pub fn block(&self, gpa: u64) -> Option<&MemoryBlock> {
@@ -142,65 +121,6 @@ pub struct Status {
     pub past: Vec<Page>,
 }
 
-impl OfProcess for Status {
-    fn pid(&self) -> u32 {
-        self.vm.pid
-    }
-}
-
-/// Which pages the guest is to stop using.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Retire {
-    /// Guest-physical addresses, each `"0x…"`.
-    pub gpas: Vec<Gpa>,
-}
-
-/// A guest-physical address, `"0x…"` in JSON.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct Gpa(#[serde(with = "mce_relay::event::hex")] pub u64);
-
-/// Whether the guest is being asked to stop using a page.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Retiring {
-    /// Guest-physical address of the page.
-    pub gpa: Gpa,
-    /// Why it is not, or null.
-    pub error: Option<String>,
-}
-
-/// Pages that the VMM itself is to have go bad; see [`Means`] for which means are its.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Poison {
-    /// Guest-physical addresses, each `"0x…"`.
-    pub gpas: Vec<Gpa>,
-    /// By what means.
-    pub via: Means,
-    /// For forged signals: which. An AO where it is left out.
-    #[serde(default = "ao")]
-    pub kind: Kind,
-    /// For forged ARs: the vCPU that is to have touched the page.
-    #[serde(default, deserialize_with = "crate::inject::small")]
-    pub vcpu: u8,
-}
-
-fn ao() -> Kind {
-    Kind::ActionOptional
-}
-
-/// What became of one of them.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Poisoning {
-    /// Guest-physical address of the page.
-    pub gpa: Gpa,
-    /// Whether the page was really bad before, by the kernel or the ledger; null where it was not looked at.
-    pub was_bad: Option<bool>,
-    /// Why it was not done, or null.
-    pub error: Option<String>,
-}
-
 /// Whether a VM answers, and which.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Ping {
@@ -212,102 +132,11 @@ pub struct Ping {
     pub name: Option<String>,
 }
 
-impl OfProcess for Ping {
-    fn pid(&self) -> u32 {
-        self.pid
-    }
-}
-
 /// The answer to a request that failed.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Problem {
     /// What is wrong, and what to do.
     pub error: String,
-}
-
-/// The virtual machine as the API sees it; it changes with every boot.
-#[derive(Clone)]
-pub struct Running {
-    /// What runs; whether it is paused, and whether it has panicked, is looked up when somebody asks.
-    pub info: VmInfo,
-    /// Its relay, with the ledger.
-    pub relay: Handle,
-    /// Its reins.
-    pub control: VmControl,
-    /// Its memory.
-    pub ram: Arc<GuestRam>,
-    /// The way to its vCPUs for machine checks by hand.
-    pub injector: Injector,
-    /// Its power button.
-    pub button: PowerButton,
-}
-
-impl Running {
-    /// What runs now.
-    #[must_use]
-    pub fn info(&self) -> VmInfo {
-        let (pause_reason, panic) = (self.control.paused(), self.control.panicked());
-        let (paused, relay_alive) = (pause_reason.is_some(), self.relay.is_alive());
-        VmInfo { paused, pause_reason, panic, relay_alive, ..self.info.clone() }
-    }
-}
-
-/// Shared between the VM's owner and the API's threads.
-#[derive(Clone, Default)]
-pub struct Current {
-    name: Option<Arc<str>>,
-    held: Arc<Mutex<Held>>,
-}
-
-#[derive(Default)]
-struct Held {
-    /// `None` between two boots.
-    running: Option<Running>,
-    /// The ledger of the last boot, this one's if there is one, and what ran.
-    last: Option<(Handle, VmInfo)>,
-}
-
-impl Current {
-    /// Of a VM that is called so.
-    #[must_use]
-    pub fn new(name: Option<&str>) -> Self {
-        Self { name: name.map(Into::into), held: Arc::default() }
-    }
-
-    /// What the VM is called.
-    #[must_use]
-    pub fn name(&self) -> Option<String> {
-        self.name.as_deref().map(str::to_owned)
-    }
-
-    /// Says what runs now.
-    pub fn set(&self, running: Option<Running>) {
-        let mut held = self.lock();
-        if let Some(running) = &running {
-            held.last = Some((running.relay.clone(), running.info.clone()));
-        }
-        held.running = running;
-    }
-
-    /// What runs now.
-    #[must_use]
-    pub fn get(&self) -> Option<Running> {
-        self.lock().running.clone()
-    }
-
-    /// What runs now or ran last, with its ledger.
-    #[must_use]
-    pub fn last(&self) -> Option<(Handle, VmInfo)> {
-        match self.get() {
-            Some(running) => Some((running.relay.clone(), running.info())),
-            None => self.lock().last.clone(),
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Held> {
-        // Plain assignments are all that ever happens under the lock.
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// For tests: a VM without RAM.
