@@ -38,7 +38,7 @@ impl Vmm {
         let files = ["--serial", &serial, "--api-socket", &api, "--event-monitor", &events];
         let line = common.iter().chain(&files).chain(options);
         let Command::Run(args) = Cli::parse_from(line).command else { unreachable!() };
-        let thread = std::thread::spawn(move || run::run(&args).unwrap());
+        let thread = std::thread::spawn(move || run::run(&args.config()).unwrap());
         Self { dir, thread }
     }
 

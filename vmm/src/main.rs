@@ -103,7 +103,7 @@ fn carry_out(command: Command) -> Outcome {
                 .map_err(|error| format!("cannot install a handler for SIGBUS: {error}"))?;
             terminal::take_no_stops()
                 .map_err(|error| format!("cannot see to the signals of job control: {error}"))?;
-            ExitCode::from(run::run(&args)?)
+            ExitCode::from(run::run(&args.config())?)
         }
         Command::List { all, json } => show::print(&list(all), json),
         Command::Poison(args) => poison_pages(&args)?,
@@ -224,7 +224,7 @@ fn chosen(
 ) -> Result<(Vec<PageRange>, Option<String>), Box<dyn Error>> {
     if let Some(count) = args.random {
         let seed = args.seed.unwrap_or_else(|| fastrand::u64(..));
-        let pages = targets::random(socket, args.via, usize::try_from(count)?, seed)?;
+        let pages = targets::random(socket, args.via.into(), usize::try_from(count)?, seed)?;
         eprintln!("mce-relay: random pages by --seed {seed}");
         return Ok((pages, None));
     }
@@ -274,7 +274,7 @@ fn poison_pages(args: &PoisonArgs) -> Outcome {
     let order = Order {
         socket: &socket,
         ranges: &ranges,
-        via: args.via,
+        via: args.via.into(),
         kind: args.kind.into(),
         vcpu: args.vcpu,
         filter: filter_of(args)?,
@@ -286,12 +286,12 @@ fn poison_pages(args: &PoisonArgs) -> Outcome {
     // Before the first page goes.
     show::notes(prepared.notes());
     if args.dry_run {
-        return Ok(show::burst(&prepared.plan(), args.via, args.json));
+        return Ok(show::burst(&prepared.plan(), args.via.into(), args.json));
     }
     let mut bar = show::Progress::new("poisoning");
     let done = prepared.carry_out(&mut |n, of| bar.step(n, of));
     drop(bar);
-    Ok(show::burst(&done?, args.via, args.json))
+    Ok(show::burst(&done?, args.via.into(), args.json))
 }
 
 fn inject_by_hand(args: &InjectArgs) -> Outcome {

@@ -9,8 +9,8 @@ use log::{debug, error, warn};
 use mce_relay::ledger::State;
 use mce_relay::mca::{Kind, PAGE_SHIFT, Vendor};
 use mce_relay::{
-    AccessError, AoChannel, Config, Event, ExitByte, FoundBy, Handle, KillPolicy, Ledger, RamError,
-    RamMap, Relay, Signals, StartError, VcpuPort, Verdict,
+    AccessError, AoChannel, Config, Event, ExitByte, FoundBy, Handle, KillPolicy, Ledger, Pace,
+    RamError, RamMap, Relay, Signals, StartError, VcpuPort, Verdict,
 };
 
 use crate::acpi::{AcpiError, Table};
@@ -23,16 +23,14 @@ use crate::api::types::vm_event::VmEvent;
 use crate::boot::BootError;
 use crate::button::PowerButton;
 use crate::by_hand::Injector;
-use crate::cli::run::{RunArgs, Serial, Switch};
-use crate::cli::values::{ApiPath, LogPath};
-use crate::config::{SerialMode, VmConfig};
+use crate::config::{MemoryZone, SerialMode, VmConfig};
 use crate::control::{Change, ExitReason, StopCause, VmControl};
 use crate::events::{self, Monitor, MonitorError};
 use crate::files::{self, Appended, LogFile};
 use crate::mce_inject::{GuestMca, MceError, MceSetup};
 use crate::memory::{GuestRam, MemoryError, PAGE_SIZE, RamBlock};
 use crate::names::{self, NameError, VmName};
-use crate::seccomp::{Filters, SeccompError, Thread};
+use crate::seccomp::{Filters, Mode, SeccompError, Thread};
 use crate::serial::{self, SerialLines};
 use crate::sockets::BindError;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
@@ -89,25 +87,56 @@ enum RelayError {
     Early,
 }
 
+/// What to boot, and how; the command line's options as this process needs them.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    /// The machine and what it boots.
+    pub vm: VmConfig,
+    /// The zones of guest RAM.
+    pub memory: Vec<MemoryZone>,
+    /// What the VM is called.
+    pub name: Option<VmName>,
+    /// Where its API socket is to be, if it has no name.
+    pub api_socket: Option<PathBuf>,
+    /// The file that every event is appended to.
+    pub event_monitor: Option<LogFile>,
+    /// Whether an Intel-style guest is offered local machine checks.
+    pub lmce: bool,
+    /// When errors are taken.
+    pub mce_kill: KillPolicy,
+    /// What is done about an AR that the guest cannot be told of.
+    pub on_undeliverable: OnUndeliverable,
+    /// Which way AOs go.
+    pub ao_channel: AoChannel,
+    /// How the guest is notified by its error source; `None` when it is given none.
+    pub ghes: Option<Notify>,
+    /// How fast the guest is told of AOs.
+    pub ao_pace: Pace,
+    /// Which system calls the VMM may make.
+    pub seccomp: Mode,
+    /// Whether it ends where the guest would start over.
+    pub no_reboot: bool,
+}
+
 /// Boots the guest, and again after each reset; returns the exit status that says how it ended.
 ///
 /// # Errors
 /// The guest could not be started.
-pub fn run(args: &RunArgs) -> Result<u8, RunError> {
+pub fn run(config: &RunConfig) -> Result<u8, RunError> {
     // Before any thread is started, as is what follows.
     allocator::keep_small();
     // They inherit it, and only the relay's own takes AOs.
     KillPolicy::Late.set().map_err(RunError::Policy)?;
-    let filters = Filters::new(args.seccomp.into())?;
+    let filters = Filters::new(config.seccomp)?;
     filters.apply(Thread::Main)?;
     files::survive_limits();
-    check_files(args)?;
-    let monitor_file = open_pipe(args)?;
-    let ram = Arc::new(GuestRam::new(&args.zones())?);
+    check_files(config)?;
+    let monitor_file = open_pipe(config)?;
+    let ram = Arc::new(GuestRam::new(&config.memory)?);
     let monitor = Monitor::start(&filters)?;
-    let current = Current::new(args.name.as_ref().map(VmName::as_str));
-    let socket = match (&args.api_socket, &args.name) {
-        (Some(ApiPath(path)), _) => Some(path.clone()),
+    let current = Current::new(config.name.as_ref().map(VmName::as_str));
+    let socket = match (&config.api_socket, &config.name) {
+        (Some(path), _) => Some(path.clone()),
         (None, Some(name)) => Some(names::claim(name)?),
         (None, None) => None,
     };
@@ -116,26 +145,17 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     let api = socket
         .as_ref()
         .map(|path| Api::start(path, current.clone(), monitor.hub().clone(), &filters));
-    let _api = api.transpose().map_err(|error| whose(error, args))?;
+    let _api = api.transpose().map_err(|error| whose(error, config))?;
     if !Path::new(host::EARLY_KILL_SYSCTL).exists() {
         warn!(
             "this host's kernel has no memory failure handling (CONFIG_MEMORY_FAILURE): \
              there will be nothing to relay; `mce-relay check` says more"
         );
     }
-    let config = VmConfig {
-        kernel: args.kernel.clone(),
-        initramfs: args.initramfs.clone(),
-        cmdline: args.cmdline.clone(),
-        cpus: args.cpus.0,
-        serial: [args.serial.0.clone(), args.serial2.0.clone()],
-        cpu_vendor: args.cpu_vendor.into(),
-    };
     // Whoever follows events is told that there are no more before the API goes.
     let _end = EndOfEvents(&monitor);
     let (outlets, ledger) = (Outlets { monitor_file, ..Outlets::default() }, Ledger::default());
-    let mut machine =
-        Machine { args, config, filters, socket, ram, monitor: &monitor, outlets, ledger };
+    let mut machine = Machine { config, filters, socket, ram, monitor: &monitor, outlets, ledger };
     let ended = machine.run_to_its_end(&current);
     // What the guest said comes before what is said of it.
     machine.outlets = Outlets::default();
@@ -152,10 +172,10 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
     }
     if !matches!(reason, ExitReason::PowerOff | ExitReason::Stopped(_)) {
         error!("{reason}");
-        if let Some(name) = args.name.as_ref().filter(|_| records::are_kept()) {
+        if let Some(name) = config.name.as_ref().filter(|_| records::are_kept()) {
             eprintln!("mce-relay: {}", records::where_to_look(name.as_str()));
         }
-    } else if let (Some(leaving), Some(name)) = (leaving.as_mut(), &args.name)
+    } else if let (Some(leaving), Some(name)) = (leaving.as_mut(), &config.name)
         && records::are_kept()
     {
         leaving.forget(name);
@@ -164,15 +184,14 @@ pub fn run(args: &RunArgs) -> Result<u8, RunError> {
 }
 
 /// Sees early that what is to be written to can be; it is touched when nothing else can go wrong.
-fn check_files(args: &RunArgs) -> Result<(), RunError> {
-    let of = |serial: &Serial| match &serial.0 {
+fn check_files(config: &RunConfig) -> Result<(), RunError> {
+    let of = |serial: &SerialMode| match serial {
         SerialMode::File(to) => Some(to.clone()),
         _ => None,
     };
-    let monitor = args.event_monitor.as_ref().map(|path| path.0.clone());
-    for LogFile { path, max_size } in
-        [of(&args.serial), of(&args.serial2), monitor].into_iter().flatten()
-    {
+    let [com1, com2] = &config.vm.serial;
+    let monitor = config.event_monitor.clone();
+    for LogFile { path, max_size } in [of(com1), of(com2), monitor].into_iter().flatten() {
         let to = LogFile { path: path.clone(), max_size };
         to.check().map_err(|source| RunError::File { path, source })?;
     }
@@ -181,8 +200,8 @@ fn check_files(args: &RunArgs) -> Result<(), RunError> {
 
 /// Opens the event monitor's file if it is a FIFO or a device, which there is no harm in. A FIFO is waited for,
 /// while a signal still ends this process.
-fn open_pipe(args: &RunArgs) -> Result<Option<Appended>, MonitorError> {
-    let Some(LogPath(to)) = &args.event_monitor else { return Ok(None) };
+fn open_pipe(config: &RunConfig) -> Result<Option<Appended>, MonitorError> {
+    let Some(to) = &config.event_monitor else { return Ok(None) };
     match to.path.metadata() {
         Ok(found) if !found.is_file() => events::open(to).map(Some),
         _ => Ok(None),
@@ -190,8 +209,8 @@ fn open_pipe(args: &RunArgs) -> Result<Option<Appended>, MonitorError> {
 }
 
 /// An API socket at which somebody answers is another VM of that name.
-fn whose(error: ApiError, args: &RunArgs) -> RunError {
-    match (&error, &args.name) {
+fn whose(error: ApiError, config: &RunConfig) -> RunError {
+    match (&error, &config.name) {
         (ApiError::Bind { source: BindError::Answers, .. }, Some(name)) => {
             NameError::Taken(name.as_str().to_owned()).into()
         }
@@ -220,8 +239,7 @@ const TRIES: u32 = 3;
 
 /// What stays when the guest starts over.
 struct Machine<'a> {
-    args: &'a RunArgs,
-    config: VmConfig,
+    config: &'a RunConfig,
     filters: Filters,
     /// Of the API.
     socket: Option<PathBuf>,
@@ -251,9 +269,9 @@ impl Outlets {
             Some(lines) => lines.clone(),
             None => {
                 let lines = serial::open_lines(&config.serial, hooks.filters)?;
-                match (self.monitor_file.take(), &hooks.args.event_monitor) {
+                match (self.monitor_file.take(), &hooks.config.event_monitor) {
                     (Some(file), _) => hooks.monitor.write_on("file", file)?,
-                    (None, Some(path)) => hooks.monitor.write_to(&path.0)?,
+                    (None, Some(path)) => hooks.monitor.write_to(path)?,
                     (None, None) => {}
                 }
                 hooks.keep_a_record();
@@ -268,7 +286,7 @@ impl Outlets {
 impl Machine<'_> {
     /// Boots the guest, and again after each reset; how it ended.
     fn run_to_its_end(&mut self, current: &Current) -> Result<ExitReason, VmError> {
-        let (policy, no_reboot) = (self.args.on_undeliverable, self.args.no_reboot);
+        let (policy, no_reboot) = (self.config.on_undeliverable, self.config.no_reboot);
         let (mut boot, mut quick_faults) = (0, 0);
         loop {
             boot += 1;
@@ -289,7 +307,7 @@ impl Machine<'_> {
 
     /// Boots the guest once and runs it to its end; how it ended, and after how long.
     fn boot(&mut self, boot: u32, current: &Current) -> Result<(ExitReason, Duration), VmError> {
-        let args = self.args;
+        let config = self.config;
         self.outlets.boot = boot;
         let (vm, made) = self.make(current)?;
         let caps = made.setup.caps();
@@ -308,15 +326,15 @@ impl Machine<'_> {
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 pid: vm.pid(),
                 boot,
-                vcpus: usize::from(self.config.cpus),
+                vcpus: usize::from(config.vm.cpus),
                 vendor: caps.vendor,
                 mcg_cap,
-                mce_kill: args.mce_kill.into(),
+                mce_kill: config.mce_kill,
                 memory: vm.ram_blocks().iter().map(Into::into).collect(),
-                ao_channel: args.ao_channel,
-                ghes: notify(args),
-                ao_pace: args.ao_pace.0,
-                on_undeliverable: args.on_undeliverable,
+                ao_channel: config.ao_channel,
+                ghes: config.ghes,
+                ao_pace: config.ao_pace,
+                on_undeliverable: config.on_undeliverable,
                 paused: false,
                 pause_reason: None,
                 panic: None,
@@ -346,7 +364,7 @@ impl Machine<'_> {
         loop {
             tries += 1;
             let mut hooks = RelayHooks {
-                args: self.args,
+                config: self.config,
                 filters: &self.filters,
                 socket: self.socket.as_deref(),
                 monitor: self.monitor,
@@ -355,7 +373,7 @@ impl Machine<'_> {
                 ledger: self.ledger.clone(),
                 made: None,
             };
-            match Vm::new(&self.config, &self.ram, &mut hooks) {
+            match Vm::new(&self.config.vm, &self.ram, &mut hooks) {
                 Ok(vm) => {
                     let made = hooks.made.take();
                     return Ok((vm, made.ok_or_else(|| VmError::Hook(RelayError::Early.into()))?));
@@ -452,14 +470,6 @@ fn starts_again(reason: &ExitReason, policy: OnUndeliverable, no_reboot: bool) -
     wanted && !no_reboot
 }
 
-/// How the guest is notified by its error source; `None` when it is given none.
-fn notify(args: &RunArgs) -> Option<Notify> {
-    if args.ao_channel == AoChannel::Mce {
-        return None;
-    }
-    Some(args.ghes_poll.map_or(Notify::Interrupt, |millis| Notify::Poll { millis }))
-}
-
 /// What a user can do about a paused VM.
 fn way_on(reason: &PauseReason, socket: Option<&Path>) -> String {
     let Some(path) = socket else {
@@ -509,7 +519,7 @@ fn exit_status(reason: &ExitReason) -> u8 {
 
 /// What the relay needs of a VM while it is built.
 struct RelayHooks<'a> {
-    args: &'a RunArgs,
+    config: &'a RunConfig,
     filters: &'a Filters,
     socket: Option<&'a Path>,
     monitor: &'a Monitor,
@@ -532,7 +542,7 @@ struct Made {
 impl RelayHooks<'_> {
     /// Writes down what a named VM is to leave. It runs without, too.
     fn keep_a_record(&self) {
-        let Some(name) = &self.args.name else { return };
+        let Some(name) = &self.config.name else { return };
         let dir = names::record_dir(name);
         if let Err(error) = records::begin(&dir, name.as_str(), self.monitor, self.current) {
             warn!(
@@ -544,17 +554,19 @@ impl RelayHooks<'_> {
 
     fn make(&self, vm: &VmView<'_>) -> Result<Made, RelayError> {
         // An AMD-style guest's CPUID always shows SUCCOR: see `cpuid`.
-        let lmce = self.args.lmce == Switch::On;
+        let lmce = self.config.lmce;
         let setup = MceSetup::new(vm.kvm, vm.vendor, lmce, vm.vendor == Vendor::Amd)?;
         setup.prepare_vm(vm.vm)?;
         let relay = Relay::start(Config {
             vcpus: usize::from(vm.cpus),
             caps: setup.caps(),
             ram: RamMap::new(vm.ram.regions())?,
-            policy: self.args.mce_kill.into(),
-            pace: self.args.ao_pace.0,
-            ao_channel: self.args.ao_channel,
-            ghes: notify(self.args)
+            policy: self.config.mce_kill,
+            pace: self.config.ao_pace,
+            ao_channel: self.config.ao_channel,
+            ghes: self
+                .config
+                .ghes
                 .map(|notify| ghes::source(vm.vm, notify))
                 .transpose()
                 .map_err(RelayError::Source)?,
@@ -598,7 +610,7 @@ impl VmHooks for RelayHooks<'_> {
     }
 
     fn acpi_tables(&mut self) -> Result<Vec<Table>, HookError> {
-        Ok(notify(self.args).map(ghes::table).transpose()?.into_iter().collect())
+        Ok(self.config.ghes.map(ghes::table).transpose()?.into_iter().collect())
     }
 
     fn serial_lines(&mut self, config: &VmConfig) -> Result<SerialLines, HookError> {
@@ -616,7 +628,7 @@ impl VmHooks for RelayHooks<'_> {
             relay: Arc::clone(&made.relay),
             control: made.control.clone(),
             injector: made.injector.clone(),
-            on_undeliverable: self.args.on_undeliverable,
+            on_undeliverable: self.config.on_undeliverable,
             filters: self.filters.clone(),
             guest: None,
         }))

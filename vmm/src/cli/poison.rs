@@ -51,7 +51,7 @@ pub struct PoisonArgs {
     pub max: u32,
     /// By what means.
     #[arg(long, value_enum)]
-    pub via: Means,
+    pub via: MeansArg,
     /// For --via signal: an AO, or an AR as of a vCPU that touched the page. An AR wants --force, as
     /// it may cost the guest a process, or its life.
     #[arg(long, value_enum, default_value_t = KindArg::Ao)]
@@ -100,12 +100,12 @@ impl PoisonArgs {
         if self.pid.is_none() && (self.agent.is_some() || self.max != 1) {
             return conflict("--agent and --max are for --pid; leave them out");
         }
-        if filtered && self.via != Means::HwpoisonInject {
+        if filtered && self.via != MeansArg::HwpoisonInject {
             return conflict(
                 "filters are hwpoison-inject's; leave them out, or use --via hwpoison-inject",
             );
         }
-        if self.kind == KindArg::Ar && self.via != Means::Signal {
+        if self.kind == KindArg::Ar && self.via != MeansArg::Signal {
             return conflict(
                 "--kind ar is for --via signal; a page that really is bad gives an AR when the guest touches it",
             );
@@ -181,6 +181,41 @@ impl FromStr for DevArg {
             .split_once(':')
             .and_then(|(major, minor)| Some(Self(major.parse().ok()?, minor.parse().ok()?)));
         numbers.ok_or_else(|| format!("{text:?} is no device; expected MAJOR:MINOR, e.g. 8:1"))
+    }
+}
+
+/// By what a page is made to go bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MeansArg {
+    /// The hwpoison-inject module, by page frame number. The VMM gets an AO. Root.
+    HwpoisonInject,
+    /// madvise(MADV_HWPOISON): by this command, on a mapping of its own, where the memory is shared;
+    /// else by the VMM. The caller gets an AR, the VMM an AO. Root.
+    Madvise,
+    /// madvise(MADV_SOFT_OFFLINE): the page moves to another frame and the old one is never used
+    /// again. The guest notices nothing, and nothing goes into the ledger. Root.
+    SoftOffline,
+    /// The mce-inject module: the host's own machine-check code is made to believe in an error of the
+    /// page. The VMM gets an AO. Root; `unpoison` is off from then on.
+    MceInject,
+    /// UFFDIO_POISON, by the VMM on its own memory. Nothing is signalled until somebody touches the
+    /// page; then it is an AR. No privileges, no CONFIG_MEMORY_FAILURE (Linux 6.6).
+    Uffd,
+    /// A signal that the VMM forges for itself; the page is whole. Everything about it is labelled as
+    /// forged. No privileges.
+    Signal,
+}
+
+impl From<MeansArg> for Means {
+    fn from(arg: MeansArg) -> Self {
+        match arg {
+            MeansArg::HwpoisonInject => Self::HwpoisonInject,
+            MeansArg::Madvise => Self::Madvise,
+            MeansArg::SoftOffline => Self::SoftOffline,
+            MeansArg::MceInject => Self::MceInject,
+            MeansArg::Uffd => Self::Uffd,
+            MeansArg::Signal => Self::Signal,
+        }
     }
 }
 

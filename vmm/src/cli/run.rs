@@ -7,9 +7,11 @@ use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 
 use super::values::{ApiPath, LogPath, log_file, parse_number};
-use crate::api::types::policy::OnUndeliverable;
+use crate::api::types::policy::{Notify, OnUndeliverable};
+use crate::config::VmConfig;
 use crate::config::{CpuVendor, MemoryZone, PageSize, SerialMode};
 use crate::names::VmName;
+use crate::run::RunConfig;
 use crate::seccomp::Mode;
 
 /// What to boot, and how.
@@ -78,7 +80,7 @@ pub struct RunArgs {
     pub mce_kill: Kill,
     /// What to do when the guest touched a bad page and cannot be told.
     #[arg(long, default_value = "stop", value_enum)]
-    pub on_undeliverable: OnUndeliverable,
+    pub on_undeliverable: OnUndeliverableArg,
     /// Which way AOs go: auto, by firmware-first records (ACPI HEST) to AMD-style guests that have
     /// taken the error source, by machine check to all others; mce or ghes, for every guest.
     ///
@@ -164,6 +166,28 @@ impl From<VendorArg> for CpuVendor {
     }
 }
 
+/// What is done about an AR that the guest cannot be told of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnUndeliverableArg {
+    /// End the VM, with exit status 6.
+    Stop,
+    /// Pause the VM; `mce-relay resume` has the vCPU touch the page again, and if the guest still
+    /// cannot be told, it is paused again.
+    Pause,
+    /// Start the guest again with good memory; with --no-reboot, end with exit status 6.
+    Reset,
+}
+
+impl From<OnUndeliverableArg> for OnUndeliverable {
+    fn from(arg: OnUndeliverableArg) -> Self {
+        match arg {
+            OnUndeliverableArg::Stop => Self::Stop,
+            OnUndeliverableArg::Pause => Self::Pause,
+            OnUndeliverableArg::Reset => Self::Reset,
+        }
+    }
+}
+
 /// Early or late kill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Kill {
@@ -205,6 +229,35 @@ impl FromStr for Cpus {
 const DEFAULT_RAM: u64 = 512 << 20;
 
 impl RunArgs {
+    /// The same as the VMM takes it.
+    #[must_use]
+    pub fn config(&self) -> RunConfig {
+        let ghes = (self.ao_channel != AoChannel::Mce)
+            .then(|| self.ghes_poll.map_or(Notify::Interrupt, |millis| Notify::Poll { millis }));
+        RunConfig {
+            vm: VmConfig {
+                kernel: self.kernel.clone(),
+                initramfs: self.initramfs.clone(),
+                cmdline: self.cmdline.clone(),
+                cpus: self.cpus.0,
+                serial: [self.serial.0.clone(), self.serial2.0.clone()],
+                cpu_vendor: self.cpu_vendor.into(),
+            },
+            memory: self.zones(),
+            name: self.name.clone(),
+            api_socket: self.api_socket.as_ref().map(|path| path.0.clone()),
+            event_monitor: self.event_monitor.as_ref().map(|path| path.0.clone()),
+            lmce: self.lmce == Switch::On,
+            mce_kill: self.mce_kill.into(),
+            on_undeliverable: self.on_undeliverable.into(),
+            ao_channel: self.ao_channel,
+            ghes,
+            ao_pace: self.ao_pace.0,
+            seccomp: self.seccomp.into(),
+            no_reboot: self.no_reboot,
+        }
+    }
+
     /// The zones of guest RAM.
     #[must_use]
     pub fn zones(&self) -> Vec<MemoryZone> {

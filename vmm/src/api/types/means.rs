@@ -1,10 +1,9 @@
 //! The means by which a page is made to go bad.
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// By what a page is made to go bad.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Means {
     /// The hwpoison-inject module, by page frame number. The VMM gets an AO. Root.

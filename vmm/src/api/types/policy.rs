@@ -1,18 +1,17 @@
 //! What a VM was told to do.
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 /// What is done about an AR that the guest cannot be told of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnUndeliverable {
     /// End the VM, with exit status 6.
     Stop,
-    /// Pause the VM; `mce-relay resume` has the vCPU touch the page again, and if the guest still
-    /// cannot be told, it is paused again.
+    /// Pause the VM; when it goes on, the vCPU touches the page again, and if the guest still cannot be told,
+    /// the VM is paused again.
     Pause,
-    /// Start the guest again with good memory; with --no-reboot, end with exit status 6.
+    /// Start the guest again with good memory; where it is not to be started again, as [`Self::Stop`].
     Reset,
 }
 
