@@ -32,7 +32,7 @@ build:
 # Static, so that the C library's part is what is used of it; relocations are packed (DT_RELR).
 dist:
 	$(SAY) 'building mce-relay, static and small'
-	$(CARGO) rustc --profile dist --locked -p mce-relay-vmm --bin mce-relay -- \
+	$(CARGO) rustc --profile dist --locked -p mce-relay-cli --bin mce-relay -- \
 		-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs
 
 guest-image: setup

@@ -6,10 +6,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
+use mce_relay_cli::args::commands::{Cli, Command};
+use mce_relay_cli::client::requests;
 use mce_relay_tests::tiny::elf;
 use mce_relay_vmm::api::types::vm::{Status, VmInfo};
-use mce_relay_vmm::cli::{Cli, Command};
-use mce_relay_vmm::{client, run};
+use mce_relay_vmm::session::run;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -51,7 +52,7 @@ impl Vmm {
     pub fn info(&self, wanted: impl Fn(&VmInfo) -> bool) -> VmInfo {
         let start = Instant::now();
         loop {
-            let info = client::get::<VmInfo>(&self.socket(), "vm.info");
+            let info = requests::get::<VmInfo>(&self.socket(), "vm.info");
             match info {
                 Ok(info) if wanted(&info) => return info,
                 info => assert!(start.elapsed() < PATIENCE, "{info:?}\n{:#?}", self.events()),
@@ -62,12 +63,12 @@ impl Vmm {
 
     /// `relay.status`.
     pub fn status(&self) -> Status {
-        client::get(&self.socket(), "relay.status").unwrap()
+        requests::get(&self.socket(), "relay.status").unwrap()
     }
 
     /// `PUT /api/v1/<what>`.
     pub fn put(&self, what: &str) {
-        client::put(&self.socket(), what).unwrap();
+        requests::put(&self.socket(), what).unwrap();
     }
 
     /// The events so far, without a last one that is half written.

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mce_relay_vmm::config::{CpuVendor, MemoryZone, SerialMode, VmConfig};
-use mce_relay_vmm::control::ExitReason;
-use mce_relay_vmm::memory::GuestRam;
-use mce_relay_vmm::vm::{NoHooks, Vm};
+use mce_relay_vmm::machine::lifecycle::ExitReason;
+use mce_relay_vmm::machine::memory::guest_ram::GuestRam;
+use mce_relay_vmm::machine::vm::{NoHooks, Vm};
 
 fn main() -> ExitCode {
     env_logger::init();

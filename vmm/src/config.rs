@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::files::LogFile;
+use crate::outlets::files::LogFile;
 
 /// The largest number of vCPUs: xAPIC ids are 8 bits wide and 255 is the broadcast id.
 pub const MAX_CPUS: u8 = 254;

@@ -28,7 +28,7 @@ use mce_relay_bench::{caps, progress};
 use mce_relay_tests::ready::forge;
 use mce_relay_vmm::api::status::StatusPieces;
 use mce_relay_vmm::mce_inject::set_mce;
-use mce_relay_vmm::poison::uffd::Uffd;
+use mce_relay_vmm::relaying::uffd::Uffd;
 use payload::{Did, Payload, Start};
 use serde_json::json;
 

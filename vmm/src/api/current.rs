@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use mce_relay::Handle;
 
 use crate::api::types::vm::VmInfo;
-use crate::button::PowerButton;
-use crate::by_hand::Injector;
-use crate::control::VmControl;
-use crate::memory::GuestRam;
+use crate::machine::devices::power_button::PowerButton;
+use crate::machine::lifecycle::VmControl;
+use crate::machine::memory::guest_ram::GuestRam;
+use crate::relaying::manual_mce::injector::Injector;
 
 /// The virtual machine as the API sees it; it changes with every boot.
 #[derive(Clone)]

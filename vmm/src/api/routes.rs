@@ -13,12 +13,12 @@ use super::types::limits::{MAX_PAGES, MAX_READ};
 use super::types::pages::{Gpa, Poison, Retire, Retiring};
 use super::types::vm::{Extent, Ping, Problem, Status, VmInfo};
 use crate::api::types::manual_mce::Request as Inject;
-use crate::button::PressError;
-use crate::by_hand::Refusal;
-use crate::control::{ExitReason, Parked, StopCause, VmControl};
 use crate::events::hub::Hub;
-use crate::memory::PAGE_SIZE;
-use crate::poison::inside::{self, InsideError};
+use crate::machine::devices::power_button::PressError;
+use crate::machine::lifecycle::{ExitReason, Parked, StopCause, VmControl};
+use crate::machine::memory::guest_ram::PAGE_SIZE;
+use crate::relaying::manual_mce::injector::Refusal;
+use crate::relaying::self_poison::{self, InsideError};
 use crate::words;
 
 /// How long an answer waits for the vCPUs to leave the guest. More than a vCPU may be held back by a
@@ -214,7 +214,7 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
         Route::Poison => {
             let poison: Poison = understood(body, example)?;
             not_too_many(&poison.gpas)?;
-            match inside::poison(&running()?, &poison) {
+            match self_poison::poison(&running()?, &poison) {
                 Ok(pages) => Answer::json(200, &pages),
                 Err(error) => Answer::problem(status_of(&error), words::with_causes(&error)),
             }
@@ -546,7 +546,7 @@ mod tests {
 
     #[test]
     fn a_pause_that_does_not_come_about_is_no_success() {
-        crate::vcpu::install_kick_handler();
+        crate::machine::vcpu::install_kick_handler();
         let control = VmControl::new(1).unwrap();
         // A vCPU that does not stop.
         control.enrol(0);

@@ -147,8 +147,8 @@ impl Hub {
     }
 
     /// How many tasks wait for the next event.
-    #[cfg(test)]
-    pub(crate) fn waiting(&self) -> usize {
+    #[must_use]
+    pub fn waiting(&self) -> usize {
         self.lock().wakers.len()
     }
 

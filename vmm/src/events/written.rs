@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use log::warn;
 
 use super::hub::{Follower, Next};
-use super::line_of;
-use crate::files::{Appended, RETRY};
+use super::monitor::line_of;
+use crate::outlets::files::{Appended, RETRY};
 
 /// About how much is written in one piece, in bytes.
 const PIECE: usize = 32 << 10;

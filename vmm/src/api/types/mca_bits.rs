@@ -6,7 +6,8 @@ use mce_relay::mca::{mcg, status};
 pub(crate) const PCC: u64 = 1 << 57;
 /// The error code in MCi_STATUS: MCACOD, bits 15:0.
 pub(crate) const MCACOD: u64 = 0xffff;
-pub(crate) const STATUS: [(&str, u64); 12] = [
+/// The bits of MCi_STATUS.
+pub const STATUS: [(&str, u64); 12] = [
     ("VAL", status::VAL),
     ("OVER", status::OVER),
     ("UC", status::UC),
@@ -21,7 +22,8 @@ pub(crate) const STATUS: [(&str, u64); 12] = [
     ("DEFERRED", status::DEFERRED),
     ("POISON", status::POISON),
 ];
-pub(crate) const MCG_STATUS: [(&str, u64); 4] =
+/// The bits of MCG_STATUS.
+pub const MCG_STATUS: [(&str, u64); 4] =
     [("RIPV", mcg::RIPV), ("EIPV", mcg::EIPV), ("MCIP", mcg::MCIP), ("LMCES", mcg::LMCES)];
 
 /// The names of the bits of MCi_STATUS that are set, and its error code.

@@ -50,7 +50,7 @@ impl Means {
     }
 
     /// Whether it is the host's page frame that goes bad.
-    pub(crate) fn is_of_frames(self) -> bool {
+    pub fn is_of_frames(self) -> bool {
         !matches!(self, Self::Uffd | Self::Signal)
     }
 }

@@ -1,0 +1,11 @@
+//! What the commands do, but for `run` and `poison`.
+
+pub mod check;
+pub mod dump;
+pub mod ending;
+pub mod list;
+pub mod manual;
+pub mod map;
+pub mod pages;
+pub mod retire;
+pub mod watch;

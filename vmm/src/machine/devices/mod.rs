@@ -1,0 +1,5 @@
+//! Devices: what port I/O reaches, the serial ports, the power button, and whose interrupt is whose.
+
+pub mod ports;
+pub mod power_button;
+pub mod serial;

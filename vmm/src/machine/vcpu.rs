@@ -1,0 +1,560 @@
+//! A vCPU's thread: runs the guest, answers its exits, passes a hook before every entry.
+//!
+//! A kick is never lost. The signal's handler sets `immediate_exit` of the vCPU whose thread it
+//! interrupts; the loop clears it first and looks at everything that a kick may be about after
+//! that, so a kick either comes before the look, or makes the next KVM_RUN return at once.
+
+use std::cell::Cell;
+use std::ptr;
+use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::{Arc, Once};
+
+use kvm_bindings::kvm_regs;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use log::warn;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
+
+use crate::api::types::pause::PauseReason;
+use crate::machine::devices::ports::{PortBus, PowerEvent};
+use crate::machine::lifecycle::{ExitReason, State, VmControl};
+use crate::machine::memory::guest_ram::RamBlock;
+
+/// The error type of hooks: anything with words.
+pub type HookError = Box<dyn std::error::Error + Send + Sync>;
+
+/// KVM_EXIT_SYSTEM_EVENT: the guest powered off.
+const SYSTEM_EVENT_SHUTDOWN: u32 = 1;
+/// KVM_EXIT_SYSTEM_EVENT: the guest wants to be reset.
+const SYSTEM_EVENT_RESET: u32 = 2;
+/// An access that is completed may be one of several that an instruction makes; no instruction
+/// makes more than this.
+const MAX_COMPLETIONS: usize = 512;
+
+/// What a hook wants.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HookVerdict {
+    /// Go on.
+    Run,
+    /// Pause the VM, this vCPU included.
+    Pause(PauseReason),
+    /// End the VM.
+    Stop(ExitReason),
+}
+
+/// An access to RAM that KVM could not make itself, and handed over as if RAM were a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RamAccess {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Length in bytes, 1 to 8.
+    pub len: usize,
+    /// What the guest stores, in the first `len` bytes; `None` where it loads.
+    pub store: Option<[u8; 8]>,
+}
+
+impl RamAccess {
+    fn load(gpa: u64, len: usize) -> Self {
+        Self { gpa, len, store: None }
+    }
+
+    fn store(gpa: u64, data: &[u8]) -> Self {
+        let mut bytes = [0; 8];
+        // KVM has no more in an exit.
+        let len = data.len().min(bytes.len());
+        bytes[..len].copy_from_slice(&data[..len]);
+        Self { gpa, len, store: Some(bytes) }
+    }
+}
+
+/// A KVM_RUN that did not work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunFailure {
+    /// The call failed with this errno, say EFAULT or EHWPOISON.
+    Errno(i32),
+    /// KVM_EXIT_MEMORY_FAULT at this guest-physical address.
+    MemoryFault {
+        /// Address of the first byte.
+        gpa: u64,
+        /// Length in bytes.
+        size: u64,
+        /// EFAULT, or EHWPOISON where the memory is bad.
+        errno: i32,
+    },
+    /// KVM_EXIT_INTERNAL_ERROR; 1 is an instruction that KVM could not emulate.
+    Internal {
+        /// The sub-error.
+        suberror: u32,
+    },
+}
+
+/// A vCPU's hook before it has a thread.
+pub trait VcpuSetup: Send {
+    /// The vCPU has its CPUID, and nothing else yet. Called on the thread that builds the VM.
+    ///
+    /// # Errors
+    /// Whatever makes this VM impossible.
+    fn setup(&mut self, _vcpu: &VcpuFd) -> Result<(), HookError> {
+        Ok(())
+    }
+
+    /// Called on the vCPU's own thread, before it runs the guest. The hook stays on that thread and
+    /// is dropped there, before the vCPU.
+    ///
+    /// # Errors
+    /// Whatever makes this VM impossible.
+    fn start(self: Box<Self>, vcpu: &mut VcpuFd) -> Result<Box<dyn VcpuHook>, HookError>;
+}
+
+/// What can be done around a vCPU's runs, on its thread.
+pub trait VcpuHook {
+    /// Whether [`VcpuHook::before_run`] has something to do. Asked before every entry: keep it cheap.
+    fn wants_attention(&self) -> bool {
+        true
+    }
+
+    /// Before an entry, with the last exit completed and `immediate_exit` cleared: what is set from
+    /// here on makes the entry return at once, and all of this is gone through again.
+    fn before_run(&mut self, _vcpu: &mut VcpuFd) -> HookVerdict {
+        HookVerdict::Run
+    }
+
+    /// The guest's access to RAM ended up here. A load gets all-ones, unless it is done again; a store is lost,
+    /// unless the hook makes it. The next KVM_RUN completes the instruction first.
+    fn mmio_in_ram(&mut self, _vcpu: &mut VcpuFd, _access: RamAccess) -> HookVerdict {
+        HookVerdict::Run
+    }
+
+    /// KVM_RUN failed; `None` leaves it to the caller, who ends the VM.
+    fn run_failed(&mut self, _vcpu: &mut VcpuFd, _failure: RunFailure) -> Option<HookVerdict> {
+        None
+    }
+
+    /// The VM is paused: call `wait`, which returns when this vCPU may go on (or has to end). Whoever
+    /// gathers vCPUs learns here that this one will not come.
+    fn park(&mut self, wait: &mut dyn FnMut()) {
+        wait();
+    }
+
+    /// The guest reads an MSR that KVM sends here; `None` is a #GP.
+    fn rdmsr(&mut self, _index: u32) -> Option<u64> {
+        None
+    }
+
+    /// The guest writes an MSR that KVM sends here; false is a #GP.
+    fn wrmsr(&mut self, _index: u32, _data: u64) -> bool {
+        false
+    }
+}
+
+/// A hook that does nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoHook;
+
+impl VcpuHook for NoHook {
+    fn wants_attention(&self) -> bool {
+        false
+    }
+}
+
+/// Makes a setup of a hook that needs none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ready<H>(pub H);
+
+impl<H: VcpuHook + Send + 'static> VcpuSetup for Ready<H> {
+    fn start(self: Box<Self>, _: &mut VcpuFd) -> Result<Box<dyn VcpuHook>, HookError> {
+        Ok(Box::new(self.0))
+    }
+}
+
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs. No destructor and no lazy start: the
+    /// signal handler reads it.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: points into the kvm_run of this thread's vCPU, which is mapped as long as the
+        // pointer is set (see `Enrolment`).
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+/// Installs the handler of the signal that kicks, once per process.
+pub(crate) fn install_kick_handler() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        if let Err(error) = register_signal_handler(SIGRTMIN(), on_kick) {
+            log::error!("cannot install the handler of signal {}: {error}", SIGRTMIN());
+        }
+    });
+}
+
+/// One vCPU, ready to run.
+pub struct Vcpu {
+    fd: VcpuFd,
+    index: u8,
+    setup: Box<dyn VcpuSetup>,
+    bus: Arc<PortBus>,
+    ram: Arc<[RamBlock]>,
+    control: VmControl,
+}
+
+impl std::fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vcpu").field("index", &self.index).finish_non_exhaustive()
+    }
+}
+
+/// A vCPU on its thread.
+struct Runner<'a> {
+    hook: Box<dyn VcpuHook>,
+    fd: &'a mut VcpuFd,
+    index: u8,
+    bus: &'a PortBus,
+    ram: &'a [RamBlock],
+    control: &'a VmControl,
+    /// The last exit is completed by the next KVM_RUN.
+    incomplete: bool,
+    /// The registers at a load that met poison. KVM finishes the instruction with what it never read; with
+    /// these it has not begun, and a guest that is told of the page and goes on does the load again, as on
+    /// a processor.
+    undo: Option<kvm_regs>,
+}
+
+enum Step {
+    Continue,
+    Interrupted,
+    End(ExitReason),
+}
+
+/// What an exit needs that can only be done when the exit itself is no longer borrowed.
+enum Then {
+    Step(Step),
+    RamAccess(RamAccess),
+    Failed(RunFailure),
+}
+
+/// This thread can be kicked, from its making to its end.
+struct Enrolment<'a>(&'a VmControl, u8);
+
+impl<'a> Enrolment<'a> {
+    fn new(control: &'a VmControl, index: u8, flag: *mut u8) -> Self {
+        IMMEDIATE_EXIT.set(flag);
+        control.enrol(index);
+        Self(control, index)
+    }
+}
+
+impl Drop for Enrolment<'_> {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+        self.0.leave(self.1);
+        if std::thread::panicking() {
+            self.0.stop(ExitReason::Fatal(format!("the thread of vCPU {} panicked", self.1)));
+        }
+    }
+}
+
+impl Vcpu {
+    pub(crate) fn new(
+        fd: VcpuFd,
+        index: u8,
+        setup: Box<dyn VcpuSetup>,
+        bus: Arc<PortBus>,
+        ram: Arc<[RamBlock]>,
+        control: VmControl,
+    ) -> Self {
+        Self { fd, index, setup, bus, ram, control }
+    }
+
+    /// Runs the guest on this thread until the VM ends.
+    pub(crate) fn run(self) {
+        // The order matters, at a panic too: the hook goes first, then the signal handler loses
+        // its pointer into the vCPU, and then the vCPU goes.
+        let Self { mut fd, index, setup, bus, ram, control } = self;
+        let flag = &raw mut fd.get_kvm_run().immediate_exit;
+        let _enrolment = Enrolment::new(&control, index, flag);
+        // A mask with the signal blocked may have been inherited; an error means it was not.
+        let _ = unblock_signal(SIGRTMIN());
+        let hook = match setup.start(&mut fd) {
+            Ok(hook) => hook,
+            Err(error) => {
+                control.stop(ExitReason::Fatal(format!("vCPU {index}: {error}")));
+                return;
+            }
+        };
+        let mut runner = Runner {
+            hook,
+            fd: &mut fd,
+            index,
+            bus: &bus,
+            ram: &ram,
+            control: &control,
+            incomplete: false,
+            undo: None,
+        };
+        if let Some(reason) = runner.run_loop() {
+            control.stop(reason);
+        }
+    }
+}
+
+impl Runner<'_> {
+    /// `None` when somebody else ended the VM.
+    fn run_loop(&mut self) -> Option<ExitReason> {
+        loop {
+            self.set_immediate_exit(0);
+            match self.control.state() {
+                State::Running => {}
+                State::Paused => {
+                    self.complete();
+                    self.show();
+                    let control = self.control;
+                    self.hook.park(&mut || control.park());
+                    continue;
+                }
+                State::Ending => {
+                    self.complete();
+                    return None;
+                }
+            }
+            if self.hook.wants_attention() {
+                if self.incomplete {
+                    self.complete();
+                    // Completing used the flag, so a kick may have gone: look at everything again.
+                    continue;
+                }
+                match self.hook.before_run(self.fd) {
+                    HookVerdict::Run => {}
+                    HookVerdict::Pause(reason) => {
+                        self.control.request_pause(reason);
+                        continue;
+                    }
+                    HookVerdict::Stop(reason) => return Some(reason),
+                }
+            }
+            if let Step::End(reason) = self.enter() {
+                return Some(reason);
+            }
+        }
+    }
+
+    fn set_immediate_exit(&mut self, value: u8) {
+        let flag = &raw mut self.fd.get_kvm_run().immediate_exit;
+        // SAFETY: a byte of this vCPU's mapped kvm_run. Volatile, because a signal handler of this
+        // thread writes it too.
+        unsafe { flag.write_volatile(value) };
+        // What a kick is about has to be looked at after the flag is cleared.
+        compiler_fence(Ordering::SeqCst);
+    }
+
+    /// Lets KVM finish the instruction whose access was answered, without running the guest.
+    fn complete(&mut self) {
+        for _ in 0..MAX_COMPLETIONS {
+            if !self.incomplete {
+                self.undo();
+                return;
+            }
+            self.set_immediate_exit(1);
+            if let Step::End(reason) = self.enter() {
+                self.control.stop(reason);
+                return;
+            }
+        }
+    }
+
+    /// Shows the registers to who asks while the VM is paused.
+    fn show(&self) {
+        let registers = match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => {
+                Some(crate::machine::cpu::registers::registers(self.index, &regs, &sregs))
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                warn!("vCPU {}: its registers cannot be read: {error}", self.index);
+                None
+            }
+        };
+        self.control.show(self.index, registers);
+    }
+
+    /// Puts the registers back to where they were before a load that met poison.
+    fn undo(&mut self) {
+        let Some(regs) = self.undo.take() else { return };
+        if let Err(error) = self.fd.set_regs(&regs) {
+            warn!("vCPU {}: goes on behind a load that met poison: {error}", self.index);
+        }
+    }
+
+    /// One KVM_RUN, and the answer to its exit.
+    fn enter(&mut self) -> Step {
+        self.incomplete = false;
+        let then = match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => {
+                self.incomplete = true;
+                Then::Step(match self.bus.write(port, data) {
+                    None => Step::Continue,
+                    Some(PowerEvent::Reset) => Step::End(ExitReason::Reset),
+                    Some(PowerEvent::PowerOff) => Step::End(ExitReason::PowerOff),
+                    Some(PowerEvent::Panicked(panic)) => {
+                        self.control.note_panic(panic);
+                        Step::Continue
+                    }
+                })
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.incomplete = true;
+                self.bus.read(port, data);
+                Then::Step(Step::Continue)
+            }
+            Ok(VcpuExit::MmioRead(gpa, data)) => {
+                self.incomplete = true;
+                data.fill(0xff);
+                mmio(self.ram, RamAccess::load(gpa, data.len()))
+            }
+            Ok(VcpuExit::MmioWrite(gpa, data)) => {
+                self.incomplete = true;
+                mmio(self.ram, RamAccess::store(gpa, data))
+            }
+            Ok(VcpuExit::X86Rdmsr(exit)) => {
+                self.incomplete = true;
+                match self.hook.rdmsr(exit.index) {
+                    Some(data) => *exit.data = data,
+                    None => *exit.error = 1,
+                }
+                Then::Step(Step::Continue)
+            }
+            Ok(VcpuExit::X86Wrmsr(exit)) => {
+                self.incomplete = true;
+                if !self.hook.wrmsr(exit.index, exit.data) {
+                    *exit.error = 1;
+                }
+                Then::Step(Step::Continue)
+            }
+            Ok(VcpuExit::Shutdown) => {
+                Then::Step(Step::End(ExitReason::TripleFault { vcpu: self.index }))
+            }
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => {
+                Then::Step(Step::End(ExitReason::PowerOff))
+            }
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => {
+                Then::Step(Step::End(ExitReason::Reset))
+            }
+            Ok(VcpuExit::Intr) => Then::Step(Step::Interrupted),
+            Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_)) => {
+                Then::Step(Step::Continue)
+            }
+            Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
+                // It comes with an error, which kvm-ioctls keeps to itself.
+                let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EFAULT);
+                Then::Failed(RunFailure::MemoryFault { gpa, size, errno })
+            }
+            Ok(VcpuExit::InternalError) => {
+                // SAFETY: KVM said which member of the union it filled.
+                let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+                Then::Failed(RunFailure::Internal { suberror: internal.suberror })
+            }
+            Ok(VcpuExit::FailEntry(reason, cpu)) => Then::Step(Step::End(ExitReason::KvmError {
+                vcpu: self.index,
+                what: format!(
+                    "the processor refused to enter the guest, reason {reason:#x} on CPU {cpu}"
+                ),
+            })),
+            Ok(other) => Then::Step(Step::End(ExitReason::KvmError {
+                vcpu: self.index,
+                what: format!("unexpected exit {other:?}"),
+            })),
+            Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
+                Then::Step(Step::Interrupted)
+            }
+            Err(error) => Then::Failed(RunFailure::Errno(error.errno())),
+        };
+        match then {
+            Then::Step(step) => step,
+            Then::RamAccess(access) => {
+                // A store has been done as far as the registers go: the hook makes it, or it is lost with the page.
+                if access.store.is_none() && self.undo.is_none() {
+                    self.undo = self.fd.get_regs().ok();
+                }
+                let verdict = self.hook.mmio_in_ram(self.fd, access);
+                let step = self.obey(verdict);
+                if matches!(step, Step::Continue) && !self.hook.wants_attention() {
+                    // No bad page: a slot that is being changed, say. The load is done again.
+                    self.complete();
+                }
+                step
+            }
+            Then::Failed(failure) => match self.hook.run_failed(self.fd, failure) {
+                Some(verdict) => self.obey(verdict),
+                None => Step::End(self.describe(failure)),
+            },
+        }
+    }
+
+    fn obey(&self, verdict: HookVerdict) -> Step {
+        match verdict {
+            HookVerdict::Run => Step::Continue,
+            HookVerdict::Pause(reason) => {
+                // The loop sees it before the next entry.
+                self.control.request_pause(reason);
+                Step::Continue
+            }
+            HookVerdict::Stop(reason) => Step::End(reason),
+        }
+    }
+
+    fn describe(&self, failure: RunFailure) -> ExitReason {
+        let what = match failure {
+            RunFailure::Errno(errno) => {
+                format!("KVM_RUN: {}", std::io::Error::from_raw_os_error(errno))
+            }
+            RunFailure::MemoryFault { gpa, size, .. } => {
+                format!("no access to guest memory at {gpa:#x}, {size} bytes")
+            }
+            RunFailure::Internal { suberror: 1 } => "an instruction cannot be emulated".to_owned(),
+            RunFailure::Internal { suberror } => format!("internal error {suberror}"),
+        };
+        let rip = self.fd.get_regs().map_or_else(|_| "unknown".into(), |r| format!("{:#x}", r.rip));
+        ExitReason::KvmError { vcpu: self.index, what: format!("{what} (RIP {rip})") }
+    }
+}
+
+fn mmio(ram: &[RamBlock], access: RamAccess) -> Then {
+    if ram.iter().any(|block| block.contains_gpa(access.gpa)) {
+        Then::RamAccess(access)
+    } else {
+        Then::Step(Step::Continue)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mmio_in_ram_is_told_from_an_empty_bus() {
+        let ram = [RamBlock::new(0, 0x1000, 0)];
+        let access = |gpa| RamAccess::load(gpa, 4);
+        assert!(matches!(mmio(&ram, access(0xfff)), Then::RamAccess(_)));
+        assert!(matches!(mmio(&ram, access(0x1000)), Then::Step(Step::Continue)));
+    }
+
+    #[test]
+    fn a_kick_sets_the_flag_of_this_thread_only() {
+        install_kick_handler();
+        let control = VmControl::new(1).unwrap();
+        let mut flag = 0_u8;
+        let flag = &raw mut flag;
+        let enrolment = Enrolment::new(&control, 0, flag);
+        control.kick(0);
+        // SAFETY: a local of this function. A signal to oneself is there when the call returns.
+        assert_eq!(unsafe { flag.read_volatile() }, 1);
+        drop(enrolment);
+        // SAFETY: as above.
+        unsafe { flag.write_volatile(0) };
+        control.kick(0);
+        // SAFETY: as above.
+        assert_eq!(unsafe { flag.read_volatile() }, 0, "no kick after the end");
+    }
+}

@@ -1,0 +1,5 @@
+//! One `mce-relay run`: the VM from its first boot to its end, its name, and what it leaves. In the VMM's process.
+
+pub mod names;
+pub mod record;
+pub mod run;
