@@ -10,24 +10,29 @@ use std::time::Duration;
 
 use env_logger::{Target, WriteStyle};
 use log::LevelFilter;
-use mce_relay_cli::args::commands::{self, Command, InjectArgs, MemoryCommand, VmArg};
+use mce_relay_cli::args::commands::{self, Command};
+use mce_relay_cli::args::inject::InjectArgs;
+use mce_relay_cli::args::memory::MemoryCommand;
 use mce_relay_cli::args::poison::{MemcgArg, PoisonArgs};
 use mce_relay_cli::args::values;
+use mce_relay_cli::args::vm::VmArg;
 use mce_relay_cli::client::life::Life;
-use mce_relay_cli::client::{agent, requests};
+use mce_relay_cli::client::{agent, error, requests};
 use mce_relay_cli::commands::check::report;
-use mce_relay_cli::commands::dump::{job, stretch};
+use mce_relay_cli::commands::dump::{form, job, stretch};
 use mce_relay_cli::commands::list::list;
 use mce_relay_cli::commands::{ending, manual, map, pages, retire, watch};
 use mce_relay_cli::output::{screen, show};
 use mce_relay_cli::poison::host::filter::Filter;
 use mce_relay_cli::poison::host::memcg;
 use mce_relay_cli::poison::host::unpoison::unpoison;
-use mce_relay_cli::poison::order::{self, FilterChoice, Order};
-use mce_relay_cli::poison::targets::{self, PageRange};
+use mce_relay_cli::poison::target::PageRange;
+use mce_relay_cli::poison::what::{FilterChoice, Order};
+use mce_relay_cli::poison::{order, targets};
 use mce_relay_vmm::api::types::{manual_mce, vm};
 use mce_relay_vmm::relaying::manual_mce::injector;
-use mce_relay_vmm::sandbox::{sigbus_fallback, terminal};
+use mce_relay_vmm::sandbox::sigbus_fallback;
+use mce_relay_vmm::sandbox::terminal::stops;
 use mce_relay_vmm::session::run;
 use mce_relay_vmm::words;
 
@@ -106,7 +111,7 @@ fn carry_out(command: Command) -> Outcome {
             // VM in a process of their own has their own.
             sigbus_fallback::install()
                 .map_err(|error| format!("cannot install a handler for SIGBUS: {error}"))?;
-            terminal::take_no_stops()
+            stops::take_no_stops()
                 .map_err(|error| format!("cannot see to the signals of job control: {error}"))?;
             ExitCode::from(run::run(&args.config())?)
         }
@@ -186,12 +191,12 @@ fn memory(command: MemoryCommand) -> Outcome {
             if raw { show::raw(&stretch.bytes) } else { show::print(&stretch, json) }
         }
         MemoryCommand::Dump { vm, file, raw, json } => {
-            dump_memory(&vm, &file, if raw { job::Form::Raw } else { job::Form::Elf }, json)?
+            dump_memory(&vm, &file, if raw { form::Form::Raw } else { form::Form::Elf }, json)?
         }
     })
 }
 
-fn dump_memory(vm: &VmArg, file: &std::path::Path, form: job::Form, json: bool) -> Outcome {
+fn dump_memory(vm: &VmArg, file: &std::path::Path, form: form::Form, json: bool) -> Outcome {
     let to_stdout = file.as_os_str() == "-";
     if to_stdout {
         // Before anything is read: the terminal will not become something else.
@@ -200,7 +205,8 @@ fn dump_memory(vm: &VmArg, file: &std::path::Path, form: job::Form, json: bool) 
     let socket = vm.socket()?;
     // Not Rust's own, which looks for lines.
     let mut stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
-    let target = if to_stdout { job::Target::Stream(&mut stdout) } else { job::Target::File(file) };
+    let target =
+        if to_stdout { form::Target::Stream(&mut stdout) } else { form::Target::File(file) };
     let mut bar = show::Progress::bytes("dumping");
     let done = job::dump(&socket, form, target, &mut |n, of| bar.advance(n, of));
     drop(bar);
@@ -315,7 +321,7 @@ fn inject_by_hand(args: &InjectArgs) -> Outcome {
     };
     let socket = args.vm.socket()?;
     let life = Life::at(&socket);
-    let ask = |dry_run| -> Result<manual_mce::ByHand, requests::ClientError> {
+    let ask = |dry_run| -> Result<manual_mce::ByHand, error::ClientError> {
         let request = manual_mce::Request { dry_run, ..request };
         requests::put_json(&socket, "vm.inject", &request).map_err(|error| match &life {
             Some(life) => life.explain(error),

@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use mce_relay_cli::client::requests;
+use mce_relay_cli::client::{error, requests};
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_tests::tiny::ENTRY;
@@ -146,7 +146,7 @@ pub fn registers_of_a_paused_vm() {
     let vm = Spinning::start(&["--cpus", "2", "--on-undeliverable", "pause"]);
     let ask = || requests::get::<Vec<Registers>>(&vm.socket(), "vm.registers");
     match ask() {
-        Err(requests::ClientError::Refused { status: 409, error }) => {
+        Err(error::ClientError::Refused { status: 409, error }) => {
             assert!(error.contains("pause it first"), "{error}");
         }
         other => panic!("{other:?}"),

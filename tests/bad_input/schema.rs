@@ -17,8 +17,8 @@ use mce_relay_vmm::api::types::pause::{Panic, PauseReason, Undeliverable};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
 use mce_relay_vmm::api::types::vm::{Extent, MemoryBlock, Status, VmInfo};
 use mce_relay_vmm::api::types::vm_event::VmEvent;
-use mce_relay_vmm::events::hub::{Entry, Next, What};
-use mce_relay_vmm::events::monitor::line_of;
+use mce_relay_vmm::events::entry::{Entry, Next, What};
+use mce_relay_vmm::events::lines::line_of;
 use serde_json::{Map, Value, json};
 
 const GPA: u64 = 0x1_2345_6000;

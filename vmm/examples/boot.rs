@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use mce_relay_vmm::config::{CpuVendor, MemoryZone, SerialMode, VmConfig};
-use mce_relay_vmm::machine::lifecycle::ExitReason;
+use mce_relay_vmm::machine::lifecycle::reasons::ExitReason;
 use mce_relay_vmm::machine::memory::guest_ram::GuestRam;
-use mce_relay_vmm::machine::vm::{NoHooks, Vm};
+use mce_relay_vmm::machine::vm::Vm;
+use mce_relay_vmm::machine::vm::hooks::NoHooks;
 
 fn main() -> ExitCode {
     env_logger::init();

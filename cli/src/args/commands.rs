@@ -3,17 +3,18 @@
 use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::Shell;
 use mce_relay::AoChannel;
 
-use crate::args::mca_status::{McgStatusArg, StatusArg};
+use crate::args::inject::InjectArgs;
+use crate::args::memory::MemoryCommand;
 use crate::args::poison::PoisonArgs;
 use crate::args::run::RunArgs;
-use crate::args::values::{ApiPath, Frames, parse_number, parse_seconds};
-use crate::client::names::{self, FindError, Which};
-use crate::client::record::Record;
-use crate::poison::targets::PageRange;
+use crate::args::values::{Frames, parse_seconds};
+use crate::args::vm::VmArg;
+use crate::client::names::Which;
+use crate::poison::target::PageRange;
 
 /// Runs Linux guests on KVM and tells them of the host's memory errors.
 ///
@@ -101,42 +102,6 @@ pub(crate) fn wrong(command: &str, kind: ErrorKind, words: &str) -> clap::Error 
     match all.find_subcommand_mut(command) {
         Some(command) => command.error(kind, words),
         None => all.error(kind, words),
-    }
-}
-
-/// Which running VM a command is about.
-#[derive(Debug, Args)]
-#[group(required = true, multiple = false)]
-pub struct VmArg {
-    /// The VM: its name (`run --name`), or the path of its API socket. `mce-relay list` shows which run.
-    #[arg(long, value_name = "NAME|PATH")]
-    pub vm: Option<Which>,
-    /// API socket of the VM (path=PATH or PATH).
-    #[arg(long, value_name = "path=PATH")]
-    pub api_socket: Option<ApiPath>,
-}
-
-impl VmArg {
-    /// The path of the VM's API socket.
-    ///
-    /// # Errors
-    /// No VM of that name runs.
-    pub fn socket(&self) -> Result<PathBuf, FindError> {
-        match (&self.vm, &self.api_socket) {
-            (Some(which), _) => names::find(which),
-            (None, Some(ApiPath(path))) => Ok(path.clone()),
-            // clap requires one of the two.
-            (None, None) => Ok(PathBuf::new()),
-        }
-    }
-
-    /// What the VM has left, where it is named, does not run, and did once.
-    #[must_use]
-    pub fn record(&self) -> Option<Record> {
-        match &self.vm {
-            Some(Which::Name(name)) => names::record(name),
-            _ => None,
-        }
     }
 }
 
@@ -346,105 +311,6 @@ pub enum Command {
         /// Where to; made if it is not there.
         #[arg(value_name = "DIR")]
         dir: PathBuf,
-    },
-}
-
-/// A machine check by hand.
-#[derive(Debug, Args)]
-pub struct InjectArgs {
-    /// Which VM.
-    #[command(flatten)]
-    pub vm: VmArg,
-    /// The vCPU that is to get it.
-    #[arg(long, default_value_t = 0, value_name = "N")]
-    pub vcpu: u8,
-    /// The bank.
-    #[arg(long, default_value_t = 9, value_name = "N")]
-    pub bank: u8,
-    /// MCi_STATUS: a number, names of bits with + between (VAL+UC+EN+0xc0), or the whole of it by what
-    /// it stands for: srao, srar, ucna, deferred, amd-ar.
-    #[arg(long, value_name = "STATUS")]
-    pub status: StatusArg,
-    /// MCG_STATUS: a number or names (MCIP+RIPV). By default what goes with such a whole, and else 0.
-    #[arg(long, value_name = "STATUS")]
-    pub mcg_status: Option<McgStatusArg>,
-    /// MCi_ADDR: guest-physical address of the error.
-    #[arg(long, default_value = "0", value_name = "GPA", value_parser = parse_number)]
-    pub addr: u64,
-    /// MCi_MISC. The default is a physical address of a 4 KiB page.
-    #[arg(long, default_value = "0x8c", value_name = "MISC", value_parser = parse_number)]
-    pub misc: u64,
-    /// Give the other vCPUs a machine check without an error of their own, as Intel's processors do.
-    #[arg(long)]
-    pub broadcast: bool,
-    /// Do it even if the guest may not survive it.
-    #[arg(long)]
-    pub force: bool,
-    /// Only say what would come of it.
-    #[arg(long)]
-    pub dry_run: bool,
-    /// Print JSON.
-    #[arg(long)]
-    pub json: bool,
-}
-
-/// What to do with a guest's memory.
-#[derive(Debug, Subcommand)]
-pub enum MemoryCommand {
-    /// Show some bytes of a running guest's memory.
-    ///
-    /// As a hexdump with guest-physical addresses, in the form of `hexdump -C`: a `*` stands for
-    /// lines like the one before. All bytes or none: when one of them is in a bad page, the error
-    /// names its address and how much can be read before it. Exit status 1 then.
-    Read {
-        /// Which VM.
-        #[command(flatten)]
-        vm: VmArg,
-        /// Guest-physical address of the first byte: 0x and digits, or decimal with K, M, G or T.
-        #[arg(long, value_parser = parse_number)]
-        gpa: u64,
-        /// Number of bytes, 1 or more, in the same forms.
-        #[arg(long, default_value = "64", value_parser = parse_number)]
-        len: u64,
-        /// Write the bytes as they are, to a file or a program; a terminal is refused.
-        #[arg(long, conflicts_with = "json")]
-        raw: bool,
-        /// Print JSON, with the bytes as hexadecimal digits.
-        #[arg(long)]
-        json: bool,
-    },
-    /// Write all memory of a running guest to a file.
-    ///
-    /// FILE is an ELF core of the machine, as crash, drgn and makedumpfile read it: a PT_LOAD for each
-    /// stretch of guest RAM, with guest-physical addresses; of a Linux guest its vmcoreinfo, which
-    /// is looked for in its memory; and of a paused VM the vCPUs' registers. Bad pages are absent
-    /// from it, and a note of its own lists them (MCE_RELAY, docs/dumps.md).
-    ///
-    /// With --raw the offset in FILE is the guest-physical address. What is no RAM reads as zeros,
-    /// and so do bad pages, which FILE.json lists with all else that is to be known of the image.
-    ///
-    /// FILE is sparse, and readable by its owner alone, as it holds the guest's secrets. If it
-    /// cannot be completed (no room, Ctrl-C, the guest started over) it is removed, and the exit status is
-    /// 1, or 128+N when signal N ended it; bad pages are no reason. A FILE that was left behind all the same (kill -9) is no ELF
-    /// file, or has no FILE.json.
-    ///
-    /// FILE may be -, for stdout: it is read twice then, to begin with what is bad, and what is
-    /// printed otherwise goes to stderr.
-    ///
-    /// `mce-relay pause` before makes it a dump of one moment.
-    Dump {
-        /// Which VM.
-        #[command(flatten)]
-        vm: VmArg,
-        /// Where to write it; neither it nor, with --raw, FILE.json may exist. - is stdout.
-        #[arg(value_name = "FILE")]
-        file: PathBuf,
-        /// Write an image in which the offset is the guest-physical address.
-        #[arg(long)]
-        raw: bool,
-        /// Print JSON: the pages that are bad, and what else is known of the dump.
-        #[arg(long)]
-        json: bool,
     },
 }
 

@@ -9,9 +9,10 @@ use mce_relay::mca::Kind;
 use mce_relay_vmm::api::types::means::Means;
 use mce_relay_vmm::host::flags::FlagsFilter;
 
-use super::commands::{VmArg, wrong};
+use super::commands::wrong;
 use super::values::{ApiPath, parse_count, parse_seed};
-use crate::poison::targets::PageRange;
+use super::vm::VmArg;
+use crate::poison::target::PageRange;
 
 /// Which pages are to go bad, and how.
 #[derive(Debug, Args)]

@@ -8,8 +8,8 @@ use mce_relay::{AoChannel, Pace};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
 use mce_relay_vmm::config::{CpuVendor, MemoryZone, PageSize, SerialMode, VmConfig};
 use mce_relay_vmm::sandbox::seccomp::Mode;
+use mce_relay_vmm::session::config::RunConfig;
 use mce_relay_vmm::session::names::VmName;
-use mce_relay_vmm::session::run::RunConfig;
 
 use super::values::{ApiPath, LogPath, log_file, parse_number};
 

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use mce_relay_vmm::number;
 use mce_relay_vmm::outlets::files::LogFile;
 
-use crate::poison::targets::PageRange;
+use crate::poison::target::PageRange;
 
 /// `path=PATH` or `PATH`.
 #[derive(Debug, Clone, PartialEq, Eq)]

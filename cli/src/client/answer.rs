@@ -5,67 +5,18 @@ use std::io::{self, BufRead, Read};
 use std::iter::successors;
 use std::path::Path;
 
-use http_body_util::{BodyExt, Full};
+use http_body_util::BodyExt;
 use hyper::body::{Bytes, Incoming};
-use hyper::client::conn::http1;
-use hyper::header::{CONNECTION, CONTENT_TYPE, HOST};
-use hyper::{Request, Response};
-use hyper_util::rt::TokioIo;
 use mce_relay_vmm::words::with_causes;
-use tokio::net::UnixStream;
 use tokio::runtime::{Builder, Runtime};
 
+use super::error::ClientError;
 use super::patience::{Patience, Watch};
-use super::requests::ClientError;
+use crate::client::ask::send;
+use crate::client::ask::Asked;
 
-/// What an answer's head may have, in bytes; its body comes in pieces of that size at most.
-const MAX_BUFFER: usize = 64 << 10;
 /// What is read of an error's words, in bytes.
 const MAX_WORDS: u64 = 64 << 10;
-
-/// What is asked for.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Asked<'a> {
-    pub(super) method: &'static str,
-    /// Behind `/api/v1/`.
-    pub(super) what: &'a str,
-    pub(super) body: &'a [u8],
-}
-
-impl<'a> Asked<'a> {
-    pub(super) fn get(what: &'a str) -> Self {
-        Self { method: "GET", what, body: &[] }
-    }
-
-    /// Whether something is different when it is done.
-    fn changes(&self) -> bool {
-        self.method != "GET"
-    }
-
-    fn request(&self) -> io::Result<Request<Full<Bytes>>> {
-        Request::builder()
-            .method(self.method)
-            .uri(format!("/api/v1/{}", self.what))
-            .header(HOST, "localhost")
-            .header(CONNECTION, "close")
-            .header(CONTENT_TYPE, "application/json")
-            .body(Full::new(Bytes::copy_from_slice(self.body)))
-            .map_err(io::Error::other)
-    }
-}
-
-/// Sends a request on `stream`; the head of the answer, with its body to come.
-pub(super) async fn send(
-    stream: UnixStream,
-    asked: Asked<'_>,
-) -> Result<Response<Incoming>, Box<dyn Error + Send + Sync>> {
-    let request = asked.request()?;
-    let (mut sender, connection) =
-        http1::Builder::new().max_buf_size(MAX_BUFFER).handshake(TokioIo::new(stream)).await?;
-    // What goes wrong with it shows in the answer, too.
-    tokio::spawn(connection);
-    Ok(sender.send_request(request).await?)
-}
 
 /// An answer whose head has been read. Reading it gives its body, and errors that are [`ClientError`]s
 /// inside.

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::client::names;
 use mce_relay_vmm::api::types::vm::VmInfo;
 use mce_relay_vmm::outlets::peer::{self, Peer, Standing};
 use mce_relay_vmm::session::record::End;
 
-use crate::client::requests::{self, ClientError};
+use crate::client::error::ClientError;
+use crate::client::{names, requests};
 
 /// How long a VM may take to end that does not answer any more.
 const PATIENCE: Duration = Duration::from_secs(5);

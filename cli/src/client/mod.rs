@@ -9,5 +9,7 @@ pub mod patience;
 pub mod record;
 pub mod requests;
 
+pub mod ask;
+pub mod error;
 #[cfg(test)]
 mod served;

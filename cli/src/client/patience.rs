@@ -13,8 +13,8 @@ use mce_relay_vmm::outlets::peer::{Peer, connect_patiently, pid_of};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 
-use super::answer::{Asked, send};
-use super::requests::ClientError;
+use super::ask::{Asked, send};
+use super::error::ClientError;
 use crate::client::life::Life;
 
 /// So long is waited before the VM is asked whether it is there.

@@ -1,25 +1,23 @@
 //! The client and the server of the API, each against the other.
 
-use std::path::{Path, PathBuf};
-
-use mce_relay_vmm::api::current::Current;
-use mce_relay_vmm::api::server::{Api, ApiError, MAX_FOLLOWERS};
-use mce_relay_vmm::events::hub::Hub;
-use mce_relay_vmm::outlets::sockets::BindError;
-use mce_relay_vmm::sandbox::seccomp::Filters;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use mce_relay_vmm::api::current::Current;
+use mce_relay_vmm::api::server::{Api, ApiError, MAX_FOLLOWERS};
+use mce_relay_vmm::api::types::vm::VmInfo;
+use mce_relay_vmm::api::types::vm_event::VmEvent;
+use mce_relay_vmm::events::entry::What;
+use mce_relay_vmm::events::hub::{Hub, KEPT};
+use mce_relay_vmm::outlets::sockets::BindError;
+use mce_relay_vmm::sandbox::seccomp::Filters;
 use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::client::requests;
-use mce_relay_vmm::api::types::vm::VmInfo;
-use mce_relay_vmm::api::types::vm_event::VmEvent;
-use mce_relay_vmm::events::hub::KEPT;
-use mce_relay_vmm::events::hub::What;
 
 const FOLLOW: &str = "GET /api/v1/relay.events?follow=true HTTP/1.1\r\nHost: x\r\n\r\n";
 

@@ -8,7 +8,8 @@ use std::{fmt, io};
 use mce_relay_vmm::api::types::vm::VmInfo;
 use serde::Serialize;
 
-use crate::client::requests::{self, ClientError};
+use crate::client::error::ClientError;
+use crate::client::requests;
 
 /// How often the VM is looked at.
 const LOOK: Duration = Duration::from_millis(50);

@@ -13,10 +13,10 @@ use mce_relay_vmm::session::names::dir;
 use mce_relay_vmm::words;
 use serde::Serialize;
 
+use crate::client::error::ClientError;
 use crate::client::names::{ended, sockets};
-use crate::client::other_users;
 use crate::client::record::Record;
-use crate::client::requests::{self, ClientError};
+use crate::client::{other_users, requests};
 use crate::output::show;
 use crate::output::table::Cell;
 

@@ -13,11 +13,12 @@ use mce_relay_vmm::host::page_frames::{PageCounts, PageFlags};
 use mce_relay_vmm::host::pagemap::{Entries, Entry};
 use serde::{Serialize, Serializer};
 
-use crate::client::requests::{self, ClientError};
+use crate::client::error::ClientError;
+use crate::client::requests;
 use crate::output::show;
 use crate::output::table::Cell;
-use crate::poison::order::PoisonError;
-use crate::poison::targets::{PageRange, targets};
+use crate::poison::error::PoisonError;
+use crate::poison::target::{PageRange, targets};
 
 const PAGE_SHIFT: u32 = 12;
 /// Progress is told after so many pages.

@@ -12,10 +12,11 @@ use mce_relay_vmm::api::types::pause::PauseReason;
 use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use serde::Serialize;
 
+use crate::client::error::ClientError;
 use crate::client::life::Life;
-use crate::client::requests::{self, ClientError};
-use crate::poison::order::PoisonError;
-use crate::poison::targets::{PageRange, targets};
+use crate::client::requests;
+use crate::poison::error::PoisonError;
+use crate::poison::target::{PageRange, targets};
 
 /// How often the VM is asked how far it is.
 const LOOK: Duration = Duration::from_millis(50);

@@ -13,8 +13,9 @@ use mce_relay_vmm::api::types::vm_event::VmEvent;
 use mce_relay_vmm::words;
 use serde_json::{Value, json};
 
+use crate::client::error::ClientError;
 use crate::client::record::Record;
-use crate::client::requests::{self, ClientError};
+use crate::client::requests;
 use crate::output::{screen, show};
 
 /// A status is shown again no more often than this, however much happens.

@@ -24,8 +24,9 @@ use crate::commands::map::Map;
 use crate::commands::retire::Retired;
 use crate::output::screen;
 use crate::output::table::{Cell, Color, Sheet};
+use crate::poison::burst::{Burst, NotPoisoned, Poisoned};
+use crate::poison::error::PoisonError;
 use crate::poison::host::unpoison::UnpoisonError;
-use crate::poison::order::{Burst, NotPoisoned, PoisonError, Poisoned};
 
 /// Of more pages than this, a burst is summed up instead of shown one by one.
 const MANY_PAGES: usize = 32;

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use mce_relay_vmm::api::types::means::Means;
 use mce_relay_vmm::api::types::vm::VmInfo;
 
-use super::order::Poisoned;
+use super::burst::Poisoned;
 
 const PAGE_SIZE: u64 = 4096;
 

@@ -12,7 +12,7 @@ use mce_relay_vmm::host::flags::{
 use mce_relay_vmm::host::page_frames::{PageCounts, PageFlags};
 use mce_relay_vmm::host::pagemap::{Entry, Pagemap};
 
-use super::targets::Target;
+use super::target::Target;
 
 const PAGE_SHIFT: u32 = 12;
 /// How often a page may move while it is looked at.

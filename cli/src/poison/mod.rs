@@ -3,9 +3,16 @@
 //! This side only poisons. What the VMM then catches, and what it tells its guest, is in the VM's
 //! own account (`mce-relay status`, the event monitor).
 
+pub mod asked;
+pub mod burst;
+pub mod error;
 pub mod forecast;
 pub mod frame;
 pub mod host;
+pub mod interrupted;
+pub mod look;
 pub mod order;
 pub mod outside;
+pub mod target;
 pub mod targets;
+pub mod what;

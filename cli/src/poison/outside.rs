@@ -5,21 +5,20 @@ use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::{io, ptr};
 
 use libc::{c_int, c_void, siginfo_t};
 use mce_relay_vmm::api::types::means::Means;
 use mce_relay_vmm::api::types::vm::VmInfo;
 use mce_relay_vmm::host::flags::{self, FlagsFilter};
-use mce_relay_vmm::sandbox::hangup;
-use signal_hook::SigId;
 use vmm_sys_util::signal::register_signal_handler;
 
-use super::order::{Asked, FilterChoice, Looked, Order, PoisonError, Until, untried};
-use super::targets::Target;
-use crate::poison::host::filter::{self, Filter, FilterInForce};
+use super::asked::{Asked, Until, untried};
+use super::error::PoisonError;
+use super::look::Looked;
+use super::target::Target;
+use super::what::{FilterChoice, Order};
+use crate::poison::host::filter::{Filter, FilterInForce};
 use crate::poison::host::host_mce_injector::X86Injector;
 use crate::poison::host::hwpoison_inject::Injector;
 use crate::poison::host::memcg::{self, Memcg, NoMemcg};
@@ -89,7 +88,7 @@ pub(super) fn filter(
     if !more.is_empty() {
         notes.push(format!("only pages {more} can be hit"));
     }
-    if let Some(left) = filter::left_over()? {
+    if let Some(left) = crate::poison::host::filter::left_over()? {
         notes.push(about_another(&left, filter.is_some()));
     }
     Ok((filter, notes))
@@ -165,7 +164,7 @@ fn own_cgroup(
 ) -> Result<Result<Own, NoMemcg>, PoisonError> {
     // Whether the module is there at all has to be known before.
     Injector::open()?;
-    if !filter::has_memcg() {
+    if !crate::poison::host::filter::has_memcg() {
         return Ok(Err(NoMemcg::NoFilter));
     }
     Ok(memcg::of(vm.pid)?.and_then(|group| Own::new(group, targets, others)))
@@ -219,45 +218,6 @@ impl Poisoner {
             "the filter that was in force before is not: {}",
             mce_relay_vmm::words::with_causes(&error)
         ))
-    }
-}
-
-/// While this lives a Ctrl-C ends the work and not the process, which has to put back what it changed.
-pub(super) struct Interrupted {
-    /// 0 as long as there was none.
-    signal: Arc<AtomicUsize>,
-    ids: Vec<SigId>,
-}
-
-impl Interrupted {
-    pub(super) fn new() -> Self {
-        let signal = Arc::new(AtomicUsize::new(0));
-        let register = |(number, value)| {
-            // As nohup has it.
-            let heeded = !hangup::ignores(number);
-            let flag = || signal_hook::flag::register_usize(number, Arc::clone(&signal), value);
-            heeded.then(flag)?.ok()
-        };
-        let ends = [(libc::SIGINT, 2), (libc::SIGTERM, 15), (libc::SIGHUP, 1)];
-        let ids = ends.into_iter().filter_map(register).collect();
-        Self { signal, ids }
-    }
-
-    pub(super) fn is_set(&self) -> bool {
-        self.signal().is_some()
-    }
-
-    /// By which signal.
-    pub(super) fn signal(&self) -> Option<u8> {
-        u8::try_from(self.signal.load(Ordering::Relaxed)).ok().filter(|signal| *signal != 0)
-    }
-}
-
-impl Drop for Interrupted {
-    fn drop(&mut self) {
-        for id in self.ids.drain(..) {
-            signal_hook::low_level::unregister(id);
-        }
     }
 }
 
@@ -344,6 +304,7 @@ mod tests {
     use super::*;
     use crate::client::life::Life;
     use crate::poison::frame::FrameError;
+    use crate::poison::interrupted::Interrupted;
     use mce_relay_vmm::host::error::HostError;
 
     fn target(page_size: u64) -> Target {

@@ -160,7 +160,7 @@ mod tests {
 
     use super::*;
     use crate::api::types::vm_event::VmEvent;
-    use crate::events::hub::What;
+    use crate::events::entry::What;
 
     #[test]
     fn a_ledger_in_numbers() {

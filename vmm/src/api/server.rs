@@ -32,10 +32,12 @@ use super::current::Current;
 use super::routes::{self, Answer, Asked, JSON, Route};
 use super::status::StatusPieces;
 use super::stream::Shared;
-use crate::events::hub::{Follower, Hub, Next};
-use crate::events::monitor::line_of;
+use crate::events::entry::Next;
+use crate::events::hub::{Follower, Hub};
+use crate::events::lines::line_of;
 use crate::outlets::sockets::{self, BindError, BoundPath};
-use crate::sandbox::seccomp::{Filters, Thread};
+use crate::sandbox::role::Role;
+use crate::sandbox::seccomp::Filters;
 
 /// Connections at a time; more wait until one of these ends.
 const MAX_CONNECTIONS: usize = 64;
@@ -129,7 +131,7 @@ fn start_serving(
         let _inside = runtime.enter();
         tokio::net::UnixListener::from_std(listener)?
     };
-    filters.spawn(Thread::Api, "api".into(), move || {
+    filters.spawn(Role::Api, "api".into(), move || {
         runtime.block_on(serve(listener, Arc::new(server), stopped));
         runtime.shutdown_timeout(END_PATIENCE);
     })

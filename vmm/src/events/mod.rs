@@ -6,6 +6,8 @@
 //! field. Nobody who reports an event waits for those who read it: see [`hub`].
 
 pub mod counts;
+pub mod entry;
 pub mod hub;
+pub mod lines;
 pub mod monitor;
 pub mod written;

@@ -4,18 +4,18 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use log::{info, log, warn};
 use mce_relay::mca::Kind;
 use serde::Serialize;
-use serde_json::{Value, json};
 
 use crate::api::types::vm_event::VmEvent;
-use crate::events::hub::{Follower, Hub, Next, What};
+use crate::events::entry::{Next, What};
+use crate::events::hub::{Follower, Hub};
 use crate::events::written;
 use crate::outlets::files::{Appended, LogFile};
-use crate::sandbox::seccomp::{Filters, Thread};
+use crate::sandbox::role::Role;
+use crate::sandbox::seccomp::Filters;
 use crate::words::counted;
 
 /// Why events cannot be written down.
@@ -67,7 +67,7 @@ impl Monitor {
     ) -> io::Result<()> {
         let follower = self.hub.follow();
         let thread =
-            self.filters.spawn(Thread::Events, format!("events-{what}"), move || body(follower))?;
+            self.filters.spawn(Role::Events, format!("events-{what}"), move || body(follower))?;
         self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         Ok(())
     }
@@ -161,38 +161,6 @@ fn is_of_the_vmm(event: &mce_relay::Event) -> bool {
     matches!(event, mce_relay::Event::Outside { kind: Kind::ActionOptional, .. })
 }
 
-/// What a follower is sent for `next`: a line of JSON with its line feed, or `None` at the end.
-#[must_use]
-pub fn line_of(next: &Next) -> Option<String> {
-    match next {
-        Next::Event(entry) => Some(match &entry.what {
-            What::Memory(event) => line(entry.time, "memory", event),
-            What::Vm(event) => line(entry.time, "vm", event),
-        }),
-        // Nobody's event: the follower itself is told that it was too slow.
-        Next::Missed { events, time } => {
-            let missed = json!({ "event": "missed", "properties": { "events": events } });
-            Some(line(*time, "monitor", &missed))
-        }
-        Next::End => None,
-    }
-}
-
-/// One event as a line of JSON, with its line feed.
-fn line(time: Duration, source: &str, event: &impl Serialize) -> String {
-    let mut value = json!({
-        "timestamp": { "secs": time.as_secs(), "nanos": time.subsec_nanos() },
-        "source": source,
-    });
-    // Events are enums tagged with "event" and "properties", so they always are objects.
-    if let (Some(line), Ok(Value::Object(event))) =
-        (value.as_object_mut(), serde_json::to_value(event))
-    {
-        line.extend(event);
-    }
-    format!("{value}\n")
-}
-
 #[cfg(test)]
 mod tests {
     use log::Level;
@@ -200,6 +168,9 @@ mod tests {
     use super::*;
     use crate::api::types::pause::PauseReason;
     use crate::api::types::pause::Undeliverable;
+    use crate::events::lines::line;
+    use serde_json::{Value, json};
+    use std::time::Duration;
 
     #[test]
     fn a_line_has_the_four_fields() {

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::hub::{Follower, Next};
-use super::monitor::line_of;
+use super::entry::Next;
+use super::hub::Follower;
+use super::lines::line_of;
 use crate::outlets::files::{Appended, RETRY};
 
 /// About how much is written in one piece, in bytes.

@@ -19,13 +19,12 @@ use thiserror::Error;
 use zerocopy::{Immutable, IntoBytes};
 
 use crate::machine::boot::layout::{ACPI_END, ACPI_START, IO_APIC, LOCAL_APIC};
+use crate::machine::devices::interrupts;
 use crate::machine::devices::ports::{
     PVPANIC_PORT, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_S5,
     UART_PORTS, UARTS,
 };
-use crate::machine::devices::power_button;
 use crate::machine::memory::guest_ram::GuestRam;
-use crate::relaying::error_source;
 
 /// OEM id in every table.
 pub const OEM_ID: [u8; 6] = *b"MCERLY";
@@ -186,7 +185,7 @@ fn madt(cpus: u8) -> MADT {
         madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
     }
     madt.add_structure(IoApic::new(0, IO_APIC, 0));
-    madt.add_structure(InterruptSourceOverride::edge(error_source::IRQ));
+    madt.add_structure(InterruptSourceOverride::edge(interrupts::ERROR_SOURCE_IRQ));
     madt
 }
 
@@ -292,7 +291,7 @@ fn events() -> impl Aml {
                     true,
                     false,
                     false,
-                    power_button::GSI,
+                    interrupts::POWER_BUTTON_GSI,
                 )]),
             ),
             &Method::new(

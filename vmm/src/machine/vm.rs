@@ -2,202 +2,33 @@
 //!
 //! A VM is used once. Starting the guest over means building another one, in the same process.
 
-use std::io;
-use std::ops::Range;
-use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
-use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+pub mod end;
+pub mod error;
+pub mod hooks;
+pub mod kvm;
 
-use kvm_bindings::{
-    CpuId, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
-    KVM_PIT_SPEAKER_DUMMY, kvm_cpuid_entry2, kvm_irqchip, kvm_lapic_state, kvm_pit_config,
-};
-use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use thiserror::Error;
+use std::ops::Range;
+use std::sync::Arc;
+
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Cap, VmFd};
 
 use crate::config::{ConfigError, MAX_CPUS, VmConfig};
-use crate::host::dev_kvm;
-use crate::machine::acpi::{self, AcpiError, Table};
-use crate::machine::boot::load::{self, Boot, BootError, Entry};
-use crate::machine::boot::{self, layout, regs};
+use crate::machine::acpi::{self, AcpiError};
+use crate::machine::boot;
+use crate::machine::boot::load::{self, Boot};
 use crate::machine::cpu::cpuid::{self, CpuSpec, Vendor};
-use crate::machine::cpu::msr::{self, MsrError};
 use crate::machine::devices::ports::{PortBus, UARTS};
-use crate::machine::devices::serial::{self, IrqLine, SerialLines, SerialPort};
-use crate::machine::lifecycle::{ExitReason, StopCause, VmControl};
-use crate::machine::memory::guest_ram::{GuestRam, MemoryError, RamBlock};
-use crate::machine::vcpu::{HookError, NoHook, Ready, Vcpu, VcpuSetup, install_kick_handler};
-use crate::outlets::files;
-use crate::sandbox::seccomp::Filters;
-use crate::sandbox::{hangup, sigbus_fallback};
-
-/// Where KVM is.
-const KVM_PATH: &str = "/dev/kvm";
-/// The version of KVM's interface since it is stable.
-const KVM_API: i32 = 12;
-/// Local APIC register offsets (SDM vol. 3, 11.4.1).
-const LAPIC_LVT_LINT0: usize = 0x350;
-const LAPIC_LVT_LINT1: usize = 0x360;
-/// Delivery modes of a local vector table entry.
-const LVT_EXTINT: u32 = 7 << 8;
-const LVT_NMI: u32 = 4 << 8;
-
-/// Why there is no VM.
-#[derive(Debug, Error)]
-pub enum VmError {
-    /// The configuration is impossible.
-    #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// There is no KVM.
-    #[error("there is no {KVM_PATH} that works: {}", dev_kvm::advice_now())]
-    NoKvm,
-    /// KVM is not ours to use.
-    #[error("no permission to open {KVM_PATH}: {}", dev_kvm::advice_now())]
-    KvmPermission,
-    /// KVM could not be opened.
-    #[error("cannot open {KVM_PATH}")]
-    OpenKvm(#[source] kvm_ioctls::Error),
-    /// KVM speaks another language.
-    #[error("{KVM_PATH} has API version {found}, expected {KVM_API}")]
-    KvmVersion {
-        /// The version found.
-        found: i32,
-    },
-    /// This KVM is too old.
-    #[error("this KVM lacks {0}; use a newer host kernel")]
-    MissingCap(&'static str),
-    /// A call on the VM failed.
-    #[error("KVM: cannot {what}")]
-    Kvm {
-        /// What was tried.
-        what: &'static str,
-        /// The cause.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// No guest RAM.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// No kernel in it.
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    /// No ACPI tables in it.
-    #[error(transparent)]
-    Acpi(#[from] AcpiError),
-    /// A vCPU could not be made ready.
-    #[error("vCPU {vcpu}: cannot {what}")]
-    Vcpu {
-        /// Its index.
-        vcpu: u8,
-        /// What was tried.
-        what: &'static str,
-        /// The cause.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// The registers of vCPU 0 were refused.
-    #[error("vCPU 0: entry state")]
-    Regs(#[from] regs::RegsError),
-    /// The MSRs of a vCPU were refused.
-    #[error("vCPU {vcpu}: MSRs")]
-    Msr {
-        /// Its index.
-        vcpu: u8,
-        /// The cause.
-        #[source]
-        source: MsrError,
-    },
-    /// The CPUID list could not be built.
-    #[error("the CPUID list has {0} entries, more than KVM takes")]
-    CpuidList(usize),
-    /// A hook refused.
-    #[error(transparent)]
-    Hook(HookError),
-    /// Out of file descriptors, or the like.
-    #[error("cannot {what}")]
-    Os {
-        /// What was tried.
-        what: &'static str,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-}
-
-fn kvm_error(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
-    move |source| VmError::Kvm { what, source }
-}
-
-fn os_error(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
-    move |source| VmError::Os { what, source }
-}
-
-/// A VM as hooks see it while it is built.
-#[derive(Debug)]
-pub struct VmView<'a> {
-    /// KVM itself.
-    pub kvm: &'a Kvm,
-    /// The VM.
-    pub vm: &'a Arc<VmFd>,
-    /// Its RAM, with its memfd. Whoever keeps addresses of it keeps it, too.
-    pub ram: &'a Arc<GuestRam>,
-    /// Whose processor the guest sees.
-    pub vendor: Vendor,
-    /// Number of vCPUs.
-    pub cpus: u8,
-    /// The reins.
-    pub control: &'a VmControl,
-}
-
-/// What can be done around the making of a VM. Called once each, in the order given here.
-pub trait VmHooks {
-    /// Which system calls the threads of the devices may make.
-    fn filters(&self) -> Filters {
-        Filters::default()
-    }
-
-    /// The VM has RAM and interrupt controllers, and no vCPU yet.
-    ///
-    /// # Errors
-    /// Whatever makes this VM impossible.
-    fn vm_created(&mut self, _vm: &VmView<'_>) -> Result<(), HookError> {
-        Ok(())
-    }
-
-    /// More ACPI tables.
-    ///
-    /// # Errors
-    /// Whatever makes this VM impossible.
-    fn acpi_tables(&mut self) -> Result<Vec<Table>, HookError> {
-        Ok(Vec::new())
-    }
-
-    /// The ways out for the serial ports, when all else that can be wrong with the VM has been looked at. Those
-    /// of the VM before may be given again; by default they are this VM's own.
-    ///
-    /// # Errors
-    /// They cannot be opened.
-    fn serial_lines(&mut self, config: &VmConfig) -> Result<SerialLines, HookError> {
-        Ok(serial::open_lines(&config.serial, &self.filters())?)
-    }
-
-    /// The hook of this vCPU; once per vCPU.
-    ///
-    /// # Errors
-    /// Whatever makes this VM impossible.
-    fn vcpu(&mut self, index: u8) -> Result<Box<dyn VcpuSetup>, HookError>;
-}
-
-/// Does nothing.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NoHooks;
-
-impl VmHooks for NoHooks {
-    fn vcpu(&mut self, _: u8) -> Result<Box<dyn VcpuSetup>, HookError> {
-        Ok(Box::new(Ready(NoHook)))
-    }
-}
+use crate::machine::devices::serial::port::SerialPort;
+use crate::machine::lifecycle::VmControl;
+use crate::machine::lifecycle::reasons::ExitReason;
+use crate::machine::memory::block::RamBlock;
+use crate::machine::memory::guest_ram::GuestRam;
+use crate::machine::vcpu::{Vcpu, install_kick_handler};
+use crate::machine::vm::end::{termination_pipes, wait_for_end};
+use crate::machine::vm::error::{VmError, kvm_error, os_error};
+use crate::machine::vm::hooks::{VmHooks, VmView};
+use crate::machine::vm::kvm::{create_vm, irq_line, open_kvm, prepare_vcpu};
 
 /// A VM that is ready to run.
 ///
@@ -373,173 +204,6 @@ impl Vm {
     }
 }
 
-fn open_kvm() -> Result<Kvm, VmError> {
-    let kvm = Kvm::new().map_err(|error| match error.errno() {
-        libc::ENOENT | libc::ENXIO | libc::ENODEV => VmError::NoKvm,
-        libc::EACCES | libc::EPERM => VmError::KvmPermission,
-        _ => VmError::OpenKvm(error),
-    })?;
-    let found = kvm.get_api_version();
-    if found != KVM_API {
-        return Err(VmError::KvmVersion { found });
-    }
-    let needed = [
-        (Cap::Irqchip, "an in-kernel interrupt controller (KVM_CAP_IRQCHIP)"),
-        (Cap::Pit2, "an in-kernel timer (KVM_CAP_PIT2)"),
-        (Cap::ImmediateExit, "immediate exits (KVM_CAP_IMMEDIATE_EXIT)"),
-    ];
-    match needed.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-        Some((_, name)) => Err(VmError::MissingCap(name)),
-        None => Ok(kvm),
-    }
-}
-
-fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
-    let vm = loop {
-        match kvm.create_vm() {
-            Err(error) if error.errno() == libc::EINTR => {}
-            other => break other.map_err(kvm_error("create a VM"))?,
-        }
-    };
-    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
-        .map_err(kvm_error("set the identity map address"))?;
-    vm.set_tss_address(layout::KVM_TSS).map_err(kvm_error("set the TSS address"))?;
-    vm.create_irq_chip().map_err(kvm_error("create the interrupt controllers"))?;
-    mask_pics(&vm).map_err(kvm_error("mask the legacy interrupt controllers"))?;
-    // The speaker's port is read in delay loops; KVM answers it itself.
-    let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-    vm.create_pit2(pit).map_err(kvm_error("create the timer"))?;
-    Ok(vm)
-}
-
-/// A line of the interrupt controllers, raised as an edge by the thread that calls.
-fn irq_line(vm: &Arc<VmFd>, gsi: u32) -> IrqLine {
-    let vm = Arc::clone(vm);
-    Arc::new(move || {
-        let edge = vm.set_irq_line(gsi, true).and_then(|()| vm.set_irq_line(gsi, false));
-        if let Err(error) = edge {
-            log::warn!("cannot raise interrupt {gsi}: {error}");
-        }
-    })
-}
-
-/// Masks every line of the two 8259s, as firmware does. KVM starts them unmasked and with vector
-/// base 0, and every ISA interrupt reaches them as well as the I/O APIC: a guest that is described
-/// by hardware-reduced ACPI, and so never looks at them, would take interrupts as exceptions.
-fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
-    for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
-        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-        vm.get_irqchip(&mut chip)?;
-        chip.chip.pic.imr = 0xff;
-        vm.set_irqchip(&chip)?;
-    }
-    Ok(())
-}
-
-fn prepare_vcpu(
-    vcpu: &VcpuFd,
-    index: u8,
-    leaves: &[kvm_cpuid_entry2],
-    setup: &mut dyn VcpuSetup,
-    entry: Entry,
-) -> Result<(), VmError> {
-    let error = |what| move |source| VmError::Vcpu { vcpu: index, what, source };
-    let own = cpuid::for_vcpu(leaves, index);
-    let list = CpuId::from_entries(&own).map_err(|_| VmError::CpuidList(own.len()))?;
-    vcpu.set_cpuid2(&list).map_err(error("set its CPUID"))?;
-    setup.setup(vcpu).map_err(VmError::Hook)?;
-    msr::set_boot_msrs(vcpu).map_err(|source| VmError::Msr { vcpu: index, source })?;
-    let mut lapic = vcpu.get_lapic().map_err(error("read its local APIC"))?;
-    set_delivery_mode(&mut lapic, LAPIC_LVT_LINT0, LVT_EXTINT);
-    set_delivery_mode(&mut lapic, LAPIC_LVT_LINT1, LVT_NMI);
-    vcpu.set_lapic(&lapic).map_err(error("set its local APIC"))?;
-    if index == 0 {
-        regs::set(vcpu, entry)?;
-    }
-    Ok(())
-}
-
-/// Virtual wire mode, as firmware leaves it: a kernel without ACPI gets its interrupts this way.
-fn set_delivery_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
-    const LVT_DELIVERY_MODE: u32 = 7 << 8;
-    const LVT_MASKED: u32 = 1 << 16;
-    let Some(bytes) = lapic.regs.get_mut(register..register + 4) else {
-        return;
-    };
-    let mut value = 0_u32;
-    for byte in bytes.iter().rev() {
-        value = value << 8 | u32::from(byte.to_le_bytes()[0]);
-    }
-    value = value & !(LVT_DELIVERY_MODE | LVT_MASKED) | mode;
-    for (to, from) in bytes.iter_mut().zip(value.to_le_bytes()) {
-        *to = i8::from_le_bytes([from]);
-    }
-}
-
-/// Reading ends of pipes that a signal's handler writes to. Made once and kept: a signal that
-/// comes between two VMs is met by the second.
-fn termination_pipes() -> io::Result<[(i32, RawFd); 3]> {
-    static PIPES: Mutex<Option<[(i32, RawFd); 3]>> = Mutex::new(None);
-    let mut pipes = PIPES.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(pipes) = *pipes {
-        return Ok(pipes);
-    }
-    let pipe = |signal| -> io::Result<(i32, RawFd)> {
-        // nohup(1), or a shell without job control: whoever had it ignored means it to be. poll skips -1.
-        let ignored = if signal == SIGHUP { hangup::is_ignored() } else { hangup::ignores(signal) };
-        if ignored {
-            return Ok((signal, -1));
-        }
-        let (read, write) = UnixStream::pair()?;
-        read.set_nonblocking(true)?;
-        signal_hook::low_level::pipe::register(signal, write)?;
-        Ok((signal, read.into_raw_fd()))
-    };
-    let made = [pipe(SIGTERM)?, pipe(SIGINT)?, pipe(SIGHUP)?];
-    *pipes = Some(made);
-    Ok(made)
-}
-
-/// Returns when the VM ends, for which a termination signal is a reason.
-fn wait_for_end(control: &VmControl) {
-    let pipes = match termination_pipes() {
-        Ok(pipes) => pipes,
-        Err(error) => {
-            let what = format!("cannot watch for termination signals: {error}");
-            control.stop(ExitReason::Fatal(what));
-            return;
-        }
-    };
-    let pollfd = |fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    while control.exit_reason().is_none() {
-        let mut fds = [
-            pollfd(control.ended().as_raw_fd()),
-            pollfd(pipes[0].1),
-            pollfd(pipes[1].1),
-            pollfd(pipes[2].1),
-            pollfd(files::wanted().unwrap_or(-1)),
-        ];
-        sigbus_fallback::while_waiting(|| {
-            // SAFETY: the array is valid and as long as said.
-            unsafe { libc::poll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, -1) };
-        });
-        for (signal, fd) in pipes {
-            let mut byte = [0_u8; 16];
-            // SAFETY: the buffer is valid for writes of its length; the descriptor is ours for
-            // the life of the process and does not block.
-            let n = unsafe { libc::read(fd, byte.as_mut_ptr().cast(), byte.len()) };
-            match signal {
-                _ if n <= 0 => {}
-                SIGHUP if !hangup::is_the_end() => files::reopen(),
-                _ => control.stop(ExitReason::Stopped(StopCause::Signal(signal))),
-            }
-        }
-        if fds[4].revents != 0 {
-            files::attend();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -549,9 +213,17 @@ mod tests {
     use super::*;
     use crate::api::types::pause::{PauseReason, Undeliverable};
     use crate::config::{CpuVendor, MemoryZone, SerialMode};
+    use crate::machine::boot::regs;
     use crate::machine::boot::tiny::elf;
-    use crate::machine::lifecycle::{Parked, StopCause};
-    use crate::machine::vcpu::{HookVerdict, VcpuHook};
+    use crate::machine::lifecycle::reasons::{Parked, StopCause};
+    use crate::machine::vcpu::hooks::{HookError, Ready, VcpuSetup};
+    use crate::machine::vcpu::hooks::{HookVerdict, VcpuHook};
+    use crate::machine::vm::hooks::NoHooks;
+    use crate::machine::vm::kvm::{
+        LAPIC_LVT_LINT0, LAPIC_LVT_LINT1, LVT_EXTINT, LVT_NMI, set_delivery_mode,
+    };
+    use kvm_bindings::kvm_lapic_state;
+    use kvm_ioctls::VcpuFd;
 
     /// mov dx, 0x600; mov al, S5 and SLP_EN; out dx, al; hlt.
     const POWER_OFF: [u8; 8] = [0x66, 0xba, 0x00, 0x06, 0xb0, 0x34, 0xee, 0xf4];

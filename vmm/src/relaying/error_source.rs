@@ -13,9 +13,7 @@ use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::hest::{
     EnabledStatus, GenericHardwareSource, HEST, NotificationStructure, NotificationType,
 };
-use kvm_bindings::{KVM_IRQCHIP_IOAPIC, kvm_irqchip};
 use kvm_ioctls::VmFd;
-use log::debug;
 use mce_relay::cper::MAX_PAGES;
 use mce_relay::ghes::{ADDRESS_OFFSET, BLOCK_LEN, PATIENCE};
 use mce_relay::{Bell, Ghes};
@@ -24,15 +22,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::api::types::policy::Notify;
 use crate::machine::acpi::{AcpiError, OEM_ID, OEM_REVISION, OEM_TABLE_ID, Table};
 use crate::machine::boot::layout::FIRMWARE_START;
+use crate::machine::devices::interrupts::{ERROR_SOURCE_GSI, is_unmasked};
 
-/// The interrupt of the error source: the one that a PC has for ACPI, which is free here. An edge.
-pub const GSI: u32 = IRQ as u32;
-/// The same as a number of a legacy interrupt, 0 to 15.
-pub const IRQ: u8 = 9;
 /// Number of the source; there is no other.
 const SOURCE_ID: u16 = 0;
-/// In an entry of an I/O APIC's redirection table: the interrupt is masked (82093AA data sheet, 3.2.4).
-const REDIRECTION_MASKED: u64 = 1 << 16;
 
 /// The table that describes the source.
 ///
@@ -40,7 +33,9 @@ const REDIRECTION_MASKED: u64 = 1 << 16;
 /// None that could happen: the table is checked like any other.
 pub fn table(notify: Notify) -> Result<Table, AcpiError> {
     let notification = match notify {
-        Notify::Interrupt => NotificationStructure::new(NotificationType::ExternalIrq).vector(GSI),
+        Notify::Interrupt => {
+            NotificationStructure::new(NotificationType::ExternalIrq).vector(ERROR_SOURCE_GSI)
+        }
         Notify::Poll { millis } => {
             NotificationStructure::new(NotificationType::Polled).poll_interval_ms(millis)
         }
@@ -77,7 +72,7 @@ pub fn source(vm: &Arc<VmFd>, notify: Notify) -> io::Result<Ghes> {
     let (bell, patience): (Box<dyn Bell>, Duration) = match notify {
         Notify::Interrupt => {
             let event = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-            vm.register_irqfd(&event, GSI).map_err(io::Error::from)?;
+            vm.register_irqfd(&event, ERROR_SOURCE_GSI).map_err(io::Error::from)?;
             (Box::new(Interrupt { event, vm: Arc::clone(vm) }), PATIENCE)
         }
         Notify::Poll { millis } => {
@@ -111,21 +106,8 @@ impl Bell for Interrupt {
 
     /// An operating system unmasks the interrupt when its driver takes the source.
     fn is_heard(&mut self) -> Option<bool> {
-        is_unmasked(&self.vm, GSI)
+        is_unmasked(&self.vm, ERROR_SOURCE_GSI)
     }
-}
-
-/// Whether the guest lets the interrupt `gsi` through; `None` where KVM does not say.
-pub(crate) fn is_unmasked(vm: &VmFd, gsi: u32) -> Option<bool> {
-    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
-    if let Err(error) = vm.get_irqchip(&mut chip) {
-        debug!("cannot read the I/O APIC: {error}");
-        return None;
-    }
-    // SAFETY: KVM has filled in the member that belongs to KVM_IRQCHIP_IOAPIC, and an entry is
-    // plain bits in every view of it.
-    let entry = unsafe { chip.chip.ioapic.redirtbl.get(gsi as usize)?.bits };
-    Some(entry & REDIRECTION_MASKED == 0)
 }
 
 #[cfg(test)]

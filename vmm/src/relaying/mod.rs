@@ -2,6 +2,7 @@
 //! by hand, and memory that the VMM makes go bad itself. All of it is in the VMM's process.
 
 pub mod error_source;
+pub mod hooks;
 pub mod manual_mce;
 pub mod self_poison;
 pub mod uffd;

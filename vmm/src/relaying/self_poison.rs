@@ -10,8 +10,9 @@ use crate::api::current::Running;
 use crate::api::types::means::Means;
 use crate::api::types::pages::{Gpa, Poison, Poisoning};
 use crate::api::types::vm::MemoryBlock;
-use crate::machine::lifecycle::{Hold, Parked};
-use crate::machine::memory::guest_ram::PAGE_SIZE;
+use crate::machine::lifecycle::Hold;
+use crate::machine::lifecycle::reasons::Parked;
+use crate::machine::memory::block::PAGE_SIZE;
 
 /// How long the vCPUs may take to leave the guest.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);

@@ -5,6 +5,7 @@
 pub mod allocator;
 pub mod hangup;
 pub mod refused;
+pub mod role;
 pub mod seccomp;
 pub mod sigbus_fallback;
 pub mod terminal;

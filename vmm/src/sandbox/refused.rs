@@ -6,7 +6,7 @@ use std::{io, ptr};
 
 use libc::siginfo_t;
 
-use super::seccomp::Thread;
+use super::role::Role;
 use crate::sandbox::{sigbus_fallback, terminal};
 
 /// Exit status of a VMM that made a system call which it should not.
@@ -28,11 +28,11 @@ struct SysInfo {
 
 thread_local! {
     /// What kind of thread this is. No destructor and no lazy start: the signal handler reads it.
-    static KIND: Cell<Option<Thread>> = const { Cell::new(None) };
+    static KIND: Cell<Option<Role>> = const { Cell::new(None) };
 }
 
 /// Says what kind of thread the calling one is.
-pub(super) fn name(thread: Thread) {
+pub(super) fn name(thread: Role) {
     KIND.set(Some(thread));
 }
 
@@ -58,12 +58,12 @@ extern "C" fn on_sigsys(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     let mut line = Line::default();
     line.push(b"mce-relay: ");
     line.push(match KIND.get() {
-        Some(Thread::Vcpu) => b"a vCPU's thread",
-        Some(Thread::Relay) => b"the relay's thread",
-        Some(Thread::Api) => b"the API's thread",
-        Some(Thread::Serial) => b"a serial port's thread",
-        Some(Thread::Events) => b"the events' thread",
-        Some(Thread::Main) | None => b"the main thread",
+        Some(Role::Vcpu) => b"a vCPU's thread",
+        Some(Role::Relay) => b"the relay's thread",
+        Some(Role::Api) => b"the API's thread",
+        Some(Role::Serial) => b"a serial port's thread",
+        Some(Role::Events) => b"the events' thread",
+        Some(Role::Main) | None => b"the main thread",
     });
     if code == SYS_SECCOMP {
         line.push(b" made system call ");

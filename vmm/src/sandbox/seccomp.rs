@@ -1,7 +1,7 @@
 //! Which system calls each thread of a running VM may make; any other ends the process.
 //!
 //! A guest that breaks out of KVM or of a device has the thread that it broke into, and no more than this.
-//! [`Thread::Main`]'s filter is the process's: every thread has it, and its own beside. It says which calls
+//! [`Role::Main`]'s filter is the process's: every thread has it, and its own beside. It says which calls
 //! there are at all (it builds the VM, at every reset again, so that is a lot), the others with which
 //! arguments. What the relay needs is in [`mce_relay::syscalls`]; what is here is this VMM's own.
 
@@ -19,6 +19,7 @@ use mce_relay::syscalls::{self, Call, HAND_ON, HANDLE, Is, RELAY, THREAD, VCPU};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
 use crate::sandbox::refused;
+use crate::sandbox::role::Role;
 use crate::sandbox::terminal::deadly::taken as deadly_signals;
 
 /// What is done about a system call that is on no list (`--seccomp`).
@@ -33,45 +34,23 @@ pub enum Mode {
     Off,
 }
 
-/// The kinds of thread of a running VM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Thread {
-    /// The one that builds the VM and waits for its end; its filter is every thread's.
-    Main,
-    /// A vCPU.
-    Vcpu,
-    /// The relay's.
-    Relay,
-    /// The API's, and those that work for it.
-    Api,
-    /// A serial port's.
-    Serial,
-    /// Those that write events down.
-    Events,
-}
-
-impl Thread {
-    const ALL: [Self; 6] =
-        [Self::Main, Self::Vcpu, Self::Relay, Self::Api, Self::Serial, Self::Events];
-
-    /// What such a thread may call.
-    fn calls(self) -> Vec<Call> {
-        let lists: &[&[Call]] = match self {
-            Self::Main => return everything(),
-            Self::Vcpu => &[THREAD, END, KICK, VCPU, VCPU_OWN],
-            Self::Relay => &[THREAD, END, KICK, RELAY, RELAY_OWN],
-            Self::Api => &[THREAD, END, KICK, HANDLE, API_OWN],
-            Self::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
-            Self::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
-        };
-        lists.concat()
-    }
+/// What such a thread may call.
+fn calls(role: Role) -> Vec<Call> {
+    let lists: &[&[Call]] = match role {
+        Role::Main => return everything(),
+        Role::Vcpu => &[THREAD, END, KICK, VCPU, VCPU_OWN],
+        Role::Relay => &[THREAD, END, KICK, RELAY, RELAY_OWN],
+        Role::Api => &[THREAD, END, KICK, HANDLE, API_OWN],
+        Role::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
+        Role::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
+    };
+    lists.concat()
 }
 
 /// Every call of any thread, and what it takes to build a VM, with whatever arguments.
 fn everything() -> Vec<Call> {
-    let others = Thread::ALL.iter().filter(|thread| **thread != Thread::Main);
-    let mut all: Vec<Call> = others.flat_map(|thread| thread.calls()).collect();
+    let others = Role::ALL.iter().filter(|thread| **thread != Role::Main);
+    let mut all: Vec<Call> = others.flat_map(|role| calls(*role)).collect();
     all.extend_from_slice(MAIN_OWN);
     for call in &mut all {
         call.args = [Is::Any; 6];
@@ -107,7 +86,7 @@ impl From<SeccompError> for io::Error {
 /// The filters of all kinds of thread, as many as there are.
 #[derive(Debug, Clone, Default)]
 pub struct Filters {
-    /// In the order of [`Thread::ALL`]; empty when there are none.
+    /// In the order of [`Role::ALL`]; empty when there are none.
     programs: Arc<[BpfProgram]>,
 }
 
@@ -123,8 +102,8 @@ impl Filters {
             Mode::Log => SeccompAction::Log,
         };
         refused::install().map_err(SeccompError::Handler)?;
-        let program = |thread: &Thread| syscalls::filter(&thread.calls(), otherwise.clone());
-        let programs: Result<Vec<_>, _> = Thread::ALL.iter().map(program).collect();
+        let program = |thread: &Role| syscalls::filter(&calls(*thread), otherwise.clone());
+        let programs: Result<Vec<_>, _> = Role::ALL.iter().map(program).collect();
         Ok(Self { programs: programs?.into() })
     }
 
@@ -133,11 +112,11 @@ impl Filters {
     ///
     /// # Errors
     /// The kernel has no seccomp filters.
-    pub fn apply(&self, thread: Thread) -> Result<(), SeccompError> {
-        let index = Thread::ALL.iter().position(|one| *one == thread);
+    pub fn apply(&self, thread: Role) -> Result<(), SeccompError> {
+        let index = Role::ALL.iter().position(|one| *one == thread);
         let program = index.and_then(|index| self.programs.get(index));
         refused::name(thread);
-        if thread != Thread::Main {
+        if thread != Role::Main {
             leave_the_end_to_main().map_err(SeccompError::Signals)?;
         }
         program.map_or(Ok(()), |program| apply_filter(program)).map_err(SeccompError::Apply)
@@ -149,7 +128,7 @@ impl Filters {
     /// There is no thread to be had, or no filter.
     pub fn spawn(
         &self,
-        thread: Thread,
+        thread: Role,
         name: String,
         body: impl FnOnce() + Send + 'static,
     ) -> io::Result<JoinHandle<()>> {
@@ -383,7 +362,7 @@ mod tests {
     #[test]
     fn every_thread_has_a_filter_that_the_kernel_takes() {
         let filters = Filters::new(Mode::On).unwrap();
-        for (thread, program) in Thread::ALL.iter().zip(filters.programs.iter()) {
+        for (thread, program) in Role::ALL.iter().zip(filters.programs.iter()) {
             println!("{thread:?}: {} instructions", program.len());
             // BPF_MAXINSNS, include/uapi/linux/bpf_common.h
             assert!(!program.is_empty() && program.len() <= 4096, "{thread:?}: {}", program.len());
@@ -404,7 +383,7 @@ mod tests {
             libc::TCSETSF2,
             libc::TCGETS2,
         ];
-        for thread in Thread::ALL {
+        for thread in Role::ALL {
             let (tell, told) = sync_channel(requests.len());
             let body = move || {
                 for request in requests {
@@ -435,8 +414,8 @@ mod tests {
             };
             std::thread::spawn(body).join().unwrap()
         };
-        for thread in Thread::ALL {
-            assert_eq!(blocked(thread), thread != Thread::Main, "{thread:?}");
+        for thread in Role::ALL {
+            assert_eq!(blocked(thread), thread != Role::Main, "{thread:?}");
         }
     }
 
@@ -444,8 +423,8 @@ mod tests {
     fn no_thread_may_start_a_program_or_trace_another() {
         let forbidden =
             [libc::SYS_execve, libc::SYS_execveat, libc::SYS_ptrace, libc::SYS_bpf, libc::SYS_fork];
-        for thread in Thread::ALL {
-            for call in thread.calls() {
+        for thread in Role::ALL {
+            for call in calls(thread) {
                 assert!(!forbidden.contains(&call.number), "{thread:?}: {}", call.name);
             }
         }
@@ -454,8 +433,8 @@ mod tests {
     #[test]
     fn what_any_thread_may_call_the_process_may() {
         let all = everything();
-        for thread in Thread::ALL {
-            for call in thread.calls() {
+        for thread in Role::ALL {
+            for call in calls(thread) {
                 assert!(all.iter().any(|one| one.number == call.number), "{}", call.name);
             }
         }

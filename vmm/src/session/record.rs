@@ -21,7 +21,8 @@ use serde_json::json;
 use crate::api::current::Current;
 use crate::api::status::StatusPieces;
 use crate::api::types::vm::VmInfo;
-use crate::events::hub::{Follower, Next};
+use crate::events::entry::Next;
+use crate::events::hub::Follower;
 use crate::events::monitor::Monitor;
 use crate::outlets::files::{Appended, LogFile};
 

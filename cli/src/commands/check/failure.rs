@@ -5,7 +5,7 @@ use std::thread;
 use mce_relay::KillPolicy;
 
 use super::gap::{Found, Gap, read, sysctl};
-use super::report::{Section, Standing};
+use super::section::{Section, Standing};
 
 /// There only in kernels with CONFIG_MEMORY_FAILURE.
 const EARLY_KILL: &str = "memory_failure_early_kill";

@@ -9,7 +9,7 @@ use mce_relay::scan::{FailureCounter, Method, Scanner};
 use mce_relay_vmm::host::pagemap;
 
 use super::gap::{Found, Gap, to_see};
-use super::report::{Section, Standing};
+use super::section::{Section, Standing};
 
 const PAGEMAP: &str = "/proc/self/pagemap";
 const PAGE_LEN: usize = 1 << PAGE_SHIFT;

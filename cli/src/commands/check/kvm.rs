@@ -11,7 +11,7 @@ use mce_relay_vmm::mce_inject::{self, MceError};
 use mce_relay_vmm::words::with_causes;
 
 use super::gap::{Found, Gap};
-use super::report::{Section, Standing};
+use super::section::{Section, Standing};
 
 const CPUINFO: &str = "/proc/cpuinfo";
 

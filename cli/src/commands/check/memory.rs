@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs::{self, DirEntry};
 
 use super::gap::{Found, Gap, read, there};
-use super::report::{Section, Standing};
+use super::section::{Section, Standing};
 
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 const THP: &str = "/sys/kernel/mm/transparent_hugepage";

@@ -11,3 +11,4 @@ pub mod memory;
 pub mod poisoning;
 pub mod privileges;
 pub mod report;
+pub mod section;

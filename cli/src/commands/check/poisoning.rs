@@ -6,7 +6,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use mce_relay_vmm::relaying::uffd::Uffd;
 
 use super::gap::{Found, Gap, read, sysctl, there};
-use super::report::{Section, Standing};
+use super::section::{Section, Standing};
 use super::{failure, privileges};
 use crate::poison::host::{filter, host_mce_injector, hwpoison_inject};
 

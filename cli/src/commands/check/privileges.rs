@@ -9,7 +9,7 @@ use mce_relay_vmm::host::dev_kvm::{self, KVM};
 
 use super::gap::{DEBUGFS, Found, Gap, read, there};
 use super::kvm::without_kvm;
-use super::report::{Section, Standing};
+use super::section::{Section, Standing};
 
 /// The event of each memory failure: in older kernels among those of RAS, in newer ones of its own.
 const EVENTS: [&str; 2] = [

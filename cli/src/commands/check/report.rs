@@ -1,44 +1,12 @@
 //! All that was looked at, as it is shown.
 
-use std::borrow::Cow;
-
 use serde::Serialize;
 
-use crate::commands::check::gap::{AS_ROOT, Found, Gap};
+use crate::commands::check::gap::AS_ROOT;
+use crate::commands::check::section::{Line, Section, Standing};
 use crate::commands::check::{failure, finding, kvm, memory, poisoning, privileges};
 use crate::output::show;
 use crate::output::table::{Cell, Color};
-
-/// How a thing stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Standing {
-    /// It is there.
-    Ok,
-    /// It is not there, or not as it should be, and something else has to do.
-    Missing,
-    /// It is not there, and no error can be relayed without it.
-    Needed,
-    /// It is there, and should not be.
-    InTheWay,
-    /// It cannot be seen by this user, or not without something else that is not there.
-    Unknown,
-}
-
-/// One thing that was looked at.
-#[derive(Debug, Clone, Serialize)]
-pub struct Line {
-    /// What it has to do with.
-    pub group: &'static str,
-    /// What.
-    pub name: &'static str,
-    /// How it stands.
-    pub standing: Standing,
-    /// What was seen.
-    pub found: String,
-    /// What to do about it; empty where nothing has to be done.
-    pub mend: Cow<'static, str>,
-}
 
 /// All that was looked at.
 #[derive(Debug, Serialize)]
@@ -90,32 +58,6 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// A group of lines that is being written.
-pub(crate) struct Section<'a> {
-    group: &'static str,
-    lines: &'a mut Vec<Line>,
-}
-
-impl Section<'_> {
-    /// The line for what was `found`; where it is `missing`, this is how that stands and how it is
-    /// mended.
-    pub(super) fn add(
-        &mut self,
-        name: &'static str,
-        found: Found,
-        missing: Standing,
-        mend: impl Into<Cow<'static, str>>,
-    ) {
-        let (standing, found, mend) = match found {
-            Ok(found) => (Standing::Ok, found, "".into()),
-            Err(Gap::Missing(found)) => (missing, found, mend.into()),
-            Err(Gap::InTheWay(found)) => (Standing::InTheWay, found, mend.into()),
-            Err(Gap::Unknown { found, mend }) => (Standing::Unknown, found, mend.into()),
-        };
-        self.lines.push(Line { group: self.group, name, standing, found, mend });
-    }
-}
-
 /// Writes the lines of a group.
 type Look = fn(&mut Section<'_>);
 
@@ -141,6 +83,7 @@ pub fn check() -> Report {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::commands::check::gap::{Found, Gap};
 
     fn report(write: impl FnOnce(&mut Section<'_>)) -> Report {
         let mut report = Report { lines: Vec::new() };

@@ -4,11 +4,11 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use mce_relay_vmm::api::types::vm::Extent;
-use mce_relay_vmm::machine::memory::guest_ram::PAGE_SIZE;
+use mce_relay_vmm::machine::memory::block::PAGE_SIZE;
 use serde::Serialize;
 
 use super::elf::{Lost, State};
-use super::job::Form;
+use super::form::Form;
 use super::ram::{add, len_of};
 use super::vmcoreinfo::Kernel;
 

@@ -10,7 +10,7 @@
 
 use mce_relay_vmm::api::types::registers::Registers;
 use mce_relay_vmm::api::types::vm::Extent;
-use mce_relay_vmm::machine::memory::guest_ram::PAGE_SIZE;
+use mce_relay_vmm::machine::memory::block::PAGE_SIZE;
 use object::LittleEndian as LE;
 use object::elf::{
     ELFCLASS64, ELFDATA2LSB, ELFMAG, ELFOSABI_NONE, EM_X86_64, ET_CORE, EV_CURRENT, FileFlags,

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::client::requests::ClientError;
+use crate::client::error::ClientError;
 
 /// Why memory was not read.
 #[derive(Debug, thiserror::Error)]

@@ -10,26 +10,10 @@ use crate::commands::dump::account::{Dumped, list_of};
 use crate::commands::dump::elf::{self, Layout};
 use crate::commands::dump::error::DumpError;
 use crate::commands::dump::file::{Stream, Unfinished};
+use crate::commands::dump::form::Form;
 use crate::commands::dump::ram::{len_of, subtract};
 use crate::commands::dump::sweep::{Found, Job, Steps};
-
-/// What a dump is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Form {
-    /// An ELF core of the machine.
-    Elf,
-    /// A file in which the offset is the guest-physical address.
-    Raw,
-}
-
-/// Where a dump goes.
-pub enum Target<'a> {
-    /// A file, which is made, sparse, with mode 0600; none may exist there.
-    File(&'a Path),
-    /// Something that takes one byte after the other.
-    Stream(&'a mut dyn Write),
-}
+use crate::commands::dump::form::Target;
 
 /// Checks that a dump may go to stdout.
 ///

@@ -14,6 +14,7 @@ pub mod account;
 pub mod elf;
 pub mod error;
 pub mod file;
+pub mod form;
 pub mod interrupt;
 pub mod job;
 pub mod note;

@@ -5,13 +5,13 @@ use std::path::Path;
 use mce_relay_vmm::api::types::limits::MAX_READ;
 use mce_relay_vmm::api::types::registers::Registers;
 use mce_relay_vmm::api::types::vm::{Extent, VmInfo};
-use mce_relay_vmm::machine::memory::guest_ram::PAGE_SIZE;
+use mce_relay_vmm::machine::memory::block::PAGE_SIZE;
 
 use super::account::Dumped;
 use super::error::DumpError;
 use super::file::each_part;
+use super::form::Form;
 use super::interrupt::Interrupt;
-use super::job::Form;
 use super::ram::{Ram, add};
 use super::vm::{Piece, Vm};
 use super::vmcoreinfo::Finder;

@@ -4,9 +4,8 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
-use crate::testing::an_info;
 use mce_relay_vmm::api::types::vm::{MemoryBlock, VmInfo};
-use mce_relay_vmm::machine::memory::guest_ram::PAGE_SIZE;
+use mce_relay_vmm::machine::memory::block::PAGE_SIZE;
 use object::LittleEndian as LE;
 use object::elf::{ET_CORE, FileHeader64, PT_LOAD, PT_NOTE, SHT_NOTE};
 use object::read::elf::{FileHeader, NoteIterator, ProgramHeader, SectionHeader};
@@ -14,6 +13,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::args::values::parse_number;
+use crate::testing::an_info;
 
 /// An answer: its status and its body.
 pub(super) type Said = (u16, Vec<u8>);

@@ -6,18 +6,17 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 
 use mce_relay_vmm::api::types::vm::Extent;
-use mce_relay_vmm::machine::memory::guest_ram::PAGE_SIZE;
+use mce_relay_vmm::machine::memory::block::PAGE_SIZE;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::account::Dumped;
-use super::account::size;
+use super::account::{Dumped, size};
 use super::error::DumpError;
 use super::file::PAGE;
-use super::job::{Form, Target, dump};
+use super::form::{Form, Target};
+use super::job::dump;
 use super::stretch::{Stretch, read};
-use super::testing;
-use super::testing::{Said, answer, info, refused, serve};
+use super::testing::{self, Said, answer, info, refused, serve};
 use crate::commands::dump::prstatus::tests::at;
 
 /// A raw image.

@@ -6,8 +6,9 @@ use mce_relay_vmm::api::types::registers::Registers;
 use mce_relay_vmm::api::types::vm::{Extent, VmInfo};
 
 use super::error::DumpError;
+use crate::client::error::ClientError;
 use crate::client::life::Life;
-use crate::client::requests::{self, ClientError};
+use crate::client::requests;
 
 /// A VM whose memory is read.
 pub(super) struct Vm<'a> {

@@ -7,7 +7,7 @@
 
 use std::fmt;
 
-use mce_relay_vmm::machine::memory::guest_ram::PAGE_SIZE;
+use mce_relay_vmm::machine::memory::block::PAGE_SIZE;
 use serde::Serialize;
 
 use super::error::DumpError;

@@ -1,6 +1,6 @@
 //! Where things lie in guest-physical memory before the kernel runs, and the map that tells it.
 
-use crate::machine::memory::guest_ram::RamBlock;
+use crate::machine::memory::block::RamBlock;
 
 /// The GDT that the entry state uses.
 pub const GDT: u64 = 0x500;
@@ -134,7 +134,7 @@ fn whole_map(blocks: &[RamBlock]) -> Vec<MapEntry> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::memory::guest_ram::{HOLE_END, HOLE_START, PAGE_SIZE, split};
+    use crate::machine::memory::block::{HOLE_END, HOLE_START, PAGE_SIZE, split};
 
     fn blocks(bytes: u64) -> Vec<RamBlock> {
         let pieces = split(&[(bytes, PAGE_SIZE)]).into_iter();

@@ -3,8 +3,9 @@
 use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::ByteValued;
 
+use super::error::BootError;
 use super::layout::{CMDLINE, MapEntry, PVH_INFO};
-use super::load::{BootError, Initramfs};
+use super::place::Initramfs;
 use crate::machine::memory::guest_ram::GuestRam;
 
 /// "xEn3" with bit 7 of the first letter set (Xen's public/arch-x86/hvm/start_info.h).
@@ -39,7 +40,7 @@ pub fn write(
         info.nr_modules = 1;
         info.modlist_paddr = MODULES;
         let module = hvm_modlist_entry { paddr: addr, size, ..Default::default() };
-        crate::machine::boot::load::write(ram, module.as_slice(), MODULES, "PVH module list")?;
+        crate::machine::boot::place::write(ram, module.as_slice(), MODULES, "PVH module list")?;
     }
     let mut table = Vec::new();
     for entry in map {
@@ -51,8 +52,8 @@ pub fn write(
         };
         table.extend_from_slice(entry.as_slice());
     }
-    crate::machine::boot::load::write(ram, &table, MEMORY_MAP, "PVH memory map")?;
-    crate::machine::boot::load::write(ram, info.as_slice(), PVH_INFO, "PVH start info")
+    crate::machine::boot::place::write(ram, &table, MEMORY_MAP, "PVH memory map")?;
+    crate::machine::boot::place::write(ram, info.as_slice(), PVH_INFO, "PVH start info")
 }
 
 #[cfg(test)]

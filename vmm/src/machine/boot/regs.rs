@@ -4,8 +4,9 @@ use kvm_bindings::{kvm_fpu, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 
+use super::error::BootError;
 use super::layout::{GDT, PAGE_TABLES, PVH_INFO, ZERO_PAGE};
-use super::load::{BootError, Entry};
+use super::place::Entry;
 use crate::machine::memory::guest_ram::GuestRam;
 
 /// CR0.PE: protected mode.
@@ -105,9 +106,9 @@ fn gdt(entry: Entry) -> [u64; 5] {
 /// Guest memory that cannot be written.
 pub fn write_tables(ram: &GuestRam, entry: Entry) -> Result<(), BootError> {
     let bytes: Vec<u8> = gdt(entry).iter().flat_map(|entry| entry.to_le_bytes()).collect();
-    crate::machine::boot::load::write(ram, &bytes, GDT, "GDT")?;
+    crate::machine::boot::place::write(ram, &bytes, GDT, "GDT")?;
     if let Entry::Linux64 { .. } = entry {
-        crate::machine::boot::load::write(ram, &page_tables(), PAGE_TABLES, "page tables")?;
+        crate::machine::boot::place::write(ram, &page_tables(), PAGE_TABLES, "page tables")?;
     }
     Ok(())
 }

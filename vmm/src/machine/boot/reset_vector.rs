@@ -3,8 +3,8 @@
 //! On a hardware-reduced platform Linux asks EFI for a reboot before it asks ACPI, and without EFI
 //! it goes straight to real mode and jumps to the firmware. Here it finds this.
 
+use super::error::BootError;
 use super::layout::RESET_VECTOR;
-use super::load::BootError;
 use crate::machine::devices::ports::{RESET_PORT, RESET_VALUE};
 use crate::machine::memory::guest_ram::GuestRam;
 
@@ -19,7 +19,7 @@ const fn code() -> [u8; 9] {
 /// # Errors
 /// Guest memory that cannot be written.
 pub fn write(ram: &GuestRam) -> Result<(), BootError> {
-    crate::machine::boot::load::write(ram, &code(), RESET_VECTOR, "reset vector")
+    crate::machine::boot::place::write(ram, &code(), RESET_VECTOR, "reset vector")
 }
 
 #[cfg(test)]

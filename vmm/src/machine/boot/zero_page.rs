@@ -3,8 +3,9 @@
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::ByteValued;
 
+use super::error::BootError;
 use super::layout::{CMDLINE, MapEntry, ZERO_PAGE};
-use super::load::{BootError, Initramfs};
+use super::place::Initramfs;
 use crate::machine::memory::guest_ram::GuestRam;
 
 /// "This boot loader has no number assigned".
@@ -52,7 +53,7 @@ pub fn write(
     }
     params.e820_table = table;
     params.e820_entries = count;
-    crate::machine::boot::load::write(ram, params.as_slice(), ZERO_PAGE, "zero page")
+    crate::machine::boot::place::write(ram, params.as_slice(), ZERO_PAGE, "zero page")
 }
 
 /// All of these lie below the hole, so 32 bits hold them.

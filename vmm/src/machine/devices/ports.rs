@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::api::types::pause::Panic;
-use crate::machine::devices::serial::SerialPort;
+use crate::machine::devices::serial::port::SerialPort;
 
 /// One standard serial port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

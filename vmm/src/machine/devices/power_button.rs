@@ -6,11 +6,8 @@ use std::sync::{Arc, Weak};
 use kvm_ioctls::VmFd;
 
 use crate::api::types::pause::Panic;
+use crate::machine::devices::interrupts::{self, POWER_BUTTON_GSI};
 use crate::machine::lifecycle::VmControl;
-use crate::relaying::error_source;
-
-/// The interrupt by which ACPI's events come: a line that no device of a PC's has for itself. An edge.
-pub const GSI: u32 = 10;
 
 /// Why the button was not pressed.
 #[derive(Debug, thiserror::Error)]
@@ -57,11 +54,11 @@ impl PowerButton {
         let vm = self.0.upgrade().ok_or(PressError::NoGuest)?;
         // An operating system unmasks the interrupt when it looks for ACPI's events. An edge at one that is
         // masked would be lost.
-        if error_source::is_unmasked(&vm, GSI) == Some(false) {
+        if interrupts::is_unmasked(&vm, POWER_BUTTON_GSI) == Some(false) {
             return Err(PressError::NobodyListens);
         }
-        vm.set_irq_line(GSI, true)
-            .and_then(|()| vm.set_irq_line(GSI, false))
+        vm.set_irq_line(POWER_BUTTON_GSI, true)
+            .and_then(|()| vm.set_irq_line(POWER_BUTTON_GSI, false))
             .map_err(PressError::Kvm)
     }
 }

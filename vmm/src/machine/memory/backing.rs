@@ -8,7 +8,8 @@ use std::{io, ptr};
 
 use vm_memory::mmap::MmapRegion;
 
-use super::guest_ram::{MemoryError, PAGE_SIZE};
+use super::block::PAGE_SIZE;
+use super::error::MemoryError;
 use super::pool;
 use crate::config::{MemoryZone, PageSize};
 

@@ -5,11 +5,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 
 use super::backing::Backing;
-use super::guest_ram::{GuestRam, PAGE_SIZE};
+use super::block::PAGE_SIZE;
+use super::block::PAGEMAP;
+use super::guest_ram::GuestRam;
 use crate::host::pagemap::{Entries, Entry};
-
-/// What the page tables of this process hold.
-pub(super) const PAGEMAP: &str = "/proc/self/pagemap";
 
 impl GuestRam {
     /// The stretches (guest-physical address and length in bytes) that may hold something, ascending. The rest
@@ -122,6 +121,7 @@ fn data_of(file: &File, offset: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
 mod tests {
     use super::*;
     use crate::config::MemoryZone;
+    use crate::machine::memory::error::MemoryError;
 
     #[test]
     fn prefaulted_memory_is_all_there() {
@@ -198,7 +198,7 @@ mod tests {
     #[test]
     fn a_huge_page_that_was_only_promised_is_no_memory() {
         use crate::config::PageSize;
-        use crate::machine::memory::guest_ram::MemoryError;
+        use crate::machine::memory::error::MemoryError;
         let huge = PageSize::Size2M.bytes();
         for shared in [false, true] {
             let page_size = PageSize::Size2M;

@@ -5,304 +5,24 @@
 
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use mce_relay::scan::Scanner;
-use mce_relay::{AccessError, RamError, RamMap, RamRegion, read};
+use mce_relay::{AccessError, RamMap, RamRegion, read};
 use procfs::Current;
-use thiserror::Error;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
-use crate::api::types::vm::MemoryBlock;
 use crate::config::MemoryZone;
 use crate::host::page_frames::PageFlags;
 use crate::machine::memory::backing::{self, Backing};
-use crate::machine::memory::extents;
-
-/// RAM is a whole number of these.
-pub const PAGE_SIZE: u64 = 4096;
-/// Below this a Linux kernel, its page tables and an initramfs do not fit.
-pub const MIN_RAM: u64 = 32 << 20;
-/// Where the hole for devices begins: RAM below it, the rest above [`HOLE_END`].
-pub const HOLE_START: u64 = 3 << 30;
-/// Where the hole for devices ends.
-pub const HOLE_END: u64 = 4 << 30;
-
-/// Why there is no guest RAM.
-#[derive(Debug, Error)]
-pub enum MemoryError {
-    /// The size is zero or too small to boot in.
-    #[error(
-        "{bytes} bytes of guest memory are too few, a kernel needs at least {} MiB; a size without a unit is in bytes \
-         (256M are 256 MiB)", MIN_RAM >> 20
-    )]
-    TooSmall {
-        /// What was asked for.
-        bytes: u64,
-    },
-    /// The size is not a whole number of pages.
-    #[error(
-        "guest memory of {bytes} bytes is not a multiple of its page size, {page} bytes; a size without a unit is in \
-         bytes (256M are 256 MiB)"
-    )]
-    Unaligned {
-        /// What was asked for.
-        bytes: u64,
-        /// The page size.
-        page: u64,
-    },
-    /// The host is smaller than the guest.
-    #[error(
-        "{} MiB of guest memory asked for, but this host has {} MiB in all; ask for less", bytes >> 20, host >> 20
-    )]
-    LargerThanHost {
-        /// What was asked for.
-        bytes: u64,
-        /// MemTotal of the host.
-        host: u64,
-    },
-    /// The host's memory size could not be read.
-    #[error("cannot read the host's memory size from /proc/meminfo")]
-    HostSize(#[source] procfs::ProcError),
-    /// memfd_create failed.
-    #[error("cannot create a memfd for guest memory ({page}-byte pages)")]
-    MemFd {
-        /// The page size.
-        page: u64,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// The memfd could not be given its size.
-    #[error("cannot size the guest memory file to {bytes} bytes")]
-    Resize {
-        /// What was asked for.
-        bytes: u64,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// The file to be guest RAM cannot be used.
-    #[error("cannot open the file for guest memory {path}", path = .path.display())]
-    File {
-        /// Its path.
-        path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// The path leads to something that is not a file.
-    #[error("{path} is not a regular file, so it cannot be guest memory", path = .path.display())]
-    NotAFile {
-        /// Its path.
-        path: PathBuf,
-    },
-    /// The file to be guest RAM is one of which the host loses bad pages without a word.
-    #[error(
-        "the file for guest memory {path} is on neither tmpfs, hugetlbfs nor DAX, and shared=on has the guest write to it: \
-         when a page of it goes bad the host drops what was written, reads the page from the disk again as it once \
-         was, and tells nobody. Take a file on tmpfs (/dev/shm), leave out shared=on, or accept that with lossy=on",
-        path = .path.display()
-    )]
-    Lossy {
-        /// Its path.
-        path: PathBuf,
-    },
-    /// The file to be guest RAM is too short.
-    #[error(
-        "the file for guest memory {path} has {found} bytes, {wanted} are needed; \
-         truncate -s {wanted} {path} makes it so long",
-        path = .path.display()
-    )]
-    ShortFile {
-        /// Its path.
-        path: PathBuf,
-        /// Its length.
-        found: u64,
-        /// What was asked for.
-        wanted: u64,
-    },
-    /// Two zones are the same memory.
-    #[error(
-        "memory zones {first} ({first_path}) and {second} ({second_path}), counted from 1, are the same file with \
-         shared=on, so the guest would have the same memory twice (each zone is the file from its \
-         beginning); give each zone a file of its own",
-        first_path = .first_path.display(),
-        second_path = .second_path.display()
-    )]
-    SameFile {
-        /// The number of one of them, from 1 on.
-        first: usize,
-        /// Its path.
-        first_path: PathBuf,
-        /// The number of the other.
-        second: usize,
-        /// Its path, which may be another one.
-        second_path: PathBuf,
-    },
-    /// The pool of huge pages has too few.
-    #[error(
-        "guest memory needs {wanted} free huge pages of {kib} KiB, the host's pool has {free}; as root: \
-         echo {total} > /sys/kernel/mm/hugepages/hugepages-{kib}kB/nr_hugepages"
-    )]
-    EmptyPool {
-        /// How many are needed.
-        wanted: u64,
-        /// Their size in KiB.
-        kib: u64,
-        /// How many are free and not promised to anybody.
-        free: u64,
-        /// How many the pool has to have for it.
-        total: u64,
-    },
-    /// The host has no huge pages of that size.
-    #[error(
-        "this host has no huge pages of {kib} KiB (/sys/kernel/mm/hugepages has no hugepages-{kib}kB); \
-         take another hugepage_size, or leave hugepages out"
-    )]
-    NoPool {
-        /// Their size in KiB.
-        kib: u64,
-    },
-    /// mmap failed.
-    #[error("cannot map {bytes} bytes of guest memory in {page}-byte pages")]
-    Map {
-        /// The size of the mapping.
-        bytes: u64,
-        /// The page size.
-        page: u64,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// There is not enough memory to fill the guest's now.
-    #[error("cannot fill guest memory at {gpa:#x} ({bytes} bytes, prefault=on)")]
-    Prefault {
-        /// Guest-physical address of the piece.
-        gpa: u64,
-        /// Its length.
-        bytes: u64,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-    /// The pieces do not make one address space.
-    #[error("guest memory at {gpa:#x} does not fit the address space")]
-    Layout {
-        /// The guest-physical address of the piece.
-        gpa: u64,
-    },
-    /// The same, as the relay sees it.
-    #[error(transparent)]
-    Regions(#[from] RamError),
-    /// KVM refused a memory slot.
-    #[error("KVM refused guest memory at {gpa:#x}, {bytes} bytes")]
-    Slot {
-        /// The guest-physical address of the slot.
-        gpa: u64,
-        /// Its length.
-        bytes: u64,
-        /// The cause.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-}
-
-/// A contiguous piece of guest RAM, in the ways it can be named. All in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RamBlock {
-    /// Guest-physical address.
-    pub gpa: u64,
-    /// Length.
-    pub len: u64,
-    /// Address in this process.
-    pub hva: u64,
-    /// Offset in its file.
-    pub fd_offset: u64,
-    /// The descriptor of its file in this process; `None` for anonymous memory.
-    pub fd: Option<i32>,
-    /// Whether another process that maps the file has the same memory.
-    pub shared: bool,
-    /// The pages that the host keeps it in, and loses as a whole: 4 KiB, 2 MiB or 1 GiB.
-    pub page_size: u64,
-}
-
-impl RamBlock {
-    /// Anonymous memory in pages of 4 KiB.
-    #[must_use]
-    pub const fn new(gpa: u64, len: u64, hva: u64) -> Self {
-        Self { gpa, len, hva, fd_offset: 0, fd: None, shared: false, page_size: PAGE_SIZE }
-    }
-
-    /// Whether the guest-physical address lies in this block.
-    #[must_use]
-    pub const fn contains_gpa(&self, gpa: u64) -> bool {
-        gpa >= self.gpa && gpa - self.gpa < self.len
-    }
-}
-
-/// The guest-physical pieces of RAM in zones of these sizes and page sizes, in bytes: zone, offset in
-/// the zone, address, length. Pieces are whole pages, so a zone is cut at the last page boundary
-/// before the hole.
-#[must_use]
-pub fn split(zones: &[(u64, u64)]) -> Vec<Piece> {
-    let mut pieces = Vec::new();
-    let mut gpa = 0;
-    for (zone, &(bytes, page)) in zones.iter().enumerate() {
-        let below = HOLE_START.saturating_sub(gpa) / page * page;
-        let low = bytes.min(below);
-        if low > 0 {
-            pieces.push(Piece { zone, offset: 0, gpa, len: low });
-            gpa += low;
-        }
-        if bytes > low {
-            let at = gpa.max(HOLE_END);
-            pieces.push(Piece { zone, offset: low, gpa: at, len: bytes - low });
-            gpa = at + (bytes - low);
-        }
-    }
-    pieces
-}
-
-/// One piece of [`split`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// Number of its zone.
-    pub zone: usize,
-    /// Where in the zone it begins.
-    pub offset: u64,
-    /// Guest-physical address.
-    pub gpa: u64,
-    /// Length.
-    pub len: u64,
-}
-
-/// Checks the size of guest RAM, and of each zone (size and page size), against the host's memory, all
-/// in bytes.
-///
-/// # Errors
-/// See [`MemoryError`]: too small, not whole pages, larger than the host.
-pub fn check_size(zones: &[(u64, u64)], host: u64) -> Result<(), MemoryError> {
-    if let Some(&(bytes, page)) =
-        zones.iter().find(|(bytes, page)| *bytes == 0 || !bytes.is_multiple_of(*page))
-        && bytes != 0
-    {
-        return Err(MemoryError::Unaligned { bytes, page });
-    }
-    let bytes = zones.iter().try_fold(0_u64, |sum, (bytes, _)| sum.checked_add(*bytes));
-    let bytes = bytes.unwrap_or(u64::MAX);
-    if bytes < MIN_RAM || zones.iter().any(|(bytes, _)| *bytes == 0) {
-        return Err(MemoryError::TooSmall { bytes });
-    }
-    if bytes > host {
-        return Err(MemoryError::LargerThanHost { bytes, host });
-    }
-    Ok(())
-}
+use crate::machine::memory::block::region;
+use crate::machine::memory::block::{
+    self, HOLE_END, HOLE_START, Piece, RamBlock, check_size, split,
+};
+use crate::machine::memory::error::MemoryError;
 
 /// All RAM of one guest.
 #[derive(Debug)]
@@ -359,7 +79,7 @@ impl GuestRam {
         let memory = GuestMemoryMmap::from_regions(regions)
             .map_err(|_| MemoryError::Layout { gpa: HOLE_END })?;
         let map = RamMap::new(&blocks.iter().map(region).collect::<Vec<_>>())?;
-        let (removed, pagemap) = (Mutex::default(), File::open(extents::PAGEMAP));
+        let (removed, pagemap) = (Mutex::default(), File::open(block::PAGEMAP));
         let flags = PageFlags::open().ok();
         let ram = Self { memory, blocks, map, backings, removed, flags, pagemap };
         ram.prefault()?;
@@ -475,25 +195,12 @@ impl GuestRam {
     }
 }
 
-fn region(block: &RamBlock) -> RamRegion {
-    let page_shift = u8::try_from(block.page_size.trailing_zeros()).unwrap_or(12);
-    // SAFETY: the block is a mapping of `GuestRam`'s, to which no reference leads; when the guest's end comes the relay
-    // goes before it (`run::Boots`).
-    unsafe { RamRegion::new(block.hva, block.gpa, block.len) }.in_pages_of(page_shift)
-}
-
-impl From<&RamBlock> for MemoryBlock {
-    fn from(block: &RamBlock) -> Self {
-        let RamBlock { gpa, len, hva, fd_offset, fd, shared, page_size } = *block;
-        Self { gpa, len, hva, fd, fd_offset, shared, page_size }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use vm_memory::Bytes;
 
     use super::*;
+    use crate::machine::memory::block::{MIN_RAM, PAGE_SIZE};
 
     const GIB: u64 = 1 << 30;
     const MIB: u64 = 1 << 20;

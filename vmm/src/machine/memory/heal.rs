@@ -11,7 +11,8 @@ use std::{io, iter};
 use log::{debug, warn};
 
 use super::backing::Backing;
-use super::guest_ram::{GuestRam, PAGE_SIZE};
+use super::block::PAGE_SIZE;
+use super::guest_ram::GuestRam;
 use crate::host::pagemap::{Entries, Entry};
 
 /// [`PAGE_SIZE`] as the standard library's iterators want it; 4096 fits any usize.
@@ -183,7 +184,7 @@ mod tests {
 
     use super::*;
     use crate::config::{MemoryZone, PageSize};
-    use crate::machine::memory::guest_ram::MemoryError;
+    use crate::machine::memory::error::MemoryError;
     use crate::relaying::uffd::Uffd;
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::guest_ram::MemoryError;
+use super::error::MemoryError;
 
 const POOLS: &str = "/sys/kernel/mm/hugepages";
 

@@ -1,7 +1,7 @@
 //! What a UART and the thread of its port share: the queue of output, and who wakes whom.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,7 +9,6 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::{IrqLine, QUEUE_LEN};
 use crate::machine::lifecycle::VmControl;
 
 #[derive(Debug, Default)]
@@ -169,3 +168,9 @@ impl SerialEvents for Events {
 }
 
 pub(super) type Uart = Serial<Irq, Events, Output>;
+
+/// How much output waits for a reader, in bytes.
+pub const QUEUE_LEN: usize = 1 << 20;
+
+/// Raises a serial port's interrupt: an edge.
+pub type IrqLine = Arc<dyn Fn() + Send + Sync>;
