@@ -21,14 +21,14 @@ use mce_relay_cli::client::{agent, error, requests};
 use mce_relay_cli::commands::check::report;
 use mce_relay_cli::commands::dump::{form, job, stretch};
 use mce_relay_cli::commands::list::list;
-use mce_relay_cli::commands::{ending, manual, map, pages, retire, watch};
-use mce_relay_cli::output::{screen, show};
+use mce_relay_cli::commands::{ending, inject, manual, map, pages, retire, status, watch};
+use mce_relay_cli::output::{print, progress, screen};
 use mce_relay_cli::poison::host::filter::Filter;
 use mce_relay_cli::poison::host::memcg;
 use mce_relay_cli::poison::host::unpoison::unpoison;
 use mce_relay_cli::poison::target::PageRange;
 use mce_relay_cli::poison::what::{FilterChoice, Order};
-use mce_relay_cli::poison::{order, targets};
+use mce_relay_cli::poison::{order, shown, targets};
 use mce_relay_vmm::api::types::{manual_mce, vm};
 use mce_relay_vmm::relaying::manual_mce::injector;
 use mce_relay_vmm::sandbox::sigbus_fallback;
@@ -91,7 +91,7 @@ fn of_the_ended(command: &Command) -> Option<Outcome> {
                 let what = watch::the_last(true, "what it has left:");
                 eprintln!("mce-relay: {}; {what}", record.headline());
             }
-            Ok(show::record(&record, *json))
+            Ok(status::record(&record, *json))
         }),
         Command::Events { vm, follow, json } => vm.record().map(|record| {
             watch::record(&record, *follow, *json)?;
@@ -115,9 +115,9 @@ fn carry_out(command: Command) -> Outcome {
                 .map_err(|error| format!("cannot see to the signals of job control: {error}"))?;
             ExitCode::from(run::run(&args.config())?)
         }
-        Command::List { all, json } => show::print(&list(all), json),
+        Command::List { all, json } => print::print(&list(all), json),
         Command::Poison(args) => poison_pages(&args)?,
-        Command::Unpoison { pfn, json } => show::unpoisoned(
+        Command::Unpoison { pfn, json } => shown::unpoisoned(
             &pfn.into_iter()
                 .flat_map(values::Frames::numbers)
                 .map(|pfn| (pfn, unpoison(pfn)))
@@ -130,24 +130,26 @@ fn carry_out(command: Command) -> Outcome {
             ExitCode::SUCCESS
         }
         Command::Status { vm, follow: false, json } => {
-            show::status(&requests::get::<vm::Status>(&vm.socket()?, "relay.status")?, json)
+            status::status(&requests::get::<vm::Status>(&vm.socket()?, "relay.status")?, json)
         }
         Command::Events { vm, follow, json } => {
             watch::events(&vm.socket()?, follow, json)?;
             ExitCode::SUCCESS
         }
-        Command::Pages { vm, map: true, json, .. } => show::map(&map::map(&vm.socket()?)?, json),
+        Command::Pages { vm, map: true, json, .. } => {
+            map::print_map(&map::map(&vm.socket()?)?, json)
+        }
         Command::Pages { vm, gpa, map: false, json } => {
-            let mut bar = show::Progress::new("looking at");
+            let mut bar = progress::Progress::new("looking at");
             let found = pages::pages(&vm.socket()?, &gpa, &mut |n, of| bar.step(n, of));
             drop(bar);
-            show::print(&found?, json)
+            print::print(&found?, json)
         }
         Command::Retire { vm, gpa, json } => {
-            let mut bar = show::Progress::new("telling");
+            let mut bar = progress::Progress::new("telling");
             let done = retire::retire(&vm.socket()?, &gpa, &mut |n, of| bar.step(n, of));
             drop(bar);
-            show::retired(&done?, json)
+            retire::retired(&done?, json)
         }
         Command::Memory { command } => memory(command)?,
         Command::Pause { vm } => put(&vm, "vm.pause")?,
@@ -159,12 +161,12 @@ fn carry_out(command: Command) -> Outcome {
             } else {
                 ending::power_off(&socket, Duration::from_secs(timeout.into()))?
             };
-            show::print(&done, json)
+            print::print(&done, json)
         }
-        Command::Reset { vm, json } => show::print(&ending::reset(&vm.socket()?)?, json),
+        Command::Reset { vm, json } => print::print(&ending::reset(&vm.socket()?)?, json),
         Command::Check { json } => {
             let report = report::check();
-            let printed = show::print(&report, json);
+            let printed = print::print(&report, json);
             if report.relays() { printed } else { ExitCode::FAILURE }
         }
         Command::Completions { shell } => {
@@ -188,7 +190,7 @@ fn memory(command: MemoryCommand) -> Outcome {
                 stretch::check_raw()?;
             }
             let stretch = stretch::read(&vm.socket()?, gpa, len)?;
-            if raw { show::raw(&stretch.bytes) } else { show::print(&stretch, json) }
+            if raw { print::raw(&stretch.bytes) } else { print::print(&stretch, json) }
         }
         MemoryCommand::Dump { vm, file, raw, json } => {
             dump_memory(&vm, &file, if raw { form::Form::Raw } else { form::Form::Elf }, json)?
@@ -207,7 +209,7 @@ fn dump_memory(vm: &VmArg, file: &std::path::Path, form: form::Form, json: bool)
     let mut stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let target =
         if to_stdout { form::Target::Stream(&mut stdout) } else { form::Target::File(file) };
-    let mut bar = show::Progress::bytes("dumping");
+    let mut bar = progress::Progress::bytes("dumping");
     let done = job::dump(&socket, form, target, &mut |n, of| bar.advance(n, of));
     drop(bar);
     match done {
@@ -215,7 +217,7 @@ fn dump_memory(vm: &VmArg, file: &std::path::Path, form: form::Form, json: bool)
             for note in done.notes() {
                 eprintln!("mce-relay: note: {note}");
             }
-            Ok(if to_stdout { show::print_beside(&done, json) } else { show::print(&done, json) })
+            Ok(if to_stdout { print::print_beside(&done, json) } else { print::print(&done, json) })
         }
         Err(error) => match error.signal().and_then(|signal| u8::try_from(signal).ok()) {
             Some(signal) => {
@@ -294,14 +296,14 @@ fn poison_pages(args: &PoisonArgs) -> Outcome {
     };
     let prepared = order::prepare(&order)?;
     // Before the first page goes.
-    show::notes(prepared.notes());
+    print::notes(prepared.notes());
     if args.dry_run {
-        return Ok(show::burst(&prepared.plan(), args.via.into(), args.json));
+        return Ok(shown::burst(&prepared.plan(), args.via.into(), args.json));
     }
-    let mut bar = show::Progress::new("poisoning");
+    let mut bar = progress::Progress::new("poisoning");
     let done = prepared.carry_out(&mut |n, of| bar.step(n, of));
     drop(bar);
-    Ok(show::burst(&done?, args.via.into(), args.json))
+    Ok(shown::burst(&done?, args.via.into(), args.json))
 }
 
 fn inject_by_hand(args: &InjectArgs) -> Outcome {
@@ -329,16 +331,16 @@ fn inject_by_hand(args: &InjectArgs) -> Outcome {
         })
     };
     if dry_run {
-        return Ok(show::outlook(&ask(true)?, args.json));
+        return Ok(inject::outlook(&ask(true)?, args.json));
     }
     if args.json {
-        return Ok(show::by_hand(None, &ask(false)?, true));
+        return Ok(inject::by_hand(None, &ask(false)?, true));
     }
     // The guest may not be there any more when the act is done.
     let planned = ask(true)?;
     if planned.outlook.lethal && !force {
         return Err(injector::Refusal::Lethal(planned.outlook).into());
     }
-    show::outlook(&planned, false);
-    Ok(show::by_hand(Some(&planned.outlook), &ask(false)?, false))
+    inject::outlook(&planned, false);
+    Ok(inject::by_hand(Some(&planned.outlook), &ask(false)?, false))
 }

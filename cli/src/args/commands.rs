@@ -84,7 +84,9 @@ impl Cli {
                              or give it as size=0";
                 Err(wrong("run", ErrorKind::ArgumentConflict, words))
             }
-            Command::Poison(args) => args.check(),
+            Command::Poison(args) => {
+                args.check().map_err(|(kind, words)| wrong("poison", kind, words))
+            }
             Command::Pages { gpa, map: false, .. } if gpa.is_empty() => {
                 let words = "which pages? --gpa LIST, or --map for all of guest RAM";
                 Err(wrong("pages", ErrorKind::MissingRequiredArgument, words))

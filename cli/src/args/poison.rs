@@ -9,7 +9,6 @@ use mce_relay::mca::Kind;
 use mce_relay_vmm::api::types::means::Means;
 use mce_relay_vmm::host::flags::FlagsFilter;
 
-use super::commands::wrong;
 use super::values::{ApiPath, parse_count, parse_seed};
 use super::vm::VmArg;
 use crate::poison::target::PageRange;
@@ -84,15 +83,18 @@ pub struct PoisonArgs {
     pub json: bool,
 }
 
+/// What is wrong with several options together, and words for the user.
+pub(super) type Wrong = (ErrorKind, &'static str);
+
 impl PoisonArgs {
     /// Checks what goes beyond single values.
-    pub(super) fn check(&self) -> Result<(), clap::Error> {
-        let conflict = |words: &str| Err(wrong("poison", ErrorKind::ArgumentConflict, words));
+    pub(super) fn check(&self) -> Result<(), Wrong> {
+        let conflict = |words| Err((ErrorKind::ArgumentConflict, words));
         let filtered =
             self.filter_memcg.is_some() || self.filter_dev.is_some() || self.filter_flags.is_some();
         if self.gpa.is_empty() && self.random.is_none() && self.pid.is_none() {
             let words = "which pages? --gpa LIST, --random N, or --pid PROCESS of the guest's";
-            return Err(wrong("poison", ErrorKind::MissingRequiredArgument, words));
+            return Err((ErrorKind::MissingRequiredArgument, words));
         }
         // Said here, as clap drops what a conflict makes impossible.
         if self.seed.is_some() && self.random.is_none() {

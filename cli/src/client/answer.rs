@@ -12,8 +12,8 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::error::ClientError;
 use super::patience::{Patience, Watch};
-use crate::client::ask::send;
 use crate::client::ask::Asked;
+use crate::client::ask::send;
 
 /// What is read of an error's words, in bytes.
 const MAX_WORDS: u64 = 64 << 10;

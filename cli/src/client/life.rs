@@ -4,28 +4,24 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::thread::sleep;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
-use mce_relay_vmm::api::types::vm::VmInfo;
 use mce_relay_vmm::outlets::peer::{self, Peer, Standing};
 use mce_relay_vmm::session::record::End;
 
 use crate::client::error::ClientError;
-use crate::client::{names, requests};
+use crate::client::names;
 
-/// How long a VM may take to end that does not answer any more.
-const PATIENCE: Duration = Duration::from_secs(5);
 /// How long it may take when it has broken off a conversation.
-const BROKEN_OFF: Duration = Duration::from_secs(1);
+pub(super) const BROKEN_OFF: Duration = Duration::from_secs(1);
 /// Between two looks.
-const LOOK: Duration = Duration::from_millis(10);
+pub(super) const LOOK: Duration = Duration::from_millis(10);
 
 /// The process of a VM.
 #[derive(Debug)]
 pub struct Life {
-    socket: PathBuf,
-    pid: u32,
+    pub(super) socket: PathBuf,
+    pub(super) pid: u32,
     /// Readable once the process has ended; `None` where there is none to be had.
     process: Option<OwnedFd>,
     begun: SystemTime,
@@ -55,26 +51,6 @@ impl Life {
         }
     }
 
-    /// Whether it ends: it is waited for while the VM has no guest and does not say why.
-    #[must_use]
-    pub fn ends(&self) -> bool {
-        let start = Instant::now();
-        loop {
-            if self.is_over() {
-                return true;
-            }
-            match requests::get_soon::<VmInfo>(&self.socket, "vm.info", BROKEN_OFF) {
-                // Another VM may have its place already.
-                Ok((pid, _)) => return pid != self.pid,
-                // It stands still.
-                Err(ClientError::Silent { .. }) => return false,
-                // It is between two boots, or near its end.
-                Err(_) if start.elapsed() < PATIENCE => sleep(LOOK),
-                Err(_) => return false,
-            }
-        }
-    }
-
     /// The same for one that has broken off a conversation, without asking it.
     pub(crate) fn is_over_soon(&self) -> bool {
         match &self.process {
@@ -101,13 +77,6 @@ impl Life {
             format!(" (exit status {status}{how})")
         });
         ClientError::Ended { path: self.socket.clone(), how: how.unwrap_or_default() }
-    }
-
-    /// What `error` means of a VM that was there before.
-    #[must_use]
-    pub fn explain(&self, error: ClientError) -> ClientError {
-        let is_mute = matches!(error, ClientError::Connect { .. } | ClientError::Talk { .. });
-        if is_mute && self.ends() { self.ended() } else { error }
     }
 }
 

@@ -10,6 +10,7 @@ pub mod record;
 pub mod requests;
 
 pub mod ask;
+pub mod ending;
 pub mod error;
 #[cfg(test)]
 mod served;

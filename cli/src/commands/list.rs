@@ -17,8 +17,7 @@ use crate::client::error::ClientError;
 use crate::client::names::{ended, sockets};
 use crate::client::record::Record;
 use crate::client::{other_users, requests};
-use crate::output::show;
-use crate::output::table::Cell;
+use crate::output::table::{self, Cell};
 
 /// So long is waited for the answers. All VMs are asked at the same time.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -175,7 +174,7 @@ impl fmt::Display for List {
         if self.all {
             header.insert(1, "user");
         }
-        let mut table = show::table(&header);
+        let mut table = table::sheet(&header);
         for vm in &self.vms {
             let Listed { name, socket, uid, pid, memory, .. } = vm;
             let unknown = if socket.is_some() { "?" } else { "-" };

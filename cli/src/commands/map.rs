@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::Path;
+use std::process::ExitCode;
 
 use console::Style;
 use mce_relay::Page;
@@ -13,6 +14,8 @@ use serde::Serialize;
 
 use crate::client::requests;
 use crate::commands::pages::PagesError;
+use crate::output::print::{output, write_json};
+use crate::output::screen;
 
 const PAGE_SIZE: u64 = 4096;
 /// Cells in a row.
@@ -246,6 +249,12 @@ impl Map {
         }
         Ok(())
     }
+}
+
+/// Prints a map of guest RAM.
+pub fn print_map(map: &Map, json: bool) -> ExitCode {
+    let colour = screen::stdout().colour;
+    output(|out| if json { write_json(out, map) } else { map.write(out, colour) })
 }
 
 #[cfg(test)]

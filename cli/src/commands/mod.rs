@@ -3,9 +3,11 @@
 pub mod check;
 pub mod dump;
 pub mod ending;
+pub mod inject;
 pub mod list;
 pub mod manual;
 pub mod map;
 pub mod pages;
 pub mod retire;
+pub mod status;
 pub mod watch;

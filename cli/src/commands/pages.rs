@@ -15,10 +15,10 @@ use serde::{Serialize, Serializer};
 
 use crate::client::error::ClientError;
 use crate::client::requests;
-use crate::output::show;
-use crate::output::table::Cell;
+use crate::output::table::{self, Cell};
 use crate::poison::error::PoisonError;
-use crate::poison::target::{PageRange, targets};
+use crate::poison::target::PageRange;
+use crate::poison::targets::targets;
 
 const PAGE_SHIFT: u32 = 12;
 /// Progress is told after so many pages.
@@ -249,7 +249,7 @@ fn runs(pages: &[PageView], join: bool) -> Vec<(&PageView, u64)> {
 impl std::fmt::Display for Pages {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let headers = ["GPA", "HVA", "pfn", "of", "memory", "mapped", "flags", "ledger"];
-        let mut table = show::table(&headers);
+        let mut table = table::sheet(&headers);
         for (page, count) in runs(&self.pages, self.pages.len() > MANY) {
             let pfn = match (page.pfn, count) {
                 (Some(pfn), 1) => format!("{pfn:#x}"),

@@ -1,6 +1,8 @@
 //! Has a running guest stop using pages that are whole and predicted to fail.
 
+use std::io::Write;
 use std::path::Path;
+use std::process::ExitCode;
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -15,8 +17,11 @@ use serde::Serialize;
 use crate::client::error::ClientError;
 use crate::client::life::Life;
 use crate::client::requests;
+use crate::output::print::{output, write_json};
+use crate::output::stretches::runs;
 use crate::poison::error::PoisonError;
-use crate::poison::target::{PageRange, targets};
+use crate::poison::target::PageRange;
+use crate::poison::targets::targets;
 
 /// How often the VM is asked how far it is.
 const LOOK: Duration = Duration::from_millis(50);
@@ -144,6 +149,23 @@ fn settled(gpa: u64, page: Option<&Predicted>) -> Option<Retired> {
     Some(Retired { gpa, told, outcome })
 }
 
+/// Prints what became of pages that the guest was to stop using: those it was told of on stdout, the
+/// others on stderr. Exit status 1 when there are any.
+pub fn retired(pages: &[Retired], json: bool) -> ExitCode {
+    let (told, not_told): (Vec<&Retired>, Vec<&Retired>) = pages.iter().partition(|page| page.told);
+    let printed = output(|out| {
+        if json {
+            write_json(out, &pages)
+        } else {
+            told.iter().try_for_each(|page| writeln!(out, "{page}"))
+        }
+    });
+    for (pages, outcome) in runs(not_told.iter().map(|page| (page.gpa, &page.outcome))) {
+        eprintln!("mce-relay: not told: {pages}: {outcome}");
+    }
+    if not_told.is_empty() { printed } else { ExitCode::FAILURE }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::SystemTime;
@@ -153,6 +175,7 @@ mod tests {
     use mce_relay::ledger::{Place, Times};
 
     use super::*;
+    use mce_relay::Pace;
 
     #[test]
     fn told_is_said_of_what_the_guest_has_taken_only() {

@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 use crate::client::error::ClientError;
 use crate::client::record::Record;
 use crate::client::requests;
-use crate::output::{screen, show};
+use crate::commands::status;
+use crate::output::screen;
 
 /// A status is shown again no more often than this, however much happens.
 const LEAST: Duration = Duration::from_millis(200);
@@ -235,7 +236,7 @@ pub fn status(socket: &Path, json: bool) -> Result<(), FollowError> {
             Err(error) => return Err(error.into()),
         };
         if let Some(status) = status {
-            let text = show::status_text(&status, json);
+            let text = status::status_text(&status, json);
             if text != last && !written(put(&text, terminal))? {
                 return Ok(());
             }

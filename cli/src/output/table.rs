@@ -4,12 +4,12 @@
 //! can neither be read nor copied. Where even that does not fit, neighbouring columns are folded into one,
 //! the one below the other.
 
-use std::fmt;
+use std::fmt::{self};
 
 use comfy_table::{ColumnConstraint, ContentArrangement, Table, TableStyle, Width, presets};
 use console::measure_text_width;
 
-use crate::output::screen::Screen;
+use crate::output::screen::{self, Screen};
 
 pub use comfy_table::Color;
 
@@ -152,7 +152,7 @@ impl fmt::Display for Sheet {
     }
 }
 
-fn table(rows: Vec<Vec<Cell>>, style: TableStyle, colour: bool) -> Table {
+pub(super) fn table(rows: Vec<Vec<Cell>>, style: TableStyle, colour: bool) -> Table {
     let mut table = Table::new();
     table.load_style(style);
     // Who asks the terminal is `screen`.
@@ -230,6 +230,11 @@ fn share(full: &[usize], hard: &[usize], columns: usize) -> Vec<usize> {
         left -= given;
     }
     widths
+}
+
+/// An empty table for standard output.
+pub fn sheet(header: &[&str]) -> Sheet {
+    Sheet::new(header, screen::stdout(), screen::columns())
 }
 
 #[cfg(test)]

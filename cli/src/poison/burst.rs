@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::client::error::ClientError;
 use crate::poison::asked::Until;
 use crate::poison::error::PoisonError;
-use crate::poison::order::PAGE_SHIFT;
+use crate::poison::target::PAGE_SHIFT;
 
 /// What was done to one page, or is going to be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

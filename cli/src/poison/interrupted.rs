@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use mce_relay_vmm::sandbox::hangup;
 use signal_hook::SigId;
 
-
 /// While this lives a Ctrl-C ends the work and not the process, which has to put back what it changed.
 pub(super) struct Interrupted {
     /// 0 as long as there was none.

@@ -6,16 +6,16 @@ use std::path::Path;
 use mce_relay_vmm::api::types::means::Means;
 use mce_relay_vmm::api::types::vm::VmInfo;
 use mce_relay_vmm::host::error::HostError;
+use mce_relay_vmm::host::memory_failure;
 use mce_relay_vmm::host::page_frames::PageFlags;
 use mce_relay_vmm::host::pagemap::Pagemap;
-use mce_relay_vmm::host::memory_failure;
 
 use crate::poison::burst::Poisoned;
 use crate::poison::error::PoisonError;
 use crate::poison::forecast;
 use crate::poison::frame::{self, FrameError, Frames};
 use crate::poison::host::host_mce_injector;
-use crate::poison::order::PAGE_SHIFT;
+use crate::poison::target::PAGE_SHIFT;
 use crate::poison::target::Target;
 
 /// What is known of the host's side of a VM's pages, as far as this user may know it.

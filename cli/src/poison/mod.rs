@@ -13,6 +13,7 @@ pub mod interrupted;
 pub mod look;
 pub mod order;
 pub mod outside;
+pub mod shown;
 pub mod target;
 pub mod targets;
 pub mod what;

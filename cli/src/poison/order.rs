@@ -9,8 +9,6 @@ use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use mce_relay_vmm::host;
 use mce_relay_vmm::host::error::HostError;
 
-use crate::poison::look::Looked;
-use crate::poison::what::Order;
 use crate::client::error::ClientError;
 use crate::client::life::Life;
 use crate::client::requests;
@@ -18,15 +16,16 @@ use crate::poison::asked::{Asked, Until, untried};
 use crate::poison::burst::{Burst, NotPoisoned, Poisoned};
 use crate::poison::error::PoisonError;
 use crate::poison::host::filter::Filter;
-use crate::poison::look::look;
-use crate::poison::target::{Target, targets};
+use crate::poison::look::{Looked, look};
+use crate::poison::target::Target;
+use crate::poison::targets::targets;
+use crate::poison::what::Order;
 use crate::poison::{forecast, interrupted, outside};
 
 /// How long the kernel may take to mark the pages, after the last of them was asked for.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// So many pages are asked of the VMM at once, where nothing has to be looked at right before each.
 const AT_ONCE: usize = 1000;
-pub(crate) const PAGE_SHIFT: u32 = 12;
 
 /// Everything is looked at, and nothing is done yet.
 pub struct Prepared<'a> {

@@ -1,11 +1,7 @@
 //! Pages as a user names them, and what the VM says of each.
 
-use std::collections::HashSet;
-
-use mce_relay_vmm::api::types::vm::{MemoryBlock, VmInfo};
-
-use super::error::PoisonError;
-use crate::poison::targets::PAGE_SHIFT;
+/// Pages of the guest are of 4 KiB.
+pub(super) const PAGE_SHIFT: u32 = 12;
 
 /// Some 4 KiB pages in a row, at least one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,37 +39,4 @@ pub(crate) struct Target {
     pub(super) page_size: u64,
     /// A file lies behind it, and what is written here does not get there.
     pub(super) is_private_file: bool,
-}
-
-/// The pages of `ranges` in the order given, each once. All of them are guest RAM, so however long
-/// a range was written down, there are no more of them than the guest has pages.
-pub(crate) fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, PoisonError> {
-    for range in ranges {
-        let mut page = range.first;
-        while page < range.end {
-            let gpa = page << PAGE_SHIFT;
-            page = match vm.block(gpa) {
-                Some(block) => (block.gpa + block.len) >> PAGE_SHIFT,
-                None => return Err(PoisonError::OutsideRam { gpa, ram: vm.ram_in_words() }),
-            };
-        }
-    }
-    let mut known = HashSet::new();
-    let pages = ranges.iter().flat_map(|range| range.first..range.end);
-    let new = pages.map(|page| page << PAGE_SHIFT).filter(|gpa| known.insert(*gpa));
-    let target = |gpa| vm.block(gpa).map(|block| target_in(block, gpa));
-    Ok(new.filter_map(target).collect())
-}
-
-/// The page at `gpa`, which is in `block`.
-pub(crate) fn target_in(block: &MemoryBlock, gpa: u64) -> Target {
-    let inside = gpa - block.gpa;
-    Target {
-        gpa,
-        hva: block.hva + inside,
-        fd: block.fd.filter(|_| block.shared),
-        offset: block.fd_offset + inside,
-        page_size: block.page_size,
-        is_private_file: block.fd.is_some() && !block.shared,
-    }
 }

@@ -4,15 +4,14 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use mce_relay_vmm::api::types::means::Means;
-use mce_relay_vmm::api::types::vm::{Extent, Status};
+use mce_relay_vmm::api::types::vm::{Extent, MemoryBlock, Status, VmInfo};
 use mce_relay_vmm::host::pagemap::{Entry, Pagemap};
 
 use super::error::PoisonError;
 use super::frame::Frames;
 use crate::client::requests;
-use crate::poison::target::{PageRange, Target, target_in};
-
-pub(crate) const PAGE_SHIFT: u32 = 12;
+use crate::poison::target::PAGE_SHIFT;
+use crate::poison::target::{PageRange, Target};
 
 /// `count` different pages, chosen by `seed` alone among those of the VM behind `socket` that have memory of its
 /// own behind them and are whole: the same seed for the same guest in the same state gives the same pages, to
@@ -104,10 +103,42 @@ fn choose(
     }
 }
 
+/// The pages of `ranges` in the order given, each once. All of them are guest RAM, so however long
+/// a range was written down, there are no more of them than the guest has pages.
+pub(crate) fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, PoisonError> {
+    for range in ranges {
+        let mut page = range.first;
+        while page < range.end {
+            let gpa = page << PAGE_SHIFT;
+            page = match vm.block(gpa) {
+                Some(block) => (block.gpa + block.len) >> PAGE_SHIFT,
+                None => return Err(PoisonError::OutsideRam { gpa, ram: vm.ram_in_words() }),
+            };
+        }
+    }
+    let mut known = HashSet::new();
+    let pages = ranges.iter().flat_map(|range| range.first..range.end);
+    let new = pages.map(|page| page << PAGE_SHIFT).filter(|gpa| known.insert(*gpa));
+    let target = |gpa| vm.block(gpa).map(|block| target_in(block, gpa));
+    Ok(new.filter_map(target).collect())
+}
+
+/// The page at `gpa`, which is in `block`.
+pub(crate) fn target_in(block: &MemoryBlock, gpa: u64) -> Target {
+    let inside = gpa - block.gpa;
+    Target {
+        gpa,
+        hva: block.hva + inside,
+        fd: block.fd.filter(|_| block.shared),
+        offset: block.fd_offset + inside,
+        page_size: block.page_size,
+        is_private_file: block.fd.is_some() && !block.shared,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::poison::target::targets;
     use mce_relay_vmm::api::types::vm::{MemoryBlock, VmInfo};
 
     fn block(gpa: u64, hva: u64, fd_offset: u64) -> MemoryBlock {

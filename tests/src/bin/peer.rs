@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mce_relay_cli::output::show;
+use mce_relay_cli::output::table;
 use mce_relay_cli::poison::host::hwpoison_inject;
 use mce_relay_tests::agent::Agent;
 use mce_relay_tests::guest::image;
@@ -318,7 +318,7 @@ fn write(report: &Report) {
 }
 
 fn table(bursts: &[Burst]) {
-    let mut table = show::table(&[
+    let mut table = table::sheet(&[
         "pages",
         "poisoned",
         "in s",

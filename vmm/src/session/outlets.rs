@@ -1,5 +1,7 @@
 //! What leads out of this process, from the first boot to the end.
 
+use log::warn;
+
 use crate::api::current::Current;
 use crate::config::VmConfig;
 use crate::events::monitor::Monitor;
@@ -9,7 +11,6 @@ use crate::outlets::files::Appended;
 use crate::sandbox::seccomp::Filters;
 use crate::session::config::RunConfig;
 use crate::session::{names, record};
-use log::warn;
 
 /// What does not change from boot to boot.
 pub(super) struct Session<'a> {

@@ -5,8 +5,7 @@ use serde::Serialize;
 use crate::commands::check::gap::AS_ROOT;
 use crate::commands::check::section::{Line, Section, Standing};
 use crate::commands::check::{failure, finding, kvm, memory, poisoning, privileges};
-use crate::output::show;
-use crate::output::table::{Cell, Color};
+use crate::output::table::{self, Cell, Color};
 
 /// All that was looked at.
 #[derive(Debug, Serialize)]
@@ -24,7 +23,7 @@ impl Report {
 
 impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut table = show::table(&["", "what", "found", "what to do"]);
+        let mut table = table::sheet(&["", "what", "found", "what to do"]);
         let mut group = "";
         for line in &self.lines {
             if line.group != group {

@@ -5,7 +5,6 @@ use std::path::Path;
 
 use serde::Serialize;
 
-
 /// What a dump is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]

@@ -1,19 +1,16 @@
 //! One dump: into a file or a stream, in either form.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-
-use serde::Serialize;
 
 use crate::commands::dump::account::{Dumped, list_of};
 use crate::commands::dump::elf::{self, Layout};
 use crate::commands::dump::error::DumpError;
 use crate::commands::dump::file::{Stream, Unfinished};
-use crate::commands::dump::form::Form;
+use crate::commands::dump::form::{Form, Target};
 use crate::commands::dump::ram::{len_of, subtract};
 use crate::commands::dump::sweep::{Found, Job, Steps};
-use crate::commands::dump::form::Target;
 
 /// Checks that a dump may go to stdout.
 ///

@@ -7,7 +7,6 @@
 //! thread. It lives as long as the process. A [`SerialPort`] is a guest's UART on it, and is another one at each
 //! boot; whoever is connected to the line stays so.
 
-use std::io::{Read, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
@@ -144,6 +143,7 @@ pub fn open_lines(modes: &[SerialMode; 2], filters: &Filters) -> Result<SerialLi
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
     use super::*;
     use crate::machine::devices::serial::link::QUEUE_LEN;
     use crate::machine::devices::serial::port::SerialPort;

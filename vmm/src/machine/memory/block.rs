@@ -1,10 +1,8 @@
 //! The blocks of guest RAM: where each is in the guest and in this process.
 
-
 use mce_relay::RamRegion;
 
 use crate::api::types::vm::MemoryBlock;
-use crate::machine::memory::error::MemoryError;
 
 /// RAM is a whole number of these.
 pub const PAGE_SIZE: u64 = 4096;
@@ -82,29 +80,6 @@ pub struct Piece {
     pub gpa: u64,
     /// Length.
     pub len: u64,
-}
-
-/// Checks the size of guest RAM, and of each zone (size and page size), against the host's memory, all
-/// in bytes.
-///
-/// # Errors
-/// See [`MemoryError`]: too small, not whole pages, larger than the host.
-pub fn check_size(zones: &[(u64, u64)], host: u64) -> Result<(), MemoryError> {
-    if let Some(&(bytes, page)) =
-        zones.iter().find(|(bytes, page)| *bytes == 0 || !bytes.is_multiple_of(*page))
-        && bytes != 0
-    {
-        return Err(MemoryError::Unaligned { bytes, page });
-    }
-    let bytes = zones.iter().try_fold(0_u64, |sum, (bytes, _)| sum.checked_add(*bytes));
-    let bytes = bytes.unwrap_or(u64::MAX);
-    if bytes < MIN_RAM || zones.iter().any(|(bytes, _)| *bytes == 0) {
-        return Err(MemoryError::TooSmall { bytes });
-    }
-    if bytes > host {
-        return Err(MemoryError::LargerThanHost { bytes, host });
-    }
-    Ok(())
 }
 
 pub(crate) fn region(block: &RamBlock) -> RamRegion {

@@ -18,9 +18,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 use crate::config::MemoryZone;
 use crate::host::page_frames::PageFlags;
 use crate::machine::memory::backing::{self, Backing};
-use crate::machine::memory::block::region;
 use crate::machine::memory::block::{
-    self, HOLE_END, HOLE_START, Piece, RamBlock, check_size, split,
+    self, HOLE_END, HOLE_START, MIN_RAM, Piece, RamBlock, region, split,
 };
 use crate::machine::memory::error::MemoryError;
 
@@ -193,6 +192,29 @@ impl GuestRam {
         }
         Ok(())
     }
+}
+
+/// Checks the size of guest RAM, and of each zone (size and page size), against the host's memory, all
+/// in bytes.
+///
+/// # Errors
+/// See [`MemoryError`]: too small, not whole pages, larger than the host.
+pub fn check_size(zones: &[(u64, u64)], host: u64) -> Result<(), MemoryError> {
+    if let Some(&(bytes, page)) =
+        zones.iter().find(|(bytes, page)| *bytes == 0 || !bytes.is_multiple_of(*page))
+        && bytes != 0
+    {
+        return Err(MemoryError::Unaligned { bytes, page });
+    }
+    let bytes = zones.iter().try_fold(0_u64, |sum, (bytes, _)| sum.checked_add(*bytes));
+    let bytes = bytes.unwrap_or(u64::MAX);
+    if bytes < MIN_RAM || zones.iter().any(|(bytes, _)| *bytes == 0) {
+        return Err(MemoryError::TooSmall { bytes });
+    }
+    if bytes > host {
+        return Err(MemoryError::LargerThanHost { bytes, host });
+    }
+    Ok(())
 }
 
 #[cfg(test)]

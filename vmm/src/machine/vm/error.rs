@@ -12,7 +12,6 @@ use crate::machine::boot::regs;
 use crate::machine::cpu::msr::MsrError;
 use crate::machine::memory::error::MemoryError;
 use crate::machine::vcpu::hooks::HookError;
-use crate::machine::vm::kvm::{KVM_API, KVM_PATH};
 
 /// Why there is no VM.
 #[derive(Debug, Error)]
@@ -103,3 +102,8 @@ pub(crate) fn kvm_error(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) ->
 pub(crate) fn os_error(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
     move |source| VmError::Os { what, source }
 }
+
+/// Where KVM is.
+pub(crate) const KVM_PATH: &str = "/dev/kvm";
+/// The version of KVM's interface since it is stable.
+pub(crate) const KVM_API: i32 = 12;

@@ -13,12 +13,8 @@ use crate::machine::boot::{layout, regs};
 use crate::machine::cpu::{cpuid, msr};
 use crate::machine::devices::serial::link::IrqLine;
 use crate::machine::vcpu::hooks::VcpuSetup;
-use crate::machine::vm::error::{VmError, kvm_error};
+use crate::machine::vm::error::{KVM_API, VmError, kvm_error};
 
-/// Where KVM is.
-pub(crate) const KVM_PATH: &str = "/dev/kvm";
-/// The version of KVM's interface since it is stable.
-pub(crate) const KVM_API: i32 = 12;
 /// Local APIC register offsets (SDM vol. 3, 11.4.1).
 pub(crate) const LAPIC_LVT_LINT0: usize = 0x350;
 pub(crate) const LAPIC_LVT_LINT1: usize = 0x360;

@@ -7,7 +7,6 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-
 use crate::config::SerialMode;
 use crate::machine::devices::serial::error::SerialError;
 use crate::outlets::files::{Appended, LogFile};

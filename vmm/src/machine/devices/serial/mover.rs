@@ -6,10 +6,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-
 use crate::machine::devices::serial::endpoint::Endpoint;
-use crate::machine::devices::serial::link::Link;
-use crate::machine::devices::serial::link::QUEUE_LEN;
+use crate::machine::devices::serial::link::{Link, QUEUE_LEN};
 use crate::machine::lifecycle::reasons::{ExitReason, StopCause};
 use crate::outlets::files;
 use crate::sandbox::terminal::{self, Escape, Owner};

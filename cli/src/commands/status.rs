@@ -1,375 +1,26 @@
 //! Results for people: tables and colour on a terminal, plain text in a pipe, JSON on request.
 
-use std::fmt::Display;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::process::ExitCode;
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, SystemTime};
 
-use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::HumanDuration;
 use jiff::Timestamp;
 use mce_relay::delivery::Wait;
 use mce_relay::ledger::{State, Times};
 use mce_relay::{FoundBy, Pace, Page, Predicted};
-use mce_relay_vmm::api::types::manual_mce::{ByHand, OnVcpu, Outcome, Outlook};
-use mce_relay_vmm::api::types::means::Means;
 use mce_relay_vmm::api::types::policy::Notify;
 use mce_relay_vmm::api::types::vm::{Status, VmInfo};
-use mce_relay_vmm::words::{counted, with_causes};
-use serde::Serialize;
+use mce_relay_vmm::words::counted;
 
 use crate::client::record::Record;
-use crate::commands::map::Map;
-use crate::commands::retire::Retired;
+use crate::output::print::{output, write_json};
 use crate::output::screen;
-use crate::output::table::{Cell, Color, Sheet};
-use crate::poison::burst::{Burst, NotPoisoned, Poisoned};
-use crate::poison::error::PoisonError;
-use crate::poison::host::unpoison::UnpoisonError;
+use crate::output::table::sheet;
+use crate::output::table::{Cell, Color};
 
-/// Of more pages than this, a burst is summed up instead of shown one by one.
-const MANY_PAGES: usize = 32;
 /// Of more pages than this, a terminal shows the end of the table: the summary goes there.
 const MANY_ROWS: usize = 100;
-
-/// Has `write` write to stdout. A reader that goes away is no error.
-fn output(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> ExitCode {
-    let mut out = BufWriter::new(io::stdout().lock());
-    match write(&mut out).and_then(|()| out.flush()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("mce-relay: cannot write the result: {error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn write_json(out: &mut dyn Write, value: &impl Serialize) -> io::Result<()> {
-    serde_json::to_writer_pretty(&mut *out, value)?;
-    writeln!(out)
-}
-
-/// Prints `value` on stdout, as JSON or as its text. A reader that goes away is no error.
-pub fn print(value: &(impl Serialize + Display), json: bool) -> ExitCode {
-    output(|out| if json { write_json(out, value) } else { writeln!(out, "{value}") })
-}
-
-/// The same on stderr, where stdout has something else.
-pub fn print_beside(value: &(impl Serialize + Display), json: bool) -> ExitCode {
-    let mut out = io::stderr().lock();
-    let written = if json { write_json(&mut out, value) } else { writeln!(out, "{value}") };
-    if written.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// Writes `bytes` to stdout as they are. A reader that goes away is no error.
-pub fn raw(bytes: &[u8]) -> ExitCode {
-    output(|out| out.write_all(bytes))
-}
-
-/// An empty table for standard output.
-pub fn table(header: &[&str]) -> Sheet {
-    Sheet::new(header, screen::stdout(), screen::columns())
-}
-
-/// Of more bytes than this, it is shown at once how many have been worked on; so it is of [`MANY_PAGES`].
-const MANY_BYTES: u64 = 64 << 20;
-/// Any work that takes longer than this shows how far it is.
-const LONG: Duration = Duration::from_secs(1);
-
-/// Shows how far a long work is, where stderr is a terminal. Goes away when dropped.
-#[derive(Debug)]
-pub struct Progress {
-    bar: ProgressBar,
-    /// Of more than so many it is drawn at once.
-    many: u64,
-    /// Draws once a second, also while nothing gets done; ends when its sender is dropped.
-    clock: Option<(Sender<()>, JoinHandle<()>)>,
-}
-
-impl Progress {
-    /// Of a work on pages that is called so, as in "poisoning", and begins now.
-    #[must_use]
-    pub fn new(what: &'static str) -> Self {
-        let template = "{prefix} [{wide_bar}] {pos} of {len} pages, {per_sec:0}, {eta} left";
-        Self::begin(what, template, MANY_PAGES as u64)
-    }
-
-    /// Of a work on bytes that is called so, as in "dumping", and begins now.
-    #[must_use]
-    pub fn bytes(what: &'static str) -> Self {
-        let template =
-            "{prefix} [{wide_bar}] {bytes} of {total_bytes}, {bytes_per_sec}, {eta} left";
-        Self::begin(what, template, MANY_BYTES)
-    }
-
-    fn begin(what: &'static str, template: &str, many: u64) -> Self {
-        let bar = ProgressBar::hidden().with_prefix(what);
-        let bar = match ProgressStyle::with_template(template) {
-            // In characters that every terminal has.
-            Ok(style) => bar.with_style(style.progress_chars("=> ")),
-            Err(_) => bar,
-        };
-        let clock = screen::stderr().moves.then(|| clock(bar.clone())).and_then(Result::ok);
-        Self { bar, many, clock }
-    }
-
-    /// `done` of `total` pages are done.
-    pub fn step(&mut self, done: usize, total: usize) {
-        self.advance(done as u64, total as u64);
-    }
-
-    /// `done` of `total` pages or bytes are done.
-    pub fn advance(&mut self, done: u64, total: u64) {
-        if self.bar.length() != Some(total) {
-            self.bar.set_length(total);
-        }
-        if total > self.many && done != 0 && self.clock.is_some() && self.bar.is_hidden() {
-            self.bar.set_draw_target(ProgressDrawTarget::stderr());
-        }
-        self.bar.set_position(done);
-    }
-}
-
-fn clock(bar: ProgressBar) -> io::Result<(Sender<()>, JoinHandle<()>)> {
-    let (sender, receiver) = mpsc::channel();
-    let draw = move || {
-        while receiver.recv_timeout(LONG) == Err(RecvTimeoutError::Timeout) {
-            // How much there is to do may not be known yet.
-            if bar.length().is_some_and(|length| length != 0) {
-                if bar.is_hidden() {
-                    bar.set_draw_target(ProgressDrawTarget::stderr());
-                }
-                bar.tick();
-            }
-        }
-    };
-    Ok((sender, thread::Builder::new().name("progress".to_owned()).spawn(draw)?))
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        if let Some((sender, clock)) = self.clock.take() {
-            drop(sender);
-            // It cannot have panicked with words that were not printed.
-            let _ = clock.join();
-        }
-        self.bar.finish_and_clear();
-    }
-}
-
-/// One page of a burst in JSON.
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Entry<'a> {
-    Poisoned(&'a Poisoned),
-    Failed {
-        #[serde(with = "mce_relay::event::hex")]
-        gpa: u64,
-        error: String,
-    },
-}
-
-/// Prints on stderr what is to be known of something.
-pub fn notes(notes: &[String]) {
-    notes.iter().for_each(|note| eprintln!("mce-relay: note: {note}"));
-}
-
-/// Prints what became of a burst: what was poisoned on stdout, what was not on stderr. Exit status 1
-/// when anything was not; 128 and the signal's number when a signal ended it.
-pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
-    let printed = output(|out| write_burst(out, burst, via, json));
-    notes(&burst.notes);
-    for line in failures_of(burst) {
-        eprintln!("mce-relay: {line}");
-    }
-    match burst.interrupted {
-        Some(signal) => ExitCode::from(128 + signal),
-        None if burst.failed.is_empty() => printed,
-        None => ExitCode::FAILURE,
-    }
-}
-
-/// What was not poisoned, a line for each stretch, as far as somebody will read it; and what was not even tried
-/// in one.
-fn failures_of(burst: &Burst) -> Vec<String> {
-    let is_untried =
-        |page: &&NotPoisoned| matches!(page.error, PoisonError::Interrupted | PoisonError::Ended);
-    let (untried, failed): (Vec<&NotPoisoned>, Vec<&NotPoisoned>) =
-        burst.failed.iter().partition(is_untried);
-    let stretches = runs(failed.iter().map(|page| (page.gpa, with_causes(&page.error))));
-    let words = |(pages, error): (String, String)| format!("failed: {pages}: {error}");
-    let mut lines = first_of(stretches.into_iter().map(words).collect());
-    if !untried.is_empty() {
-        let (why, rest) = match &burst.ended {
-            Some(ended) => (ended.to_string(), ""),
-            None => ("interrupted".to_owned(), ": what was not tried is as it was"),
-        };
-        lines.push(format!(
-            "{why}: of {} {} done, {} failed, and {} not tried{rest}",
-            counted((burst.poisoned.len() + burst.failed.len()) as u64, "page"),
-            burst.poisoned.len(),
-            failed.len(),
-            untried.len(),
-        ));
-    }
-    lines
-}
-
-/// The first of many lines, and how many more there are.
-fn first_of(mut lines: Vec<String>) -> Vec<String> {
-    if lines.len() > MANY_PAGES {
-        let more = lines.len() - MANY_PAGES;
-        lines.truncate(MANY_PAGES);
-        lines.push(format!("and so on, {more} more lines; --json has every page"));
-    }
-    lines
-}
-
-fn write_burst(out: &mut dyn Write, burst: &Burst, via: Means, json: bool) -> io::Result<()> {
-    if !json {
-        return lines_of(burst, &burst.poisoned, via).try_for_each(|line| writeln!(out, "{line}"));
-    }
-    let failed = burst
-        .failed
-        .iter()
-        .map(|NotPoisoned { gpa, error }| Entry::Failed { gpa: *gpa, error: with_causes(error) });
-    let entries: Vec<_> = burst.poisoned.iter().map(Entry::Poisoned).chain(failed).collect();
-    // One page is shown as what it is.
-    match &*entries {
-        [page] => write_json(out, page),
-        pages => write_json(out, &pages),
-    }
-}
-
-/// Prints what became of page frames that were to be given back to the host. Exit status 1 when any
-/// was not.
-pub fn unpoisoned(pages: &[(u64, Result<(), UnpoisonError>)], json: bool) -> ExitCode {
-    #[derive(Serialize)]
-    struct Entry {
-        #[serde(with = "mce_relay::event::hex")]
-        pfn: u64,
-        error: Option<String>,
-    }
-    let entries: Vec<Entry> = pages
-        .iter()
-        .map(|(pfn, result)| Entry {
-            pfn: *pfn,
-            error: result.as_ref().err().map(|error| with_causes(error)),
-        })
-        .collect();
-    let printed = output(|out| {
-        if json {
-            return write_json(out, &entries);
-        }
-        let good = entries.iter().filter(|entry| entry.error.is_none());
-        good.map(|entry| entry.pfn)
-            .try_for_each(|pfn| writeln!(out, "back in use: host pfn {pfn:#x}"))
-    });
-    let failed: Vec<&String> = entries.iter().filter_map(|entry| entry.error.as_ref()).collect();
-    failed.iter().for_each(|error| eprintln!("mce-relay: {error}"));
-    if failed.is_empty() { printed } else { ExitCode::FAILURE }
-}
-
-/// Prints a map of guest RAM.
-pub fn map(map: &Map, json: bool) -> ExitCode {
-    let colour = screen::stdout().colour;
-    output(|out| if json { write_json(out, map) } else { map.write(out, colour) })
-}
-
-/// Prints what would come of a machine check by hand.
-pub fn outlook(planned: &ByHand, json: bool) -> ExitCode {
-    output(|out| match json {
-        true => write_json(out, planned),
-        false => writeln!(out, "{}", planned.outlook),
-    })
-}
-
-/// Prints what came of a machine check by hand, of which `shown` has been said before. Exit status 1 when
-/// it was to be injected and is not there.
-pub fn by_hand(shown: Option<&Outlook>, done: &ByHand, json: bool) -> ExitCode {
-    let printed = output(|out| {
-        if json {
-            return write_json(out, done);
-        }
-        if shown != Some(&done.outlook) {
-            writeln!(out, "by then the guest stood otherwise:\n{}", done.outlook)?;
-        }
-        done.done.iter().try_for_each(|done| writeln!(out, "{done}"))
-    });
-    let missing = |done: &OnVcpu| matches!(done.outcome, Outcome::NotThere { .. });
-    if done.done.iter().any(missing) { ExitCode::FAILURE } else { printed }
-}
-
-/// Prints what became of pages that the guest was to stop using: those it was told of on stdout, the
-/// others on stderr. Exit status 1 when there are any.
-pub fn retired(pages: &[Retired], json: bool) -> ExitCode {
-    let (told, not_told): (Vec<&Retired>, Vec<&Retired>) = pages.iter().partition(|page| page.told);
-    let printed = output(|out| {
-        if json {
-            write_json(out, &pages)
-        } else {
-            told.iter().try_for_each(|page| writeln!(out, "{page}"))
-        }
-    });
-    for (pages, outcome) in runs(not_told.iter().map(|page| (page.gpa, &page.outcome))) {
-        eprintln!("mce-relay: not told: {pages}: {outcome}");
-    }
-    if not_told.is_empty() { printed } else { ExitCode::FAILURE }
-}
-
-/// A line for each page, or for each stretch where some failed, or one for all.
-fn lines_of<'a>(
-    burst: &Burst,
-    pages: &'a [Poisoned],
-    via: Means,
-) -> Box<dyn Iterator<Item = String> + 'a> {
-    let all = pages.len() + burst.failed.len();
-    if all <= MANY_PAGES {
-        return Box::new(pages.iter().map(ToString::to_string));
-    }
-    let took = burst.took.as_secs_f64();
-    let done = match pages.first() {
-        Some(first) if pages.iter().all(|page| page.done() == first.done()) => first.done(),
-        // Some are bad and some are not; the notes say which.
-        Some(_) => "FORGED signal",
-        None => via.done(),
-    };
-    let done = match pages.first() {
-        Some(page) if page.dry_run => format!("would be {done}"),
-        _ => done.to_owned(),
-    };
-    let sum = format!(
-        "{done}: {} of {} in {took:.3} s, via {via}",
-        pages.len(),
-        counted(all as u64, "page")
-    );
-    let stretches = if burst.failed.is_empty() {
-        Vec::new()
-    } else {
-        runs(pages.iter().map(|page| (page.gpa, ())))
-    };
-    let stretches: Vec<String> =
-        stretches.into_iter().map(|(pages, ())| format!("{done}: {pages}")).collect();
-    Box::new(first_of(stretches).into_iter().chain([sum]))
-}
-
-/// Pages in a row of which the same is to be said, as words: `GPA 0x1000` or `GPA 0x1000..0x3000`.
-fn runs<T: PartialEq>(pages: impl Iterator<Item = (u64, T)>) -> Vec<(String, T)> {
-    let mut runs: Vec<(u64, u64, T)> = Vec::new();
-    for (gpa, what) in pages {
-        match runs.last_mut() {
-            Some((_, end, same)) if *end == gpa && *same == what => *end += 4096,
-            _ => runs.push((gpa, gpa + 4096, what)),
-        }
-    }
-    let words = |(start, end, what)| match (end - start) / 4096 {
-        1 => (format!("GPA {start:#x}"), what),
-        count => (format!("GPA {start:#x}..{end:#x} ({count} pages)"), what),
-    };
-    runs.into_iter().map(words).collect()
-}
 
 /// Prints a VM's status.
 pub fn status(status: &Status, json: bool) -> ExitCode {
@@ -448,7 +99,7 @@ fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Res
 
 fn write_pages(out: &mut dyn Write, pages: &[Page]) -> io::Result<()> {
     let mut table =
-        table(&["GPA", "HVA", "kind", "found by", "signals", "seen", "outcome", "after seen"]);
+        sheet(&["GPA", "HVA", "kind", "found by", "signals", "seen", "outcome", "after seen"]);
     for page in pages {
         table.add_row([
             Cell::new(format!("{:#x}", page.gpa)),
@@ -464,7 +115,7 @@ fn write_pages(out: &mut dyn Write, pages: &[Page]) -> io::Result<()> {
     table.into_lines().iter().try_for_each(|line| writeln!(out, "{line}"))
 }
 
-fn colour(state: &State) -> Color {
+pub(crate) fn colour(state: &State) -> Color {
     match state {
         State::Acknowledged { .. } | State::Healed => Color::Green,
         State::Undeliverable { .. } | State::Removed => Color::Red,
@@ -475,7 +126,7 @@ fn colour(state: &State) -> Color {
 /// Pages that are whole and that the guest was to stop using.
 fn write_predicted(out: &mut dyn Write, pages: &[Predicted]) -> io::Result<()> {
     writeln!(out, "predicted to fail: {}", pages.len())?;
-    let mut table = table(&["GPA", "asked for", "outcome", "after that"]);
+    let mut table = sheet(&["GPA", "asked for", "outcome", "after that"]);
     for page in pages {
         table.add_row([
             Cell::new(format!("{:#x}", page.gpa)),
@@ -598,6 +249,11 @@ mod tests {
     use serde_json::Value;
 
     use super::*;
+    use crate::output::stretches::{MANY_PAGES, runs};
+    use crate::poison::burst::{Burst, NotPoisoned, Poisoned};
+    use crate::poison::error::PoisonError;
+    use crate::poison::shown::{failures_of, lines_of, write_burst};
+    use mce_relay_vmm::api::types::means::Means;
     use mce_relay_vmm::api::types::pause::{PauseReason, Undeliverable};
 
     fn at(millis: u64) -> SystemTime {
