@@ -26,9 +26,9 @@ use mce_relay_cli::output::{print, progress, screen};
 use mce_relay_cli::poison::host::filter::Filter;
 use mce_relay_cli::poison::host::memcg;
 use mce_relay_cli::poison::host::unpoison::unpoison;
+use mce_relay_cli::poison::order::{FilterChoice, Order};
 use mce_relay_cli::poison::target::PageRange;
-use mce_relay_cli::poison::what::{FilterChoice, Order};
-use mce_relay_cli::poison::{order, shown, targets};
+use mce_relay_cli::poison::{carry_out, shown, targets};
 use mce_relay_vmm::api::types::{manual_mce, vm};
 use mce_relay_vmm::relaying::manual_mce::injector;
 use mce_relay_vmm::sandbox::sigbus_fallback;
@@ -294,7 +294,7 @@ fn poison_pages(args: &PoisonArgs) -> Outcome {
         whose,
         dry_run: args.dry_run,
     };
-    let prepared = order::prepare(&order)?;
+    let prepared = carry_out::prepare(&order)?;
     // Before the first page goes.
     print::notes(prepared.notes());
     if args.dry_run {
@@ -323,7 +323,7 @@ fn inject_by_hand(args: &InjectArgs) -> Outcome {
     };
     let socket = args.vm.socket()?;
     let life = Life::at(&socket);
-    let ask = |dry_run| -> Result<manual_mce::ByHand, error::ClientError> {
+    let ask = |dry_run| -> Result<manual_mce::ManualMce, error::ClientError> {
         let request = manual_mce::Request { dry_run, ..request };
         requests::put_json(&socket, "vm.inject", &request).map_err(|error| match &life {
             Some(life) => life.explain(error),
@@ -331,16 +331,16 @@ fn inject_by_hand(args: &InjectArgs) -> Outcome {
         })
     };
     if dry_run {
-        return Ok(inject::outlook(&ask(true)?, args.json));
+        return Ok(inject::forecast(&ask(true)?, args.json));
     }
     if args.json {
-        return Ok(inject::by_hand(None, &ask(false)?, true));
+        return Ok(inject::manual_mce(None, &ask(false)?, true));
     }
     // The guest may not be there any more when the act is done.
     let planned = ask(true)?;
-    if planned.outlook.lethal && !force {
-        return Err(injector::Refusal::Lethal(planned.outlook).into());
+    if planned.forecast.lethal && !force {
+        return Err(injector::Refusal::Lethal(planned.forecast).into());
     }
-    inject::outlook(&planned, false);
-    Ok(inject::by_hand(Some(&planned.outlook), &ask(false)?, false))
+    inject::forecast(&planned, false);
+    Ok(inject::manual_mce(Some(&planned.forecast), &ask(false)?, false))
 }

@@ -60,7 +60,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         let reason = vm.run();
         eprintln!("[boot] {reason} after {:?}", start.elapsed());
         match reason {
-            ExitReason::Reset => drop(ram.renew(&[])),
+            ExitReason::Reset => drop(ram.heal(&[])),
             ExitReason::PowerOff => return Ok(()),
             other => return Err(other.to_string().into()),
         }

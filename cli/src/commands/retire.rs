@@ -1,6 +1,5 @@
 //! Has a running guest stop using pages that are whole and predicted to fail.
 
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::thread::sleep;
@@ -175,7 +174,6 @@ mod tests {
     use mce_relay::ledger::{Place, Times};
 
     use super::*;
-    use mce_relay::Pace;
 
     #[test]
     fn told_is_said_of_what_the_guest_has_taken_only() {

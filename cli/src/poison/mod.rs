@@ -5,6 +5,8 @@
 
 pub mod asked;
 pub mod burst;
+pub mod by_frame;
+pub mod carry_out;
 pub mod error;
 pub mod forecast;
 pub mod frame;
@@ -12,8 +14,6 @@ pub mod host;
 pub mod interrupted;
 pub mod look;
 pub mod order;
-pub mod outside;
 pub mod shown;
 pub mod target;
 pub mod targets;
-pub mod what;

@@ -17,7 +17,7 @@ pub struct Running {
     pub info: VmInfo,
     /// Its relay, with the ledger.
     pub relay: Handle,
-    /// Its reins.
+    /// What it is controlled by.
     pub control: VmControl,
     /// Its memory.
     pub ram: Arc<GuestRam>,

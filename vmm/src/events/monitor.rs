@@ -7,7 +7,6 @@ use std::thread::JoinHandle;
 
 use log::{info, log, warn};
 use mce_relay::mca::Kind;
-use serde::Serialize;
 
 use crate::api::types::vm_event::VmEvent;
 use crate::events::entry::{Next, What};

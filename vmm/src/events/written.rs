@@ -81,7 +81,7 @@ impl Writer {
     }
 
     fn write_out(&mut self) -> std::io::Result<()> {
-        if self.file.renew() {
+        if self.file.put_aside() {
             // What stands half in the other file is whole in this one.
             let written = &self.text[..self.done];
             self.done = written.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);

@@ -1,7 +1,5 @@
 //! What this process may do on the host.
 
-use std::os::unix::fs::MetadataExt;
-
 // include/uapi/linux/capability.h
 /// The capability that passes over the mode bits of files (capabilities(7)).
 pub const CAP_DAC_OVERRIDE: u32 = 1;

@@ -1,6 +1,6 @@
 //! Why the host could not be asked, or told.
 
-use std::io::{self, Write};
+use std::io::{self};
 use std::path::{Path, PathBuf};
 
 /// Why the host could not be asked, or told.

@@ -1,4 +1,4 @@
-//! The reins of a running VM: stop, pause, resume, and kicking vCPUs out of the guest.
+//! Control of a running VM: stop, pause, resume, and kicking vCPUs out of the guest.
 //!
 //! A handle is cheap to clone and outlives its VM, after whose end everything is a no-op.
 

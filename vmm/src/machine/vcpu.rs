@@ -87,7 +87,7 @@ struct Runner<'a> {
     undo: Option<kvm_regs>,
 }
 
-enum Step {
+enum AfterExit {
     Continue,
     Interrupted,
     End(ExitReason),
@@ -95,7 +95,7 @@ enum Step {
 
 /// What an exit needs that can only be done when the exit itself is no longer borrowed.
 enum Then {
-    Step(Step),
+    AfterExit(AfterExit),
     RamAccess(RamAccess),
     Failed(RunFailure),
 }
@@ -199,7 +199,7 @@ impl Runner<'_> {
                     HookVerdict::Stop(reason) => return Some(reason),
                 }
             }
-            if let Step::End(reason) = self.enter() {
+            if let AfterExit::End(reason) = self.enter() {
                 return Some(reason);
             }
         }
@@ -222,7 +222,7 @@ impl Runner<'_> {
                 return;
             }
             self.set_immediate_exit(1);
-            if let Step::End(reason) = self.enter() {
+            if let AfterExit::End(reason) = self.enter() {
                 self.control.stop(reason);
                 return;
             }
@@ -252,25 +252,25 @@ impl Runner<'_> {
     }
 
     /// One KVM_RUN, and the answer to its exit.
-    fn enter(&mut self) -> Step {
+    fn enter(&mut self) -> AfterExit {
         self.incomplete = false;
         let then = match self.fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 self.incomplete = true;
-                Then::Step(match self.bus.write(port, data) {
-                    None => Step::Continue,
-                    Some(PowerEvent::Reset) => Step::End(ExitReason::Reset),
-                    Some(PowerEvent::PowerOff) => Step::End(ExitReason::PowerOff),
+                Then::AfterExit(match self.bus.write(port, data) {
+                    None => AfterExit::Continue,
+                    Some(PowerEvent::Reset) => AfterExit::End(ExitReason::Reset),
+                    Some(PowerEvent::PowerOff) => AfterExit::End(ExitReason::PowerOff),
                     Some(PowerEvent::Panicked(panic)) => {
                         self.control.note_panic(panic);
-                        Step::Continue
+                        AfterExit::Continue
                     }
                 })
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.incomplete = true;
                 self.bus.read(port, data);
-                Then::Step(Step::Continue)
+                Then::AfterExit(AfterExit::Continue)
             }
             Ok(VcpuExit::MmioRead(gpa, data)) => {
                 self.incomplete = true;
@@ -287,27 +287,27 @@ impl Runner<'_> {
                     Some(data) => *exit.data = data,
                     None => *exit.error = 1,
                 }
-                Then::Step(Step::Continue)
+                Then::AfterExit(AfterExit::Continue)
             }
             Ok(VcpuExit::X86Wrmsr(exit)) => {
                 self.incomplete = true;
                 if !self.hook.wrmsr(exit.index, exit.data) {
                     *exit.error = 1;
                 }
-                Then::Step(Step::Continue)
+                Then::AfterExit(AfterExit::Continue)
             }
             Ok(VcpuExit::Shutdown) => {
-                Then::Step(Step::End(ExitReason::TripleFault { vcpu: self.index }))
+                Then::AfterExit(AfterExit::End(ExitReason::TripleFault { vcpu: self.index }))
             }
             Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => {
-                Then::Step(Step::End(ExitReason::PowerOff))
+                Then::AfterExit(AfterExit::End(ExitReason::PowerOff))
             }
             Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => {
-                Then::Step(Step::End(ExitReason::Reset))
+                Then::AfterExit(AfterExit::End(ExitReason::Reset))
             }
-            Ok(VcpuExit::Intr) => Then::Step(Step::Interrupted),
+            Ok(VcpuExit::Intr) => Then::AfterExit(AfterExit::Interrupted),
             Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_)) => {
-                Then::Step(Step::Continue)
+                Then::AfterExit(AfterExit::Continue)
             }
             Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
                 // It comes with an error, which kvm-ioctls keeps to itself.
@@ -319,23 +319,25 @@ impl Runner<'_> {
                 let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
                 Then::Failed(RunFailure::Internal { suberror: internal.suberror })
             }
-            Ok(VcpuExit::FailEntry(reason, cpu)) => Then::Step(Step::End(ExitReason::KvmError {
-                vcpu: self.index,
-                what: format!(
-                    "the processor refused to enter the guest, reason {reason:#x} on CPU {cpu}"
-                ),
-            })),
-            Ok(other) => Then::Step(Step::End(ExitReason::KvmError {
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                Then::AfterExit(AfterExit::End(ExitReason::KvmError {
+                    vcpu: self.index,
+                    what: format!(
+                        "the processor refused to enter the guest, reason {reason:#x} on CPU {cpu}"
+                    ),
+                }))
+            }
+            Ok(other) => Then::AfterExit(AfterExit::End(ExitReason::KvmError {
                 vcpu: self.index,
                 what: format!("unexpected exit {other:?}"),
             })),
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
-                Then::Step(Step::Interrupted)
+                Then::AfterExit(AfterExit::Interrupted)
             }
             Err(error) => Then::Failed(RunFailure::Errno(error.errno())),
         };
         match then {
-            Then::Step(step) => step,
+            Then::AfterExit(step) => step,
             Then::RamAccess(access) => {
                 // A store has been done as far as the registers go: the hook makes it, or it is lost with the page.
                 if access.store.is_none() && self.undo.is_none() {
@@ -343,7 +345,7 @@ impl Runner<'_> {
                 }
                 let verdict = self.hook.mmio_in_ram(self.fd, access);
                 let step = self.obey(verdict);
-                if matches!(step, Step::Continue) && !self.hook.wants_attention() {
+                if matches!(step, AfterExit::Continue) && !self.hook.wants_attention() {
                     // No bad page: a slot that is being changed, say. The load is done again.
                     self.complete();
                 }
@@ -351,20 +353,20 @@ impl Runner<'_> {
             }
             Then::Failed(failure) => match self.hook.run_failed(self.fd, failure) {
                 Some(verdict) => self.obey(verdict),
-                None => Step::End(self.describe(failure)),
+                None => AfterExit::End(self.describe(failure)),
             },
         }
     }
 
-    fn obey(&self, verdict: HookVerdict) -> Step {
+    fn obey(&self, verdict: HookVerdict) -> AfterExit {
         match verdict {
-            HookVerdict::Run => Step::Continue,
+            HookVerdict::Run => AfterExit::Continue,
             HookVerdict::Pause(reason) => {
                 // The loop sees it before the next entry.
                 self.control.request_pause(reason);
-                Step::Continue
+                AfterExit::Continue
             }
-            HookVerdict::Stop(reason) => Step::End(reason),
+            HookVerdict::Stop(reason) => AfterExit::End(reason),
         }
     }
 
@@ -388,7 +390,7 @@ fn mmio(ram: &[RamBlock], access: RamAccess) -> Then {
     if ram.iter().any(|block| block.contains_gpa(access.gpa)) {
         Then::RamAccess(access)
     } else {
-        Then::Step(Step::Continue)
+        Then::AfterExit(AfterExit::Continue)
     }
 }
 
@@ -401,7 +403,7 @@ mod tests {
         let ram = [RamBlock::new(0, 0x1000, 0)];
         let access = |gpa| RamAccess::load(gpa, 4);
         assert!(matches!(mmio(&ram, access(0xfff)), Then::RamAccess(_)));
-        assert!(matches!(mmio(&ram, access(0x1000)), Then::Step(Step::Continue)));
+        assert!(matches!(mmio(&ram, access(0x1000)), Then::AfterExit(AfterExit::Continue)));
     }
 
     #[test]

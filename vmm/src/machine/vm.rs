@@ -131,7 +131,7 @@ impl Vm {
         Ok(Self { vcpus, _bus: bus, fd, ram, control, vendor, kernel })
     }
 
-    /// The reins; they may be given to other threads.
+    /// What it is controlled by; it may be given to other threads.
     #[must_use]
     pub fn control(&self) -> &VmControl {
         &self.control
@@ -193,7 +193,7 @@ impl Vm {
         }
         wait_for_end(&self.control);
         for thread in threads {
-            // Whoever panicked has said so through the reins.
+            // Whoever panicked has said so through it.
             let _ = thread.join();
         }
         let reason = self.control.exit_reason();
@@ -213,7 +213,6 @@ mod tests {
     use super::*;
     use crate::api::types::pause::{PauseReason, Undeliverable};
     use crate::config::{CpuVendor, MemoryZone, SerialMode};
-    use crate::machine::boot::regs;
     use crate::machine::boot::tiny::elf;
     use crate::machine::lifecycle::reasons::{Parked, StopCause};
     use crate::machine::vcpu::hooks::{HookError, Ready, VcpuSetup};
@@ -287,7 +286,7 @@ mod tests {
             || std::fs::read_to_string("/proc/self/maps").unwrap().matches("kvm-vcpu").count();
         assert_eq!(payload.run(), ExitReason::Reset);
         for _ in 0..20 {
-            payload.ram.renew(&[]);
+            payload.ram.heal(&[]);
             assert_eq!(payload.run(), ExitReason::Reset);
         }
         assert!(mapped() < 40, "vCPUs of VMs that ended are still mapped");

@@ -305,7 +305,7 @@ impl Appended {
     }
 
     /// Goes on with the file that the main thread has opened meanwhile; whether there was one.
-    pub fn renew(&mut self) -> bool {
+    pub fn put_aside(&mut self) -> bool {
         let next = self.shared.next.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some((file, len)) = next else { return false };
         (self.file, self.len) = (file, len);
@@ -377,11 +377,11 @@ mod tests {
         let mut file = Appended::open(&to, true).unwrap();
         file.write_all(b"1234").unwrap();
         attend();
-        assert!(!file.renew(), "no longer than it may be");
+        assert!(!file.put_aside(), "no longer than it may be");
         for round in [b"5", b"6"] {
             file.write_all(round).unwrap();
             attend();
-            assert!(file.renew());
+            assert!(file.put_aside());
             file.write_all(b"abcd").unwrap();
         }
         assert_eq!(std::fs::read(older(&path)).unwrap(), b"abcd6");
@@ -397,7 +397,7 @@ mod tests {
         std::fs::rename(&path, &moved).unwrap();
         file.write_all(b"2").unwrap();
         reopen();
-        assert!(file.renew());
+        assert!(file.put_aside());
         file.write_all(b"3").unwrap();
         assert_eq!(std::fs::read(&moved).unwrap(), b"12");
         assert_eq!(std::fs::read(&path).unwrap(), b"3");
@@ -415,7 +415,7 @@ mod tests {
         file.write_all(b"5").unwrap();
         attend();
         assert!(!older(&path).exists(), "it was not too long");
-        assert!(file.renew());
+        assert!(file.put_aside());
         file.write_all(b"6").unwrap();
         assert_eq!(std::fs::read(&moved).unwrap(), b"12345");
         assert_eq!(std::fs::read(&path).unwrap(), b"made for it\n6");
@@ -424,10 +424,10 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         let other = Appended::open(&path.clone().into(), true).unwrap();
         reopen();
-        assert!(!file.renew());
+        assert!(!file.put_aside());
         drop(other);
         reopen();
-        assert!(file.renew());
+        assert!(file.put_aside());
     }
 
     #[test]

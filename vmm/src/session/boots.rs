@@ -64,7 +64,7 @@ impl Machine<'_> {
                 warn!("{reason}");
             }
             self.monitor.emit(VmEvent::Reset { reason: reason.to_string(), by_policy });
-            self.renew();
+            self.heal();
         }
     }
 
@@ -158,7 +158,7 @@ impl Machine<'_> {
                     // Of huge pages an older kernel does not say it; they are asked one by one then.
                     let huge = self.ram.blocks().iter().any(|block| block.page_size > PAGE_SIZE);
                     let suspected = !bad.is_empty() || (huge && by_memory(&error));
-                    if tries == TRIES || !suspected || !self.renew() {
+                    if tries == TRIES || !suspected || !self.heal() {
                         return Err(error);
                     }
                     warn!("{error}; bad pages in guest memory have been replaced, trying again");
@@ -169,22 +169,22 @@ impl Machine<'_> {
 
     /// Has the guest find good memory when it starts over, and writes down what came of it. Whether
     /// anything was bad.
-    fn renew(&mut self) -> bool {
+    fn heal(&mut self) -> bool {
         let emit = self.monitor.for_relay();
         // With late kill, say, there are pages that nobody has heard of; they go the same way.
         enter(&mut self.ledger, self.ram.blocks(), &self.ram.find_poison(), &emit);
         let bad: Vec<u64> = self.ledger.pages().map(|page| page.gpa).collect();
-        let renewed = self.ram.renew(&bad);
-        enter(&mut self.ledger, self.ram.blocks(), &renewed.found, &emit);
-        let was_bad = !renewed.healed.is_empty() || !renewed.removed.is_empty();
+        let healing = self.ram.heal(&bad);
+        enter(&mut self.ledger, self.ram.blocks(), &healing.found, &emit);
+        let was_bad = !healing.healed.is_empty() || !healing.removed.is_empty();
         let now = SystemTime::now();
-        for gpa in renewed.healed {
+        for gpa in healing.healed {
             let forged = self.ledger.get(gpa).is_some_and(|page| page.is_forged());
             if self.ledger.heal(gpa, now) {
                 emit(&Event::Healed { gpa, forged });
             }
         }
-        for (gpa, len) in renewed.removed {
+        for (gpa, len) in healing.removed {
             let within: Vec<u64> =
                 self.ledger.within(gpa..gpa + len).map(|page| page.gpa).collect();
             for gpa in within {

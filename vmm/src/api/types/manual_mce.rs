@@ -114,7 +114,7 @@ pub enum Guest {
 
 /// What is to be expected.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Outlook {
+pub struct Forecast {
     /// Of KVM.
     pub kvm: Kvm,
     /// Why.
@@ -127,7 +127,7 @@ pub struct Outlook {
     pub lethal: bool,
 }
 
-impl fmt::Display for Outlook {
+impl fmt::Display for Forecast {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let kvm = match self.kvm {
             Kvm::Ignores => "ignores it",
@@ -158,9 +158,10 @@ impl Guest {
 
 /// What came of a machine check by hand.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ByHand {
+pub struct ManualMce {
     /// What KVM and a Linux guest would make of it, as the vCPUs stood.
-    pub outlook: Outlook,
+    #[serde(rename = "outlook")]
+    pub forecast: Forecast,
     /// What was done on each vCPU; empty when nothing was to be done.
     pub done: Vec<OnVcpu>,
 }

@@ -377,7 +377,7 @@ mod tests {
             };
             assert!(expected, "{bad:#x}: {error}");
             assert_eq!(ram.find_poison(), [bad], "the rest is whole");
-            assert_eq!(ram.renew(&[bad]).healed, [bad]);
+            assert_eq!(ram.heal(&[bad]).healed, [bad]);
             let boot = load().unwrap();
             assert_eq!(boot.entry, Entry::Pvh { rip: entry });
             assert!(boot.kernel.contains(&entry) && boot.kernel.contains(&kernel), "{boot:x?}");

@@ -1,7 +1,5 @@
 //! What lies where when a vCPU starts: the entry, the initramfs, and how something is put into guest RAM.
 
-use vm_memory::Bytes;
-
 use crate::machine::boot::error::BootError;
 use crate::machine::memory::guest_ram::GuestRam;
 

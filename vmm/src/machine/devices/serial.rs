@@ -143,12 +143,12 @@ pub fn open_lines(modes: &[SerialMode; 2], filters: &Filters) -> Result<SerialLi
 
 #[cfg(test)]
 mod tests {
-    use std::io::{Read, Write};
     use super::*;
     use crate::machine::devices::serial::link::QUEUE_LEN;
     use crate::machine::devices::serial::port::SerialPort;
     use crate::machine::lifecycle::VmControl;
     use crate::outlets::files::{self, LogFile};
+    use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
     use std::time::{Duration, Instant};
 

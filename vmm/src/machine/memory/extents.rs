@@ -121,7 +121,6 @@ fn data_of(file: &File, offset: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
 mod tests {
     use super::*;
     use crate::config::MemoryZone;
-    use crate::machine::memory::error::MemoryError;
 
     #[test]
     fn prefaulted_memory_is_all_there() {
@@ -134,7 +133,7 @@ mod tests {
             assert_eq!(mapped, [(0, 32 << 20)], "shared: {shared}");
             assert_eq!(ram.in_use().unwrap(), [(0, 32 << 20)], "shared: {shared}, thp: {thp}");
             // It is so after a reboot.
-            ram.renew(&[]);
+            ram.heal(&[]);
             assert_eq!(ram.extents().unwrap(), [(0, 32 << 20)], "shared: {shared}, thp: {thp}");
         }
     }

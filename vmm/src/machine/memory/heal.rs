@@ -20,7 +20,7 @@ const PAGE_STEP: usize = 4096;
 
 /// What has become of guest RAM.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Renewed {
+pub struct Healing {
     /// Guest-physical addresses of the huge pages that were found bad and were not known to be, ascending.
     pub found: Vec<u64>,
     /// Guest-physical addresses of the pages of 4 KiB that were bad and are good now, ascending; all those
@@ -34,8 +34,8 @@ pub struct Renewed {
 impl GuestRam {
     /// Makes all of it good, and fresh where it is not hugetlb. `bad` are the guest-physical addresses
     /// of the pages of 4 KiB that are known to be bad. No vCPU may be running.
-    pub fn renew(&self, bad: &[u64]) -> Renewed {
-        let mut renewed = Renewed::default();
+    pub fn heal(&self, bad: &[u64]) -> Healing {
+        let mut healing = Healing::default();
         for (block, backing) in self.blocks.iter().zip(&self.backings) {
             let inside = |gpa: &&u64| block.contains_gpa(**gpa);
             let mut pages: Vec<u64> =
@@ -52,7 +52,7 @@ impl GuestRam {
                 discard(backing);
             } else {
                 for page in unknown_huge_pages(backing, &pages, is_gone) {
-                    renewed.found.push(block.gpa + page);
+                    healing.found.push(block.gpa + page);
                     pages.extend((page..page + page_size).step_by(PAGE_STEP));
                 }
                 pages.sort_unstable();
@@ -78,18 +78,18 @@ impl GuestRam {
                 }
             }
             let is_lost = |start: &u64| lost.iter().any(|range| range.contains(start));
-            renewed.healed.extend(pages.iter().filter(|s| !is_lost(s)).map(|s| block.gpa + s));
+            healing.healed.extend(pages.iter().filter(|s| !is_lost(s)).map(|s| block.gpa + s));
             let stretches = lost.iter().map(|r| (block.gpa + r.start, r.end - r.start));
-            renewed.removed.extend(stretches);
+            healing.removed.extend(stretches);
         }
         let mut removed = self.lock_removed();
-        removed.extend(&renewed.removed);
+        removed.extend(&healing.removed);
         removed.sort_unstable();
         drop(removed);
         if let Err(error) = self.prefault() {
             warn!("{error}; the guest gets its memory as it uses it");
         }
-        renewed
+        healing
     }
 }
 
@@ -194,9 +194,9 @@ mod tests {
             let ram = GuestRam::new(&[zone]).unwrap();
             let before = ram.blocks().to_vec();
             ram.write(0x5000, b"old").unwrap();
-            let renewed = ram.renew(&[0x5000, 0x7000]);
-            assert_eq!(renewed.healed, [0x5000, 0x7000]);
-            assert!(renewed.removed.is_empty() && ram.removed().is_empty());
+            let healing = ram.heal(&[0x5000, 0x7000]);
+            assert_eq!(healing.healed, [0x5000, 0x7000]);
+            assert!(healing.removed.is_empty() && ram.removed().is_empty());
             let mut back = [1; 3];
             ram.memory().read_slice(&mut back, GuestAddress(0x5000)).unwrap();
             assert_eq!(back, [0; 3]);
@@ -223,14 +223,14 @@ mod tests {
             uffd.poison(ram.blocks()[0].hva + unknown, huge).unwrap();
         }
         // One page of the fifth is known, and so that one is exchanged, too.
-        let renewed = ram.renew(&[5 * huge + 0x3000]);
+        let healing = ram.heal(&[5 * huge + 0x3000]);
         let all = (3 * huge..4 * huge).step_by(PAGE_STEP);
         let expected: Vec<u64> = all.chain([5 * huge + 0x3000]).collect();
-        assert_eq!((renewed.found, renewed.removed), (vec![3 * huge], vec![]));
-        assert_eq!(renewed.healed, expected);
+        assert_eq!((healing.found, healing.removed), (vec![3 * huge], vec![]));
+        assert_eq!(healing.healed, expected);
         ram.write(3 * huge, b"x").unwrap();
         ram.write(5 * huge, b"x").unwrap();
-        assert_eq!(ram.renew(&[]), Renewed::default(), "once");
+        assert_eq!(ram.heal(&[]), Healing::default(), "once");
     }
 
     #[test]
@@ -248,12 +248,12 @@ mod tests {
         // Somebody cuts the file: there is nothing behind its end to be had.
         std::fs::File::options().write(true).open(&path).unwrap().set_len(31 << 20).unwrap();
         let gone = 31 << 20;
-        let renewed = ram.renew(&[0x5000, gone, gone + 0x3000]);
-        assert_eq!(renewed.healed, [0x5000]);
-        assert_eq!(renewed.removed, [(gone, 0x1000), (gone + 0x3000, 0x1000)]);
-        assert_eq!(ram.removed(), renewed.removed);
+        let healing = ram.heal(&[0x5000, gone, gone + 0x3000]);
+        assert_eq!(healing.healed, [0x5000]);
+        assert_eq!(healing.removed, [(gone, 0x1000), (gone + 0x3000, 0x1000)]);
+        assert_eq!(ram.removed(), healing.removed);
         assert!(ram.write(gone, b"x").is_err(), "an error, no signal");
-        let again = ram.renew(&[0x5000, gone]);
+        let again = ram.heal(&[0x5000, gone]);
         assert_eq!((again.healed, again.removed), (vec![0x5000], vec![]), "once");
     }
 }

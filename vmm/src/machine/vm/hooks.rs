@@ -26,7 +26,7 @@ pub struct VmView<'a> {
     pub vendor: Vendor,
     /// Number of vCPUs.
     pub cpus: u8,
-    /// The reins.
+    /// What it is controlled by.
     pub control: &'a VmControl,
 }
 

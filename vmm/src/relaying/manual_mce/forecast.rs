@@ -6,13 +6,13 @@
 
 use mce_relay::mca::{Caps, MISC_PHYSICAL_4K, McaState, Record, Vendor, cap, mcg, status};
 
-use crate::api::types::manual_mce::{Guest, Kvm, Outlook, Request};
+use crate::api::types::manual_mce::{Forecast, Guest, Kvm, Request};
 use crate::api::types::mca_bits::{MCACOD, PCC};
 
 /// What would come of `request` for a guest that was shown `caps`, whose vCPUs stand as `states` says, each
 /// at its index.
 #[must_use]
-pub fn outlook(request: &Request, caps: &Caps, states: &[McaState]) -> Outlook {
+pub fn forecast(request: &Request, caps: &Caps, states: &[McaState]) -> Forecast {
     // The request was checked: there is such a vCPU.
     let state = &states[usize::from(request.vcpu)];
     let online = states.iter().filter(|state| !state.waits_for_sipi).count();
@@ -38,7 +38,7 @@ pub fn outlook(request: &Request, caps: &Caps, states: &[McaState]) -> Outlook {
     {
         (guest, guest_why) = worse;
     }
-    Outlook { kvm, kvm_why, guest, guest_why, lethal: guest.is_lethal() }
+    Forecast { kvm, kvm_why, guest, guest_why, lethal: guest.is_lethal() }
 }
 
 /// How a broadcast kills the guest, if it does, whose own vCPU has `kvm` do this.
@@ -304,8 +304,8 @@ mod tests {
     }
 
     /// With one vCPU that stands so.
-    fn alone(request: &Request, caps: &Caps, state: McaState) -> Outlook {
-        outlook(request, caps, &[state])
+    fn alone(request: &Request, caps: &Caps, state: McaState) -> Forecast {
+        forecast(request, caps, &[state])
     }
 
     /// What the guest would do, with one vCPU.
@@ -322,9 +322,9 @@ mod tests {
             (Form::AmdAr, Amd, Kvm::MachineCheck, Guest::KillsWhatRuns),
             (Form::Deferred, Amd, Kvm::Logs, Guest::IsolatesPageAtPoll),
         ] {
-            let outlook = alone(&of(form, false), &caps(vendor), state());
-            assert_eq!((outlook.kvm, outlook.guest), (kvm, guest), "{form}: {outlook}");
-            assert_eq!(outlook.lethal, guest == Guest::KillsWhatRuns, "{form}");
+            let forecast = alone(&of(form, false), &caps(vendor), state());
+            assert_eq!((forecast.kvm, forecast.guest), (kvm, guest), "{form}: {forecast}");
+            assert_eq!(forecast.lethal, guest == Guest::KillsWhatRuns, "{form}");
         }
     }
 
@@ -347,8 +347,8 @@ mod tests {
             (full, of(Form::Srar, false), Kvm::MachineCheck, Guest::Dies),
             (full, of(Form::Deferred, false), Kvm::MarksOverflow, Guest::Logs),
         ] {
-            let outlook = alone(&request, &caps, state);
-            assert_eq!((outlook.kvm, outlook.guest), (kvm, guest), "{outlook}");
+            let forecast = alone(&request, &caps, state);
+            assert_eq!((forecast.kvm, forecast.guest), (kvm, guest), "{forecast}");
         }
     }
 
@@ -377,15 +377,15 @@ mod tests {
     #[test]
     fn an_intel_guest_wants_all_its_vcpus_or_lmce() {
         let (caps, srao) = (caps(Vendor::Intel), of(Form::Srao, false));
-        assert_eq!(outlook(&srao, &caps, &[state(); 2]).guest, Guest::Dies);
+        assert_eq!(forecast(&srao, &caps, &[state(); 2]).guest, Guest::Dies);
         let all = Request { broadcast: true, ..srao };
-        assert_eq!(outlook(&all, &caps, &[state(); 2]).guest, Guest::IsolatesPage);
+        assert_eq!(forecast(&all, &caps, &[state(); 2]).guest, Guest::IsolatesPage);
         let local = of(Form::Srao, true);
-        assert_eq!(outlook(&local, &caps, &[state(); 2]).guest, Guest::Dies, "LMCE is off");
+        assert_eq!(forecast(&local, &caps, &[state(); 2]).guest, Guest::Dies, "LMCE is off");
         let on = McaState { lmce: true, ..state() };
-        assert_eq!(outlook(&local, &caps, &[on; 2]).guest, Guest::IsolatesPage);
+        assert_eq!(forecast(&local, &caps, &[on; 2]).guest, Guest::IsolatesPage);
         let amd = of(Form::AmdAr, false);
-        let amd = outlook(&amd, &self::caps(Vendor::Amd), &[state(); 2]);
+        let amd = forecast(&amd, &self::caps(Vendor::Amd), &[state(); 2]);
         assert_eq!(amd.guest, Guest::KillsWhatRuns, "AMD's are always local");
     }
 
@@ -416,9 +416,9 @@ mod tests {
             (deferred, Amd, fresh, busy, Guest::IsolatesPageAtPoll, "deferred"),
         ] {
             let all = Request { broadcast: true, ..request };
-            let outlook = outlook(&all, &caps(vendor), &[first, second]);
-            assert_eq!(outlook.guest, guest, "{outlook}");
-            assert!(outlook.guest_why.contains(words), "{words}: {outlook}");
+            let forecast = forecast(&all, &caps(vendor), &[first, second]);
+            assert_eq!(forecast.guest, guest, "{forecast}");
+            assert!(forecast.guest_why.contains(words), "{words}: {forecast}");
         }
     }
 

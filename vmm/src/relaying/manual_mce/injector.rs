@@ -12,7 +12,7 @@ use std::time::Duration;
 use mce_relay::Mca;
 use mce_relay::mca::{Caps, McaState, Record, status};
 
-use crate::api::types::manual_mce::{ByHand, OnVcpu, Outcome, Outlook, Request};
+use crate::api::types::manual_mce::{Forecast, ManualMce, OnVcpu, Outcome, Request};
 use crate::api::types::pause::PauseReason;
 use crate::machine::lifecycle::VmControl;
 use crate::relaying::manual_mce::{bystander, forecast};
@@ -33,7 +33,7 @@ pub enum Refusal {
     #[error(
         "nothing was injected: the guest may not survive it, and only with --force is it injected then:\n{0}"
     )]
-    Lethal(Outlook),
+    Lethal(Forecast),
     /// No vCPU is going to enter the guest.
     #[error(
         "the VM is paused, and a machine check is given to a vCPU on its way into the guest; resume it first"
@@ -104,7 +104,7 @@ impl Injector {
     ///
     /// # Errors
     /// See [`Refusal`].
-    pub fn inject(&self, request: &Request, control: &VmControl) -> Result<ByHand, Refusal> {
+    pub fn inject(&self, request: &Request, control: &VmControl) -> Result<ManualMce, Refusal> {
         let Shared { caps, doors, turn } = &*self.0;
         // There is nothing behind it that a panic could have left half done.
         let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -119,12 +119,12 @@ impl Injector {
                 Done::Injected(_) => Err(Refusal::Late { vcpu }),
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let outlook = forecast::outlook(request, caps, &states);
+        let forecast = forecast::forecast(request, caps, &states);
         if request.dry_run {
-            return Ok(ByHand { outlook, done: Vec::new() });
+            return Ok(ManualMce { forecast, done: Vec::new() });
         }
-        if outlook.lethal && !request.force {
-            return Err(Refusal::Lethal(outlook));
+        if forecast.lethal && !request.force {
+            return Err(Refusal::Lethal(forecast));
         }
         let mut done = Vec::new();
         for (vcpu, state) in (0..).zip(&states) {
@@ -150,7 +150,7 @@ impl Injector {
                 Err(error) => return Err(error),
             }
         }
-        Ok(ByHand { outlook, done })
+        Ok(ManualMce { forecast, done })
     }
 
     fn ask(&self, vcpu: u8, work: Work, control: &VmControl) -> Result<Done, Refusal> {
@@ -207,9 +207,9 @@ impl Injector {
         if vcpu == request.vcpu {
             let mut states = states.clone();
             states[usize::from(vcpu)] = state;
-            let outlook = forecast::outlook(request, &self.0.caps, &states);
-            if outlook.lethal && !request.force {
-                return Err(Refusal::Lethal(outlook));
+            let forecast = forecast::forecast(request, &self.0.caps, &states);
+            if forecast.lethal && !request.force {
+                return Err(Refusal::Lethal(forecast));
             }
         } else if state.mcip() || !state.cr4_mce {
             // It would be a triple fault, and nobody has asked for one there.
@@ -265,7 +265,7 @@ mod tests {
     }
 
     /// Does `request` to an Intel-style guest of two vCPUs, the second of which has this MCG_STATUS.
-    fn of_two(request: &Request, mcg_status: u64) -> Result<ByHand, Refusal> {
+    fn of_two(request: &Request, mcg_status: u64) -> Result<ManualMce, Refusal> {
         let mcg_cap = u64::from(BANKS) | cap::CTL_P | cap::SER_P;
         let injector = Injector::new(2, Caps { vendor: Vendor::Intel, mcg_cap, succor: false });
         let control = VmControl::new(2).unwrap();
@@ -295,13 +295,15 @@ mod tests {
         let done = of_two(&srao, 0).unwrap();
         let injected = |done: &OnVcpu| matches!(done.outcome, Outcome::Injected { .. });
         assert!(done.done.len() == 2 && done.done.iter().all(injected), "{done:?}");
-        assert!(!done.outlook.lethal, "{done:?}");
+        assert!(!done.forecast.lethal, "{done:?}");
 
         // The second is in its handler.
-        let Err(Refusal::Lethal(outlook)) = of_two(&srao, mcg::MCIP) else { panic!("not refused") };
-        assert!(outlook.guest_why.contains("vCPU 1 cannot be called"), "{outlook}");
+        let Err(Refusal::Lethal(forecast)) = of_two(&srao, mcg::MCIP) else {
+            panic!("not refused")
+        };
+        assert!(forecast.guest_why.contains("vCPU 1 cannot be called"), "{forecast}");
         let planned = of_two(&Request { dry_run: true, ..srao }, mcg::MCIP).unwrap();
-        assert_eq!((planned.outlook, planned.done.len()), (outlook, 0));
+        assert_eq!((planned.forecast, planned.done.len()), (forecast, 0));
         let forced = of_two(&Request { force: true, ..srao }, mcg::MCIP).unwrap();
         assert!(injected(&forced.done[0]), "{forced:?}");
         assert!(matches!(forced.done[1].outcome, Outcome::Skipped { .. }), "{forced:?}");

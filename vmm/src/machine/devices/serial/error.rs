@@ -1,6 +1,6 @@
 //! Why there is no serial port.
 
-use std::io::{self, Write};
+use std::io::{self};
 use std::path::PathBuf;
 
 use thiserror::Error;

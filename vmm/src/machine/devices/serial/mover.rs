@@ -1,6 +1,6 @@
 //! The thread of a serial port, which moves bytes between it and where it leads.
 
-use std::io::{self, Read, Write};
+use std::io::{self};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -245,7 +245,7 @@ impl Mover {
 
     fn write_output(&mut self) {
         if let Endpoint::File(file) = &mut self.endpoint {
-            file.renew();
+            file.put_aside();
         }
         match self.endpoint.write(&self.output) {
             Ok(n) => {

@@ -1,6 +1,4 @@
 //! The UART that a guest finds, for one boot.
-
-use std::io::{Read, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::Serial;
