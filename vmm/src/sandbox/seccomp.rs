@@ -25,7 +25,7 @@ use crate::sandbox::terminal::deadly::taken as deadly_signals;
 /// What is done about a system call that is on no list (`--seccomp`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Mode {
-    /// The process ends, with the call's number on stderr and exit status [`STATUS`].
+    /// The process ends, with the call's number on stderr and exit status [`STATUS`](super::refused::STATUS).
     #[default]
     On,
     /// It is carried out, and the host's kernel writes it to its log (audit).

@@ -1,7 +1,7 @@
 //! Names of running VMs: where their API sockets are.
 //!
 //! A name is a socket in a directory that belongs to the user alone. Beside the sockets is what each name's last
-//! VM has left, see [`records`]: few files of limited size, which the next one replaces.
+//! VM has left, see [`record`]: few files of limited size, which the next one replaces.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -159,7 +159,7 @@ fn claim_in(dir: &Path, name: &VmName) -> Result<PathBuf, NameError> {
     }
 }
 
-/// Where the VM called `name` leaves its [record](crate::session::record).
+/// Where the VM called `name` leaves its [`record`].
 #[must_use]
 pub fn record_dir(name: &VmName) -> PathBuf {
     record_dir_in(&dir(), &name.0)

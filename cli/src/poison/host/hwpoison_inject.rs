@@ -25,7 +25,7 @@ impl Injector {
     }
 
     /// Asks it to poison page frame `pfn`. A filter may make the kernel ignore it silently: look
-    /// with [`PageFlags::is_poisoned`] afterwards.
+    /// with [`mce_relay_vmm::host::page_frames::PageFlags::is_poisoned`] afterwards.
     ///
     /// # Errors
     /// The kernel refuses.

@@ -4,7 +4,7 @@
 //! the oldest bytes are dropped and counted. All that can block is on the port's own thread.
 //!
 //! A [`SerialLine`] is what leads out of this process: a file, a socket or the terminal, with the queue and the
-//! thread. It lives as long as the process. A [`SerialPort`] is a guest's UART on it, and is another one at each
+//! thread. It lives as long as the process. A [`SerialPort`](port::SerialPort) is a guest's UART on it, and is another one at each
 //! boot; whoever is connected to the line stays so.
 
 use std::sync::Arc;
