@@ -32,7 +32,7 @@ build:
 # Static, so that the C library's part is what is used of it; relocations are packed (DT_RELR).
 dist:
 	$(SAY) 'building mce-relay, static and small'
-	$(CARGO) rustc --profile dist --locked -p mce-relay-vmm --bin mce-relay -- \
+	$(CARGO) rustc --profile dist --locked -p mce-relay-cli --bin mce-relay -- \
 		-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs
 
 guest-image: setup
@@ -98,6 +98,7 @@ check:
 	$(CARGO) clippy --release --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --locked --workspace --no-deps
 	tests/portable.sh
+	tests/layers.py vmm cli
 	$(CARGO) package --quiet --locked --allow-dirty -p mce-relay
 	@PATH="$$PWD/target/tools/bin:$$PATH"; \
 	if $(CARGO) deny --version >/dev/null 2>&1; then \

@@ -3,13 +3,13 @@
 
 use std::process::Command;
 
+use mce_relay_cli::client::requests;
 use mce_relay_tests::guest::mce_relay;
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::pty::{Pty, Started, shown};
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_tests::tiny::{elf, takes_machine_checks};
-use mce_relay_vmm::api::VmInfo;
-use mce_relay_vmm::client;
+use mce_relay_vmm::api::types::vm::VmInfo;
 use tempfile::TempDir;
 
 const ESCAPE: char = '\u{1b}';
@@ -49,7 +49,7 @@ impl OnTerminal {
     }
 
     fn info(&self) -> Option<VmInfo> {
-        client::get(&self.socket(), "vm.info").ok()
+        requests::get(&self.socket(), "vm.info").ok()
     }
 
     fn lives(&mut self) {
@@ -84,9 +84,9 @@ pub fn every_thread_may_say_what_it_has_to_say() {
     vm.says("acknowledged: FORGED");
     vm.poison(&["--via", "signal", "--gpa", "0x4000", "--kind", "ar", "--force"]);
     vm.says("GPA 0x4000");
-    client::put(&vm.socket(), "vm.pause").unwrap();
+    requests::put(&vm.socket(), "vm.pause").unwrap();
     vm.says("paused");
-    client::put(&vm.socket(), "vm.resume").unwrap();
+    requests::put(&vm.socket(), "vm.resume").unwrap();
     vm.says("resumed");
     vm.pty.type_in(b"\x01x");
     assert_eq!(vm.run.ended().code(), Some(0), "{}", vm.pty.text());
@@ -103,7 +103,7 @@ pub fn a_page_that_is_really_bad() {
     assert_eq!(out.status.code(), Some(1), "{out:?}");
     vm.says("seen: AO");
     vm.says("acknowledged: GPA 0x3000");
-    client::put(&vm.socket(), "vm.shutdown").unwrap();
+    requests::put(&vm.socket(), "vm.shutdown").unwrap();
     assert_eq!(vm.run.ended().code(), Some(0), "{}", vm.pty.text());
 }
 
@@ -113,7 +113,7 @@ pub fn an_undeliverable_ar_pauses_the_vm() {
     vm.poison(&["--via", "signal", "--kind", "ar", "--force", "--gpa", "0x3000"]);
     vm.says("paused: vCPU 0 touched the bad page at 0x3000");
     assert!(vm.info().unwrap().pause_reason.is_some());
-    client::put(&vm.socket(), "vm.shutdown").unwrap();
+    requests::put(&vm.socket(), "vm.shutdown").unwrap();
     assert_eq!(vm.run.ended().code(), Some(0), "{}", vm.pty.text());
 }
 
@@ -125,7 +125,7 @@ pub fn colours_in_a_file() {
         command.env("RUST_LOG_STYLE", "always").stderr(std::fs::File::create(&log).unwrap());
     });
     vm.poison(&["--via", "signal", "--gpa", "0x3000"]);
-    client::put(&vm.socket(), "vm.shutdown").unwrap();
+    requests::put(&vm.socket(), "vm.shutdown").unwrap();
     assert_eq!(vm.run.ended().code(), Some(0), "{}", vm.pty.text());
     let log = std::fs::read_to_string(log).unwrap();
     assert!(log.contains(ESCAPE) && log.contains("caught: FORGED"), "{log}");

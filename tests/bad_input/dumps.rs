@@ -5,11 +5,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
+use mce_relay_cli::client::{error, requests};
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_tests::tiny::ENTRY;
-use mce_relay_vmm::client;
-use mce_relay_vmm::registers::Registers;
+use mce_relay_vmm::api::types::registers::Registers;
 
 use crate::refused;
 use crate::terminal::Terminal;
@@ -144,9 +144,9 @@ pub fn ended_by_a_signal() {
 /// The registers are those of the guest, and known only while it stands still.
 pub fn registers_of_a_paused_vm() {
     let vm = Spinning::start(&["--cpus", "2", "--on-undeliverable", "pause"]);
-    let ask = || client::get::<Vec<Registers>>(&vm.socket(), "vm.registers");
+    let ask = || requests::get::<Vec<Registers>>(&vm.socket(), "vm.registers");
     match ask() {
-        Err(client::ClientError::Refused { status: 409, error }) => {
+        Err(error::ClientError::Refused { status: 409, error }) => {
             assert!(error.contains("pause it first"), "{error}");
         }
         other => panic!("{other:?}"),

@@ -8,13 +8,14 @@ use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use mce_relay_cli::client::requests;
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{SPIN, Stray, library, stray};
 use mce_relay_tests::left::{AGAIN, Place, RESET, Running, WAIT, say};
 use mce_relay_tests::spinning::Nobody;
-use mce_relay_vmm::api::{Gpa, Poison, Poisoning, Status, VmInfo};
-use mce_relay_vmm::client;
-use mce_relay_vmm::poison::Means;
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use serde_json::Value;
 
 use crate::refused;
@@ -26,7 +27,7 @@ const PAGE: u64 = 0x3000;
 
 fn forge(vm: &Running<'_>, kind: mce_relay::FailureKind) {
     let asked = Poison { gpas: vec![Gpa(PAGE)], via: Means::Signal, kind, vcpu: 0 };
-    let done: Vec<Poisoning> = client::put_json(vm.socket(), "vm.poison", &asked).unwrap();
+    let done: Vec<Poisoning> = requests::put_json(vm.socket(), "vm.poison", &asked).unwrap();
     assert!(done.iter().all(|page| page.error.is_none()), "{done:?}");
 }
 
@@ -84,7 +85,7 @@ fn told(place: &Place, status: i32, how: &str) {
 
 fn known(vm: &mut Running<'_>) {
     vm.wait("the page", |vm| {
-        let status = client::get::<Status>(vm.socket(), "relay.status");
+        let status = requests::get::<Status>(vm.socket(), "relay.status");
         status.is_ok_and(|status| !status.pages.is_empty())
     });
 }
@@ -316,7 +317,7 @@ pub fn of_ten_that_start_at_once_one_runs() {
             let winner = all.pop().unwrap();
             let pid = runs(&place.path(socket));
             assert_eq!(pid, winner.id(), "round {round}: its socket is its own");
-            client::put(&place.path(socket), "vm.shutdown").unwrap();
+            requests::put(&place.path(socket), "vm.shutdown").unwrap();
             assert_eq!(winner.wait_with_output().unwrap().status.code(), Some(0));
             assert!(!place.path(socket).exists());
         }
@@ -344,7 +345,7 @@ fn wait_for_all_but_one(all: &mut Vec<Child>) -> Vec<ExitStatus> {
 fn runs(socket: &Path) -> u32 {
     let start = Instant::now();
     loop {
-        match client::get::<VmInfo>(socket, "vm.info") {
+        match requests::get::<VmInfo>(socket, "vm.info") {
             Ok(info) => return info.pid,
             Err(error) => assert!(start.elapsed() < PATIENCE, "{error}"),
         }

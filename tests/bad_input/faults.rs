@@ -10,13 +10,14 @@ use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
 use mce_relay::{FailureKind, State, UndeliverableReason};
+use mce_relay_cli::client::requests;
 use mce_relay_tests::hooked::library;
 use mce_relay_tests::lab;
 use mce_relay_tests::left::{Place, Running};
 use mce_relay_tests::tiny::{POWER_OFF, elf};
-use mce_relay_vmm::api::{Gpa, Poison, Poisoning, Status, VmInfo};
-use mce_relay_vmm::client;
-use mce_relay_vmm::poison::Means;
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -198,7 +199,7 @@ impl Run {
     }
 
     fn info(&self) -> Option<VmInfo> {
-        client::get(&self.path("api"), "vm.info").ok()
+        requests::get(&self.path("api"), "vm.info").ok()
     }
 
     fn boot(&self) -> Option<u32> {
@@ -219,14 +220,14 @@ impl Run {
         // A vCPU's thread comes a moment after the VM.
         self.wait_for("the thread of vCPU 0", |run| {
             let done: Vec<Poisoning> =
-                client::put_json(&run.path("api"), "vm.poison", &asked).unwrap();
+                requests::put_json(&run.path("api"), "vm.poison", &asked).unwrap();
             done.iter().all(|page| page.error.is_none())
         });
     }
 
     /// What has become of the page, if it is known and the VM runs.
     fn state(&self, gpa: u64) -> Option<State> {
-        let status: Status = client::get(&self.path("api"), "relay.status").ok()?;
+        let status: Status = requests::get(&self.path("api"), "relay.status").ok()?;
         status.pages.into_iter().find(|page| page.gpa == gpa).map(|page| page.state)
     }
 
@@ -243,7 +244,7 @@ impl Run {
 
     /// Ends it by the API.
     fn shut_down(self) -> Seen {
-        client::put(&self.path("api"), "vm.shutdown").unwrap();
+        requests::put(&self.path("api"), "vm.shutdown").unwrap();
         self.end(0)
     }
 
@@ -625,6 +626,6 @@ pub fn a_store_that_kvm_hands_over() {
         u32::from_le_bytes([0, 1, 2, 3].map(byte)) == 0x5a6b_7c8d
     };
     vm.wait("the store", stored);
-    let status: Status = client::get(vm.socket(), "relay.status").unwrap();
+    let status: Status = requests::get(vm.socket(), "relay.status").unwrap();
     assert_eq!(status.pages.len(), 0, "no page is bad");
 }

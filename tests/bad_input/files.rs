@@ -10,14 +10,14 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use mce_relay_cli::client::requests;
 use mce_relay_tests::guest::image;
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::left::{AGAIN, Place, RESET, Running, WAIT, say};
 use mce_relay_tests::tiny::POWER_OFF;
-use mce_relay_vmm::api::{Gpa, Poison, Poisoning};
-use mce_relay_vmm::client;
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
 use mce_relay_vmm::events::hub::KEPT;
-use mce_relay_vmm::poison::Means;
 use serde_json::Value;
 
 use crate::refused;
@@ -197,8 +197,8 @@ pub fn sighup_has_them_opened_again() {
         vm.go_once();
         let (now, old) = if ignored { ("console.old", 2) } else { ("console", 1) };
         vm.wait("another word", |_| said(now) == old);
-        client::put(vm.socket(), "vm.pause").unwrap();
-        client::put(vm.socket(), "vm.resume").unwrap();
+        requests::put(vm.socket(), "vm.pause").unwrap();
+        requests::put(vm.socket(), "vm.resume").unwrap();
         let now = if ignored { "events.old" } else { "events" };
         vm.wait("its events", |_| place.text(now).contains("resumed"));
         vm.shut_down();
@@ -223,7 +223,8 @@ pub fn a_terminal_that_goes_ends_it() {
             command.stdin(slave()).stdout(slave()).stderr(slave());
         });
         let start = Instant::now();
-        let runs = || client::get::<mce_relay_vmm::api::VmInfo>(&ready, "vm.info").is_ok();
+        let runs =
+            || requests::get::<mce_relay_vmm::api::types::vm::VmInfo>(&ready, "vm.info").is_ok();
         while !runs() || (serial == "tty" && terminal.modes() == before) {
             assert!(start.elapsed() < Duration::from_secs(30), "it does not run");
             std::thread::sleep(Duration::from_millis(5));
@@ -263,7 +264,7 @@ fn forge_from(vm: &Running<'_>, from: u64, count: u64) {
     let gpas = (0..count).map(|page| Gpa(from + page * 4096)).collect();
     let (via, kind) = (Means::Signal, mce_relay::FailureKind::ActionOptional);
     let asked = Poison { gpas, via, kind, vcpu: 0 };
-    let done: Vec<Poisoning> = client::put_json(vm.socket(), "vm.poison", &asked).unwrap();
+    let done: Vec<Poisoning> = requests::put_json(vm.socket(), "vm.poison", &asked).unwrap();
     let failed = done.iter().find_map(|page| page.error.as_ref());
     assert!(failed.is_none(), "{failed:?}");
 }
@@ -296,8 +297,8 @@ pub fn a_full_disk_keeps_what_was_and_how_it_ended() {
     vm.wait("the words", |_| place.text("stderr").contains("the ledger cannot be kept"));
     // With each event it is tried again.
     for _ in 0..3 {
-        client::put(vm.socket(), "vm.pause").unwrap();
-        client::put(vm.socket(), "vm.resume").unwrap();
+        requests::put(vm.socket(), "vm.pause").unwrap();
+        requests::put(vm.socket(), "vm.resume").unwrap();
         std::thread::sleep(Duration::from_millis(1100));
     }
     assert!((0..2).any(|which| has(&ledger(which))), "none of the two is whole");

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use mce_relay_cli::client::requests;
 use mce_relay_tests::lab;
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_vmm::client;
 use serde_json::{Value, json};
 
 /// Events a second that are made at least.
@@ -85,7 +85,7 @@ pub fn three_of_them_one_stuck() {
     let forge = |count: usize| {
         let gpas = vec!["0x5000"; count];
         let body = json!({ "gpas": gpas, "via": "signal" });
-        client::put_json::<Value>(&socket, "vm.poison", &body).unwrap();
+        requests::put_json::<Value>(&socket, "vm.poison", &body).unwrap();
     };
     // As many again as are kept, so that the stuck one has missed some whatever the machine.
     let begin = Instant::now();

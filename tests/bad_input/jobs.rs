@@ -4,10 +4,10 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use mce_relay_cli::client::requests;
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::pty::Shell;
 use mce_relay_tests::tiny::elf;
-use mce_relay_vmm::client;
 use serde_json::Value;
 
 const RUN: &str = "mce-relay run -v --memory 32M --kernel kernel --api-socket path=api";
@@ -28,8 +28,8 @@ fn socket(shell: &Shell) -> PathBuf {
 /// Waits until the VM answers; its process.
 fn pid(shell: &Shell) -> i32 {
     shell.pty().wait_for("an answer of the VM", |_| {
-        let ping: Value = client::get(&socket(shell), "vmm.ping").ok()?;
-        client::get::<Value>(&socket(shell), "vm.info").ok()?;
+        let ping: Value = requests::get(&socket(shell), "vmm.ping").ok()?;
+        requests::get::<Value>(&socket(shell), "vm.info").ok()?;
         i32::try_from(ping["pid"].as_i64()?).ok()
     })
 }
@@ -121,9 +121,9 @@ pub fn tostop() {
     shell.run("stty tostop");
     shell.run(&format!("{RUN} &"));
     let vmm = pid(&shell);
-    client::put(&socket(&shell), "vm.pause").unwrap();
+    requests::put(&socket(&shell), "vm.pause").unwrap();
     shell.pty().wait_for_text("paused");
-    client::put(&socket(&shell), "vm.resume").unwrap();
+    requests::put(&socket(&shell), "vm.resume").unwrap();
     shell.pty().wait_for_text("resumed");
     keys_are_the_shells(&mut shell);
     signal(vmm, libc::SIGTERM);
@@ -139,7 +139,7 @@ pub fn nohup() {
     signal(vmm, libc::SIGHUP);
     for _ in 0..20 {
         std::thread::sleep(Duration::from_millis(50));
-        client::get::<Value>(&socket(&shell), "vm.info").unwrap();
+        requests::get::<Value>(&socket(&shell), "vm.info").unwrap();
     }
     keys_are_the_shells(&mut shell);
     signal(vmm, libc::SIGTERM);

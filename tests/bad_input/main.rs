@@ -126,7 +126,7 @@ fn once_with_bash() -> Result<(), String> {
 }
 
 fn uffd_that_poisons() -> Result<(), String> {
-    match mce_relay_vmm::poison::uffd::Uffd::open() {
+    match mce_relay_vmm::relaying::uffd::Uffd::open() {
         Ok(_) => Ok(()),
         Err(error) => Err(format!("needs UFFDIO_POISON (Linux 6.6): {error}")),
     }

@@ -3,11 +3,12 @@
 use std::io::Read;
 use std::process::Stdio;
 
+use mce_relay_cli::client::requests;
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::left::{Place, Running};
-use mce_relay_vmm::api::{Gpa, Poison, Poisoning, Status};
-use mce_relay_vmm::client;
-use mce_relay_vmm::poison::Means;
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::vm::Status;
 use serde_json::Value;
 
 const PAGES: usize = 65536;
@@ -23,7 +24,7 @@ fn start<'a>(place: &'a Place, memory: &str) -> Running<'a> {
 fn end(vm: &Running<'_>) {
     let (via, kind) = (Means::Signal, mce_relay::FailureKind::ActionRequired);
     let asked = Poison { gpas: vec![Gpa(0x3000)], via, kind, vcpu: 0 };
-    let _: Vec<Poisoning> = client::put_json(vm.socket(), "vm.poison", &asked).unwrap();
+    let _: Vec<Poisoning> = requests::put_json(vm.socket(), "vm.poison", &asked).unwrap();
 }
 
 fn poisoning(place: &Place, more: &[&str]) -> (String, String) {
@@ -32,7 +33,7 @@ fn poisoning(place: &Place, more: &[&str]) -> (String, String) {
     command.args(["--gpa", "0x100000..0x10100000"]).args(more);
     let poison = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     vm.wait("the first pages", |vm| {
-        let status = client::get::<Status>(vm.socket(), "relay.status");
+        let status = requests::get::<Status>(vm.socket(), "relay.status");
         status.is_ok_and(|status| status.pages.len() > 1000)
     });
     end(&vm);

@@ -12,11 +12,12 @@ use mce_relay::{
 };
 use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_vmm::api::{Extent, MemoryBlock, Status, VmInfo};
-use mce_relay_vmm::config::OnUndeliverable;
-use mce_relay_vmm::control::{Panic, PauseReason, Undeliverable};
-use mce_relay_vmm::events::{Entry, Next, VmEvent, What, line_of};
-use mce_relay_vmm::ghes::Notify;
+use mce_relay_vmm::api::types::pause::{Panic, PauseReason, Undeliverable};
+use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
+use mce_relay_vmm::api::types::vm::{Extent, MemoryBlock, Status, VmInfo};
+use mce_relay_vmm::api::types::vm_event::VmEvent;
+use mce_relay_vmm::events::entry::{Entry, Next, What};
+use mce_relay_vmm::events::lines::line_of;
 use serde_json::{Map, Value, json};
 
 const GPA: u64 = 0x1_2345_6000;

@@ -5,10 +5,10 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 
 use mce_relay::syscalls::{Call, HAND_ON, HANDLE, Is, KICK, RELAY, START, THREAD, VCPU};
+use mce_relay_cli::client::requests;
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{Hooked, Stray};
-use mce_relay_vmm::api::VmInfo;
-use mce_relay_vmm::client;
+use mce_relay_vmm::api::types::vm::VmInfo;
 
 /// KVM_CREATE_VM, include/uapi/linux/kvm.h.
 const KVM_CREATE_VM: u32 = 0xae01;
@@ -61,7 +61,7 @@ pub fn it_is_carried_out_where_nobody_forbids_it() {
             // It says so afterwards.
             vmm.strayed();
         }
-        assert!(client::get::<VmInfo>(&vmm.path("api"), "vm.info").is_ok(), "{mode}");
+        assert!(requests::get::<VmInfo>(&vmm.path("api"), "vm.info").is_ok(), "{mode}");
         vmm.put("vm.shutdown");
         let (status, stderr) = vmm.ended();
         assert_eq!(status.code(), Some(0), "{mode}: {stderr}");

@@ -143,7 +143,7 @@ pub fn a_list_of_one_that_many_have_asked() {
     vms.signal(0, libc::SIGSTOP);
     let socket = vms.path("mce-relay/asked.sock");
     let mut waiting = 0;
-    while mce_relay_vmm::peer::connect(&socket, Duration::from_millis(200)).is_ok() {
+    while mce_relay_vmm::outlets::peer::connect(&socket, Duration::from_millis(200)).is_ok() {
         waiting += 1;
         assert!(waiting < 100_000, "there is no end to them");
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use mce_relay_tests::lab;
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_vmm::api::MAX_PAGES;
+use mce_relay_vmm::api::types::limits::MAX_PAGES;
 
 /// Sends `request` and reads the answer's status; 0 where there was none.
 fn status(socket: &Path, request: &[u8]) -> u16 {

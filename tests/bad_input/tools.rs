@@ -3,10 +3,10 @@
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 
+use mce_relay_cli::client::requests;
 use mce_relay_tests::guest::mce_relay;
 use mce_relay_tests::lab;
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_vmm::client;
 use serde_json::Value;
 
 use crate::refused;
@@ -208,7 +208,7 @@ pub fn a_machine_check_that_kills() {
     assert!(text.starts_with("KVM ends the guest (triple fault)"), "said first: {text}{stderr}");
     assert!(!text.contains("\ninjected"), "never said of what was not: {text}");
     let start = std::time::Instant::now();
-    while client::get::<Value>(&vm.socket(), "vmm.ping").is_ok() {
+    while requests::get::<Value>(&vm.socket(), "vmm.ping").is_ok() {
         assert!(start.elapsed().as_secs() < 10, "it lives");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
@@ -248,7 +248,7 @@ pub fn a_forged_ar_of_a_guest_that_cannot_be_told() {
 /// looked at, and nothing of it goes bad. For a VM in another PID namespace it is the same.
 pub fn a_socket_that_names_another_process() {
     let vm = Spinning::start(&[]);
-    let told = |what: &str| -> Value { client::get(&vm.socket(), what).unwrap() };
+    let told = |what: &str| -> Value { requests::get(&vm.socket(), what).unwrap() };
     let answers: Vec<(&str, String)> = ["vm.info", "relay.status", "vmm.ping"]
         .map(|what| (what, told(what).to_string()))
         .into_iter()

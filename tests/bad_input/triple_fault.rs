@@ -21,7 +21,7 @@ const DIE: [u8; 2] = [0x0f, 0x0b];
 /// A page that is said to be bad, and one that is so for the VMM.
 const FORGED: u64 = 0x9000;
 const BAD: u64 = 0x100_5000;
-/// As many times as would end a guest that dies right after its start (HOPELESS in vmm/src/run.rs), and
+/// As many times as would end a guest that dies right after its start (HOPELESS in vmm/src/session/boots.rs), and
 /// once more.
 const TIMES: u32 = 4;
 /// Longer than a boot that counts as one that did not come up (QUICK there).

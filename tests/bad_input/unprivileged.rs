@@ -43,7 +43,7 @@ pub fn what_works_and_what_does_not() {
 
     // UFFDIO_POISON where the kernel has it (Linux 6.6).
     let out = vm.command("poison", &["--via", "uffd", "--gpa", "0xa000"]);
-    match mce_relay_vmm::poison::uffd::Uffd::open() {
+    match mce_relay_vmm::relaying::uffd::Uffd::open() {
         Ok(_) => drop(works(&out)),
         Err(_) => refused(&out, 1, &["userfaultfd", "6.6"]),
     }

@@ -11,8 +11,8 @@ use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::SPIN;
 use mce_relay_tests::spinning::{Nobody, Spinning};
 use mce_relay_tests::tiny::{self, elf, takes_the_power_button};
-use mce_relay_vmm::api::VmInfo;
-use mce_relay_vmm::control::Panic;
+use mce_relay_vmm::api::types::pause::Panic;
+use mce_relay_vmm::api::types::vm::VmInfo;
 use serde_json::Value;
 
 use crate::refused;

@@ -4,10 +4,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use mce_relay::FailureKind;
+use mce_relay_cli::client::requests;
 use mce_relay_tests::spinning::Spinning;
-use mce_relay_vmm::api::{Gpa, Poison, Poisoning};
-use mce_relay_vmm::client;
-use mce_relay_vmm::poison::Means;
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
 
 /// Pages that each of those who mark marks, one request for each.
 const PAGES: u64 = 60;
@@ -24,8 +24,8 @@ pub fn marking_beside_a_user_who_pauses_and_resumes() {
         let user = scope.spawn(|| {
             let mut pauses = 0;
             while !over.load(Ordering::SeqCst) {
-                client::put(&socket, "vm.pause").unwrap();
-                client::put(&socket, "vm.resume").unwrap();
+                requests::put(&socket, "vm.pause").unwrap();
+                requests::put(&socket, "vm.resume").unwrap();
                 pauses += 1;
             }
             pauses
@@ -40,7 +40,7 @@ pub fn marking_beside_a_user_who_pauses_and_resumes() {
                         let asked =
                             Poison { gpas, via, kind: FailureKind::ActionOptional, vcpu: 0 };
                         let done: Vec<Poisoning> =
-                            client::put_json(socket, "vm.poison", &asked).unwrap();
+                            requests::put_json(socket, "vm.poison", &asked).unwrap();
                         assert_eq!(done[0].error, None, "{gpa:#x}");
                     }
                 })
@@ -62,11 +62,11 @@ pub fn marking_beside_a_user_who_pauses_and_resumes() {
 /// The user's own pause outlasts the marking of pages, and is the user's to end.
 pub fn marking_leaves_a_pause_as_it_is() {
     let vm = Spinning::start(&["--cpus", "2"]);
-    client::put(&vm.socket(), "vm.pause").unwrap();
+    requests::put(&vm.socket(), "vm.pause").unwrap();
     let out = vm.command("poison", &["--via", "uffd", "--gpa", "0x1000000"]);
     assert!(out.status.success(), "{out:?}");
     assert!(vm.info().paused);
-    client::put(&vm.socket(), "vm.resume").unwrap();
+    requests::put(&vm.socket(), "vm.resume").unwrap();
     assert!(!vm.info().paused);
     assert_eq!(vm.shut_down().code(), Some(0));
 }
@@ -74,7 +74,7 @@ pub fn marking_leaves_a_pause_as_it_is() {
 /// A paused guest is told of nothing, so `retire` says so, as `inject` does.
 pub fn nothing_is_retired_while_paused() {
     let vm = Spinning::start(&[]);
-    client::put(&vm.socket(), "vm.pause").unwrap();
+    requests::put(&vm.socket(), "vm.pause").unwrap();
     for (command, args) in [
         ("retire", &["--gpa", "0x5000"][..]),
         ("inject", &["--status", "ucna", "--addr", "0x5000"]),
@@ -97,7 +97,7 @@ pub fn a_pause_ends_the_wait_of_retire() {
     while vm.status().predicted.is_empty() && tool.try_wait().unwrap().is_none() {
         thread::yield_now();
     }
-    client::put(&vm.socket(), "vm.pause").unwrap();
+    requests::put(&vm.socket(), "vm.pause").unwrap();
     let out = tool.wait_with_output().unwrap();
     let words = String::from_utf8_lossy(&out.stdout);
     println!("    {}", words.trim_end());

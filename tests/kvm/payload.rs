@@ -295,7 +295,7 @@ impl Payload {
     /// Has KVM finish the last exit's I/O, without running the guest.
     pub fn finish_io(&mut self) {
         finish_io(&mut self.vcpu);
-        // As the VMM does, see vmm/src/vcpu.rs.
+        // As the VMM does, see vmm/src/machine/vcpu.rs.
         if let Some(regs) = self.undo.take() {
             self.vcpu.set_regs(&regs).unwrap();
         }

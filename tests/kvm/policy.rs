@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use mce_relay::State;
-use mce_relay_vmm::control::{PauseReason, Undeliverable};
+use mce_relay_vmm::api::types::pause::{PauseReason, Undeliverable};
 use serde_json::Value;
 
 use crate::uffd::Uffd;

@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 
 use mce_relay::KillPolicy;
 use mce_relay::internals::scan::{FailureCounter, Method, Scanner};
+use mce_relay_cli::poison::host::hwpoison_inject;
 use mce_relay_tests::lab::may_poison;
-use mce_relay_vmm::host;
+use mce_relay_vmm::host::{page_frames, pagemap};
 
 use crate::uffd::{
     UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, Uffd,
@@ -284,15 +285,15 @@ pub fn what_is_swapped_out_stays_there() {
 
 /// Poisons the page frame behind `hva` of this process and waits until the kernel says so.
 fn poison(hva: u64) {
-    let pfn = host::pfn(std::process::id(), hva).unwrap();
+    let pfn = pagemap::pfn(std::process::id(), hva).unwrap();
     poison_pfn(pfn, pfn);
 }
 
 /// Poisons page frame `pfn` and waits until the kernel marks `marked`.
 fn poison_pfn(pfn: u64, marked: u64) {
-    host::Injector::open().unwrap().corrupt(pfn).unwrap();
+    hwpoison_inject::Injector::open().unwrap().corrupt(pfn).unwrap();
     let start = Instant::now();
-    while !host::is_poisoned(marked).unwrap() {
+    while !page_frames::is_poisoned(marked).unwrap() {
         assert!(start.elapsed() < Duration::from_secs(10), "PFN {pfn:#x} was not poisoned");
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -322,7 +323,7 @@ pub fn poison_without_a_signal_is_found() {
             let second = Mapping::new(ram.len, Some(file));
             let pages = cached.map(|page| second.hva + (page - ram.hva));
             pages.iter().for_each(|page| second.write(*page));
-            pages.iter().map(|page| host::pfn(std::process::id(), *page).unwrap()).collect()
+            pages.iter().map(|page| pagemap::pfn(std::process::id(), *page).unwrap()).collect()
         };
 
         let mut counter = FailureCounter::new().expect("a count of failures");
@@ -380,7 +381,7 @@ pub fn a_poisoned_huge_page_is_found_page_by_page() {
         let ram = Mapping::memfd(3 * HUGE, libc::MFD_HUGETLB);
         (0..2).for_each(|n| ram.write(ram.hva + n * HUGE));
         // The kernel marks the first frame of the huge page.
-        let first = host::pfn(std::process::id(), ram.hva + HUGE).unwrap();
+        let first = pagemap::pfn(std::process::id(), ram.hva + HUGE).unwrap();
         poison_pfn(first + 7, first);
         for mut scanner in scanners() {
             let expected = match scanner.method() {

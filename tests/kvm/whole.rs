@@ -6,13 +6,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-pub use mce_relay_tests::tiny::POWER_OFF;
+use mce_relay_cli::args::commands::{Cli, Command};
+use mce_relay_cli::client::requests;
 use mce_relay_tests::tiny::elf;
-use mce_relay_vmm::api::{Status, VmInfo};
-use mce_relay_vmm::cli::{Cli, Command};
-use mce_relay_vmm::{client, run};
+use mce_relay_vmm::api::types::vm::{Status, VmInfo};
+use mce_relay_vmm::session::run;
 use serde_json::Value;
 use tempfile::TempDir;
+
+pub use mce_relay_tests::tiny::POWER_OFF;
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -37,7 +39,7 @@ impl Vmm {
         let files = ["--serial", &serial, "--api-socket", &api, "--event-monitor", &events];
         let line = common.iter().chain(&files).chain(options);
         let Command::Run(args) = Cli::parse_from(line).command else { unreachable!() };
-        let thread = std::thread::spawn(move || run::run(&args).unwrap());
+        let thread = std::thread::spawn(move || run::run(&args.config()).unwrap());
         Self { dir, thread }
     }
 
@@ -50,7 +52,7 @@ impl Vmm {
     pub fn info(&self, wanted: impl Fn(&VmInfo) -> bool) -> VmInfo {
         let start = Instant::now();
         loop {
-            let info = client::get::<VmInfo>(&self.socket(), "vm.info");
+            let info = requests::get::<VmInfo>(&self.socket(), "vm.info");
             match info {
                 Ok(info) if wanted(&info) => return info,
                 info => assert!(start.elapsed() < PATIENCE, "{info:?}\n{:#?}", self.events()),
@@ -61,12 +63,12 @@ impl Vmm {
 
     /// `relay.status`.
     pub fn status(&self) -> Status {
-        client::get(&self.socket(), "relay.status").unwrap()
+        requests::get(&self.socket(), "relay.status").unwrap()
     }
 
     /// `PUT /api/v1/<what>`.
     pub fn put(&self, what: &str) {
-        client::put(&self.socket(), what).unwrap();
+        requests::put(&self.socket(), what).unwrap();
     }
 
     /// The events so far, without a last one that is half written.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use mce_relay_tests::agent::{PATIENCE, Page, hex};
 use mce_relay_tests::burst::bursts;
 use mce_relay_tests::guest::{Guest, Options};
-use mce_relay_vmm::boot::layout::FIRMWARE_START;
+use mce_relay_vmm::machine::boot::layout::FIRMWARE_START;
 use serde_json::Value;
 
 /// Where the status block begins (`BLOCK_OFFSET` in `relay/src/relay/error_source.rs`).

@@ -16,9 +16,11 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 
+use mce_relay_cli::poison::host;
+use mce_relay_cli::poison::host::hwpoison_inject::Injector;
 use mce_relay_tests::agent::{PATIENCE, hex};
 use mce_relay_tests::guest::{Guest, Options};
-use mce_relay_vmm::host::{self, Injector};
+use mce_relay_vmm::host::page_frames;
 use serde_json::Value;
 
 const KINDS: &[&str] = &["anon", "mlocked", "file-clean", "file-dirty", "shared", "thp", "hugetlb"];
@@ -226,7 +228,7 @@ impl Machine for BareMetal {
 
     fn dealt_with(&mut self, address: u64) {
         let (pfn, start) = (address >> 12, Instant::now());
-        while !host::is_poisoned(pfn).unwrap() {
+        while !page_frames::is_poisoned(pfn).unwrap() {
             assert!(start.elapsed() < PATIENCE, "page frame {pfn:#x} is not marked as poisoned");
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -241,7 +243,7 @@ impl Drop for BareMetal {
         // The lab is thrown away; a host of somebody's own is not.
         if std::env::var("MCE_RELAY_NATIVE").is_ok_and(|value| value == "1") {
             for pfn in &self.poisoned {
-                if let Err(error) = host::unpoison(*pfn) {
+                if let Err(error) = host::unpoison::unpoison(*pfn) {
                     println!("== Host pfn {pfn:#x} stays out of use: {error}");
                 }
             }

@@ -58,7 +58,8 @@ fn in_lab_with_hardware() -> Result<(), String> {
 /// The kernel's mce-inject module needs processors of AMD's make, as the lab's are.
 fn may_inject_into_the_host() -> Result<(), String> {
     may_poison()?;
-    mce_relay_vmm::host::x86_injector::check_processor().map_err(|error| error.to_string())
+    mce_relay_cli::poison::host::host_mce_injector::check_processor()
+        .map_err(|error| error.to_string())
 }
 
 fn main() -> ExitCode {

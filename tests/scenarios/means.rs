@@ -5,10 +5,10 @@ use std::os::unix::fs::MetadataExt;
 use std::process::Output;
 use std::time::{Duration, Instant};
 
+use mce_relay_cli::poison::host::hwpoison_inject::Injector;
 use mce_relay_tests::agent::{PATIENCE, Page, hex};
 use mce_relay_tests::guest::{Guest, Options, hva, mce_relay};
 use mce_relay_tests::lab::{self, Cgroup, OwnPage};
-use mce_relay_vmm::host::Injector;
 use serde_json::Value;
 
 /// madvise(MADV_HWPOISON) by another process that shares the page. The kernel takes that process
@@ -189,7 +189,7 @@ pub fn uffd_and_signal() {
     assert_eq!((&caught["kind"], &caught["forged"]), (&"AO".into(), &true.into()), "{caught}");
     assert_eq!(guest.ledger(forged).unwrap()["found_by"], "forged");
     let pfn = lab::host_physical(guest.pid(), hva) >> 12;
-    assert!(!mce_relay_vmm::host::is_poisoned(pfn).unwrap(), "the page is whole");
+    assert!(!mce_relay_vmm::host::page_frames::is_poisoned(pfn).unwrap(), "the page is whole");
 
     moves(&mut guest, pages[7]);
     guest.agent.others_intact(&pages, &[touched, forged]);
@@ -224,7 +224,7 @@ fn forged_ar(guest: &mut Guest) {
         "{entry}"
     );
     let pfn = lab::host_physical(guest.pid(), hva) >> 12;
-    assert!(!mce_relay_vmm::host::is_poisoned(pfn).unwrap(), "the page is whole");
+    assert!(!mce_relay_vmm::host::page_frames::is_poisoned(pfn).unwrap(), "the page is whole");
     nothing_else_lost(guest);
 }
 
@@ -293,7 +293,7 @@ fn only_planned(guest: &Guest, page: Page) {
     assert_eq!(plan["dry_run"], true, "{plan}");
     let pfn = hex(&plan["pfn"]);
     assert_eq!(lab::host_physical(guest.pid(), hva(&guest.info(), page.gpa)) >> 12, pfn);
-    assert!(!mce_relay_vmm::host::is_poisoned(pfn).unwrap(), "{plan}");
+    assert!(!mce_relay_vmm::host::page_frames::is_poisoned(pfn).unwrap(), "{plan}");
     assert!(guest.ledger(page).is_none(), "{}", guest.status());
 }
 
@@ -501,7 +501,7 @@ pub fn filters_and_unpoison() {
     for page in &frames {
         let out = unpoison(page);
         assert!(out.status.success(), "{page}: {}", String::from_utf8_lossy(&out.stderr));
-        assert!(!mce_relay_vmm::host::is_poisoned(hex(&page["pfn"])).unwrap());
+        assert!(!mce_relay_vmm::host::page_frames::is_poisoned(hex(&page["pfn"])).unwrap());
         let out = unpoison(page);
         let said = String::from_utf8_lossy(&out.stderr);
         assert!(!out.status.success() && said.contains("not poisoned"), "{said}");
@@ -529,7 +529,7 @@ fn held_back_and_interrupted(guest: &Guest, many: &[Page], inode: &str) {
     assert_eq!((filter("enable"), filter("memcg")), ("1".to_owned(), inode.to_owned()));
     let pfn = bystander.pfn();
     injector.corrupt(pfn).unwrap();
-    let is_poisoned = |pfn| mce_relay_vmm::host::is_poisoned(pfn).unwrap();
+    let is_poisoned = |pfn| mce_relay_vmm::host::page_frames::is_poisoned(pfn).unwrap();
     assert!(!is_poisoned(pfn), "page frame {pfn:#x} is another process's");
     assert!(bystander.is_whole());
 
@@ -549,7 +549,7 @@ fn held_back_and_interrupted(guest: &Guest, many: &[Page], inode: &str) {
     injector.corrupt(pfn).unwrap();
     assert!(is_poisoned(pfn), "without the filter page frame {pfn:#x} is hit");
     drop(bystander);
-    let back = match mce_relay_vmm::host::unpoison(pfn) {
+    let back = match mce_relay_cli::poison::host::unpoison::unpoison(pfn) {
         Ok(()) => "given back".to_owned(),
         Err(error) => error.to_string(),
     };
@@ -563,7 +563,7 @@ fn in_use(page: &Value) {
     println!("    {}", said.trim_end());
     assert_eq!(out.status.code(), Some(1), "{said}");
     assert!(said.contains("still has it mapped") && said.contains("end the VM"), "{said}");
-    assert!(mce_relay_vmm::host::is_poisoned(hex(&page["pfn"])).unwrap());
+    assert!(mce_relay_vmm::host::page_frames::is_poisoned(hex(&page["pfn"])).unwrap());
 }
 
 /// What one of hwpoison-inject's filters is set to.

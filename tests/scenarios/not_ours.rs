@@ -1,8 +1,8 @@
 //! Memory of the VMM itself goes bad, for real.
 
+use mce_relay_cli::poison::host::hwpoison_inject::Injector;
 use mce_relay_tests::hooked::Hooked;
 use mce_relay_tests::lab;
-use mce_relay_vmm::host::Injector;
 
 /// A page that it does not touch: an event, and it goes on. When it does touch it, it ends with a line and
 /// a status of its own.

@@ -7,9 +7,10 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
+use mce_relay_cli::poison::host::hwpoison_inject;
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::lab;
-use mce_relay_vmm::host;
+use mce_relay_vmm::host::page_frames;
 
 /// One of the component's examples.
 struct Program {
@@ -65,8 +66,8 @@ impl Program {
     /// Poisons the page at `address`, by the injector.
     fn poison(&self, address: u64) {
         let pfn = lab::host_physical(self.child.id(), address) >> 12;
-        std::fs::write(host::CORRUPT_PFN, format!("{pfn:#x}")).unwrap();
-        assert!(host::is_poisoned(pfn).unwrap());
+        std::fs::write(hwpoison_inject::CORRUPT_PFN, format!("{pfn:#x}")).unwrap();
+        assert!(page_frames::is_poisoned(pfn).unwrap());
     }
 }
 

@@ -9,7 +9,7 @@ use mce_relay_tests::guest::{Guest, MIDDLE, Options, Vmm, hva};
 use mce_relay_tests::lab;
 use mce_relay_tests::memory::{HUGE, RAM, of_the_agent, options};
 use mce_relay_vmm::host::flags::{HWPOISON, THP, ZERO_PAGE};
-use mce_relay_vmm::host::{PageCounts, PageFlags};
+use mce_relay_vmm::host::page_frames::{PageCounts, PageFlags};
 use serde_json::Value;
 
 /// Those that poison the host's page frames.
@@ -115,7 +115,7 @@ pub fn the_zero_page() {
     let body = format!(r#"{{"gpas":["{:#x}"],"via":"madvise"}}"#, MIDDLE + 0x6000);
     let asked: Value = serde_json::from_str(&body).unwrap();
     let done: Value =
-        mce_relay_vmm::client::put_json(&guest.path("api"), "vm.poison", &asked).unwrap();
+        mce_relay_cli::client::requests::put_json(&guest.path("api"), "vm.poison", &asked).unwrap();
     assert!(done[0]["error"].is_null(), "{done}");
     assert_eq!(PageFlags::open().unwrap().get(pfn).unwrap() & HWPOISON, 0, "{pfn:#x}");
 

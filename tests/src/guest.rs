@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use mce_relay_vmm::api::VmInfo;
-use mce_relay_vmm::{client, host};
+use mce_relay_cli::client::requests;
+use mce_relay_cli::poison::host::hwpoison_inject;
+use mce_relay_vmm::api::types::vm::VmInfo;
+use mce_relay_vmm::host::page_frames;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -260,7 +262,7 @@ impl Vmm {
         }
         let mut vmm = Self { child, dir, poisoned: RefCell::default(), options: options.clone() };
         let start = Instant::now();
-        while let Err(error) = client::get::<VmInfo>(&vmm.at("api"), "vm.info") {
+        while let Err(error) = requests::get::<VmInfo>(&vmm.at("api"), "vm.info") {
             let ended = vmm.child.try_wait().unwrap();
             assert!(
                 ended.is_none() && start.elapsed() < PATIENCE,
@@ -318,12 +320,12 @@ impl Vmm {
 
     /// What runs, as the API says.
     pub fn info(&self) -> VmInfo {
-        client::get(&self.at("api"), "vm.info").unwrap()
+        requests::get(&self.at("api"), "vm.info").unwrap()
     }
 
     /// `PUT /api/v1/<what>`.
     pub fn put(&self, what: &str) {
-        client::put(&self.at("api"), what).unwrap();
+        requests::put(&self.at("api"), what).unwrap();
     }
 
     /// Runs `mce-relay <command> --api-socket … args`; a command may be of two words.
@@ -363,7 +365,8 @@ impl Vmm {
         let pfns: Vec<u64> = gpas.iter().map(|gpa| pages.physical(hva(&vm, *gpa)) >> 12).collect();
         let words: Vec<String> = pfns.iter().map(|pfn| format!("{pfn:#x}")).collect();
         self.poisoned.borrow_mut().extend(&pfns);
-        let mut corrupt = OpenOptions::new().write(true).open(host::CORRUPT_PFN).unwrap();
+        let mut corrupt =
+            OpenOptions::new().write(true).open(hwpoison_inject::CORRUPT_PFN).unwrap();
         let start = Instant::now();
         for word in &words {
             // Each write is a command of its own, wherever in the file it goes.
@@ -371,7 +374,10 @@ impl Vmm {
         }
         let took = start.elapsed();
         for pfn in pfns {
-            assert!(host::is_poisoned(pfn).unwrap(), "host pfn {pfn:#x} is not marked as poisoned");
+            assert!(
+                page_frames::is_poisoned(pfn).unwrap(),
+                "host pfn {pfn:#x} is not marked as poisoned"
+            );
         }
         took
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use mce_relay_vmm::client;
+use mce_relay_cli::client::requests;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -153,7 +153,7 @@ impl Hooked {
     pub fn of(child: Child, dir: TempDir) -> Self {
         let mut hooked = Self { child, dir, strays: 0 };
         hooked.wait_for("an answer of the API", |hooked| {
-            client::get::<Value>(&hooked.path("api"), "vm.info").is_ok()
+            requests::get::<Value>(&hooked.path("api"), "vm.info").is_ok()
         });
         hooked
     }
@@ -250,7 +250,7 @@ impl Hooked {
 
     /// `PUT /api/v1/<what>`.
     pub fn put(&self, what: &str) {
-        client::put(&self.path("api"), what).unwrap();
+        requests::put(&self.path("api"), what).unwrap();
     }
 
     /// Waits for its end; how it ended, and what it said.

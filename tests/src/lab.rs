@@ -11,8 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use mce_relay_vmm::host;
-use mce_relay_vmm::host::pagemap::Entry;
+use mce_relay_vmm::host::pagemap::{self, Entry};
 
 /// Whether this runs in the lab (or on a host that was given over to it by MCE_RELAY_NATIVE=1).
 pub fn may_poison() -> Result<(), String> {
@@ -99,12 +98,12 @@ fn sum_of(path: &str, name: &str) -> u64 {
 
 /// The page tables of a process, as the kernel shows them.
 #[derive(Debug)]
-pub struct Pagemap(host::Pagemap);
+pub struct Pagemap(pagemap::Pagemap);
 
 impl Pagemap {
     /// Those of `pid`.
     pub fn of(pid: u32) -> Self {
-        Self(host::Pagemap::open(pid).unwrap())
+        Self(pagemap::Pagemap::open(pid).unwrap())
     }
 
     /// The host-physical address behind `hva`.

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use mce_relay_vmm::api::VmInfo;
-use mce_relay_vmm::client;
+use mce_relay_cli::client::requests;
+use mce_relay_vmm::api::types::vm::VmInfo;
 use tempfile::TempDir;
 
 use crate::guest::binary;
@@ -125,7 +125,7 @@ impl Running<'_> {
 
     /// What runs; `None` between two boots.
     pub fn info(&self) -> Option<VmInfo> {
-        client::get(&self.socket, "vm.info").ok()
+        requests::get(&self.socket, "vm.info").ok()
     }
 
     /// Its API socket.
@@ -186,7 +186,7 @@ impl Running<'_> {
 
     /// Ends it by the API, and sees that it ends well.
     pub fn shut_down(self) {
-        client::put(&self.socket, "vm.shutdown").unwrap();
+        requests::put(&self.socket, "vm.shutdown").unwrap();
         let place = self.place;
         assert_eq!(self.ended().code(), Some(0), "{}", place.text("stderr"));
     }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use mce_relay_vmm::api::{Status, VmInfo};
-use mce_relay_vmm::client;
+use mce_relay_cli::client::requests;
+use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use tempfile::TempDir;
 
 use crate::guest::binary;
@@ -101,7 +101,7 @@ impl Spinning {
         let child = command.spawn().unwrap();
         let mut vmm = Self { child, dir, binary: program, user };
         let start = Instant::now();
-        while client::get::<VmInfo>(&vmm.socket(), "vm.info").is_err() {
+        while requests::get::<VmInfo>(&vmm.socket(), "vm.info").is_err() {
             let ended = vmm.child.try_wait().unwrap();
             assert!(
                 ended.is_none() && start.elapsed() < PATIENCE,
@@ -162,22 +162,22 @@ impl Spinning {
 
     /// What runs.
     pub fn info(&self) -> VmInfo {
-        client::get(&self.socket(), "vm.info").unwrap()
+        requests::get(&self.socket(), "vm.info").unwrap()
     }
 
     /// What runs; `None` between two boots.
     pub fn running(&self) -> Option<VmInfo> {
-        client::get(&self.socket(), "vm.info").ok()
+        requests::get(&self.socket(), "vm.info").ok()
     }
 
     /// The ledger.
     pub fn status(&self) -> Status {
-        client::get(&self.socket(), "relay.status").unwrap()
+        requests::get(&self.socket(), "relay.status").unwrap()
     }
 
     /// Ends it by the API; its exit status.
     pub fn shut_down(self) -> ExitStatus {
-        client::put(&self.socket(), "vm.shutdown").unwrap();
+        requests::put(&self.socket(), "vm.shutdown").unwrap();
         self.ended()
     }
 

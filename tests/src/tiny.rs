@@ -1,7 +1,7 @@
 //! A guest kernel of a few instructions, for a VM that has to run but not to boot anything.
 
 // The VMM's unit tests have the same, and it is nothing for the program itself.
-#[path = "../../vmm/src/boot/tiny.rs"]
+#[path = "../../vmm/src/machine/boot/tiny.rs"]
 mod kernel;
 pub use kernel::{ENTRY, elf};
 

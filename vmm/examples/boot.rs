@@ -2,14 +2,16 @@
 //!
 //! VENDOR is host, intel or amd; COM2 is the path of a socket to make. A guest that resets itself is started over, as often as it likes.
 
-use std::{error::Error, process::ExitCode, sync::Arc, time::Instant};
+use std::error::Error;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Instant;
 
-use mce_relay_vmm::{
-    config::{CpuVendor, MemoryZone, SerialMode, VmConfig},
-    control::ExitReason,
-    memory::GuestRam,
-    vm::{NoHooks, Vm},
-};
+use mce_relay_vmm::config::{CpuVendor, MemoryZone, SerialMode, VmConfig};
+use mce_relay_vmm::machine::lifecycle::reasons::ExitReason;
+use mce_relay_vmm::machine::memory::guest_ram::GuestRam;
+use mce_relay_vmm::machine::vm::Vm;
+use mce_relay_vmm::machine::vm::hooks::NoHooks;
 
 fn main() -> ExitCode {
     env_logger::init();
@@ -58,7 +60,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         let reason = vm.run();
         eprintln!("[boot] {reason} after {:?}", start.elapsed());
         match reason {
-            ExitReason::Reset => drop(ram.renew(&[])),
+            ExitReason::Reset => drop(ram.heal(&[])),
             ExitReason::PowerOff => return Ok(()),
             other => return Err(other.to_string().into()),
         }

@@ -2,11 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::files::LogFile;
+use crate::outlets::files::LogFile;
 
 /// The largest number of vCPUs: xAPIC ids are 8 bits wide and 255 is the broadcast id.
 pub const MAX_CPUS: u8 = 254;
@@ -92,29 +90,6 @@ impl MemoryZone {
             file: None,
             lossy: false,
         }
-    }
-}
-
-/// What is done about an AR that the guest cannot be told of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OnUndeliverable {
-    /// End the VM, with exit status 6.
-    Stop,
-    /// Pause the VM; `mce-relay resume` has the vCPU touch the page again, and if the guest still
-    /// cannot be told, it is paused again.
-    Pause,
-    /// Start the guest again with good memory; with --no-reboot, end with exit status 6.
-    Reset,
-}
-
-impl std::fmt::Display for OnUndeliverable {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Stop => "stop",
-            Self::Pause => "pause",
-            Self::Reset => "reset",
-        })
     }
 }
 

@@ -12,11 +12,12 @@ use std::time::{Duration, Instant};
 
 use mce_relay_bench::figure::{Figure, Goal, Series, US};
 use mce_relay_bench::progress;
+use mce_relay_cli::poison::host::hwpoison_inject;
 use mce_relay_tests::agent::Page;
 use mce_relay_tests::guest::{Guest, Options};
 use mce_relay_tests::lab;
 use mce_relay_tests::qemu::{Machine, Qemu, Style};
-use mce_relay_vmm::host;
+use mce_relay_vmm::host::{page_frames, pagemap};
 
 const MICROVM: &str = "QEMU microvm";
 const PC: &str = "QEMU pc";
@@ -113,9 +114,9 @@ fn outside(pid: u32) -> f64 {
 
 /// Poisons the host's page `hva` of process `pid`.
 fn poison(pid: u32, hva: u64) {
-    let pfn = host::pfn(pid, hva).unwrap();
-    host::Injector::open().unwrap().corrupt(pfn).unwrap();
-    assert!(host::is_poisoned(pfn).unwrap());
+    let pfn = pagemap::pfn(pid, hva).unwrap();
+    hwpoison_inject::Injector::open().unwrap().corrupt(pfn).unwrap();
+    assert!(page_frames::is_poisoned(pfn).unwrap());
 }
 
 /// Milliseconds from a touch in the guest's program to the end of its SIGBUS handler.

@@ -27,15 +27,15 @@ use mce_relay::{
 use mce_relay_bench::figure::{Figure, Goal, Series, US};
 use mce_relay_bench::{caps, progress};
 use mce_relay_tests::ready::forge;
-use mce_relay_vmm::api::StatusPieces;
+use mce_relay_vmm::api::status::StatusPieces;
 use mce_relay_vmm::mce_inject::set_mce;
-use mce_relay_vmm::poison::uffd::Uffd;
+use mce_relay_vmm::relaying::uffd::Uffd;
+use payload::{Did, Payload, Start};
 use serde_json::json;
 
 #[allow(dead_code, reason = "the tests use all of it")]
 #[path = "../../../tests/kvm/payload.rs"]
 mod payload;
-use payload::{Did, Payload, Start};
 
 type Measure = fn() -> Vec<Figure>;
 

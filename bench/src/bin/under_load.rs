@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use mce_relay_bench::figure::{Figure, Goal, Series, US};
 use mce_relay_bench::progress;
+use mce_relay_cli::client::requests;
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_tests::tiny::takes_machine_checks;
-use mce_relay_vmm::client;
 use serde_json::{Value, json};
 
 /// Pages that go bad at once.
@@ -105,14 +105,14 @@ fn deliver(requests: bool) -> Round {
 fn poison(vmm: &Spinning, pages: std::ops::Range<u64>) {
     let gpas: Vec<String> = pages.map(|page| format!("{:#x}", 0x100_0000 + page * 4096)).collect();
     let body = json!({ "gpas": gpas, "via": "signal" });
-    let _: Value = client::put_json(&vmm.socket(), "vm.poison", &body).unwrap();
+    let _: Value = requests::put_json(&vmm.socket(), "vm.poison", &body).unwrap();
 }
 
 /// The pages, by address, once there are `count` and the guest has taken them all.
 fn delivered(vmm: &Spinning, count: u64) -> Vec<Value> {
     let begun = Instant::now();
     loop {
-        let status: Value = client::get(&vmm.socket(), "relay.status").unwrap();
+        let status: Value = requests::get(&vmm.socket(), "relay.status").unwrap();
         let pages = status["pages"].as_array().unwrap();
         let done = |page: &&Value| page["state"] == "acknowledged";
         if pages.iter().filter(done).count() as u64 == count {

@@ -10,9 +10,10 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use libfuzzer_sys::fuzz_target;
-use mce_relay_vmm::api::{Api, Current};
-use mce_relay_vmm::events::Hub;
-use mce_relay_vmm::seccomp::Filters;
+use mce_relay_vmm::api::current::Current;
+use mce_relay_vmm::api::server::Api;
+use mce_relay_vmm::events::hub::Hub;
+use mce_relay_vmm::sandbox::seccomp::Filters;
 
 static SOCKET: LazyLock<PathBuf> = LazyLock::new(|| {
     let path = std::env::temp_dir().join(format!("mce-relay-fuzz-{}", std::process::id()));

@@ -4,9 +4,9 @@
 
 use libfuzzer_sys::fuzz_target;
 use mce_relay::Event;
-use mce_relay_vmm::api::Status;
-use mce_relay_vmm::events::VmEvent;
-use mce_relay_vmm::follow::Timeline;
+use mce_relay_cli::commands::watch::Timeline;
+use mce_relay_vmm::api::types::vm::Status;
+use mce_relay_vmm::api::types::vm_event::VmEvent;
 use serde_json::{Value, json};
 
 fn again<T: serde::Serialize + serde::de::DeserializeOwned>(event: &T) {

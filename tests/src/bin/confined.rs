@@ -6,12 +6,11 @@
 //! others by a SIGBUS that is not the relay's.
 #![allow(clippy::unwrap_used, reason = "it says what it saw by panicking")]
 
-use std::io;
 use std::process::ExitCode;
-use std::ptr;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
+use std::{io, ptr};
 
 use mce_relay::syscalls::{Call, HANDLE, KICK, RELAY, START, THREAD, VCPU};
 use mce_relay::{
@@ -19,7 +18,7 @@ use mce_relay::{
     Verdict, syscalls,
 };
 use mce_relay_tests::ready::{Ready, forge_ar};
-use mce_relay_vmm::poison::uffd::Uffd;
+use mce_relay_vmm::relaying::uffd::Uffd;
 use seccompiler::{BpfProgram, SeccompAction, apply_filter};
 use vmm_sys_util::signal::SIGRTMIN;
 

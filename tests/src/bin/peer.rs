@@ -15,11 +15,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use mce_relay_cli::output::table;
+use mce_relay_cli::poison::host::hwpoison_inject;
 use mce_relay_tests::agent::Agent;
 use mce_relay_tests::guest::image;
 use mce_relay_tests::lab::may_poison;
 use mce_relay_tests::qemu::{Qemu, Style};
-use mce_relay_vmm::{host, show};
+use mce_relay_vmm::host::{page_frames, pagemap};
 use serde::Serialize;
 
 const VCPUS: usize = 2;
@@ -141,7 +143,7 @@ fn burst(qemu: &Path, style: Style, pages: usize) -> Result<Burst, String> {
     })?;
     let frames: Result<Vec<u64>, String> = gpas
         .iter()
-        .map(|&gpa| host::pfn(guest.pid(), guest.hva(gpa)?).map_err(|error| error.to_string()))
+        .map(|&gpa| pagemap::pfn(guest.pid(), guest.hva(gpa)?).map_err(|error| error.to_string()))
         .collect();
     let frames = frames?;
 
@@ -174,8 +176,9 @@ fn burst(qemu: &Path, style: Style, pages: usize) -> Result<Burst, String> {
 
 /// Hands `frames` to hwpoison-inject, one by one, as it wants them.
 fn poison(guest: &mut Qemu, frames: &[u64]) -> Result<(), String> {
-    let named = |error| format!("{}: {error}", host::CORRUPT_PFN);
-    let mut corrupt = OpenOptions::new().write(true).open(host::CORRUPT_PFN).map_err(named)?;
+    let named = |error| format!("{}: {error}", hwpoison_inject::CORRUPT_PFN);
+    let mut corrupt =
+        OpenOptions::new().write(true).open(hwpoison_inject::CORRUPT_PFN).map_err(named)?;
     for frame in frames {
         // Once QEMU is gone its page frames are somebody else's.
         if guest.is_gone() {
@@ -189,7 +192,7 @@ fn poison(guest: &mut Qemu, frames: &[u64]) -> Result<(), String> {
 fn count_poisoned(frames: &[u64]) -> Result<usize, String> {
     let mut count = 0;
     for &frame in frames {
-        count += usize::from(host::is_poisoned(frame).map_err(|error| error.to_string())?);
+        count += usize::from(page_frames::is_poisoned(frame).map_err(|error| error.to_string())?);
     }
     Ok(count)
 }
@@ -315,7 +318,7 @@ fn write(report: &Report) {
 }
 
 fn table(bursts: &[Burst]) {
-    let mut table = show::table(&[
+    let mut table = table::sheet(&[
         "pages",
         "poisoned",
         "in s",

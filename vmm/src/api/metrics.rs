@@ -10,8 +10,8 @@ use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, GaugeVec, Opts, TextEncoder};
 
-use super::types::Running;
-use crate::events::Hub;
+use super::current::Running;
+use crate::events::hub::Hub;
 
 /// Names of the states, in the order of a page's way.
 const STATES: [&str; 6] =
@@ -155,7 +155,8 @@ mod tests {
     use mce_relay::{FailureKind, FoundBy, Place, WaitReason};
 
     use super::*;
-    use crate::events::{VmEvent, What};
+    use crate::api::types::vm_event::VmEvent;
+    use crate::events::entry::What;
 
     #[test]
     fn a_ledger_in_numbers() {

@@ -2,15 +2,15 @@
 //!
 //! | request | answer |
 //! |---|---|
-//! | `GET /api/v1/vmm.ping` | [`Ping`] |
-//! | `GET /api/v1/vm.info` | [`VmInfo`] |
-//! | `GET /api/v1/relay.status` | [`Status`] |
+//! | `GET /api/v1/vmm.ping` | [`Ping`](types::vm::Ping) |
+//! | `GET /api/v1/vm.info` | [`VmInfo`](types::vm::VmInfo) |
+//! | `GET /api/v1/relay.status` | [`Status`](types::vm::Status) |
 //! | `GET /api/v1/relay.events` | events, a line of JSON each: those that are kept; with `?follow=true` those that happen from then on, too |
 //! | `GET /api/v1/vm.memory?gpa=0x1000&len=64` | guest RAM as bytes, 1 to `len` (at most 4 MiB): up to the first page that cannot be read, or the end of a block. 410 when the first byte is of a bad page, 409 when there is no memory behind it any more |
-//! | `GET /api/v1/vm.extents` | an [`Extent`] for each stretch of guest RAM that may hold something; with `?in_use=true` for each that has memory |
-//! | `PUT /api/v1/vm.retire` | body [`Retire`]; a [`Retiring`] for each page |
-//! | `PUT /api/v1/vm.poison` | body [`Poison`]; a [`Poisoning`] for each page |
-//! | `PUT /api/v1/vm.inject` | body [`Request`](crate::inject::Request); what came of it on each vCPU. 409 when it would kill the guest and `force` is not set |
+//! | `GET /api/v1/vm.extents` | an [`Extent`](types::vm::Extent) for each stretch of guest RAM that may hold something; with `?in_use=true` for each that has memory |
+//! | `PUT /api/v1/vm.retire` | body [`Retire`](types::pages::Retire); a [`Retiring`](types::pages::Retiring) for each page |
+//! | `PUT /api/v1/vm.poison` | body [`Poison`](types::pages::Poison); a [`Poisoning`](types::pages::Poisoning) for each page |
+//! | `PUT /api/v1/vm.inject` | body [`Request`](crate::api::types::manual_mce::Request); what came of it on each vCPU. 409 when it would kill the guest and `force` is not set |
 //! | `PUT /api/v1/vm.pause` | 204 when no vCPU is in the guest any more; also if that is so already |
 //! | `PUT /api/v1/vm.resume` | 204; the vCPUs go on, unless pages are being marked as bad: then in a moment |
 //! | `PUT /api/v1/vm.power-button` | 204; the guest is asked to power off. 409 when it is paused or does not listen |
@@ -27,19 +27,10 @@
 //! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy a part of it. Whoever
 //! is slow, or sends without end, holds up nobody else: `server` has the limits.
 
-mod metrics;
-mod routes;
-mod server;
-mod status;
-mod stream;
-mod types;
-
-pub use server::{Api, ApiError};
-pub use status::StatusPieces;
-pub use types::*;
-
-/// The most pages that one `vm.retire` or `vm.poison` may name.
-pub const MAX_PAGES: usize = 4096;
-
-/// The most that one `vm.memory` answers with, in bytes.
-pub const MAX_READ: u64 = 4 << 20;
+pub mod current;
+pub mod metrics;
+pub mod routes;
+pub mod server;
+pub mod status;
+pub mod stream;
+pub mod types;

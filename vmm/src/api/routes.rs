@@ -7,18 +7,20 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::types::{
-    Current, Extent, Gpa, Ping, Poison, Problem, Retire, Retiring, Running, Status, VmInfo,
-};
-use super::{MAX_PAGES, MAX_READ, metrics};
-use crate::button::PressError;
-use crate::by_hand::Refusal;
-use crate::control::{ExitReason, Parked, StopCause, VmControl};
-use crate::events::Hub;
-use crate::inject::Request as Inject;
-use crate::memory::PAGE_SIZE;
-use crate::poison::inside::{self, InsideError};
-use crate::show;
+use super::current::{Current, Running};
+use super::metrics;
+use super::types::limits::{MAX_PAGES, MAX_READ};
+use super::types::pages::{Gpa, Poison, Retire, Retiring};
+use super::types::vm::{Extent, Ping, Problem, Status, VmInfo};
+use crate::api::types::manual_mce::Request as Inject;
+use crate::events::hub::Hub;
+use crate::machine::devices::power_button::PressError;
+use crate::machine::lifecycle::VmControl;
+use crate::machine::lifecycle::reasons::{ExitReason, Parked, StopCause};
+use crate::machine::memory::block::PAGE_SIZE;
+use crate::relaying::manual_mce::injector::Refusal;
+use crate::relaying::self_poison::{self, InsideError};
+use crate::words;
 
 /// How long an answer waits for the vCPUs to leave the guest. More than a vCPU may be held back by a
 /// machine check that other processors have to take part in (five seconds).
@@ -213,9 +215,9 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
         Route::Poison => {
             let poison: Poison = understood(body, example)?;
             not_too_many(&poison.gpas)?;
-            match inside::poison(&running()?, &poison) {
+            match self_poison::poison(&running()?, &poison) {
                 Ok(pages) => Answer::json(200, &pages),
-                Err(error) => Answer::problem(status_of(&error), show::with_causes(&error)),
+                Err(error) => Answer::problem(status_of(&error), words::with_causes(&error)),
             }
         }
         Route::Inject => {
@@ -233,7 +235,7 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             match running.button.press(&running.control) {
                 Ok(()) => Answer::done(),
                 Err(error @ PressError::NoGuest) => Answer::problem(503, error.to_string()),
-                Err(error) => Answer::problem(409, show::with_causes(&error)),
+                Err(error) => Answer::problem(409, words::with_causes(&error)),
             }
         }
         Route::Reset => {
@@ -380,7 +382,7 @@ fn read_memory(relay: &Handle, query: &str, vm: &VmInfo) -> Answer {
             Answer::problem(404, format!("{error}; this guest has {}", vm.ram_in_words()))
         }
         Err(error @ AccessError::NoMemory { .. }) => {
-            Answer::problem(409, show::with_causes(&error))
+            Answer::problem(409, words::with_causes(&error))
         }
     }
 }
@@ -545,7 +547,7 @@ mod tests {
 
     #[test]
     fn a_pause_that_does_not_come_about_is_no_success() {
-        crate::vcpu::install_kick_handler();
+        crate::machine::vcpu::install_kick_handler();
         let control = VmControl::new(1).unwrap();
         // A vCPU that does not stop.
         control.enrol(0);

@@ -11,12 +11,12 @@ use hyper::body::{Body, Bytes, Frame};
 use mce_relay::{Handle, Ledger};
 use serde::Serialize;
 
-use super::types::VmInfo;
+use super::types::vm::VmInfo;
 
 /// Pages in a piece: some 50 KB, and the relay's lock is held for some tens of microseconds.
 const PAGES: usize = 128;
 
-/// A [`Status`](super::Status) as JSON, piece by piece. Each is what the ledger says at that moment, so a
+/// A [`Status`](crate::api::types::vm::Status) as JSON, piece by piece. Each is what the ledger says at that moment, so a
 /// page may be ahead of one that was in a piece before.
 pub struct StatusPieces {
     relay: Handle,
@@ -147,7 +147,7 @@ mod tests {
     use mce_relay::{RamMap, RamRegion, Relay};
 
     use super::*;
-    use crate::api::{Status, an_info};
+    use crate::api::types::vm::{Status, an_info};
 
     /// A page of 1 GiB is lost: 262,144 pages by one signal.
     #[test]

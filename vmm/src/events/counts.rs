@@ -7,7 +7,8 @@ use prometheus::core::Collector;
 use prometheus::proto::MetricFamily;
 use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts};
 
-use super::{VmEvent, What};
+use super::entry::What;
+use crate::api::types::vm_event::VmEvent;
 
 /// Counters that begin with the VMM and go on when the guest starts over.
 #[derive(Debug, Clone)]

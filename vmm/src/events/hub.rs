@@ -11,45 +11,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use super::VmEvent;
 use super::counts::Counts;
+use crate::events::entry::Entry;
+use crate::events::entry::{Next, What};
 
 /// So many events are kept for followers: some seconds of the worst that was seen.
 pub const KEPT: usize = 16_384;
-
-/// What happened.
-#[derive(Debug, Clone)]
-pub enum What {
-    /// To the guest's memory.
-    Memory(mce_relay::Event),
-    /// To the virtual machine.
-    Vm(VmEvent),
-}
-
-/// What happened, and when.
-#[derive(Debug)]
-pub struct Entry {
-    /// Since the start of the VMM.
-    pub time: Duration,
-    /// What.
-    pub what: What,
-}
-
-/// What a follower gets.
-#[derive(Debug)]
-pub enum Next {
-    /// The next event.
-    Event(Arc<Entry>),
-    /// Events went out of the ring before this follower came to them.
-    Missed {
-        /// How many.
-        events: u64,
-        /// When that was found, since the start of the VMM.
-        time: Duration,
-    },
-    /// There will be no more.
-    End,
-}
 
 struct Ring {
     /// The last [`KEPT`] events.
@@ -147,8 +114,8 @@ impl Hub {
     }
 
     /// How many tasks wait for the next event.
-    #[cfg(test)]
-    pub(crate) fn waiting(&self) -> usize {
+    #[must_use]
+    pub fn waiting(&self) -> usize {
         self.lock().wakers.len()
     }
 
@@ -240,6 +207,7 @@ impl Follower {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::types::vm_event::VmEvent;
 
     fn resumed() -> What {
         What::Vm(VmEvent::Resumed {})

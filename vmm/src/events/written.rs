@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::{Follower, Next, line_of};
-use crate::files::{Appended, RETRY};
+use super::entry::Next;
+use super::hub::Follower;
+use super::lines::line_of;
+use crate::outlets::files::{Appended, RETRY};
 
 /// About how much is written in one piece, in bytes.
 const PIECE: usize = 32 << 10;
@@ -79,7 +81,7 @@ impl Writer {
     }
 
     fn write_out(&mut self) -> std::io::Result<()> {
-        if self.file.renew() {
+        if self.file.put_aside() {
             // What stands half in the other file is whole in this one.
             let written = &self.text[..self.done];
             self.done = written.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);

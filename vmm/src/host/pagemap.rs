@@ -5,13 +5,14 @@
 
 use std::borrow::Borrow;
 use std::fs::File;
-use std::io;
+use std::io::{self};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use procfs::process::{MemoryPageFlags, PageInfo};
 
-use super::{HostError, PAGE_SHIFT, Table};
+use super::error::HostError;
+use super::page_frames::{PAGE_SHIFT, Table};
 
 /// Bytes of an entry.
 const ENTRY: u64 = 8;
@@ -135,6 +136,14 @@ impl<F: Borrow<File>> Entries<F> {
 
 fn path(pid: u32) -> PathBuf {
     PathBuf::from(format!("/proc/{pid}/pagemap"))
+}
+
+/// The page frame number behind host virtual address `hva` of process `pid`.
+///
+/// # Errors
+/// There is no such process or page, or it is not shown to this user.
+pub fn pfn(pid: u32, hva: u64) -> Result<u64, HostError> {
+    Pagemap::open(pid)?.pfn(hva)
 }
 
 #[cfg(test)]

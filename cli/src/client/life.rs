@@ -1,0 +1,122 @@
+//! Whether the VM still runs that a command works on: a command of many steps has to tell the VM's end from what is
+//! wrong with one page.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
+
+use mce_relay_vmm::outlets::peer::{self, Peer, Standing};
+use mce_relay_vmm::session::record::End;
+
+use crate::client::error::ClientError;
+use crate::client::names;
+
+/// How long it may take when it has broken off a conversation.
+pub(super) const BROKEN_OFF: Duration = Duration::from_secs(1);
+/// Between two looks.
+pub(super) const LOOK: Duration = Duration::from_millis(10);
+
+/// The process of a VM.
+#[derive(Debug)]
+pub struct Life {
+    pub(super) socket: PathBuf,
+    pub(super) pid: u32,
+    /// Readable once the process has ended; `None` where there is none to be had.
+    process: Option<OwnedFd>,
+    begun: SystemTime,
+}
+
+impl Life {
+    /// That of the VM behind `socket`, whose process is `pid` (0: of another PID namespace).
+    #[must_use]
+    pub fn of(socket: &Path, pid: u32) -> Self {
+        let begun = SystemTime::now();
+        Self { socket: socket.to_owned(), pid, process: open(pid).ok(), begun }
+    }
+
+    /// That of the VM that listens at `socket`; `None` where nobody does.
+    #[must_use]
+    pub fn at(socket: &Path) -> Option<Self> {
+        let (_, pid) = peer::connect(socket, BROKEN_OFF).ok()?;
+        Some(Self::of(socket, pid))
+    }
+
+    /// Whether it has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        match &self.process {
+            Some(process) => is_readable(process, Duration::ZERO),
+            None => self.pid != 0 && Peer::of(self.pid).standing == Standing::Ended,
+        }
+    }
+
+    /// The same for one that has broken off a conversation, without asking it.
+    pub(crate) fn is_over_soon(&self) -> bool {
+        match &self.process {
+            Some(process) => is_readable(process, BROKEN_OFF),
+            None => self.is_over(),
+        }
+    }
+
+    /// That it has ended, and how as far as that is known.
+    #[must_use]
+    pub fn ended(&self) -> ClientError {
+        self.ended_since(self.begun)
+    }
+
+    /// The same of one that was there at that time.
+    pub(crate) fn ended_since(&self, begun: SystemTime) -> ClientError {
+        let since_1970 = begun.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let record = names::record_of(&self.socket);
+        // That of another VM of the name would be older.
+        let end = record.and_then(|record| record.end);
+        let end = end.filter(|end| end.unix_time >= since_1970.as_secs_f64());
+        let how = end.map(|End { status, how, .. }| {
+            let how = how.map(|how| format!(": {how}")).unwrap_or_default();
+            format!(" (exit status {status}{how})")
+        });
+        ClientError::Ended { path: self.socket.clone(), how: how.unwrap_or_default() }
+    }
+}
+
+/// See pidfd_open(2).
+fn open(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: takes numbers only.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    match RawFd::try_from(fd) {
+        // SAFETY: a descriptor that the kernel has just made, owned by nobody else.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn is_readable(fd: &OwnedFd, within: Duration) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let millis = i32::try_from(within.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: one entry that lives as long as the call. Interrupted by a signal it counts as not readable.
+    unsafe { libc::poll(&raw mut poll, 1, millis) == 1 }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn an_end_is_seen_and_is_why_nobody_answers() {
+        let socket = Path::new("/nowhere/api");
+        let mut process = Command::new("sleep").arg("1000").spawn().unwrap();
+        let life = Life::of(socket, process.id());
+        assert!(!life.is_over());
+        process.kill().unwrap();
+        assert!(life.ends(), "also before anybody has waited for it");
+        process.wait().unwrap();
+        assert!(life.is_over() && Life::of(socket, process.id()).is_over());
+        let source = io::Error::from(io::ErrorKind::NotFound);
+        let error = life.explain(ClientError::Connect { path: socket.to_owned(), source });
+        assert_eq!(error.to_string(), "the VM at /nowhere/api has ended");
+        assert!(!Life::of(socket, std::process::id()).is_over());
+    }
+}

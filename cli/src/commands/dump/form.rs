@@ -1,0 +1,24 @@
+//! What a dump is, and where it goes.
+
+use std::io::Write;
+use std::path::Path;
+
+use serde::Serialize;
+
+/// What a dump is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Form {
+    /// An ELF core of the machine.
+    Elf,
+    /// A file in which the offset is the guest-physical address.
+    Raw,
+}
+
+/// Where a dump goes.
+pub enum Target<'a> {
+    /// A file, which is made, sparse, with mode 0600; none may exist there.
+    File(&'a Path),
+    /// Something that takes one byte after the other.
+    Stream(&'a mut dyn Write),
+}

@@ -1,0 +1,13 @@
+//! What the commands do, but for `run` and `poison`.
+
+pub mod check;
+pub mod dump;
+pub mod ending;
+pub mod inject;
+pub mod list;
+pub mod manual;
+pub mod map;
+pub mod pages;
+pub mod retire;
+pub mod status;
+pub mod watch;

@@ -1,0 +1,260 @@
+//! One order to make pages go bad: what is refused, what is done, and what came of it.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use mce_relay_vmm::api::types::means::Means;
+use mce_relay_vmm::api::types::pages::{Gpa, Poison, Poisoning};
+use mce_relay_vmm::api::types::vm::{Status, VmInfo};
+use mce_relay_vmm::host;
+use mce_relay_vmm::host::error::HostError;
+
+use crate::client::error::ClientError;
+use crate::client::life::Life;
+use crate::client::requests;
+use crate::poison::asked::{Asked, Until, untried};
+use crate::poison::burst::{Burst, NotPoisoned, Poisoned};
+use crate::poison::error::PoisonError;
+use crate::poison::host::filter::Filter;
+use crate::poison::look::{Looked, look};
+use crate::poison::order::Order;
+use crate::poison::target::Target;
+use crate::poison::targets::targets;
+use crate::poison::{by_frame, forecast, interrupted};
+
+/// How long the kernel may take to mark the pages, after the last of them was asked for.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// So many pages are asked of the VMM at once, where nothing has to be looked at right before each.
+const AT_ONCE: usize = 1000;
+
+/// Everything is looked at, and nothing is done yet.
+pub struct Prepared<'a> {
+    order: &'a Order<'a>,
+    vm: VmInfo,
+    life: Life,
+    targets: Vec<Target>,
+    pages: Vec<Poisoned>,
+    looked: Looked,
+    filter: Option<Filter>,
+    notes: Vec<String>,
+}
+
+/// Looks at everything that `order` is about, before the first page is touched.
+///
+/// # Errors
+/// See [`PoisonError`].
+pub fn prepare<'a>(order: &'a Order<'a>) -> Result<Prepared<'a>, PoisonError> {
+    let Status { vm, pages, .. } = requests::get_of_process(order.socket, "relay.status")?;
+    let bad: HashSet<u64> =
+        pages.iter().filter(|page| !page.is_forged()).map(|page| page.gpa).collect();
+    let life = Life::of(order.socket, vm.pid);
+    let targets = targets(&vm, order.ranges)?;
+    let looked = Looked::new(vm.pid, order.via)?;
+    let (pages, more) = look(&vm, order.via, &targets, &looked, &bad)?;
+    let mut notes = forecast::words(&vm, order.via, &pages, order.whose.as_deref());
+    notes.extend(more);
+    let (filter, more) = by_frame::filter(&vm, order, &targets)?;
+    notes.extend(more);
+    Ok(Prepared { order, vm, life, targets, pages, looked, filter, notes })
+}
+
+impl Prepared<'_> {
+    /// What is to be known before it is done: what goes, and what would hold pages back.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// What would be done.
+    #[must_use]
+    pub fn plan(mut self) -> Burst {
+        self.pages.iter_mut().for_each(|page| page.dry_run = true);
+        let (poisoned, took) = (self.pages, Duration::ZERO);
+        let (failed, notes) = (Vec::new(), Vec::new());
+        Burst { poisoned, failed, took, notes, interrupted: None, ended: None }
+    }
+
+    /// Does to the pages what was ordered, each once, as fast as the kernel takes them, and sees that it
+    /// is done. `progress` is called with the number of pages done so far and the number of all.
+    ///
+    /// # Errors
+    /// See [`PoisonError`]; no page has been touched then. Later failures are in the answer.
+    pub fn carry_out(self, progress: &mut dyn FnMut(usize, usize)) -> Result<Burst, PoisonError> {
+        let Self { order, vm, life, targets, pages, looked, filter, .. } = self;
+        let alone = targets.into_iter().zip(&pages).filter(|(_, page)| page.goes_with.is_none());
+        let targets: Vec<Target> = alone.map(|(target, _)| target).collect();
+        let by_vmm = match order.via {
+            Means::Uffd | Means::Signal => true,
+            // The VMM's own memory, which no other process can map.
+            Means::Madvise | Means::SoftOffline => targets.iter().any(|target| target.fd.is_none()),
+            Means::HwpoisonInject | Means::MceInject => false,
+        };
+        // Before anything of the host's is changed.
+        let interrupted = interrupted::Interrupted::new();
+        let until = Until { life: &life, interrupted: &interrupted };
+        if by_vmm {
+            let start = Instant::now();
+            let asked = ask_vmm(order, &targets, &looked, &until, progress)?;
+            let done = settle(order, pages, asked, &looked, start.elapsed(), Vec::new());
+            return Ok(done.cut(&until));
+        }
+        let mut poisoner = by_frame::Poisoner::open(vm.pid, order.via, filter)?;
+        let start = Instant::now();
+        let asked = by_frame::poison(&mut poisoner, &targets, &looked, &until, progress);
+        let notes = poisoner.close().into_iter().collect();
+        Ok(settle(order, pages, asked, &looked, start.elapsed(), notes).cut(&until))
+    }
+}
+
+fn ask_vmm(
+    order: &Order<'_>,
+    targets: &[Target],
+    looked: &Looked,
+    until: &Until<'_>,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<Asked>, PoisonError> {
+    let Order { via, kind, vcpu, .. } = *order;
+    let of_frames = via.is_of_frames();
+    let mut asked = Vec::with_capacity(targets.len());
+    progress(0, targets.len());
+    for some in targets.chunks(if of_frames { 1 } else { AT_ONCE }) {
+        if let Some(why) = until.reached() {
+            asked.extend(untried(&why, targets.len() - asked.len()));
+            return Ok(asked);
+        }
+        let mut pfn = None;
+        if let [target] = some
+            && of_frames
+        {
+            // The VMM may not see whose a page frame is, so it is looked at here, right before.
+            match looked.fit(target) {
+                Ok(found) => pfn = Some(found),
+                Err(error) if until.is_behind(&error) => continue,
+                Err(error) => {
+                    asked.push(Asked::new(None, Err(error)));
+                    progress(asked.len(), targets.len());
+                    continue;
+                }
+            }
+        }
+        let gpas = some.iter().map(|target| Gpa(target.gpa)).collect();
+        let body = Poison { gpas, via, kind, vcpu };
+        let done: Vec<Poisoning> = match requests::put_json(order.socket, "vm.poison", &body) {
+            Ok(done) => done,
+            // There is no guest, and none comes.
+            Err(ClientError::Refused { status: 503, .. }) if until.life.ends() => {
+                asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
+                return Ok(asked);
+            }
+            // Of the last that were asked for some may have been done.
+            Err(error) if matches!(error, ClientError::Ended { .. }) || until.life.is_over() => {
+                let why = |_| Asked::new(None, Err(PoisonError::NotKnown));
+                asked.extend(some.iter().map(why));
+                asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
+                return Ok(asked);
+            }
+            // What was done before is not lost, and neither is what was not.
+            Err(error) if !asked.is_empty() => {
+                let why = |error: &ClientError| Err(PoisonError::Vmm(error.to_string()));
+                let left = asked.len()..targets.len();
+                asked.extend(left.map(|_| Asked::new(None, why(&error))));
+                return Ok(asked);
+            }
+            Err(error) => return Err(error.into()),
+        };
+        asked.extend(done.into_iter().map(|page| Asked {
+            was_bad: page.was_bad,
+            ..Asked::new(pfn, page.error.map_or(Ok(()), |error| Err(PoisonError::Vmm(error))))
+        }));
+        progress(asked.len(), targets.len());
+    }
+    Ok(asked)
+}
+
+/// Looks whether it was done.
+fn settle(
+    order: &Order<'_>,
+    pages: Vec<Poisoned>,
+    asked: Vec<Asked>,
+    looked: &Looked,
+    took: Duration,
+    notes: Vec<String>,
+) -> Burst {
+    let deadline = Instant::now() + PATIENCE;
+    let (poisoned, failed) = (Vec::new(), Vec::new());
+    let mut burst = Burst { poisoned, failed, took, notes, interrupted: None, ended: None };
+    let (alone, others): (Vec<_>, Vec<_>) =
+        pages.into_iter().partition(|page| page.goes_with.is_none());
+    for (mut page, Asked { pfn, was_bad, result }) in alone.into_iter().zip(asked) {
+        let gpa = page.gpa;
+        page.pfn = pfn.or(page.pfn);
+        page.was_bad = was_bad.or(page.was_bad);
+        match seen_to(order.via, &mut page, result, looked, deadline) {
+            Ok(()) => burst.poisoned.push(page),
+            Err(error) => burst.failed.push(NotPoisoned { gpa, error }),
+        }
+    }
+    let lost: HashSet<u64> = burst.poisoned.iter().map(|page| page.gpa).collect();
+    for page in others {
+        match page.goes_with {
+            Some(first) if !lost.contains(&first) => {
+                let error = PoisonError::NotWith { first };
+                burst.failed.push(NotPoisoned { gpa: page.gpa, error });
+            }
+            _ => burst.poisoned.push(page),
+        }
+    }
+    burst
+}
+
+fn seen_to(
+    via: Means,
+    page: &mut Poisoned,
+    result: Result<(), PoisonError>,
+    looked: &Looked,
+    deadline: Instant,
+) -> Result<(), PoisonError> {
+    let (Looked::Whole(frames), Some(pfn)) = (looked, page.pfn) else {
+        return result;
+    };
+    let is_marked = || {
+        let flags = frames.flags_of(pfn, page.extent)?;
+        Ok::<_, HostError>(flags & host::flags::HWPOISON != 0)
+    };
+    if let Err(error) = result {
+        // Nothing was asked of the kernel then.
+        if matches!(error, PoisonError::Interrupted | PoisonError::Ended | PoisonError::Frame(_)) {
+            return Err(error);
+        }
+        return Err(match is_marked() {
+            Ok(true) => PoisonError::MarkedOnly { pfn, source: error.into() },
+            _ => error,
+        });
+    }
+    if !wait_for_mark(is_marked, deadline)? {
+        return Err(PoisonError::NotDone { pfn });
+    }
+    if via == Means::SoftOffline {
+        // It may be on its way back in, or nobody has asked for it yet.
+        page.moved_to = frames.pagemap.pfn(page.hva).ok();
+        if page.moved_to == Some(pfn) {
+            return Err(PoisonError::NotMoved { pfn });
+        }
+    }
+    Ok(())
+}
+
+fn wait_for_mark(
+    is_marked: impl Fn() -> Result<bool, HostError>,
+    deadline: Instant,
+) -> Result<bool, HostError> {
+    loop {
+        if is_marked()? {
+            return Ok(true);
+        }
+        if Instant::now() > deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

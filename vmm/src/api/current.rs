@@ -1,0 +1,96 @@
+//! What the API shows: the VM as it runs, and what is left of it between two boots.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use mce_relay::Handle;
+
+use crate::api::types::vm::VmInfo;
+use crate::machine::devices::power_button::PowerButton;
+use crate::machine::lifecycle::VmControl;
+use crate::machine::memory::guest_ram::GuestRam;
+use crate::relaying::manual_mce::injector::Injector;
+
+/// The virtual machine as the API sees it; it changes with every boot.
+#[derive(Clone)]
+pub struct Running {
+    /// What runs; whether it is paused, and whether it has panicked, is looked up when somebody asks.
+    pub info: VmInfo,
+    /// Its relay, with the ledger.
+    pub relay: Handle,
+    /// What it is controlled by.
+    pub control: VmControl,
+    /// Its memory.
+    pub ram: Arc<GuestRam>,
+    /// The way to its vCPUs for machine checks by hand.
+    pub injector: Injector,
+    /// Its power button.
+    pub button: PowerButton,
+}
+
+impl Running {
+    /// What runs now.
+    #[must_use]
+    pub fn info(&self) -> VmInfo {
+        let (pause_reason, panic) = (self.control.paused(), self.control.panicked());
+        let (paused, relay_alive) = (pause_reason.is_some(), self.relay.is_alive());
+        VmInfo { paused, pause_reason, panic, relay_alive, ..self.info.clone() }
+    }
+}
+
+/// Shared between the VM's owner and the API's threads.
+#[derive(Clone, Default)]
+pub struct Current {
+    name: Option<Arc<str>>,
+    held: Arc<Mutex<Held>>,
+}
+
+#[derive(Default)]
+struct Held {
+    /// `None` between two boots.
+    running: Option<Running>,
+    /// The ledger of the last boot, this one's if there is one, and what ran.
+    last: Option<(Handle, VmInfo)>,
+}
+
+impl Current {
+    /// Of a VM that is called so.
+    #[must_use]
+    pub fn new(name: Option<&str>) -> Self {
+        Self { name: name.map(Into::into), held: Arc::default() }
+    }
+
+    /// What the VM is called.
+    #[must_use]
+    pub fn name(&self) -> Option<String> {
+        self.name.as_deref().map(str::to_owned)
+    }
+
+    /// Says what runs now.
+    pub fn set(&self, running: Option<Running>) {
+        let mut held = self.lock();
+        if let Some(running) = &running {
+            held.last = Some((running.relay.clone(), running.info.clone()));
+        }
+        held.running = running;
+    }
+
+    /// What runs now.
+    #[must_use]
+    pub fn get(&self) -> Option<Running> {
+        self.lock().running.clone()
+    }
+
+    /// What runs now or ran last, with its ledger.
+    #[must_use]
+    pub fn last(&self) -> Option<(Handle, VmInfo)> {
+        match self.get() {
+            Some(running) => Some((running.relay.clone(), running.info())),
+            None => self.lock().last.clone(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Held> {
+        // Plain assignments are all that ever happens under the lock.
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

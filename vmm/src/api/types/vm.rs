@@ -1,0 +1,164 @@
+//! What runs, and how it stands.
+
+use mce_relay::mca::Vendor;
+use mce_relay::{AoChannel, KillPolicy, Pace, Page, Predicted};
+use serde::{Deserialize, Serialize};
+
+use crate::api::types::pause::{Panic, PauseReason};
+use crate::api::types::policy::{Notify, OnUndeliverable};
+
+/// A stretch of guest RAM that has memory behind it; the rest reads as zeros. In bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extent {
+    /// Guest-physical address of its first byte.
+    #[serde(with = "mce_relay::hex")]
+    pub gpa: u64,
+    /// Length.
+    pub len: u64,
+}
+
+impl From<std::ops::Range<u64>> for Extent {
+    fn from(range: std::ops::Range<u64>) -> Self {
+        Self { gpa: range.start, len: range.end.saturating_sub(range.start) }
+    }
+}
+
+/// One stretch of guest RAM. Addresses and lengths in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryBlock {
+    /// Guest-physical address of its first byte.
+    #[serde(with = "mce_relay::hex")]
+    pub gpa: u64,
+    /// Length.
+    pub len: u64,
+    /// Where the VMM has mapped it.
+    #[serde(with = "mce_relay::hex")]
+    pub hva: u64,
+    /// The descriptor of the file behind it, in the VMM's process; null for anonymous memory.
+    pub fd: Option<i32>,
+    /// Offset of its first byte in that file.
+    pub fd_offset: u64,
+    /// Whether a process that maps the file has the same memory.
+    pub shared: bool,
+    /// The pages that the host keeps it in, and loses as a whole.
+    pub page_size: u64,
+}
+
+/// What runs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct VmInfo {
+    /// What it is called; null for one without a name.
+    pub name: Option<String>,
+    /// The VMM's version.
+    pub version: String,
+    /// The VMM's process.
+    pub pid: u32,
+    /// 1 for the first boot of this process, one more after each reset of the guest.
+    pub boot: u32,
+    /// Number of vCPUs.
+    pub vcpus: usize,
+    /// Whose machine-check architecture the guest sees.
+    pub vendor: Vendor,
+    /// IA32_MCG_CAP as the guest sees it, `0x…`.
+    pub mcg_cap: String,
+    /// When the kernel tells the VMM of a bad page.
+    pub mce_kill: KillPolicy,
+    /// Which way AOs go.
+    pub ao_channel: AoChannel,
+    /// How the guest is notified of firmware-first records; null when it was given no error source.
+    pub ghes: Option<Notify>,
+    /// How fast the guest is told of AOs.
+    pub ao_pace: Pace,
+    /// What is done about an AR that the guest cannot be told of.
+    pub on_undeliverable: OnUndeliverable,
+    /// Whether the vCPUs are held, or are about to be.
+    pub paused: bool,
+    /// FallbackReason, if they are.
+    pub pause_reason: Option<PauseReason>,
+    /// What the guest has said of its own end since it was started; null as long as it has not.
+    pub panic: Option<Panic>,
+    /// Whether the relay's thread is there, as it always should be: without it nobody takes AOs.
+    pub relay_alive: bool,
+    /// The stretch of guest RAM into which the guest's kernel was loaded: its text and data, and what it gives
+    /// back after its start.
+    pub kernel: Extent,
+    /// Guest RAM, by guest-physical address.
+    pub memory: Vec<MemoryBlock>,
+}
+
+impl VmInfo {
+    /// The block of guest RAM that holds `gpa`.
+    pub fn block(&self, gpa: u64) -> Option<&MemoryBlock> {
+        self.memory.iter().find(|block| gpa >= block.gpa && gpa - block.gpa < block.len)
+    }
+
+    /// Where there is guest RAM, for people.
+    #[must_use]
+    pub fn ram_in_words(&self) -> String {
+        let mut stretches: Vec<(u64, u64)> = Vec::new();
+        for block in &self.memory {
+            match stretches.last_mut() {
+                Some((_, end)) if *end == block.gpa => *end += block.len,
+                _ => stretches.push((block.gpa, block.gpa + block.len)),
+            }
+        }
+        let words = stretches.iter().map(|(start, end)| format!("{start:#x} to {:#x}", end - 1));
+        words.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// What runs, and what became of every bad page of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// What runs.
+    pub vm: VmInfo,
+    /// The ledger, by guest-physical address.
+    pub pages: Vec<Page>,
+    /// Pages that are whole and predicted to fail, by guest-physical address.
+    pub predicted: Vec<Predicted>,
+    /// Pages that were bad in an earlier boot and are so no longer, in the order of their healing.
+    pub past: Vec<Page>,
+}
+
+/// Whether a VM answers, and which.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ping {
+    /// The VMM's version.
+    pub version: String,
+    /// The VMM's process.
+    pub pid: u32,
+    /// What the VM is called; null for one without a name.
+    pub name: Option<String>,
+}
+
+/// The answer to a request that failed.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Problem {
+    /// What is wrong, and what to do.
+    pub error: String,
+}
+
+/// For tests: a VM without RAM.
+#[cfg(test)]
+pub(crate) fn an_info() -> VmInfo {
+    VmInfo {
+        name: None,
+        version: String::new(),
+        pid: 1,
+        boot: 1,
+        vcpus: 1,
+        vendor: Vendor::Amd,
+        mcg_cap: "0x10a".into(),
+        mce_kill: KillPolicy::Early,
+        ao_channel: AoChannel::Auto,
+        ghes: None,
+        ao_pace: Pace::default(),
+        on_undeliverable: OnUndeliverable::Stop,
+        paused: false,
+        pause_reason: None,
+        panic: None,
+        relay_alive: true,
+        kernel: Extent { gpa: 0x100_0000, len: 0x200_0000 },
+        memory: Vec::new(),
+    }
+}

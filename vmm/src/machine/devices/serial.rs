@@ -1,0 +1,348 @@
+//! A serial port: a UART for the guest, a queue, and a thread that moves bytes.
+//!
+//! The guest's side never waits: a vCPU puts output into a bounded queue, and where nobody takes it
+//! the oldest bytes are dropped and counted. All that can block is on the port's own thread.
+//!
+//! A [`SerialLine`] is what leads out of this process: a file, a socket or the terminal, with the queue and the
+//! thread. It lives as long as the process. A [`SerialPort`](port::SerialPort) is a guest's UART on it, and is another one at each
+//! boot; whoever is connected to the line stays so.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
+
+use jiff::Timestamp;
+
+use crate::config::SerialMode;
+use crate::machine::devices::serial::endpoint::Endpoint;
+use crate::machine::devices::serial::error::SerialError;
+use crate::machine::devices::serial::link::Link;
+use crate::machine::devices::serial::mover::Mover;
+use crate::outlets::sockets::BoundPath;
+use crate::sandbox::role;
+use crate::sandbox::seccomp::Filters;
+use crate::sandbox::terminal::{self, Escape, Owner, RawMode};
+use crate::words::counted;
+
+pub mod endpoint;
+pub mod error;
+pub mod link;
+pub mod mover;
+pub mod port;
+
+/// What leads from a serial port out of this process.
+#[derive(Debug)]
+pub struct SerialLine {
+    link: Arc<Link>,
+    thread: Option<JoinHandle<()>>,
+    number: u8,
+    /// It leads to a file that keeps what is written; so words of the VMM's own may stand in it.
+    keeps: bool,
+    /// That file had something in it at the beginning.
+    was_begun: bool,
+    /// The boot that was noted last.
+    noted: AtomicU32,
+    /// Of a socket; it goes when this does.
+    _path: Option<BoundPath>,
+    _raw: Option<RawMode>,
+}
+
+impl SerialLine {
+    /// The way out for port `number` (0 is COM1), or `None` if it is off. Its thread is under `filters`.
+    ///
+    /// # Errors
+    /// See [`SerialError`].
+    pub fn open(
+        number: u8,
+        mode: &SerialMode,
+        filters: &Filters,
+    ) -> Result<Option<Self>, SerialError> {
+        let Some((endpoint, path)) = Endpoint::open(mode)? else {
+            return Ok(None);
+        };
+        let link = Arc::new(Link::new().map_err(SerialError::EventFd)?);
+        let (mut keeps, mut was_begun) = (false, false);
+        if let Endpoint::File(file) = &endpoint {
+            (keeps, was_begun) = (file.is_regular(), file.was_begun());
+            link.queue().mid_line = file.is_mid_line();
+        }
+        let raw = match mode {
+            SerialMode::Tty => RawMode::enter().map_err(SerialError::Terminal)?,
+            _ => None,
+        };
+        let tty = match &raw {
+            Some(_) => Some(terminal::continued_event().map_err(SerialError::EventFd)?),
+            None => None,
+        };
+        let mover = Mover {
+            endpoint,
+            tty,
+            owner: Owner::Others,
+            link: Arc::clone(&link),
+            escape: Escape::default(),
+            leaves: false,
+            input: Vec::new(),
+            input_of: 0,
+            output: Vec::new(),
+            stalled: None,
+        };
+        let thread = filters
+            .spawn(role::Role::Serial, format!("serial{number}"), move || mover.run())
+            .map_err(SerialError::Thread)?;
+        let (thread, noted) = (Some(thread), AtomicU32::new(0));
+        Ok(Some(Self { link, thread, number, keeps, was_begun, noted, _path: path, _raw: raw }))
+    }
+
+    /// Writes a line between what guests say into a file, when boot `boot` (1 is the first) begins.
+    pub fn note_boot(&self, boot: u32) {
+        let again = self.noted.swap(boot, Ordering::Relaxed) == boot;
+        if !again && self.keeps && (self.was_begun || boot > 1) {
+            let now = Timestamp::now();
+            self.link.push_line(&format!("--- mce-relay: boot {boot}, {now:.0} ---"));
+        }
+    }
+
+    /// Bytes of output that were dropped, because nobody took them.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.link.queue().dropped
+    }
+}
+
+impl Drop for SerialLine {
+    fn drop(&mut self) {
+        self.link.ending.store(true, Ordering::Release);
+        self.link.wake();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            log::error!("the thread of serial port {} panicked", self.number);
+        }
+        let dropped = self.dropped();
+        if dropped > 0 {
+            let dropped = counted(dropped, "byte");
+            log::warn!("serial port {}: {dropped} of output dropped", self.number);
+        }
+    }
+}
+
+/// Both serial ports' ways out, COM1 first.
+pub type SerialLines = [Option<Arc<SerialLine>>; 2];
+
+/// Opens both.
+///
+/// # Errors
+/// See [`SerialError`].
+pub fn open_lines(modes: &[SerialMode; 2], filters: &Filters) -> Result<SerialLines, SerialError> {
+    let mut lines = SerialLines::default();
+    for ((number, mode), line) in (0..).zip(modes).zip(&mut lines) {
+        *line = SerialLine::open(number, mode, filters)?.map(Arc::new);
+    }
+    Ok(lines)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::devices::serial::link::QUEUE_LEN;
+    use crate::machine::devices::serial::port::SerialPort;
+    use crate::machine::lifecycle::VmControl;
+    use crate::outlets::files::{self, LogFile};
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
+
+    const DATA: u8 = 0;
+    const LINE_STATUS: u8 = 5;
+
+    fn line(mode: &SerialMode) -> Arc<SerialLine> {
+        Arc::new(SerialLine::open(1, mode, &Filters::default()).unwrap().unwrap())
+    }
+
+    fn port_on(line: &Arc<SerialLine>) -> SerialPort {
+        SerialPort::on(line, &VmControl::new(1).unwrap(), Arc::new(|| {}))
+    }
+
+    fn port(mode: &SerialMode) -> SerialPort {
+        port_on(&line(mode))
+    }
+
+    fn print(port: &SerialPort, text: &[u8]) {
+        text.iter().for_each(|byte| port.write(DATA, *byte));
+    }
+
+    fn receive(port: &SerialPort, n: usize) -> Vec<u8> {
+        let end = Instant::now() + Duration::from_secs(10);
+        let mut got = Vec::new();
+        while got.len() < n && Instant::now() < end {
+            if port.read(LINE_STATUS) & 1 == 1 {
+                got.push(port.read(DATA));
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        got
+    }
+
+    #[test]
+    fn off_is_no_line() {
+        assert!(SerialLine::open(0, &SerialMode::Off, &Filters::default()).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_file_is_appended_to_and_complete_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        let mode = SerialMode::File(path.clone().into());
+        let port = port(&mode);
+        print(&port, b"boot\r\n");
+        port.line.note_boot(1);
+        drop(port);
+        assert_eq!(std::fs::read(&path).unwrap(), b"boot\r\n");
+
+        let line = line(&mode);
+        line.note_boot(1);
+        for boot in 2..4 {
+            let port = port_on(&line);
+            print(&port, b"panic");
+            drop(port);
+            line.note_boot(boot);
+            line.note_boot(boot);
+        }
+        drop(line);
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<&str> = text.lines().collect();
+        let [first, one, panic, two, again, three] = lines[..] else { panic!("{text}") };
+        assert_eq!((first, panic, again), ("boot", "panic", "panic"));
+        for (boot, line) in (1..).zip([one, two, three]) {
+            let begin = format!("--- mce-relay: boot {boot}, 2");
+            assert!(line.starts_with(&begin) && line.ends_with("Z ---"), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_long_file_is_put_aside() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out");
+        let to = LogFile { path: path.clone(), max_size: Some(8) };
+        let port = port(&SerialMode::File(to));
+        let end = Instant::now() + Duration::from_secs(10);
+        print(&port, b"123456789");
+        while !files::older(&path).exists() {
+            files::attend();
+            assert!(Instant::now() < end);
+        }
+        print(&port, b"abc");
+        drop(port);
+        assert_eq!(std::fs::read(files::older(&path)).unwrap(), b"123456789");
+        assert_eq!(std::fs::read(&path).unwrap(), b"abc");
+    }
+
+    #[test]
+    fn a_client_stays_while_guests_come_and_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let line = line(&SerialMode::Socket(path.clone()));
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        for round in [b"one", b"two"] {
+            let port = port_on(&line);
+            client.write_all(round).unwrap();
+            assert_eq!(receive(&port, 3), round);
+            print(&port, round);
+            let mut echo = [0; 3];
+            client.read_exact(&mut echo).unwrap();
+            assert_eq!(&echo, round);
+            // More than a FIFO holds, which this guest does not take, and the next one is not to get.
+            client.write_all(&[b'x'; 100]).unwrap();
+            let end = Instant::now() + Duration::from_secs(10);
+            while !line.link.input_waits.load(Ordering::Relaxed) {
+                assert!(Instant::now() < end);
+            }
+        }
+        let port = port_on(&line);
+        client.write_all(b"last").unwrap();
+        assert_eq!(receive(&port, 4), b"last");
+    }
+
+    #[test]
+    fn unusable_paths_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let try_open = |mode| {
+            let error = SerialLine::open(1, &mode, &Filters::default()).unwrap_err();
+            crate::words::with_causes(&error)
+        };
+        let absent = dir.path().join("no/such/dir");
+        assert!(try_open(SerialMode::File(absent.clone().into())).contains("no/such/dir"));
+        assert!(try_open(SerialMode::Socket(absent)).contains("no/such/dir"));
+        let taken = dir.path().join("taken");
+        std::fs::write(&taken, "").unwrap();
+        assert!(try_open(SerialMode::Socket(taken)).contains("the path exists"));
+    }
+
+    #[test]
+    fn socket_carries_both_ways_and_takes_the_next_client() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let port = port(&SerialMode::Socket(path.clone()));
+        print(&port, b"early");
+        for round in [b"one", b"two"] {
+            let mut client = UnixStream::connect(&path).unwrap();
+            client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            if round == b"one" {
+                let mut early = [0; 5];
+                client.read_exact(&mut early).unwrap();
+                assert_eq!(&early, b"early", "kept until somebody came");
+            }
+            client.write_all(round).unwrap();
+            assert_eq!(receive(&port, 3), round);
+            print(&port, b"echo");
+            let mut echo = [0; 4];
+            client.read_exact(&mut echo).unwrap();
+            assert_eq!(&echo, b"echo");
+        }
+        drop(port);
+        assert!(!path.exists(), "the socket goes with its line");
+    }
+
+    #[test]
+    fn long_input_arrives_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let port = port(&SerialMode::Socket(path.clone()));
+        let mut client = UnixStream::connect(&path).unwrap();
+        let text: Vec<u8> = (0..10_000_u32).map(|i| i.to_le_bytes()[0]).collect();
+        client.write_all(&text).unwrap();
+        assert_eq!(receive(&port, text.len()), text, "longer than FIFO and buffer");
+    }
+
+    #[test]
+    fn stuck_reader_costs_the_oldest_bytes_and_no_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let port = port(&SerialMode::Socket(path.clone()));
+        let client = UnixStream::connect(&path).unwrap();
+        let chunk = [b'x'; 4096];
+        for _ in 0..1024 {
+            print(&port, &chunk);
+        }
+        assert!(port.line.dropped() > 0);
+        assert!(port.line.link.queue().bytes.len() <= QUEUE_LEN);
+        drop(client);
+    }
+
+    #[test]
+    fn half_closed_client_still_gets_output() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sock");
+        let port = port(&SerialMode::Socket(path.clone()));
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        print(&port, b"still here");
+        let mut got = [0; 10];
+        client.read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"still here");
+    }
+}

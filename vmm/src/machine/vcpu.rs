@@ -1,0 +1,426 @@
+//! A vCPU's thread: runs the guest, answers its exits, passes a hook before every entry.
+//!
+//! A kick is never lost. The signal's handler sets `immediate_exit` of the vCPU whose thread it
+//! interrupts; the loop clears it first and looks at everything that a kick may be about after
+//! that, so a kick either comes before the look, or makes the next KVM_RUN return at once.
+
+pub mod hooks;
+
+use std::cell::Cell;
+use std::ptr;
+use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::{Arc, Once};
+
+use kvm_bindings::kvm_regs;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use log::warn;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
+
+use crate::machine::devices::ports::{PortBus, PowerEvent};
+use crate::machine::lifecycle::reasons::ExitReason;
+use crate::machine::lifecycle::{State, VmControl};
+use crate::machine::memory::block::RamBlock;
+use crate::machine::vcpu::hooks::{HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
+
+/// KVM_EXIT_SYSTEM_EVENT: the guest powered off.
+const SYSTEM_EVENT_SHUTDOWN: u32 = 1;
+/// KVM_EXIT_SYSTEM_EVENT: the guest wants to be reset.
+const SYSTEM_EVENT_RESET: u32 = 2;
+/// An access that is completed may be one of several that an instruction makes; no instruction
+/// makes more than this.
+const MAX_COMPLETIONS: usize = 512;
+
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs. No destructor and no lazy start: the
+    /// signal handler reads it.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
+}
+
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: points into the kvm_run of this thread's vCPU, which is mapped as long as the
+        // pointer is set (see `Enrolment`).
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+/// Installs the handler of the signal that kicks, once per process.
+pub(crate) fn install_kick_handler() {
+    static INSTALLED: Once = Once::new();
+    INSTALLED.call_once(|| {
+        if let Err(error) = register_signal_handler(SIGRTMIN(), on_kick) {
+            log::error!("cannot install the handler of signal {}: {error}", SIGRTMIN());
+        }
+    });
+}
+
+/// One vCPU, ready to run.
+pub struct Vcpu {
+    fd: VcpuFd,
+    index: u8,
+    setup: Box<dyn VcpuSetup>,
+    bus: Arc<PortBus>,
+    ram: Arc<[RamBlock]>,
+    control: VmControl,
+}
+
+impl std::fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vcpu").field("index", &self.index).finish_non_exhaustive()
+    }
+}
+
+/// A vCPU on its thread.
+struct Runner<'a> {
+    hook: Box<dyn VcpuHook>,
+    fd: &'a mut VcpuFd,
+    index: u8,
+    bus: &'a PortBus,
+    ram: &'a [RamBlock],
+    control: &'a VmControl,
+    /// The last exit is completed by the next KVM_RUN.
+    incomplete: bool,
+    /// The registers at a load that met poison. KVM finishes the instruction with what it never read; with
+    /// these it has not begun, and a guest that is told of the page and goes on does the load again, as on
+    /// a processor.
+    undo: Option<kvm_regs>,
+}
+
+enum AfterExit {
+    Continue,
+    Interrupted,
+    End(ExitReason),
+}
+
+/// What an exit needs that can only be done when the exit itself is no longer borrowed.
+enum Then {
+    AfterExit(AfterExit),
+    RamAccess(RamAccess),
+    Failed(RunFailure),
+}
+
+/// This thread can be kicked, from its making to its end.
+struct Enrolment<'a>(&'a VmControl, u8);
+
+impl<'a> Enrolment<'a> {
+    fn new(control: &'a VmControl, index: u8, flag: *mut u8) -> Self {
+        IMMEDIATE_EXIT.set(flag);
+        control.enrol(index);
+        Self(control, index)
+    }
+}
+
+impl Drop for Enrolment<'_> {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(ptr::null_mut());
+        self.0.leave(self.1);
+        if std::thread::panicking() {
+            self.0.stop(ExitReason::Fatal(format!("the thread of vCPU {} panicked", self.1)));
+        }
+    }
+}
+
+impl Vcpu {
+    pub(crate) fn new(
+        fd: VcpuFd,
+        index: u8,
+        setup: Box<dyn VcpuSetup>,
+        bus: Arc<PortBus>,
+        ram: Arc<[RamBlock]>,
+        control: VmControl,
+    ) -> Self {
+        Self { fd, index, setup, bus, ram, control }
+    }
+
+    /// Runs the guest on this thread until the VM ends.
+    pub(crate) fn run(self) {
+        // The order matters, at a panic too: the hook goes first, then the signal handler loses
+        // its pointer into the vCPU, and then the vCPU goes.
+        let Self { mut fd, index, setup, bus, ram, control } = self;
+        let flag = &raw mut fd.get_kvm_run().immediate_exit;
+        let _enrolment = Enrolment::new(&control, index, flag);
+        // A mask with the signal blocked may have been inherited; an error means it was not.
+        let _ = unblock_signal(SIGRTMIN());
+        let hook = match setup.start(&mut fd) {
+            Ok(hook) => hook,
+            Err(error) => {
+                control.stop(ExitReason::Fatal(format!("vCPU {index}: {error}")));
+                return;
+            }
+        };
+        let mut runner = Runner {
+            hook,
+            fd: &mut fd,
+            index,
+            bus: &bus,
+            ram: &ram,
+            control: &control,
+            incomplete: false,
+            undo: None,
+        };
+        if let Some(reason) = runner.run_loop() {
+            control.stop(reason);
+        }
+    }
+}
+
+impl Runner<'_> {
+    /// `None` when somebody else ended the VM.
+    fn run_loop(&mut self) -> Option<ExitReason> {
+        loop {
+            self.set_immediate_exit(0);
+            match self.control.state() {
+                State::Running => {}
+                State::Paused => {
+                    self.complete();
+                    self.show();
+                    let control = self.control;
+                    self.hook.park(&mut || control.park());
+                    continue;
+                }
+                State::Ending => {
+                    self.complete();
+                    return None;
+                }
+            }
+            if self.hook.wants_attention() {
+                if self.incomplete {
+                    self.complete();
+                    // Completing used the flag, so a kick may have gone: look at everything again.
+                    continue;
+                }
+                match self.hook.before_run(self.fd) {
+                    HookVerdict::Run => {}
+                    HookVerdict::Pause(reason) => {
+                        self.control.request_pause(reason);
+                        continue;
+                    }
+                    HookVerdict::Stop(reason) => return Some(reason),
+                }
+            }
+            if let AfterExit::End(reason) = self.enter() {
+                return Some(reason);
+            }
+        }
+    }
+
+    fn set_immediate_exit(&mut self, value: u8) {
+        let flag = &raw mut self.fd.get_kvm_run().immediate_exit;
+        // SAFETY: a byte of this vCPU's mapped kvm_run. Volatile, because a signal handler of this
+        // thread writes it too.
+        unsafe { flag.write_volatile(value) };
+        // What a kick is about has to be looked at after the flag is cleared.
+        compiler_fence(Ordering::SeqCst);
+    }
+
+    /// Lets KVM finish the instruction whose access was answered, without running the guest.
+    fn complete(&mut self) {
+        for _ in 0..MAX_COMPLETIONS {
+            if !self.incomplete {
+                self.undo();
+                return;
+            }
+            self.set_immediate_exit(1);
+            if let AfterExit::End(reason) = self.enter() {
+                self.control.stop(reason);
+                return;
+            }
+        }
+    }
+
+    /// Shows the registers to who asks while the VM is paused.
+    fn show(&self) {
+        let registers = match (self.fd.get_regs(), self.fd.get_sregs()) {
+            (Ok(regs), Ok(sregs)) => {
+                Some(crate::machine::cpu::registers::registers(self.index, &regs, &sregs))
+            }
+            (Err(error), _) | (_, Err(error)) => {
+                warn!("vCPU {}: its registers cannot be read: {error}", self.index);
+                None
+            }
+        };
+        self.control.show(self.index, registers);
+    }
+
+    /// Puts the registers back to where they were before a load that met poison.
+    fn undo(&mut self) {
+        let Some(regs) = self.undo.take() else { return };
+        if let Err(error) = self.fd.set_regs(&regs) {
+            warn!("vCPU {}: goes on behind a load that met poison: {error}", self.index);
+        }
+    }
+
+    /// One KVM_RUN, and the answer to its exit.
+    fn enter(&mut self) -> AfterExit {
+        self.incomplete = false;
+        let then = match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => {
+                self.incomplete = true;
+                Then::AfterExit(match self.bus.write(port, data) {
+                    None => AfterExit::Continue,
+                    Some(PowerEvent::Reset) => AfterExit::End(ExitReason::Reset),
+                    Some(PowerEvent::PowerOff) => AfterExit::End(ExitReason::PowerOff),
+                    Some(PowerEvent::Panicked(panic)) => {
+                        self.control.note_panic(panic);
+                        AfterExit::Continue
+                    }
+                })
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.incomplete = true;
+                self.bus.read(port, data);
+                Then::AfterExit(AfterExit::Continue)
+            }
+            Ok(VcpuExit::MmioRead(gpa, data)) => {
+                self.incomplete = true;
+                data.fill(0xff);
+                mmio(self.ram, RamAccess::load(gpa, data.len()))
+            }
+            Ok(VcpuExit::MmioWrite(gpa, data)) => {
+                self.incomplete = true;
+                mmio(self.ram, RamAccess::store(gpa, data))
+            }
+            Ok(VcpuExit::X86Rdmsr(exit)) => {
+                self.incomplete = true;
+                match self.hook.rdmsr(exit.index) {
+                    Some(data) => *exit.data = data,
+                    None => *exit.error = 1,
+                }
+                Then::AfterExit(AfterExit::Continue)
+            }
+            Ok(VcpuExit::X86Wrmsr(exit)) => {
+                self.incomplete = true;
+                if !self.hook.wrmsr(exit.index, exit.data) {
+                    *exit.error = 1;
+                }
+                Then::AfterExit(AfterExit::Continue)
+            }
+            Ok(VcpuExit::Shutdown) => {
+                Then::AfterExit(AfterExit::End(ExitReason::TripleFault { vcpu: self.index }))
+            }
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_SHUTDOWN, _)) => {
+                Then::AfterExit(AfterExit::End(ExitReason::PowerOff))
+            }
+            Ok(VcpuExit::SystemEvent(SYSTEM_EVENT_RESET, _)) => {
+                Then::AfterExit(AfterExit::End(ExitReason::Reset))
+            }
+            Ok(VcpuExit::Intr) => Then::AfterExit(AfterExit::Interrupted),
+            Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::IoapicEoi(_)) => {
+                Then::AfterExit(AfterExit::Continue)
+            }
+            Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
+                // It comes with an error, which kvm-ioctls keeps to itself.
+                let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EFAULT);
+                Then::Failed(RunFailure::MemoryFault { gpa, size, errno })
+            }
+            Ok(VcpuExit::InternalError) => {
+                // SAFETY: KVM said which member of the union it filled.
+                let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+                Then::Failed(RunFailure::Internal { suberror: internal.suberror })
+            }
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                Then::AfterExit(AfterExit::End(ExitReason::KvmError {
+                    vcpu: self.index,
+                    what: format!(
+                        "the processor refused to enter the guest, reason {reason:#x} on CPU {cpu}"
+                    ),
+                }))
+            }
+            Ok(other) => Then::AfterExit(AfterExit::End(ExitReason::KvmError {
+                vcpu: self.index,
+                what: format!("unexpected exit {other:?}"),
+            })),
+            Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
+                Then::AfterExit(AfterExit::Interrupted)
+            }
+            Err(error) => Then::Failed(RunFailure::Errno(error.errno())),
+        };
+        match then {
+            Then::AfterExit(step) => step,
+            Then::RamAccess(access) => {
+                // A store has been done as far as the registers go: the hook makes it, or it is lost with the page.
+                if access.store.is_none() && self.undo.is_none() {
+                    self.undo = self.fd.get_regs().ok();
+                }
+                let verdict = self.hook.mmio_in_ram(self.fd, access);
+                let step = self.obey(verdict);
+                if matches!(step, AfterExit::Continue) && !self.hook.wants_attention() {
+                    // No bad page: a slot that is being changed, say. The load is done again.
+                    self.complete();
+                }
+                step
+            }
+            Then::Failed(failure) => match self.hook.run_failed(self.fd, failure) {
+                Some(verdict) => self.obey(verdict),
+                None => AfterExit::End(self.describe(failure)),
+            },
+        }
+    }
+
+    fn obey(&self, verdict: HookVerdict) -> AfterExit {
+        match verdict {
+            HookVerdict::Run => AfterExit::Continue,
+            HookVerdict::Pause(reason) => {
+                // The loop sees it before the next entry.
+                self.control.request_pause(reason);
+                AfterExit::Continue
+            }
+            HookVerdict::Stop(reason) => AfterExit::End(reason),
+        }
+    }
+
+    fn describe(&self, failure: RunFailure) -> ExitReason {
+        let what = match failure {
+            RunFailure::Errno(errno) => {
+                format!("KVM_RUN: {}", std::io::Error::from_raw_os_error(errno))
+            }
+            RunFailure::MemoryFault { gpa, size, .. } => {
+                format!("no access to guest memory at {gpa:#x}, {size} bytes")
+            }
+            RunFailure::Internal { suberror: 1 } => "an instruction cannot be emulated".to_owned(),
+            RunFailure::Internal { suberror } => format!("internal error {suberror}"),
+        };
+        let rip = self.fd.get_regs().map_or_else(|_| "unknown".into(), |r| format!("{:#x}", r.rip));
+        ExitReason::KvmError { vcpu: self.index, what: format!("{what} (RIP {rip})") }
+    }
+}
+
+fn mmio(ram: &[RamBlock], access: RamAccess) -> Then {
+    if ram.iter().any(|block| block.contains_gpa(access.gpa)) {
+        Then::RamAccess(access)
+    } else {
+        Then::AfterExit(AfterExit::Continue)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mmio_in_ram_is_told_from_an_empty_bus() {
+        let ram = [RamBlock::new(0, 0x1000, 0)];
+        let access = |gpa| RamAccess::load(gpa, 4);
+        assert!(matches!(mmio(&ram, access(0xfff)), Then::RamAccess(_)));
+        assert!(matches!(mmio(&ram, access(0x1000)), Then::AfterExit(AfterExit::Continue)));
+    }
+
+    #[test]
+    fn a_kick_sets_the_flag_of_this_thread_only() {
+        install_kick_handler();
+        let control = VmControl::new(1).unwrap();
+        let mut flag = 0_u8;
+        let flag = &raw mut flag;
+        let enrolment = Enrolment::new(&control, 0, flag);
+        control.kick(0);
+        // SAFETY: a local of this function. A signal to oneself is there when the call returns.
+        assert_eq!(unsafe { flag.read_volatile() }, 1);
+        drop(enrolment);
+        // SAFETY: as above.
+        unsafe { flag.write_volatile(0) };
+        control.kick(0);
+        // SAFETY: as above.
+        assert_eq!(unsafe { flag.read_volatile() }, 0, "no kick after the end");
+    }
+}

@@ -1,0 +1,210 @@
+//! What only the VMM itself can do to its guest's pages, asked for through the API.
+
+use std::io;
+use std::time::Duration;
+
+use mce_relay::FailureKind;
+
+use super::uffd::Uffd;
+use crate::api::current::Running;
+use crate::api::types::means::Means;
+use crate::api::types::pages::{Gpa, Poison, Poisoning};
+use crate::api::types::vm::MemoryBlock;
+use crate::machine::lifecycle::Hold;
+use crate::machine::lifecycle::reasons::Parked;
+use crate::machine::memory::block::PAGE_SIZE;
+
+/// How long the vCPUs may take to leave the guest.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+
+/// FallbackReason none of the pages was touched.
+#[derive(Debug, thiserror::Error)]
+pub enum InsideError {
+    /// It is done from outside.
+    #[error(
+        "{0} is not done by the VMM itself, but by `mce-relay poison`, which takes the host's page frame from it"
+    )]
+    Outside(Means),
+    /// A page that is not there.
+    #[error("GPA {gpa:#x} is not guest RAM; this guest has {ram}")]
+    NotRam {
+        /// Its address.
+        gpa: u64,
+        /// Where there is RAM.
+        ram: String,
+    },
+    /// There is no such vCPU.
+    #[error("there is no vCPU {vcpu}; this guest has 0 to {last}")]
+    NoVcpu {
+        /// As asked for.
+        vcpu: u8,
+        /// The last there is.
+        last: usize,
+    },
+    /// The kernel has no such thing for this process.
+    #[error(
+        "this process cannot have a userfaultfd that poisons (Linux 6.6; a seccomp filter may forbid it)"
+    )]
+    Uffd(#[source] io::Error),
+    /// The guest runs on, and must not meanwhile.
+    #[error(
+        "the vCPUs did not stop, which they have to while pages are marked; nothing was touched"
+    )]
+    NotParked,
+    /// There is no guest any more.
+    #[error("the guest ended meanwhile; nothing was touched")]
+    Ended,
+}
+
+/// What became of a page: whether it was bad before, where that was looked at, and whether it was done.
+type Done = (Option<bool>, Result<(), String>);
+
+/// Does to the pages what `asked` says; what became of each.
+///
+/// # Errors
+/// See [`InsideError`]; no page has been touched then.
+pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, InsideError> {
+    let info = running.info();
+    for Gpa(gpa) in &asked.gpas {
+        if info.block(*gpa).is_none() {
+            return Err(InsideError::NotRam { gpa: *gpa, ram: info.ram_in_words() });
+        }
+    }
+    let each = |poison: &dyn Fn(&Place) -> Done| {
+        let pages = asked.gpas.iter().map(|gpa| {
+            // Looked up above.
+            let (was_bad, done) = match info.block(gpa.0) {
+                Some(block) => poison(&Place::new(block, gpa.0)),
+                None => (None, Err("not guest RAM".to_owned())),
+            };
+            Poisoning { gpa: *gpa, was_bad, error: done.err() }
+        });
+        pages.collect()
+    };
+    let is_bad = |place: &Place| {
+        let gpa = place.gpa & !(PAGE_SIZE - 1);
+        let known = running.relay.inspect(|l| l.get(gpa).is_some_and(|page| !page.is_forged()));
+        known || place.is_bad()
+    };
+    match asked.via {
+        Means::HwpoisonInject | Means::MceInject => Err(InsideError::Outside(asked.via)),
+        Means::Signal => {
+            let vcpu =
+                (asked.kind == FailureKind::ActionRequired).then_some(usize::from(asked.vcpu));
+            if let Some(vcpu) = vcpu.filter(|vcpu| *vcpu >= info.vcpus) {
+                let last = info.vcpus - 1;
+                return Err(InsideError::NoVcpu {
+                    vcpu: u8::try_from(vcpu).unwrap_or(u8::MAX),
+                    last,
+                });
+            }
+            Ok(each(&|place| {
+                let was_bad = Some(is_bad(place));
+                let forged = running.relay.forge(place.gpa, vcpu).map_err(|e| e.to_string());
+                (was_bad, forged)
+            }))
+        }
+        Means::Madvise => Ok(each(&|place| {
+            let done = place.own().and_then(|()| {
+                let done = running.relay.poisoning(|| advise(place.hva, libc::MADV_HWPOISON));
+                done.and_then(|done| done).map_err(|error| refused("MADV_HWPOISON", &error))
+            });
+            (None, done)
+        })),
+        Means::SoftOffline => Ok(each(&|place| {
+            let done = place.own().and_then(|()| {
+                advise(place.hva, libc::MADV_SOFT_OFFLINE)
+                    .map_err(|error| refused("MADV_SOFT_OFFLINE", &error))
+            });
+            (None, done)
+        })),
+        Means::Uffd => {
+            let uffd = Uffd::open().map_err(InsideError::Uffd)?;
+            let held = held(running)?;
+            let done = each(&|place| {
+                if is_bad(place) {
+                    return (Some(true), Err("it is bad already; nothing was done".to_owned()));
+                }
+                let page = place.hva - place.hva % place.page_size;
+                let done = uffd.poison(page, place.page_size);
+                (Some(false), done.map_err(|error| format!("UFFDIO_POISON: {error}")))
+            });
+            drop(held);
+            Ok(done)
+        }
+    }
+}
+
+/// A page of guest RAM in this process.
+struct Place {
+    gpa: u64,
+    hva: u64,
+    /// In bytes.
+    page_size: u64,
+    /// Nobody else can have what is written there.
+    is_private: bool,
+}
+
+impl Place {
+    fn new(block: &MemoryBlock, gpa: u64) -> Self {
+        let hva = block.hva + (gpa - block.gpa);
+        Self { gpa, hva, page_size: block.page_size, is_private: !block.shared }
+    }
+
+    /// Whether the kernel says that it is bad. One that has no memory gets some, to be read.
+    fn is_bad(&self) -> bool {
+        advise(self.hva, libc::MADV_POPULATE_READ)
+            .is_err_and(|error| error.raw_os_error() == Some(libc::EHWPOISON))
+    }
+
+    /// Sees to it that what is there is this process's own. What it has only read may be the zero page of
+    /// the whole host, a page of KSM's, or the file's own; as soon as it is written to it is a copy of those.
+    /// Nothing of what is in it changes.
+    fn own(&self) -> Result<(), String> {
+        if !self.is_private {
+            return Ok(());
+        }
+        advise(self.hva, libc::MADV_POPULATE_WRITE).map_err(|error| match error.raw_os_error() {
+            Some(libc::EHWPOISON) => "it is bad already; nothing was done".to_owned(),
+            Some(libc::EINVAL) => format!(
+                "madvise(MADV_POPULATE_WRITE): {error}; it takes Linux 5.14, without which nobody can tell \
+                 whose page it is"
+            ),
+            _ => format!("madvise(MADV_POPULATE_WRITE): {error}; the page has no memory of its own"),
+        })
+    }
+}
+
+fn refused(what: &str, error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => format!(
+            "madvise({what}) is refused to the VMM, which needs CAP_SYS_ADMIN for it: {error}; \
+             start it as root, or use --via uffd or signal"
+        ),
+        Some(libc::EINVAL) => format!(
+            "madvise({what}): {error}; this kernel has no memory failure handling (CONFIG_MEMORY_FAILURE)"
+        ),
+        _ => format!("madvise({what}): {error}"),
+    }
+}
+
+/// madvise on the 4 KiB page that holds `hva`.
+fn advise(hva: u64, advice: libc::c_int) -> io::Result<()> {
+    let page = hva & !0xfff;
+    let page = usize::try_from(page).map_err(io::Error::other)?;
+    // SAFETY: the page is guest RAM, into which no reference exists; that it goes bad, if it does, is what
+    // everybody who uses it is made for.
+    let result =
+        unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(page), 4096, advice) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The vCPUs, held until the returned value goes and out of the guest.
+fn held(running: &Running) -> Result<Hold, InsideError> {
+    let hold = running.control.hold();
+    match running.control.wait_parked(PAUSE_PATIENCE) {
+        Parked::All => Ok(hold),
+        Parked::Not(_) => Err(InsideError::NotParked),
+        Parked::Unpaused => Err(InsideError::Ended),
+    }
+}

@@ -1,0 +1,45 @@
+//! What SIGHUP means: that the terminal is gone, which ends the VM, or that files were moved away
+//! (logrotate), which has them opened again.
+//!
+//! The kernel sends it when a terminal hangs up, and a shell hands it on to its jobs; at that time the
+//! terminal is no longer there. Whoever was started with SIGHUP ignored (nohup) goes on either way.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::OnceLock;
+
+use crate::sandbox::terminal;
+
+/// Whether this process was started on a terminal.
+static HAD_TERMINAL: OnceLock<bool> = OnceLock::new();
+
+/// Whether SIGHUP was ignored when this process was started. To be asked before a handler is installed; looks,
+/// too, whether there is a terminal to lose.
+#[must_use]
+pub fn is_ignored() -> bool {
+    HAD_TERMINAL.get_or_init(has_terminal);
+    ignores(libc::SIGHUP)
+}
+
+/// Whether this process ignores `signal`, as whoever has started it may have it.
+#[must_use]
+pub fn ignores(signal: i32) -> bool {
+    // SAFETY: sigaction is plain data, and a null action changes nothing.
+    let (result, now) = unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        (libc::sigaction(signal, std::ptr::null(), &raw mut now), now)
+    };
+    result == 0 && now.sa_sigaction == libc::SIG_IGN
+}
+
+/// Whether a SIGHUP that has come ends the VM.
+#[must_use]
+pub fn is_the_end() -> bool {
+    terminal::is_raw() || (HAD_TERMINAL.get() == Some(&true) && !has_terminal())
+}
+
+/// Whether this process has a controlling terminal.
+fn has_terminal() -> bool {
+    let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
+    OpenOptions::new().read(true).custom_flags(flags).open("/dev/tty").is_ok()
+}

@@ -1,0 +1,42 @@
+//! What to boot, and how.
+
+use std::path::PathBuf;
+
+use mce_relay::{AoChannel, KillPolicy, Pace};
+
+use crate::api::types::policy::{Notify, OnUndeliverable};
+use crate::config::{MemoryZone, VmConfig};
+use crate::outlets::files::LogFile;
+use crate::sandbox::seccomp::Mode;
+use crate::session::names::VmName;
+
+/// What to boot, and how; the command line's options as this process needs them.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    /// The machine and what it boots.
+    pub vm: VmConfig,
+    /// The zones of guest RAM.
+    pub memory: Vec<MemoryZone>,
+    /// What the VM is called.
+    pub name: Option<VmName>,
+    /// Where its API socket is to be, if it has no name.
+    pub api_socket: Option<PathBuf>,
+    /// The file that every event is appended to.
+    pub event_monitor: Option<LogFile>,
+    /// Whether an Intel-style guest is offered local machine checks.
+    pub lmce: bool,
+    /// When errors are taken.
+    pub mce_kill: KillPolicy,
+    /// What is done about an AR that the guest cannot be told of.
+    pub on_undeliverable: OnUndeliverable,
+    /// Which way AOs go.
+    pub ao_channel: AoChannel,
+    /// How the guest is notified by its error source; `None` when it is given none.
+    pub ghes: Option<Notify>,
+    /// How fast the guest is told of AOs.
+    pub ao_pace: Pace,
+    /// Which system calls the VMM may make.
+    pub seccomp: Mode,
+    /// Whether it ends where the guest would start over.
+    pub no_reboot: bool,
+}

@@ -1,0 +1,69 @@
+//! What leads out of this process, from the first boot to the end.
+
+use log::warn;
+
+use crate::api::current::Current;
+use crate::config::VmConfig;
+use crate::events::monitor::Monitor;
+use crate::machine::devices::serial::{self, SerialLines};
+use crate::machine::vcpu::hooks::HookError;
+use crate::outlets::files::Appended;
+use crate::sandbox::seccomp::Filters;
+use crate::session::config::RunConfig;
+use crate::session::{names, record};
+
+/// What does not change from boot to boot.
+pub(super) struct Session<'a> {
+    pub(super) config: &'a RunConfig,
+    pub(super) filters: &'a Filters,
+    pub(super) monitor: &'a Monitor,
+    pub(super) current: &'a Current,
+}
+
+impl Session<'_> {
+    /// Writes down what a named VM is to leave. It runs without, too.
+    fn keep_a_record(&self) {
+        let Some(name) = &self.config.name else { return };
+        let dir = names::record_dir(name);
+        if let Err(error) = record::begin(&dir, name.as_str(), self.monitor, self.current) {
+            warn!(
+                "cannot keep the events and the ledger in {}: {error}; they go with the VM",
+                dir.display()
+            );
+        }
+    }
+}
+
+/// What leads out of this process; opened when the first VM is all but made, and then kept.
+#[derive(Default)]
+pub(crate) struct Outlets {
+    pub(super) lines: Option<SerialLines>,
+    /// Of the event monitor, if it had to be opened before.
+    pub(super) monitor_file: Option<Appended>,
+    pub(super) boot: u32,
+}
+
+impl Outlets {
+    /// Opens what is not open yet, and notes the boot.
+    pub(super) fn open(
+        &mut self,
+        config: &VmConfig,
+        session: &Session<'_>,
+    ) -> Result<SerialLines, HookError> {
+        let lines = match &self.lines {
+            Some(lines) => lines.clone(),
+            None => {
+                let lines = serial::open_lines(&config.serial, session.filters)?;
+                match (self.monitor_file.take(), &session.config.event_monitor) {
+                    (Some(file), _) => session.monitor.write_on("file", file)?,
+                    (None, Some(path)) => session.monitor.write_to(path)?,
+                    (None, None) => {}
+                }
+                session.keep_a_record();
+                self.lines.insert(lines).clone()
+            }
+        };
+        lines.iter().flatten().for_each(|line| line.note_boot(self.boot));
+        Ok(lines)
+    }
+}
