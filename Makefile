@@ -98,7 +98,7 @@ check:
 	$(CARGO) clippy --release --locked --workspace --all-targets --all-features -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --locked --workspace --no-deps
 	tests/portable.sh
-	tests/layers.py vmm cli
+	tests/layers.py relay vmm cli
 	$(CARGO) package --quiet --locked --allow-dirty -p mce-relay
 	@PATH="$$PWD/target/tools/bin:$$PATH"; \
 	if $(CARGO) deny --version >/dev/null 2>&1; then \
