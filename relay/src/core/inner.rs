@@ -34,7 +34,7 @@ pub(crate) struct Inner {
     pub(crate) ledger: Ledger,
     pub(crate) vcpus: Vec<Option<Attached>>,
     pub(crate) gathering: Option<Gathering>,
-    /// Rounds called so far.
+    /// Gatherings called so far.
     pub(crate) gatherings: u64,
     /// The pause before whoever something waits for is called again.
     pub(crate) retry: Duration,

@@ -112,7 +112,7 @@ pub enum ChannelStep {
     /// Nothing waits here.
     Idle,
     /// Nothing can be done now; the page named is the next in turn, if none lies in the block.
-    WaitReason(Option<(u64, Notice)>, WaitReason),
+    Wait(Option<(u64, Notice)>, WaitReason),
     /// Write this into the block and notify the guest;
     /// [`Delivery::firmware_refused`](crate::decide::machine_check::Delivery::firmware_refused) if that fails.
     Publish(Publication),
@@ -273,7 +273,7 @@ impl Channel {
     ) -> (Vec<Outcome>, ChannelStep) {
         self.watches_boot = false;
         if self.lying.is_some() {
-            return (Vec::new(), ChannelStep::WaitReason(None, WaitReason::InBlock));
+            return (Vec::new(), ChannelStep::Wait(None, WaitReason::InBlock));
         }
         let Some((notice, first)) = self.first() else { return (Vec::new(), ChannelStep::Idle) };
         let up = up_since.is_some_and(|at| now.saturating_sub(at) >= self.patience);
@@ -285,7 +285,7 @@ impl Channel {
                 self.watches_boot = true;
                 return (
                     Vec::new(),
-                    ChannelStep::WaitReason(Some((first, notice)), WaitReason::NoSourceYet),
+                    ChannelStep::Wait(Some((first, notice)), WaitReason::NoSourceYet),
                 );
             }
             (None, _) if silent => Some(FallbackReason::Silent),
@@ -302,7 +302,7 @@ impl Channel {
         // At most MAX_PAGES, which fits.
         let room = (room as usize).min(MAX_PAGES);
         if room == 0 {
-            return (Vec::new(), ChannelStep::WaitReason(Some((first, notice)), WaitReason::Pace));
+            return (Vec::new(), ChannelStep::Wait(Some((first, notice)), WaitReason::Pace));
         }
         let queue = match notice {
             Notice::Lost => &mut self.lost,
@@ -417,13 +417,13 @@ mod tests {
         let sight = well();
         let step = channel.step(&sight, MILLI, None, 3).1;
         assert_eq!(published(step).gpas, [0, 1, 2]);
-        let waits = ChannelStep::WaitReason(None, WaitReason::InBlock);
+        let waits = ChannelStep::Wait(None, WaitReason::InBlock);
         assert_eq!(look(&mut channel, with(|s| s.block = Block::Ours), 2 * MILLI).1, waits);
         let taken = channel.settle(&sight, 3 * MILLI);
         let expected = [0, 1, 2].map(|gpa| Outcome::Taken { gpa, notice: Notice::Lost, record: 1 });
         assert_eq!(taken, expected);
         let none = channel.step(&sight, 3 * MILLI, None, 0).1;
-        assert_eq!(none, ChannelStep::WaitReason(Some((3, Notice::Lost)), WaitReason::Pace));
+        assert_eq!(none, ChannelStep::Wait(Some((3, Notice::Lost)), WaitReason::Pace));
         let all = published(channel.step(&sight, 3 * MILLI, None, ALL).1);
         assert_eq!((all.number, all.gpas), (2, (3..18).collect()));
     }
@@ -435,10 +435,7 @@ mod tests {
             let mut channel = holding([1]);
             let (outcomes, step) = channel.step(&deaf, Duration::from_secs(100), up_since, ALL);
             assert!(outcomes.is_empty());
-            assert_eq!(
-                step,
-                ChannelStep::WaitReason(Some((1, Notice::Lost)), WaitReason::NoSourceYet)
-            );
+            assert_eq!(step, ChannelStep::Wait(Some((1, Notice::Lost)), WaitReason::NoSourceYet));
             assert!(channel.watches_boot);
             let step = channel.step(&well(), Duration::from_secs(101), up_since, ALL).1;
             assert_eq!(published(step).gpas, [1]);

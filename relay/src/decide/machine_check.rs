@@ -71,9 +71,9 @@ pub enum Step {
     /// [`Delivery::rendezvous`].
     Rendezvous(Pending),
     /// Nothing can be told now; ask again later.
-    WaitReason(Pending, WaitReason),
+    Wait(Pending, WaitReason),
     /// This error can never be told.
-    UndeliverableReason(Pending, UndeliverableReason),
+    Cannot(Pending, UndeliverableReason),
 }
 
 /// What became of a record that lay in a bank.
@@ -449,10 +449,10 @@ impl Delivery {
         if error.kind == FailureKind::ActionRequired
             && let Some(rounds) = self.take_loop(error.gpa)
         {
-            return Step::UndeliverableReason(error, UndeliverableReason::Loop { rounds });
+            return Step::Cannot(error, UndeliverableReason::Loop { rounds });
         }
         let Some(form) = mca::form(error.kind, &self.caps) else {
-            return Step::UndeliverableReason(error, UndeliverableReason::NoForm);
+            return Step::Cannot(error, UndeliverableReason::NoForm);
         };
         let placed = self.place(vcpu, state, form).and_then(|bank| match error.kind {
             FailureKind::ActionOptional => self.may_go(vcpu, form, now).map(|()| bank),
@@ -833,11 +833,11 @@ impl Delivery {
     fn blocked(&self, vcpu: usize, error: Pending, wait: WaitReason) -> Step {
         match error.kind {
             FailureKind::ActionRequired => {
-                Step::UndeliverableReason(error, UndeliverableReason::Blocked { by: wait })
+                Step::Cannot(error, UndeliverableReason::Blocked { by: wait })
             }
             // Where any vCPU will do, one of them says what all wait for.
             FailureKind::ActionOptional if vcpu != self.ao_vcpu => Step::Idle,
-            FailureKind::ActionOptional => Step::WaitReason(error, wait),
+            FailureKind::ActionOptional => Step::Wait(error, wait),
         }
     }
 }
@@ -949,7 +949,7 @@ mod tests {
             state.interrupts_on = true;
             assert_eq!(delivery.taken(vcpu, &state, now).len(), 1, "it took it");
         }
-        if let Step::UndeliverableReason(error, _) = &step {
+        if let Step::Cannot(error, _) = &step {
             delivery.forget(vcpu, error);
         }
         step
@@ -966,10 +966,7 @@ mod tests {
             }
             let error = Pending { gpa: PAGE, kind: FailureKind::ActionRequired };
             let why = UndeliverableReason::Loop { rounds: LOOP_ROUNDS };
-            assert_eq!(
-                round(&mut delivery, PAGE, millis(LOOP_ROUNDS)),
-                Step::UndeliverableReason(error, why)
-            );
+            assert_eq!(round(&mut delivery, PAGE, millis(LOOP_ROUNDS)), Step::Cannot(error, why));
             assert!(delivery.is_idle(), "and whoever goes on has as many rounds again");
         }
         const { assert!(LOOP_ROUNDS < 100) };
@@ -1009,7 +1006,7 @@ mod tests {
                 round(&mut delivery, gpa, LATER + Duration::from_millis(n.into()))
             })
             .collect();
-        let loops = steps.iter().filter(|step| matches!(step, Step::UndeliverableReason(..)));
+        let loops = steps.iter().filter(|step| matches!(step, Step::Cannot(..)));
         assert_eq!(loops.count(), 2, "{steps:?}");
     }
 
@@ -1061,7 +1058,7 @@ mod tests {
             ];
             for (state, why) in cases {
                 let error = Pending { gpa: PAGE, kind: FailureKind::ActionOptional };
-                assert_eq!(delivery.next(0, &state, LATER), Step::WaitReason(error, why), "{name}");
+                assert_eq!(delivery.next(0, &state, LATER), Step::Wait(error, why), "{name}");
             }
         }
     }
@@ -1075,7 +1072,7 @@ mod tests {
         let by = WaitReason::Mcip { vcpu: 1 };
         assert_eq!(
             delivery.next(1, &state, LATER),
-            Step::UndeliverableReason(error, UndeliverableReason::Blocked { by })
+            Step::Cannot(error, UndeliverableReason::Blocked { by })
         );
     }
 
@@ -1157,7 +1154,7 @@ mod tests {
         delivery.push_ao(PAGE);
         let error = Pending { gpa: PAGE, kind: FailureKind::ActionOptional };
         let wait = |vcpu| WaitReason::EventInFlight { vcpu };
-        assert_eq!(delivery.next(0, &busy(), LATER), Step::WaitReason(error, wait(0)));
+        assert_eq!(delivery.next(0, &busy(), LATER), Step::Wait(error, wait(0)));
         assert_eq!(rendezvous(&mut delivery, &[Some(ready()), Some(busy())]), Err(wait(1)));
         // A deferred record interrupts nothing, and an AR has to be told.
         let mut delivery = open(amd(), 1);
@@ -1182,7 +1179,7 @@ mod tests {
         };
         inject(&mut delivery, 0, &mut lmce(true), LATER);
         let next = Pending { gpa: 0x2000, kind: FailureKind::ActionOptional };
-        let waits = Step::WaitReason(next, WaitReason::InHandler { vcpu: 0 });
+        let waits = Step::Wait(next, WaitReason::InHandler { vcpu: 0 });
         let leaving = lmce(false);
         assert_eq!(delivery.taken(0, &leaving, LATER).len(), 1, "acknowledged all the same");
         assert_eq!(delivery.next(0, &leaving, LATER), waits);
@@ -1190,7 +1187,7 @@ mod tests {
         // A guest that idles with interrupts off is given a second.
         inject(&mut delivery, 0, &mut lmce(true), LATER);
         delivery.push_ao(0x3000);
-        assert!(matches!(delivery.next(0, &leaving, LATER), Step::WaitReason(..)));
+        assert!(matches!(delivery.next(0, &leaving, LATER), Step::Wait(..)));
         assert!(matches!(delivery.next(0, &leaving, LATER + LEAVE), Step::Inject(_)));
     }
 
@@ -1284,7 +1281,7 @@ mod tests {
         assert_eq!(given, expected);
         let full = WaitReason::BankValid { vcpu: 0, bank: AO_BANK };
         let error = Pending { gpa: 14 << 12, kind: FailureKind::ActionOptional };
-        assert_eq!(delivery.next(0, &states[0], LATER), Step::WaitReason(error, full));
+        assert_eq!(delivery.next(0, &states[0], LATER), Step::Wait(error, full));
         assert_eq!(delivery.next(1, &states[1], LATER), Step::Idle, "one says what all wait for");
 
         states[1].banks[2].status = 0;
@@ -1303,9 +1300,8 @@ mod tests {
         (0..3).for_each(|_| {
             inject(&mut delivery, 0, &mut state, LATER);
         });
-        let paced = |gpa| {
-            Step::WaitReason(Pending { gpa, kind: FailureKind::ActionOptional }, WaitReason::Pace)
-        };
+        let paced =
+            |gpa| Step::Wait(Pending { gpa, kind: FailureKind::ActionOptional }, WaitReason::Pace);
         assert_eq!(delivery.next(0, &state, LATER), paced(3 << 12));
         assert_eq!(delivery.room_at(), None, "time alone makes no room");
         assert_eq!(delivery.waiting_vcpus(LATER), [0], "to see what the guest takes");
@@ -1328,7 +1324,7 @@ mod tests {
         let mut delivery = Delivery::new(Some(amd()), 1, Pace::default());
         delivery.push_ao(PAGE);
         let error = Pending { gpa: PAGE, kind: FailureKind::ActionOptional };
-        let just = Step::WaitReason(error, WaitReason::JustOpened { vcpu: 0 });
+        let just = Step::Wait(error, WaitReason::JustOpened { vcpu: 0 });
         let at = Duration::from_millis;
         assert_eq!(delivery.next(0, &ready(), at(5000)), just);
         assert_eq!(delivery.next(0, &ready(), at(5999)), just);
@@ -1361,7 +1357,7 @@ mod tests {
         let error = Pending { gpa: PAGE, kind: FailureKind::ActionOptional };
         assert_eq!(
             delivery.next(0, &ready(), LATER),
-            Step::WaitReason(error, WaitReason::NoBank { vcpu: 0 })
+            Step::Wait(error, WaitReason::NoBank { vcpu: 0 })
         );
     }
 }

@@ -212,13 +212,13 @@ impl Source {
         if withdraws {
             self.withdraw();
         }
-        if !matches!(step, ChannelStep::WaitReason(_, WaitReason::InBlock)) {
+        if !matches!(step, ChannelStep::Wait(_, WaitReason::InBlock)) {
             // What the guest writes behind a status word of zero is nobody's business.
             self.record.clear();
         }
         let pause = match step {
             ChannelStep::Idle => IDLE_TICK,
-            ChannelStep::WaitReason(first, wait) => {
+            ChannelStep::Wait(first, wait) => {
                 if let Some((gpa, notice)) = first {
                     shared.waits_here(&mut shared.lock(), gpa, notice, wait);
                 }

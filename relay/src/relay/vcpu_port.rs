@@ -203,11 +203,11 @@ impl VcpuPort {
                         return Verdict::Run;
                     }
                 }
-                Some(Step::WaitReason(error, wait)) => {
+                Some(Step::Wait(error, wait)) => {
                     shared.waiting(&mut inner, error, wait);
                     return Verdict::Run;
                 }
-                Some(Step::UndeliverableReason(error, why)) => {
+                Some(Step::Cannot(error, why)) => {
                     shared.undeliverable(&mut inner, me, error, why, Some(state.rip));
                     if error.kind == FailureKind::ActionRequired {
                         let rip = Some(state.rip);

@@ -251,12 +251,12 @@ impl<V: Vcpu> Driver<V> {
                     break;
                 }
                 Step::Inject(told) => self.inject(&[told]),
-                Step::WaitReason(error, wait) => {
+                Step::Wait(error, wait) => {
                     self.waiting(error, wait);
                     break;
                 }
                 // After an AR that cannot be told the VMM decides; it comes back before it runs.
-                Step::UndeliverableReason(error, why) => self.cannot(me, error, why),
+                Step::Cannot(error, why) => self.cannot(me, error, why),
                 Step::Rendezvous(error) => {
                     let paused = (0..self.vcpus.len()).find(|vcpu| self.audit.paused[*vcpu]);
                     let late = (0..self.vcpus.len()).find(|vcpu| self.audit.late[*vcpu]);
