@@ -11,7 +11,7 @@ use crate::ghes;
 /// The interrupt by which ACPI's events come: a line that no device of a PC's has for itself. An edge.
 pub const GSI: u32 = 10;
 
-/// FallbackReason the button was not pressed.
+/// Why the button was not pressed.
 #[derive(Debug, thiserror::Error)]
 pub enum PressError {
     /// The guest does not look.

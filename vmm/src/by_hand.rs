@@ -92,7 +92,7 @@ impl std::fmt::Display for OnVcpu {
     }
 }
 
-/// FallbackReason nothing was injected.
+/// Why nothing was injected.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
     /// The request makes no sense.

@@ -19,7 +19,7 @@ use crate::peer::Peer;
 /// The longest answer, in bytes, that is taken from one that is asked in passing.
 const MAX_IN_PASSING: u64 = 1 << 20;
 
-/// FallbackReason a VM did not answer.
+/// Why a VM did not answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens there.

@@ -51,7 +51,7 @@ pub struct Undeliverable {
     /// Guest-physical address of the page.
     #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
-    /// FallbackReason the guest cannot be told.
+    /// Why the guest cannot be told.
     pub why: String,
     /// Where the vCPU was: its RIP, if it is known.
     #[serde(with = "mce_relay::hex_option")]
@@ -70,7 +70,7 @@ impl fmt::Display for Undeliverable {
     }
 }
 
-/// FallbackReason a VM is paused.
+/// Why a VM is paused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "reason")]
 pub enum PauseReason {
@@ -133,7 +133,7 @@ pub enum Parked {
     Unpaused,
 }
 
-/// FallbackReason a VM ended.
+/// Why a VM ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ExitReason {
     /// The guest powered itself off.
@@ -306,7 +306,7 @@ impl VmControl {
         }
     }
 
-    /// FallbackReason the VM ended, or is about to.
+    /// Why the VM ended, or is about to.
     #[must_use]
     pub fn exit_reason(&self) -> Option<ExitReason> {
         self.lock().reason.clone()
@@ -401,7 +401,7 @@ impl VmControl {
         });
     }
 
-    /// FallbackReason the VM is paused, if it is.
+    /// Why the VM is paused, if it is.
     #[must_use]
     pub fn paused(&self) -> Option<PauseReason> {
         self.lock().holders.reason()

@@ -74,7 +74,7 @@ impl FromStr for Which {
     }
 }
 
-/// FallbackReason a name leads nowhere.
+/// Why a name leads nowhere.
 #[derive(Debug, thiserror::Error)]
 pub enum NameError {
     /// No VM is called so.
@@ -107,7 +107,7 @@ pub enum NameError {
     Dir {
         /// The directory.
         dir: PathBuf,
-        /// FallbackReason not.
+        /// Why not.
         #[source]
         source: io::Error,
     },

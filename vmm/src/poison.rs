@@ -249,7 +249,7 @@ impl Burst {
     }
 }
 
-/// FallbackReason a page was not poisoned.
+/// Why a page was not poisoned.
 #[derive(Debug, thiserror::Error)]
 pub enum PoisonError {
     /// The VM does not answer.
@@ -290,7 +290,7 @@ pub enum PoisonError {
          risk with --force"
     )]
     Unprotected {
-        /// FallbackReason there is no filter.
+        /// Why there is no filter.
         why: NoMemcg,
     },
     /// The kernel cannot poison memory.
@@ -629,7 +629,7 @@ struct Until<'a> {
 }
 
 impl Until<'_> {
-    /// FallbackReason no more pages are tried.
+    /// Why no more pages are tried.
     fn reached(&self) -> Option<PoisonError> {
         match (self.interrupted.is_set(), self.life.is_over()) {
             (true, _) => Some(PoisonError::Interrupted),

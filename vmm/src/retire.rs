@@ -40,7 +40,7 @@ impl Retired {
     }
 }
 
-/// FallbackReason no page was asked for.
+/// Why no page was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum RetireError {
     /// The VM does not answer.

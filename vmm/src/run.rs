@@ -36,7 +36,7 @@ use crate::sockets::BindError;
 use crate::vcpu::{HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup};
 use crate::vm::{Vm, VmError, VmHooks, VmView};
 
-/// FallbackReason a guest could not be run.
+/// Why a guest could not be run.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// The event monitor.
@@ -71,7 +71,7 @@ pub enum RunError {
     Policy(#[source] std::io::Error),
 }
 
-/// FallbackReason a VM could not be given a relay.
+/// Why a VM could not be given a relay.
 #[derive(Debug, thiserror::Error)]
 enum RelayError {
     #[error(transparent)]

@@ -83,7 +83,7 @@ fn everything() -> Vec<Call> {
     all
 }
 
-/// FallbackReason there are no filters.
+/// Why there are no filters.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// They cannot be made.

@@ -59,7 +59,7 @@ const RETRY_MS: i32 = 100;
 /// job that it takes to the foreground while it runs.
 const BACKGROUND_MS: i32 = 250;
 
-/// FallbackReason there is no serial port.
+/// Why there is no serial port.
 #[derive(Debug, Error)]
 pub enum SerialError {
     /// No more file descriptors.

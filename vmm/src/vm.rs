@@ -45,7 +45,7 @@ const LAPIC_LVT_LINT1: usize = 0x360;
 const LVT_EXTINT: u32 = 7 << 8;
 const LVT_NMI: u32 = 4 << 8;
 
-/// FallbackReason there is no VM.
+/// Why there is no VM.
 #[derive(Debug, Error)]
 pub enum VmError {
     /// The configuration is impossible.

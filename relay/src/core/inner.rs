@@ -90,7 +90,7 @@ impl Inner {
         self.vcpus.iter().flatten().any(|vcpu| vcpu.parked)
     }
 
-    /// Asks for `vcpu`'s attention, the next time that it comes gathering.
+    /// Asks for `vcpu`'s attention, the next time that it comes round.
     pub(crate) fn ask(&self, vcpu: usize) {
         if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
             attached.slot.ask_attention();

@@ -40,7 +40,7 @@ impl Shared {
         inner.wait(&self.gathered, time)
     }
 
-    /// `vcpu` has come gathering; a gathering may wait for it again.
+    /// `vcpu` has come round; a gathering may wait for it again.
     pub(crate) fn comes_round(&self, inner: &mut Inner, vcpu: usize) {
         if let Some(attached) = inner.vcpus[vcpu].as_mut().filter(|attached| attached.late) {
             attached.late = false;

@@ -165,7 +165,7 @@ pub struct Gpa(#[serde(with = "mce_relay::hex")] pub u64);
 pub struct Retiring {
     /// Guest-physical address of the page.
     pub gpa: Gpa,
-    /// FallbackReason it is not, or null.
+    /// Why it is not, or null.
     pub error: Option<String>,
 }
 
@@ -196,7 +196,7 @@ pub struct Poisoning {
     pub gpa: Gpa,
     /// Whether the page was really bad before, by the kernel or the ledger; null where it was not looked at.
     pub was_bad: Option<bool>,
-    /// FallbackReason it was not done, or null.
+    /// Why it was not done, or null.
     pub error: Option<String>,
 }
 

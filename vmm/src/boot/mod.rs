@@ -46,7 +46,7 @@ fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
-/// FallbackReason a kernel could not be put into guest RAM.
+/// Why a kernel could not be put into guest RAM.
 #[derive(Debug, Error)]
 pub enum BootError {
     /// A file could not be opened or read.

@@ -26,7 +26,7 @@ use crate::seccomp::{Filters, Thread};
 use crate::show::counted;
 pub use hub::{Entry, Follower, Hub, Next, What};
 
-/// FallbackReason events cannot be written down.
+/// Why events cannot be written down.
 #[derive(Debug, thiserror::Error)]
 pub enum MonitorError {
     /// The event monitor's file could not be opened.

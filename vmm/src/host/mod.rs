@@ -27,7 +27,7 @@ pub const EARLY_KILL_SYSCTL: &str = "/proc/sys/vm/memory_failure_early_kill";
 
 const PAGE_SHIFT: u32 = 12;
 
-/// FallbackReason the host could not be asked, or told.
+/// Why the host could not be asked, or told.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
     /// A file of the kernel could not be used.

@@ -4,7 +4,7 @@ use std::io;
 
 use super::{HostError, PageFlags, PfnFile, UNPOISON_PFN};
 
-/// FallbackReason a page frame is not given back.
+/// Why a page frame is not given back.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpoisonError {
     /// The host cannot be asked or told.

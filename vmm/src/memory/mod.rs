@@ -37,7 +37,7 @@ pub const HOLE_START: u64 = 3 << 30;
 /// Where the hole for devices ends.
 pub const HOLE_END: u64 = 4 << 30;
 
-/// FallbackReason there is no guest RAM.
+/// Why there is no guest RAM.
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// The size is zero or too small to boot in.
