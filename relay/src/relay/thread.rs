@@ -23,7 +23,7 @@ pub(crate) struct Own {
     pub(crate) policy: KillPolicy,
     pub(crate) source: Option<Source>,
     pub(crate) search: Option<Search>,
-    /// [`Config::on_thread`].
+    /// [`RelayBuilder::on_thread`](crate::RelayBuilder::on_thread).
     pub(crate) set_up: Box<dyn FnOnce() -> io::Result<()> + Send>,
 }
 
