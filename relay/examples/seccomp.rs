@@ -2,7 +2,7 @@
 //! of seccompiler have in files: `cargo run -p mce-relay --example seccomp`. Merge each list into the `filter`
 //! of your thread. That a pid has to be the process's own cannot be said there.
 
-use mce_relay::syscalls::{Call, HANDLE, Is, KICK, RELAY, START, THREAD, VCPU};
+use mce_relay::syscalls::{Call, Is, LISTS};
 use serde_json::{Value, json};
 
 fn rule(call: &Call) -> Value {
@@ -19,15 +19,7 @@ fn rule(call: &Call) -> Value {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let lists = [
-        ("any thread", THREAD),
-        ("relay", RELAY),
-        ("vcpu", VCPU),
-        ("handle", HANDLE),
-        ("start", START),
-        ("kick", KICK),
-    ];
-    let all: serde_json::Map<String, Value> = lists
+    let all: serde_json::Map<String, Value> = LISTS
         .into_iter()
         .map(|(name, list)| (name.to_owned(), list.iter().map(rule).collect()))
         .collect();

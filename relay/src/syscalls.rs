@@ -269,6 +269,16 @@ pub const VCPU: &[Call] =
 pub const HANDLE: &[Call] =
     &[WAKE, COPY, IS_POISONED, IS_MAPPED, GETPID, GETTID, SIGACTION, SIGQUEUE];
 
+/// All lists, each with its name: for tables and files.
+pub const LISTS: [(&str, &[Call]); 6] = [
+    ("any thread", THREAD),
+    ("relay", RELAY),
+    ("vcpu", VCPU),
+    ("handle", HANDLE),
+    ("start", START),
+    ("kick", KICK),
+];
+
 #[cfg(feature = "seccompiler")]
 mod filters {
     use std::collections::BTreeMap;

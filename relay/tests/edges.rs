@@ -15,7 +15,7 @@ use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap, status};
 use mce_relay::{
     AttachError, Bell, ErrorSource, Event, ExitByte, FailureKind, Form, FoundBy, Handle, Injection,
     Ledger, Mca, NoMachineChecks, Pace, RamError, RamMap, RamRegion, Relay, RelayBuilder, State,
-    VcpuPort, Verdict,
+    UndeliverableReason, VcpuPort, Verdict,
 };
 
 const HVA: u64 = 0x7f00_0000_0000;
@@ -1026,20 +1026,92 @@ fn an_mmio_exit_is_a_touch_whoever_saw_it() {
     });
 }
 
-/// A VMM on an architecture without machine checks: an AR is undeliverable, and nothing is lost.
+/// A VMM on an architecture without machine checks: nothing can be told, and nothing is lost.
 #[test]
 fn a_relay_without_machine_checks() {
+    for code in [BUS_MCEERR_AO, BUS_MCEERR_AR] {
+        on_own_thread(move || {
+            let (tx, events) = channel();
+            let observer = move |event: &Event| drop(tx.send(event.clone()));
+            let relay = Relay::builder(ram()).vcpus(1).observer(observer).start().unwrap();
+            let mut port = attach(&relay, 0);
+            forge(code, HVA, 12);
+            let verdict = port.before_run(&mut NoMachineChecks);
+            let no_entry = matches!(verdict, Verdict::Undeliverable { gpa: GPA, .. });
+            assert_eq!(no_entry, code == BUS_MCEERR_AR, "{verdict:?}");
+            let why = UndeliverableReason::NoForm;
+            assert_eq!(gpas(&relay, |state| *state == State::Undeliverable { why }), [GPA]);
+            drop(relay);
+            assert!(events.try_iter().any(|event| matches!(event, Event::Undeliverable { .. })));
+        });
+    }
+}
+
+/// A back end that panics has refused: the guest was not told.
+#[test]
+fn a_back_end_that_panics_has_told_nobody() {
+    struct Panics(Vcpu);
+    impl Mca for Panics {
+        fn state(&mut self) -> io::Result<McaState> {
+            self.0.state()
+        }
+
+        fn inject(&mut self, _: &Record) -> io::Result<()> {
+            panic!("the host's own defect")
+        }
+    }
     on_own_thread(|| {
-        let (tx, events) = channel();
-        let observer = move |event: &Event| drop(tx.send(event.clone()));
-        let relay = Relay::builder(ram()).vcpus(1).observer(observer).start().unwrap();
+        let (relay, _events) = start(1, amd());
         let mut port = attach(&relay, 0);
+        let mut vcpu = Panics(Vcpu::new());
         forge(BUS_MCEERR_AR, HVA, 12);
-        let verdict = port.before_run(&mut NoMachineChecks);
+        let verdict = port.before_run(&mut vcpu);
         assert!(matches!(verdict, Verdict::Undeliverable { gpa: GPA, .. }), "{verdict:?}");
-        assert_eq!(gpas(&relay, |state| matches!(state, State::Undeliverable { .. })), [GPA]);
+        // It comes round once more, and finds an empty bank.
+        relay.handle().forge(GPA + 0x1000, None).unwrap();
+        let start = Instant::now();
+        while relay.pages().len() < 2 {
+            assert!(start.elapsed() < PATIENCE);
+            let _ = port.before_run(&mut vcpu);
+        }
+        let why = UndeliverableReason::Refused;
+        assert_eq!(gpas(&relay, |state| *state == State::Undeliverable { why }), [GPA]);
+    });
+}
+
+/// Who only looks may hold a lock that the observer takes: it is called by those who have something to say.
+#[test]
+fn who_only_looks_calls_nobody() {
+    on_own_thread(|| {
+        let threads: Arc<Mutex<Vec<std::thread::ThreadId>>> = Arc::default();
+        let seen = Arc::clone(&threads);
+        let observer = move |_: &Event| {
+            seen.lock().unwrap().push(std::thread::current().id());
+            std::thread::sleep(Duration::from_micros(100));
+        };
+        let relay = Relay::builder(ram()).vcpus(1).machine_checks(amd()).observer(observer);
+        let relay = relay.start().unwrap();
+        let (handle, over) = (relay.handle(), Arc::new(AtomicBool::new(false)));
+        let looks = std::thread::spawn({
+            let over = Arc::clone(&over);
+            move || {
+                while !over.load(Ordering::Relaxed) {
+                    drop((handle.pages(), handle.whole_parts(GPA..GPA + 0x1000)));
+                    assert!(!handle.mmio_hit(0, 0xfee0_0000));
+                }
+                std::thread::current().id()
+            }
+        });
+        let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
+        for page in 0..PAGES {
+            forge(BUS_MCEERR_AO, HVA + page * 4096, 12);
+            assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+        }
+        over.store(true, Ordering::Relaxed);
+        let looked = looks.join().unwrap();
         drop(relay);
-        assert!(events.try_iter().any(|event| matches!(event, Event::Undeliverable { .. })));
+        let threads = threads.lock().unwrap();
+        assert!(threads.len() > 256 && !threads.contains(&looked), "{}", threads.len());
     });
 }
 

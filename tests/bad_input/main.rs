@@ -280,6 +280,7 @@ fn main() -> ExitCode {
         terminal::is_restored_after_sigterm needs has_vm,
         terminal::is_restored_after_ctrl_a_x needs has_vm,
         terminal::is_restored_after_any_deadly_signal needs has_kvm,
+        terminal::is_restored_on_whichever_thread_a_fault_is_sent_to needs has_kvm,
         terminal::is_restored_after_going_on_and_ending needs has_kvm,
         terminal::is_untouched_by_a_failed_start needs has_kvm,
         terminal::leaves_nothing_behind_when_it_is_closed needs as_root_with_kvm,

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 
-use mce_relay::syscalls::{Call, HAND_ON, HANDLE, Is, KICK, RELAY, START, THREAD, VCPU};
+use mce_relay::syscalls::{Call, HAND_ON, Is, LISTS, RELAY, THREAD, VCPU};
 use mce_relay_cli::client::requests;
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{Hooked, Stray};
@@ -72,17 +72,9 @@ pub fn it_is_carried_out_where_nobody_forbids_it() {
 /// them has as many.
 pub fn the_document_has_the_components_lists() {
     let document = include_str!("../../docs/embedding.md");
-    let lists = [
-        ("any thread", THREAD),
-        ("relay", RELAY),
-        ("vcpu", VCPU),
-        ("handle", HANDLE),
-        ("start", START),
-        ("kick", KICK),
-    ];
     let mut rows: Vec<String> =
-        lists.iter().flat_map(|(on, list)| list.iter().map(|call| row(on, call))).collect();
-    let is_row = |line: &&str| lists.iter().any(|(on, _)| line.starts_with(&format!("| {on} | `")));
+        LISTS.iter().flat_map(|(on, list)| list.iter().map(|call| row(on, call))).collect();
+    let is_row = |line: &&str| LISTS.iter().any(|(on, _)| line.starts_with(&format!("| {on} | `")));
     let mut found: Vec<&str> = document.lines().filter(is_row).collect();
     rows.sort();
     found.sort_unstable();
@@ -92,7 +84,7 @@ pub fn the_document_has_the_components_lists() {
     let out = Command::new(example).output().unwrap();
     let printed: HashMap<String, Vec<serde_json::Value>> =
         serde_json::from_slice(&out.stdout).unwrap();
-    for (on, list) in lists {
+    for (on, list) in LISTS {
         assert_eq!(printed[on].len(), list.len(), "{on}");
     }
 }

@@ -203,6 +203,42 @@ pub fn is_restored_after_any_deadly_signal() {
     }
 }
 
+/// A signal of a program's faults is sent to the process, and the kernel gives it to whichever thread it likes: nobody can
+/// block it. It ends the VM as it ends it on the main thread.
+pub fn is_restored_on_whichever_thread_a_fault_is_sent_to() {
+    for name in ["mce-relay", "mce-relay-ao", "vcpu0", "serial0", "events-log"] {
+        for signal in [libc::SIGFPE, libc::SIGSEGV] {
+            let (terminal, before, mut child) = raw();
+            let thread = wait_for_thread(child.id(), name);
+            // SAFETY: sends a signal to a thread of a child that has not been waited for.
+            let sent = unsafe {
+                libc::syscall(libc::SYS_tgkill, child.id().cast_signed(), thread, signal)
+            };
+            assert_eq!(sent, 0, "{name}");
+            let ended = child.wait().unwrap();
+            assert_eq!(ended.signal(), Some(signal), "{name}: {ended}");
+            assert_eq!(terminal.modes(), before, "{name}, {signal}");
+        }
+    }
+}
+
+/// The thread of `pid` that is called so, under its filter: it has a moment for that after it has its name.
+fn wait_for_thread(pid: u32, name: &str) -> libc::pid_t {
+    let start = Instant::now();
+    loop {
+        for task in std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+            let read =
+                |file: &str| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+            let is_filtered = read("status").lines().any(|line| line == "Seccomp:\t2");
+            if read("comm").trim_end() == name && is_filtered {
+                return task.file_name().to_str().unwrap().parse().unwrap();
+            }
+        }
+        assert!(start.elapsed() < Duration::from_secs(20), "there is no thread {name}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 /// The VM goes on after a stop, as it believes, and is ended before it has looked at its terminal, or while it does.
 pub fn is_restored_after_going_on_and_ending() {
     for round in 0..20 {

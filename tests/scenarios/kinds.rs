@@ -79,11 +79,11 @@ const DIFFERENCES: &[(&str, &str, &str)] = &[
     ("hugetlb", "early, read: address", HUGETLB),
 ];
 
-/// FallbackReason the AO of a hugetlb page names another address.
+/// Why the AO of a hugetlb page names another address.
 const HUGETLB: &str = "for hugetlb Linux 6.1 (the guest) names the start of the huge page, 6.12 (the lab) the \
                        bad 4 KiB in it";
 
-/// FallbackReason the touch of a page that nobody has announced names another address.
+/// Why the touch of a page that nobody has announced names another address.
 const FAULT: &str = "a machine check names the page; bare metal has none here, and its stand-in, a \
                      fault on an entry that is marked, names the word";
 

@@ -110,7 +110,7 @@ pub struct VmConfig {
     pub cpu_vendor: CpuVendor,
 }
 
-/// FallbackReason a configuration cannot be a VM.
+/// Why a configuration cannot be a VM.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum ConfigError {
     /// No vCPU, or more than can be addressed.

@@ -25,7 +25,7 @@ const MAX_NAME: usize = 64;
 /// So many characters are shown of what it says; its longest error has fewer.
 const MAX_SHOWN: usize = 400;
 
-/// FallbackReason the agent gave no answer.
+/// Why the agent gave no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
     /// What was asked for cannot be the name of a process.

@@ -16,7 +16,7 @@ const LOOK: Duration = Duration::from_millis(50);
 /// How long a VM may take to end, or to start its guest over, when its guest is not asked.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// FallbackReason it did not come to that end.
+/// Why it did not come to that end.
 #[derive(Debug, thiserror::Error)]
 pub enum EndingError {
     /// The VM does not answer, or refuses.

@@ -28,7 +28,7 @@ const MANY: usize = 64;
 /// Times a page is mapped, of which nobody has any.
 const UNKNOWN: u64 = u64::MAX;
 
-/// FallbackReason nothing can be said of the pages.
+/// Why nothing can be said of the pages.
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
     /// The VM does not answer.
@@ -104,7 +104,7 @@ fn flag_names<S: Serializer>(value: &Option<u64>, to: S) -> Result<S::Ok, S::Err
 pub struct Pages {
     /// The pages, in the order asked for.
     pub pages: Vec<PageView>,
-    /// FallbackReason something is not known.
+    /// Why something is not known.
     pub notes: Vec<String>,
 }
 

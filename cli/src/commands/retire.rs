@@ -48,7 +48,7 @@ impl Retired {
     }
 }
 
-/// FallbackReason no page was asked for.
+/// Why no page was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum RetireError {
     /// The VM does not answer.

@@ -26,7 +26,7 @@ const MOST: Duration = Duration::from_secs(5);
 /// How long the stream of events may take to end after the VM has.
 const ENDING: Duration = Duration::from_secs(1);
 
-/// FallbackReason there is nothing (more) to follow.
+/// Why there is nothing (more) to follow.
 #[derive(Debug, thiserror::Error)]
 pub enum FollowError {
     /// The VM does not answer.

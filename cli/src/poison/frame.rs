@@ -18,7 +18,7 @@ const PAGE_SHIFT: u32 = 12;
 /// How often a page may move while it is looked at.
 const LOOKS: usize = 5;
 
-/// FallbackReason a page frame is not poisoned.
+/// Why a page frame is not poisoned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unfit {
     /// It is bad.
@@ -83,7 +83,7 @@ impl std::fmt::Display for Unfit {
 /// one that nobody else has is as good as the VM's own.
 ///
 /// # Errors
-/// FallbackReason not.
+/// Why not.
 pub fn judge(flags: u64, exclusive: bool) -> Result<(), Unfit> {
     let is = |flag: u64| flags & flag != 0;
     // First: the kernel leaves a bad page with whatever else is in its words.
@@ -116,7 +116,7 @@ pub fn judge(flags: u64, exclusive: bool) -> Result<(), Unfit> {
     Err(why)
 }
 
-/// FallbackReason nothing is done to a page.
+/// Why nothing is done to a page.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// It cannot be looked at.
@@ -127,7 +127,7 @@ pub enum FrameError {
     Unfit {
         /// The page frame.
         pfn: u64,
-        /// FallbackReason not.
+        /// Why not.
         why: Unfit,
     },
     /// It does not hold still.

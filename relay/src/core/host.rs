@@ -1,5 +1,6 @@
 //! The host's callbacks.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use log::error;
@@ -14,4 +15,12 @@ pub(crate) fn call_host<R>(what: &str, callback: impl FnOnce() -> R) -> Option<R
             None
         }
     }
+}
+
+/// What the host's [`Mca`](crate::Mca) is called where it fails.
+pub(crate) const BACK_END: &str = "machine-check back end";
+
+/// The same of a call of the host's that may fail: a panic is an error.
+pub(crate) fn ask_host<R>(what: &str, ask: impl FnOnce() -> io::Result<R>) -> io::Result<R> {
+    call_host(what, ask).unwrap_or_else(|| Err(io::Error::other("it panicked")))
 }

@@ -7,6 +7,7 @@ use super::forgery::Forgery;
 use super::gathering::Gathering;
 use super::locked::{Collects, Kick};
 use crate::decide::machine_check::Delivery;
+use crate::event::Event;
 use crate::ledger::Ledger;
 use crate::signal::Slot;
 use crate::types::Caught;
@@ -34,7 +35,7 @@ pub(crate) struct Inner {
     pub(crate) ledger: Ledger,
     pub(crate) vcpus: Vec<Option<Attached>>,
     pub(crate) gathering: Option<Gathering>,
-    /// Rounds called so far.
+    /// Gatherings called so far.
     pub(crate) gatherings: u64,
     /// The pause before whoever something waits for is called again.
     pub(crate) retry: Duration,
@@ -52,15 +53,26 @@ pub(crate) struct Inner {
     pub(crate) to_call: Vec<usize>,
     /// vCPUs that are to leave the guest, when the lock is given back.
     pub(crate) kicks: Vec<Kick>,
+    /// What the observer is told, when the lock is given back.
+    pub(crate) events: Vec<Event>,
 }
 
 impl Collects for Inner {
     fn kicks(&mut self) -> &mut Vec<Kick> {
         &mut self.kicks
     }
+
+    fn events(&mut self) -> &mut Vec<Event> {
+        &mut self.events
+    }
 }
 
 impl Inner {
+    /// The observer is told `event` when the lock is given back.
+    pub(crate) fn emit(&mut self, event: Event) {
+        self.events.push(event);
+    }
+
     /// An AO for the page at `gpa`, which nobody has heard of.
     pub(crate) fn push_ao(&mut self, gpa: u64) {
         if self.vcpus.is_empty() {
@@ -90,7 +102,7 @@ impl Inner {
         self.vcpus.iter().flatten().any(|vcpu| vcpu.parked)
     }
 
-    /// Asks for `vcpu`'s attention, the next time that it comes gathering.
+    /// Asks for `vcpu`'s attention, the next time that it comes round.
     pub(crate) fn ask(&self, vcpu: usize) {
         if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
             attached.slot.ask_attention();

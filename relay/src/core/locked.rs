@@ -1,5 +1,5 @@
 //! The relay's lock. The host's kicks and its observer are not called under it but when it is given back: they may take a
-//! lock of the host's own, under which another thread of it may call the relay.
+//! lock of the host's own. Who only looks calls nobody.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -7,20 +7,25 @@ use std::time::Duration;
 
 use super::host::call_host;
 use super::outbox::Outbox;
+use crate::event::Event;
 
 /// Makes one vCPU leave the guest; `None` once its port has gone, so that nobody is kicked after that.
 pub(crate) type Kick = Arc<Mutex<Option<Box<dyn Fn() + Send>>>>;
 
-/// What is locked, and collects kicks.
+/// What is locked, and collects what the host is to be called for.
 pub(crate) trait Collects {
     /// The kicks that are to be made.
     fn kicks(&mut self) -> &mut Vec<Kick>;
+    /// What the observer is to be told.
+    fn events(&mut self) -> &mut Vec<Event>;
 }
 
 /// The relay's state, locked.
 pub(crate) struct Locked<'a, T: Collects> {
     mutex: &'a Mutex<T>,
     outbox: &'a Outbox,
+    /// There are events in the outbox that this thread has put there and not delivered.
+    owes: bool,
     /// `None` only while the lock is being given back.
     guard: Option<MutexGuard<'a, T>>,
 }
@@ -30,21 +35,55 @@ impl<'a, T: Collects> Locked<'a, T> {
         // Nothing that panics while it holds the lock leaves the data half-changed in a way that would be
         // worse than a VMM that no longer relays.
         let guard = Some(mutex.lock().unwrap_or_else(PoisonError::into_inner));
-        Self { mutex, outbox, guard }
+        Self { mutex, outbox, owes: false, guard }
+    }
+
+    /// Gives the lock back for what must not wait for the observer: what there is to be told is told when the lock that
+    /// [`Self::again`] gets is given back.
+    pub(crate) fn give_back_quietly(mut self) {
+        self.owes = false;
+        self.give_back();
+    }
+
+    /// The lock again, after [`Self::give_back_quietly`].
+    pub(crate) fn again(mutex: &'a Mutex<T>, outbox: &'a Outbox) -> Self {
+        let mut again = Self::new(mutex, outbox);
+        again.owes = true;
+        again
+    }
+
+    /// Gives the lock back and makes the kicks; whether the observer is to be told something.
+    fn give_back(&mut self) -> bool {
+        let Some(mut guard) = self.guard.take() else { return false };
+        let kicks = std::mem::take(guard.kicks());
+        let events = std::mem::take(guard.events());
+        let any = !events.is_empty();
+        // Under the lock, so that they are in the order in which it all happened.
+        self.outbox.extend(events);
+        drop(guard);
+        for kick in kicks {
+            // A kick that panicked before did nothing to the box it is in.
+            let kick = kick.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(kick) = kick.as_ref() {
+                call_host("kick of a vCPU", kick);
+            }
+        }
+        any
     }
 
     /// Gives the lock back until `changed` is notified, for `time` at most; at once where the host is to be called
     /// first.
     pub(crate) fn wait(mut self, changed: &Condvar, time: Duration) -> Self {
         let (mutex, outbox) = (self.mutex, self.outbox);
-        if !self.kicks().is_empty() || !outbox.is_empty() {
+        if !self.kicks().is_empty() || !self.events().is_empty() {
             drop(self);
             return Self::new(mutex, outbox);
         }
+        let owes = self.owes;
         let guard = self.guard.take().map(|guard| {
             changed.wait_timeout(guard, time).unwrap_or_else(PoisonError::into_inner).0
         });
-        Self { mutex, outbox, guard }
+        Self { mutex, outbox, owes, guard }
     }
 }
 
@@ -70,16 +109,8 @@ impl<T: Collects> DerefMut for Locked<'_, T> {
 
 impl<T: Collects> Drop for Locked<'_, T> {
     fn drop(&mut self) {
-        let Some(mut guard) = self.guard.take() else { return };
-        let kicks = std::mem::take(guard.kicks());
-        drop(guard);
-        for kick in kicks {
-            // A kick that panicked before did nothing to the box it is in.
-            let kick = kick.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(kick) = kick.as_ref() {
-                call_host("kick of a vCPU", kick);
-            }
+        if self.give_back() || self.owes {
+            self.outbox.deliver();
         }
-        self.outbox.deliver();
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
+use std::thread::ThreadId;
 
 use super::host::call_host;
 use crate::event::Event;
@@ -14,11 +15,13 @@ pub(crate) struct Outbox {
     queue: Mutex<VecDeque<Event>>,
     /// Locked by whoever delivers.
     observer: Mutex<Observer>,
+    /// Who that is.
+    by: Mutex<Option<ThreadId>>,
 }
 
 impl Outbox {
     pub(crate) fn new(observer: Observer) -> Self {
-        Self { queue: Mutex::default(), observer: Mutex::new(observer) }
+        Self { queue: Mutex::default(), observer: Mutex::new(observer), by: Mutex::default() }
     }
 
     fn queue(&self) -> MutexGuard<'_, VecDeque<Event>> {
@@ -26,31 +29,50 @@ impl Outbox {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn push(&self, event: Event) {
-        self.queue().push_back(event);
+    /// These come behind those that wait.
+    pub(crate) fn extend(&self, events: Vec<Event>) {
+        if !events.is_empty() {
+            self.queue().extend(events);
+        }
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.queue().is_empty()
+    }
+
+    /// Gives the observer what waits, and returns when it has been told all that waited, by whomever: before the process is
+    /// ended, the guest is not entered, or the observer goes. Not from within the observer, which this would wait for.
+    pub(crate) fn flush(&self) {
+        let by = *self.by.lock().unwrap_or_else(PoisonError::into_inner);
+        if by == Some(std::thread::current().id()) {
+            return;
+        }
+        self.give_all(self.observer.lock().unwrap_or_else(PoisonError::into_inner));
+        self.deliver();
     }
 
     /// Gives the observer what waits. Where another thread is at it, or this one further up, that one goes on with it.
     pub(crate) fn deliver(&self) {
         while !self.is_empty() {
-            let observer = match self.observer.try_lock() {
-                Ok(observer) => observer,
+            match self.observer.try_lock() {
+                Ok(observer) => self.give_all(observer),
                 // A panic of the observer's is caught before it gets here.
-                Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+                Err(TryLockError::Poisoned(poisoned)) => self.give_all(poisoned.into_inner()),
                 Err(TryLockError::WouldBlock) => return,
-            };
-            loop {
-                let event = self.queue().pop_front();
-                let Some(event) = event else { break };
-                call_host("observer", || observer(&event));
             }
             // What came between the last look and here is looked for once more.
-            drop(observer);
         }
+    }
+
+    fn give_all(&self, observer: MutexGuard<'_, Observer>) {
+        let set = |by| *self.by.lock().unwrap_or_else(PoisonError::into_inner) = by;
+        set(Some(std::thread::current().id()));
+        loop {
+            let event = self.queue().pop_front();
+            let Some(event) = event else { break };
+            call_host("observer", || observer(&event));
+        }
+        set(None);
     }
 }
 
@@ -76,19 +98,19 @@ mod tests {
                 of.lock().unwrap().push(signals);
                 if signals == 0 && inside.fetch_add(1, Ordering::Relaxed) == 0 {
                     let outbox = OUTBOX.get().unwrap();
-                    outbox.push(Event::Overrun { signals: 1_000_000 });
+                    outbox.extend(vec![Event::Overrun { signals: 1_000_000 }]);
                     outbox.deliver();
                 }
             }))
         });
-        outbox.push(event(0));
+        outbox.extend(vec![event(0)]);
         outbox.deliver();
         assert_eq!(*seen.lock().unwrap(), [0, 1_000_000]);
         std::thread::scope(|scope| {
             for thread in 1..5 {
                 scope.spawn(move || {
                     for number in 0..1000 {
-                        outbox.push(event(thread * 10_000 + number));
+                        outbox.extend(vec![event(thread * 10_000 + number)]);
                         outbox.deliver();
                     }
                 });
@@ -103,10 +125,32 @@ mod tests {
     }
 
     #[test]
+    fn a_flush_waits_for_who_is_at_it() {
+        let told = Arc::new(AtomicU32::new(0));
+        let of = Arc::clone(&told);
+        let outbox = Outbox::new(Box::new(move |_| {
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            of.fetch_add(1, Ordering::Relaxed);
+        }));
+        std::thread::scope(|scope| {
+            outbox.extend(vec![event(1), event(2)]);
+            scope.spawn(|| outbox.deliver());
+            while outbox.queue().len() == 2 {
+                std::thread::yield_now();
+            }
+            outbox.extend(vec![event(3)]);
+            outbox.deliver();
+            assert!(told.load(Ordering::Relaxed) < 3, "another thread is at it");
+            outbox.flush();
+            assert_eq!(told.load(Ordering::Relaxed), 3);
+        });
+    }
+
+    #[test]
     fn a_panic_of_the_observers_is_its_own() {
         let outbox = Outbox::new(Box::new(|_| panic!("the observer's")));
-        outbox.push(event(1));
-        outbox.push(event(2));
+        outbox.extend(vec![event(1)]);
+        outbox.extend(vec![event(2)]);
         outbox.deliver();
         assert!(outbox.is_empty());
     }

@@ -53,7 +53,7 @@ impl Shared {
     pub(crate) fn enter(&self, inner: &mut Inner, caught: Caught, thread: SignalledThread) -> bool {
         let Caught { kind, hva, lsb } = caught;
         let forged = inner.forgery.knows(caught);
-        self.emit(Event::Caught { kind, hva, lsb, thread, forged });
+        inner.emit(Event::Caught { kind, hva, lsb, thread, forged });
         let (vcpu, kind) = match thread {
             SignalledThread::Vcpu(vcpu) => (Some(vcpu), kind),
             SignalledThread::Relay | SignalledThread::Other => (None, kind),
@@ -65,7 +65,7 @@ impl Shared {
             // The kernel tells one thread of a process; with two VMs in it that may be the other's.
             inner.strays.push(caught);
         } else if !known {
-            self.emit(Event::Outside { kind, hva, lsb });
+            inner.emit(Event::Outside { kind, hva, lsb });
         }
         inner.retry = RETRY_FIRST;
         if (inner.news || !known) && thread != SignalledThread::Relay {
@@ -112,7 +112,7 @@ impl Shared {
                 }
             } else {
                 let forged = found_by == FoundBy::Forged;
-                self.emit(Event::Again { gpa, kind, forged });
+                inner.emit(Event::Again { gpa, kind, forged });
             }
             match (kind, vcpu) {
                 // A vCPU that touches a page cannot go on, however often it was told.
@@ -126,7 +126,7 @@ impl Shared {
         }
         if let Some((gpa, hva, kind)) = first {
             let (extent, pages) = (1 << lsb, news);
-            self.emit(Event::Seen { gpa, hva, kind, found_by, extent, pages });
+            inner.emit(Event::Seen { gpa, hva, kind, found_by, extent, pages });
         }
         !pages.is_empty()
     }

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use super::inner::Inner;
 use super::locked::Locked;
 use super::outbox::Outbox;
-use crate::event::Event;
 use crate::memory::map::RamMap;
 use crate::memory::scan::Mapped;
 use crate::signal::Wake;
@@ -78,8 +77,8 @@ impl Shared {
         self.start.elapsed()
     }
 
-    /// The observer gets `event` when the lock is given back.
-    pub(crate) fn emit(&self, event: Event) {
-        self.outbox.push(event);
+    /// The lock again, after [`Locked::give_back_quietly`].
+    pub(crate) fn lock_again(&self) -> Locked<'_, Inner> {
+        Locked::again(&self.inner, &self.outbox)
     }
 }

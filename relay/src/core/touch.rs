@@ -19,6 +19,9 @@ impl Shared {
             .step_by(1 << PAGE_SHIFT)
             .filter_map(|gpa| ram.hva(gpa).map(|hva| (gpa, hva)))
             .collect();
+        if pages.is_empty() {
+            return false;
+        }
         let present = self.mapped.are_present(pages.iter().map(|(_, hva)| *hva));
         let is_bad = |gpa: u64, is_present: bool| {
             let read = || access::read_ram(&ram, gpa, &mut [0]);
@@ -31,16 +34,24 @@ impl Shared {
             .zip(present)
             .filter_map(|(&(gpa, hva), is_present)| is_bad(gpa, is_present).then_some(hva))
             .collect();
+        // Nobody who changes the map is kept waiting while the observer is called.
+        drop(ram);
+        if bad.is_empty() {
+            return false;
+        }
         let mut inner = self.lock();
+        // Without a thread there is nobody who touched it, and the page is bad all the same.
+        let thread = match inner.vcpus.get(vcpu) {
+            Some(Some(_)) => SignalledThread::Vcpu(vcpu),
+            _ => SignalledThread::Other,
+        };
         let mut kind = FailureKind::ActionRequired;
         for &hva in &bad {
             let caught = Caught { kind, hva, lsb: PAGE_SHIFT };
-            self.enter(&mut inner, caught, SignalledThread::Vcpu(vcpu));
+            self.enter(&mut inner, caught, thread);
             kind = FailureKind::ActionOptional;
         }
-        if !bad.is_empty() {
-            inner.ask(vcpu);
-        }
-        !bad.is_empty()
+        inner.ask(vcpu);
+        true
     }
 }

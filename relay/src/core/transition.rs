@@ -48,7 +48,7 @@ impl Shared {
         }
         let Change { news, forged, .. } = self.set(inner, gpa, State::Waiting { wait });
         if news {
-            self.emit(Event::Waiting { gpa, kind, wait, forged });
+            inner.emit(Event::Waiting { gpa, kind, wait, forged });
             // It may be asleep, and it is the one who has the vCPU look again.
             self.wake();
         }
@@ -103,7 +103,7 @@ impl Shared {
         let Change { news, forged, after_micros } =
             self.set(inner, gpa, State::Acknowledged { place });
         if news {
-            self.emit(Event::Acknowledged { gpa, place, after_micros, forged });
+            inner.emit(Event::Acknowledged { gpa, place, after_micros, forged });
         }
     }
 
@@ -122,6 +122,6 @@ impl Shared {
             self.wake();
         }
         let Change { forged, .. } = self.set(inner, gpa, State::Undeliverable { why });
-        self.emit(Event::Undeliverable { gpa, kind, vcpu, why, rip, forged });
+        inner.emit(Event::Undeliverable { gpa, kind, vcpu, why, rip, forged });
     }
 }

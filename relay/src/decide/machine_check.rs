@@ -259,6 +259,9 @@ impl Delivery {
     /// A page that `vcpu` touched; `untold` where the guest has not been told of it. It takes the place of an
     /// AO that waits for the same page: the guest learns of it by the AR.
     pub fn push_ar(&mut self, vcpu: usize, gpa: u64, untold: bool, now: Duration) {
+        if vcpu >= self.ar.len() {
+            return;
+        }
         self.ao.retain(|waiting| *waiting != gpa);
         if let Some(channel) = self.firmware.as_mut() {
             channel.touched(gpa);

@@ -147,7 +147,8 @@ impl MceSetup {
     }
 
     /// Sets and clears in a CPUID leaf, `[eax, ebx, ecx, edx]` of `function`, what the guest has to see of its machine
-    /// checks. Leaves that say nothing of them stay as they are.
+    /// checks. Leaves that say nothing of them stay as they are. An AMD-style guest has to have leaf 8000_0007, and
+    /// 8000_0000 EAX of at least that: without SUCCOR it panics at an AR.
     pub fn show_in_cpuid(&self, function: u32, registers: &mut [u32; 4]) {
         let [_, ebx, _, edx] = registers;
         match function {

@@ -105,9 +105,13 @@ impl RelayBuilder {
     }
 
     /// Called with every event, in order, one at a time, and without a lock of the relay's: so it may use a
-    /// [`Handle`](crate::Handle). It runs on whichever thread has just done something: the relay's own, a vCPU's in
-    /// [`VcpuPort::before_run`](crate::VcpuPort::before_run), one that uses a handle. That thread waits for it, and while
-    /// it works nobody else has to: their events wait in its queue. What takes long belongs on a thread of the host's.
+    /// [`Handle`](crate::Handle), which it should not keep beyond the VM's end, as that keeps the relay's memory. It runs on
+    /// whichever thread has just done something: the relay's own, a vCPU's in
+    /// [`VcpuPort::before_run`](crate::VcpuPort::before_run), one that changes something by a handle; not on one that only
+    /// looks. That thread waits for it, and the events of others meanwhile wait in its queue; all have been told before
+    /// a vCPU is kept out of the guest, the process is ended for an error that is not the guest's, and when the relay has been
+    /// dropped. A lock that the observer takes must not be held around a call that may make an event. What takes long belongs
+    /// on a thread of the host's.
     pub fn observer(mut self, observer: impl Fn(&Event) + Send + Sync + 'static) -> Self {
         self.observer = Box::new(observer);
         self

@@ -269,7 +269,7 @@ impl Shared {
                 Notice::Lost => {
                     let Change { after_micros, forged, .. } = self.set(inner, gpa, state);
                     let by = Injection::Ghes { record, pages: gpas.len() };
-                    self.emit(Event::Injected { gpa, by, after_micros, forged });
+                    inner.emit(Event::Injected { gpa, by, after_micros, forged });
                 }
             }
         }
@@ -312,7 +312,7 @@ impl Shared {
 
     fn set_predicted(&self, inner: &mut Inner, gpa: u64, state: State) {
         if inner.ledger.set_predicted(gpa, state, SystemTime::now()) {
-            self.emit(Event::Predicted { gpa, state });
+            inner.emit(Event::Predicted { gpa, state });
         }
     }
 }

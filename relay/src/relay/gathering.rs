@@ -24,7 +24,7 @@ const GATHERING: Duration = Duration::from_secs(1);
 /// How often a vCPU that does not come is called, while another one waits for it with an AR.
 const CALL_AGAIN: Duration = Duration::from_millis(100);
 
-/// How a round ended for one vCPU.
+/// How a gathering ended for one vCPU.
 pub(crate) enum Part {
     /// Everybody who takes part was given a record.
     Assignment,
@@ -35,12 +35,12 @@ pub(crate) enum Part {
 }
 
 impl Shared {
-    /// Lets go of the lock for `time` at most, or until a round takes a step.
+    /// Lets go of the lock for `time` at most, or until a gathering takes a step.
     pub(crate) fn pause<'a>(&self, inner: Locked<'a, Inner>, time: Duration) -> Locked<'a, Inner> {
         inner.wait(&self.gathered, time)
     }
 
-    /// `vcpu` has come gathering; a gathering may wait for it again.
+    /// `vcpu` has come round; a gathering may wait for it again.
     pub(crate) fn comes_round(&self, inner: &mut Inner, vcpu: usize) {
         if let Some(attached) = inner.vcpus[vcpu].as_mut().filter(|attached| attached.late) {
             attached.late = false;
@@ -63,7 +63,7 @@ impl Shared {
         }
     }
 
-    /// Says whether `vcpu` is held by a pause. A round that waits for it is put off.
+    /// Says whether `vcpu` is held by a pause. A gathering that waits for it is put off.
     pub(crate) fn set_parked(&self, vcpu: usize, parked: bool) {
         let mut inner = self.lock();
         if let Some(attached) = inner.vcpus[vcpu].as_mut() {
@@ -139,7 +139,7 @@ impl Shared {
         });
     }
 
-    /// A round that has waited long enough is put off, and true is returned; who has not come is not waited for again
+    /// A gathering that has waited long enough is put off, and true is returned; who has not come is not waited for again
     /// until it does.
     fn give_up_waiting(&self, inner: &mut Inner) -> bool {
         let Some(gathering) = inner.gathering.as_mut() else { return false };
@@ -208,7 +208,7 @@ impl Shared {
         }
     }
 
-    /// Settles the round once every vCPU that was asked has shown its state.
+    /// Settles the gathering once every vCPU that was asked has shown its state.
     fn decide(&self, inner: &mut Inner) {
         let Some(gathering) =
             inner.gathering.as_mut().filter(|gathering| gathering.outcome.is_none())
@@ -240,7 +240,7 @@ impl Shared {
         }
     }
 
-    /// The thread of `me` ends. The guest may have that processor online all the same, so a round that waits for it is
+    /// The thread of `me` ends. The guest may have that processor online all the same, so a gathering that waits for it is
     /// put off.
     pub(crate) fn leaves_gathering(&self, inner: &mut Inner, me: usize) {
         let waits = |gathering: &&mut Gathering| {

@@ -110,7 +110,7 @@ impl Handle {
     ///
     /// An address that is not guest RAM costs a search among the regions, some nanoseconds.
     pub fn mmio_hit(&self, vcpu: usize, gpa: u64) -> bool {
-        self.0.ram().hva(gpa).is_some() && self.0.touches(vcpu, gpa, 1, false)
+        self.0.touches(vcpu, gpa, 1, false)
     }
 
     /// The parts of `gpas`, guest-physical addresses, that hold no page which is known to be bad, ascending. For a snapshot
@@ -199,7 +199,7 @@ impl Handle {
             self.0.set(&mut inner, gpa, State::Removed);
         }
         inner.ledger.unpredict(start..start + len);
-        self.0.emit(Event::Removed { gpa, len });
+        inner.emit(Event::Removed { gpa, len });
         Ok((region, before))
     }
 
@@ -212,7 +212,7 @@ impl Handle {
         for gpa in known {
             let forged = inner.ledger.get(gpa).is_some_and(|page| page.is_forged());
             if inner.ledger.heal(gpa, now) {
-                self.0.emit(Event::Healed { gpa, forged });
+                inner.emit(Event::Healed { gpa, forged });
             }
         }
     }
@@ -257,7 +257,7 @@ impl Handle {
         }
         inner.delivery.push_predicted(gpa);
         inner.firmware_news = true;
-        self.0.emit(Event::Predicted { gpa, state: State::Seen });
+        inner.emit(Event::Predicted { gpa, state: State::Seen });
         drop(inner);
         self.0.wake();
         Ok(())

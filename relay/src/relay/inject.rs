@@ -2,6 +2,7 @@
 
 use log::warn;
 
+use crate::core::host::{BACK_END, ask_host};
 use crate::core::inner::{Inner, RETRY_FIRST};
 use crate::core::locked::Locked;
 use crate::core::shared::Shared;
@@ -44,8 +45,10 @@ impl Shared {
         if inner.delivery.told(told) {
             inner.aos_wait();
         }
-        drop(inner);
-        let done = mca.inject(&record).and_then(|()| mca.read_back(record.bank));
+        // Others may be in their handlers already, and do not wait for long: the observer is not called here.
+        inner.give_back_quietly();
+        let done =
+            ask_host(BACK_END, || mca.inject(&record).and_then(|()| mca.read_back(record.bank)));
         let bank = match done {
             Ok((held, mcg_status)) => {
                 // A return of 0 from KVM is not a delivery; what the bank holds is.
@@ -62,7 +65,7 @@ impl Shared {
         if bank.is_none() && error.is_none() {
             warn!("vCPU {vcpu}: was not given its part of a rendezvous");
         }
-        let mut inner = self.lock();
+        let mut inner = self.lock_again();
         if bank.is_none() {
             inner.delivery.refused(told);
         }
@@ -96,7 +99,7 @@ impl Shared {
             status,
             mcg_status,
         };
-        self.emit(Event::Injected { gpa: pending.gpa, by, after_micros, forged });
+        inner.emit(Event::Injected { gpa: pending.gpa, by, after_micros, forged });
         (inner, Ok(()))
     }
 }

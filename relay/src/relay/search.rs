@@ -175,7 +175,7 @@ impl Shared {
             inner.retry = RETRY_FIRST;
             // More than 500,000 years do not fit.
             let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
-            self.emit(Event::Scanned { pages, micros });
+            inner.emit(Event::Scanned { pages, micros });
         }
     }
 }

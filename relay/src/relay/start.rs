@@ -76,6 +76,7 @@ impl Relay {
                 gone: Vec::new(),
                 to_call: Vec::new(),
                 kicks: Vec::new(),
+                events: Vec::new(),
             }),
             gathered: Condvar::new(),
             ram: RwLock::new(Arc::new(config.ram)),
@@ -168,12 +169,14 @@ impl Drop for Relay {
         relays().retain(|one| one.strong_count() > 0 && !std::ptr::eq(one.as_ptr(), own));
         self.shared.stop.store(true, Ordering::Release);
         self.shared.wake();
+        // The observer may be the last to have it, on that very thread.
         if let Some(thread) = self.thread.take()
+            && thread.thread().id() != std::thread::current().id()
             && thread.join().is_err()
         {
             warn!("the relay's thread had panicked");
         }
-        // What came of it until then.
-        self.shared.outbox.deliver();
+        // What came of it until then: whoever made the observer may take it apart after this.
+        self.shared.outbox.flush();
     }
 }

@@ -23,7 +23,7 @@ pub(crate) struct Own {
     pub(crate) policy: KillPolicy,
     pub(crate) source: Option<Source>,
     pub(crate) search: Option<Search>,
-    /// [`Config::on_thread`].
+    /// [`RelayBuilder::on_thread`](crate::RelayBuilder::on_thread).
     pub(crate) set_up: Box<dyn FnOnce() -> io::Result<()> + Send>,
 }
 
@@ -102,7 +102,7 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     let signals = slot.take_overrun().saturating_add(signal::take_orphan_overrun());
     if signals > 0 {
         any = true;
-        shared.emit(Event::Overrun { signals });
+        inner.emit(Event::Overrun { signals });
     }
     let strays = std::mem::take(&mut inner.strays);
     drop(inner);
@@ -156,9 +156,8 @@ impl Shared {
                 other.enter(&mut other.lock(), caught, SignalledThread::Other);
             }
             if theirs.is_empty() {
-                self.emit(Event::Outside { kind, hva, lsb });
+                self.lock().emit(Event::Outside { kind, hva, lsb });
             }
         }
-        self.outbox.deliver();
     }
 }

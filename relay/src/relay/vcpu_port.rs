@@ -9,6 +9,7 @@ use log::warn;
 
 use super::gathering::Part;
 use super::inject::Verdict;
+use crate::core::host::{BACK_END, ask_host};
 use crate::core::shared::Shared;
 use crate::decide::machine_check::Step;
 use crate::event::{Reach, SignalledThread};
@@ -42,7 +43,7 @@ pub struct VcpuPort {
     not_send: PhantomData<*const ()>,
 }
 
-// A panic in between leaves nothing half-changed: what is shared is behind the relay's lock, which takes care of itself.
+// A panic of the host's, in a back end, a kick or the observer, is caught where it is called, and nothing is half-changed.
 impl std::panic::UnwindSafe for VcpuPort {}
 impl std::panic::RefUnwindSafe for VcpuPort {}
 
@@ -63,7 +64,7 @@ impl VcpuPort {
     /// cleared ([`Self::clear_exit`]). While nothing is wrong it is one relaxed load.
     #[inline]
     pub fn before_run(&mut self, mca: &mut dyn Mca) -> Verdict {
-        if self.slot.attention() { self.attend(mca) } else { Verdict::Run }
+        if self.slot.attention() { self.come_round(mca) } else { Verdict::Run }
     }
 
     /// Clears `immediate_exit`, which a kick, or a signal of the kernel's, has set. First thing in a round of the run
@@ -128,6 +129,15 @@ impl VcpuPort {
     }
 
     #[cold]
+    fn come_round(&mut self, mca: &mut dyn Mca) -> Verdict {
+        let verdict = self.attend(mca);
+        if verdict != Verdict::Run {
+            // The host acts on it, and what led to it is said first.
+            self.shared.outbox.flush();
+        }
+        verdict
+    }
+
     fn attend(&mut self, mca: &mut dyn Mca) -> Verdict {
         let shared = Arc::clone(&self.shared);
         let me = self.vcpu;
@@ -135,7 +145,7 @@ impl VcpuPort {
         loop {
             self.slot.clear_attention();
             // Several system calls, for which nobody else need wait. The vCPU stands still meanwhile.
-            let state = mca.state();
+            let state = ask_host(BACK_END, || mca.state());
             if let Err(error) = &state {
                 warn!("vCPU {me}: cannot read its machine-check state: {error}");
             }
@@ -153,6 +163,7 @@ impl VcpuPort {
                     // Not under the lock: whoever was there before us may end the process, and have
                     // something to put in order first.
                     drop(inner);
+                    shared.outbox.flush();
                     signal::give_up(caught);
                     inner = shared.lock();
                 }
@@ -277,7 +288,7 @@ impl VcpuPort {
         let me = self.vcpu;
         let mut emptied = Vec::new();
         for &bank in banks {
-            match mca.take_back(bank) {
+            match ask_host(BACK_END, || mca.take_back(bank)) {
                 Ok(()) => {
                     emptied.push(bank);
                     self.take_back_attempts = TAKE_BACK_ATTEMPTS;
@@ -317,6 +328,9 @@ impl Drop for VcpuPort {
         self.shared.wake();
         // One without an address is of guest memory, which this vCPU touches no more.
         let is_ar = |caught: &Caught| caught.kind == FailureKind::ActionRequired && caught.hva != 0;
-        nobodys.into_iter().filter(is_ar).for_each(signal::give_up);
+        for caught in nobodys.into_iter().filter(is_ar) {
+            self.shared.outbox.flush();
+            signal::give_up(caught);
+        }
     }
 }

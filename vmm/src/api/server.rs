@@ -61,7 +61,7 @@ const END_PATIENCE: Duration = Duration::from_secs(1);
 /// About how much of a stream of events is sent in one piece, in bytes.
 const PIECE: usize = 32 << 10;
 
-/// FallbackReason there is no API.
+/// Why there is no API.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
     /// The socket could not be made.

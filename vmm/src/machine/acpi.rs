@@ -42,7 +42,7 @@ const PRESSED: u8 = 0x80;
 /// Tables start aligned to this; the RSDP has to.
 const ALIGNMENT: usize = 16;
 
-/// FallbackReason there are no ACPI tables.
+/// Why there are no ACPI tables.
 #[derive(Debug, Error)]
 pub enum AcpiError {
     /// They are larger than the space kept for them.

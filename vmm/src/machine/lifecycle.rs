@@ -145,7 +145,7 @@ impl VmControl {
         }
     }
 
-    /// FallbackReason the VM ended, or is about to.
+    /// Why the VM ended, or is about to.
     #[must_use]
     pub fn exit_reason(&self) -> Option<ExitReason> {
         self.lock().reason.clone()
@@ -240,7 +240,7 @@ impl VmControl {
         });
     }
 
-    /// FallbackReason the VM is paused, if it is.
+    /// Why the VM is paused, if it is.
     #[must_use]
     pub fn paused(&self) -> Option<PauseReason> {
         self.lock().holders.reason()

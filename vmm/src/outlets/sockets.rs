@@ -24,7 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// How long whoever listens at a path may leave a connection waiting; the lock is held meanwhile.
 const ANSWER: Duration = Duration::from_millis(500);
 
-/// FallbackReason there is no socket.
+/// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// A process answers there.

@@ -17,7 +17,7 @@ use crate::machine::memory::block::PAGE_SIZE;
 /// How long the vCPUs may take to leave the guest.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// FallbackReason none of the pages was touched.
+/// Why none of the pages was touched.
 #[derive(Debug, thiserror::Error)]
 pub enum InsideError {
     /// It is done from outside.

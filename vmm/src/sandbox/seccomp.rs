@@ -59,7 +59,7 @@ fn everything() -> Vec<Call> {
     all
 }
 
-/// FallbackReason there are no filters.
+/// Why there are no filters.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// They cannot be made.
@@ -194,6 +194,10 @@ const END: &[Call] = &[
     terminal(libc::TCGETS, "TCGETS: a C library may look at what it has set"),
     terminal(libc::TCGETS2, "TCGETS2: the same"),
     terminal(libc::TIOCGPGRP, "TIOCGPGRP: whether it is ours to restore"),
+    // A signal of a program's faults may be sent by anybody, to any thread, and nobody can block it.
+    Call::new(libc::SYS_getpid, "getpid", "the signal that ends the process, once more"),
+    Call::new(libc::SYS_gettid, "gettid", "the same"),
+    Call::new(libc::SYS_tgkill, "tgkill", "the same").with(0, Is::OwnPid),
     Call::new(libc::SYS_exit_group, "exit_group", "the end of the process"),
 ];
 

@@ -30,7 +30,7 @@ pub(super) fn to_see() -> &'static str {
 /// Words about what is there, or about why nothing can be said to be there.
 pub(super) type Found = Result<String, Gap>;
 
-/// FallbackReason something cannot be said to be there.
+/// Why something cannot be said to be there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Gap {
     /// It is not there, or not as it should be.

@@ -61,7 +61,7 @@ pub(super) fn look(section: &mut Section<'_>) {
     section.add("machine", machine(), Missing, "mount -t proc proc /proc");
 }
 
-/// FallbackReason nothing more is known where there is no /dev/kvm for this user.
+/// Why nothing more is known where there is no /dev/kvm for this user.
 pub(super) fn without_kvm() -> Gap {
     Gap::Unknown { found: "not known without /dev/kvm".to_owned(), mend: "see /dev/kvm" }
 }

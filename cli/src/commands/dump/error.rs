@@ -1,11 +1,11 @@
-//! FallbackReason memory was not read, or not written down.
+//! Why memory was not read, or not written down.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::client::error::ClientError;
 
-/// FallbackReason memory was not read.
+/// Why memory was not read.
 #[derive(Debug, thiserror::Error)]
 pub enum DumpError {
     /// The VM does not answer.
@@ -85,7 +85,7 @@ pub enum DumpError {
     HalfAStream {
         /// How many bytes were written.
         bytes: u64,
-        /// FallbackReason there are no more.
+        /// Why there are no more.
         #[source]
         source: Box<DumpError>,
     },

@@ -22,7 +22,7 @@ const FLAGS_VALUE: &str = "corrupt-filter-flags-value";
 /// No device in particular (`hwpoison_filter_dev`).
 const ANY_DEV: u64 = u32::MAX as u64;
 
-/// FallbackReason the filters cannot be used.
+/// Why the filters cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FilterError {
     /// A file of theirs.

@@ -29,7 +29,7 @@ pub struct Memcg {
     pub has_hugetlb: bool,
 }
 
-/// FallbackReason a process's pages cannot be told from everybody's by their memory cgroup.
+/// Why a process's pages cannot be told from everybody's by their memory cgroup.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoMemcg {
     /// It is nowhere else.

@@ -7,7 +7,7 @@ use mce_relay_vmm::host::page_frames::PageFlags;
 
 use super::hwpoison_inject::{PfnFile, UNPOISON_PFN};
 
-/// FallbackReason a page frame is not given back.
+/// Why a page frame is not given back.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpoisonError {
     /// The host cannot be asked or told.

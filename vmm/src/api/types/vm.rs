@@ -73,7 +73,7 @@ pub struct VmInfo {
     pub on_undeliverable: OnUndeliverable,
     /// Whether the vCPUs are held, or are about to be.
     pub paused: bool,
-    /// FallbackReason, if they are.
+    /// Why, if they are.
     pub pause_reason: Option<PauseReason>,
     /// What the guest has said of its own end since it was started; null as long as it has not.
     pub panic: Option<Panic>,

@@ -37,7 +37,7 @@ const CODE: u16 = 0x10;
 const DATA: u16 = 0x18;
 const TASK: u16 = 0x20;
 
-/// FallbackReason the entry state could not be set.
+/// Why the entry state could not be set.
 #[derive(Debug, Error)]
 pub enum RegsError {
     /// The special registers could not be read.

@@ -13,7 +13,7 @@ const IA32_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// IA32_MTRR_DEF_TYPE: MTRRs on, everything write-back.
 const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 
-/// FallbackReason a vCPU's MSRs could not be set.
+/// Why a vCPU's MSRs could not be set.
 #[derive(Debug, Error)]
 pub enum MsrError {
     /// The list could not be built.

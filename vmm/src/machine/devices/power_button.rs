@@ -9,7 +9,7 @@ use crate::api::types::pause::Panic;
 use crate::machine::devices::interrupts::{self, POWER_BUTTON_GSI};
 use crate::machine::lifecycle::VmControl;
 
-/// FallbackReason the button was not pressed.
+/// Why the button was not pressed.
 #[derive(Debug, thiserror::Error)]
 pub enum PressError {
     /// The guest does not look.

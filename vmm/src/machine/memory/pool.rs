@@ -21,7 +21,7 @@ impl Pool {
     }
 }
 
-/// FallbackReason `bytes` of memory in huge pages of `page` bytes cannot be had, as far as the pool says; `None`
+/// Why `bytes` of memory in huge pages of `page` bytes cannot be had, as far as the pool says; `None`
 /// when it says nothing against it.
 pub(super) fn why_not(bytes: u64, page: u64) -> Option<MemoryError> {
     why_not_of(Path::new(POOLS), bytes, page)

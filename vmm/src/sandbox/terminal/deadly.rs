@@ -98,6 +98,6 @@ extern "C" fn on_deadly(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
         return;
     }
     // It is blocked as long as this runs, and comes after it.
-    // SAFETY: all are async-signal-safe, and the main thread's filter has them.
+    // SAFETY: all are async-signal-safe, and every thread's filter has them.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), signal) };
 }
