@@ -12,7 +12,7 @@
 //! |---|---|
 //! | says where guest RAM is | [`RamMap`] of [`RamRegion`]s |
 //! | says what the guest was shown of its machine checks | [`mca::Caps`]; on KVM `kvm::MceSetup` finds out and sets up |
-//! | starts the relay | [`Relay::builder`], [`RelayBuilder::start`] |
+//! | starts the relay | [`Relay::builder`], [`RelayBuilder::start`], or [`RelayBuilder::start_polled`] in an event loop |
 //! | attaches each vCPU's thread | [`Handle::attach`], with the [`ExitByte`] and a kick |
 //! | comes round before each KVM_RUN | [`VcpuPort::clear_exit`], [`VcpuPort::before_run`] with its [`Mca`], and obeys the [`Verdict`] |
 //! | is told of every step | [`Event`], by [`RelayBuilder::observer`] |
@@ -137,6 +137,7 @@ pub use relay::error_source::{Bell, ErrorSource};
 pub use relay::forge::ForgeError;
 pub use relay::handle::{Handle, RetireError};
 pub use relay::inject::Verdict;
+pub use relay::polled::Polled;
 pub use relay::start::Relay;
 pub use relay::vcpu_port::VcpuPort;
 pub use signal::{ExitByte, Handled, KillPolicy, Signals};

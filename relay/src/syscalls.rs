@@ -4,7 +4,7 @@
 //! [`THREAD`] is what Rust's standard library and the C library (glibc) do on any thread; [`RELAY`] is the
 //! relay's own thread once it is set up, [`VCPU`] what the relay adds to a vCPU thread, [`HANDLE`] what it
 //! adds to a thread that uses a [`Handle`](crate::Handle), and [`START`] what a thread needs that starts a relay and
-//! drops it. [`KICK`] is a kick by pthread_kill(3), on whichever thread makes it.
+//! drops it; [`POLLED`] is for event loops. [`KICK`] is a kick by pthread_kill(3), on whichever thread makes it.
 //!
 //! Filters are inherited: a thread has the filter of the one that started it, whatever it installs itself later. So a
 //! thread under a filter that starts a relay needs [`RELAY`] in it, too, and [`VCPU`] if it starts the vCPUs' threads.
@@ -269,14 +269,25 @@ pub const VCPU: &[Call] =
 pub const HANDLE: &[Call] =
     &[WAKE, COPY, IS_POISONED, IS_MAPPED, GETPID, GETTID, SIGACTION, SIGQUEUE];
 
+/// What [`Polled`](crate::Polled) adds to [`RELAY`] on the thread of the host's event loop, from its start to its end; the
+/// host's own wait (epoll_wait(2), say) is the host's to add.
+pub const POLLED: &[Call] = &[
+    Call::new(libc::SYS_epoll_create1, "epoll_create1", "the descriptor to wait for"),
+    Call::new(libc::SYS_epoll_ctl, "epoll_ctl", "the descriptor to wait for"),
+    Call::new(libc::SYS_timerfd_create, "timerfd_create", "when the next turn is due"),
+    Call::new(libc::SYS_timerfd_settime, "timerfd_settime", "when the next turn is due"),
+    Call::new(libc::SYS_signalfd4, "signalfd4", "a pending SIGBUS ends the wait"),
+];
+
 /// All lists, each with its name: for tables and files.
-pub const LISTS: [(&str, &[Call]); 6] = [
+pub const LISTS: [(&str, &[Call]); 7] = [
     ("any thread", THREAD),
     ("relay", RELAY),
     ("vcpu", VCPU),
     ("handle", HANDLE),
     ("start", START),
     ("kick", KICK),
+    ("polled", POLLED),
 ];
 
 #[cfg(feature = "seccompiler")]

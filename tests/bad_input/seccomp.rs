@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, ExitStatus};
 
-use mce_relay::syscalls::{Call, HAND_ON, Is, LISTS, RELAY, THREAD, VCPU};
+use mce_relay::syscalls::{Call, HAND_ON, Is, LISTS, POLLED, RELAY, THREAD, VCPU};
 use mce_relay_cli::client::requests;
 use mce_relay_tests::guest::binary;
 use mce_relay_tests::hooked::{Hooked, Stray};
@@ -128,6 +128,7 @@ pub fn the_components_lists_are_exact() {
     let (bus, sys) = (Some(libc::SIGBUS), Some(libc::SIGSYS));
     assert!(confined("relay", None).success());
     assert!(confined("start", None).success(), "a relay is started under a filter");
+    assert!(confined("polled", None).success(), "a thread under a filter does a relay's work");
     assert_eq!(confined("handed-on", None).signal(), bus);
     assert_eq!(confined("vcpu", None).signal(), bus);
     if std::env::var_os("MCE_RELAY_LAB").is_some() {
@@ -136,7 +137,7 @@ pub fn the_components_lists_are_exact() {
     }
     let hand_on: HashSet<_> = HAND_ON.iter().map(|call| call.number).collect();
     let (mut needed, mut occasional) = (0, Vec::new());
-    for (how, list) in [("relay", RELAY), ("vcpu", VCPU)] {
+    for (how, list) in [("relay", RELAY), ("vcpu", VCPU), ("polled", POLLED)] {
         for (index, call) in list.iter().enumerate() {
             let how = match how {
                 "relay" if hand_on.contains(&call.number) => "handed-on",
@@ -155,8 +156,8 @@ pub fn the_components_lists_are_exact() {
         }
     }
     println!(
-        "    {needed} calls of {} in two lists are needed (beside the {} of any thread), and these may be: {}",
-        RELAY.len() + VCPU.len(),
+        "    {needed} calls of {} in three lists are needed (beside the {} of any thread), and these may be: {}",
+        RELAY.len() + VCPU.len() + POLLED.len(),
         THREAD.len(),
         occasional.join("; ")
     );

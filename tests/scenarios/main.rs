@@ -127,6 +127,7 @@ fn main() -> ExitCode {
         memory::the_vmms_own_touch needs may_poison,
         memory::while_paused needs may_poison,
         not_ours::a_page_of_the_vmm needs may_poison_the_vmm,
+        watch::a_relay_in_an_event_loop needs may_poison,
         watch::a_cache_loses_one_entry needs may_poison,
         watch::the_guest_of_another_vmm_lives needs may_poison,
         unprivileged::real_failures_under_nobodys_vmm needs may_poison,

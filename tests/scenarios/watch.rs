@@ -83,6 +83,17 @@ impl Drop for Program {
     }
 }
 
+/// The kernel signals a thread that has SIGBUS blocked and waits for a descriptor.
+pub fn a_relay_in_an_event_loop() {
+    let mut program = Program::start("event_loop", &[]);
+    let line = program.wait_for("ready");
+    program.poison(address(&line));
+    program.wait_for("caught: SIGBUS BUS_MCEERR_AO");
+    program.wait_for("seen: AO, by signal");
+    // The loop has gone on.
+    program.ask("", "bad pages: 1");
+}
+
 pub fn a_cache_loses_one_entry() {
     let mut cache = Program::start("cache", &[]);
     cache.wait_for("ready");

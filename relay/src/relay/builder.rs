@@ -97,7 +97,7 @@ impl RelayBuilder {
         self
     }
 
-    /// Called on the relay's own thread once that is set up: to restrict its system calls
+    /// Called on the thread that does the relay's work once that is set up: to restrict its system calls
     /// ([`syscalls::RELAY`](crate::syscalls::RELAY)), say, or to place it on a processor. If it fails there is no relay.
     pub fn on_thread(mut self, set_up: impl FnOnce() -> io::Result<()> + Send + 'static) -> Self {
         self.on_thread = Box::new(set_up);

@@ -14,6 +14,7 @@ pub mod forge;
 mod gathering;
 pub mod handle;
 pub mod inject;
+pub mod polled;
 mod search;
 pub mod start;
 mod thread;

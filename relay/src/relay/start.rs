@@ -12,8 +12,9 @@ use super::builder::RelayBuilder;
 use super::error::{AttachError, StartError};
 use super::error_source::Source;
 use super::handle::Handle;
+use super::polled::Polled;
 use super::search::Search;
-use super::thread::{EndOfThread, Own, relay_thread};
+use super::thread::{EndOfThread, Own, Work, relay_thread};
 use super::vcpu_port::VcpuPort;
 use crate::core::forgery::Forgery;
 use crate::core::inner::{Inner, RETRY_FIRST};
@@ -24,10 +25,10 @@ use crate::decide::machine_check::Delivery;
 use crate::ledger::Page;
 use crate::memory::map::RamMap;
 use crate::memory::scan::Mapped;
-use crate::signal::{self, ExitByte, KillPolicy, Wake};
+use crate::signal::{self, ExitByte, KillPolicy, Poll, Wake};
 use crate::types::PAGE_SIZE;
 
-/// The relay of one virtual machine. Dropping it ends its thread.
+/// The relay of one virtual machine. Dropping it ends its thread, or what its [`Polled`] does.
 pub struct Relay {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
@@ -39,8 +40,9 @@ impl Relay {
         RelayBuilder::new(ram)
     }
 
-    /// See [`RelayBuilder::start`].
-    fn start(config: RelayBuilder) -> Result<Self, StartError> {
+    /// What both ways to start have in common: the relay without anybody who does its work, and what that is done
+    /// with.
+    fn prepare(config: RelayBuilder) -> Result<(Self, Own), StartError> {
         signal::set_up(config.signals).map_err(StartError::Handler)?;
         signal::unblock().map_err(StartError::Handler)?;
         KillPolicy::Late.set().map_err(StartError::Policy)?;
@@ -91,8 +93,6 @@ impl Relay {
             alive: AtomicBool::new(true),
             mapped: Mapped::new(),
         });
-        let (ready, started) = std::sync::mpsc::sync_channel(1);
-        let for_thread = Arc::clone(&shared);
         let own = Own {
             policy: config.policy,
             source,
@@ -100,19 +100,40 @@ impl Relay {
             search: if config.policy == KillPolicy::Late { None } else { Search::new() },
             set_up: config.on_thread,
         };
+        Ok((Self { shared, thread: None }, own))
+    }
+
+    /// See [`RelayBuilder::start`].
+    fn start(config: RelayBuilder) -> Result<Self, StartError> {
+        let (mut relay, own) = Self::prepare(config)?;
+        let (ready, started) = std::sync::mpsc::sync_channel(1);
+        let shared = Arc::clone(&relay.shared);
         let thread = std::thread::Builder::new()
             .name("mce-relay-ao".into())
             .spawn(move || {
-                let _end = EndOfThread(&for_thread);
-                relay_thread(&for_thread, own, &ready);
+                let _end = EndOfThread(&shared);
+                relay_thread(&shared, own, &ready);
             })
             .map_err(StartError::Thread)?;
-        let relay = Self { shared, thread: Some(thread) };
+        relay.thread = Some(thread);
         started
             .recv()
             .map_err(|_| StartError::Thread(io::Error::other("it ended before it was ready")))??;
         relays().push(Arc::downgrade(&relay.shared));
         Ok(relay)
+    }
+
+    /// See [`RelayBuilder::start_polled`].
+    fn start_polled(config: RelayBuilder) -> Result<(Self, Polled), StartError> {
+        let (relay, own) = Self::prepare(config)?;
+        let poll = Poll::new(&relay.shared.wake).map_err(StartError::Thread)?;
+        let work = Work::set_up(own).inspect_err(|_| {
+            // As it is for all threads that do not do the relay's work; of the two errors the first is the cause.
+            let _ = KillPolicy::Late.set();
+        })?;
+        let polled = Polled::new(Arc::clone(&relay.shared), work, poll);
+        relays().push(Arc::downgrade(&relay.shared));
+        Ok((relay, polled))
     }
 
     /// See [`Handle::attach`].
@@ -155,6 +176,20 @@ impl RelayBuilder {
     /// See [`StartError`].
     pub fn start(self) -> Result<Relay, StartError> {
         Relay::start(self)
+    }
+
+    /// Starts the relay without a thread of its own: the calling thread does its work, by [`Polled::process`] whenever
+    /// [`Polled`]'s descriptor is readable.
+    ///
+    /// The calling thread is given early kill (unless the policy is late), which the threads that it starts from here on
+    /// inherit, and SIGBUS is blocked on it outside [`Polled::process`], which they inherit, too: a vCPU's thread is
+    /// unblocked when it is attached. An AO that such a thread takes is found within a second. So start what can be
+    /// started before. [`Self::on_thread`] is called on this thread.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn start_polled(self) -> Result<(Relay, Polled), StartError> {
+        Relay::start_polled(self)
     }
 }
 

@@ -18,7 +18,7 @@ use crate::types::Caught;
 /// its banks every five).
 const RETRY_LAST: Duration = Duration::from_millis(500);
 
-/// What the relay's thread has for itself; it is made before, so that the thread opens nothing.
+/// What the relay's work is done with; made before, so that a thread of the relay's own opens nothing.
 pub(crate) struct Own {
     pub(crate) policy: KillPolicy,
     pub(crate) source: Option<Source>,
@@ -27,22 +27,64 @@ pub(crate) struct Own {
     pub(crate) set_up: Box<dyn FnOnce() -> io::Result<()> + Send>,
 }
 
-/// The relay's thread: takes AOs, and sees to it that whatever waits is looked at again.
+/// The relay's work, on the thread that it was set up on.
+pub(crate) struct Work {
+    pub(crate) slot: ThreadSlot,
+    source: Option<Source>,
+    search: Option<Search>,
+    call_at: Option<Instant>,
+}
+
+impl Work {
+    /// Has the calling thread signalled of AOs.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub(crate) fn set_up(own: Own) -> Result<Self, StartError> {
+        let slot = ThreadSlot::attach(ExitByte::NONE).map_err(StartError::Thread)?;
+        let late = own.policy == KillPolicy::Late;
+        let policy = if late { own.policy } else { KillPolicy::Early };
+        policy.set().map_err(StartError::Policy)?;
+        (own.set_up)().map_err(StartError::Thread)?;
+        Ok(Self { slot, source: own.source, search: own.search, call_at: None })
+    }
+
+    /// Takes what was signalled, tells those who have to know, and looks for what nobody was signalled; how long it may
+    /// be until the next time.
+    pub(crate) fn turn(&mut self, shared: &Shared) -> Duration {
+        let hint = take_signals(shared, &self.slot) | shared.hinted.swap(false, Ordering::Relaxed);
+        let mut pause = self.tell(shared);
+        // After what is known has been told, as a look through much memory takes its time.
+        if let Some(search) = self.search.as_mut() {
+            if hint {
+                search.hint();
+            }
+            let found = search.look(shared);
+            let search = search.pause();
+            if found {
+                pause = self.tell(shared);
+            }
+            pause = pause.min(search);
+        }
+        pause
+    }
+
+    fn tell(&mut self, shared: &Shared) -> Duration {
+        shared.see_to_the_unplugged(&mut shared.lock());
+        // Before the vCPUs are called: what does not go this way is theirs.
+        let firmware = self.source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
+        call_those_who_wait(shared, &mut self.call_at).min(firmware)
+    }
+}
+
+/// The relay's own thread.
 pub(crate) fn relay_thread(
     shared: &Shared,
     own: Own,
     ready: &std::sync::mpsc::SyncSender<Result<(), StartError>>,
 ) {
-    let Own { policy, mut source, mut search, set_up } = own;
-    let policy = if policy == KillPolicy::Late { policy } else { KillPolicy::Early };
-    let set_up = || {
-        let slot = ThreadSlot::attach(ExitByte::NONE).map_err(StartError::Thread)?;
-        policy.set().map_err(StartError::Policy)?;
-        set_up().map_err(StartError::Thread)?;
-        Ok(slot)
-    };
-    let slot = match set_up() {
-        Ok(slot) => slot,
+    let mut work = match Work::set_up(own) {
+        Ok(work) => work,
         Err(error) => {
             // The starter waits for exactly this message; if it is gone there is nobody to tell.
             let _ = ready.send(Err(error));
@@ -50,27 +92,9 @@ pub(crate) fn relay_thread(
         }
     };
     let _ = ready.send(Ok(()));
-    let mut call_at = None;
     while !shared.stop.load(Ordering::Acquire) {
-        let hint = take_signals(shared, &slot) | shared.hinted.swap(false, Ordering::Relaxed);
-        let mut tell = || {
-            shared.see_to_the_unplugged(&mut shared.lock());
-            // Before the vCPUs are called: what does not go this way is theirs.
-            let firmware = source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
-            call_those_who_wait(shared, &mut call_at).min(firmware)
-        };
-        let mut pause = tell();
-        // After what is known has been told, as a look through much memory takes its time.
-        if let Some(search) = search.as_mut() {
-            if hint {
-                search.hint();
-            }
-            if search.look(shared) {
-                pause = tell();
-            }
-            pause = pause.min(search.pause());
-        }
-        shared.wake.sleep(&slot, pause);
+        let pause = work.turn(shared);
+        shared.wake.sleep(&work.slot, pause);
     }
 }
 

@@ -1,7 +1,7 @@
 //! How the relay's thread sleeps: until a signal is stored for it, somebody wakes it, or its time has come.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::time::Duration;
 
@@ -57,9 +57,25 @@ impl Wake {
             }
             libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const bus, ptr::null_mut());
         }
-        let mut count = 0u64;
-        // SAFETY: reads eight bytes into a live u64 from a descriptor we own; it does not block, and
-        // whether there was anything to read does not matter.
-        unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
+        self.clear();
     }
+
+    /// The next wait is not ended by what has woken this one.
+    pub(crate) fn clear(&self) {
+        drain(&self.0);
+    }
+}
+
+impl AsFd for Wake {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// Takes the count that an eventfd or a timerfd holds, which does not block.
+pub(super) fn drain(fd: &OwnedFd) {
+    let mut count = 0u64;
+    // SAFETY: reads eight bytes into a live u64 from a descriptor that is open while it is borrowed; whether there
+    // was anything to read does not matter.
+    unsafe { libc::read(fd.as_raw_fd(), (&raw mut count).cast(), 8) };
 }

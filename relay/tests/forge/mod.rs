@@ -2,6 +2,7 @@
 
 use std::io;
 
+#[allow(dead_code, reason = "not every test forges ARs")]
 pub const BUS_MCEERR_AR: i32 = 4;
 pub const BUS_MCEERR_AO: i32 = 5;
 

@@ -1,18 +1,20 @@
 //! A relay whose threads may make no system calls but those of `mce_relay::syscalls`:
-//! `confined relay|handed-on|vcpu|start [LEFT-OUT]`. With `start` the thread that starts it is under a filter, too.
+//! `confined relay|handed-on|vcpu|start|polled [LEFT-OUT]`. With `start` the thread that starts it is under a filter, too,
+//! and with `polled` it does the relay's work.
 //!
 //! Everything that the thread does in its life happens once. LEFT-OUT is the number of a call in its list
-//! that it may not make either; then it is killed (SIGSYS) if it makes it. `relay` ends with status 0, the
+//! that it may not make either; then it is killed (SIGSYS) if it makes it. `relay` ends with status 0, `start` and `polled`, too, the
 //! others by a SIGBUS that is not the relay's.
 #![allow(clippy::unwrap_used, reason = "it says what it saw by panicking")]
 
+use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 use std::{io, ptr};
 
-use mce_relay::syscalls::{Call, HANDLE, KICK, RELAY, START, THREAD, VCPU};
+use mce_relay::syscalls::{Call, HANDLE, KICK, POLLED, RELAY, START, THREAD, VCPU};
 use mce_relay::{
     AoChannel, Bell, ErrorSource, Event, ExitByte, FoundBy, Page, RamMap, RamRegion, Relay, State,
     Verdict, syscalls,
@@ -132,6 +134,36 @@ fn start() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// A thread under a filter starts a relay, does its work and ends it.
+fn polled(left_out: Option<usize>) -> ExitCode {
+    let hva = memory();
+    let own: Vec<Call> = POLLED
+        .iter()
+        .enumerate()
+        .filter(|(index, _)| Some(*index) != left_out)
+        .map(|(_, call)| *call)
+        .chain([START, RELAY, HANDLE].concat())
+        .collect();
+    let program = filter(&own, None);
+    let (told, events) = channel();
+    let confined = std::thread::spawn(move || {
+        confine(&program).unwrap();
+        let ram = RamMap::new(&[region(hva, 0, LEN as u64)]).unwrap();
+        let observer = move |event: &Event| drop(told.send(event.clone()));
+        let (relay, mut polled) = Relay::builder(ram).observer(observer).start_polled().unwrap();
+        relay.handle().forge(FORGED, None).unwrap();
+        while relay.pages().is_empty() {
+            let mut fd = libc::pollfd { fd: polled.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one live pollfd; neither a time nor a mask.
+            unsafe { libc::ppoll(&raw mut fd, 1, ptr::null(), ptr::null()) };
+            polled.process();
+        }
+    });
+    wait(&events, "forged page", |event| matches!(event, Event::Seen { .. }));
+    confined.join().unwrap();
+    ExitCode::SUCCESS
+}
+
 fn main() -> ExitCode {
     let mut args = std::env::args().skip(1);
     let how = args.next().unwrap_or_default();
@@ -139,8 +171,11 @@ fn main() -> ExitCode {
     if how == "start" {
         return start();
     }
+    if how == "polled" {
+        return polled(left_out);
+    }
     if !["relay", "handed-on", "vcpu"].contains(&how.as_str()) {
-        eprintln!("confined: got {how:?}, expected relay, handed-on, vcpu or start");
+        eprintln!("confined: got {how:?}, expected relay, handed-on, vcpu, start or polled");
         return ExitCode::from(2);
     }
     let of = |one: bool| left_out.filter(|_| one);
