@@ -2,7 +2,7 @@
 //! with address and RIP, and never a hang. The page is really bad for this process (see `uffd`). Where KVM
 //! emulates the guest's instruction, the touch shows as MMIO at an address that is RAM.
 
-use mce_relay::internals::machine_check::LOOP_ROUNDS;
+use mce_relay::internals::LOOP_ROUNDS;
 use mce_relay::{State, UndeliverableReason, Verdict};
 
 use crate::payload::{CODE, Did, Start, TARGET};

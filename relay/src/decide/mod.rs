@@ -3,4 +3,5 @@
 pub mod firmware;
 pub mod machine_check;
 pub mod pace;
+pub(crate) mod rounds;
 mod standing;

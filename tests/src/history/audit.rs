@@ -4,7 +4,8 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use mce_relay::internals::machine_check::{Assignment, LOOP_ROUNDS, Pending, Taken};
+use mce_relay::internals::LOOP_ROUNDS;
+use mce_relay::internals::machine_check::{Assignment, Pending, Taken};
 use mce_relay::mca::{
     AO_BANK, AR_BANKS, Bank, Caps, DEFERRED_BANKS, McaState, Record, Vendor, cap, mcg, status,
 };
