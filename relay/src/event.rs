@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use crate::types::{FailureKind, Form, FoundBy, Place, State, UndeliverableReason, WaitReason};
+use crate::types::{
+    FailureKind, Form, FoundBy, Place, RescueRefusal, Rescued, State, UndeliverableReason,
+    WaitReason,
+};
 #[cfg(feature = "serde")]
 use crate::types::{hex, hex_option};
 
@@ -143,6 +146,22 @@ pub enum Event {
         extent: u64,
         /// Pages of 4 KiB that entered the ledger with this one, itself among them.
         pages: usize,
+    },
+    /// A huge page of which a part went bad was rescued; the pages that are gone follow, each by [`Self::Seen`].
+    Rescued(Rescued),
+    /// It was not: all of it is gone, and is in what follows.
+    NotRescued {
+        /// Guest-physical address of its first byte.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        gpa: u64,
+        /// Host virtual address of its first byte.
+        #[cfg_attr(feature = "serde", serde(with = "hex"))]
+        hva: u64,
+        /// Its length in bytes.
+        extent: u64,
+        /// Why not.
+        #[cfg_attr(feature = "serde", serde(flatten))]
+        why: RescueRefusal,
     },
     /// A page of the ledger was signalled again.
     Again {
@@ -296,6 +315,10 @@ impl fmt::Display for Event {
                         extent >> 10
                     ),
                 }
+            }
+            Self::Rescued(rescued) => write!(f, "rescued: {rescued}"),
+            Self::NotRescued { gpa, extent, why, .. } => {
+                write!(f, "not rescued: all {} KiB at GPA {gpa:#x} are gone: {why}", extent >> 10)
             }
             Self::Again { gpa, kind, forged } => {
                 write!(f, "again: {}{kind} for GPA {gpa:#x}, known", label(*forged))

@@ -8,3 +8,11 @@ pub use crate::decide::rounds::LOOP_ROUNDS;
 pub use crate::memory::access;
 pub use crate::memory::scan;
 pub use crate::types::Caught;
+
+/// Marks the page of 4 KiB at `hva`, of this process's own memory, as bad: [`crate::memory::marker`].
+///
+/// # Errors
+/// The kernel does not do it.
+pub fn mark(hva: u64) -> std::io::Result<()> {
+    crate::memory::marker::Marker::new()?.mark(hva)
+}

@@ -16,6 +16,7 @@
 //! | attaches each vCPU's thread | [`Handle::attach`], with the [`ExitByte`] and a kick |
 //! | comes round before each KVM_RUN | [`VcpuPort::clear_exit`], [`VcpuPort::before_run`] with its [`Mca`], and obeys the [`Verdict`] |
 //! | is told of every step | [`Event`], by [`RelayBuilder::observer`] |
+//! | has the good part of huge pages back | [`RelayBuilder::rescue`] with a [`MemoryOwner`] |
 //! | reads guest memory that may be bad, plugs RAM, asks what is known | [`Handle`]: [`Ledger`], [`Page`], [`AccessError`] |
 //!
 //! A guest that was given an ACPI error source can be told of what it has not touched without a machine check:
@@ -138,12 +139,13 @@ pub use relay::forge::ForgeError;
 pub use relay::handle::{Handle, RetireError};
 pub use relay::inject::Verdict;
 pub use relay::polled::Polled;
+pub use relay::rescue::{HugePage, MemoryOwner, Rescue};
 pub use relay::start::Relay;
 pub use relay::vcpu_port::VcpuPort;
 pub use signal::{ExitByte, Handled, KillPolicy, Signals};
 pub use types::{
-    FailureKind, FallbackReason, Form, FoundBy, PAGE_SHIFT, PAGE_SIZE, Place, State,
-    UndeliverableReason, WaitReason,
+    FailureKind, FallbackReason, Form, FoundBy, PAGE_SHIFT, PAGE_SIZE, Place, RescueRefusal,
+    RescueStep, Rescued, State, UndeliverableReason, WaitReason,
 };
 #[cfg(feature = "serde")]
 pub use types::{hex, hex_option};

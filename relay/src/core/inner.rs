@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::forgery::Forgery;
 use super::gathering::Gathering;
 use super::locked::{Collects, Kick};
+use super::rescue::Rescues;
 use crate::decide::machine_check::Delivery;
 use crate::event::Event;
 use crate::ledger::Ledger;
@@ -43,6 +44,8 @@ pub(crate) struct Inner {
     pub(crate) news: bool,
     /// Something new waits on the firmware-first channel.
     pub(crate) firmware_news: bool,
+    /// Huge pages that have gone bad and are being rescued.
+    pub(crate) rescues: Rescues,
     /// Failures that are not real.
     pub(crate) forgery: Forgery,
     /// AOs that are not of this relay's memory.

@@ -9,6 +9,8 @@ pub(crate) mod locked;
 pub(crate) mod outbox;
 mod record;
 pub(crate) mod registry;
+pub(crate) mod rescue;
+mod rescuing;
 pub(crate) mod shared;
 mod touch;
 pub(crate) mod transition;

@@ -85,6 +85,9 @@ impl Shared {
     ) -> bool {
         let Caught { kind, hva, lsb } = caught;
         let ram = self.ram();
+        if self.is_rescued(inner, &ram, caught, found_by, vcpu) {
+            return true;
+        }
         let (pages, lsb) = self.lost(&ram, hva, lsb, found_by);
         let now = SystemTime::now();
         // The guest has the page that was touched at each of these addresses, and touched one of them.

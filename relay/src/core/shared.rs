@@ -1,13 +1,14 @@
 //! What the relay's thread, the vCPUs' threads and the handles of one relay share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::inner::Inner;
 use super::locked::Locked;
 use super::outbox::Outbox;
-use crate::memory::map::RamMap;
+use crate::memory::map::{RamError, RamMap};
 use crate::memory::scan::Mapped;
 use crate::signal::Wake;
 
@@ -37,6 +38,8 @@ pub(crate) struct Shared {
     /// The relay's thread runs.
     pub(crate) alive: AtomicBool,
     pub(crate) mapped: Mapped,
+    /// The thread that does the relay's work.
+    pub(crate) worker: OnceLock<ThreadId>,
 }
 
 impl Shared {
@@ -54,6 +57,21 @@ impl Shared {
     pub(crate) fn ram(&self) -> Arc<RamMap> {
         // Only whole maps are put in, so there is no half-changed one.
         Arc::clone(&self.ram.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Puts another map in place; whoever looks something up has the old one or the new one, whole.
+    pub(crate) fn change_ram(
+        &self,
+        change: impl FnOnce(&RamMap) -> Result<RamMap, RamError>,
+    ) -> Result<(), RamError> {
+        let mut ram = self.ram.write().unwrap_or_else(PoisonError::into_inner);
+        *ram = Arc::new(change(&ram)?);
+        Ok(())
+    }
+
+    /// Whether the calling thread is the one that does the relay's work.
+    pub(crate) fn is_worker(&self) -> bool {
+        self.worker.get() == Some(&std::thread::current().id())
     }
 
     /// Wakes the relay's thread.

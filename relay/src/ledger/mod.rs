@@ -8,7 +8,7 @@ mod page;
 mod table;
 
 use crate::types::{FailureKind, UndeliverableReason};
-use crate::types::{FoundBy, State};
+use crate::types::{FoundBy, Rescued, State};
 pub use page::{Page, Predicted, Times};
 use table::Table;
 
@@ -35,6 +35,7 @@ pub struct Ledger {
     /// Those of [`Self::past`] that are no longer kept.
     past_dropped: u64,
     predicted: BTreeMap<u64, Predicted>,
+    rescued: Vec<Rescued>,
 }
 
 impl Ledger {
@@ -96,6 +97,16 @@ impl Ledger {
             self.pages.put(&page);
         }
         Some((before, news))
+    }
+
+    /// The huge pages that were rescued, in that order, in all boots.
+    pub fn rescued(&self) -> &[Rescued] {
+        &self.rescued
+    }
+
+    /// One more.
+    pub(crate) fn note_rescue(&mut self, rescued: Rescued) {
+        self.rescued.push(rescued);
     }
 
     /// Enters the page at `gpa` as predicted to fail. False when it is bad already, or when that the

@@ -154,8 +154,10 @@ struct Segment {
     gpa: u64,
     /// Where in [`RamMap::aliases`] the other ones are, ascending. Most have none.
     aliases: Range<usize>,
-    /// The largest of its regions.
+    /// The largest of its regions, or 12 where it is a stand-in.
     page_shift: u8,
+    /// Ordinary memory has taken the place of a huge page there.
+    is_stand_in: bool,
 }
 
 /// The guest-physical addresses that show a byte, ascending: see [`RamMap::gpas`].
@@ -195,6 +197,8 @@ pub struct RamMap {
     ends: Vec<u64>,
     aliases: Vec<u64>,
     by_gpa: Vec<RamRegion>,
+    /// Host addresses where ordinary memory has taken the place of huge pages.
+    stand_ins: Vec<Range<u64>>,
 }
 
 impl RamMap {
@@ -222,15 +226,16 @@ impl RamMap {
                 return Err(RamError::Overlap(pair[0], pair[1]));
             }
         }
-        Ok(Self::index(by_gpa))
+        Ok(Self::index(by_gpa, Vec::new()))
     }
 
-    /// Cuts the host addresses at every start and end of a region.
-    fn index(by_gpa: Vec<RamRegion>) -> Self {
+    /// Cuts the host addresses at every start and end of a region, and of a stand-in.
+    fn index(by_gpa: Vec<RamRegion>, stand_ins: Vec<Range<u64>>) -> Self {
         let mut by_hva = by_gpa.clone();
         by_hva.sort_by_key(|region| region.hva);
         let mut cuts: Vec<u64> =
             by_hva.iter().flat_map(|region| [region.hva, region.hva + region.len]).collect();
+        cuts.extend(stand_ins.iter().flat_map(|range| [range.start, range.end]));
         cuts.sort_unstable();
         cuts.dedup();
 
@@ -250,11 +255,14 @@ impl RamMap {
             let Some((first, others)) = gpas.split_first() else { continue };
             let at = aliases.len();
             aliases.extend_from_slice(others);
-            let page_shift = open.iter().map(|region| region.page_shift).max().unwrap_or(12);
-            segments.push(Segment { hva, gpa: *first, aliases: at..aliases.len(), page_shift });
+            let is_stand_in = stand_ins.iter().any(|range| range.contains(&hva.start));
+            let mapped = open.iter().map(|region| region.page_shift).max();
+            let page_shift = mapped.filter(|_| !is_stand_in).unwrap_or(PAGE_SHIFT);
+            let aliases = at..aliases.len();
+            segments.push(Segment { hva, gpa: *first, aliases, page_shift, is_stand_in });
         }
         let ends = segments.iter().map(|segment| segment.hva.end).collect();
-        Self { segments, ends, aliases, by_gpa }
+        Self { segments, ends, aliases, by_gpa, stand_ins }
     }
 
     /// The same with one region more, as when memory is plugged in.
@@ -264,7 +272,19 @@ impl RamMap {
     pub fn with(&self, region: RamRegion) -> Result<Self, RamError> {
         let mut regions = self.by_gpa.clone();
         regions.push(region);
-        Self::new(&regions)
+        Ok(Self::index(Self::new(&regions)?.by_gpa, self.stand_ins.clone()))
+    }
+
+    /// The same where ordinary memory has taken the place of the huge page at `hvas`.
+    pub(crate) fn with_stand_in(&self, hvas: Range<u64>) -> Self {
+        let mut stand_ins = self.stand_ins.clone();
+        stand_ins.push(hvas);
+        Self::index(self.by_gpa.clone(), stand_ins)
+    }
+
+    /// Whether ordinary memory has taken the place of a huge page at `hva`.
+    pub(crate) fn is_stand_in(&self, hva: u64) -> bool {
+        self.segment(hva).is_some_and(|segment| segment.is_stand_in)
     }
 
     /// The same without the region that begins at guest-physical `gpa`, and that region.
@@ -275,7 +295,9 @@ impl RamMap {
         let mut regions = self.by_gpa.clone();
         let at = regions.iter().position(|region| region.gpa == gpa);
         let gone = regions.remove(at.ok_or(RamError::NoRegion { gpa })?);
-        Ok((Self::new(&regions)?, gone))
+        let mut stand_ins = self.stand_ins.clone();
+        stand_ins.retain(|range| !gone.hvas().contains(&range.start));
+        Ok((Self::index(Self::new(&regions)?.by_gpa, stand_ins), gone))
     }
 
     #[inline]
@@ -305,6 +327,10 @@ impl RamMap {
     /// the signal: KVM_RUN always says 12, and a huge page is lost as a whole all the same.
     pub fn extent(&self, hva: u64, lsb: u8) -> u8 {
         let mapped = self.page_shift(hva);
+        if self.is_stand_in(hva) {
+            // A signal that is late speaks of the huge page.
+            return mapped;
+        }
         // More than an address has is nonsense.
         if lsb < 64 { lsb.max(mapped) } else { mapped }
     }
@@ -393,6 +419,22 @@ mod tests {
         assert_eq!((map.extent(0x4020_3456, 12), map.extent(0x2020_3456, 200)), (21, 12));
         let odd = RamRegion { page_shift: 13, ..huge };
         assert!(RamMap::new(&[odd]).unwrap_err().to_string().contains("2^13"));
+    }
+
+    #[test]
+    fn what_has_taken_the_place_of_a_huge_page_is_lost_page_by_page() {
+        let huge = RamRegion { page_shift: 21, ..region(0x4000_0000, 0x1000_0000, 6 << 20) };
+        let map = RamMap::new(&[huge]).unwrap().with_stand_in(0x4020_0000..0x4040_0000);
+        assert_eq!(map.pages(0x4020_3456, 21), [(0x4020_3000, 0x1020_3000)]);
+        assert_eq!(map.pages(0x401f_f000, 12).len(), 512);
+        assert_eq!(map.pages(0x4040_0000, 12).len(), 512);
+        assert_eq!(map.pages(0x4040_0000, 12)[0], (0x4040_0000, 0x1040_0000));
+        assert!(map.is_stand_in(0x403f_ffff) && !map.is_stand_in(0x4040_0000));
+        let more = map.with(region(0x9000_0000, 0, 0x1000)).unwrap();
+        assert!(more.is_stand_in(0x4020_0000));
+        let (less, _) = more.without(0x1000_0000).unwrap();
+        let again = less.with(huge).unwrap();
+        assert!(!again.is_stand_in(0x4020_0000), "it went with its region");
     }
 
     #[test]

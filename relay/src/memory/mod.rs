@@ -2,9 +2,16 @@
 
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod access;
+pub(crate) mod headroom;
 pub mod map;
+#[allow(unsafe_code, reason = "it is where the system is asked")]
+mod mapping;
+#[allow(unsafe_code, reason = "it is where the system is asked")]
+pub(crate) mod marker;
 #[cfg(feature = "vm-memory")]
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 mod page_size;
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod scan;
+#[allow(unsafe_code, reason = "it is where the system is asked")]
+pub(crate) mod stand_in;

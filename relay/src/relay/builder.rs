@@ -3,6 +3,7 @@
 use std::io;
 
 use super::error_source::ErrorSource;
+use super::rescue::Rescue;
 use crate::decide::firmware::AoChannel;
 use crate::decide::pace::Pace;
 use crate::event::Event;
@@ -22,6 +23,7 @@ pub struct RelayBuilder {
     pub(super) pace: Pace,
     pub(super) ao_channel: AoChannel,
     pub(super) source: Option<ErrorSource>,
+    pub(super) rescue: Option<Rescue>,
     pub(super) signals: Signals,
     pub(super) ledger: Ledger,
     pub(super) on_thread: Box<dyn FnOnce() -> io::Result<()> + Send>,
@@ -38,6 +40,7 @@ impl RelayBuilder {
             pace: Pace::default(),
             ao_channel: AoChannel::default(),
             source: None,
+            rescue: None,
             signals: Signals::default(),
             ledger: Ledger::default(),
             on_thread: Box::new(|| Ok(())),
@@ -81,6 +84,19 @@ impl RelayBuilder {
     /// How fast the guest is told of AOs.
     pub fn pace(mut self, pace: Pace) -> Self {
         self.pace = pace;
+        self
+    }
+
+    /// Huge pages of hugetlb of which a part goes bad are not lost as a whole: what the host can still read of them is
+    /// put into ordinary memory at the same addresses, and the guest is told of the pages of 4 KiB that are gone. vCPUs
+    /// that touch such a page meanwhile stand still and go on. It costs as much memory as the huge page has, in small
+    /// pages, from then on; where it cannot be done all of it is lost, as without this
+    /// ([`Event::NotRescued`]).
+    ///
+    /// The kernel reads what is left by its own mapping. A second failure within the same huge page that is not known
+    /// yet is the end of the host then, where the guest's own touch would have been an AR.
+    pub fn rescue(mut self, rescue: Rescue) -> Self {
+        self.rescue = Some(rescue);
         self
     }
 

@@ -15,6 +15,15 @@ pub enum StartError {
     /// The relay's thread could not be set up.
     #[error("cannot start the relay's thread")]
     Thread(#[source] io::Error),
+    /// The memory that is to be kept for rescues is not to be had.
+    #[error("cannot set {} MiB aside for what is left of huge pages that go bad", .bytes >> 20)]
+    Reserve {
+        /// How many bytes were asked for.
+        bytes: u64,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// The error source's page is not a page of guest RAM.
     #[error("the error source's page, GPA {page:#x}, is not a 4 KiB page of guest RAM")]
     SourcePage {

@@ -1,8 +1,8 @@
 //! A relay as any thread may use it: what is known, guest memory without SIGBUS, and changes of guest RAM.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use crate::core::inner::Inner;
@@ -33,6 +33,8 @@ pub enum RetireError {
     },
 }
 
+/// How long a rescue is waited for.
+const RESCUE: Duration = Duration::from_secs(5);
 /// How often a copy that is under way is looked at.
 const COPYING: Duration = Duration::from_millis(1);
 
@@ -77,7 +79,11 @@ impl Handle {
     pub fn read(&self, gpa: u64, to: &mut [u8]) -> Result<usize, AccessError> {
         // Held while the kernel copies: `remove_ram` waits for that.
         let done = access::read_ram(&self.0.ram(), gpa, to);
-        done.inspect_err(|error| self.met(error))
+        match done {
+            // Perhaps only a part of the huge page that it is in.
+            Err(error) if self.met(&error) => access::read_ram(&self.0.ram(), gpa, to),
+            done => done,
+        }
     }
 
     /// Writes `from` to guest memory at `gpa`, in the manner of [`Self::read`].
@@ -85,22 +91,27 @@ impl Handle {
     /// # Errors
     /// Not even the first byte could be written: see [`AccessError`].
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
-        let done = access::write_ram(&self.0.ram(), gpa, from);
-        done.inspect_err(|error| self.met(error))
+        match access::write_ram(&self.0.ram(), gpa, from) {
+            Err(error) if self.met(&error) => access::write_ram(&self.0.ram(), gpa, from),
+            done => done,
+        }
     }
 
-    /// The VMM itself has met a bad page.
-    fn met(&self, error: &AccessError) {
-        let AccessError::Poisoned { gpa } = *error else { return };
+    /// The VMM itself has touched a bad page. True where it was part of a huge page that has been rescued since.
+    fn met(&self, error: &AccessError) -> bool {
+        let AccessError::Poisoned { gpa } = *error else { return false };
         let gpa = gpa & !(PAGE_SIZE - 1);
-        let Some(hva) = self.0.ram().hva(gpa) else { return };
+        let Some(hva) = self.0.ram().hva(gpa) else { return false };
         let caught = Caught { kind: FailureKind::ActionOptional, hva, lsb: PAGE_SHIFT };
         let mut inner = self.0.lock();
         if !inner.ledger.contains(gpa) {
             self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);
             drop(inner);
             self.0.wake();
+            // Who does the rescue does not wait for it.
+            return !self.0.is_worker() && self.0.wait_for_rescue(hva, RESCUE);
         }
+        false
     }
 
     /// `vcpu` has left the guest for an MMIO access at `gpa`: as [`VcpuPort::mmio_hit`](crate::VcpuPort::mmio_hit), for a
@@ -148,7 +159,7 @@ impl Handle {
     /// See [`RamError`].
     pub fn add_ram(&self, region: RamRegion) -> Result<(), RamError> {
         let mut inner = self.0.lock();
-        self.change_ram(|ram| ram.with(region))?;
+        self.0.change_ram(|ram| ram.with(region))?;
         let now = SystemTime::now();
         for gpa in Self::known_within(&inner, region) {
             // What the guest was never told waits: other memory in its place would be a loss without a word.
@@ -187,7 +198,7 @@ impl Handle {
             return Err(RamError::Source { gpa, page });
         }
         let mut gone = None;
-        self.change_ram(|ram| {
+        self.0.change_ram(|ram| {
             let (less, region) = ram.without(gpa)?;
             gone = Some(region);
             Ok(less)
@@ -220,16 +231,6 @@ impl Handle {
     fn known_within(inner: &Inner, region: RamRegion) -> Vec<u64> {
         let (gpa, len) = (region.gpa(), region.len());
         inner.ledger.within(gpa..gpa + len).map(|page| page.gpa).collect()
-    }
-
-    /// Puts another map in place; whoever looks something up has the old one or the new one, whole.
-    fn change_ram(
-        &self,
-        change: impl FnOnce(&RamMap) -> Result<RamMap, RamError>,
-    ) -> Result<(), RamError> {
-        let mut ram = self.0.ram.write().unwrap_or_else(PoisonError::into_inner);
-        *ram = Arc::new(change(&ram)?);
-        Ok(())
     }
 
     /// The pages that were predicted to fail, by guest-physical address.

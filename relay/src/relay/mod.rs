@@ -15,6 +15,7 @@ mod gathering;
 pub mod handle;
 pub mod inject;
 pub mod polled;
+pub mod rescue;
 mod search;
 pub mod start;
 mod thread;

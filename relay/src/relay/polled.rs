@@ -32,6 +32,8 @@ impl Polled {
     pub(super) fn new(shared: Arc<Shared>, work: Work, poll: Poll) -> Self {
         // The first turn is due at once: it looks for what went bad before.
         poll.set_timer(Duration::ZERO);
+        // Nobody has set it before.
+        let _ = shared.worker.set(std::thread::current().id());
         Self { shared, work, poll, not_send: PhantomData }
     }
 

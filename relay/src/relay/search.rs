@@ -153,7 +153,7 @@ impl Shared {
     /// Whether the page at `hva` is in the ledger, at every guest address that shows it.
     fn knows(&self, hva: u64) -> bool {
         let inner = self.lock();
-        self.ram().gpas(hva).all(|gpa| inner.ledger.contains(gpa))
+        inner.rescues.has(hva) || self.ram().gpas(hva).all(|gpa| inner.ledger.contains(gpa))
     }
 
     /// Enters pages that were found by looking.
@@ -165,7 +165,9 @@ impl Shared {
         let before = inner.ledger.len();
         for &hva in hvas {
             // A vCPU may have met it in the meantime, or it is one of a huge page that is known now.
-            if !self.ram().gpas(hva).all(|gpa| inner.ledger.contains(gpa)) {
+            let known = inner.rescues.has(hva)
+                || self.ram().gpas(hva).all(|gpa| inner.ledger.contains(gpa));
+            if !known {
                 let caught = Caught { kind: FailureKind::ActionOptional, hva, lsb: PAGE_SHIFT };
                 self.enter_pages(&mut inner, caught, FoundBy::Scan, None);
             }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use super::error::{AttachError, StartError};
 use super::error_source::Source;
 use super::handle::Handle;
 use super::polled::Polled;
+use super::rescue::Rescue;
 use super::search::Search;
 use super::thread::{EndOfThread, Own, Work, relay_thread};
 use super::vcpu_port::VcpuPort;
@@ -20,6 +21,7 @@ use crate::core::forgery::Forgery;
 use crate::core::inner::{Inner, RETRY_FIRST};
 use crate::core::outbox::Outbox;
 use crate::core::registry::relays;
+use crate::core::rescue::Rescues;
 use crate::core::shared::Shared;
 use crate::decide::machine_check::Delivery;
 use crate::ledger::Page;
@@ -63,6 +65,7 @@ impl Relay {
             // Bad pages of a guest that goes on elsewhere, of which it has not been told.
             config.ledger.untold().for_each(|page| delivery.push_ao(page.gpa));
         }
+        let rescuer = config.rescue.map(Rescue::prepare).transpose()?;
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner {
                 delivery,
@@ -73,6 +76,7 @@ impl Relay {
                 retry: RETRY_FIRST,
                 news: false,
                 firmware_news: false,
+                rescues: Rescues::new(rescuer.is_some()),
                 forgery: Forgery::default(),
                 strays: Vec::new(),
                 gone: Vec::new(),
@@ -92,12 +96,14 @@ impl Relay {
             source_page,
             alive: AtomicBool::new(true),
             mapped: Mapped::new(),
+            worker: OnceLock::new(),
         });
         let own = Own {
             policy: config.policy,
             source,
             // With late kill the user wants to hear of a page when it is touched, not before.
             search: if config.policy == KillPolicy::Late { None } else { Search::new() },
+            rescuer,
             set_up: config.on_thread,
         };
         Ok((Self { shared, thread: None }, own))

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::error::StartError;
 use super::error_source::Source;
+use super::rescue::Rescuer;
 use super::search::Search;
 use crate::core::inner::RETRY_FIRST;
 use crate::core::registry::others;
@@ -23,6 +24,7 @@ pub(crate) struct Own {
     pub(crate) policy: KillPolicy,
     pub(crate) source: Option<Source>,
     pub(crate) search: Option<Search>,
+    pub(crate) rescuer: Option<Rescuer>,
     /// [`RelayBuilder::on_thread`](crate::RelayBuilder::on_thread).
     pub(crate) set_up: Box<dyn FnOnce() -> io::Result<()> + Send>,
 }
@@ -32,6 +34,7 @@ pub(crate) struct Work {
     pub(crate) slot: ThreadSlot,
     source: Option<Source>,
     search: Option<Search>,
+    rescuer: Option<Rescuer>,
     call_at: Option<Instant>,
 }
 
@@ -45,8 +48,9 @@ impl Work {
         let late = own.policy == KillPolicy::Late;
         let policy = if late { own.policy } else { KillPolicy::Early };
         policy.set().map_err(StartError::Policy)?;
-        (own.set_up)().map_err(StartError::Thread)?;
-        Ok(Self { slot, source: own.source, search: own.search, call_at: None })
+        let Own { source, search, rescuer, set_up, .. } = own;
+        set_up().map_err(StartError::Thread)?;
+        Ok(Self { slot, source, search, rescuer, call_at: None })
     }
 
     /// Takes what was signalled, tells those who have to know, and looks for what nobody was signalled; how long it may
@@ -70,6 +74,10 @@ impl Work {
     }
 
     fn tell(&mut self, shared: &Shared) -> Duration {
+        // First what stops vCPUs until it is done, and says which pages there are to be told of.
+        if let Some(rescuer) = self.rescuer.as_mut() {
+            rescuer.look(shared);
+        }
         shared.see_to_the_unplugged(&mut shared.lock());
         // Before the vCPUs are called: what does not go this way is theirs.
         let firmware = self.source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
@@ -91,6 +99,8 @@ pub(crate) fn relay_thread(
             return;
         }
     };
+    // Nobody has set it before.
+    let _ = shared.worker.set(std::thread::current().id());
     let _ = ready.send(Ok(()));
     while !shared.stop.load(Ordering::Acquire) {
         let pause = work.turn(shared);

@@ -23,6 +23,8 @@ use crate::x86::back_end::Mca;
 const AR_PATIENCE: Duration = Duration::from_secs(5);
 /// How often it looks meanwhile.
 const AR_LOOK: Duration = Duration::from_millis(1);
+/// How long at a time it is held while a huge page that it touched is being rescued.
+const HOLD: Duration = Duration::from_millis(100);
 /// So many ARs without an address within [`NAMELESS_IN`] are a touch that KVM does not give the address of either.
 const NAMELESS: u32 = 64;
 const NAMELESS_IN: Duration = Duration::from_secs(10);
@@ -142,6 +144,7 @@ impl VcpuPort {
         let shared = Arc::clone(&self.shared);
         let me = self.vcpu;
         let mut held_since = None;
+        let mut held_for: Option<Instant> = None;
         loop {
             self.slot.clear_attention();
             // Several system calls, for which nobody else need wait. The vCPU stands still meanwhile.
@@ -167,6 +170,19 @@ impl VcpuPort {
                     signal::give_up(caught);
                     inner = shared.lock();
                 }
+            }
+            if inner.rescues.holds(me) && inner.gathering.is_none() {
+                if shared.is_alive() {
+                    // The page may be good again in a moment. What the host wants of this vCPU meanwhile it sees to
+                    // in its loop; then the touch is made again.
+                    let since = *held_for.get_or_insert_with(Instant::now);
+                    if since.elapsed() > HOLD {
+                        return Verdict::Run;
+                    }
+                    drop(shared.pause(inner, HOLD));
+                    continue;
+                }
+                shared.give_up_rescues(&mut inner);
             }
             let state = match state {
                 Ok(state) => state,

@@ -3,12 +3,14 @@
 
 mod kind;
 mod reason;
+mod rescue;
 #[cfg(feature = "serde")]
 mod serde_with;
 mod state;
 
 pub use kind::{Caught, FailureKind, PAGE_SHIFT, PAGE_SIZE};
 pub use reason::{FallbackReason, UndeliverableReason, WaitReason};
+pub use rescue::{RescueRefusal, RescueStep, Rescued};
 #[cfg(feature = "serde")]
 pub use serde_with::{hex, hex_option};
 #[cfg(feature = "serde")]

@@ -1,0 +1,125 @@
+//! A huge page that has gone bad waits to be rescued, and what comes of it enters the ledger.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use super::inner::Inner;
+use super::rescue::Report;
+use super::shared::Shared;
+use crate::event::Event;
+use crate::memory::map::RamMap;
+use crate::memory::scan::is_poisoned;
+use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE, RescueRefusal, Rescued};
+
+impl Shared {
+    /// Whether nothing enters the ledger for `caught` now: it is of a huge page that is being rescued from here on, or it
+    /// speaks of one that was, where the page is good again.
+    pub(crate) fn is_rescued(
+        &self,
+        inner: &mut Inner,
+        ram: &RamMap,
+        caught: Caught,
+        found_by: FoundBy,
+        vcpu: Option<usize>,
+    ) -> bool {
+        let page = caught.hva & !(PAGE_SIZE - 1);
+        if found_by == FoundBy::Forged {
+            return false;
+        }
+        if ram.is_stand_in(page) {
+            return !is_poisoned(page);
+        }
+        let shift = ram.page_shift(page);
+        if shift == PAGE_SHIFT {
+            return false;
+        }
+        let start = page & !((1 << shift) - 1);
+        let hvas = start..start + (1 << shift);
+        // Of a huge page that the guest has as a whole, and of which it has lost nothing yet.
+        let pages = ram.pages(page, shift);
+        let is_whole = pages.len() as u64 >= (hvas.end - hvas.start) / PAGE_SIZE;
+        let is_lost = || pages.iter().any(|(_, gpa)| inner.ledger.contains(*gpa));
+        let may_be = inner.rescues.may_be(&hvas) && is_whole;
+        if !inner.rescues.has(page) && (!may_be || is_lost()) {
+            return false;
+        }
+        let vcpu = vcpu.filter(|_| caught.kind == FailureKind::ActionRequired);
+        inner.rescues.take(hvas, Report { page, found_by, vcpu });
+        self.wake();
+        true
+    }
+
+    /// The huge page at `hvas` was rescued: good memory lies in its place, and the pages at `gone`, host addresses,
+    /// are marked as bad.
+    pub(crate) fn rescued(&self, hvas: &Range<u64>, gone: &[u64]) -> Option<Rescued> {
+        let mut inner = self.lock();
+        let open = inner.rescues.close(hvas)?;
+        self.change_ram(|ram| Ok(ram.with_stand_in(hvas.clone()))).ok()?;
+        let extent = hvas.end - hvas.start;
+        let micros = |since: Instant| since.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
+        let rescued = Rescued {
+            gpa: self.ram().gpas(hvas.start).next().unwrap_or(0),
+            hva: hvas.start,
+            extent,
+            kept: extent / PAGE_SIZE - gone.len() as u64,
+            gone: gone.len() as u64,
+            micros: micros(open.since),
+            held_micros: open.held_since.map(micros),
+        };
+        inner.ledger.note_rescue(rescued);
+        inner.emit(Event::Rescued(rescued));
+        for &page in gone {
+            let mut reports = open.reports.iter().filter(|report| report.page == page).peekable();
+            if reports.peek().is_none() {
+                self.enter_report(&mut inner, page, FoundBy::Scan, None);
+            }
+            for report in reports {
+                self.enter_report(&mut inner, page, report.found_by, report.vcpu);
+            }
+        }
+        self.gathered.notify_all();
+        Some(rescued)
+    }
+
+    /// It was not: all of it is gone.
+    pub(crate) fn not_rescued(&self, inner: &mut Inner, hvas: &Range<u64>, why: RescueRefusal) {
+        let Some(open) = inner.rescues.refuse(hvas) else { return };
+        let (hva, extent) = (hvas.start, hvas.end - hvas.start);
+        let gpa = self.ram().gpas(hva).next().unwrap_or(0);
+        inner.emit(Event::NotRescued { gpa, hva, extent, why });
+        for report in &open.reports {
+            self.enter_report(inner, report.page, report.found_by, report.vcpu);
+        }
+        self.gathered.notify_all();
+    }
+
+    /// There is nobody any more who does it.
+    pub(crate) fn give_up_rescues(&self, inner: &mut Inner) {
+        inner.rescues.switch_off();
+        while let Some(hvas) = inner.rescues.next() {
+            self.not_rescued(inner, &hvas, RescueRefusal::Forbidden);
+        }
+    }
+
+    fn enter_report(&self, inner: &mut Inner, hva: u64, found_by: FoundBy, vcpu: Option<usize>) {
+        let kind = match vcpu {
+            Some(_) => FailureKind::ActionRequired,
+            None => FailureKind::ActionOptional,
+        };
+        self.enter_pages(inner, Caught { kind, hva, lsb: PAGE_SHIFT }, found_by, vcpu);
+    }
+
+    /// Waits until nothing of the page at `hva` is being rescued any more, for `patience` at most. False where
+    /// nothing was.
+    pub(crate) fn wait_for_rescue(&self, hva: u64, patience: Duration) -> bool {
+        let mut inner = self.lock();
+        if !inner.rescues.has(hva) {
+            return false;
+        }
+        let since = Instant::now();
+        while inner.rescues.has(hva) && since.elapsed() < patience && self.is_alive() {
+            inner = inner.wait(&self.gathered, Duration::from_millis(10));
+        }
+        true
+    }
+}

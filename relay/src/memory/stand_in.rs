@@ -1,0 +1,256 @@
+//! Good memory that takes the place of a huge page of which a part is bad.
+//!
+//! The kernel takes the whole of a hugetlb page out of the page tables when a line of it goes bad, and still knows which
+//! frames of 4 KiB it was: the file gives all others (`adjust_range_hwpoison`, fs/hugetlbfs/inode.c, Linux 6.6). They are
+//! read into ordinary memory, which is then moved to where the huge page was. While it is not mapped nobody changes it: who
+//! touches it is stopped.
+//!
+//! The kernel reads the file by its own mapping of the huge page. A second line of it that has gone bad without the
+//! kernel's knowing it is a machine check there from which the kernel does not recover, where the guest's own load would
+//! have been one AR more. Nothing in user space can read the page otherwise.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+
+use super::mapping::{address, advise, size};
+use super::marker::Marker;
+use crate::types::PAGE_SIZE;
+
+/// Read at once.
+const CHUNK: u64 = 2 << 20;
+/// A mapping that begins at a multiple of this can be in the host's transparent huge pages.
+const ALIGNMENT: u64 = 2 << 20;
+
+/// Ordinary memory of this process's own. It goes when this is dropped.
+#[derive(Debug)]
+pub(crate) struct StandIn {
+    hva: u64,
+    len: u64,
+}
+
+/// What the file gave of a huge page.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Filled {
+    /// Where the pages of 4 KiB are that it did not give, from the huge page's first byte, ascending.
+    pub(crate) gone: Vec<u64>,
+}
+
+impl StandIn {
+    /// `len` bytes, a multiple of 2 MiB, which are there: the kernel joins them to huge pages where it is set to.
+    ///
+    /// # Errors
+    /// There is no memory to be had.
+    pub(crate) fn new(len: u64) -> io::Result<Self> {
+        let stand_in = Self::map(len)?;
+        // A kernel without huge pages needs no advice.
+        let _ = advise(stand_in.hva, len, libc::MADV_HUGEPAGE);
+        advise(stand_in.hva, len, libc::MADV_POPULATE_WRITE)?;
+        Ok(stand_in)
+    }
+
+    /// The addresses.
+    fn map(len: u64) -> io::Result<Self> {
+        let room = len.checked_add(ALIGNMENT).ok_or(libc::ENOMEM);
+        let room = room.map_err(io::Error::from_raw_os_error)?;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let at = unsafe { libc::mmap(ptr::null_mut(), size(room)?, prot, flags, -1, 0) };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = at.expose_provenance() as u64;
+        let hva = start.next_multiple_of(ALIGNMENT);
+        for (from, to) in [(start, hva), (hva + len, start + room)] {
+            drop(Self { hva: from, len: to - from });
+        }
+        Ok(Self { hva, len })
+    }
+
+    /// Parts the first `len` bytes, a multiple of 2 MiB, from the rest; `None` where there are not as many.
+    pub(crate) fn take(&mut self, len: u64) -> Option<Self> {
+        if len == 0 || self.len < len {
+            return None;
+        }
+        let taken = Self { hva: self.hva, len };
+        self.hva += len;
+        self.len -= len;
+        Some(taken)
+    }
+
+    /// Reads as much as it has from `file`, from `offset` on; page by page where the kernel says that one is bad.
+    ///
+    /// # Errors
+    /// Any but EIO, or the file ends.
+    pub(crate) fn fill(&self, file: &impl Pages, offset: u64) -> io::Result<Filled> {
+        let (mut at, mut gone) = (0, Vec::new());
+        while at < self.len {
+            let want = CHUNK.min(self.len - at);
+            match file.read(self.hva + at, want, offset + at) {
+                // A bad page ends it, where it begins.
+                Ok(read) if read >= PAGE_SIZE => at += read / PAGE_SIZE * PAGE_SIZE,
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                // Half a page is none.
+                Ok(_) => {
+                    gone.push(at);
+                    at += PAGE_SIZE;
+                }
+                Err(error) if error.raw_os_error() == Some(libc::EIO) => {
+                    gone.push(at);
+                    at += PAGE_SIZE;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Filled { gone })
+    }
+
+    /// Marks the pages at `gone`, from the first byte on.
+    ///
+    /// # Errors
+    /// The kernel does not do it.
+    pub(crate) fn mark(&self, marker: &Marker, gone: &[u64]) -> io::Result<()> {
+        gone.iter().try_for_each(|at| marker.mark(self.hva + at))
+    }
+
+    /// Moves it to `hva`, where whatever was mapped is no longer: in one step for all who look.
+    ///
+    /// # Errors
+    /// The kernel does not do it; what was there may be no longer mapped then.
+    pub(crate) fn move_to(mut self, hva: u64) -> io::Result<()> {
+        let (len, flags) = (size(self.len)?, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
+        // SAFETY: moves memory of our own, to which no reference leads, over guest memory, to which none leads either
+        // (the contract of `RamRegion`).
+        let moved = unsafe { libc::mremap(address(self.hva)?, len, len, flags, address(hva)?) };
+        if moved == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        self.len = 0;
+        Ok(())
+    }
+}
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        if let (Ok(at), Ok(len)) = (address(self.hva), size(self.len))
+            && len > 0
+        {
+            // SAFETY: memory of our own, to which no reference leads.
+            unsafe { libc::munmap(at, len) };
+        }
+    }
+}
+
+/// What a huge page is read from.
+pub(crate) trait Pages {
+    /// Reads up to `len` bytes at `offset` to `hva`, which is memory of the caller's own; how many.
+    ///
+    /// # Errors
+    /// EIO where the page is bad.
+    fn read(&self, hva: u64, len: u64, offset: u64) -> io::Result<u64>;
+}
+
+impl Pages for BorrowedFd<'_> {
+    fn read(&self, hva: u64, len: u64, offset: u64) -> io::Result<u64> {
+        let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: the kernel writes at most `len` bytes to memory of the caller's own, to which no reference leads.
+        let read = unsafe { libc::pread(self.as_raw_fd(), address(hva)?, size(len)?, offset) };
+        u64::try_from(read).map_err(|_| io::Error::last_os_error())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::scan::is_poisoned;
+
+    /// A file of which some pages are bad: each page holds its number.
+    struct Model {
+        bad: Vec<u64>,
+        end: u64,
+    }
+
+    impl Pages for Model {
+        fn read(&self, hva: u64, len: u64, offset: u64) -> io::Result<u64> {
+            let (mut done, end) = (0, self.end.saturating_sub(offset).min(len));
+            while done < end {
+                let page = (offset + done) / PAGE_SIZE;
+                if self.bad.contains(&page) {
+                    break;
+                }
+                crate::memory::access::write(hva + done, &page.to_le_bytes())?;
+                done += PAGE_SIZE;
+            }
+            match done {
+                0 if end > 0 => Err(io::Error::from_raw_os_error(libc::EIO)),
+                _ => Ok(done),
+            }
+        }
+    }
+
+    const LEN: u64 = 4 << 20;
+    const OFFSET: u64 = 16 << 20;
+    const FIRST: u64 = OFFSET / PAGE_SIZE;
+
+    fn filled(bad: &[u64]) -> (StandIn, Vec<u64>) {
+        let stand_in = StandIn::new(LEN).unwrap();
+        let bad: Vec<u64> = bad.iter().map(|page| FIRST + page).collect();
+        let filled = stand_in.fill(&Model { bad, end: 1 << 30 }, OFFSET).unwrap();
+        (stand_in, filled.gone.iter().map(|at| at / PAGE_SIZE).collect())
+    }
+
+    #[test]
+    fn all_but_the_bad_pages_are_read() {
+        for bad in [&[][..], &[0], &[1023], &[0, 1, 2, 700], &[511, 512]] {
+            assert_eq!(filled(bad).1, bad, "{bad:?}");
+        }
+        let all: Vec<u64> = (0..LEN / PAGE_SIZE).collect();
+        assert_eq!(filled(&all).1, all);
+    }
+
+    #[test]
+    fn a_file_that_ends_is_an_error() {
+        let stand_in = StandIn::new(LEN).unwrap();
+        let short = Model { bad: Vec::new(), end: OFFSET + LEN / 2 };
+        let error = stand_in.fill(&short, OFFSET).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn it_takes_the_place_of_what_was_there_and_what_is_gone_stays_gone() {
+        let marker = match Marker::new() {
+            Ok(marker) => marker,
+            Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
+        };
+        let place = StandIn::new(3 * LEN).unwrap();
+        advise(place.hva, place.len, libc::MADV_NOHUGEPAGE).unwrap();
+        let (stand_in, gone) = filled(&[0, 5, 1023]);
+        let gone: Vec<u64> = gone.iter().map(|page| page * PAGE_SIZE).collect();
+        stand_in.mark(&marker, &gone).unwrap();
+        let hva = place.hva + LEN;
+        stand_in.move_to(hva).unwrap();
+        for page in 0..LEN / PAGE_SIZE {
+            let at = hva + page * PAGE_SIZE;
+            let mut number = [0; 8];
+            let read = crate::memory::access::read(at, &mut number);
+            match gone.contains(&(page * PAGE_SIZE)) {
+                true => assert!(read.is_err() && is_poisoned(at), "page {page}"),
+                false => assert_eq!(u64::from_le_bytes(number), FIRST + page),
+            }
+        }
+        let mut byte = [1];
+        crate::memory::access::read(hva - 1, &mut byte).unwrap();
+        crate::memory::access::read(hva + LEN, &mut byte).unwrap();
+    }
+
+    #[test]
+    fn a_reserve_is_used_up() {
+        let mut reserve = StandIn::new(3 * ALIGNMENT).unwrap();
+        let first = reserve.take(ALIGNMENT).unwrap();
+        assert_eq!((first.hva + ALIGNMENT, reserve.len), (reserve.hva, 2 * ALIGNMENT));
+        assert!(reserve.take(3 * ALIGNMENT).is_none());
+        assert!(reserve.take(2 * ALIGNMENT).is_some() && reserve.take(ALIGNMENT).is_none());
+    }
+}

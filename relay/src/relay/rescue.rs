@@ -1,0 +1,156 @@
+//! The good part of a huge page that went bad: how it is had back, and who is asked.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+
+use super::error::StartError;
+use crate::core::host::call_host;
+use crate::core::shared::Shared;
+use crate::memory::headroom::Headroom;
+use crate::memory::marker::Marker;
+use crate::memory::stand_in::{Filled, StandIn};
+use crate::types::{PAGE_SIZE, RescueRefusal, RescueStep, Rescued};
+
+/// A huge page of guest memory of which a part has gone bad, and which the host has lost as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HugePage {
+    /// Host virtual address of its first byte.
+    pub hva: u64,
+    /// Its length in bytes: 2 MiB or 1 GiB.
+    pub len: u64,
+}
+
+/// Who has made guest memory, and knows who else uses it. Called on the thread that does the relay's work, without a lock
+/// of the relay's.
+pub trait MemoryOwner: Send {
+    /// The memory of `page` is about to be replaced. What guest memory is mapped from there, a file of hugetlbfs or a
+    /// memfd, open for reading, and the offset of the page in it; the mapping is MAP_SHARED, so that the file has what the
+    /// guest wrote.
+    ///
+    /// Whoever uses the page by another way than its host virtual address has to let it go first, or it must not be
+    /// replaced: a device that has it pinned (VFIO), another process that maps the file (vhost-user). KVM's slots follow by
+    /// themselves.
+    ///
+    /// # Errors
+    /// It must stay: it is lost as a whole then.
+    fn release(&mut self, page: HugePage) -> Result<(BorrowedFd<'_>, u64), RescueRefusal>;
+
+    /// Private anonymous memory in small pages lies in the page's place, marked as bad where it is. What was asked for
+    /// the old mapping by madvise(2) or mlock(2) is to be asked for again; devices may have it.
+    fn replaced(&mut self, rescued: &Rescued) {
+        let _ = rescued;
+    }
+}
+
+/// That huge pages are rescued: see [`RelayBuilder::rescue`](crate::RelayBuilder::rescue).
+pub struct Rescue {
+    owner: Box<dyn MemoryOwner>,
+    reserve: u64,
+}
+
+impl Rescue {
+    /// For memory of `owner`'s. The memory for what is left of a huge page is taken when it is needed, if the host and the
+    /// memory cgroups of this process have it to spare.
+    pub fn new(owner: impl MemoryOwner + 'static) -> Self {
+        Self { owner: Box::new(owner), reserve: 0 }
+    }
+
+    /// `bytes` are taken at the start and kept for it, rounded up to 2 MiB: a huge page of 1 GiB takes 1 GiB. More is taken
+    /// when it is needed.
+    #[must_use]
+    pub fn reserve(self, bytes: u64) -> Self {
+        Self { reserve: bytes, ..self }
+    }
+
+    /// Takes what is needed before a thread may open nothing.
+    pub(super) fn prepare(self) -> Result<Rescuer, StartError> {
+        let headroom = Headroom::new();
+        let bytes = self.reserve.next_multiple_of(2 << 20);
+        let reserve = match bytes {
+            0 => None,
+            _ if headroom.bytes() < bytes => {
+                return Err(StartError::Reserve {
+                    bytes,
+                    source: io::ErrorKind::OutOfMemory.into(),
+                });
+            }
+            _ => Some(StandIn::new(bytes).map_err(|source| StartError::Reserve { bytes, source })?),
+        };
+        let marker = Marker::new();
+        if let Err(error) = &marker {
+            log::warn!(
+                "huge pages that go bad are lost as a whole: the bad part could not be marked (userfaultfd, \
+                 UFFDIO_POISON of Linux 6.6): {error}"
+            );
+        }
+        Ok(Rescuer { owner: self.owner, reserve, headroom, marker })
+    }
+}
+
+impl std::fmt::Debug for Rescue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rescue").field("reserve", &self.reserve).finish_non_exhaustive()
+    }
+}
+
+/// What rescues are done with, on the thread that does the relay's work.
+pub(crate) struct Rescuer {
+    owner: Box<dyn MemoryOwner>,
+    reserve: Option<StandIn>,
+    headroom: Headroom,
+    marker: io::Result<Marker>,
+}
+
+impl Rescuer {
+    /// Rescues what there is to be. True when there was anything.
+    pub(super) fn look(&mut self, shared: &Shared) -> bool {
+        let mut any = false;
+        loop {
+            let next = shared.lock().rescues.next();
+            let Some(hvas) = next else { return any };
+            any = true;
+            let done = call_host("owner of guest memory", || self.rescue(&hvas));
+            match done.unwrap_or(Err(RescueRefusal::Forbidden)) {
+                Ok(gone) => {
+                    if let Some(rescued) = shared.rescued(&hvas, &gone) {
+                        call_host("owner of guest memory", || self.owner.replaced(&rescued));
+                    }
+                }
+                Err(why) => shared.not_rescued(&mut shared.lock(), &hvas, why),
+            }
+        }
+    }
+
+    /// Puts good memory at `hvas`; the host addresses of the pages that are gone.
+    fn rescue(&mut self, hvas: &Range<u64>) -> Result<Vec<u64>, RescueRefusal> {
+        let (hva, len) = (hvas.start, hvas.end - hvas.start);
+        let (file, offset) = self.owner.release(HugePage { hva, len })?;
+        let marker = self.marker.as_ref().map_err(|error| RescueRefusal::NoMarker {
+            errno: error.raw_os_error().unwrap_or(0),
+        })?;
+        let stand_in = match self.reserve.as_mut().and_then(|reserve| reserve.take(len)) {
+            Some(stand_in) => stand_in,
+            None => {
+                let free = self.headroom.bytes();
+                // The page tables take a five-hundredth.
+                let needed = len + len / 256;
+                if free < needed {
+                    return Err(RescueRefusal::NoMemory { needed, free });
+                }
+                StandIn::new(len).map_err(at(RescueStep::Allocate))?
+            }
+        };
+        let Filled { gone } = stand_in.fill(&file, offset).map_err(at(RescueStep::Read))?;
+        if gone.len() as u64 == len / PAGE_SIZE {
+            return Err(RescueRefusal::NothingLeft);
+        }
+        stand_in.mark(marker, &gone).map_err(at(RescueStep::Mark))?;
+        stand_in.move_to(hva).map_err(at(RescueStep::Move))?;
+        Ok(gone.iter().map(|at| hva + at).collect())
+    }
+}
+
+fn at(step: RescueStep) -> impl Fn(io::Error) -> RescueRefusal {
+    move |error| RescueRefusal::System { step, errno: error.raw_os_error().unwrap_or(0) }
+}
