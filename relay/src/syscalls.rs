@@ -4,7 +4,7 @@
 //! [`THREAD`] is what Rust's standard library and the C library (glibc) do on any thread; [`RELAY`] is the
 //! relay's own thread once it is set up, [`VCPU`] what the relay adds to a vCPU thread, [`HANDLE`] what it
 //! adds to a thread that uses a [`Handle`](crate::Handle), and [`START`] what a thread needs that starts a relay and
-//! drops it; [`POLLED`] is for event loops. [`KICK`] is a kick by pthread_kill(3), on whichever thread makes it.
+//! drops it; [`POLLED`] is for event loops, [`RESCUE`] for huge pages. [`KICK`] is a kick by pthread_kill(3), on whichever thread makes it.
 //!
 //! Filters are inherited: a thread has the filter of the one that started it, whatever it installs itself later. So a
 //! thread under a filter that starts a relay needs [`RELAY`] in it, too, and [`VCPU`] if it starts the vCPUs' threads.
@@ -269,6 +269,31 @@ pub const VCPU: &[Call] =
 pub const HANDLE: &[Call] =
     &[WAKE, COPY, IS_POISONED, IS_MAPPED, GETPID, GETTID, SIGACTION, SIGQUEUE];
 
+/// What [`RelayBuilder::rescue`](crate::RelayBuilder::rescue) adds to the thread that starts the relay, beside [`START`], and to
+/// the one that does its work, beside [`RELAY`].
+pub const RESCUE: &[Call] = &[
+    Call::new(libc::SYS_userfaultfd, "userfaultfd", "what marks a page as bad; at the start"),
+    uffd(crate::memory::marker::UFFDIO_API, "UFFDIO_API: the same"),
+    Call::new(libc::SYS_read, "read", "/proc/self/cgroup; at the start"),
+    Call::new(libc::SYS_madvise, "madvise", "memory for what is left of a huge page")
+        .given(2, libc::MADV_HUGEPAGE as i64),
+    Call::new(libc::SYS_madvise, "madvise", "the same").given(2, libc::MADV_POPULATE_WRITE as i64),
+    Call::new(libc::SYS_pread64, "pread64", "what is left; how much memory may be taken"),
+    uffd(
+        crate::memory::marker::UFFDIO_REGISTER,
+        "UFFDIO_REGISTER: the page that is gone is marked",
+    ),
+    uffd(crate::memory::marker::UFFDIO_POISON, "UFFDIO_POISON: the same"),
+    uffd(crate::memory::marker::UFFDIO_UNREGISTER, "UFFDIO_UNREGISTER: the same"),
+    Call::new(libc::SYS_mremap, "mremap", "good memory comes to the place of the huge page")
+        .given(3, (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as i64),
+];
+
+const fn uffd(request: libc::Ioctl, why: &'static str) -> Call {
+    #[allow(clippy::cast_possible_wrap, reason = "its bits count")]
+    Call::new(libc::SYS_ioctl, "ioctl", why).given(1, request as i64)
+}
+
 /// What [`Polled`](crate::Polled) adds to [`RELAY`] on the thread of the host's event loop, from its start to its end; the
 /// host's own wait (epoll_wait(2), say) is the host's to add.
 pub const POLLED: &[Call] = &[
@@ -280,7 +305,7 @@ pub const POLLED: &[Call] = &[
 ];
 
 /// All lists, each with its name: for tables and files.
-pub const LISTS: [(&str, &[Call]); 7] = [
+pub const LISTS: [(&str, &[Call]); 8] = [
     ("any thread", THREAD),
     ("relay", RELAY),
     ("vcpu", VCPU),
@@ -288,6 +313,7 @@ pub const LISTS: [(&str, &[Call]); 7] = [
     ("start", START),
     ("kick", KICK),
     ("polled", POLLED),
+    ("rescue", RESCUE),
 ];
 
 #[cfg(feature = "seccompiler")]

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant, SystemTime};
 use mce_relay::mca::Vendor;
 use mce_relay::{
     AoChannel, Event, FailureKind, FallbackReason, Form, FoundBy, Injection, KillPolicy, Pace,
-    Page, Place, Predicted, Reach, SignalledThread, State, Times, UndeliverableReason, WaitReason,
+    Page, Place, Predicted, Reach, RescueRefusal, RescueStep, Rescued, SignalledThread, State,
+    Times, UndeliverableReason, WaitReason,
 };
 use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
@@ -143,7 +144,26 @@ fn memory_events() -> Vec<Event> {
     all.extend(states().into_iter().map(|state| Event::Predicted { gpa, state }));
     all.push(Event::Overrun { signals: 3 });
     all.push(Event::Scanned { pages: 3, micros: 1500 });
+    all.extend([None, Some(900)].map(|held| Event::Rescued(rescued(held))));
+    let whys = [
+        RescueRefusal::NoFile,
+        RescueRefusal::Private,
+        RescueRefusal::Shared,
+        RescueRefusal::Forbidden,
+        RescueRefusal::NoMemory { needed: 2 << 20, free: 1 << 20 },
+        RescueRefusal::NothingLeft,
+        RescueRefusal::NoMarker { errno: libc::EPERM },
+    ];
+    let steps = [RescueStep::Allocate, RescueStep::Read, RescueStep::Mark, RescueStep::Move];
+    let steps = steps.map(|step| RescueRefusal::System { step, errno: libc::ENOMEM });
+    let refused = |why| Event::NotRescued { gpa, hva: 1 << 40, extent: 2 << 20, why };
+    all.extend(whys.into_iter().chain(steps).map(refused));
     all
+}
+
+fn rescued(held_micros: Option<u64>) -> Rescued {
+    let (hva, extent, kept, gone, micros) = (1 << 40, 2 << 20, 511, 1, 1000);
+    Rescued { gpa: GPA, hva, extent, kept, gone, micros, held_micros }
 }
 
 fn pause_reasons() -> Vec<PauseReason> {
@@ -328,6 +348,7 @@ pub fn pages() {
             pages: vec![page(State::Seen)],
             predicted: vec![predicted(State::Seen)],
             past: vec![page(State::Healed)],
+            rescued: vec![rescued(None), rescued(Some(900))],
         };
         changes += exactly(&of_status, &serde_json::to_value(status).unwrap());
     }

@@ -93,6 +93,18 @@ impl MemoryZone {
     }
 }
 
+/// What to do about huge pages of which a part goes bad.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RescuePolicy {
+    /// They are lost as a whole.
+    Off,
+    /// The good part is kept, and so many bytes are set aside for it at the start.
+    On {
+        /// 0 takes memory when it is needed.
+        reserve: u64,
+    },
+}
+
 /// A whole VM.
 #[derive(Clone, Debug)]
 pub struct VmConfig {

@@ -6,7 +6,7 @@ use std::str::FromStr;
 use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
-use mce_relay_vmm::config::{CpuVendor, MemoryZone, PageSize, SerialMode, VmConfig};
+use mce_relay_vmm::config::{CpuVendor, MemoryZone, PageSize, RescuePolicy, SerialMode, VmConfig};
 use mce_relay_vmm::sandbox::seccomp::Mode;
 use mce_relay_vmm::session::config::RunConfig;
 use mce_relay_vmm::session::names::VmName;
@@ -77,6 +77,17 @@ pub struct RunArgs {
     /// When to take errors: as soon as the host knows of them, or when the guest touches them.
     #[arg(long, default_value = "early", value_enum)]
     pub mce_kill: Kill,
+    /// Keep what is left of a huge page of which a part goes bad: on, off, or reserve=SIZE to set memory aside for it at the
+    /// start.
+    ///
+    /// The host loses all of a huge page (hugepages=on, shared=off) when a line of it goes bad, and can still read the
+    /// rest, from Linux 6.6 on. The rest is put into ordinary memory at the same place, and the guest loses 4 KiB. That
+    /// memory is as much as the huge page has, and is taken when it is needed, or set aside: 1G for a page of 1 GiB. Where
+    /// there is none the guest loses the whole huge page. When the guest starts over it has a huge page again, if the
+    /// host's pool has one. The kernel reads the rest by a mapping of its own: a second bad line in the same huge page
+    /// that nobody has noticed yet takes the host down then.
+    #[arg(long, default_value = "on", value_name = "on|off|reserve=SIZE", value_parser = rescue)]
+    pub rescue: RescuePolicy,
     /// What to do when the guest touched a bad page and cannot be told.
     #[arg(long, default_value = "stop", value_enum)]
     pub on_undeliverable: OnUndeliverableArg,
@@ -114,6 +125,15 @@ fn ao_channel(text: &str) -> Result<AoChannel, String> {
         "mce" => Ok(AoChannel::Mce),
         "ghes" => Ok(AoChannel::Ghes),
         _ => Err("expected auto, mce or ghes".to_owned()),
+    }
+}
+
+fn rescue(text: &str) -> Result<RescuePolicy, String> {
+    match (text, text.strip_prefix("reserve=")) {
+        ("on", _) => Ok(RescuePolicy::On { reserve: 0 }),
+        ("off", _) => Ok(RescuePolicy::Off),
+        (_, Some(size)) => parse_number(size).map(|reserve| RescuePolicy::On { reserve }),
+        _ => Err("expected on, off or reserve=SIZE".to_owned()),
     }
 }
 
@@ -248,6 +268,7 @@ impl RunArgs {
             event_monitor: self.event_monitor.as_ref().map(|path| path.0.clone()),
             lmce: self.lmce == Switch::On,
             mce_kill: self.mce_kill.into(),
+            rescue: self.rescue,
             on_undeliverable: self.on_undeliverable.into(),
             ao_channel: self.ao_channel,
             ghes,

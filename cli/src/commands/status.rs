@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use indicatif::HumanDuration;
 use jiff::Timestamp;
-use mce_relay::{FoundBy, Pace, Page, Predicted, State, Times, WaitReason};
+use mce_relay::{FoundBy, Pace, Page, Predicted, Rescued, State, Times, WaitReason};
 use mce_relay_vmm::api::types::policy::Notify;
 use mce_relay_vmm::api::types::vm::{Status, VmInfo};
 use mce_relay_vmm::words::counted;
@@ -62,7 +62,7 @@ pub fn status_text(status: &Status, json: bool) -> String {
 }
 
 fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Result<()> {
-    let Status { vm, pages, predicted, past } = status;
+    let Status { vm, pages, predicted, past, rescued } = status;
     writeln!(out, "{}", headline(vm))?;
     if let Some(panic) = vm.panic {
         writeln!(out, "PANICKED: {panic}; `mce-relay reset` starts the guest over")?;
@@ -76,6 +76,9 @@ fn write_status(out: &mut dyn Write, status: &Status, terminal: bool) -> io::Res
     if !past.is_empty() {
         writeln!(out, "bad once, and no longer: {}", past.len())?;
         write_pages(out, past)?;
+    }
+    if !rescued.is_empty() {
+        write_rescued(out, rescued)?;
     }
     if pages.is_empty() {
         return writeln!(out, "no bad pages");
@@ -119,6 +122,25 @@ pub(crate) fn colour(state: &State) -> Color {
         State::Undeliverable { .. } | State::Removed => Color::Red,
         _ => Color::Yellow,
     }
+}
+
+/// Huge pages that the host has lost, and what the guest keeps of each.
+fn write_rescued(out: &mut dyn Write, rescued: &[Rescued]) -> io::Result<()> {
+    writeln!(out, "huge pages rescued: {}", rescued.len())?;
+    let mut table =
+        sheet(&["GPA", "lost by the host", "pages kept", "pages gone", "took", "a vCPU held"]);
+    for one in rescued {
+        let held = one.held_micros.map_or_else(|| "-".to_owned(), |held| format!("{held} us"));
+        table.add_row([
+            Cell::new(format!("{:#x}", one.gpa)),
+            Cell::new(format!("{} KiB", one.extent >> 10)),
+            Cell::new(one.kept),
+            Cell::new(one.gone),
+            Cell::new(format!("{} us", one.micros)),
+            Cell::new(held),
+        ]);
+    }
+    table.into_lines().iter().try_for_each(|line| writeln!(out, "{line}"))
 }
 
 /// Pages that are whole and that the guest was to stop using.
@@ -276,7 +298,8 @@ mod tests {
         let vm =
             VmInfo { paused: pause_reason.is_some(), pause_reason, ..crate::testing::an_info() };
         let mut out = Vec::new();
-        let status = Status { vm, pages, predicted: Vec::new(), past: Vec::new() };
+        let (predicted, past, rescued) = (Vec::new(), Vec::new(), Vec::new());
+        let status = Status { vm, pages, predicted, past, rescued };
         write_status(&mut out, &status, terminal).unwrap();
         String::from_utf8(out).unwrap().lines().map(str::to_owned).collect()
     }

@@ -187,7 +187,8 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             let running = running()?;
             let relay = &running.relay;
             let (pages, predicted, past) = (relay.pages(), relay.predicted(), relay.past());
-            Answer::json(200, &Status { pages, predicted, past, vm: running.info() })
+            let rescued = relay.inspect(|ledger| ledger.rescued().to_vec());
+            Answer::json(200, &Status { pages, predicted, past, rescued, vm: running.info() })
         }
         Route::Memory => {
             let running = running()?;

@@ -38,6 +38,8 @@ enum Part {
     Predicted(u64),
     /// Those that were bad once, from this one on.
     Past(usize),
+    /// The huge pages that were rescued.
+    Rescued,
     /// Nothing.
     End,
 }
@@ -111,8 +113,15 @@ impl Iterator for StatusPieces {
                     .inspect(|ledger| ledger.past().skip(next).take(most).cloned().collect());
                 self.list(&pages);
                 let goes_on = self.goes_on(pages.len());
-                self.part = if goes_on { Part::Past(next + PAGES) } else { Part::End };
-                (!goes_on).then_some("]}")
+                self.part = if goes_on { Part::Past(next + PAGES) } else { Part::Rescued };
+                (!goes_on).then_some("],\"rescued\":[")
+            }
+            Part::Rescued => {
+                // Fewer than the guest has huge pages.
+                let rescued = self.relay.inspect(|ledger| ledger.rescued().to_vec());
+                self.list(&rescued);
+                self.part = Part::End;
+                Some("]}")
             }
         };
         if let Some(end) = end {

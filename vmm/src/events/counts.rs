@@ -21,6 +21,8 @@ pub struct Counts {
     injected: IntCounterVec,
     acknowledged: IntCounterVec,
     undeliverable: IntCounterVec,
+    rescues: IntCounterVec,
+    kept: IntCounter,
     boots: IntCounter,
     panics: IntCounterVec,
     told: Histogram,
@@ -95,6 +97,15 @@ impl Default for Counts {
                 "mce_relay_undeliverable_total",
                 "Errors that the guest could not be told of, by kind.",
                 &["kind"],
+            ),
+            rescues: family(
+                "mce_relay_rescues_total",
+                "Huge pages of which a part went bad, by whether the good part was kept (rescued) or not (lost).",
+                &["outcome"],
+            ),
+            kept: counter(
+                "mce_relay_pages_kept_total",
+                "Pages of 4 KiB that the host had lost with a huge page and that the guest has kept.",
             ),
             boots: counter("mce_relay_boots_total", "Boots of the guest."),
             panics: family(
@@ -178,6 +189,11 @@ impl Counts {
             Event::Undeliverable { kind, .. } => {
                 self.undeliverable.with_label_values(&[&kind.to_string()]).inc();
             }
+            Event::Rescued(rescued) => {
+                self.rescues.with_label_values(&["rescued"]).inc();
+                self.kept.inc_by(rescued.kept);
+            }
+            Event::NotRescued { .. } => self.rescues.with_label_values(&["lost"]).inc(),
             Event::Again { .. }
             | Event::Waiting { .. }
             | Event::Healed { .. }
@@ -192,7 +208,8 @@ impl Counts {
     pub fn families(&self) -> Vec<MetricFamily> {
         let Self { events, signals, signals_lost, signals_outside, seen, .. } = self;
         let Self { injected, acknowledged, undeliverable, boots, panics, told, taken, .. } = self;
-        let all: [&dyn Collector; 12] = [
+        let Self { rescues, kept, .. } = self;
+        let all: [&dyn Collector; 14] = [
             events,
             signals,
             signals_lost,
@@ -201,6 +218,8 @@ impl Counts {
             injected,
             acknowledged,
             undeliverable,
+            rescues,
+            kept,
             boots,
             panics,
             told,

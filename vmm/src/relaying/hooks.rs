@@ -7,19 +7,21 @@ use kvm_ioctls::VcpuFd;
 use log::debug;
 use mce_relay::mca::Vendor;
 use mce_relay::{
-    AccessError, ExitByte, Handle, Ledger, RamError, RamMap, Relay, StartError, VcpuPort, Verdict,
+    AccessError, ExitByte, Handle, Ledger, RamError, RamMap, Relay, Rescue, StartError, VcpuPort,
+    Verdict,
 };
 
 use crate::api::types::pause::{Panic, PauseReason, Undeliverable};
 use crate::api::types::policy::OnUndeliverable;
 use crate::api::types::vm_event::VmEvent;
-use crate::config::VmConfig;
+use crate::config::{RescuePolicy, VmConfig};
 use crate::events::monitor::Monitor;
 use crate::machine::acpi::Table;
 use crate::machine::devices::power_button::PowerButton;
 use crate::machine::devices::serial::SerialLines;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::lifecycle::reasons::{Change, ExitReason};
+use crate::machine::memory::block::PAGE_SIZE;
 use crate::machine::memory::guest_ram::GuestRam;
 use crate::machine::vcpu::hooks::{
     HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup,
@@ -28,6 +30,7 @@ use crate::machine::vm::hooks::{VmHooks, VmView};
 use crate::mce_inject::{GuestMca, MceError, MceSetup, VcpuMca};
 use crate::relaying::error_source;
 use crate::relaying::manual_mce::injector::Injector;
+use crate::relaying::rescue::Owner;
 use crate::sandbox::role::Role;
 use crate::sandbox::seccomp::Filters;
 use crate::session::config::RunConfig;
@@ -111,7 +114,7 @@ impl RelayHooks<'_> {
         let setup = MceSetup::new(vm.kvm, vm.vendor, lmce, vm.vendor == Vendor::Amd)?;
         setup.prepare_vm(vm.vm)?;
         let filters = self.filters.clone();
-        let mut relay = Relay::builder(RamMap::new(vm.ram.regions())?)
+        let mut relay = Relay::builder(RamMap::new(&vm.ram.regions())?)
             .vcpus(usize::from(vm.cpus))
             .machine_checks(setup.caps())
             .policy(self.config.mce_kill)
@@ -123,6 +126,11 @@ impl RelayHooks<'_> {
         if let Some(notify) = self.config.ghes {
             let source = error_source::source(vm.vm, notify).map_err(RelayError::Source)?;
             relay = relay.error_source(source);
+        }
+        let has_huge_pages = vm.ram.blocks().iter().any(|block| block.page_size > PAGE_SIZE);
+        if let (RescuePolicy::On { reserve }, true) = (self.config.rescue, has_huge_pages) {
+            let owner = Owner(Arc::clone(vm.ram));
+            relay = relay.rescue(Rescue::new(owner).reserve(reserve));
         }
         let relay = relay.start()?;
         let (emit, socket) = (self.monitor.for_vm(), self.socket.map(Path::to_owned));

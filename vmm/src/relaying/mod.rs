@@ -4,5 +4,6 @@
 pub mod error_source;
 pub mod hooks;
 pub mod manual_mce;
+pub mod rescue;
 pub mod self_poison;
 pub mod uffd;

@@ -170,10 +170,10 @@ impl Machine<'_> {
     fn heal(&mut self) -> bool {
         let emit = self.monitor.for_relay();
         // With late kill, say, there are pages that nobody has heard of; they go the same way.
-        enter(&mut self.ledger, self.ram.blocks(), &self.ram.find_poison(), &emit);
+        enter(&mut self.ledger, &self.ram.pieces(), &self.ram.find_poison(), &emit);
         let bad: Vec<u64> = self.ledger.pages().map(|page| page.gpa).collect();
         let healing = self.ram.heal(&bad);
-        enter(&mut self.ledger, self.ram.blocks(), &healing.found, &emit);
+        enter(&mut self.ledger, &self.ram.pieces(), &healing.found, &emit);
         let was_bad = !healing.healed.is_empty() || !healing.removed.is_empty();
         let now = SystemTime::now();
         for gpa in healing.healed {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use mce_relay::{AoChannel, KillPolicy, Pace};
 
 use crate::api::types::policy::{Notify, OnUndeliverable};
-use crate::config::{MemoryZone, VmConfig};
+use crate::config::{MemoryZone, RescuePolicy, VmConfig};
 use crate::outlets::files::LogFile;
 use crate::sandbox::seccomp::Mode;
 use crate::session::names::VmName;
@@ -27,6 +27,8 @@ pub struct RunConfig {
     pub lmce: bool,
     /// When errors are taken.
     pub mce_kill: KillPolicy,
+    /// What is done about huge pages of which a part goes bad.
+    pub rescue: RescuePolicy,
     /// What is done about an AR that the guest cannot be told of.
     pub on_undeliverable: OnUndeliverable,
     /// Which way AOs go.

@@ -1,7 +1,7 @@
 //! What runs, and how it stands.
 
 use mce_relay::mca::Vendor;
-use mce_relay::{AoChannel, KillPolicy, Pace, Page, Predicted};
+use mce_relay::{AoChannel, KillPolicy, Pace, Page, Predicted, Rescued};
 use serde::{Deserialize, Serialize};
 
 use crate::api::types::pause::{Panic, PauseReason};
@@ -118,6 +118,9 @@ pub struct Status {
     pub predicted: Vec<Predicted>,
     /// Pages that were bad in an earlier boot and are so no longer, in the order of their healing.
     pub past: Vec<Page>,
+    /// Huge pages that the host has lost and of which the guest keeps all but the bad part, in that order, in all boots.
+    #[serde(default)]
+    pub rescued: Vec<Rescued>,
 }
 
 /// Whether a VM answers, and which.

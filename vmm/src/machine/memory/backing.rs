@@ -33,8 +33,10 @@ pub(super) struct Opened {
 pub(super) fn open(zone: &MemoryZone) -> Result<Opened, MemoryError> {
     let page_size = zone.page_size.bytes();
     let Some(path) = &zone.file else {
-        let file = if zone.shared { Some(Arc::new(memfd(zone.page_size)?)) } else { None };
-        return Ok(Opened { file, page_size, memfd: zone.shared });
+        // Of huge pages, too, so that the good part of one that goes bad can be read: `relaying::rescue`.
+        let memfd_backed = zone.shared || page_size > PAGE_SIZE;
+        let file = if memfd_backed { Some(Arc::new(memfd(zone.page_size)?)) } else { None };
+        return Ok(Opened { file, page_size, memfd: memfd_backed });
     };
     let error = |source| MemoryError::File { path: path.clone(), source };
     // Looked at before it is opened: opening a FIFO would wait for its other end.
@@ -170,7 +172,10 @@ pub(super) struct Backing {
     file: Option<(Arc<File>, u64)>,
     /// The file is this process's own.
     memfd: bool,
+    /// It is mapped MAP_SHARED: what is written is in the file.
     shared: bool,
+    /// Other processes are to map the file, too.
+    for_others: bool,
     /// `None` where the pages are none that the host could join.
     thp: Option<bool>,
     prefault: bool,
@@ -191,7 +196,8 @@ impl Backing {
             page_size,
             file: opened.file.as_ref().map(|file| (Arc::clone(file), offset)),
             memfd: opened.memfd,
-            shared: zone.shared,
+            shared: zone.shared || opened.memfd,
+            for_others: zone.shared,
             thp: (page_size == PAGE_SIZE).then_some(zone.thp),
             prefault: zone.prefault,
         };
@@ -247,30 +253,45 @@ impl Backing {
         if len == PAGE_SIZE {
             return self.map_at(start, len);
         }
+        match self.another(start)?.move_to(self, start) {
+            // Linux before 5.16 does not move huge pages.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => self.map_at(start, len),
+            done => done,
+        }
+    }
+
+    /// A mapping of the page at `start` elsewhere.
+    fn another(&self, start: u64) -> io::Result<Self> {
+        let len = self.page_size;
         let mut other = Self { hva: reserve(len, len)?, len, file: None, ..self.copy() };
         other.file = self.file.as_ref().map(|(file, offset)| (Arc::clone(file), offset + start));
         other.map_at(0, len)?;
-        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        Ok(other)
+    }
+
+    /// Makes it a part of `whole`, from `start` on, in place of whatever is there.
+    fn move_to(mut self, whole: &Self, start: u64) -> io::Result<()> {
+        let (len, flags) = (size(self.len)?, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
         // SAFETY: moves a mapping of our own over another one, to which no reference leads.
-        let moved =
-            unsafe { libc::mremap(other.at(0), size(len)?, size(len)?, flags, self.at(start)) };
+        let moved = unsafe { libc::mremap(self.at(0), len, len, flags, whole.at(start)) };
         if moved == libc::MAP_FAILED {
-            let error = io::Error::last_os_error();
-            // Linux before 5.16 does not move huge pages.
-            return match error.raw_os_error() {
-                Some(libc::EINVAL) => self.map_at(start, len),
-                _ => Err(error),
-            };
+            return Err(io::Error::last_os_error());
         }
-        // It is part of this mapping now.
-        other.hva = 0;
+        self.hva = 0;
         Ok(())
+    }
+
+    /// Puts a huge page that has memory in the place of whatever is at `start`, or leaves that as it is.
+    pub(super) fn exchange_for_good(&self, start: u64) -> io::Result<()> {
+        let other = self.another(start)?;
+        other.advise(0, other.len, libc::MADV_POPULATE_WRITE)?;
+        other.move_to(self, start)
     }
 
     /// The kind of this mapping, and no mapping.
     fn copy(&self) -> Self {
-        let Self { page_size, memfd, shared, thp, prefault, .. } = *self;
-        Self { hva: 0, len: 0, page_size, file: None, memfd, shared, thp, prefault }
+        let Self { page_size, memfd, shared, for_others, thp, prefault, .. } = *self;
+        Self { hva: 0, len: 0, page_size, file: None, memfd, shared, for_others, thp, prefault }
     }
 
     /// Puts a mapping that nobody can use at `start..start + len`, so that nothing else of this
@@ -361,6 +382,11 @@ impl Backing {
     /// Whether others that map the file see the same memory.
     pub(super) fn is_shared(&self) -> bool {
         self.shared && self.file.is_some()
+    }
+
+    /// Whether others are meant to.
+    pub(super) fn is_for_others(&self) -> bool {
+        self.for_others
     }
 
     fn at(&self, start: u64) -> *mut libc::c_void {

@@ -3,6 +3,7 @@
 //! It outlives a boot. When the guest starts over its RAM is made good again in place ([`GuestRam::heal`]), so
 //! that addresses and file descriptors stay what they were.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -34,6 +35,8 @@ pub struct GuestRam {
     pub(super) backings: Vec<Backing>,
     /// Stretches of it (address and length) that are no longer the guest's, ascending.
     pub(super) removed: Mutex<Vec<(u64, u64)>>,
+    /// Host addresses where ordinary memory has taken the place of a huge page.
+    pub(super) stand_ins: Mutex<BTreeSet<u64>>,
     /// What the host says of its page frames; `None` for those who may not see it.
     pub(super) flags: Option<PageFlags>,
     /// /proc/self/pagemap. Opened here, since the threads that look into it may open nothing; who does not
@@ -81,7 +84,8 @@ impl GuestRam {
         let map = RamMap::new(&blocks.iter().map(region).collect::<Vec<_>>())?;
         let (removed, pagemap) = (Mutex::default(), File::open(block::PAGEMAP));
         let flags = PageFlags::open().ok();
-        let ram = Self { memory, blocks, map, backings, removed, flags, pagemap };
+        let stand_ins = Mutex::default();
+        let ram = Self { memory, blocks, map, backings, removed, stand_ins, flags, pagemap };
         ram.prefault()?;
         Ok(ram)
     }
@@ -116,10 +120,10 @@ impl GuestRam {
         &self.blocks
     }
 
-    /// The pieces as the relay takes them.
+    /// The pieces as the relay takes them, in the pages that they are in now.
     #[must_use]
-    pub fn regions(&self) -> &[RamRegion] {
-        self.map.regions()
+    pub fn regions(&self) -> Vec<RamRegion> {
+        self.pieces().iter().map(region).collect()
     }
 
     /// The end of the RAM that begins at address 0, as a guest-physical address.

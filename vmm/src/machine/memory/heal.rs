@@ -11,7 +11,7 @@ use std::{io, iter};
 use log::{debug, warn};
 
 use super::backing::Backing;
-use super::block::PAGE_SIZE;
+use super::block::{PAGE_SIZE, RamBlock};
 use super::guest_ram::GuestRam;
 use crate::host::pagemap::{Entries, Entry};
 
@@ -48,10 +48,16 @@ impl GuestRam {
             };
             pages.retain(|start| !is_gone(*start));
             let page_size = backing.page_size();
+            let small = self.heal_stand_ins(block, backing);
+            let is_small = |start: u64| small.iter().any(|range| range.contains(&start));
+            // What was bad there is good by now, in the one form or the other.
+            healing.healed.extend(pages.iter().filter(|s| is_small(**s)).map(|s| block.gpa + s));
+            pages.retain(|start| !is_small(*start));
             if page_size == PAGE_SIZE {
                 discard(backing);
             } else {
-                for page in unknown_huge_pages(backing, &pages, is_gone) {
+                let is_known = |page: u64| is_gone(page) || is_small(page);
+                for page in unknown_huge_pages(backing, &pages, is_known) {
                     healing.found.push(block.gpa + page);
                     pages.extend((page..page + page_size).step_by(PAGE_STEP));
                 }
@@ -82,6 +88,7 @@ impl GuestRam {
             let stretches = lost.iter().map(|r| (block.gpa + r.start, r.end - r.start));
             healing.removed.extend(stretches);
         }
+        healing.healed.sort_unstable();
         let mut removed = self.lock_removed();
         removed.extend(&healing.removed);
         removed.sort_unstable();
@@ -94,6 +101,36 @@ impl GuestRam {
 }
 
 impl GuestRam {
+    /// Where ordinary memory lies in the place of a huge page there is a huge page again, where the pool has one, and else
+    /// fresh ordinary memory. All these stretches, from the mapping's beginning.
+    fn heal_stand_ins(&self, block: &RamBlock, backing: &Backing) -> Vec<Range<u64>> {
+        let mut stand_ins = self.lock_stand_ins();
+        let within = block.hva..block.hva + block.len;
+        let here: Vec<u64> = stand_ins.range(within).copied().collect();
+        let len = backing.page_size();
+        let mut all = Vec::new();
+        for hva in here {
+            let start = hva - block.hva;
+            all.push(start..start + len);
+            // The huge page that went bad.
+            if let Err(error) = backing.punch(start, len) {
+                debug!("cannot empty a page of the file of guest memory: {error}");
+            }
+            match backing.exchange_for_good(start) {
+                Ok(()) => {
+                    stand_ins.remove(&hva);
+                }
+                Err(error) => {
+                    debug!("GPA {:#x} stays in small pages: {error}", block.gpa + start);
+                    if let Err(error) = backing.advise(start, len, libc::MADV_DONTNEED) {
+                        debug!("cannot give guest memory back: {error}");
+                    }
+                }
+            }
+        }
+        all
+    }
+
     /// Puts good memory at the page that begins at `start`, of which the 4 KiB at `bad` were bad.
     fn replace(
         &self,

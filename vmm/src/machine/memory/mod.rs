@@ -7,3 +7,4 @@ pub mod extents;
 pub mod guest_ram;
 pub mod heal;
 pub mod pool;
+pub mod stand_ins;
