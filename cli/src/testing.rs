@@ -16,6 +16,7 @@ pub(crate) fn an_info() -> VmInfo {
         vendor: Vendor::Amd,
         mcg_cap: "0x10a".into(),
         mce_kill: KillPolicy::Early,
+        rescue: true,
         ao_channel: AoChannel::Auto,
         ghes: None,
         ao_pace: Pace::default(),

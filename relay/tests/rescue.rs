@@ -285,6 +285,19 @@ fn a_file_that_gives_nothing_is_no_rescue() {
     assert_eq!(why, Some(RescueRefusal::NothingLeft));
 }
 
+/// As after a migration whose source had lost the page: the file here has something else.
+#[test]
+fn what_was_only_marked_is_lost_as_a_whole() {
+    let Some(memory) = Memory::new(&[]) else { return };
+    let (relay, events) = start(&memory, memory.owner());
+    let handle = relay.handle();
+    assert!(number(&handle, GPA + HUGE + 4096).is_err());
+    assert_eq!(bad_pages(&handle).len(), 512);
+    drop(relay);
+    let refused = |event| matches!(event, Event::NotRescued { why: RescueRefusal::NoneBad, .. });
+    assert!(events.try_iter().any(refused));
+}
+
 #[test]
 fn an_owner_that_panics_is_no_end() {
     struct Panics;

@@ -152,6 +152,7 @@ fn memory_events() -> Vec<Event> {
         RescueRefusal::Forbidden,
         RescueRefusal::NoMemory { needed: 2 << 20, free: 1 << 20 },
         RescueRefusal::NothingLeft,
+        RescueRefusal::NoneBad,
         RescueRefusal::NoMarker { errno: libc::EPERM },
     ];
     let steps = [RescueStep::Allocate, RescueStep::Read, RescueStep::Mark, RescueStep::Move];
@@ -208,6 +209,7 @@ fn infos() -> Vec<VmInfo> {
         vendor: Vendor::Amd,
         mcg_cap: "0x10a".into(),
         mce_kill: KillPolicy::Early,
+        rescue: true,
         ao_channel: AoChannel::Auto,
         ghes: None,
         ao_pace: Pace::default(),

@@ -17,6 +17,7 @@ mod not_ours;
 mod offline;
 mod placement;
 mod power;
+mod rescue;
 mod undeliverable;
 mod unprivileged;
 mod watch;
@@ -126,6 +127,14 @@ fn main() -> ExitCode {
         memory::dump needs may_poison,
         memory::the_vmms_own_touch needs may_poison,
         memory::while_paused needs may_poison,
+        rescue::of_2_mib needs may_poison,
+        rescue::and_no_huge_page_to_spare needs may_poison,
+        rescue::of_1_gib needs may_poison,
+        rescue::by_a_touch needs may_poison,
+        rescue::several_frames needs may_poison,
+        rescue::not_where_it_cannot_be needs may_poison,
+        rescue::within_a_memory_cgroup needs may_poison,
+        rescue::many needs may_poison,
         not_ours::a_page_of_the_vmm needs may_poison_the_vmm,
         watch::a_relay_in_an_event_loop needs may_poison,
         watch::a_cache_loses_one_entry needs may_poison,

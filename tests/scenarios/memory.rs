@@ -61,7 +61,8 @@ pub fn file() {
 /// told so by its memory map.
 pub fn a_huge_page_that_cannot_be_replaced() {
     pool(RAM / HUGE);
-    let mut guest = Guest::boot(&options("size=256M,hugepages=on"));
+    let mut guest =
+        Guest::boot(&Options { rescue: Some("off"), ..options("size=256M,hugepages=on") });
     let bad = of_the_agent(&mut guest, HUGE)[3];
     guest.poison(bad.gpa, "hwpoison-inject");
     settled(&guest);

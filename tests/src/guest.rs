@@ -59,6 +59,8 @@ pub struct Options {
     pub on_undeliverable: Option<&'static str>,
     /// `--ao-pace`, if it is to be given.
     pub pace: Option<&'static str>,
+    /// `--rescue`, if it is to be given.
+    pub rescue: Option<&'static str>,
     /// `--ao-channel`.
     pub ao_channel: &'static str,
     /// `--ghes-poll`, if it is to be given.
@@ -96,6 +98,7 @@ impl Options {
             kill: "early",
             on_undeliverable: None,
             pace: None,
+            rescue: None,
             ao_channel: "mce",
             ghes_poll: None,
             cgroup: None,
@@ -235,6 +238,7 @@ impl Vmm {
             ("--memory", Some(options.memory).filter(|memory| !memory.is_empty())),
             ("--on-undeliverable", options.on_undeliverable),
             ("--ao-pace", options.pace),
+            ("--rescue", options.rescue),
             ("--ghes-poll", options.ghes_poll),
         ] {
             command.args(value.map(|value| [option, value]).into_iter().flatten());

@@ -47,14 +47,14 @@ pub(super) fn words(
     pages: &[Poisoned],
     whose: Option<&str>,
 ) -> Vec<String> {
-    [huge(via, pages), others(via, pages, whose), kernel(vm, via, pages), bad(via, pages)]
+    [huge(vm, via, pages), others(via, pages, whose), kernel(vm, via, pages), bad(via, pages)]
         .into_iter()
         .flatten()
         .collect()
 }
 
 /// The whole of a huge page goes.
-fn huge(via: Means, pages: &[Poisoned]) -> Option<String> {
+fn huge(vm: &VmInfo, via: Means, pages: &[Poisoned]) -> Option<String> {
     let huge: Vec<&Poisoned> = pages.iter().filter(|page| page.extent > PAGE_SIZE).collect();
     let first = huge.first()?;
     let goes = match via {
@@ -62,12 +62,19 @@ fn huge(via: Means, pages: &[Poisoned]) -> Option<String> {
         Means::Signal => "is what the guest is told of",
         _ => "goes",
     };
+    let keeps = match via {
+        Means::SoftOffline | Means::Signal | Means::Uffd => "",
+        _ if vm.rescue => {
+            "; the guest keeps the rest where the host can still read it (run --rescue)"
+        }
+        _ => "",
+    };
     let extents: BTreeSet<(u64, u64)> = huge.iter().map(|page| extent(page)).collect();
     let bytes: u64 = extents.iter().map(|(_, len)| len).sum();
     if extents.len() == 1 {
         let (start, len) = extent(first);
         return Some(format!(
-            "the host keeps {} in a huge page, and {}, GPA {start:#x}..{:#x}, {goes} as a whole ({} pages of 4 KiB)",
+            "the host keeps {} in a huge page, and {}, GPA {start:#x}..{:#x}, {goes} as a whole ({} pages of 4 KiB){keeps}",
             named(&huge),
             size(len),
             start + len,

@@ -142,8 +142,10 @@ impl Rescuer {
             }
         };
         let Filled { gone } = stand_in.fill(&file, offset).map_err(at(RescueStep::Read))?;
-        if gone.len() as u64 == len / PAGE_SIZE {
-            return Err(RescueRefusal::NothingLeft);
+        match gone.len() as u64 {
+            0 => return Err(RescueRefusal::NoneBad),
+            all if all == len / PAGE_SIZE => return Err(RescueRefusal::NothingLeft),
+            _ => {}
         }
         stand_in.mark(marker, &gone).map_err(at(RescueStep::Mark))?;
         stand_in.move_to(hva).map_err(at(RescueStep::Move))?;

@@ -68,6 +68,9 @@ pub enum RescueRefusal {
     },
     /// The file gives nothing of it (Linux before 6.6).
     NothingLeft,
+    /// The file gives all of it: the page was only marked as bad (by userfaultfd, say), and what the file has is not what
+    /// the guest had.
+    NoneBad,
     /// The bad part cannot be marked: no UFFDIO_POISON (Linux 6.6), or userfaultfd(2) is forbidden to this process.
     NoMarker {
         /// What the kernel said.
@@ -116,6 +119,9 @@ impl fmt::Display for RescueRefusal {
                 needed >> 20,
                 free >> 20
             ),
+            Self::NoneBad => {
+                f.write_str("its file gives all of it, so the page was only marked as bad")
+            }
             Self::NothingLeft => f.write_str("its file gives nothing of it (Linux before 6.6)"),
             Self::NoMarker { errno } => {
                 write!(f, "the bad part cannot be marked (userfaultfd): {}", says(errno))

@@ -11,7 +11,7 @@ use crate::api::current::{Current, Running};
 use crate::api::types::policy::OnUndeliverable;
 use crate::api::types::vm::VmInfo;
 use crate::api::types::vm_event::VmEvent;
-use crate::config::VmConfig;
+use crate::config::{RescuePolicy, VmConfig};
 use crate::events::monitor::Monitor;
 use crate::machine::acpi::AcpiError;
 use crate::machine::boot::error::BootError;
@@ -91,6 +91,7 @@ impl Machine<'_> {
                 vendor: caps.vendor,
                 mcg_cap,
                 mce_kill: config.mce_kill,
+                rescue: config.rescue != RescuePolicy::Off,
                 memory: vm.ram_blocks().iter().map(Into::into).collect(),
                 ao_channel: config.ao_channel,
                 ghes: config.ghes,

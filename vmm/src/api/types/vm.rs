@@ -63,6 +63,8 @@ pub struct VmInfo {
     pub mcg_cap: String,
     /// When the kernel tells the VMM of a bad page.
     pub mce_kill: KillPolicy,
+    /// Whether the guest is to keep what is left of a huge page of which a part goes bad.
+    pub rescue: bool,
     /// Which way AOs go.
     pub ao_channel: AoChannel,
     /// How the guest is notified of firmware-first records; null when it was given no error source.
@@ -153,6 +155,7 @@ pub(crate) fn an_info() -> VmInfo {
         vendor: Vendor::Amd,
         mcg_cap: "0x10a".into(),
         mce_kill: KillPolicy::Early,
+        rescue: true,
         ao_channel: AoChannel::Auto,
         ghes: None,
         ao_pace: Pace::default(),
