@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
+use mce_relay_cli::poison::host::hwpoison_inject;
 use mce_relay_tests::agent::{Page, hex};
 use mce_relay_tests::burst::{named_all, same_pages, settled};
 use mce_relay_tests::guest::{Guest, Options, hva};
@@ -17,8 +18,13 @@ fn guest(options: Options, spare: u64) -> (Guest, Vec<Page>) {
     lab::set_pool("2048kB", RAM / HUGE + spare);
     let mut guest = Guest::boot(&options);
     guest.agent.ask("sigbus count");
-    let pages = guest.agent.alloc_many("anon", 4096);
+    let pages = allocated(&mut guest, 2);
     (guest, pages)
+}
+
+/// So many times 16 MiB of the agent's, in pages of 4 KiB.
+fn allocated(guest: &mut Guest, times: usize) -> Vec<Page> {
+    (0..times).flat_map(|_| guest.agent.alloc_many("anon", 4096)).collect()
 }
 
 fn in_huge_pages() -> Options {
@@ -157,7 +163,7 @@ pub fn of_1_gib() {
     let mut guest = Guest::boot(&Options { zones, ..options("") });
     guest.agent.ask("sigbus count");
     // Linux takes its last pages first.
-    let pages = guest.agent.alloc_many("anon", 32 << 10);
+    let pages = allocated(&mut guest, 8);
     let large = guest.info().memory.iter().find(|block| block.page_size == GIB).cloned();
     let large = large.expect("a zone of 1 GiB");
     let inside =
@@ -190,13 +196,24 @@ pub fn by_a_touch() {
     lab::set_pool("2048kB", 0);
 }
 
+/// Has a frame of the host's go bad. Of a huge page that is bad already the kernel notes the frame and says EHWPOISON.
+fn corrupt(frame: u64) {
+    if let Err(error) = std::fs::write(hwpoison_inject::CORRUPT_PFN, format!("{frame:#x}")) {
+        assert_eq!(error.raw_os_error(), Some(libc::EHWPOISON), "{frame:#x}");
+    }
+}
+
 /// Several frames of one huge page, before anybody has looked; and after that.
 pub fn several_frames() {
     let (mut guest, pages) = guest(in_huge_pages(), 4);
     let full = full(&pages, HUGE);
     let bad = [full[0], full[5], full[6], full[full.len() - 1]];
+    let vm = guest.info();
+    let frames = bad.map(|page| lab::host_physical(vm.pid, hva(&vm, page.gpa)) >> 12);
     let held = lab::hold_thread(guest.pid(), "mce-relay-ao");
-    guest.poison_many(&bad.map(|page| page.gpa));
+    for frame in frames {
+        corrupt(frame);
+    }
     drop(held);
     let event = rescued(&guest, bad[0].gpa / HUGE * HUGE);
     assert_eq!((&event["kept"], &event["gone"]), (&508.into(), &4.into()), "{event}");
@@ -271,12 +288,17 @@ pub fn many() {
     }
     let bad = &order[..MANY];
     let start = Instant::now();
-    for some in bad.chunks(10) {
-        guest.poison_many(&some.iter().map(|page| page.gpa).collect::<Vec<_>>());
-        // The guest's program reads what is around them, and all else.
-        let reply = guest.agent.touch(order[MANY], "read");
+    let vm = guest.info();
+    for (page, around) in bad.iter().zip(&order[MANY..]) {
+        // While its huge page is being rescued it has no frame.
+        while !lab::is_resident(vm.pid, hva(&vm, page.gpa)) {
+            assert!(start.elapsed() < Duration::from_secs(120), "{}", guest.status());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        corrupt(lab::host_physical(vm.pid, hva(&vm, page.gpa)) >> 12);
+        // The guest's program reads what is good of it, and all else.
+        let reply = guest.agent.touch(*around, "read");
         assert!(reply["sigbus"].is_null(), "{reply}");
-        std::thread::sleep(Duration::from_millis(50));
     }
     let ledger = settled(&guest);
     let (named, account) = named_all(&mut guest, MANY);

@@ -33,7 +33,9 @@ impl Running {
     pub fn info(&self) -> VmInfo {
         let (pause_reason, panic) = (self.control.paused(), self.control.panicked());
         let (paused, relay_alive) = (pause_reason.is_some(), self.relay.is_alive());
-        VmInfo { paused, pause_reason, panic, relay_alive, ..self.info.clone() }
+        // Ordinary memory may have taken the place of huge pages.
+        let memory = self.ram.pieces().iter().map(Into::into).collect();
+        VmInfo { paused, pause_reason, panic, relay_alive, memory, ..self.info.clone() }
     }
 }
 

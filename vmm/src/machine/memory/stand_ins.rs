@@ -52,7 +52,9 @@ impl GuestRam {
                     pieces.push(piece(at, hva, block.page_size));
                 }
                 at = hva + block.page_size;
-                pieces.push(piece(hva, at, PAGE_SIZE));
+                // Anonymous memory.
+                let stand_in = piece(hva, at, PAGE_SIZE);
+                pieces.push(RamBlock { fd: None, fd_offset: 0, shared: false, ..stand_in });
             }
             if at < end {
                 pieces.push(piece(at, end, block.page_size));
