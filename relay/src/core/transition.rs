@@ -8,7 +8,7 @@ use crate::decide::machine_check::{Pending, Taken, index};
 use crate::event::Event;
 use crate::types::{FailureKind, Place, State, UndeliverableReason, WaitReason};
 
-/// What it means that something became of a page.
+/// What a change of a page's state means.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Change {
     /// It was not so before.

@@ -28,9 +28,8 @@ use crate::x86::mca::{
 /// `arch/x86/kernel/cpu/mce/core.c`), once per processor that it starts.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// A touch of one page, told and met again, this often without a pause of ten seconds in between, is a
-/// loop: the guest takes the machine check and does nothing about the page. Linux never touches a page
-/// again that it was told of.
+/// This many touches of one page, each told and followed by another without a pause of ten seconds, are a loop: the
+/// guest takes the machine check and does nothing about the page. Linux never touches a page again that it was told of.
 ///
 /// The touches are those of all vCPUs, since a thread that loops may wander from one to the next. Of a
 /// page that every thread of a large guest uses, each vCPU may touch it once before the guest has put it
@@ -383,8 +382,8 @@ impl Delivery {
         }
     }
 
-    /// How often in a row the guest was told of its touch of the page at `gpa`, when that is too often.
-    /// Said once: whoever lets the guest go on gives it as many rounds again.
+    /// How often in a row the guest was told of its touches of the page at `gpa`, if that is too often. Returned once:
+    /// a guest that is let run on has as many rounds again.
     fn take_loop(&mut self, gpa: u64) -> Option<u32> {
         let at = self.touches.iter().position(|t| t.gpa == gpa && t.rounds > LOOP_ROUNDS)?;
         Some(self.touches.swap_remove(at).rounds - 1)
@@ -420,7 +419,7 @@ impl Delivery {
 
     fn called_now(&self, now: Duration) -> Vec<usize> {
         let paced = self.room_at().is_some_and(|at| at <= now);
-        // Whoever it is to be, they have to be seen for it to be known.
+        // Whichever vCPU it is to be, they have to be looked at to find out.
         let nobody = !self.vcpus.iter().any(|seen| seen.standing == Standing::Online);
         let sought = nobody && (paced || !self.in_banks.is_empty());
         // One that was not started when it was last looked at may take AOs by now.

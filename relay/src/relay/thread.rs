@@ -1,4 +1,4 @@
-//! The relay's own thread: takes AOs, and sees to it that whatever waits is looked at again.
+//! The relay's own thread: takes AOs, and calls again the vCPUs for which something waits.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -14,11 +14,11 @@ use crate::event::{Event, SignalledThread};
 use crate::signal::{self, ExitByte, KillPolicy, ThreadSlot};
 use crate::types::Caught;
 
-/// Longest pause before a vCPU that could not be told is looked at again. A guest may take minutes (an AMD guest polls
-/// its banks every five).
+/// Longest pause before a vCPU that could not be told is called again. A guest may take minutes (an AMD guest polls its
+/// banks every five).
 const RETRY_LAST: Duration = Duration::from_millis(500);
 
-/// What the relay's thread has for itself; it is made before, so that the thread opens nothing.
+/// What the relay's thread alone uses. It is made before the thread, which therefore opens no file.
 pub(crate) struct Own {
     pub(crate) policy: KillPolicy,
     pub(crate) source: Option<Source>,
@@ -27,7 +27,7 @@ pub(crate) struct Own {
     pub(crate) set_up: Box<dyn FnOnce() -> io::Result<()> + Send>,
 }
 
-/// The relay's thread: takes AOs, and sees to it that whatever waits is looked at again.
+/// The relay's thread: takes AOs, and calls again the vCPUs for which something waits.
 pub(crate) fn relay_thread(
     shared: &Shared,
     own: Own,
@@ -55,12 +55,12 @@ pub(crate) fn relay_thread(
         let hint = take_signals(shared, &slot) | shared.hinted.swap(false, Ordering::Relaxed);
         let mut tell = || {
             shared.see_to_the_unplugged(&mut shared.lock());
-            // Before the vCPUs are called: what does not go this way is theirs.
+            // Before the vCPUs are called: pages that cannot be told on this channel are told by them.
             let firmware = source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
             call_those_who_wait(shared, &mut call_at).min(firmware)
         };
         let mut pause = tell();
-        // After what is known has been told, as a look through much memory takes its time.
+        // After known errors have been passed on, as a search of much memory takes its time.
         if let Some(search) = search.as_mut() {
             if hint {
                 search.hint();
@@ -74,7 +74,7 @@ pub(crate) fn relay_thread(
     }
 }
 
-/// What the relay's thread leaves behind, however it ends.
+/// Runs when the relay's thread ends, however it ends.
 pub(crate) struct EndOfThread<'a>(pub(crate) &'a Shared);
 
 impl Drop for EndOfThread<'_> {
@@ -86,9 +86,9 @@ impl Drop for EndOfThread<'_> {
     }
 }
 
-/// Enters what the handler has stored for this thread and for threads outside the relay, and sees to it that
-/// other relays get what is theirs. True when there was anything: there may be pages whose signals were
-/// swallowed.
+/// Enters the signals that the handler has stored for this thread and for threads outside the relay, and passes on to
+/// the process's other relays those of their memory. Returns true when there were any: there may be pages whose own
+/// signals were swallowed.
 fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     let mut any = false;
     let mut inner = shared.lock();
@@ -113,8 +113,8 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     any
 }
 
-/// Has every vCPU that something waits for come round, at once for what is new and else when its time
-/// (`call_at`) has come; how long it may be until the next time.
+/// Calls every vCPU for which something waits, at once for a new error and otherwise at `call_at`. Returns how long the
+/// thread may sleep before the next call is due.
 fn call_those_who_wait(shared: &Shared, call_at: &mut Option<Instant>) -> Duration {
     let mut inner = shared.lock();
     for vcpu in std::mem::take(&mut inner.to_call) {
@@ -144,8 +144,8 @@ fn call_those_who_wait(shared: &Shared, call_at: &mut Option<Instant>) -> Durati
 }
 
 impl Shared {
-    /// Gives AOs that are not of this relay's memory to those of this process whose they are. Without the
-    /// lock, as they may have something for this one.
+    /// Passes AOs on memory of other relays of this process to them. Without the lock: at the same time another relay
+    /// may pass one to this.
     fn hand_over(&self, strays: &[Caught]) {
         let others = others(self);
         for &caught in strays {
