@@ -1,6 +1,6 @@
 //! Tells a virtual machine's guest of the memory errors that the host kernel reports to its VMM.
 //!
-//! Memory goes bad. Linux then unmaps the page and signals whoever used it: SIGBUS with
+//! Memory goes bad. Linux then unmaps the page and signals the process that used it: SIGBUS with
 //! `BUS_MCEERR_AO` ("a page of yours is gone, act if you like") or `BUS_MCEERR_AR` ("you touched it,
 //! you cannot go on"). Where that process is a virtual machine monitor, only it can tell the guest,
 //! by a virtual machine check; a guest that is told drops one page or one process instead of dying.

@@ -7,15 +7,15 @@ use std::thread::ThreadId;
 use super::host::call_host;
 use crate::event::Event;
 
-/// Who is told of events.
+/// The host's callback for events.
 pub(crate) type Observer = Box<dyn Fn(&Event) + Send + Sync>;
 
 /// See the module.
 pub(crate) struct Outbox {
     queue: Mutex<VecDeque<Event>>,
-    /// Locked by whoever delivers.
+    /// Locked by the thread that delivers.
     observer: Mutex<Observer>,
-    /// Who that is.
+    /// The thread that delivers.
     by: Mutex<Option<ThreadId>>,
 }
 

@@ -119,7 +119,7 @@ impl Seen {
         } else {
             self.open_since = self.open_since.or(Some(now));
             self.halted = state.halted && !state.interrupts_on;
-            // Nobody halts in a handler: it has been left, and so has one whose guest takes interrupts.
+            // Linux does not halt in a handler, so a vCPU that halts has left it; and so has one that takes interrupts.
             if self.in_handler && !state.mcip() {
                 let since = *self.leaving_since.get_or_insert(now);
                 let left = state.interrupts_on || self.halted;

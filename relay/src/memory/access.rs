@@ -87,7 +87,7 @@ pub(crate) fn read(hva: u64, to: &mut [u8]) -> io::Result<()> {
     whole(read_some(hva, to)?, len)
 }
 
-/// As [`read`], up to the first page that cannot be reached. Returns how many bytes were read.
+/// As `read`, up to the first page that cannot be reached. Returns how many bytes were read.
 fn read_some(hva: u64, to: &mut [u8]) -> io::Result<usize> {
     let from = libc::iovec { iov_base: hva as *mut libc::c_void, iov_len: to.len() };
     let to = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
@@ -109,7 +109,7 @@ pub(crate) fn write(hva: u64, from: &[u8]) -> io::Result<()> {
     whole(write_some(hva, from)?, from.len())
 }
 
-/// As [`write`], up to the first page that cannot be reached. Returns how many bytes were written.
+/// As `write`, up to the first page that cannot be reached. Returns how many bytes were written.
 fn write_some(hva: u64, from: &[u8]) -> io::Result<usize> {
     let local = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
     let remote = libc::iovec { iov_base: hva as *mut libc::c_void, iov_len: from.len() };

@@ -26,7 +26,7 @@ impl RamRegion {
     /// [`RamMap::new`] returns an error if they are not.
     ///
     /// # Safety
-    /// Who has the region, or a map or relay that was made with it, may write to this memory by safe calls
+    /// The owner of the region, or of a map or relay that was made with it, may write to this memory by safe calls
     /// ([`Handle::write`](crate::Handle::write)), and the relay writes the error source's page. So as long as one of
     /// them exists, and until [`Handle::remove_ram`](crate::Handle::remove_ram) has returned, `hva..hva + len` maps
     /// guest memory, which the guest may change at any time, or nothing at all; and no Rust reference leads there.

@@ -44,7 +44,7 @@ pub(crate) fn relay_thread(
     let slot = match set_up() {
         Ok(slot) => slot,
         Err(error) => {
-            // The starter waits for exactly this message; if it is gone there is nobody to tell.
+            // The starter waits for exactly this message; if it has gone, the message is not needed.
             let _ = ready.send(Err(error));
             return;
         }
