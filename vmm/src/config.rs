@@ -106,7 +106,7 @@ pub struct VmConfig {
     pub cpus: u8,
     /// COM1 and COM2.
     pub serial: [SerialMode; 2],
-    /// Whose processor the guest sees.
+    /// The vendor of the processor that the guest sees.
     pub cpu_vendor: CpuVendor,
 }
 

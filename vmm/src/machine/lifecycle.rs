@@ -511,7 +511,7 @@ mod tests {
         let course = [marking.clone(), request, marking, untold, resumed];
         assert_eq!(told.try_iter().collect::<Vec<_>>(), course);
 
-        // What goes after the end lets nobody run.
+        // Releasing a hold after the end lets no vCPU run.
         let late = control.hold();
         control.stop(ExitReason::PowerOff);
         drop(late);

@@ -159,7 +159,7 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         let (_listener, bound) = bind(&path).unwrap();
         UnixStream::connect(&path).unwrap();
-        // Somebody has put another one in its place, which stays.
+        // Another socket is at the path now, and stays.
         std::fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         drop(bound);

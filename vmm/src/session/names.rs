@@ -105,8 +105,8 @@ impl Leaving {
             .then(|| Self { dir: dir.to_owned(), record: None })
     }
 
-    /// Notes that the VM called `name` ended as the user wanted: its record is removed, too. The record of an earlier
-    /// VM that failed stays.
+    /// Notes that the VM called `name` ended as the user wanted: its record is removed, too. The record of the VM
+    /// before it, which had failed, stays.
     pub fn forget(&mut self, name: &VmName) {
         self.record = Some(record_dir_in(&self.dir, &name.0));
     }

@@ -3,8 +3,9 @@
 //! It is written while the VM runs, as an end in a signal handler (exit status 7 and 8) or by SIGKILL leaves no time
 //! for that. The files are few and bounded: two of events of 1 MiB each; two of the ledger, of 4,096 pages at most,
 //! written in turn so that one is whole at any moment; and one with a line for the end. The next VM of that name begins
-//! them anew and keeps the previous VM's once more, as `previous.…`. A VM that ends as the user wanted removes its own
-//! (see [`forget`]), so the record of an earlier failure stays until the next one.
+//! them anew and keeps the previous VM's once more, as `previous.…`. Among temporary files (see
+//! [`super::names::Leaving`]) a VM that ends as the user wanted removes its own (see [`forget`]), so the record of an
+//! earlier failure stays there until the next one.
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Seek, Write};

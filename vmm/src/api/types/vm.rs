@@ -57,7 +57,7 @@ pub struct VmInfo {
     pub boot: u32,
     /// Number of vCPUs.
     pub vcpus: usize,
-    /// Whose machine-check architecture the guest sees.
+    /// The vendor whose machine-check architecture the guest sees.
     pub vendor: Vendor,
     /// IA32_MCG_CAP as the guest sees it, `0x…`.
     pub mcg_cap: String,

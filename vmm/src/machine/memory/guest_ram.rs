@@ -34,7 +34,7 @@ pub struct GuestRam {
     pub(super) backings: Vec<Backing>,
     /// Stretches of it (address and length) that are no longer the guest's, ascending.
     pub(super) removed: Mutex<Vec<(u64, u64)>>,
-    /// What the host says of its page frames; `None` for those who may not see it.
+    /// The host's flags of its page frames; `None` if this process is not shown them.
     pub(super) flags: Option<PageFlags>,
     /// /proc/self/pagemap. Opened here, since the threads that look into it may open nothing; who does not
     /// look need not have it.

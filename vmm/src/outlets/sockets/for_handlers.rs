@@ -31,7 +31,7 @@ unsafe impl Send for Entry {}
 unsafe impl Sync for Entry {}
 
 impl Entry {
-    /// Adds the socket; `None` where there is no room, so that a handler does not remove it.
+    /// Adds the socket; `None` where there is no room: a handler then leaves it behind.
     pub(super) fn new(path: &Path, (dev, ino): (u64, u64)) -> Option<Self> {
         // Leaked, as a handler may be reading it at any time. A VMM has three of them.
         let text = CString::new(path.as_os_str().as_bytes()).ok()?.into_raw();

@@ -321,7 +321,7 @@ mod tests {
         let srao =
             Request { vcpu, bank, status, mcg_status, addr, misc, broadcast, force, dry_run };
         let other = control.clone();
-        // Nobody serves.
+        // No vCPU takes the request.
         let asking = std::thread::spawn(move || injector.inject(&srao, &other));
         std::thread::sleep(2 * LOOK);
         control.request_pause(PauseReason::Request);

@@ -82,7 +82,7 @@ impl Mover {
         }
     }
 
-    /// Finds out whose the terminal is, if that may have changed.
+    /// Finds out which job the terminal belongs to, if that may have changed.
     fn look_at_terminal(&mut self) {
         if self.tty.is_none() {
             return;
