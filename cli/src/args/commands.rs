@@ -1,4 +1,4 @@
-//! The command line. Its forms follow Cloud Hypervisor's, whose users are to find them familiar.
+//! The command line. Its forms follow Cloud Hypervisor's, as both have the same users.
 
 use std::path::PathBuf;
 

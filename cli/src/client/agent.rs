@@ -323,7 +323,7 @@ mod tests {
             let mark = mark.trim_end();
             assert!(mark.len() <= 32, "the agent repeats no more of a word");
             let text = format!("{before}{{\"reply\":\"{mark}\",\"ok\":false}}\n{after}");
-            // Who has had enough does not take all of it.
+            // A client that has read enough closes before all is written.
             let _ = lines.get_mut().write_all(text.as_bytes());
         });
         let result = process(&path, "sh", 2);
@@ -391,11 +391,11 @@ mod tests {
         let path = dir.path().join("agent");
         let listener = UnixListener::bind(&path).unwrap();
         let soon = Duration::from_millis(200);
-        // Nobody accepts.
+        // No connection is accepted.
         let error = process_within(&path, "sh", 1, soon).unwrap_err();
         assert!(error.to_string().contains("somebody else"), "{error}");
         drop(listener.accept().unwrap());
-        // Somebody takes all and says nothing.
+        // The server reads everything and answers nothing.
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut taken = Vec::new();

@@ -255,7 +255,7 @@ mod tests {
         }
     }
 
-    /// Nobody accepts: as a VMM that is stopped.
+    /// No connection is accepted, as by a stopped VMM.
     #[test]
     fn who_says_nothing_has_its_process_named() {
         let dir = tempfile::tempdir().unwrap();
