@@ -14,7 +14,7 @@
 //! | says what the guest was shown of its machine checks | [`mca::Caps`]; on KVM `kvm::MceSetup` finds out and sets up |
 //! | starts the relay | [`Relay::builder`], [`RelayBuilder::start`] |
 //! | attaches each vCPU's thread | [`Handle::attach`], with the [`ExitByte`] and a kick |
-//! | calls in before each KVM_RUN, and obeys the [`Verdict`] | [`VcpuPort::clear_exit`], [`VcpuPort::before_run`] with its [`Mca`] |
+//! | calls the relay before each KVM_RUN, and obeys the [`Verdict`] | [`VcpuPort::clear_exit`], [`VcpuPort::before_run`] with its [`Mca`] |
 //! | is told of every step | [`Event`], by [`RelayBuilder::observer`] |
 //! | reads guest memory that may be bad, plugs RAM, asks what is known | [`Handle`]: [`Ledger`], [`Page`], [`AccessError`] |
 //!

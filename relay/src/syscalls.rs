@@ -9,7 +9,7 @@
 //! Filters are inherited: a thread has the filter of the thread that started it, beside any that it installs later. So
 //! a thread under a filter that starts a relay needs [`RELAY`] in it, too, and [`VCPU`] if it starts the vCPUs'
 //! threads. Merge last, into the complete rules of a thread: a rule of a list allows a call with certain arguments
-//! only, and where the host's own rule for the call is missing, the list's rule takes its place and is narrower.
+//! only, so in a map that does not have the host's own rule for that call yet, the call would be narrowed to these.
 //!
 //! The host adds the system calls of its own callbacks: the observer, [`Mca`](crate::Mca) and the kick of
 //! [`Relay::attach`](crate::Relay::attach) run on these threads, and so does its logger.

@@ -23,8 +23,8 @@ use crate::x86::back_end::Mca;
 const AR_PATIENCE: Duration = Duration::from_secs(5);
 /// How often it tries again meanwhile.
 const AR_LOOK: Duration = Duration::from_millis(1);
-/// How many ARs without an address within [`WITHOUT_ADDRESS_IN`] may be touches of guest memory for which KVM will report the
-/// address. After more, they are taken for failures of other memory.
+/// How many ARs without an address within [`WITHOUT_ADDRESS_IN`] may be touches of guest memory for which KVM will
+/// report the address. Any more are taken for failures of other memory.
 const MOST_WITHOUT_ADDRESS: u32 = 64;
 const WITHOUT_ADDRESS_IN: Duration = Duration::from_secs(10);
 
