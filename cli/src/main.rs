@@ -36,10 +36,10 @@ use mce_relay_vmm::sandbox::terminal::stops;
 use mce_relay_vmm::session::run;
 use mce_relay_vmm::words;
 
-/// What a command comes to: its exit status, or words for the user.
+/// The result of a command: its exit status, or an error for the user.
 type Outcome = Result<ExitCode, Box<dyn Error>>;
 
-/// A request that is answered by its being done.
+/// A request without an answer beyond its success.
 fn put(vm: &VmArg, what: &str) -> Outcome {
     requests::put(&vm.socket()?, what)?;
     Ok(ExitCode::SUCCESS)
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Whether the log has colours is decided here and not by who logs: a VM's threads may not ask the terminal.
+/// Decided once here, as a VM's threads may not ask the terminal when they log.
 fn start_log(verbose: u8) {
     let level = match verbose {
         0 => LevelFilter::Warn,
@@ -74,17 +74,17 @@ fn start_log(verbose: u8) {
         .filter_level(level)
         .parse_default_env()
         .write_style(if coloured { WriteStyle::Always } else { WriteStyle::Never })
-        // To a target that it knows for standard error env_logger writes by way of anstream, which asks
-        // whether that is a terminal with each line.
+        // Given the standard error as its target, env_logger would use anstream, which asks with each line whether that
+        // is a terminal.
         .target(Target::Pipe(Box::new(io::stderr())))
         .format_timestamp_millis()
-        // A path in the source says nothing to a user.
+        // A path in the source means nothing to a user.
         .format_target(false)
         .init();
 }
 
-/// What is said of a named VM that has ended; `None` of any other.
-fn of_the_ended(command: &Command) -> Option<Outcome> {
+/// The result of a command for a named VM that has ended; `None` for any other VM.
+fn from_record(command: &Command) -> Option<Outcome> {
     match command {
         Command::Status { vm, follow, json } => vm.record().map(|record| {
             if *follow {
@@ -102,17 +102,17 @@ fn of_the_ended(command: &Command) -> Option<Outcome> {
 }
 
 fn carry_out(command: Command) -> Outcome {
-    if let Some(outcome) = of_the_ended(&command) {
+    if let Some(outcome) = from_record(&command) {
         return outcome;
     }
     Ok(match command {
         Command::Run(args) => {
-            // Before the relay's handler, which hands on to it. The process's and not the VM's: who runs a
-            // VM in a process of their own has their own.
+            // Installed before the relay's handler, which hands on to it. Installed here, not by the VM, as a program
+            // that runs a VM in its own process has its own handler.
             sigbus_fallback::install()
                 .map_err(|error| format!("cannot install a handler for SIGBUS: {error}"))?;
             stops::take_no_stops()
-                .map_err(|error| format!("cannot see to the signals of job control: {error}"))?;
+                .map_err(|error| format!("cannot handle the signals of job control: {error}"))?;
             ExitCode::from(run::run(&args.config())?)
         }
         Command::List { all, json } => print::print(&list(all), json),
@@ -124,7 +124,7 @@ fn carry_out(command: Command) -> Outcome {
                 .collect::<Vec<_>>(),
             json,
         ),
-        Command::Inject(args) => inject_by_hand(&args)?,
+        Command::Inject(args) => inject_mce(&args)?,
         Command::Status { vm, follow: true, json } => {
             watch::status(&vm.socket()?, json)?;
             ExitCode::SUCCESS
@@ -186,7 +186,7 @@ fn memory(command: MemoryCommand) -> Outcome {
     Ok(match command {
         MemoryCommand::Read { vm, gpa, len, raw, json } => {
             if raw {
-                // Before anything is read: the terminal will not become something else.
+                // Checked before anything is read.
                 stretch::check_raw()?;
             }
             let stretch = stretch::read(&vm.socket()?, gpa, len)?;
@@ -201,11 +201,11 @@ fn memory(command: MemoryCommand) -> Outcome {
 fn dump_memory(vm: &VmArg, file: &std::path::Path, form: form::Form, json: bool) -> Outcome {
     let to_stdout = file.as_os_str() == "-";
     if to_stdout {
-        // Before anything is read: the terminal will not become something else.
+        // Checked before anything is read.
         job::check_stdout()?;
     }
     let socket = vm.socket()?;
-    // Not Rust's own, which looks for lines.
+    // Not std's stdout, which buffers by lines.
     let mut stdout = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let target =
         if to_stdout { form::Target::Stream(&mut stdout) } else { form::Target::File(file) };
@@ -229,7 +229,7 @@ fn dump_memory(vm: &VmArg, file: &std::path::Path, form: form::Form, json: bool)
     }
 }
 
-/// The pages that `args` are about, and the process of the guest whose they are, where its agent has named them.
+/// The pages that `args` name, and the guest's process that has them, if the agent was asked.
 fn chosen(
     args: &PoisonArgs,
     socket: &std::path::Path,
@@ -295,7 +295,7 @@ fn poison_pages(args: &PoisonArgs) -> Outcome {
         dry_run: args.dry_run,
     };
     let prepared = carry_out::prepare(&order)?;
-    // Before the first page goes.
+    // Printed before the first page is poisoned.
     print::notes(prepared.notes());
     if args.dry_run {
         return Ok(shown::burst(&prepared.plan(), args.via.into(), args.json));
@@ -306,7 +306,7 @@ fn poison_pages(args: &PoisonArgs) -> Outcome {
     Ok(shown::burst(&done?, args.via.into(), args.json))
 }
 
-fn inject_by_hand(args: &InjectArgs) -> Outcome {
+fn inject_mce(args: &InjectArgs) -> Outcome {
     let InjectArgs { vcpu, bank, addr, misc, broadcast, force, dry_run, .. } = *args;
     let status = args.status.status;
     let mcg_status = args.mcg_status.map_or(args.status.mcg_status, |given| given.0);
@@ -336,7 +336,7 @@ fn inject_by_hand(args: &InjectArgs) -> Outcome {
     if args.json {
         return Ok(inject::manual_mce(None, &ask(false)?, true));
     }
-    // The guest may not be there any more when the act is done.
+    // The forecast comes first, as the guest may not survive the injection.
     let planned = ask(true)?;
     if planned.forecast.lethal && !force {
         return Err(injector::Refusal::Lethal(planned.forecast).into());

@@ -9,7 +9,7 @@ use crate::types::{
 #[cfg(feature = "serde")]
 use crate::types::{hex, hex_option};
 
-/// Who took a signal.
+/// Which thread took a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
@@ -35,7 +35,7 @@ impl fmt::Display for SignalledThread {
     }
 }
 
-/// What is said in words of that which was forged.
+/// The word that marks a forged failure in messages.
 fn label(forged: bool) -> &'static str {
     if forged { "FORGED " } else { "" }
 }
@@ -114,7 +114,7 @@ pub enum Event {
         hva: u64,
         /// `si_addr_lsb`.
         lsb: u8,
-        /// Who took it.
+        /// Which thread took it.
         thread: SignalledThread,
         /// It was forged ([`crate::Handle::forge`]); the page is whole.
         #[cfg_attr(feature = "serde", serde(default))]
@@ -187,7 +187,7 @@ pub enum Event {
         #[cfg_attr(feature = "serde", serde(default))]
         forged: bool,
     },
-    /// The record lies where the guest finds it.
+    /// The record was written where the guest finds it, and read back.
     Injected {
         /// Guest-physical address of the page.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
@@ -219,7 +219,7 @@ pub enum Event {
         #[cfg_attr(feature = "serde", serde(default))]
         forged: bool,
     },
-    /// The guest cannot be told.
+    /// The guest cannot be told of the page.
     Undeliverable {
         /// Guest-physical address of the page.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
@@ -246,8 +246,8 @@ pub enum Event {
         #[cfg_attr(feature = "serde", serde(default))]
         forged: bool,
     },
-    /// Pages are no longer part of the guest's memory: they were unplugged, or no good memory was to
-    /// be had for them when the guest started over.
+    /// Pages are no longer part of the guest's memory: they were unplugged, or there was no good memory to replace them
+    /// with when the guest started over.
     Removed {
         /// Guest-physical address of the first of them.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
@@ -260,7 +260,7 @@ pub enum Event {
         /// Guest-physical address of the page.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         gpa: u64,
-        /// What became of telling the guest.
+        /// How far telling the guest has come.
         #[cfg_attr(feature = "serde", serde(flatten))]
         state: State,
     },
@@ -278,7 +278,7 @@ pub enum Event {
     },
 }
 
-/// So many things of a kind, in words.
+/// A number of things, in words: singular or plural.
 struct Counted(u64, &'static str);
 
 impl fmt::Display for Counted {

@@ -1,4 +1,4 @@
-//! What this project's own tests, tools and benchmarks look into. Nothing of it is meant for others, and any of it may
+//! Items that this project's own tests, tools and benchmarks use. They are no part of the public interface and may
 //! change without notice.
 
 pub use crate::acpi::cper;

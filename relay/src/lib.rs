@@ -1,6 +1,6 @@
 //! Tells a virtual machine's guest of the memory errors that the host kernel reports to its VMM.
 //!
-//! Memory goes bad. Linux then unmaps the page and signals whoever used it: SIGBUS with
+//! Memory goes bad. Linux then unmaps the page and signals the process that used it: SIGBUS with
 //! `BUS_MCEERR_AO` ("a page of yours is gone, act if you like") or `BUS_MCEERR_AR` ("you touched it,
 //! you cannot go on"). Where that process is a virtual machine monitor, only it can tell the guest,
 //! by a virtual machine check; a guest that is told drops one page or one process instead of dying.
@@ -14,19 +14,20 @@
 //! | says what the guest was shown of its machine checks | [`mca::Caps`]; on KVM `kvm::MceSetup` finds out and sets up |
 //! | starts the relay | [`Relay::builder`], [`RelayBuilder::start`], or [`RelayBuilder::start_polled`] in an event loop |
 //! | attaches each vCPU's thread | [`Handle::attach`], with the [`ExitByte`] and a kick |
-//! | comes round before each KVM_RUN | [`VcpuPort::clear_exit`], [`VcpuPort::before_run`] with its [`Mca`], and obeys the [`Verdict`] |
+//! | calls the relay before each KVM_RUN, and obeys the [`Verdict`] | [`VcpuPort::clear_exit`], [`VcpuPort::before_run`] with its [`Mca`] |
 //! | is told of every step | [`Event`], by [`RelayBuilder::observer`] |
 //! | has the good part of huge pages back | [`RelayBuilder::rescue`] with a [`MemoryOwner`] |
 //! | reads guest memory that may be bad, plugs RAM, asks what is known | [`Handle`]: [`Ledger`], [`Page`], [`AccessError`] |
 //!
-//! A guest that was given an ACPI error source can be told of what it has not touched without a machine check:
-//! [`ErrorSource`] and its [`Bell`]. A program without a guest has [`watch`]. Lists of system calls for seccomp are in
-//! [`syscalls`], what a SIGBUS handler of one's own calls is in [`signal`], and the bits of x86's machine checks are in
-//! [`mca`].
+//! A guest that has an ACPI error source can be told without a machine check of pages that it has not touched:
+//! [`ErrorSource`] and its [`Bell`]. For a program without a guest there is [`watch`]. Lists of system calls for
+//! seccomp are in [`syscalls`], the call for a SIGBUS handler of the host's own is in [`signal`], and the bits of x86's
+//! machine checks are in [`mca`].
 //!
-//! What is guaranteed: every page that the kernel says is bad ends in the ledger with an outcome; the guest is told of it
-//! once, in a form that it survives, when it can take it; "injected" is said only of what was read back. What the VMM owes
-//! is on each call: above all, that [`VcpuPort::before_run`] is called before every KVM_RUN, and obeyed.
+//! What is guaranteed: every page that the kernel reports as bad gets an outcome in the ledger; the guest is told of it
+//! once, in a form that it survives, when it can take it; "injected" is said only of a record that was read back. What
+//! the VMM owes is said at each call: above all, it calls [`VcpuPort::before_run`] before every KVM_RUN, and obeys the
+//! verdict.
 //!
 //! Optional features: `kvm` (x86-64), `serde` (events and the ledger as data), `seccompiler` and `vm-memory` (their types
 //! beside plain values), `forge` (memory failures that this process forges, for tests).
@@ -81,7 +82,7 @@
 //! assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
 //! # #[cfg(feature = "forge")] {
 //!
-//! // The guest touches a bad page: here by a signal that says so (feature `forge`), and comes round.
+//! The guest touches a bad page: here a forged signal says so (feature `forge`). The vCPU calls `before_run` again.
 //! relay.handle().forge(0x5000, Some(0))?;
 //! assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
 //! let told: Vec<String> = events.try_iter().collect();

@@ -1,17 +1,18 @@
-//! The system calls of the relay's threads, for hosts that allow each thread no others (seccomp).
+//! The system calls of the relay's threads, for hosts that restrict each thread to those that it needs (seccomp).
 //!
 //! A host merges the lists into its own filters, or takes `filter` and `merge` (feature `seccompiler`).
 //! [`THREAD`] is what Rust's standard library and the C library (glibc) do on any thread; [`RELAY`] is the
 //! relay's own thread once it is set up, [`VCPU`] what the relay adds to a vCPU thread, [`HANDLE`] what it
 //! adds to a thread that uses a [`Handle`](crate::Handle), and [`START`] what a thread needs that starts a relay and
-//! drops it; [`POLLED`] is for event loops, [`RESCUE`] for huge pages. [`KICK`] is a kick by pthread_kill(3), on whichever thread makes it.
+//! drops it, [`POLLED`] for event loops, [`RESCUE`] for huge pages, and [`KICK`] for a kick by pthread_kill(3), on each
+//! thread that makes it.
 //!
-//! Filters are inherited: a thread has the filter of the one that started it, whatever it installs itself later. So a
-//! thread under a filter that starts a relay needs [`RELAY`] in it, too, and [`VCPU`] if it starts the vCPUs' threads.
-//! Merge into the complete rules of a thread, and last: a rule of a list allows a call with certain arguments, and a
-//! later one of the host's for the same call would be the narrower for it.
+//! Filters are inherited: a thread has the filter of the thread that started it, beside any that it installs later. So
+//! a thread under a filter that starts a relay needs [`RELAY`] in it, too, and [`VCPU`] if it starts the vCPUs'
+//! threads. Merge last, into the complete rules of a thread: a rule of a list allows a call with certain arguments
+//! only, so in a map that does not have the host's own rule for that call yet, the call would be narrowed to these.
 //!
-//! What the host's own callbacks do is the host's to add: the observer, [`Mca`](crate::Mca) and the kick of
+//! The host adds the system calls of its own callbacks: the observer, [`Mca`](crate::Mca) and the kick of
 //! [`Relay::attach`](crate::Relay::attach) run on these threads, and so does its logger.
 
 //! ```
@@ -35,24 +36,24 @@
 
 use std::ffi::c_long;
 
-/// A system call, with what its arguments have to be.
+/// A system call, and the values that its arguments have to have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Call {
     /// Its number on this architecture (`SYS_…`).
     pub number: c_long,
     /// Its name.
     pub name: &'static str,
-    /// What each of the six arguments has to be.
+    /// The condition for each of the six arguments.
     pub args: [Is; 6],
     /// What it is needed for.
     pub why: &'static str,
 }
 
-/// What an argument has to be. Both are compared in their low 32 bits, which is all that the kernel looks at
-/// of the arguments that are named here.
+/// A condition for an argument. It is compared in its low 32 bits, which is all that the kernel uses of the arguments
+/// that are restricted here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Is {
-    /// Whatever it likes.
+    /// Any value.
     Any,
     /// This value.
     Value(u32),
@@ -143,8 +144,8 @@ const SIGQUEUE: Call = Call::new(
 .with(0, Is::OwnPid)
 .given(2, libc::SIGBUS as i64);
 
-/// A SIGBUS that is not the relay's, on any thread of the process: said on stderr (`write`), and handed on to
-/// the previous handler or the default action. It is part of the lists below.
+/// For a SIGBUS that the relay does not take care of, on any thread of the process: it is reported on stderr (`write`),
+/// and handed on to the previous handler or the default action. Part of the lists below.
 pub const HAND_ON: &[Call] = &[GETPID, GETTID, SIGACTION, SIGQUEUE];
 
 const COPY: Call = Call::new(
@@ -258,14 +259,14 @@ pub const RELAY: &[Call] = &[
     SIGQUEUE,
 ];
 
-/// What the relay adds to a vCPU thread, from [`Relay::attach`](crate::Relay::attach), where SIGBUS is not blocked, to the end of the port,
-/// beside [`THREAD`] and the host's own.
+/// What the relay adds to a vCPU's thread, beside [`THREAD`] and the host's own: from
+/// [`Relay::attach`](crate::Relay::attach), if SIGBUS is not blocked there, to the end of the port.
 pub const VCPU: &[Call] =
     &[WAKE, COPY, IS_POISONED, IS_MAPPED, GETPID, GETTID, SIGACTION, SIGQUEUE];
 
 /// What a [`Handle`](crate::Handle) adds to a thread that uses it, beside [`THREAD`].
 ///
-/// `Handle::poisoning` adds nothing to what its caller does inside it.
+/// `Handle::poisoning` needs nothing beyond what `poison` itself calls.
 pub const HANDLE: &[Call] =
     &[WAKE, COPY, IS_POISONED, IS_MAPPED, GETPID, GETTID, SIGACTION, SIGQUEUE];
 
@@ -347,10 +348,10 @@ mod filters {
         }
     }
 
-    /// `calls` in seccompiler's form, for this process: to be merged into rules of the host's own.
+    /// `calls` as rules of seccompiler's, for this process, to be merged into the host's own.
     ///
     /// # Errors
-    /// None that the lists of this crate lead to; a condition that seccompiler refuses.
+    /// seccompiler refuses a condition, which it does for none of this crate's lists.
     pub fn rules<'a>(
         calls: impl IntoIterator<Item = &'a Call>,
     ) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
@@ -373,7 +374,7 @@ mod filters {
         Ok(rules.into_iter().map(|(number, rules)| (number, rules.unwrap_or_default())).collect())
     }
 
-    /// Adds `calls` to `rules`, for this process: what either allows is allowed.
+    /// Adds `calls` to `rules`, for this process: a call is allowed if either allows it.
     ///
     /// # Errors
     /// See [`rules()`].
@@ -398,7 +399,7 @@ mod filters {
         Ok(())
     }
 
-    /// A filter for this process that allows `calls` and does `otherwise` with every other; for
+    /// A filter for this process that allows `calls` and takes action `otherwise` for every other; for
     /// [`seccompiler::apply_filter`] on the thread that it is meant for.
     ///
     /// # Errors

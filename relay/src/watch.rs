@@ -1,11 +1,11 @@
-//! For programs without a guest: memory of one's own that may go bad, and a callback to drop or replace
-//! what was in it.
+//! For programs without a guest: watches memory of the program's own that may go bad, and calls back so that the
+//! program drops or replaces what was in it.
 //!
-//! The kernel's document on hwpoison has such programs in mind: one that can do without an object need not
-//! die of its page. The program says which ranges it can do without. The relay's thread takes the AOs, looks
-//! for pages whose signals were swallowed, and a thread of its own calls back, outside any signal handler
-//! and any lock of the relay's. Whoever reads such memory does it by [`Watch::read`], which returns an error
-//! where a load would end the process.
+//! The kernel's document on hwpoison describes such programs: one that can do without an object need not die when the
+//! object's page goes bad. The program registers the ranges that it can do without. The relay's thread takes the AOs
+//! and looks for pages whose signals were swallowed; a thread of its own calls back, outside any signal handler and any
+//! lock of the relay's. The program reads such memory by [`Watch::read`], which returns an error where a load would end
+//! the process.
 //!
 //! ```
 //! use mce_relay::Signals;
@@ -45,18 +45,18 @@ use crate::relay::start::Relay;
 use crate::signal::Signals;
 use crate::types::{FailureKind, FoundBy, PAGE_SIZE};
 
-/// Memory that is gone.
+/// Memory that is lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lost {
-    /// Address of the first byte of the range that it was in, as it was registered.
+    /// Address of the first byte of the registered range that it is in.
     pub range: u64,
-    /// Address of the first byte that is gone.
+    /// Address of the first byte that is lost.
     pub address: u64,
-    /// How many bytes are: 4096, or a huge page's 2 MiB or 1 GiB.
+    /// How many bytes are lost: 4096, or a huge page's 2 MiB or 1 GiB.
     pub extent: u64,
-    /// AO, or AR where somebody ran into it.
+    /// AO, or AR where a thread touched the page.
     pub kind: FailureKind,
-    /// How it became known; [`FoundBy::Access`] by a guarded read.
+    /// How it was found; [`FoundBy::Access`] by [`Watch::read`].
     pub found_by: FoundBy,
 }
 
@@ -64,7 +64,7 @@ pub struct Lost {
 pub struct Watch {
     relay: Option<Relay>,
     handle: Handle,
-    /// To the thread that calls back; `None` is its end.
+    /// The queue of the thread that calls back; `None` ends it.
     end: Sender<Option<Lost>>,
     calls: Option<JoinHandle<()>>,
     /// First byte and length of each range.
@@ -72,9 +72,9 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Starts watching, with no range yet. `lost` is called on a thread of its own, once for each page that
-    /// goes bad (once for a huge page), one after the other; it may block, and may use this watch. While it blocks
-    /// the pages that go bad wait, each once: a page is news again only after [`Self::replaced`].
+    /// Starts watching, with no range yet. `lost` is called on a thread of its own, once for each page that goes bad
+    /// (once for a huge page), one call at a time; it may block, and may use this watch. Pages that go bad while it
+    /// blocks wait for it. A page is reported again only after [`Self::replaced`].
     ///
     /// Which threads are signalled: see [`RelayBuilder::start`](crate::RelayBuilder::start).
     ///
@@ -95,7 +95,7 @@ impl Watch {
                 known.iter().find(|range| hva >= range.hva() && hva - range.hva() < range.len());
             let range = range.map_or(hva, |range| range.hva());
             let address = hva & !(extent - 1);
-            // Without a receiver the watch is being dropped.
+            // The receiver is gone only while the watch is being dropped.
             let _ = send.send(Some(Lost { range, address, extent, kind, found_by }));
         };
         let ram = RamMap::new(&[]).map_err(|error| StartError::Thread(io::Error::other(error)))?;
@@ -113,9 +113,9 @@ impl Watch {
     /// # Errors
     /// See [`RamError`].
     pub fn add(&self, address: u64, len: u64, page_shift: u8) -> Result<(), RamError> {
-        // In the terms of a guest: its memory begins where ours does.
+        // As if of a guest: guest-physical addresses are this process's own here.
         let range = RamRegion::unwritten(address, address, len).in_pages_of(page_shift);
-        // Before the relay knows it: what goes bad at once finds its range.
+        // Before the relay knows the range, so that a page that goes bad at once finds it.
         self.lock().push(range);
         let added = self.handle.add_ram(range);
         if added.is_err() {
@@ -134,19 +134,19 @@ impl Watch {
         Ok(())
     }
 
-    /// There is good memory at `address` again (a new mapping was put in its place): if the page goes bad
-    /// once more, that is news.
+    /// There is good memory again in the `len` bytes at `address` (a new mapping, say): a page there that goes bad
+    /// again is reported again.
     pub fn replaced(&self, address: u64, len: u64) {
         self.handle.replaced(address & !(PAGE_SIZE - 1), len);
     }
 
-    /// Copies what lies at `address`, in a range that is watched, into `to`, up to the first byte that cannot
-    /// be reached; how many bytes. It never raises SIGBUS; a page that turns out to be bad is called back
-    /// for like any other.
+    /// Copies the bytes at `address`, in a watched range, into `to`, up to the first byte that cannot be reached, and
+    /// returns how many bytes were copied. It never raises SIGBUS; a page that turns out to be bad is reported by
+    /// `lost` like any other.
     ///
     /// # Errors
-    /// Not even the first byte could be read: see [`AccessError`], whose guest-physical addresses are those
-    /// of this process here.
+    /// Not even the first byte could be read: see [`AccessError`], whose guest-physical addresses are this process's
+    /// own here.
     pub fn read(&self, address: u64, to: &mut [u8]) -> Result<usize, AccessError> {
         self.handle.read(address, to)
     }
@@ -165,10 +165,11 @@ impl std::fmt::Debug for Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // What the relay's thread finds until it ends is called back for.
+        // Pages that the relay's thread finds before it ends are still reported.
         drop(self.relay.take());
         let _ = self.end.send(None);
-        // A callback may hold what holds the watch, and be the last to.
+        // The callback's captures may own the last reference to this watch, so this may run on the callback's own
+        // thread.
         if let Some(calls) = self.calls.take()
             && calls.thread().id() != std::thread::current().id()
             && calls.join().is_err()

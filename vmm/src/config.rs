@@ -9,7 +9,7 @@ use crate::outlets::files::LogFile;
 /// The largest number of vCPUs: xAPIC ids are 8 bits wide and 255 is the broadcast id.
 pub const MAX_CPUS: u8 = 254;
 
-/// Where one serial port of the guest leads.
+/// Where the data of one serial port of the guest goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SerialMode {
     /// The port does not exist.
@@ -22,7 +22,7 @@ pub enum SerialMode {
     Socket(PathBuf),
 }
 
-/// Whose processor the guest is to see.
+/// The vendor of the processor that the guest sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CpuVendor {
     /// The host's own.
@@ -63,17 +63,17 @@ impl PageSize {
 pub struct MemoryZone {
     /// In bytes; a whole number of its pages.
     pub size: u64,
-    /// Another process that maps its file has the same memory; else it is this process's alone.
+    /// Whether another process that maps its file has the same memory; else it belongs to this process alone.
     pub shared: bool,
-    /// The pages that it is made of; a file brings its own.
+    /// The size of its pages; a file brings its own.
     pub page_size: PageSize,
     /// Whether the host may join its pages to transparent huge pages.
     pub thp: bool,
-    /// All of it is given memory before the guest starts.
+    /// Whether all of it is allocated before the guest starts.
     pub prefault: bool,
     /// A file to be the memory, at least as long as it.
     pub file: Option<PathBuf>,
-    /// The file may be one of which the host loses bad pages without a word: a shared one on a disk.
+    /// Whether it may be a file of which the host loses bad pages without a signal: a shared one on a disk.
     pub lossy: bool,
 }
 
@@ -118,7 +118,7 @@ pub struct VmConfig {
     pub cpus: u8,
     /// COM1 and COM2.
     pub serial: [SerialMode; 2],
-    /// Whose processor the guest sees.
+    /// The vendor of the processor that the guest sees.
     pub cpu_vendor: CpuVendor,
 }
 

@@ -1,11 +1,11 @@
-//! A minimal virtual machine monitor for KVM that relays memory errors to its guest: everything that runs in the
-//! process of a VM. The commands that ask it, and all that draws, are the crate `mce-relay-cli`.
+//! A minimal virtual machine monitor for KVM that relays memory errors to its guest: everything that runs in a VM's
+//! process. The commands that ask it, and all output for people, are in the crate `mce-relay-cli`.
 //!
 //! From the bottom: [`words`] and [`number`]; [`api::types`], the data that goes over the wire; [`outlets`],
-//! [`sandbox`] and [`host`], the process and what is around it; [`machine`], which can be run without a relay and
-//! into which whoever relays errors plugs in by the traits of [`machine::vm`] and [`machine::vcpu`]; [`mce_inject`],
-//! the back end that the relay asks for; [`relaying`], where the machine and the relay meet; [`events`] and [`api`],
-//! how people and programs see it; and [`session`], one `mce-relay run`.
+//! [`sandbox`] and [`host`], the process and its surroundings; [`machine`], which can run without a relay and has the
+//! traits in [`machine::vm`] and [`machine::vcpu`] for one to plug into; [`mce_inject`], the relay's back end;
+//! [`relaying`], which connects the machine and the relay; [`events`] and [`api`], by which people and programs see it;
+//! and [`session`], one `mce-relay run`.
 
 pub mod api;
 pub mod config;

@@ -1,8 +1,8 @@
 //! The VMM's back end for the relay: a vCPU's machine-check state, and the injection by `KVM_X86_SET_MCE`.
 //!
-//! What every VMM on KVM needs for that is taken from the component ([`mce_relay::kvm`]): [`MceSetup`] gives the guest
-//! its machine checks before it runs, [`GuestMca`] is what one vCPU's guest sees of them. What is left is the seam, the
-//! four calls of [`Mca`], which the relay makes on the vCPU's thread between two KVM_RUNs.
+//! The rest of what a VMM on KVM needs is in the component ([`mce_relay::kvm`]): [`MceSetup`] gives the guest its
+//! machine checks before it runs, [`GuestMca`] is what one vCPU's guest sees of them. What remains here are the four
+//! calls of [`Mca`], which the relay makes on the vCPU's thread between two KVM_RUNs.
 
 use std::io;
 
@@ -12,7 +12,7 @@ use mce_relay::{Mca, kvm};
 
 pub use mce_relay::kvm::{GuestMca, MceError, MceSetup, held, supported};
 
-/// A vCPU and what its guest was shown, for one visit of the relay.
+/// A vCPU and what its guest was shown, for one call of `before_run`.
 #[derive(Debug)]
 pub struct VcpuMca<'a> {
     in_kvm: kvm::VcpuMca<'a>,
@@ -20,7 +20,7 @@ pub struct VcpuMca<'a> {
 }
 
 impl<'a> VcpuMca<'a> {
-    /// The view of `vcpu`, whose guest was shown `guest`, that the relay works with.
+    /// The back end for `vcpu`, whose guest was shown `guest`.
     #[must_use]
     pub fn new(guest: &'a GuestMca, vcpu: &'a VcpuFd) -> Self {
         Self { in_kvm: guest.on(vcpu), vcpu }
@@ -45,8 +45,8 @@ impl Mca for VcpuMca<'_> {
     }
 }
 
-/// `KVM_X86_SET_MCE`, as bare as it is: a return of `Ok` says only that KVM took the call. It returns 0 for errors that it
-/// ignores and for errors that it turns into a triple fault; what the bank holds afterwards is the truth.
+/// `KVM_X86_SET_MCE` without any check: `Ok` says only that KVM took the call. It returns 0 also for errors that it
+/// ignores and for errors that it turns into a triple fault; only the bank's contents afterwards show what happened.
 ///
 /// # Errors
 /// EINVAL for a bank the vCPU does not have or a record without VAL.

@@ -1,6 +1,6 @@
-//! The one reader of numbers that people and files write.
+//! Parses the numbers that people and files write.
 
-/// `0x` and hexadecimal digits, or decimal digits; nothing else, no sign either (Rust's own parsers take one).
+/// `0x` and hexadecimal digits, or decimal digits; nothing else, not even a sign (which Rust's own parsers take).
 #[must_use]
 pub fn plain(text: &str) -> Option<u64> {
     let (digits, radix) = match text.strip_prefix("0x") {
@@ -11,10 +11,10 @@ pub fn plain(text: &str) -> Option<u64> {
     fine.then(|| u64::from_str_radix(digits, radix).ok())?
 }
 
-/// A decimal number with K, M, G or T behind it (either case) for powers of 1024, or a [`plain`] one.
+/// A decimal number with a suffix K, M, G or T (either case) for powers of 1024, or a [`plain`] one.
 ///
 /// # Errors
-/// Words for the user.
+/// A sentence for the user.
 pub fn with_unit(text: &str) -> Result<u64, String> {
     let wrong = || format!("{text:?} is not a number; expected e.g. 512M, 4G, 4096 or 0x1000");
     let shift = match text.chars().last() {

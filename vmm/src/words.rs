@@ -6,7 +6,7 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     let mut cause = error.source();
     while let Some(error) = cause {
         let words = error.to_string();
-        // Some libraries' errors have their cause in their own words.
+        // Some libraries' errors include the cause in their own text.
         if !text.ends_with(&words) {
             text.push_str(": ");
             text.push_str(&words);
@@ -16,7 +16,7 @@ pub fn with_causes(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// So many things of a kind, in words: `1 page`, `2 pages`.
+/// A number of things, in words: `1 page`, `2 pages`.
 #[must_use]
 pub fn counted(count: u64, one: &str) -> String {
     format!("{count} {one}{}", if count == 1 { "" } else { "s" })

@@ -1,4 +1,4 @@
-//! The command line. Its forms are Cloud Hypervisor's, since its users are ours.
+//! The command line. Its forms follow Cloud Hypervisor's, as both have the same users.
 
 use std::path::PathBuf;
 
@@ -42,17 +42,17 @@ pub struct Cli {
     pub command: Command,
 }
 
-/// Reads this process's command line. What makes no sense ends it, with words and status 2.
+/// Reads this process's command line. If it is wrong the process ends, with an explanation and exit status 2.
 #[must_use]
 pub fn parse() -> Cli {
     let cli = Cli::try_parse().unwrap_or_else(|error| {
-        // The commonest slip: a VM's name alone.
+        // The most common mistake: a VM's name without its option.
         let stray = error
             .get(ContextKind::InvalidArg)
             .filter(|_| error.kind() == ErrorKind::UnknownArgument);
         if let Some(ContextValue::String(word)) = stray
             && word.parse::<Which>().is_ok()
-            // Of a command that is about a VM.
+            // Only for a command that takes a VM.
             && error.to_string().contains("--vm")
         {
             let _ = error.print();
@@ -68,7 +68,7 @@ pub fn parse() -> Cli {
 }
 
 impl Cli {
-    /// Checks what goes beyond single values.
+    /// Checks combinations of values.
     pub(crate) fn check(&self) -> Result<(), clap::Error> {
         match &self.command {
             Command::Run(args) if args.ao_channel == AoChannel::Mce && args.ghes_poll.is_some() => {
@@ -96,10 +96,10 @@ impl Cli {
     }
 }
 
-/// An error in the arguments of `command`, with how that one is used.
+/// An error in the arguments of `command`, with the usage of that command.
 pub(crate) fn wrong(command: &str, kind: ErrorKind, words: &str) -> clap::Error {
     let mut all = Cli::command();
-    // Names commands below it as they are called.
+    // Gives subcommands their full names.
     all.build();
     match all.find_subcommand_mut(command) {
         Some(command) => command.error(kind, words),
@@ -161,11 +161,10 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Put a machine check into a guest by hand.
+    /// Inject a machine check into a guest.
     ///
-    /// Says first what KVM and a Linux guest would make of it, as the vCPU stands at that moment, and
-    /// does nothing that the guest may not survive without --force. It does not go through the relay,
-    /// and no page goes bad.
+    /// Says first what KVM and a Linux guest would do about it, as the vCPU is at that moment, and injects nothing that
+    /// the guest may not survive without --force. The relay takes no part in it, and no page goes bad.
     Inject(Box<InjectArgs>),
     /// Show a running VM's bad pages, and what became of each.
     ///

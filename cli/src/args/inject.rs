@@ -1,4 +1,4 @@
-//! `mce-relay inject`: a machine check by hand.
+//! `mce-relay inject`: a machine check that the user asks for.
 
 use clap::Args;
 
@@ -6,7 +6,7 @@ use crate::args::mca_status::{McgStatusArg, StatusArg};
 use crate::args::values::parse_number;
 use crate::args::vm::VmArg;
 
-/// A machine check by hand.
+/// A machine check that the user asks for.
 #[derive(Debug, Args)]
 pub struct InjectArgs {
     /// Which VM.

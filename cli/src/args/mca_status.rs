@@ -12,7 +12,7 @@ use mce_relay_vmm::number;
 pub struct StatusArg {
     /// MCi_STATUS.
     pub status: u64,
-    /// MCG_STATUS where the whole was given by what it stands for, and else 0.
+    /// MCG_STATUS, if the status was given by one of the names below; else 0.
     pub mcg_status: u64,
 }
 
@@ -20,7 +20,7 @@ pub struct StatusArg {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct McgStatusArg(pub u64);
 
-/// What stands for the whole of MCi_STATUS and MCG_STATUS.
+/// Names that stand for a whole MCi_STATUS with its MCG_STATUS.
 const WHOLES: [&str; 5] = ["srao", "srar", "ucna", "deferred", "amd-ar"];
 
 fn whole(name: &str) -> Option<StatusArg> {
@@ -39,7 +39,7 @@ fn whole(name: &str) -> Option<StatusArg> {
     Some(StatusArg { status: record.status, mcg_status: record.mcg_status })
 }
 
-/// Names with `+` between, and numbers among them.
+/// Names, and numbers among them, joined by `+`.
 fn bits(text: &str, names: &[(&str, u64)]) -> Result<u64, String> {
     text.split('+').try_fold(0, |bits, term| {
         let named = names.iter().find(|(name, _)| name.eq_ignore_ascii_case(term));

@@ -1,4 +1,4 @@
-//! The command line: options and values as they are written, and what the VMM takes instead.
+//! The command line: options and values as the user writes them, and the configuration that the VMM takes.
 
 pub mod commands;
 pub mod inject;

@@ -83,11 +83,11 @@ pub struct PoisonArgs {
     pub json: bool,
 }
 
-/// What is wrong with several options together, and words for the user.
+/// The kind of an error in several options together, and its text.
 pub(super) type Wrong = (ErrorKind, &'static str);
 
 impl PoisonArgs {
-    /// Checks what goes beyond single values.
+    /// Checks combinations of values.
     pub(super) fn check(&self) -> Result<(), Wrong> {
         let conflict = |words| Err((ErrorKind::ArgumentConflict, words));
         let filtered =
@@ -96,7 +96,7 @@ impl PoisonArgs {
             let words = "which pages? --gpa LIST, --random N, or --pid PROCESS of the guest's";
             return Err((ErrorKind::MissingRequiredArgument, words));
         }
-        // Said here, as clap drops what a conflict makes impossible.
+        // Checked here, as clap drops values that conflict.
         if self.seed.is_some() && self.random.is_none() {
             return conflict("--seed is for --random N; leave it out");
         }
@@ -187,7 +187,7 @@ impl FromStr for DevArg {
     }
 }
 
-/// By what a page is made to go bad.
+/// The means by which a page is made to go bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum MeansArg {
     /// The hwpoison-inject module, by page frame number. The VMM gets an AO. Root.

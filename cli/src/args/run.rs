@@ -145,7 +145,7 @@ pub enum Switch {
     Off,
 }
 
-/// What is done about system calls that the VMM does not need.
+/// What to do about system calls that the VMM does not need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 #[allow(missing_docs, reason = "the option's help says it")]
 pub enum Seccomp {
@@ -185,7 +185,7 @@ impl From<VendorArg> for CpuVendor {
     }
 }
 
-/// What is done about an AR that the guest cannot be told of.
+/// What to do about an AR that the guest cannot be told of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnUndeliverableArg {
     /// End the VM, with exit status 6.
@@ -244,11 +244,11 @@ impl FromStr for Cpus {
     }
 }
 
-/// Guest RAM where none is asked for, in bytes.
+/// Default size of guest RAM, in bytes.
 const DEFAULT_RAM: u64 = 512 << 20;
 
 impl RunArgs {
-    /// The same as the VMM takes it.
+    /// The configuration that the VMM takes.
     #[must_use]
     pub fn config(&self) -> RunConfig {
         let ghes = (self.ao_channel != AoChannel::Mce)
@@ -282,7 +282,7 @@ impl RunArgs {
     #[must_use]
     pub fn zones(&self) -> Vec<MemoryZone> {
         match (&self.memory, self.memory_zone.as_slice()) {
-            // Cloud Hypervisor wants a --memory size=0 beside zones.
+            // Cloud Hypervisor users write --memory size=0 beside zones.
             (_, [_, ..]) => self.memory_zone.iter().map(|zone| zone.0.clone()).collect(),
             (Some(memory), []) => vec![memory.0.clone()],
             (None, []) => vec![MemoryZone::new(DEFAULT_RAM)],

@@ -36,7 +36,7 @@ impl FromStr for LogPath {
     }
 }
 
-/// `PATH` or `PATH,max-size=SIZE`; a path may have commas. `expected` is for the words of an error.
+/// `PATH` or `PATH,max-size=SIZE`; a path may have commas. `expected` completes the text of an error.
 pub(super) fn log_file(text: &str, expected: &str) -> Result<LogFile, String> {
     const MAX_SIZE: &str = ",max-size=";
     let (path, max_size) = match text.rsplit_once(MAX_SIZE) {
@@ -85,7 +85,7 @@ pub(super) fn parse_count(text: &str) -> Result<u64, String> {
     number_in(text, 1..=u64::MAX, "number of pages")
 }
 
-/// What pages at random are drawn by.
+/// The seed of random pages.
 pub(super) fn parse_seed(text: &str) -> Result<u64, String> {
     number_in(text, 0..=u64::MAX, "seed")
 }
@@ -133,7 +133,7 @@ impl FromStr for Frames {
 /// A number of bytes or an address: `0x…` or decimal, with K, M, G or T for powers of 1024.
 ///
 /// # Errors
-/// Words for the user.
+/// A sentence for the user.
 pub fn parse_number(text: &str) -> Result<u64, String> {
     number::with_unit(text)
 }

@@ -34,7 +34,7 @@ impl VmArg {
         }
     }
 
-    /// What the VM has left, where it is named, does not run, and did once.
+    /// The record of the VM, if it is named and has ended.
     #[must_use]
     pub fn record(&self) -> Option<Record> {
         match &self.vm {

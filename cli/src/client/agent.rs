@@ -1,7 +1,6 @@
 //! Asks the agent in a guest, by the socket of the guest's second serial port.
 //!
-//! What comes from there is a guest's: it is believed as far as that guest itself is concerned, and
-//! no further.
+//! Its answers come from a guest, and are believed only as far as they concern that guest.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
@@ -14,15 +13,15 @@ use mce_relay_vmm::words::counted;
 use serde::Deserialize;
 use serde_json::Value;
 
-/// How long the agent may take; an emulated guest takes its time.
+/// How long the agent may take; an emulated guest is slow.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How often it is looked whether the VMM goes on at all.
+/// How often it is checked whether something holds up the VMM.
 const LOOK: Duration = Duration::from_secs(5);
-/// The longest line that is taken for one of its.
+/// The longest line that is accepted from the agent.
 const MAX_LINE: u64 = 1 << 20;
 /// The longest name of a process; the kernel's own limit is 15 for a program's and 63 for its own.
 const MAX_NAME: usize = 64;
-/// So many characters are shown of what it says; its longest error has fewer.
+/// At most this many characters of an agent's error are shown; its longest one has fewer.
 const MAX_SHOWN: usize = 400;
 
 /// Why the agent gave no answer.
@@ -31,7 +30,7 @@ pub enum AgentError {
     /// What was asked for cannot be the name of a process.
     #[error("{0:?} is no process; expected its pid in the guest, or its name without blanks")]
     Name(String),
-    /// Nobody listens there.
+    /// No process listens there.
     #[error(
         "no guest's second serial port is to be reached at {path}; expected the path that \
          `mce-relay run --serial2 socket=PATH` was given",
@@ -44,7 +43,7 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
-    /// The VMM itself does not go on.
+    /// The VMM itself does not run.
     #[error("the VM at {path} does not answer: {peer}", path = .path.display())]
     Stands {
         /// The socket.
@@ -52,7 +51,7 @@ pub enum AgentError {
         /// Its process.
         peer: Peer,
     },
-    /// The VMM has not even taken the request.
+    /// The VMM has not taken the connection.
     #[error(
         "somebody else is connected to the agent's port at {path}, or the guest does not take what \
          somebody sent there before; it is for one client at a time, so end the other",
@@ -65,7 +64,7 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
-    /// The guest says nothing, or not all of it.
+    /// The guest did not answer, or not completely.
     #[error(
         "no agent answers at {path}; wait until the guest is up, and see that it runs one on its \
          second serial port, as the guest image does",
@@ -78,7 +77,7 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
-    /// What came is not an agent's.
+    /// The answer is not an agent's.
     #[error("what answers at {path} is no agent: {what}", path = .path.display())]
     Stranger {
         /// The socket.
@@ -86,7 +85,7 @@ pub enum AgentError {
         /// What was not understood.
         what: String,
     },
-    /// It has no such pages.
+    /// The agent refused.
     #[error("the guest's agent says: {0}")]
     Refused(String),
 }
@@ -162,9 +161,9 @@ fn process_within(
     })?;
     let mut port = Port::new(stream, pid, patience);
 
-    // An agent answers to words that it does not know, too, and repeats the first. What comes before
-    // that answers somebody who asked earlier and left: the pages of another process, perhaps. The
-    // empty line ends what that one may have left unfinished.
+    // An agent answers unknown words, too, and repeats the first one. So answers before the one to this mark belong to
+    // an earlier client that has left, and may name another process's pages. The empty line ends a line that such a
+    // client left unfinished.
     let mark = format!("sync-{:016x}", fastrand::u64(..));
     let asked = format!("\n{mark}\nprocess {which} {max}\n");
     let failed = |source: io::Error, port: &Port| match port.held() {
@@ -180,7 +179,7 @@ fn process_within(
         let line = port.line().map_err(|source| failed(source, &port))?;
         let value: Value = match serde_json::from_slice(&line) {
             Ok(value) => value,
-            // The port keeps the end of what nobody has read, so the first line may be half of one.
+            // The port keeps the end of unread output, so the first line may be incomplete.
             Err(_) if is_first && line.trim_ascii_end().ends_with(b"}") => Value::Null,
             Err(error) => {
                 let line = plain(String::from_utf8_lossy(&line).trim_end());
@@ -191,7 +190,7 @@ fn process_within(
         if value["reply"] == mark {
             is_ours = true;
         }
-        // Events, and replies to others.
+        // Skips events, and replies to other clients.
         if !is_ours || value["reply"] != "process" {
             continue;
         }
@@ -215,16 +214,16 @@ fn process_within(
     }
 }
 
-/// A guest's words, not too many and without what would steer a terminal.
+/// Text from a guest, cut to a length and without control characters for a terminal.
 fn plain(words: &str) -> String {
     let harmless = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     words.chars().take(MAX_SHOWN).map(harmless).collect()
 }
 
-/// The conversation, with its end.
+/// A connection to the agent, with its deadline.
 struct Port {
     lines: BufReader<UnixStream>,
-    /// The VMM, as [`peer::connect`] knows it.
+    /// The VMM's process, as [`peer::connect`] returns it.
     pid: u32,
     patience: Duration,
     deadline: Instant,
@@ -235,7 +234,7 @@ impl Port {
         Self { lines: BufReader::new(stream), pid, patience, deadline: Instant::now() + patience }
     }
 
-    /// The VMM, if something keeps it from going on.
+    /// The VMM, if something keeps it from running.
     fn held(&self) -> Option<Peer> {
         Some(Peer::of(self.pid)).filter(Peer::is_held)
     }
@@ -275,8 +274,8 @@ impl Port {
         Ok(line)
     }
 
-    /// Whether the other side has left something unread. The VMM takes the next client only when the
-    /// one before has gone, and what a client sends until then stays in its socket.
+    /// Whether the VMM has not read everything that was sent. It takes the next client only when the previous one has
+    /// gone, and until then leaves a client's data in the socket.
     fn is_unread(&self) -> bool {
         let mut bytes: libc::c_int = 0;
         // SAFETY: TIOCOUTQ, which is SIOCOUTQ for a socket, writes one int; the descriptor is open.
@@ -324,7 +323,7 @@ mod tests {
             let mark = mark.trim_end();
             assert!(mark.len() <= 32, "the agent repeats no more of a word");
             let text = format!("{before}{{\"reply\":\"{mark}\",\"ok\":false}}\n{after}");
-            // Who has had enough does not take all of it.
+            // A client that has read enough closes before all is written.
             let _ = lines.get_mut().write_all(text.as_bytes());
         });
         let result = process(&path, "sh", 2);
@@ -392,11 +391,11 @@ mod tests {
         let path = dir.path().join("agent");
         let listener = UnixListener::bind(&path).unwrap();
         let soon = Duration::from_millis(200);
-        // Nobody accepts.
+        // No connection is accepted.
         let error = process_within(&path, "sh", 1, soon).unwrap_err();
         assert!(error.to_string().contains("somebody else"), "{error}");
         drop(listener.accept().unwrap());
-        // Somebody takes all and says nothing.
+        // The server reads everything and answers nothing.
         let server = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             let mut taken = Vec::new();

@@ -1,4 +1,4 @@
-//! One request, and its answer as it comes: hyper's client, for callers that do nothing else meanwhile.
+//! One request and its answer as it arrives, for callers that do nothing else meanwhile (by hyper's client).
 
 use std::error::Error;
 use std::io::{self, BufRead, Read};
@@ -15,24 +15,23 @@ use super::patience::{Patience, Watch};
 use crate::client::ask::Asked;
 use crate::client::ask::send;
 
-/// What is read of an error's words, in bytes.
+/// How much of an error's text is read, in bytes.
 const MAX_WORDS: u64 = 64 << 10;
 
-/// An answer whose head has been read. Reading it gives its body, and errors that are [`ClientError`]s
-/// inside.
+/// An answer whose head has been read. Reading it returns the body; its errors contain a [`ClientError`].
 pub(super) struct Answer {
-    // Declared first, as it goes first: what is left of the conversation is run by the other.
+    // Declared first, so dropped first: the runtime below still runs the rest of the connection.
     body: Incoming,
-    /// What has come of the body and was not read yet.
+    /// The part of the body that has arrived and was not read yet.
     left: Bytes,
     runtime: Runtime,
     watch: Watch,
-    /// Whether the body is as long as there is more of it.
+    /// Whether the body is a stream that ends when there is no more.
     endless: bool,
 }
 
 impl Answer {
-    /// Asks; an answer that is no success is an error.
+    /// Sends the request; a status other than success is an error.
     pub(super) fn open(
         socket: &Path,
         asked: Asked<'_>,
@@ -44,15 +43,15 @@ impl Answer {
             Builder::new_current_thread().enable_io().enable_time().build().map_err(talk)?;
         let (response, watch) = runtime.block_on(async {
             if asked.changes() {
-                // One that is stopped would do it when it goes on, long after this was said to have failed.
+                // A stopped VM would carry the request out when it continues, long after it was reported as failed.
                 let (stream, watch) = Watch::connect(socket, patience).await?;
                 let there = watch.wait(send(stream, Asked::get("vmm.ping"))).await?;
-                there.map_err(|error| watch.explain(understood(socket, error)))?;
+                there.map_err(|error| watch.explain(client_error(socket, error)))?;
             }
             let (stream, mut watch) = Watch::connect(socket, patience).await?;
             watch.asked_for_change = asked.changes();
             let response = watch.wait(send(stream, asked)).await?;
-            let response = response.map_err(|error| watch.explain(understood(socket, error)))?;
+            let response = response.map_err(|error| watch.explain(client_error(socket, error)))?;
             Ok((response, watch))
         })?;
         let status = response.status();
@@ -62,7 +61,7 @@ impl Answer {
             return Ok(answer);
         }
         let mut words = Vec::new();
-        // Without them the status has to do.
+        // If it cannot be read the status has to suffice.
         let _ = answer.by_ref().take(MAX_WORDS).read_to_end(&mut words);
         let error = serde_json::from_slice::<serde_json::Value>(&words)
             .ok()
@@ -71,17 +70,17 @@ impl Answer {
         Err(ClientError::Refused { status: status.as_u16(), error })
     }
 
-    /// The same for a body that goes on for as long as there is more.
+    /// Marks the body as a stream that ends when there is no more.
     pub(super) fn endless(self) -> Self {
         Self { endless: true, ..self }
     }
 
-    /// The process that answers, by the kernel's word; 0 for one of another PID namespace.
+    /// The process that answers, as the kernel has it; 0 if it is in another PID namespace.
     pub(super) fn pid(&self) -> u32 {
         self.watch.pid
     }
 
-    /// More of the body; nothing at its end.
+    /// The next part of the body; empty at its end.
     fn piece(&mut self) -> io::Result<Bytes> {
         loop {
             let next = self.body.frame();
@@ -95,7 +94,7 @@ impl Answer {
                     Ok(data) if !data.is_empty() => return Ok(data),
                     _ => {}
                 },
-                // Whoever follows a VM to its end knows what it is.
+                // A follower of a stream knows how to report its end.
                 Some(Err(error)) if self.endless => return Err(broken_off(error)),
                 Some(Err(error)) => return Err(self.watch.cut(broken_off(error))),
             }
@@ -103,8 +102,8 @@ impl Answer {
     }
 }
 
-/// What it means that a request could not be sent, or that no answer came.
-fn understood(socket: &Path, error: Box<dyn Error + Send + Sync>) -> ClientError {
+/// The error for a request that could not be sent or was not answered.
+fn client_error(socket: &Path, error: Box<dyn Error + Send + Sync>) -> ClientError {
     let path = socket.to_owned();
     match error.downcast::<hyper::Error>() {
         Ok(error) if error.is_parse() => ClientError::Stranger { path, what: with_causes(&*error) },

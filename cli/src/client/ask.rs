@@ -1,4 +1,4 @@
-//! One request.
+//! Sends one request.
 
 use std::error::Error;
 use std::io::{self};
@@ -11,14 +11,14 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 
-/// What an answer's head may have, in bytes; its body comes in pieces of that size at most.
+/// Most bytes in the head of an answer, and in each piece of its body.
 const MAX_BUFFER: usize = 64 << 10;
 
-/// What is asked for.
+/// A request.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Asked<'a> {
     pub(super) method: &'static str,
-    /// Behind `/api/v1/`.
+    /// Path behind `/api/v1/`, and query.
     pub(super) what: &'a str,
     pub(super) body: &'a [u8],
 }
@@ -28,7 +28,7 @@ impl<'a> Asked<'a> {
         Self { method: "GET", what, body: &[] }
     }
 
-    /// Whether something is different when it is done.
+    /// Whether it changes the VM.
     pub(crate) fn changes(&self) -> bool {
         self.method != "GET"
     }
@@ -45,7 +45,7 @@ impl<'a> Asked<'a> {
     }
 }
 
-/// Sends a request on `stream`; the head of the answer, with its body to come.
+/// Sends a request on `stream`; returns the head of the answer, with its body to come.
 pub(super) async fn send(
     stream: UnixStream,
     asked: Asked<'_>,
@@ -53,7 +53,7 @@ pub(super) async fn send(
     let request = asked.request()?;
     let (mut sender, connection) =
         http1::Builder::new().max_buf_size(MAX_BUFFER).handshake(TokioIo::new(stream)).await?;
-    // What goes wrong with it shows in the answer, too.
+    // An error of the connection shows in the answer, too.
     tokio::spawn(connection);
     Ok(sender.send_request(request).await?)
 }

@@ -9,11 +9,11 @@ use crate::client::error::ClientError;
 use crate::client::life::{BROKEN_OFF, LOOK, Life};
 use crate::client::requests;
 
-/// How long a VM may take to end that does not answer any more.
+/// How long a VM that does not answer any more may take to end.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Life {
-    /// Whether it ends: it is waited for while the VM has no guest and does not say why.
+    /// Whether the VM ends. Waits while the VM has no guest and does not say why.
     #[must_use]
     pub fn ends(&self) -> bool {
         let start = Instant::now();
@@ -22,9 +22,9 @@ impl Life {
                 return true;
             }
             match requests::get_soon::<VmInfo>(&self.socket, "vm.info", BROKEN_OFF) {
-                // Another VM may have its place already.
+                // Another VM may have taken its place already.
                 Ok((pid, _)) => return pid != self.pid,
-                // It stands still.
+                // It does not answer at all.
                 Err(ClientError::Silent { .. }) => return false,
                 // It is between two boots, or near its end.
                 Err(_) if start.elapsed() < PATIENCE => sleep(LOOK),
@@ -33,7 +33,7 @@ impl Life {
         }
     }
 
-    /// What `error` means of a VM that was there before.
+    /// What `error` means for a VM that answered before.
     #[must_use]
     pub fn explain(&self, error: ClientError) -> ClientError {
         let is_mute = matches!(error, ClientError::Connect { .. } | ClientError::Talk { .. });

@@ -8,7 +8,7 @@ use mce_relay_vmm::outlets::peer::Peer;
 /// Why a VM did not answer.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
-    /// Nobody listens there.
+    /// No process listens there.
     #[error(
         "no VM is to be reached at {path}; expected the path of an API socket: what `mce-relay run --api-socket` was \
          given, or what `mce-relay list` shows",
@@ -21,7 +21,7 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
-    /// The conversation broke off.
+    /// The connection broke off.
     #[error("the VM at {path} did not answer", path = .path.display())]
     Talk {
         /// The socket.
@@ -30,15 +30,15 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
-    /// It was there, and is not any more.
+    /// It answered before and has ended.
     #[error("the VM at {path} has ended{how}", path = .path.display())]
     Ended {
         /// The socket.
         path: PathBuf,
-        /// How, in brackets; nothing where that is not known.
+        /// How, in brackets; empty where that is not known.
         how: String,
     },
-    /// It is there, and says nothing.
+    /// It does not answer.
     #[error(
         "the VM at {path} has not answered for {secs} s: {peer}{}",
         later(.asked),
@@ -51,10 +51,10 @@ pub enum ClientError {
         secs: u64,
         /// The process that listens there.
         peer: Peer,
-        /// Whether it had been asked for a change by then.
+        /// Whether a request that changes it had been sent.
         asked: bool,
     },
-    /// Something else than this VMM listens there.
+    /// Something other than this VMM listens there.
     #[error("what listens at {path} is not an mce-relay VM: {what}", path = .path.display())]
     Stranger {
         /// The socket.
@@ -62,7 +62,7 @@ pub enum ClientError {
         /// What was not understood.
         what: String,
     },
-    /// What it says of its process is not so.
+    /// The process that it names is not the one that listens.
     #[error(
         "what listens at {path} says that it is process {says}, and the kernel says that it is {is} (0: one of \
          another PID namespace); nothing is done to another process's memory. Run this command in the VM's PID \
@@ -72,22 +72,22 @@ pub enum ClientError {
     OtherProcess {
         /// The socket.
         path: PathBuf,
-        /// The process by its own words.
+        /// The process that it names.
         says: u32,
-        /// The process that listens, by the kernel's.
+        /// The process that listens, as the kernel has it.
         is: u32,
     },
-    /// The VM answered with an error.
+    /// The VM refused the request.
     #[error("the VM says: {error}")]
     Refused {
         /// The HTTP status.
         status: u16,
-        /// Its words.
+        /// Its reason.
         error: String,
     },
 }
 
-/// What is to be known of a request that was not answered.
+/// What the user has to know about a request that was not answered.
 fn later(asked: &bool) -> &'static str {
     if *asked { ". What was asked of it may be done when it goes on" } else { "" }
 }

@@ -1,5 +1,5 @@
-//! Whether the VM still runs that a command works on: a command of many steps has to tell the VM's end from what is
-//! wrong with one page.
+//! Whether the VM that a command works on still runs. A command of many steps has to tell the VM's end from an error of
+//! one page.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -12,9 +12,9 @@ use mce_relay_vmm::session::record::End;
 use crate::client::error::ClientError;
 use crate::client::names;
 
-/// How long it may take when it has broken off a conversation.
+/// How long a VM may take to end after it has broken off a connection.
 pub(super) const BROKEN_OFF: Duration = Duration::from_secs(1);
-/// Between two looks.
+/// Time between two looks.
 pub(super) const LOOK: Duration = Duration::from_millis(10);
 
 /// The process of a VM.
@@ -22,20 +22,20 @@ pub(super) const LOOK: Duration = Duration::from_millis(10);
 pub struct Life {
     pub(super) socket: PathBuf,
     pub(super) pid: u32,
-    /// Readable once the process has ended; `None` where there is none to be had.
+    /// Readable once the process has ended; `None` where no pidfd can be made.
     process: Option<OwnedFd>,
     begun: SystemTime,
 }
 
 impl Life {
-    /// That of the VM behind `socket`, whose process is `pid` (0: of another PID namespace).
+    /// For the VM behind `socket`, whose process is `pid` (0 if it is in another PID namespace).
     #[must_use]
     pub fn of(socket: &Path, pid: u32) -> Self {
         let begun = SystemTime::now();
         Self { socket: socket.to_owned(), pid, process: open(pid).ok(), begun }
     }
 
-    /// That of the VM that listens at `socket`; `None` where nobody does.
+    /// For the VM that listens at `socket`; `None` if none does.
     #[must_use]
     pub fn at(socket: &Path) -> Option<Self> {
         let (_, pid) = peer::connect(socket, BROKEN_OFF).ok()?;
@@ -51,7 +51,7 @@ impl Life {
         }
     }
 
-    /// The same for one that has broken off a conversation, without asking it.
+    /// As [`Self::is_over`], for a VM that has broken off a connection; it is not asked, but given a moment.
     pub(crate) fn is_over_soon(&self) -> bool {
         match &self.process {
             Some(process) => is_readable(process, BROKEN_OFF),
@@ -59,17 +59,17 @@ impl Life {
         }
     }
 
-    /// That it has ended, and how as far as that is known.
+    /// The error that says that it has ended, and how, where that is known.
     #[must_use]
     pub fn ended(&self) -> ClientError {
         self.ended_since(self.begun)
     }
 
-    /// The same of one that was there at that time.
+    /// As [`Self::ended`], for a VM that ran at the time `begun`.
     pub(crate) fn ended_since(&self, begun: SystemTime) -> ClientError {
         let since_1970 = begun.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let record = names::record_of(&self.socket);
-        // That of another VM of the name would be older.
+        // An older end is that of an earlier VM of the name.
         let end = record.and_then(|record| record.end);
         let end = end.filter(|end| end.unix_time >= since_1970.as_secs_f64());
         let how = end.map(|End { status, how, .. }| {

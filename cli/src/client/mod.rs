@@ -1,4 +1,5 @@
-//! Asking a running VM: which one, by its API, for as long as it shows that it is there; its agent; and what one left.
+//! Asks a running VM: finds it, uses its API as long as it responds, and its guest's agent; and reads the record of one
+//! that has ended.
 
 pub mod agent;
 pub mod answer;

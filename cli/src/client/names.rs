@@ -1,4 +1,4 @@
-//! Which VM a command is about: the sockets and records of named VMs, found by name.
+//! Finds the VM that a command is about: the sockets and records of named VMs.
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ impl FromStr for Which {
     }
 }
 
-/// No VM that runs is called so.
+/// No running VM has this name.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", unknown(.name, .dir, .ended, .others))]
 pub struct FindError {
@@ -39,9 +39,9 @@ pub struct FindError {
     name: String,
     /// Where its socket would be.
     dir: PathBuf,
-    /// How the last one ended.
+    /// How the last one of this name ended.
     ended: String,
-    /// Which do run.
+    /// Which VMs run.
     others: String,
 }
 
@@ -52,7 +52,7 @@ fn unknown(name: &str, dir: &Path, ended: &str, others: &str) -> String {
     }
 }
 
-/// What the VM called `name` has left, if none runs.
+/// The record of the VM called `name`, if none of that name runs.
 #[must_use]
 pub fn record(name: &VmName) -> Option<Record> {
     record_in(&dir(), name)
@@ -65,14 +65,14 @@ fn record_in(dir: &Path, name: &VmName) -> Option<Record> {
     }
 }
 
-/// What the last VM has left whose API socket was at `socket`, if it had a name.
+/// The record of the last VM whose API socket was at `socket`, if it had a name.
 #[must_use]
 pub fn record_of(socket: &Path) -> Option<Record> {
     let name: VmName = socket.file_name()?.to_str()?.strip_suffix(SUFFIX)?.parse().ok()?;
     Record::read(&record_dir_in(socket.parent()?, name.as_str()), name.as_str())
 }
 
-/// What named VMs have left in `dir` that do not run, by name.
+/// The records in `dir` of VMs that do not run, by name.
 pub(crate) fn ended(dir: &Path) -> Vec<Record> {
     let entries = std::fs::read_dir(dir.join(RECORDS)).into_iter().flatten().flatten();
     let names = entries.filter_map(|entry| entry.file_name().into_string().ok()?.parse().ok());
@@ -81,7 +81,7 @@ pub(crate) fn ended(dir: &Path) -> Vec<Record> {
     found
 }
 
-/// The socket of the VM that is meant.
+/// The socket of the VM `which`.
 ///
 /// # Errors
 /// No VM of that name runs.
@@ -92,7 +92,7 @@ pub fn find(which: &Which) -> Result<PathBuf, FindError> {
     }
 }
 
-/// In `dir`; whoever else has one is looked for in the `other` directories.
+/// Looks in `dir`, and for the text of an error in the `other` directories, too.
 pub(crate) fn find_in(
     dir: &Path,
     name: &VmName,
@@ -123,14 +123,14 @@ pub(crate) fn find_in(
     Err(FindError { name: name.as_str().to_owned(), dir: dir.to_owned(), ended, others })
 }
 
-/// Sockets in `dir` at which somebody listens, by name.
+/// Sockets in `dir` at which a process listens, by name.
 pub(crate) fn sockets(dir: &Path) -> Vec<(String, PathBuf)> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     let mut found: Vec<(String, PathBuf)> = entries
         .filter_map(|entry| {
             let file = entry.file_name().into_string().ok()?;
             let name = file.strip_suffix(SUFFIX)?.to_owned();
-            // Not through a link: it may lead to anything that listens.
+            // Links are not followed: they may lead to any socket.
             let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
             let is_name = name.parse::<VmName>().is_ok();
             (is_socket && is_name && listens(&entry.path())).then(|| (name, entry.path()))

@@ -1,7 +1,7 @@
-//! Other users' VMs: root may ask them, and has to be told where they are.
+//! Finds other users' VMs, which root may ask.
 //!
-//! Each user's sockets are in a directory whose place depends on that user's environment. The kernel names
-//! the path of every socket, so it names those directories, too.
+//! Each user's sockets are in a directory that depends on that user's environment. The kernel lists the path of every
+//! socket, and with it those directories.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use mce_relay_vmm::outlets::peer::listens;
 use mce_relay_vmm::session::names::{VmName, socket_in};
 
-/// The sockets that are there, /proc/net/unix in proc_pid_net(5).
+/// The list of unix sockets, /proc/net/unix in proc_pid_net(5).
 const SOCKETS: &str = "/proc/net/unix";
 
 /// The directories of all users' sockets that this user may see.
@@ -21,7 +21,7 @@ pub(crate) fn dirs() -> Vec<PathBuf> {
 fn dirs_in(sockets: &str) -> Vec<PathBuf> {
     let dirs: BTreeSet<PathBuf> = sockets
         .lines()
-        // What is before it has no slash; the path itself may have blanks.
+        // The fields before the path have no slash; the path itself may have blanks.
         .filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])))
         .filter_map(Path::parent)
         .filter(|dir| is_of_sockets(dir))
@@ -30,14 +30,14 @@ fn dirs_in(sockets: &str) -> Vec<PathBuf> {
     dirs.into_iter().collect()
 }
 
-/// Whether `dir` is called as [`mce_relay_vmm::session::names::dir`] calls it: mce-relay, or mce-relay-UID.
+/// Whether `dir` has a name as [`mce_relay_vmm::session::names::dir`] gives: mce-relay, or mce-relay-UID.
 fn is_of_sockets(dir: &Path) -> bool {
     let name = dir.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     name == "mce-relay"
         || name.strip_prefix("mce-relay-").is_some_and(|uid| uid.parse::<u32>().is_ok())
 }
 
-/// Where VMs called `name` listen in `dirs`, but for `own`.
+/// The sockets of VMs called `name` in `dirs`, without `own`.
 pub(super) fn paths(dirs: &[PathBuf], own: &Path, name: &VmName) -> Vec<PathBuf> {
     let other = dirs.iter().filter(|dir| dir.as_path() != own);
     other.map(|dir| socket_in(dir, name)).filter(|path| listens(path)).collect()

@@ -1,7 +1,7 @@
-//! How long a VM may take, and how one that works is told from one that does not answer.
+//! How long a VM may take to answer, and how a busy VM is told from one that does not respond.
 //!
-//! Some requests take long, and no limit suits them all. So it is not the answer that has a limit but the
-//! silence: from time to time the VM is asked on another connection whether it is there, which it answers
+//! Some requests take long, and no limit suits all of them. So the limit is on silence, not on the answer: from time to
+//! time the VM is pinged on another connection, which it answers whatever else it is doing.
 //! whatever else it is doing.
 
 use std::io;
@@ -17,29 +17,29 @@ use super::ask::{Asked, send};
 use super::error::ClientError;
 use crate::client::life::Life;
 
-/// So long is waited before the VM is asked whether it is there.
+/// How long an answer is waited for before the VM is pinged.
 const QUIET: Duration = Duration::from_secs(3);
-/// So long may that answer take. Both together: after so long a user hears of it.
+/// How long that ping may take. After both times together the user is told.
 const PING: Duration = Duration::from_secs(2);
-/// A VM that has been silent for so long counts as one that does not answer.
+/// After this much silence the VM counts as not answering.
 const SILENCE: Duration = Duration::from_secs(20);
 /// How long a VM may take.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Patience {
-    /// As long as it shows that it is there. The user hears of a silence.
+    /// As long as the VM answers pings. The user is told of a silence.
     WhileItLives,
-    /// So long for everything together.
+    /// Until this time, for everything together.
     Until(Instant),
 }
 
-/// The process at the other end of a conversation, and the patience with it.
+/// The process at the other end of a connection, and how long to wait for it.
 #[derive(Debug)]
 pub(super) struct Watch {
     socket: PathBuf,
-    /// By the kernel's word; 0 for one of another PID namespace.
+    /// As the kernel has it; 0 if it is in another PID namespace.
     pub(super) pid: u32,
     patience: Patience,
-    /// Something was asked for that changes the VM.
+    /// A request that changes the VM was sent.
     pub(super) asked_for_change: bool,
     begun: SystemTime,
 }
@@ -51,7 +51,7 @@ impl Watch {
         patience: Patience,
     ) -> Result<(UnixStream, Self), ClientError> {
         let path = || socket.to_owned();
-        // Nobody is known yet.
+        // The process is not known yet.
         let begun = SystemTime::now();
         let mut watch = Self { socket: path(), pid: 0, patience, asked_for_change: false, begun };
         let stream = watch
@@ -104,7 +104,7 @@ impl Watch {
         }
     }
 
-    /// What it means that the answer broke off.
+    /// The error for an answer that broke off.
     pub(super) fn cut(&self, source: io::Error) -> io::Error {
         let path = self.socket.clone();
         match self.explain(ClientError::Talk { path, source }) {
@@ -113,9 +113,9 @@ impl Watch {
         }
     }
 
-    /// What an error means, if the VM has ended.
+    /// Explains an error by the VM's end, if it has ended.
     pub(super) fn explain(&self, error: ClientError) -> ClientError {
-        // Who asks in passing does not wait for that.
+        // A caller with a short time limit does not wait for that.
         if !matches!((&error, self.patience), (ClientError::Talk { .. }, Patience::WhileItLives)) {
             return error;
         }
@@ -136,7 +136,7 @@ impl Watch {
     }
 }
 
-/// Whether the VM answers at all.
+/// Whether the VM answers a ping.
 async fn is_there(socket: &Path) -> bool {
     let ping = async {
         match connect_patiently(socket).await {

@@ -1,4 +1,4 @@
-//! What a named VM has left, read back.
+//! Reads the record that a named VM has left.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use mce_relay_vmm::api::types::vm::Status;
 use mce_relay_vmm::session::record::{Counts, END, EVENTS, End, LEDGERS, OLDER_EVENTS};
 use serde::{Deserialize, Serialize};
 
-/// The ledger as it was at some time.
+/// The ledger with the time at which it was written.
 #[derive(Debug, Clone, Deserialize)]
 struct Kept {
     unix_time: f64,
@@ -17,13 +17,13 @@ struct Kept {
     status: Status,
 }
 
-/// What the VM of a name has left.
+/// The record of a named VM.
 #[derive(Debug, Clone)]
 pub struct Record {
     dir: PathBuf,
     /// The VM's name.
     pub name: String,
-    /// How it ended; `None` for one that did not come to say it (SIGKILL, say).
+    /// How it ended; `None` if it could not record that (SIGKILL, say).
     pub end: Option<End>,
     ledger: Option<Kept>,
 }
@@ -33,7 +33,7 @@ pub struct Record {
 pub struct Left<'a> {
     /// How it ended.
     ended: Option<&'a End>,
-    /// When the ledger was as it is here, in seconds since 1970.
+    /// When the ledger was written, in seconds since 1970.
     as_of: Option<f64>,
     /// How many pages there were; fewer may be listed.
     in_all: Option<Counts>,
@@ -42,19 +42,19 @@ pub struct Left<'a> {
 }
 
 impl Record {
-    /// Reads what is in `dir`, if there is something of a VM called `name`.
+    /// Reads the record in `dir`, if there is one of a VM called `name`.
     #[must_use]
     pub fn read(dir: &Path, name: &str) -> Option<Self> {
         dir.join(EVENTS).symlink_metadata().ok()?;
         let text = |file: &str| std::fs::read_to_string(dir.join(file)).unwrap_or_default();
-        // The first is what happened: a handler may add to what was written already.
+        // The first line counts: a handler may have appended one after the end was recorded.
         let end = text(END).lines().find_map(|line| serde_json::from_str(line).ok());
         let ledgers = LEDGERS.iter().filter_map(|file| serde_json::from_str(&text(file)).ok());
         let ledger = ledgers.max_by(|a: &Kept, b: &Kept| a.unix_time.total_cmp(&b.unix_time));
         Some(Self { dir: dir.to_owned(), name: name.to_owned(), end, ledger })
     }
 
-    /// The user who has left it.
+    /// The user who owned the VM.
     #[must_use]
     pub fn uid(&self) -> Option<u32> {
         self.dir.symlink_metadata().ok().map(|found| found.uid())
@@ -66,7 +66,7 @@ impl Record {
         self.ledger.as_ref().map(|kept| &kept.status)
     }
 
-    /// For programs.
+    /// The record in the form that is printed as JSON.
     #[must_use]
     pub fn left(&self) -> Left<'_> {
         let kept = self.ledger.as_ref();
@@ -103,7 +103,7 @@ impl Record {
         }
     }
 
-    /// What is to be known of the ledger, in a line.
+    /// A line about the ledger: its time, and what is missing in it.
     #[must_use]
     pub fn about_the_ledger(&self) -> Option<String> {
         let Kept { unix_time, in_all, status } = self.ledger.as_ref()?;

@@ -1,4 +1,4 @@
-//! Asks a running VM by its API socket.
+//! Requests to a running VM by its API socket.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::client::ask::Asked;
 use crate::client::error::ClientError;
 use crate::client::patience::Patience;
 
-/// The longest answer, in bytes, that is taken from one that is asked in passing.
+/// The longest answer that [`get_soon`] accepts, in bytes.
 const MAX_IN_PASSING: u64 = 1 << 20;
 
 /// `GET /api/v1/<what>`.
@@ -25,7 +25,7 @@ pub fn get<T: DeserializeOwned>(socket: &Path, what: &str) -> Result<T, ClientEr
     read(socket, &mut Answer::open(socket, Asked::get(what), Patience::WhileItLives)?)
 }
 
-/// The same with the process that answers, by the kernel's word; 0 for one of another PID namespace.
+/// As [`get`]; also returns the process that answers, as the kernel has it; 0 if it is in another PID namespace.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -37,8 +37,8 @@ pub fn get_and_pid<T: DeserializeOwned>(
     Ok((answer.pid(), read(socket, &mut answer)?))
 }
 
-/// An answer as it comes: a long ledger is not to be here twice. By whatever reader: each kind of one would have
-/// a parser of its own in the program.
+/// Parses an answer as it arrives, so that a long ledger is not in memory twice. By `dyn Read`, as each type of reader
+/// would add a parser to the program.
 fn read<T: DeserializeOwned>(socket: &Path, answer: &mut dyn Read) -> Result<T, ClientError> {
     serde_json::from_reader(BufReader::new(answer)).map_err(|error| match error.is_io() {
         true => broken(socket, error.into()),
@@ -46,8 +46,8 @@ fn read<T: DeserializeOwned>(socket: &Path, answer: &mut dyn Read) -> Result<T, 
     })
 }
 
-/// As [`get`], for whoever asks many in passing: the answer has to be there `within` that time. With the
-/// process that gives it, by the kernel's word; 0 for one of another PID namespace.
+/// As [`get`], with a limit of `within` for the whole answer, for callers that ask many VMs. Also returns the process
+/// that answers, as the kernel has it; 0 if it is in another PID namespace.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -61,13 +61,14 @@ pub fn get_soon<T: DeserializeOwned>(
     Ok((answer.pid(), read(socket, &mut answer.take(MAX_IN_PASSING))?))
 }
 
-/// An answer that names the process that gives it.
+/// An answer that names the process of the VM.
 pub trait OfProcess: DeserializeOwned {
     /// That process.
     fn pid(&self) -> u32;
 }
 
-/// As [`get`], for whoever goes on to that process's /proc: it is the one that listens at the socket.
+/// As [`get`], for callers that use that process's /proc next: the process that the answer names is the one that
+/// listens at the socket.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -80,7 +81,7 @@ pub fn get_of_process<T: OfProcess>(socket: &Path, what: &str) -> Result<T, Clie
     }
 }
 
-/// `GET /api/v1/<what>` of what is not JSON: the bytes of the answer, all of them.
+/// `GET /api/v1/<what>` with an answer that is not JSON: returns all its bytes.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -110,7 +111,7 @@ pub fn put_json<T: DeserializeOwned>(
     read(socket, &mut &*ask(socket, Asked { method: "PUT", what, body: &body })?)
 }
 
-/// `GET /api/v1/<what>` of what comes line by line, for as long as there is more.
+/// `GET /api/v1/<what>` with an answer that comes line by line as long as there is more.
 ///
 /// # Errors
 /// See [`ClientError`].
@@ -141,7 +142,7 @@ fn ask(socket: &Path, asked: Asked<'_>) -> Result<Vec<u8>, ClientError> {
     }
 }
 
-/// What it means that an answer broke off.
+/// The error for an answer that broke off.
 fn broken(socket: &Path, source: io::Error) -> ClientError {
     source
         .downcast::<ClientError>()
@@ -254,7 +255,7 @@ mod tests {
         }
     }
 
-    /// Nobody accepts: as a VMM that is stopped.
+    /// No connection is accepted, as by a stopped VMM.
     #[test]
     fn who_says_nothing_has_its_process_named() {
         let dir = tempfile::tempdir().unwrap();

@@ -148,7 +148,7 @@ fn a_client_that_has_said_everything_gets_its_answer() {
     assert_eq!(events.matches("resumed").count(), 1, "{events}");
 }
 
-/// Nothing happens, so nothing is written to those who have gone.
+/// No event happens, so nothing is written to clients that have gone.
 #[test]
 fn a_follower_that_goes_gives_its_place_back_at_once() {
     let (_dir, path, hub, _api) = served();

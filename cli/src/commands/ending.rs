@@ -1,4 +1,4 @@
-//! `mce-relay shutdown` and `reset`: the end of a running guest, asked for and waited for.
+//! `mce-relay shutdown` and `reset`: end a running guest, and wait for it.
 
 use std::path::Path;
 use std::thread::sleep;
@@ -11,25 +11,25 @@ use serde::Serialize;
 use crate::client::error::ClientError;
 use crate::client::requests;
 
-/// How often the VM is looked at.
+/// How often the VM is asked for its state.
 const LOOK: Duration = Duration::from_millis(50);
 /// How long a VM may take to end, or to start its guest over, when its guest is not asked.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Why it did not come to that end.
+/// Why the guest was not ended or reset.
 #[derive(Debug, thiserror::Error)]
 pub enum EndingError {
     /// The VM does not answer, or refuses.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// The guest goes on.
+    /// The guest did not power off in time.
     #[error(
         "the guest was asked to power off and has not done so within {} s; it may do so yet. Perhaps nothing \
          in it listens to the power button (in Linux: the module button, and systemd-logind or acpid). \
          `mce-relay shutdown --now` ends the VM without asking the guest", .0.as_secs()
     )]
     GoesOn(Duration),
-    /// It started over.
+    /// The guest started over instead.
     #[error(
         "the guest was asked to power off, and has started over instead (boot {0}); \
          `mce-relay shutdown --now` ends the VM"
@@ -41,7 +41,7 @@ pub enum EndingError {
          what `run` said last says more"
     )]
     NoReboot,
-    /// Nothing was seen to happen.
+    /// No change was seen.
     #[error("the VM was told to, and nothing has come of it within {} s; `mce-relay status` shows it", PATIENCE.as_secs())]
     Late,
 }
@@ -51,7 +51,7 @@ pub enum EndingError {
 pub struct Ended {
     /// The guest was asked to power off.
     pub asked: bool,
-    /// The VM has ended. Where it was not waited for, it may go on.
+    /// The VM has ended. False where that was not waited for.
     pub ended: bool,
 }
 
@@ -78,8 +78,8 @@ impl fmt::Display for StartedOver {
     }
 }
 
-/// Asks the guest behind `socket` to power off, and waits for the VM's end at most `patience`. Says on
-/// stderr that it waits.
+/// Asks the guest behind `socket` to power off, and waits for the VM's end, at most for `patience`. Says on stderr that
+/// it waits.
 ///
 /// # Errors
 /// See [`EndingError`].
@@ -113,7 +113,7 @@ pub fn end(socket: &Path) -> Result<Ended, EndingError> {
     }
 }
 
-/// Starts the guest behind `socket` over.
+/// Resets the guest behind `socket`.
 ///
 /// # Errors
 /// See [`EndingError`].
@@ -127,7 +127,7 @@ pub fn reset(socket: &Path) -> Result<StartedOver, EndingError> {
     }
 }
 
-/// What became of a VM.
+/// What happened to a VM.
 enum Seen {
     /// It is gone.
     Ended,
@@ -137,12 +137,12 @@ enum Seen {
     Nothing,
 }
 
-/// Looks at the VM that was `before` until something becomes of it, or `patience` is over.
+/// Watches the VM that was `before` until something happens to it, or `patience` is over.
 fn watch(socket: &Path, before: &VmInfo, patience: Duration) -> Result<Seen, ClientError> {
     let start = Instant::now();
     loop {
         match requests::get::<VmInfo>(socket, "vm.info") {
-            // Another VM may have the name already.
+            // Another VM may have its name already.
             Ok(now) if now.pid != before.pid => return Ok(Seen::Ended),
             Ok(now) if now.boot != before.boot => return Ok(Seen::Boot(now.boot)),
             Err(ClientError::Connect { source, .. }) if nobody_listens(&source) => {

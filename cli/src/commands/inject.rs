@@ -1,4 +1,4 @@
-//! A machine check by hand: what would come of it, and what came of it.
+//! Prints the forecast and the outcome of a machine check that the user asks for.
 
 use std::process::ExitCode;
 
@@ -6,7 +6,7 @@ use mce_relay_vmm::api::types::manual_mce::{Forecast, ManualMce, OnVcpu, Outcome
 
 use crate::output::print::{output, write_json};
 
-/// Prints what would come of a machine check by hand.
+/// Prints the forecast.
 pub fn forecast(planned: &ManualMce, json: bool) -> ExitCode {
     output(|out| match json {
         true => write_json(out, planned),
@@ -14,8 +14,8 @@ pub fn forecast(planned: &ManualMce, json: bool) -> ExitCode {
     })
 }
 
-/// Prints what came of a machine check by hand, of which `shown` has been said before. Exit status 1 when
-/// it was to be injected and is not there.
+/// Prints the outcome. `shown` is the forecast that was printed before. Exit status 1 when the record was to be
+/// injected and is not in the bank.
 pub fn manual_mce(shown: Option<&Forecast>, done: &ManualMce, json: bool) -> ExitCode {
     let printed = output(|out| {
         if json {

@@ -1,4 +1,4 @@
-//! `mce-relay list`: which VMs run, and how they stand.
+//! `mce-relay list`: the VMs that run, and their states.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -19,10 +19,10 @@ use crate::client::record::Record;
 use crate::client::{other_users, requests};
 use crate::output::table::{self, Cell};
 
-/// So long is waited for the answers. All VMs are asked at the same time.
+/// How long the answers are waited for. All VMs are asked at the same time.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// The named VMs that run, and those that have ended, where they are asked for.
+/// The named VMs that run, and on request those that have ended.
 #[derive(Debug, Serialize)]
 #[serde(transparent)]
 pub struct List {
@@ -47,15 +47,15 @@ pub struct Listed {
     pub memory: Option<u64>,
     /// Whether its vCPUs are held; null likewise.
     pub paused: Option<bool>,
-    /// What the guest has said of its own end; null as long as it has not, and likewise.
+    /// What the guest has reported of a panic; null if it has not, and when it does not answer.
     pub panic: Option<Panic>,
-    /// How it stands, in a word or two.
+    /// Its state, in a word or two.
     pub state: String,
-    /// The exit status of `run`; null as long as it runs, and when it did not come to say it (SIGKILL, say).
+    /// The exit status of `run`; null while it runs, and if it could not record that (SIGKILL, say).
     pub exit_status: Option<u8>,
     /// When it ended, in seconds since 1970; null likewise.
     pub ended_at: Option<f64>,
-    /// What to do about that; null where nothing has to be done.
+    /// What to do about its state; null where nothing has to be done.
     pub advice: Option<String>,
 }
 
@@ -112,7 +112,7 @@ impl Listed {
         }
     }
 
-    /// Its state, and with what status it ended.
+    /// Its state, and its exit status if it has ended.
     fn standing(&self) -> String {
         match (self.socket.is_none(), self.exit_status) {
             (true, Some(status)) => format!("{}, exit status {status}", self.state),
@@ -122,7 +122,7 @@ impl Listed {
     }
 }
 
-/// How a VM stands that answers.
+/// The state of a VM that answers.
 fn standing(paused: bool, panic: Option<Panic>) -> &'static str {
     match (paused, panic) {
         (true, Some(_)) => "panicked, paused",
@@ -133,7 +133,7 @@ fn standing(paused: bool, panic: Option<Panic>) -> &'static str {
     }
 }
 
-/// Looks for them; with `all`, for other users' as well, and for what those have left that have ended.
+/// Finds them; with `all` also other users', and the records of those that have ended.
 #[must_use]
 pub fn list(all: bool) -> List {
     let mut dirs = if all { other_users::dirs() } else { Vec::new() };
@@ -146,7 +146,7 @@ pub fn list(all: bool) -> List {
             .flat_map(|dir| sockets(dir))
             .map(|(name, socket)| scope.spawn(|| Listed::ask(name, socket)))
             .collect();
-        // A panic of one of them has been reported.
+        // A panic on one of these threads has been reported already.
         asking.into_iter().filter_map(|asked| asked.join().ok()).collect()
     });
     if all {
@@ -200,7 +200,7 @@ impl fmt::Display for List {
     }
 }
 
-/// A path as text that steers no terminal: other users choose it.
+/// A path as text without control characters, as other users choose it.
 fn shown(path: &Path) -> String {
     path.display().to_string().replace(char::is_control, "\u{fffd}")
 }

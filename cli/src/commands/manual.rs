@@ -41,7 +41,7 @@ pub fn pages(dir: &Path) -> Result<Vec<PathBuf>, ManualError> {
     written.map(|()| pages)
 }
 
-/// Of a command that was built, and of all below it.
+/// The names of a command that was built, and of all its subcommands.
 fn names(command: &clap::Command) -> Vec<String> {
     let own = command.get_display_name().unwrap_or_else(|| command.get_name()).to_owned();
     let below = command.get_subcommands().filter(|sub| !sub.is_hide_set()).flat_map(names);

@@ -1,4 +1,4 @@
-//! `mce-relay pages --map`: all of guest RAM at a glance.
+//! `mce-relay pages --map`: an overview of all guest RAM.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -19,10 +19,10 @@ use crate::output::screen;
 const PAGE_SIZE: u64 = 4096;
 /// Cells in a row.
 const WIDTH: u64 = 64;
-/// Rows of all blocks together, about.
+/// Approximate number of rows of all blocks together.
 const ROWS: u64 = 32;
 
-/// What a cell shows: the worst in it, in this order.
+/// What a cell shows: the worst state in it; from harmless to worst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mark {
@@ -40,7 +40,7 @@ pub enum Mark {
     Acknowledged,
     /// The guest was told and has not taken it yet.
     Injected,
-    /// Known, and not told yet.
+    /// Known, and the guest has not been told yet.
     Waiting,
     /// No longer part of the guest's memory.
     Removed,
@@ -64,7 +64,7 @@ impl Mark {
 
     fn of(page: &Page) -> Self {
         match page.state {
-            // Whatever the guest was told of it; one that is no longer the guest's is gone all the same.
+            // Whatever the guest was told: a removed page is not part of its memory.
             State::Removed => Self::Removed,
             _ if page.is_forged() => Self::Forged,
             State::Seen | State::Waiting { .. } => Self::Waiting,
@@ -75,7 +75,7 @@ impl Mark {
         }
     }
 
-    /// Its character, which without colour is enough to tell it from the others.
+    /// Its character, distinct from the others also without colour.
     fn char(self) -> char {
         match self {
             Self::Empty => '.',
@@ -128,7 +128,7 @@ pub struct Cell {
     pub gpa: u64,
     /// Its length in bytes.
     pub len: u64,
-    /// The worst in it.
+    /// The worst state in it.
     pub mark: Mark,
     /// Pages in it that are bad now.
     pub bad: u64,
@@ -141,12 +141,11 @@ pub struct Map {
     pub bytes_per_cell: u64,
     /// The cells of each block of RAM.
     pub blocks: Vec<Vec<Cell>>,
-    /// How many pages are marked so, of those that are marked at all.
+    /// How many pages have each mark that occurs.
     pub pages: BTreeMap<&'static str, u64>,
 }
 
-/// Looks at all RAM of the VM behind `socket`. The VM says itself what has memory behind it, so it takes
-/// no privileges.
+/// Maps all RAM of the VM behind `socket`. The VM itself says which of it has memory, so this needs no privileges.
 ///
 /// # Errors
 /// The VM does not answer.
@@ -156,7 +155,7 @@ pub fn map(socket: &Path) -> Result<Map, PagesError> {
     let marks = status
         .past
         .iter()
-        // Nothing had to be healed of one that was whole.
+        // A forged page was whole, so nothing was healed.
         .filter(|page| !page.is_forged())
         .map(|page| (page.gpa, Mark::Healed))
         .chain(status.predicted.iter().map(|page| (page.gpa, Mark::Predicted)))
@@ -182,7 +181,7 @@ impl Map {
                 starts.map(cell).collect()
             })
             .collect();
-        // Cells are found by their number, so it takes no longer for a large guest with many bad pages.
+        // Cells are found by index, so that a large guest with many bad pages takes no longer.
         let mut raise = |gpa: u64, mark: Mark, bad: u64| {
             let found = vm.memory.iter().position(|b| gpa >= b.gpa && gpa - b.gpa < b.len);
             let cell = found.and_then(|block| {
@@ -198,7 +197,7 @@ impl Map {
             let mut at = *gpa;
             while at < gpa + len {
                 raise(at, Mark::Whole, 0);
-                // To the start of the next cell of the same block.
+                // Skip to the start of the next cell of the same block.
                 let start = vm.block(at).map_or(at, |block| block.gpa);
                 at = start + ((at - start) / bytes_per_cell + 1) * bytes_per_cell;
             }

@@ -1,4 +1,4 @@
-//! What the commands do, but for `run` and `poison`.
+//! The commands, without `run` and `poison`.
 
 pub mod check;
 pub mod dump;

@@ -1,7 +1,7 @@
 //! `mce-relay pages`: what the host has behind a guest's pages, and what the ledger says of them.
 //!
-//! It is page-types (the kernel's `tools/mm/page-types.c`) for guest-physical addresses. Whatever this
-//! user is not shown is left out, and said to be.
+//! It is page-types (the kernel's `tools/mm/page-types.c`) for guest-physical addresses. Values that this user is not
+//! shown are left out, with a note.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -21,14 +21,14 @@ use crate::poison::target::PageRange;
 use crate::poison::targets::targets;
 
 const PAGE_SHIFT: u32 = 12;
-/// Progress is told after so many pages.
+/// Progress is reported after this many pages.
 const CHUNK: usize = 1 << 16;
-/// Of more pages than this, those of which the same is to be said share a line.
+/// With more pages than this, adjacent ones with the same values share a line.
 const MANY: usize = 64;
-/// Times a page is mapped, of which nobody has any.
+/// In place of how often a page is mapped, where that is not known. No page is mapped that often.
 const UNKNOWN: u64 = u64::MAX;
 
-/// Why nothing can be said of the pages.
+/// Why the pages cannot be shown.
 #[derive(Debug, thiserror::Error)]
 pub enum PagesError {
     /// The VM does not answer.
@@ -43,16 +43,16 @@ pub enum PagesError {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Presence {
-    /// It has.
+    /// It has memory.
     Present,
-    /// It was never written, or nobody has it mapped now.
+    /// It was never written, or no process has it mapped now.
     Absent,
-    /// Its entry in the page table leads somewhere else: it is swapped out, or marked as bad without
-    /// the ledger's knowing, as by userfaultfd, or bad and this user is not shown that.
+    /// Its page-table entry is neither empty nor present: it is swapped out, marked as bad without the ledger's
+    /// knowledge (by userfaultfd, say), or bad where this user is not shown that.
     NotMapped,
-    /// Its entry in the page table says that it is bad, or the ledger does.
+    /// Its page-table entry or the ledger says that it is bad.
     Poisoned,
-    /// This user is not shown.
+    /// Not shown to this user.
     Unknown,
 }
 
@@ -77,7 +77,7 @@ pub struct PageView {
     /// Host virtual address in the VMM.
     #[serde(with = "mce_relay::hex")]
     pub hva: u64,
-    /// Bytes of the pages that the host keeps it in.
+    /// Size in bytes of the host's pages there.
     pub page_size: u64,
     /// Whether it has memory.
     pub presence: Presence,
@@ -99,26 +99,25 @@ fn flag_names<S: Serializer>(value: &Option<u64>, to: S) -> Result<S::Ok, S::Err
     value.map(flags::names).serialize(to)
 }
 
-/// Some pages, and why something is not known of them.
+/// Some pages, and why some of their values are not known.
 #[derive(Debug, Serialize)]
 pub struct Pages {
     /// The pages, in the order asked for.
     pub pages: Vec<PageView>,
-    /// Why something is not known.
+    /// Why some values are not known.
     pub notes: Vec<String>,
 }
 
-/// What an entry says of its page, which is bad by the ledger if `bad`; `is_marked` says of a page frame whether
-/// the host has marked it as poisoned.
+/// What a page-table entry means for a page that the ledger has as bad if `bad`. `is_marked` says whether the host has
+/// marked a page frame as poisoned.
 fn meaning(entry: Entry, bad: bool, is_marked: impl Fn(u64) -> bool) -> (Presence, Option<u64>) {
     let offset = match entry {
         Entry::Present { pfn, .. } => return (Presence::Present, pfn),
         Entry::Elsewhere { offset } => offset,
         Entry::Empty => None,
     };
-    // A bad page's entry looks like that of one on a swap device, whose offset there may be any number: the
-    // frame's own mark tells them apart. A mark of userfaultfd has no frame, and a bad huge page's entry looks
-    // like nothing.
+    // A bad page's entry looks like that of a page on a swap device, whose offset may be any number. The mark on the
+    // page frame tells them apart. A mark of userfaultfd has no frame, and a bad huge page's entry may look empty.
     match offset.filter(|frame| is_marked(*frame)) {
         Some(frame) => (Presence::Poisoned, Some(frame)),
         None if bad => (Presence::Poisoned, None),
@@ -127,8 +126,8 @@ fn meaning(entry: Entry, bad: bool, is_marked: impl Fn(u64) -> bool) -> (Presenc
     }
 }
 
-/// Looks at all pages of `ranges` of the VM behind `socket`. `progress` is called with the number of
-/// pages looked at and of all.
+/// Looks up all pages of `ranges` in the VM behind `socket`. `progress` is called with the number of pages done and in
+/// all.
 ///
 /// # Errors
 /// See [`PagesError`].
@@ -194,7 +193,7 @@ pub fn pages(
 }
 
 impl PageView {
-    /// What is to be said of it, but for its addresses.
+    /// The columns of its line, without the addresses.
     fn words(&self) -> [String; 5] {
         let size = match self.page_size >> 10 {
             kib if kib >= 1 << 20 => format!("{}G", kib >> 20),
@@ -219,7 +218,7 @@ impl PageView {
     }
 }
 
-/// An address, or the first and the end of several that follow each other.
+/// An address, or the first address and the end of several adjacent pages.
 fn span(first: u64, count: u64) -> String {
     match count {
         1 => format!("{first:#x}"),
@@ -227,7 +226,7 @@ fn span(first: u64, count: u64) -> String {
     }
 }
 
-/// The pages as lines: of each the first and how many it stands for.
+/// The pages as lines: the first page of each line, and how many pages it stands for.
 fn runs(pages: &[PageView], join: bool) -> Vec<(&PageView, u64)> {
     let mut runs: Vec<(&PageView, u64)> = Vec::new();
     for page in pages {

@@ -1,4 +1,4 @@
-//! Has a running guest stop using pages that are whole and predicted to fail.
+//! `mce-relay retire`: makes a running guest stop using pages that are whole and predicted to fail.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -21,10 +21,10 @@ use crate::poison::error::PoisonError;
 use crate::poison::target::PageRange;
 use crate::poison::targets::targets;
 
-/// How often the VM is asked how far it is.
+/// How often the VM is asked for the state of the pages.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// What has become of a page that the guest was to stop using.
+/// The outcome for a page that the guest was to stop using.
 #[derive(Debug, Serialize)]
 pub struct Retired {
     /// Guest-physical address of the page.
@@ -32,7 +32,7 @@ pub struct Retired {
     pub gpa: u64,
     /// Whether the guest has taken the record.
     pub told: bool,
-    /// What is known of it, in words.
+    /// The outcome in words.
     pub outcome: String,
 }
 
@@ -48,7 +48,7 @@ impl Retired {
     }
 }
 
-/// Why no page was asked for.
+/// Why the guest was not asked at all.
 #[derive(Debug, thiserror::Error)]
 pub enum RetireError {
     /// The VM does not answer.
@@ -59,8 +59,8 @@ pub enum RetireError {
     Target(#[from] PoisonError),
 }
 
-/// Has the guest behind `socket` told of all pages in `ranges`, and waits until it has been told of
-/// each, or cannot be. `progress` is called with the number of pages that are settled and that of all.
+/// Has the guest behind `socket` told of all pages in `ranges`, and waits until each was told or cannot be. `progress`
+/// is called with the number of pages that are settled and in all.
 ///
 /// # Errors
 /// See [`RetireError`]; or the VM is paused.
@@ -89,7 +89,7 @@ pub fn retire(
     while !open.is_empty() {
         let status: Status = match requests::get(socket, "relay.status") {
             Ok(status) => status,
-            // Between two boots, or near the end.
+            // The VM is between two boots, or near its end.
             Err(ClientError::Refused { status: 503, .. }) if !life.ends() => continue,
             Err(error) => {
                 let ended = match error {
@@ -104,7 +104,7 @@ pub fn retire(
             }
         };
         let again = status.vm.boot != vm.boot;
-        // What holds it for a moment is not worth a word.
+        // A pause that ends in a moment is not mentioned.
         let stands = status.vm.pause_reason.filter(|reason| *reason != PauseReason::Marking);
         open.retain(|gpa| {
             let page = status.predicted.iter().find(|page| page.gpa == *gpa).filter(|_| !again);
@@ -134,7 +134,7 @@ fn unknown(gpa: u64, ended: &ClientError) -> Retired {
     Retired { gpa, told: false, outcome }
 }
 
-/// What has become of the page at `gpa`, once that is known.
+/// The outcome for the page at `gpa`, once it is known.
 fn settled(gpa: u64, page: Option<&Predicted>) -> Option<Retired> {
     let (told, outcome) = match page.map(|page| page.state) {
         None => (false, "the guest started over, with other memory".to_owned()),
@@ -147,8 +147,8 @@ fn settled(gpa: u64, page: Option<&Predicted>) -> Option<Retired> {
     Some(Retired { gpa, told, outcome })
 }
 
-/// Prints what became of pages that the guest was to stop using: those it was told of on stdout, the
-/// others on stderr. Exit status 1 when there are any.
+/// Prints the outcome: pages that the guest was told of on stdout, the others on stderr. Exit status 1 when there are
+/// any others.
 pub fn retired(pages: &[Retired], json: bool) -> ExitCode {
     let (told, not_told): (Vec<&Retired>, Vec<&Retired>) = pages.iter().partition(|page| page.told);
     let printed = output(|out| {

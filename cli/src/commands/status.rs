@@ -17,7 +17,7 @@ use crate::output::screen;
 use crate::output::table::sheet;
 use crate::output::table::{Cell, Color};
 
-/// Of more pages than this, a terminal shows the end of the table: the summary goes there.
+/// With more pages than this a terminal shows the end of the table, so the summary is put there.
 const MANY_ROWS: usize = 100;
 
 /// Prints a VM's status.
@@ -31,7 +31,7 @@ pub fn status(status: &Status, json: bool) -> ExitCode {
     })
 }
 
-/// Prints how a VM ended that is gone, and its last ledger.
+/// Prints how a VM ended, and its last ledger.
 pub fn record(record: &Record, json: bool) -> ExitCode {
     output(|out| {
         if json {
@@ -48,11 +48,11 @@ pub fn record(record: &Record, json: bool) -> ExitCode {
     })
 }
 
-/// A VM's status as [`status`] prints it, but JSON on one line.
+/// A VM's status as [`status`] prints it, but with JSON on one line.
 #[must_use]
 pub fn status_text(status: &Status, json: bool) -> String {
     let mut text = Vec::new();
-    // Nothing can go wrong where there is memory.
+    // Writing to memory does not fail.
     let _ = if json {
         serde_json::to_writer(&mut text, status).map_err(Into::into).and_then(|()| writeln!(text))
     } else {
@@ -181,10 +181,10 @@ fn headline(vm: &VmInfo) -> String {
     )
 }
 
-/// How many pages wait for the pace, and about how long they will.
+/// How many pages wait for the pace, and an estimate of how long.
 fn paced(pages: &[Page], pace: Pace) -> Option<String> {
     let waits = |page: &&Page| matches!(page.state, State::Waiting { wait: WaitReason::Pace });
-    // Those behind the first that wait are not looked at yet.
+    // Pages behind the first that waits have not been looked at yet.
     pages.iter().find(waits)?;
     let untold = |page: &&Page| waits(page) || matches!(page.state, State::Seen);
     let count = pages.iter().filter(untold).count() as u64;
@@ -234,7 +234,7 @@ fn time(time: SystemTime) -> String {
     }
 }
 
-/// The states that a page came to after it was seen, in order, each with the seconds since then.
+/// The states that a page passed after it was seen, in order, with the seconds after that.
 fn course(times: &Times) -> String {
     let Times { seen, waiting, injected, acknowledged, undeliverable, healed, removed } = *times;
     let mut steps: Vec<(SystemTime, &str)> = [

@@ -1,4 +1,4 @@
-//! `mce-relay events` and `status --follow`: what happens, as it happens.
+//! `mce-relay events` and `status --follow`: follow events as they happen.
 
 use std::io::{self, Write};
 use std::path::Path;
@@ -19,25 +19,25 @@ use crate::client::requests;
 use crate::commands::status;
 use crate::output::screen;
 
-/// A status is shown again no more often than this, however much happens.
+/// The least time between two displays of a status, however much happens.
 const LEAST: Duration = Duration::from_millis(200);
-/// And no less often, as times pass and a pause may not be noticed otherwise.
+/// The longest time between two, as waiting times grow and an unnoticed pause has to show.
 const MOST: Duration = Duration::from_secs(5);
-/// How long the stream of events may take to end after the VM has.
+/// How long after the VM's end the stream of events may take to end.
 const ENDING: Duration = Duration::from_secs(1);
 
-/// Why there is nothing (more) to follow.
+/// Why events cannot be followed (any longer).
 #[derive(Debug, thiserror::Error)]
 pub enum FollowError {
     /// The VM does not answer.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// What was to be shown could not be.
+    /// The output could not be written.
     #[error("cannot write the result")]
     Write(#[source] io::Error),
 }
 
-/// Without an error when the reader of what is written has gone away.
+/// Whether the reader of the output is still there; that it has gone is no error.
 fn written(result: io::Result<()>) -> Result<bool, FollowError> {
     match result {
         Ok(()) => Ok(true),
@@ -46,7 +46,7 @@ fn written(result: io::Result<()>) -> Result<bool, FollowError> {
     }
 }
 
-/// Prints the events of the VM behind `socket`; with `follow` also those to come, until it ends.
+/// Prints the events of the VM behind `socket`; with `follow` also future ones, until the VM ends.
 ///
 /// # Errors
 /// See [`FollowError`].
@@ -60,7 +60,7 @@ pub fn events(socket: &Path, follow: bool, json: bool) -> Result<(), FollowError
             Next::End | Next::Unread => return Ok(()),
         };
         let line = if json { line } else { timeline.line(&line) };
-        // Each at once, as somebody may be watching.
+        // Flushed after each line, as a user may be watching.
         if !written(writeln!(out, "{line}").and_then(|()| out.flush()))? {
             return Ok(());
         }
@@ -74,17 +74,17 @@ enum Next {
     Line(Result<String, ClientError>),
     /// There are no more lines.
     End,
-    /// Nobody reads any more what this command prints.
+    /// The reader of this command's output has gone.
     Unread,
 }
 
-/// The lines as they come, and the end of whoever reads what is printed. One line is taken ahead.
+/// The lines as they arrive, and the end of the output's reader. One line is read ahead.
 fn watched(lines: requests::Lines) -> Receiver<Next> {
     let (tell, told) = sync_channel(1);
     let unread = tell.clone();
     std::thread::spawn(move || {
         wait_until_unread();
-        // Nobody may be there any more who would have to know.
+        // The receiver may have ended already.
         let _ = unread.send(Next::Unread);
     });
     std::thread::spawn(move || {
@@ -98,10 +98,10 @@ fn watched(lines: requests::Lines) -> Receiver<Next> {
     told
 }
 
-/// Returns when what is written to stdout gets to nobody any more: the other end of a pipe was closed. Of a
-/// file it never returns.
+/// Returns when the output cannot reach a reader any more: the other end of a pipe was closed. For a file it never
+/// returns.
 fn wait_until_unread() {
-    // What is wrong with it (POLLERR, POLLHUP) is reported without being asked for.
+    // POLLERR and POLLHUP are reported without being asked for.
     let mut stdout = libc::pollfd { fd: libc::STDOUT_FILENO, events: 0, revents: 0 };
     loop {
         // SAFETY: one pollfd, which lives; the descriptor is looked at only.
@@ -109,11 +109,11 @@ fn wait_until_unread() {
         if found > 0 {
             return;
         }
-        // A signal came in between.
+        // Interrupted by a signal.
     }
 }
 
-/// Prints the events that a VM has left; with `follow` it was to be followed, which cannot be.
+/// Prints the events that a VM has left. `follow`: the user asked to follow, which is not possible.
 ///
 /// # Errors
 /// See [`FollowError`].
@@ -130,7 +130,7 @@ pub fn record(record: &Record, follow: bool, json: bool) -> Result<(), FollowErr
     written(out.flush()).map(drop)
 }
 
-/// Words on `what` a VM has left, which somebody perhaps wanted to follow.
+/// A note on `what` a VM has left, which the user may have wanted to follow.
 #[must_use]
 pub fn the_last(follow: bool, what: &str) -> String {
     match follow {
@@ -143,24 +143,24 @@ pub fn the_last(follow: bool, what: &str) -> String {
 #[derive(Debug)]
 pub struct Timeline {
     colour: bool,
-    /// When the VMM began to count, where a boot has said so.
+    /// When the VMM began to count time, once a boot event has said it.
     start: Option<SystemTime>,
     last: Option<Duration>,
 }
 
 impl Timeline {
-    /// One that has seen nothing yet.
+    /// A timeline without events.
     #[must_use]
     pub fn new(colour: bool) -> Self {
         Self { colour, start: None, last: None }
     }
 
-    /// One event (a line of JSON): when, how long after the one before, and what. What is no event is given
-    /// back as it is.
+    /// Formats one event (a line of JSON): when, how long after the one before, and what. A line that is no event is
+    /// returned as it is.
     pub fn line(&mut self, line: &str) -> String {
         let Ok(event) = serde_json::from_str::<Value>(line) else { return line.to_owned() };
         let number = |field: &str| event["timestamp"][field].as_u64().unwrap_or_default();
-        // Whatever these numbers are, they are only shown.
+        // The numbers are only shown, so any value will do.
         let nanos = Duration::from_nanos(number("nanos"));
         let time = Duration::from_secs(number("secs")).saturating_add(nanos);
         if let Some(unix) = event["properties"]["unix_time"].as_f64()
@@ -182,7 +182,7 @@ impl Timeline {
     }
 }
 
-/// What it says, and how that looks.
+/// The event's text and style.
 fn in_words(event: &Value) -> (String, Style) {
     let plain = Style::new();
     let typed = json!({ "event": event["event"], "properties": event["properties"] });
@@ -214,11 +214,11 @@ fn in_words(event: &Value) -> (String, Style) {
         }
         _ => {}
     }
-    // Of a VMM that is newer than this.
+    // An event of a newer VMM.
     (format!("{source}: {} {}", event["event"], event["properties"]), plain)
 }
 
-/// Shows the status of the VM behind `socket` again and again: whenever something has happened.
+/// Shows the status of the VM behind `socket` again whenever something has happened.
 ///
 /// # Errors
 /// See [`FollowError`].
@@ -229,9 +229,9 @@ pub fn status(socket: &Path, json: bool) -> Result<(), FollowError> {
     loop {
         let status = match requests::get::<Status>(socket, "relay.status") {
             Ok(status) => Some(status),
-            // Between two boots.
+            // The VM is between two boots.
             Err(ClientError::Refused { status: 503, .. }) => None,
-            // The VM's end shows here first, or there.
+            // The VM's end may show here before it shows in the stream of events.
             Err(_) if awaited(&happens, Instant::now() + ENDING, true) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
@@ -249,13 +249,13 @@ pub fn status(socket: &Path, json: bool) -> Result<(), FollowError> {
     }
 }
 
-/// Takes all that has come, and where that is nothing waits until `deadline`: for anything, or for nothing
-/// but the end. Whether the end has come.
+/// Takes all lines that have arrived, and if there are none waits until `deadline`: for any line, or with
+/// `only_the_end` for the end alone. Returns whether the end has come.
 fn awaited(happens: &Receiver<Next>, deadline: Instant, only_the_end: bool) -> bool {
     let mut deadline = deadline;
     loop {
         match happens.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            // All that has come meanwhile is shown at once.
+            // Everything that has arrived is shown at once.
             Ok(Next::Line(Ok(_))) if only_the_end => {}
             Ok(Next::Line(Ok(_))) => deadline = Instant::now(),
             Err(RecvTimeoutError::Timeout) => return false,
@@ -265,7 +265,7 @@ fn awaited(happens: &Receiver<Next>, deadline: Instant, only_the_end: bool) -> b
     }
 }
 
-/// On a terminal in the place of what was there before; anywhere else below it.
+/// On a terminal it replaces the previous text; elsewhere it is appended.
 fn put(text: &str, terminal: bool) -> io::Result<()> {
     if terminal {
         Term::stdout().clear_screen()?;

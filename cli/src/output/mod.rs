@@ -1,4 +1,4 @@
-//! Results for people and programs: tables, progress and JSON, and what the terminal can show.
+//! Output for people and programs: tables, progress and JSON, and what the terminal can show.
 
 pub mod print;
 pub mod progress;

@@ -1,4 +1,4 @@
-//! What is printed on standard output and beside it.
+//! Prints to stdout and stderr.
 
 use std::fmt::Display;
 use std::io::{self, BufWriter, Write};
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-/// Has `write` write to stdout. A reader that goes away is no error.
+/// Lets `write` write to stdout. A reader that goes away is no error.
 pub(crate) fn output(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> ExitCode {
     let mut out = BufWriter::new(io::stdout().lock());
     match write(&mut out).and_then(|()| out.flush()) {
@@ -29,7 +29,7 @@ pub fn print(value: &(impl Serialize + Display), json: bool) -> ExitCode {
     output(|out| if json { write_json(out, value) } else { writeln!(out, "{value}") })
 }
 
-/// The same on stderr, where stdout has something else.
+/// The same on stderr, for when stdout has other data.
 pub fn print_beside(value: &(impl Serialize + Display), json: bool) -> ExitCode {
     let mut out = io::stderr().lock();
     let written = if json { write_json(&mut out, value) } else { writeln!(out, "{value}") };
@@ -41,7 +41,7 @@ pub fn raw(bytes: &[u8]) -> ExitCode {
     output(|out| out.write_all(bytes))
 }
 
-/// Prints on stderr what is to be known of something.
+/// Prints notes on stderr.
 pub fn notes(notes: &[String]) {
     notes.iter().for_each(|note| eprintln!("mce-relay: note: {note}"));
 }

@@ -1,4 +1,4 @@
-//! How far a long work is.
+//! Shows the progress of long work.
 
 use std::io::{self};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
@@ -10,30 +10,30 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use crate::output::screen;
 use crate::output::stretches::MANY_PAGES;
 
-/// Of more bytes than this, it is shown at once how many have been worked on; so it is of [`MANY_PAGES`].
+/// With more bytes than this, progress is shown at once; for pages the limit is [`MANY_PAGES`].
 const MANY_BYTES: u64 = 64 << 20;
-/// Any work that takes longer than this shows how far it is.
+/// Work that takes longer than this shows its progress in any case.
 const LONG: Duration = Duration::from_secs(1);
 
-/// Shows how far a long work is, where stderr is a terminal. Goes away when dropped.
+/// Shows the progress of long work, where stderr is a terminal. The display goes away when this is dropped.
 #[derive(Debug)]
 pub struct Progress {
     bar: ProgressBar,
-    /// Of more than so many it is drawn at once.
+    /// The size of work from which it is drawn at once.
     many: u64,
-    /// Draws once a second, also while nothing gets done; ends when its sender is dropped.
+    /// A thread that draws once a second, also while nothing gets done; it ends when its sender is dropped.
     clock: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
 impl Progress {
-    /// Of a work on pages that is called so, as in "poisoning", and begins now.
+    /// For work on pages that begins now; `what` is its name, as in "poisoning".
     #[must_use]
     pub fn new(what: &'static str) -> Self {
         let template = "{prefix} [{wide_bar}] {pos} of {len} pages, {per_sec:0}, {eta} left";
         Self::begin(what, template, MANY_PAGES as u64)
     }
 
-    /// Of a work on bytes that is called so, as in "dumping", and begins now.
+    /// For work on bytes that begins now; `what` is its name, as in "dumping".
     #[must_use]
     pub fn bytes(what: &'static str) -> Self {
         let template =
@@ -44,7 +44,7 @@ impl Progress {
     fn begin(what: &'static str, template: &str, many: u64) -> Self {
         let bar = ProgressBar::hidden().with_prefix(what);
         let bar = match ProgressStyle::with_template(template) {
-            // In characters that every terminal has.
+            // With characters that every terminal has.
             Ok(style) => bar.with_style(style.progress_chars("=> ")),
             Err(_) => bar,
         };
@@ -73,7 +73,7 @@ fn clock(bar: ProgressBar) -> io::Result<(Sender<()>, JoinHandle<()>)> {
     let (sender, receiver) = mpsc::channel();
     let draw = move || {
         while receiver.recv_timeout(LONG) == Err(RecvTimeoutError::Timeout) {
-            // How much there is to do may not be known yet.
+            // The amount of work may not be known yet.
             if bar.length().is_some_and(|length| length != 0) {
                 if bar.is_hidden() {
                     bar.set_draw_target(ProgressDrawTarget::stderr());
@@ -89,7 +89,7 @@ impl Drop for Progress {
     fn drop(&mut self) {
         if let Some((sender, clock)) = self.clock.take() {
             drop(sender);
-            // It cannot have panicked with words that were not printed.
+            // A panic on it would have been printed already.
             let _ = clock.join();
         }
         self.bar.finish_and_clear();

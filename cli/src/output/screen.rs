@@ -1,7 +1,7 @@
 //! What the terminals at standard output and standard error can show.
 //!
-//! It is found out once, and [`look`] does so at the start of the process: the threads of a running VM are
-//! under filters that do not let them ask a terminal for anything.
+//! Found out once, by [`look`] at the start of the process: later the threads of a running VM are under filters that do
+//! not let them ask a terminal.
 
 use std::sync::OnceLock;
 use std::{env, io};
@@ -13,21 +13,21 @@ use console::Term;
 /// Columns of a terminal that does not know its size (0x0, as serial consoles say), or of none.
 const COLUMNS: u16 = 80;
 
-/// What can be shown at one of the two.
+/// What standard output or standard error can show.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Screen {
     /// It is a terminal.
     pub terminal: bool,
     /// Colours are possible and wanted (`NO_COLOR`, `CLICOLOR`, `CLICOLOR_FORCE`, `TERM`).
     pub colour: bool,
-    /// The cursor can be moved, so that one text can be shown in the place of another.
+    /// The cursor can be moved, so that text can be replaced.
     pub moves: bool,
-    /// Characters beyond ASCII are shown as they are meant.
+    /// Characters beyond ASCII are displayed correctly.
     pub unicode: bool,
 }
 
 impl Screen {
-    /// The screen for what no terminal shows.
+    /// What output that goes to no terminal can show.
     pub const NONE: Self = Self { terminal: false, colour: false, moves: false, unicode: false };
 
     fn of<S: RawStream>(stream: &S) -> Self {
@@ -36,7 +36,7 @@ impl Screen {
         let choice = AutoStream::choice(stream);
         Self {
             terminal,
-            // A terminal that knows no escapes is not made to show any because of, say, CI=true.
+            // On a terminal without escape sequences colours stay off, whatever CI=true, say, would decide.
             colour: choice != ColorChoice::Never && !(terminal && dumb),
             moves: terminal && !dumb,
             unicode: is_utf8(&|name| env::var(name).ok()),
@@ -44,27 +44,26 @@ impl Screen {
     }
 }
 
-/// Standard output's.
+/// What standard output can show.
 #[must_use]
 pub fn stdout() -> Screen {
     static SCREEN: OnceLock<Screen> = OnceLock::new();
     *SCREEN.get_or_init(|| Screen::of(&io::stdout()))
 }
 
-/// Standard error's.
+/// What standard error can show.
 #[must_use]
 pub fn stderr() -> Screen {
     static SCREEN: OnceLock<Screen> = OnceLock::new();
     *SCREEN.get_or_init(|| Screen::of(&io::stderr()))
 }
 
-/// Finds out what there is to be known. Nothing in this module asks a terminal for it afterwards, but
-/// [`columns`].
+/// Finds out everything. Nothing in this module asks a terminal afterwards, except [`columns`].
 pub fn look() {
     let _ = (stdout(), stderr());
 }
 
-/// How wide standard output's terminal is now; not for the threads of a running VM.
+/// The present width of standard output's terminal; not for the threads of a running VM.
 #[must_use]
 pub fn columns() -> u16 {
     Term::stdout().size_checked().map_or(COLUMNS, |(_, columns)| columns)

@@ -1,6 +1,6 @@
-//! Pages in a row of which the same is to be said.
+//! Adjacent pages with the same result, as one line.
 
-/// Of more pages than this, a burst is summed up instead of shown one by one.
+/// With more pages than this, a burst is summed up instead of listed page by page.
 pub(crate) const MANY_PAGES: usize = 32;
 
 /// The first of many lines, and how many more there are.
@@ -13,7 +13,7 @@ pub(crate) fn first_of(mut lines: Vec<String>) -> Vec<String> {
     lines
 }
 
-/// Pages in a row of which the same is to be said, as words: `GPA 0x1000` or `GPA 0x1000..0x3000`.
+/// Merges adjacent pages with the same result, as text: `GPA 0x1000` or `GPA 0x1000..0x3000`.
 pub(crate) fn runs<T: PartialEq>(pages: impl Iterator<Item = (u64, T)>) -> Vec<(String, T)> {
     let mut runs: Vec<(u64, u64, T)> = Vec::new();
     for (gpa, what) in pages {

@@ -1,8 +1,8 @@
-//! Tables: with lines, colours and as wide as it is on a terminal, in bare columns anywhere else.
+//! Tables: with lines, colours and the terminal's width on a terminal, in plain columns elsewhere.
 //!
-//! On a terminal that is too narrow words wrap, but never in the middle, as an address or a name in two parts
-//! can neither be read nor copied. Where even that does not fit, neighbouring columns are folded into one,
-//! the one below the other.
+//! On a terminal that is too narrow text wraps between words, never within one, as an address or a name in two parts
+//! can neither be read nor copied. Where even that does not fit, neighbouring columns are folded into one, with one
+//! value below the other.
 
 use std::fmt::{self};
 
@@ -13,9 +13,9 @@ use crate::output::screen::{self, Screen};
 
 pub use comfy_table::Color;
 
-/// Columns of the terminal that a column takes beside its text: padding, and a line.
+/// Width that a column takes beside its text: padding and a line.
 const FRAME: usize = 3;
-/// Lists without spaces may be parted at their commas from this length on.
+/// A list without spaces may be broken at its commas from this length on.
 const LONG_LIST: usize = 20;
 
 /// One field of a table.
@@ -32,19 +32,19 @@ impl Cell {
         Self { text: text.to_string(), ..Self::default() }
     }
 
-    /// The same in a colour, where there are colours.
+    /// Sets its colour, where colours can be shown.
     #[must_use]
     pub fn fg(self, colour: Color) -> Self {
         Self { colour: Some(colour), ..self }
     }
 
-    /// The same in bold letters, where there are any.
+    /// Makes it bold, where that can be shown.
     #[must_use]
     pub fn bold(self) -> Self {
         Self { bold: true, ..self }
     }
 
-    /// The longest line, and the longest part of one that may not be broken.
+    /// The width of its longest line, and of its longest part that may not be broken.
     fn widths(&self) -> (usize, usize) {
         let longest = |parts: &mut dyn Iterator<Item = &str>| {
             parts.map(measure_text_width).max().unwrap_or_default()
@@ -52,7 +52,7 @@ impl Cell {
         (longest(&mut self.text.lines()), longest(&mut self.text.split_whitespace()))
     }
 
-    /// With what belongs below it. What both had of colour it keeps.
+    /// Adds a field below it, and merges their colours.
     fn above(self, below: Self) -> Self {
         let text = match (self.text.is_empty(), below.text.is_empty()) {
             (true, _) => below.text,
@@ -82,12 +82,12 @@ impl From<String> for Cell {
 pub struct Sheet {
     screen: Screen,
     columns: usize,
-    /// The first is the header.
+    /// The rows, of which the first is the header.
     rows: Vec<Vec<Cell>>,
 }
 
 impl Sheet {
-    /// One without rows, for a screen with so many `columns`.
+    /// A table without rows, for a screen of this many `columns`.
     pub fn new(header: &[&str], screen: Screen, columns: u16) -> Self {
         let header = header.iter().map(Cell::new).collect();
         Self { screen, columns: usize::from(columns), rows: vec![header] }
@@ -115,7 +115,7 @@ impl Sheet {
         if room(&full_widths(&rows)) > columns {
             part_lists(&mut rows);
         }
-        // Rows of several lines each want a line between.
+        // If rows have several lines, a rule is drawn between them.
         while room(&hard_widths(&rows)) > columns && fold(&mut rows) {
             style = full;
         }
@@ -131,7 +131,7 @@ impl Sheet {
     }
 }
 
-/// Without the rules between rows of one line each, which need none.
+/// Removes the rules between rows of one line each, which need none.
 fn thin(lines: Vec<String>) -> Vec<String> {
     let is_rule = |line: &String| ["├", "+-", "|-"].iter().any(|edge| line.starts_with(edge));
     let last = lines.len().saturating_sub(1);
@@ -155,7 +155,7 @@ impl fmt::Display for Sheet {
 pub(super) fn table(rows: Vec<Vec<Cell>>, style: TableStyle, colour: bool) -> Table {
     let mut table = Table::new();
     table.load_style(style);
-    // Who asks the terminal is `screen`.
+    // Only `screen` asks the terminal.
     table.force_no_tty();
     if colour {
         table.enforce_styling();
@@ -170,7 +170,7 @@ pub(super) fn table(rows: Vec<Vec<Cell>>, style: TableStyle, colour: bool) -> Ta
     table
 }
 
-/// What a table of columns so wide takes.
+/// The width of a table with columns of these widths.
 fn room(widths: &[usize]) -> usize {
     widths.iter().map(|width| width + FRAME).sum::<usize>() + 1
 }
@@ -181,12 +181,12 @@ fn of_columns(rows: &[Vec<Cell>], width: impl Fn(&Cell) -> usize) -> Vec<usize> 
     (0..columns).map(|column| widest(column).unwrap_or_default()).collect()
 }
 
-/// How wide each column is where nothing wraps.
+/// The width of each column without any wrapping.
 fn full_widths(rows: &[Vec<Cell>]) -> Vec<usize> {
     of_columns(rows, |cell| cell.widths().0)
 }
 
-/// How wide each column has to be, so that nothing is broken that may not be.
+/// The least width of each column at which nothing is broken that may not be.
 fn hard_widths(rows: &[Vec<Cell>]) -> Vec<usize> {
     of_columns(rows, |cell| cell.widths().1)
 }
@@ -200,11 +200,11 @@ fn part_lists(rows: &mut [Vec<Cell>]) {
     }
 }
 
-/// Folds the two neighbours into one that saves most by it; false when there is but one column.
+/// Folds the two neighbouring columns that save most by it; false when there is only one column.
 fn fold(rows: &mut [Vec<Cell>]) -> bool {
     let widths = hard_widths(rows);
     let saved = |left: &usize| widths[*left].min(widths[left + 1]);
-    // Of equals the first.
+    // The first of equals.
     let Some(left) = (0..widths.len().saturating_sub(1)).rev().max_by_key(saved) else {
         return false;
     };
@@ -215,8 +215,8 @@ fn fold(rows: &mut [Vec<Cell>]) -> bool {
     true
 }
 
-/// How wide each column is to be: what it needs, and of what is left each as much as it can use; those that
-/// want more share what the others leave.
+/// The width of each column: its least width, and a share of the rest, as much as it can use; columns that need more
+/// divide what others leave.
 fn share(full: &[usize], hard: &[usize], columns: usize) -> Vec<usize> {
     let mut widths = hard.to_vec();
     let mut left = columns.saturating_sub(room(hard));

@@ -1,4 +1,4 @@
-//! What was asked of the host or the VMM for one page, and until when.
+//! The request to poison one page, and what ends the work early.
 
 use mce_relay_vmm::host::error::HostError;
 
@@ -7,13 +7,13 @@ use crate::poison::error::PoisonError;
 use crate::poison::frame::FrameError;
 use crate::poison::interrupted;
 
-/// One page that was asked for.
+/// The result of a request for one page.
 pub(crate) struct Asked {
-    /// The page frame that was behind it at that moment.
+    /// The page frame behind it at that moment.
     pub(super) pfn: Option<u64>,
-    /// Whether it was bad before, by the VMM's own look.
+    /// Whether it was bad before, as the VMM found.
     pub(super) was_bad: Option<bool>,
-    /// What the kernel said.
+    /// The kernel's or the VMM's answer.
     pub(super) result: Result<(), PoisonError>,
 }
 
@@ -23,14 +23,14 @@ impl Asked {
     }
 }
 
-/// What ends the work before all is done.
+/// The conditions that end the work early.
 pub(crate) struct Until<'a> {
     pub(super) life: &'a Life,
     pub(super) interrupted: &'a interrupted::Interrupted,
 }
 
 impl Until<'_> {
-    /// Why no more pages are tried.
+    /// Why no more pages are tried, if one of them holds.
     pub(crate) fn reached(&self) -> Option<PoisonError> {
         match (self.interrupted.is_set(), self.life.is_over()) {
             (true, _) => Some(PoisonError::Interrupted),
@@ -39,9 +39,9 @@ impl Until<'_> {
         }
     }
 
-    /// Whether the VM's end is behind the error of a page that was not asked for.
+    /// Whether the VM's end explains the error of a page that was not tried.
     pub(crate) fn is_behind(&self, error: &PoisonError) -> bool {
-        // The memory is gone a moment before the process is.
+        // The process's memory goes a moment before the process does.
         let gone =
             |error: &HostError| matches!(error, HostError::Absent { .. } | HostError::File { .. });
         matches!(error, PoisonError::Frame(FrameError::Host(error)) if gone(error))
@@ -49,7 +49,7 @@ impl Until<'_> {
     }
 }
 
-/// So many pages that are not tried any more.
+/// Entries for `count` pages that are not tried any more.
 pub(crate) fn untried(why: &PoisonError, count: usize) -> impl Iterator<Item = Asked> {
     let by_end = matches!(why, PoisonError::Ended);
     let error = move |_| if by_end { PoisonError::Ended } else { PoisonError::Interrupted };

@@ -1,4 +1,4 @@
-//! What became of pages that were to be poisoned.
+//! The outcome of poisoning pages.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::poison::asked::Until;
 use crate::poison::error::PoisonError;
 use crate::poison::target::PAGE_SHIFT;
 
-/// What was done to one page, or is going to be.
+/// What was done to one page, or would be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Poisoned {
     /// Guest-physical address of the page.
@@ -22,25 +22,25 @@ pub struct Poisoned {
     /// The host's page frame number, where it is known to this user.
     #[serde(with = "mce_relay::hex_option")]
     pub pfn: Option<u64>,
-    /// By what it is poisoned.
+    /// The means.
     pub via: Means,
-    /// The signal is made up, and does nothing to the page; see `was_bad` for whether that is whole.
+    /// The signal is forged, and does nothing to the page; `was_bad` says whether the page is whole.
     pub forged: bool,
-    /// Whether the page was really bad before; `null` where nobody can say.
+    /// Whether the page was really bad before; `null` where that is not known.
     pub was_bad: Option<bool>,
     /// How often the page frame is mapped on this host, where that is known.
     pub mapped: Option<u64>,
-    /// Bytes that are lost with the page, which are the whole of a huge page of hugetlb.
+    /// Bytes that are lost with the page: all of a huge page of hugetlb.
     pub extent: u64,
-    /// Some of them are in the range where the guest's kernel was loaded.
+    /// Some of these bytes are in the range where the guest's kernel was loaded.
     pub guest_kernel: bool,
-    /// The page of the same huge page that was asked for before, with which it goes.
+    /// An earlier page of the request in the same huge page, with which this one is lost.
     #[serde(with = "mce_relay::hex_option")]
     pub goes_with: Option<u64>,
     /// The page frame that it moved to (soft offline).
     #[serde(with = "mce_relay::hex_option")]
     pub moved_to: Option<u64>,
-    /// Nothing was done.
+    /// Nothing was done (--dry-run).
     pub dry_run: bool,
 }
 
@@ -65,7 +65,7 @@ impl Poisoned {
         }
     }
 
-    /// What has been done, in a word.
+    /// What was done, in a word or two.
     #[must_use]
     pub fn done(&self) -> &'static str {
         match (self.via, self.was_bad) {
@@ -96,7 +96,7 @@ impl std::fmt::Display for Poisoned {
     }
 }
 
-/// A page that was not poisoned as it should have been.
+/// A page that could not be poisoned.
 #[derive(Debug)]
 pub struct NotPoisoned {
     /// Guest-physical address of the page.
@@ -105,26 +105,25 @@ pub struct NotPoisoned {
     pub error: PoisonError,
 }
 
-/// What became of a list of pages.
+/// The outcome for a list of pages.
 #[derive(Debug)]
 pub struct Burst {
-    /// The pages to which it was done, in the order asked for. What the host marks as poisoned was
-    /// seen to be marked.
+    /// The pages that were poisoned, in the order asked for. Where a means marks page frames, the mark was seen.
     pub poisoned: Vec<Poisoned>,
     /// The others.
     pub failed: Vec<NotPoisoned>,
-    /// How long it took to poison them, without the looking before and after.
+    /// How long poisoning took, without the checks before and after.
     pub took: Duration,
-    /// Things to know.
+    /// Notes for the user.
     pub notes: Vec<String>,
     /// The signal that ended it before all pages were tried.
     pub interrupted: Option<u8>,
-    /// That the VM ended before all pages were tried, and how.
+    /// Set if the VM ended before all pages were tried: how.
     pub ended: Option<ClientError>,
 }
 
 impl Burst {
-    /// With the signal that came, or the VM's end, if there was something left to do by then.
+    /// Adds the signal that came, or the VM's end, if there was work left then.
     pub(crate) fn cut(self, until: &Until<'_>) -> Self {
         let any = |is: fn(&PoisonError) -> bool| self.failed.iter().any(|page| is(&page.error));
         let by_signal = any(|error| matches!(error, PoisonError::Interrupted));

@@ -1,4 +1,4 @@
-//! Poisoning from outside the VMM: by page frame, or through a mapping of this process's own.
+//! Poisons pages from outside the VMM: by page frame number, or through a mapping of this process's own.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -23,18 +23,18 @@ use crate::poison::host::host_mce_injector::X86Injector;
 use crate::poison::host::hwpoison_inject::Injector;
 use crate::poison::host::memcg::{self, Memcg, NoMemcg};
 
-/// A page that is no huge one, in bytes.
+/// Size of an ordinary page in bytes.
 const PAGE_SIZE: u64 = 4096;
 
-/// One of the means, ready to be used again and again.
+/// One of the means, ready for use.
 pub(super) enum Poisoner {
     Inject {
         injector: Injector,
-        /// Put back when this goes.
+        /// The previous filter is restored when this is dropped.
         filter: Option<FilterInForce>,
     },
     Mce(X86Injector),
-    /// In the process `pid`, with the files of its memory that have been opened.
+    /// For the process `pid`, with the files of its memory that have been opened.
     Madvise {
         pid: u32,
         advice: c_int,
@@ -42,7 +42,7 @@ pub(super) enum Poisoner {
     },
 }
 
-/// The filter that is to be in force, with words about it.
+/// The filter to put in force, with notes about it.
 pub(super) fn filter(
     vm: &VmInfo,
     order: &Order<'_>,
@@ -80,7 +80,7 @@ pub(super) fn filter(
             Err(why) => return Err(PoisonError::Unprotected { why }),
         },
     };
-    // The VM's own cgroup has words already.
+    // The note on the VM's own cgroup is there already.
     let more = match &order.filter {
         FilterChoice::OwnCgroup(more) | FilterChoice::Given(more) => more.to_string(),
         FilterChoice::Nothing => String::new(),
@@ -94,7 +94,7 @@ pub(super) fn filter(
     Ok((filter, notes))
 }
 
-/// Words about a filter that is not ours; `replaced`: ours is in force instead, for as long as this takes.
+/// A note on a filter that another program has set. `replaced`: ours replaces it while this command works.
 fn about_another(left: &str, replaced: bool) -> String {
     let found = format!(
         "a filter that another program has set, or left when it was killed, is in force: {left}"
@@ -106,22 +106,22 @@ fn about_another(left: &str, replaced: bool) -> String {
     }
 }
 
-/// What the filter is that is in force where nobody asks for another.
+/// The filter that is used if the user does not choose one.
 #[derive(Debug, PartialEq, Eq)]
 enum Own {
     Cgroup(Memcg),
-    /// Of pages that are charged to no cgroup.
+    /// For pages that are charged to no cgroup.
     Hugetlb,
 }
 
 impl Own {
-    /// What keeps everybody else's pages from the poison of `targets`, if the VM has the cgroup `group`.
+    /// The filter that protects other processes' pages when `targets` are poisoned, if the VM has the cgroup `group`.
     fn new(group: Memcg, targets: &[Target], others: &Filter) -> Result<Self, NoMemcg> {
         let is_huge = |target: &Target| target.page_size > PAGE_SIZE;
         match targets.iter().filter(|target| is_huge(target)).count() {
             0 => Ok(Self::Cgroup(group)),
             _ if group.has_hugetlb => Ok(Self::Cgroup(group)),
-            // Where flags are asked for it is these that count.
+            // If the user gave a filter by flags, that one counts.
             huge if huge == targets.len() && others.flags.is_none() => Ok(Self::Hugetlb),
             _ => Err(NoMemcg::Mixed),
         }
@@ -162,7 +162,7 @@ fn own_cgroup(
     targets: &[Target],
     others: &Filter,
 ) -> Result<Result<Own, NoMemcg>, PoisonError> {
-    // Whether the module is there at all has to be known before.
+    // First it has to be known whether the module is there at all.
     Injector::open()?;
     if !crate::poison::host::filter::has_memcg() {
         return Ok(Err(NoMemcg::NoFilter));
@@ -171,7 +171,7 @@ fn own_cgroup(
 }
 
 impl Poisoner {
-    /// Makes the means ready, on the VMM's process `pid`.
+    /// Prepares the means, for the VMM's process `pid`.
     pub(super) fn open(pid: u32, via: Means, filter: Option<Filter>) -> Result<Self, PoisonError> {
         let madvise = |advice| {
             register_signal_handler(libc::SIGBUS, ignore)
@@ -195,7 +195,7 @@ impl Poisoner {
             Self::Inject { injector, .. } => Ok(injector.corrupt(pfn)?),
             Self::Mce(injector) => Ok(injector.inject(pfn)?),
             Self::Madvise { pid, advice, files } => {
-                // `poison_all` asks the VMM where there is none.
+                // Without a descriptor the VMM is asked to do it.
                 let fd = target.fd.unwrap_or(-1);
                 let file = match files.entry(fd) {
                     Entry::Occupied(file) => file.into_mut(),
@@ -210,7 +210,7 @@ impl Poisoner {
         }
     }
 
-    /// Puts back what was changed; words about what could not be.
+    /// Restores what was changed; returns a note if that failed.
     pub(super) fn close(self) -> Option<String> {
         let Self::Inject { filter: Some(filter), .. } = self else { return None };
         let error = filter.restore().err()?;
@@ -221,7 +221,7 @@ impl Poisoner {
     }
 }
 
-/// Poisons all targets; what the kernel said to each.
+/// Poisons all targets; returns the kernel's answer for each.
 pub(super) fn poison(
     poisoner: &mut Poisoner,
     targets: &[Target],
@@ -230,8 +230,8 @@ pub(super) fn poison(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Vec<Asked> {
     let mut each = |target: &Target| {
-        // The host may have moved the page since it was looked up, and the frame may be somebody
-        // else's by now. Looking again leaves no more time for that than poisoning one page does.
+        // The host may have moved the page since it was looked up, and its old frame may belong to another process by
+        // now. Looking it up again right before leaves only the time that poisoning one page takes.
         match looked.fit(target) {
             Ok(pfn) => Asked::new(Some(pfn), poisoner.poison(target, pfn)),
             Err(error) => Asked::new(None, Err(error)),
@@ -266,17 +266,17 @@ fn one_by_one(
     asked
 }
 
-/// The kernel takes the caller of MADV_HWPOISON for one who touched the page, and sends it an AR,
-/// whatever its policy. The page is of no use to this process, so there is nothing to do about it.
+/// The kernel treats the caller of MADV_HWPOISON as if it had touched the page, and sends it an AR whatever its policy.
+/// This process does not use the page, so it ignores the signal.
 extern "C" fn ignore(_: c_int, _: *mut siginfo_t, _: *mut c_void) {}
 
-/// Poisons the page at `offset` of the VM's memory through a mapping of our own, so that the VMM is
-/// one of those who have it mapped and not the one who asked.
+/// Poisons the page at `offset` of the VM's memory through a mapping of our own, so that the VMM has the page mapped
+/// without being the caller.
 fn madvise(memory: &File, offset: u64, page_size: u64, advice: c_int) -> Result<(), PoisonError> {
     const LEN: usize = 4096;
     let map_error = |source| PoisonError::Map { offset, source };
     let odd = |error| map_error(io::Error::other(error));
-    // A file of huge pages is mapped by whole ones.
+    // A file of huge pages is mapped in whole huge pages.
     let inside = usize::try_from(offset % page_size).map_err(odd)?;
     let at = libc::off_t::try_from(offset - offset % page_size).map_err(odd)?;
     let all = usize::try_from(page_size).map_err(odd)?;

@@ -1,4 +1,4 @@
-//! One order to make pages go bad: what is refused, what is done, and what came of it.
+//! Carries out one order to poison pages: what is refused, what is done, and the outcome.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -22,12 +22,12 @@ use crate::poison::target::Target;
 use crate::poison::targets::targets;
 use crate::poison::{by_frame, forecast, interrupted};
 
-/// How long the kernel may take to mark the pages, after the last of them was asked for.
+/// How long the kernel may take to mark the pages after the last request.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// So many pages are asked of the VMM at once, where nothing has to be looked at right before each.
+/// How many pages one request to the VMM names, where no check is needed right before each page.
 const AT_ONCE: usize = 1000;
 
-/// Everything is looked at, and nothing is done yet.
+/// Everything is checked, and nothing done yet.
 pub struct Prepared<'a> {
     order: &'a Order<'a>,
     vm: VmInfo,
@@ -39,7 +39,7 @@ pub struct Prepared<'a> {
     notes: Vec<String>,
 }
 
-/// Looks at everything that `order` is about, before the first page is touched.
+/// Checks everything about `order` before the first page is touched.
 ///
 /// # Errors
 /// See [`PoisonError`].
@@ -59,13 +59,13 @@ pub fn prepare<'a>(order: &'a Order<'a>) -> Result<Prepared<'a>, PoisonError> {
 }
 
 impl Prepared<'_> {
-    /// What is to be known before it is done: what goes, and what would hold pages back.
+    /// What the user has to know before: what is lost with the pages, and what would keep pages from being poisoned.
     #[must_use]
     pub fn notes(&self) -> &[String] {
         &self.notes
     }
 
-    /// What would be done.
+    /// The outcome as if everything succeeded, for --dry-run.
     #[must_use]
     pub fn plan(mut self) -> Burst {
         self.pages.iter_mut().for_each(|page| page.dry_run = true);
@@ -74,22 +74,22 @@ impl Prepared<'_> {
         Burst { poisoned, failed, took, notes, interrupted: None, ended: None }
     }
 
-    /// Does to the pages what was ordered, each once, as fast as the kernel takes them, and sees that it
-    /// is done. `progress` is called with the number of pages done so far and the number of all.
+    /// Poisons the pages, each once, as fast as the kernel takes them, and checks the result. `progress` is called with
+    /// the number of pages done and in all.
     ///
     /// # Errors
-    /// See [`PoisonError`]; no page has been touched then. Later failures are in the answer.
+    /// See [`PoisonError`]; no page has been touched then. Later failures are in the returned outcome.
     pub fn carry_out(self, progress: &mut dyn FnMut(usize, usize)) -> Result<Burst, PoisonError> {
         let Self { order, vm, life, targets, pages, looked, filter, .. } = self;
         let alone = targets.into_iter().zip(&pages).filter(|(_, page)| page.goes_with.is_none());
         let targets: Vec<Target> = alone.map(|(target, _)| target).collect();
         let by_vmm = match order.via {
             Means::Uffd | Means::Signal => true,
-            // The VMM's own memory, which no other process can map.
+            // The VMM's private memory, which no other process can map.
             Means::Madvise | Means::SoftOffline => targets.iter().any(|target| target.fd.is_none()),
             Means::HwpoisonInject | Means::MceInject => false,
         };
-        // Before anything of the host's is changed.
+        // Before anything on the host is changed.
         let interrupted = interrupted::Interrupted::new();
         let until = Until { life: &life, interrupted: &interrupted };
         if by_vmm {
@@ -126,7 +126,7 @@ fn ask_vmm(
         if let [target] = some
             && of_frames
         {
-            // The VMM may not see whose a page frame is, so it is looked at here, right before.
+            // The VMM is not shown whose a page frame is, so it is checked here, right before.
             match looked.fit(target) {
                 Ok(found) => pfn = Some(found),
                 Err(error) if until.is_behind(&error) => continue,
@@ -141,19 +141,19 @@ fn ask_vmm(
         let body = Poison { gpas, via, kind, vcpu };
         let done: Vec<Poisoning> = match requests::put_json(order.socket, "vm.poison", &body) {
             Ok(done) => done,
-            // There is no guest, and none comes.
+            // There is no guest, and there will be none.
             Err(ClientError::Refused { status: 503, .. }) if until.life.ends() => {
                 asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
                 return Ok(asked);
             }
-            // Of the last that were asked for some may have been done.
+            // Some of the pages in the last request may have been done.
             Err(error) if matches!(error, ClientError::Ended { .. }) || until.life.is_over() => {
                 let why = |_| Asked::new(None, Err(PoisonError::NotKnown));
                 asked.extend(some.iter().map(why));
                 asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
                 return Ok(asked);
             }
-            // What was done before is not lost, and neither is what was not.
+            // Pages that were done before keep their results, and the others get this error.
             Err(error) if !asked.is_empty() => {
                 let why = |error: &ClientError| Err(PoisonError::Vmm(error.to_string()));
                 let left = asked.len()..targets.len();
@@ -171,7 +171,7 @@ fn ask_vmm(
     Ok(asked)
 }
 
-/// Looks whether it was done.
+/// Checks the result of each page.
 fn settle(
     order: &Order<'_>,
     pages: Vec<Poisoned>,
@@ -189,7 +189,7 @@ fn settle(
         let gpa = page.gpa;
         page.pfn = pfn.or(page.pfn);
         page.was_bad = was_bad.or(page.was_bad);
-        match seen_to(order.via, &mut page, result, looked, deadline) {
+        match check_result(order.via, &mut page, result, looked, deadline) {
             Ok(()) => burst.poisoned.push(page),
             Err(error) => burst.failed.push(NotPoisoned { gpa, error }),
         }
@@ -207,7 +207,7 @@ fn settle(
     burst
 }
 
-fn seen_to(
+fn check_result(
     via: Means,
     page: &mut Poisoned,
     result: Result<(), PoisonError>,
@@ -222,7 +222,7 @@ fn seen_to(
         Ok::<_, HostError>(flags & host::flags::HWPOISON != 0)
     };
     if let Err(error) = result {
-        // Nothing was asked of the kernel then.
+        // The kernel was not asked.
         if matches!(error, PoisonError::Interrupted | PoisonError::Ended | PoisonError::Frame(_)) {
             return Err(error);
         }
@@ -235,7 +235,7 @@ fn seen_to(
         return Err(PoisonError::NotDone { pfn });
     }
     if via == Means::SoftOffline {
-        // It may be on its way back in, or nobody has asked for it yet.
+        // It may be on its way back to memory, or not needed yet.
         page.moved_to = frames.pagemap.pfn(page.hva).ok();
         if page.moved_to == Some(pfn) {
             return Err(PoisonError::NotMoved { pfn });

@@ -18,7 +18,7 @@ pub enum PoisonError {
     /// The VM does not answer.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// The host cannot be asked or told.
+    /// The host's kernel cannot be asked or told.
     #[error(transparent)]
     Host(#[from] HostError),
     /// There is no page of the host behind the address, or it must not be poisoned.
@@ -32,21 +32,21 @@ pub enum PoisonError {
         #[source]
         source: FrameError,
     },
-    /// The page is not poisoned.
+    /// The page frame cannot be poisoned.
     #[error(transparent)]
     Frame(#[from] FrameError),
-    /// It is bad, so there is nothing to be done.
+    /// The page is bad already, so nothing is done.
     #[error("GPA {gpa:#x} is bad already{}; nothing was done", other_pages(.others))]
     AlreadyBad {
         /// Guest-physical address of the page.
         gpa: u64,
-        /// How many other pages that were asked for are so, too.
+        /// How many other pages of the request are bad already, too.
         others: usize,
     },
     /// The VM's memory cgroup cannot be found out.
     #[error(transparent)]
     Memcg(#[from] MemcgError),
-    /// Nothing would keep the kernel from somebody else's page.
+    /// No filter would keep the kernel from poisoning another process's page.
     #[error(
         "{why}, so nothing keeps a page frame safe that becomes somebody else's between the look at it and the \
          poison; start the VM in a memory cgroup of its own (systemd-run --scope mce-relay run …), or take the \
@@ -68,7 +68,7 @@ pub enum PoisonError {
     OutsideRam {
         /// The address asked for.
         gpa: u64,
-        /// Where there is RAM.
+        /// The ranges of guest RAM.
         ram: String,
     },
     /// hwpoison-inject's filters cannot be used.
@@ -86,22 +86,22 @@ pub enum PoisonError {
         /// How many there are.
         there: usize,
     },
-    /// The VMM was asked, and could not.
+    /// The VMM was asked and refused.
     #[error("{0}")]
     Vmm(String),
-    /// It is part of a huge page, another page of which was to be poisoned.
+    /// It is part of a huge page, of which another page was to be poisoned.
     #[error("it would have gone with GPA {first:#x}, which was not poisoned")]
     NotWith {
         /// Guest-physical address of that page.
         first: u64,
     },
-    /// The user stopped it.
+    /// The user interrupted the command.
     #[error("interrupted before this page was reached; it is as it was")]
     Interrupted,
-    /// The VMM was asked, and has ended.
+    /// The VMM ended while it was asked.
     #[error("the VM ended before it said whether this was done")]
     NotKnown,
-    /// There is no VM any more.
+    /// The VM has ended.
     #[error("the VM had ended before this page was reached")]
     Ended,
     /// A page that was to move did not.
@@ -131,7 +131,7 @@ pub enum PoisonError {
     /// madvise was refused.
     #[error("madvise was refused; it needs root (CAP_SYS_ADMIN) and CONFIG_MEMORY_FAILURE")]
     Madvise(#[source] io::Error),
-    /// The kernel took the request and did nothing.
+    /// The kernel accepted the request without effect.
     #[error(
         "the kernel took the request, but page frame {pfn:#x} is not marked as poisoned; \
          a hwpoison filter may hold it back (/sys/kernel/debug/hwpoison/corrupt-filter-*), and its log says more"
@@ -140,7 +140,7 @@ pub enum PoisonError {
         /// The page frame.
         pfn: u64,
     },
-    /// The kernel failed, but not before it had marked the page.
+    /// The kernel returned an error after it had marked the page.
     #[error(
         "page frame {pfn:#x} is marked as poisoned, but the kernel could not handle its failure, \
          so the VM may not have been told"

@@ -1,4 +1,4 @@
-//! What goes with the pages that are to be poisoned, said before it does.
+//! Says, before pages are poisoned, what is lost with them.
 
 use std::collections::BTreeSet;
 
@@ -9,12 +9,12 @@ use super::burst::Poisoned;
 
 const PAGE_SIZE: u64 = 4096;
 
-/// All that is lost with a page: where it begins, and its length in bytes.
+/// Everything that is lost with a page: its start and length in bytes.
 fn extent(page: &Poisoned) -> (u64, u64) {
     (page.gpa - page.gpa % page.extent, page.extent)
 }
 
-/// Whether something of `len` bytes at `gpa` has a part of the stretch into which the guest's kernel was loaded.
+/// Whether `len` bytes at `gpa` overlap the stretch into which the guest's kernel was loaded.
 pub(super) fn touches_kernel(vm: &VmInfo, gpa: u64, len: u64) -> bool {
     let kernel = vm.kernel;
     gpa < kernel.gpa + kernel.len && gpa + len > kernel.gpa
@@ -28,7 +28,7 @@ fn size(bytes: u64) -> String {
     }
 }
 
-/// Some pages by their addresses: the first few of them.
+/// The addresses of the first few pages.
 fn named(pages: &[&Poisoned]) -> String {
     const SHOWN: usize = 4;
     let shown: Vec<String> =
@@ -39,8 +39,8 @@ fn named(pages: &[&Poisoned]) -> String {
     }
 }
 
-/// What is to be known before `pages` of `vm` are poisoned by `via`. `whose`: the process of the guest whose
-/// pages they are by its agent's word.
+/// The notes for poisoning `pages` of `vm` by `via`. `whose` is the guest's process that has the pages, as its agent
+/// says.
 pub(super) fn words(
     vm: &VmInfo,
     via: Means,
@@ -90,7 +90,7 @@ fn huge(vm: &VmInfo, via: Means, pages: &[Poisoned]) -> Option<String> {
     ))
 }
 
-/// Pages of others go with those of a process.
+/// A note if other pages are lost with those of a process.
 fn others(via: Means, pages: &[Poisoned], whose: Option<&str>) -> Option<String> {
     let whose = whose?;
     if via == Means::SoftOffline {
@@ -108,7 +108,7 @@ fn others(via: Means, pages: &[Poisoned], whose: Option<&str>) -> Option<String>
     })
 }
 
-/// The guest's kernel is hit, where it was whole.
+/// A note if memory of the guest's kernel that was whole is hit.
 fn kernel(vm: &VmInfo, via: Means, pages: &[Poisoned]) -> Option<String> {
     if via == Means::SoftOffline {
         return None;
@@ -129,7 +129,7 @@ fn kernel(vm: &VmInfo, via: Means, pages: &[Poisoned]) -> Option<String> {
     ))
 }
 
-/// A signal about a page that is not whole.
+/// A note if a signal is forged for a page that is really bad.
 fn bad(via: Means, pages: &[Poisoned]) -> Option<String> {
     let bad: Vec<&Poisoned> = pages.iter().filter(|page| page.was_bad == Some(true)).collect();
     (via == Means::Signal && !bad.is_empty())

@@ -1,8 +1,7 @@
-//! Which page frames of the host may be poisoned: those that are the VM's own memory, and nobody's whose loss
-//! would be somebody else's.
+//! Which of the host's page frames may be poisoned: only the VM's own memory, and no frame that other users need.
 //!
-//! The kernel does not ask whose a page frame is. One that the guest, or the VMM for it, has only read from is
-//! the zero page of the whole host.
+//! The kernel does not ask whose a page frame is. If the guest, or the VMM for it, has only read from a page, its frame
+//! may be the zero page of the whole host.
 
 use mce_relay_vmm::host::error::HostError;
 use mce_relay_vmm::host::flags::{
@@ -15,7 +14,7 @@ use mce_relay_vmm::host::pagemap::{Entry, Pagemap};
 use super::target::Target;
 
 const PAGE_SHIFT: u32 = 12;
-/// How often a page may move while it is looked at.
+/// How often a page may move while it is looked up.
 const LOOKS: usize = 5;
 
 /// Why a page frame is not poisoned.
@@ -23,17 +22,17 @@ const LOOKS: usize = 5;
 pub enum Unfit {
     /// It is bad.
     Bad,
-    /// The page that every process reads that has written nothing.
+    /// The zero page, which is mapped wherever a process has only read unwritten memory.
     ZeroPage,
-    /// The same, of 2 MiB.
+    /// The zero page of 2 MiB.
     HugeZeroPage,
-    /// Several pages that had the same in them.
+    /// One page that KSM shares between several with the same contents.
     Ksm,
     /// The kernel's own or the firmware's.
     Reserved,
-    /// Not the kernel's to give.
+    /// Memory that the kernel does not manage.
     NoPage,
-    /// Taken from this kernel.
+    /// Taken from this kernel (by a balloon, say).
     Offline,
     /// A page table.
     PageTable,
@@ -41,7 +40,7 @@ pub enum Unfit {
     Slab,
     /// Free memory.
     Free,
-    /// In no address space.
+    /// Mapped by no process.
     Unmapped,
 }
 
@@ -75,18 +74,18 @@ impl std::fmt::Display for Unfit {
     }
 }
 
-/// Whether a page frame with these flags in /proc/kpageflags may be poisoned, given that a VMM has it mapped as
-/// guest RAM; `exclusive`: nobody else has, by the VMM's page table.
+/// Whether a page frame with these flags in /proc/kpageflags may be poisoned, given that a VMM has it mapped as guest
+/// RAM. `exclusive`: the VMM's page table says that no other mapping exists.
 ///
-/// Some kernels (Linux 6.12 is one) say KSM of all anonymous memory, since their test of two bits is content with
-/// one (`stable_page_flags` in `fs/proc/page.c`). So it is believed of a page that others have mapped, too; KSM's
-/// one that nobody else has is as good as the VM's own.
+/// Some kernels (Linux 6.12 is one) set KSM for all anonymous memory, since their test of two bits accepts one
+/// (`stable_page_flags` in `fs/proc/page.c`). So KSM counts only for a page that is mapped elsewhere, too; a KSM page
+/// without another mapping is as good as the VM's own.
 ///
 /// # Errors
 /// Why not.
 pub fn judge(flags: u64, exclusive: bool) -> Result<(), Unfit> {
     let is = |flag: u64| flags & flag != 0;
-    // First: the kernel leaves a bad page with whatever else is in its words.
+    // First: the kernel leaves other flags of a bad page as they are.
     let why = if is(HWPOISON) {
         Unfit::Bad
     } else if is(NOPAGE) {
@@ -108,7 +107,7 @@ pub fn judge(flags: u64, exclusive: bool) -> Result<(), Unfit> {
     } else if is(BUDDY) {
         Unfit::Free
     } else if !is(MMAP) && !is(HUGE) {
-        // Whatever it is: memory of a process is neither the one nor the other.
+        // Neither anonymous nor mapped: no memory of a process.
         Unfit::Unmapped
     } else {
         return Ok(());
@@ -116,10 +115,10 @@ pub fn judge(flags: u64, exclusive: bool) -> Result<(), Unfit> {
     Err(why)
 }
 
-/// Why nothing is done to a page.
+/// Why a page is not poisoned.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    /// It cannot be looked at.
+    /// It cannot be looked up.
     #[error(transparent)]
     Host(#[from] HostError),
     /// It must not be poisoned.
@@ -130,7 +129,7 @@ pub enum FrameError {
         /// Why not.
         why: Unfit,
     },
-    /// It does not hold still.
+    /// The host keeps moving it.
     #[error("the host moves the page at HVA {hva:#x} from frame to frame; try again")]
     Moves {
         /// The address in the VMM.
@@ -138,7 +137,7 @@ pub enum FrameError {
     },
 }
 
-/// What a page has behind it.
+/// The page frame behind a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Frame {
     /// The page frame number.
@@ -147,7 +146,7 @@ pub struct Frame {
     pub flags: u64,
 }
 
-/// The host's side of a VM's pages.
+/// Access to the host's page frames of a VM.
 pub struct Frames {
     pub(super) pagemap: Pagemap,
     pub(super) flags: PageFlags,
@@ -155,19 +154,19 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// Of the VMM's process `pid`.
+    /// For the VMM's process `pid`.
     ///
     /// # Errors
-    /// This user is not shown them, or this kernel has not got them.
+    /// This user is not shown them, or this kernel does not have them.
     pub fn open(pid: u32) -> Result<Self, HostError> {
         let (pagemap, flags) = (Pagemap::open(pid)?, PageFlags::open()?);
         Ok(Self { pagemap, flags, counts: PageCounts::open().ok() })
     }
 
-    /// The page frame behind `target` at this moment, which may be poisoned.
+    /// The page frame behind `target`, which may be poisoned.
     ///
-    /// It was behind it before its flags were read and is so afterwards; what comes between this and the
-    /// poison can be nothing but the host's own doing, such as moving the page.
+    /// It was behind the page before its flags were read, and still is afterwards. Between this and the poisoning only
+    /// the host itself can change that, by moving the page.
     ///
     /// # Errors
     /// See [`FrameError`].
@@ -187,8 +186,8 @@ impl Frames {
         Err(FrameError::Moves { hva: target.hva })
     }
 
-    /// The flags of page frame `pfn`, which is part of a page of `page_size` bytes. Before Linux 6.2 only the
-    /// first frame of a page of hugetlb says that it is bad.
+    /// The flags of page frame `pfn`, which is part of a page of `page_size` bytes. Before Linux 6.2 only the first
+    /// frame of a hugetlb page shows that the page is bad.
     ///
     /// # Errors
     /// They cannot be read.
@@ -209,7 +208,7 @@ impl Frames {
 }
 
 impl Frame {
-    /// Whether it is a file's page, and not a copy that is the VM's own.
+    /// Whether it is a page of a file, not a private copy.
     pub(super) fn is_of_file(&self) -> bool {
         self.flags & (ANON | HUGE) == 0
     }

@@ -1,4 +1,4 @@
-//! Signals that end a command between two pages.
+//! Signals that end a command between two pages, so that it can clean up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -6,9 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use mce_relay_vmm::sandbox::hangup;
 use signal_hook::SigId;
 
-/// While this lives a Ctrl-C ends the work and not the process, which has to put back what it changed.
+/// While this lives a Ctrl-C ends the work but not the process, which has to restore what it changed.
 pub(super) struct Interrupted {
-    /// 0 as long as there was none.
+    /// The signal that came; 0 while there was none.
     signal: Arc<AtomicUsize>,
     ids: Vec<SigId>,
 }
@@ -17,7 +17,7 @@ impl Interrupted {
     pub(super) fn new() -> Self {
         let signal = Arc::new(AtomicUsize::new(0));
         let register = |(number, value)| {
-            // As nohup has it.
+            // A signal that is ignored (nohup) stays so.
             let heeded = !hangup::ignores(number);
             let flag = || signal_hook::flag::register_usize(number, Arc::clone(&signal), value);
             heeded.then(flag)?.ok()
@@ -31,7 +31,7 @@ impl Interrupted {
         self.signal().is_some()
     }
 
-    /// By which signal.
+    /// The signal that came.
     pub(super) fn signal(&self) -> Option<u8> {
         u8::try_from(self.signal.load(Ordering::Relaxed)).ok().filter(|signal| *signal != 0)
     }

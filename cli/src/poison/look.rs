@@ -1,4 +1,4 @@
-//! A look at the pages before they are poisoned.
+//! Looks up the pages before they are poisoned.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -18,11 +18,11 @@ use crate::poison::host::host_mce_injector;
 use crate::poison::target::PAGE_SHIFT;
 use crate::poison::target::Target;
 
-/// What is known of the host's side of a VM's pages, as far as this user may know it.
+/// Access to the host's data on a VM's pages, as far as this user has it.
 pub(crate) enum Looked {
-    /// All of it, as it has to be where page frames are poisoned.
+    /// All of it; needed where page frames are poisoned.
     Whole(Frames),
-    /// For what does nothing to page frames.
+    /// As much as there is; enough for means that do nothing to page frames.
     Part { pagemap: Option<Pagemap>, flags: Option<PageFlags> },
 }
 
@@ -41,7 +41,7 @@ impl Looked {
         Ok(Self::Whole(Frames::open(pid)?))
     }
 
-    /// The page frame behind `target`, which may be poisoned, at this moment.
+    /// The page frame behind `target` at this moment, which may be poisoned.
     pub(crate) fn fit(&self, target: &Target) -> Result<u64, PoisonError> {
         match self {
             Self::Whole(frames) => Ok(frames.fit(target)?.pfn),
@@ -50,7 +50,7 @@ impl Looked {
     }
 }
 
-/// Looks at every page before the first is touched; what is to be known of them, too.
+/// Looks up every page before the first is touched; also returns notes for the user.
 pub(crate) fn look(
     vm: &VmInfo,
     via: Means,
@@ -62,14 +62,14 @@ pub(crate) fn look(
     let mut unfit: Vec<(u64, FrameError)> = Vec::new();
     let mut already_bad = Vec::new();
     let (mut of_others, mut of_file) = (Vec::new(), Vec::new());
-    // The first page that was asked for of each huge page.
+    // For each huge page, its first page in the request.
     let mut firsts = HashMap::new();
     for target in targets {
         let &Target { gpa, hva, page_size, .. } = target;
         let extent = page_size.max(1 << PAGE_SHIFT);
         let guest_kernel = forecast::touches_kernel(vm, gpa - gpa % extent, extent);
         let first = *firsts.entry(gpa - gpa % extent).or_insert(gpa);
-        // A signal may be sent for each of them.
+        // With forged signals each page gets one, so none is covered by another.
         let goes_with = (first != gpa && via != Means::Signal).then_some(first);
         let mut page = Poisoned { extent, guest_kernel, goes_with, ..Poisoned::new(gpa, hva, via) };
         match looked {
@@ -115,15 +115,15 @@ pub(crate) fn look(
     Ok((pages, shared_in_words(&of_others, &of_file)))
 }
 
-/// Whether a page that cannot be looked at is bad: the host says so of its frame, or the ledger of one that the
-/// VMM does not have mapped any more.
+/// Whether a page that cannot be looked up is bad: the host has marked its frame, or the ledger has a page that the VMM
+/// does not have mapped any more.
 fn is_bad(error: &FrameError, in_ledger: bool) -> bool {
     let unmapped =
         matches!(error, FrameError::Host(HostError::NotMapped { .. } | HostError::Absent { .. }));
     matches!(error, FrameError::Unfit { why: frame::Unfit::Bad, .. }) || (unmapped && in_ledger)
 }
 
-/// Pages that more than the VM has, in words.
+/// A note on pages that other processes have, too.
 fn shared_in_words(of_others: &[u64], of_file: &[u64]) -> Vec<String> {
     let named = |gpas: &[u64]| match gpas {
         [] => None,

@@ -1,7 +1,7 @@
 //! Makes pages of a running guest's RAM go bad, on the host, by every means that software has.
 //!
-//! This side only poisons. What the VMM then catches, and what it tells its guest, is in the VM's
-//! own account (`mce-relay status`, the event monitor).
+//! This only poisons. What the VMM then takes, and what it tells its guest, is shown by the VM (`mce-relay status`, the
+//! event monitor).
 
 pub mod asked;
 pub mod burst;

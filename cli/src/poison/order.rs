@@ -1,4 +1,4 @@
-//! What is to be done.
+//! An order to poison pages.
 
 use std::path::Path;
 
@@ -11,34 +11,34 @@ use crate::poison::target::PageRange;
 /// Which of hwpoison-inject's filters to use.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum FilterChoice {
-    /// The VM's own memory cgroup, where it has one, and what else this says: no wrong page frame can be
-    /// somebody else's.
+    /// By the VM's own memory cgroup, if it has one, and by these criteria: no frame of another process can be hit by
+    /// mistake.
     OwnCgroup(Filter),
-    /// None; what is in force stays in force.
+    /// None; a filter that is in force stays.
     Nothing,
     /// This one.
     Given(Filter),
 }
 
-/// What is to be done.
+/// An order to poison pages.
 #[derive(Debug)]
 pub struct Order<'a> {
     /// API socket of the VM.
     pub socket: &'a Path,
     /// Which pages.
     pub ranges: &'a [PageRange],
-    /// By what means.
+    /// The means.
     pub via: Means,
-    /// For a forged signal: which.
+    /// The kind of a forged signal.
     pub kind: FailureKind,
     /// For a forged AR: the vCPU that is to have touched the page.
     pub vcpu: u8,
     /// For hwpoison-inject: which filter.
     pub filter: FilterChoice,
-    /// For hwpoison-inject: do it though no memory cgroup keeps everybody else's pages from it.
+    /// For hwpoison-inject: do it although no memory cgroup protects other processes' pages.
     pub force: bool,
-    /// The process of the guest, in words, whose pages its agent has named.
+    /// The guest's process that has the pages, in words, if the agent was asked.
     pub whose: Option<String>,
-    /// It is not going to be done, so what would be refused is only said to be.
+    /// Nothing will be done, so a refusal is only a note.
     pub dry_run: bool,
 }

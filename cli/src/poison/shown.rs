@@ -1,4 +1,4 @@
-//! What became of a burst of pages, as it is shown.
+//! Prints the outcome of poisoning.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -25,8 +25,8 @@ enum Entry<'a> {
     },
 }
 
-/// Prints what became of a burst: what was poisoned on stdout, what was not on stderr. Exit status 1
-/// when anything was not; 128 and the signal's number when a signal ended it.
+/// Prints the outcome of a burst: poisoned pages on stdout, the others on stderr. Exit status 1 when there are others;
+/// 128 and the signal's number when a signal ended it.
 pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
     let printed = output(|out| write_burst(out, burst, via, json));
     notes(&burst.notes);
@@ -40,8 +40,8 @@ pub fn burst(burst: &Burst, via: Means, json: bool) -> ExitCode {
     }
 }
 
-/// What was not poisoned, a line for each stretch, as far as somebody will read it; and what was not even tried
-/// in one.
+/// The pages that were not poisoned, a line for each stretch, up to a limit; and one line for those that were not
+/// tried.
 pub(crate) fn failures_of(burst: &Burst) -> Vec<String> {
     let is_untried =
         |page: &&NotPoisoned| matches!(page.error, PoisonError::Interrupted | PoisonError::Ended);
@@ -80,15 +80,14 @@ pub(crate) fn write_burst(
         .iter()
         .map(|NotPoisoned { gpa, error }| Entry::Failed { gpa: *gpa, error: with_causes(error) });
     let entries: Vec<_> = burst.poisoned.iter().map(Entry::Poisoned).chain(failed).collect();
-    // One page is shown as what it is.
+    // A single page is shown as itself.
     match &*entries {
         [page] => write_json(out, page),
         pages => write_json(out, &pages),
     }
 }
 
-/// Prints what became of page frames that were to be given back to the host. Exit status 1 when any
-/// was not.
+/// Prints the outcome of unpoisoning page frames. Exit status 1 when any was not taken back.
 pub fn unpoisoned(pages: &[(u64, Result<(), UnpoisonError>)], json: bool) -> ExitCode {
     #[derive(Serialize)]
     struct Entry {
@@ -116,7 +115,7 @@ pub fn unpoisoned(pages: &[(u64, Result<(), UnpoisonError>)], json: bool) -> Exi
     if failed.is_empty() { printed } else { ExitCode::FAILURE }
 }
 
-/// A line for each page, or for each stretch where some failed, or one for all.
+/// A line for each page; a line for each stretch if some failed; or one line for all.
 pub(crate) fn lines_of<'a>(
     burst: &Burst,
     pages: &'a [Poisoned],
@@ -129,7 +128,7 @@ pub(crate) fn lines_of<'a>(
     let took = burst.took.as_secs_f64();
     let done = match pages.first() {
         Some(first) if pages.iter().all(|page| page.done() == first.done()) => first.done(),
-        // Some are bad and some are not; the notes say which.
+        // Some pages are really bad and some are not; the notes say which.
         Some(_) => "FORGED signal",
         None => via.done(),
     };

@@ -1,4 +1,4 @@
-//! Pages as a user names them, and what the VM says of each.
+//! Pages as a user names them, and the VM's data on each.
 
 /// Pages of the guest are of 4 KiB.
 pub(super) const PAGE_SHIFT: u32 = 12;
@@ -35,8 +35,8 @@ pub(crate) struct Target {
     pub(super) fd: Option<i32>,
     /// Offset in that file.
     pub(super) offset: u64,
-    /// The pages that the host keeps it in, and loses as a whole, in bytes.
+    /// Size in bytes of the host's pages there, each of which is lost as a whole.
     pub(super) page_size: u64,
-    /// A file lies behind it, and what is written here does not get there.
+    /// It is a private mapping of a file: what is written there does not get to the file.
     pub(super) is_private_file: bool,
 }

@@ -1,4 +1,4 @@
-//! Which pages: addresses and ranges, or some at random.
+//! Chooses pages: by addresses and ranges, or at random.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -13,9 +13,9 @@ use crate::client::requests;
 use crate::poison::target::PAGE_SHIFT;
 use crate::poison::target::{PageRange, Target};
 
-/// `count` different pages, chosen by `seed` alone among those of the VM behind `socket` that have memory of its
-/// own behind them and are whole: the same seed for the same guest in the same state gives the same pages, to
-/// the same user. Of a huge page there is at most one.
+/// `count` different pages, chosen by `seed` among the pages of the VM behind `socket` that are whole and have memory
+/// of the VM's own. The same seed gives the same pages for the same guest in the same state, for the same user. At most
+/// one page of each huge page is chosen.
 ///
 /// Pages that [`judge`](crate::poison::frame::judge) would refuse, such as the host's zero page, are left out as far as this user is
 /// shown which they are.
@@ -31,21 +31,21 @@ pub fn random(
     let status: Status = requests::get_of_process(socket, "relay.status")?;
     let extents: Vec<Extent> = requests::get(socket, "vm.extents?in_use=true")?;
     let bad: HashSet<u64> = status.pages.iter().map(|page| page.gpa).collect();
-    let eyes = Eyes::open(status.vm.pid, via)?;
+    let visible = Visible::open(status.vm.pid, via)?;
     let vm = &status.vm;
-    let fits = |gpa| vm.block(gpa).is_some_and(|block| eyes.fits(&target_in(block, gpa)));
+    let fits = |gpa| vm.block(gpa).is_some_and(|block| visible.fits(&target_in(block, gpa)));
     let page_size = |gpa| vm.block(gpa).map_or(1 << PAGE_SHIFT, |block| block.page_size);
     choose(&extents, &bad, &fits, &page_size, count, seed)
 }
 
-/// What this user can see of the pages that might be chosen.
-enum Eyes {
+/// The data on candidate pages that this user can see.
+enum Visible {
     Frames(Frames),
     Entries(Pagemap),
     Nothing,
 }
 
-impl Eyes {
+impl Visible {
     fn open(pid: u32, via: Means) -> Result<Self, PoisonError> {
         match (Frames::open(pid), Pagemap::open(pid)) {
             (Ok(frames), _) => Ok(Self::Frames(frames)),
@@ -66,8 +66,8 @@ impl Eyes {
     }
 }
 
-/// Whether `entry`, that of `target` in the VMM's page table, may be of memory of the VM's own. Of memory that is
-/// of no file one that somebody else has, too, is the zero page, or KSM's.
+/// Whether `entry`, that of `target` in the VMM's page table, may be of the VM's own memory. If memory without a file
+/// is mapped elsewhere, too, it is the zero page, or KSM's.
 fn may_be_own(entry: Entry, target: &Target) -> bool {
     let of_file = target.fd.is_some() || target.is_private_file;
     matches!(entry, Entry::Present { exclusive, .. } if exclusive || of_file)
@@ -89,7 +89,7 @@ fn choose(
     let mut whole: Vec<u64> = whole.filter(|gpa| !bad.contains(gpa)).collect();
     let mut random = fastrand::Rng::with_seed(seed);
     let (mut chosen, mut huge) = (Vec::new(), HashSet::new());
-    // Drawn one by one: to look at each page of a large guest would take long.
+    // Drawn one by one: to look up every page of a large guest would take long.
     while chosen.len() < count && !whole.is_empty() {
         let gpa = whole.swap_remove(random.usize(..whole.len()));
         let start = gpa - gpa % page_size(gpa).max(1 << PAGE_SHIFT);
@@ -103,8 +103,8 @@ fn choose(
     }
 }
 
-/// The pages of `ranges` in the order given, each once. All of them are guest RAM, so however long
-/// a range was written down, there are no more of them than the guest has pages.
+/// The pages of `ranges` in the order given, each once. All of them are guest RAM, so there are at most as many as the
+/// guest has pages, however long a range is.
 pub(crate) fn targets(vm: &VmInfo, ranges: &[PageRange]) -> Result<Vec<Target>, PoisonError> {
     for range in ranges {
         let mut page = range.first;

@@ -60,9 +60,9 @@ pub enum Notice {
     Predicted,
 }
 
-/// The record that tells `notice` of the 4 KiB pages at `gpas`, one entry each, in that order.
+/// The record that tells `notice` of the 4 KiB pages at `gpas` (guest-physical), one entry each, in that order.
 ///
-/// At most [`MAX_PAGES`] are taken: the rest is the next record's.
+/// At most [`MAX_PAGES`] of them are taken; the caller puts the rest into the next record.
 #[allow(clippy::cast_possible_truncation, reason = "a record is MAX_LEN bytes at most")]
 pub fn record(notice: Notice, gpas: &[u64]) -> Vec<u8> {
     let gpas = &gpas[..gpas.len().min(MAX_PAGES)];

@@ -18,7 +18,7 @@ pub(crate) struct Gathering {
     pub(crate) asked: Vec<usize>,
     /// The state of each of them that has stopped.
     pub(crate) states: Vec<Option<McaState>>,
-    /// Set once everybody has stopped: what each is to inject, or why nobody does.
+    /// Set once every vCPU has stopped: what each is to inject, or why none does.
     pub(crate) outcome: Option<Arc<Result<Vec<Assignment>, WaitReason>>>,
     /// vCPUs that have not acted on the outcome yet.
     pub(crate) leaving: Vec<usize>,
@@ -29,7 +29,7 @@ pub(crate) struct Gathering {
 impl Gathering {
     pub(crate) fn settle(&mut self, outcome: Result<Vec<Assignment>, WaitReason>) {
         self.outcome = Some(Arc::new(outcome));
-        // Who has not come is not waited for.
+        // vCPUs that have not stopped are not waited for.
         let came = self.asked.iter().filter(|vcpu| self.states[**vcpu].is_some());
         self.leaving = came.copied().collect();
     }

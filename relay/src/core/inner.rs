@@ -21,14 +21,14 @@ pub(crate) struct Attached {
     pub(crate) kick: Kick,
     /// Held by a pause of the virtual machine.
     pub(crate) parked: bool,
-    /// It did not come round for the last gathering, and has not since.
+    /// Its thread did not stop for the last gathering, and has not called `before_run` since.
     pub(crate) late: bool,
     /// When it was last called for being late.
     pub(crate) called: Instant,
 }
 
-/// How long a vCPU's port has been gone before it counts as unplugged. All of them go at the end of the virtual
-/// machine, one after the other, and then there is nobody to be told.
+/// How long after its port was dropped a vCPU counts as unplugged. At the end of the virtual machine all ports are
+/// dropped, one after the other, and then no guest is left to be told.
 const UNPLUGGED: Duration = Duration::from_millis(200);
 
 pub(crate) struct Inner {
@@ -38,7 +38,7 @@ pub(crate) struct Inner {
     pub(crate) gathering: Option<Gathering>,
     /// Gatherings called so far.
     pub(crate) gatherings: u64,
-    /// The pause before whoever something waits for is called again.
+    /// The pause before the vCPUs for which something waits are called again.
     pub(crate) retry: Duration,
     /// Something new waits: call at once.
     pub(crate) news: bool,
@@ -50,7 +50,7 @@ pub(crate) struct Inner {
     pub(crate) forgery: Forgery,
     /// AOs that are not of this relay's memory.
     pub(crate) strays: Vec<Caught>,
-    /// vCPUs whose ports have gone, and when that counts.
+    /// vCPUs whose ports were dropped, and when each counts as unplugged.
     pub(crate) gone: Vec<(usize, Instant)>,
     /// vCPUs that the relay's thread is to call.
     pub(crate) to_call: Vec<usize>,
@@ -76,7 +76,7 @@ impl Inner {
         self.events.push(event);
     }
 
-    /// An AO for the page at `gpa`, which nobody has heard of.
+    /// An AO for the page at `gpa`, which is new.
     pub(crate) fn push_ao(&mut self, gpa: u64) {
         if self.vcpus.is_empty() {
             return;
@@ -105,7 +105,7 @@ impl Inner {
         self.vcpus.iter().flatten().any(|vcpu| vcpu.parked)
     }
 
-    /// Asks for `vcpu`'s attention, the next time that it comes round.
+    /// Makes `vcpu`'s thread look at the relay's state before its next KVM_RUN.
     pub(crate) fn ask(&self, vcpu: usize) {
         if let Some(attached) = self.vcpus.get(vcpu).and_then(Option::as_ref) {
             attached.slot.ask_attention();

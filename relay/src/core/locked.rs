@@ -1,5 +1,5 @@
-//! The relay's lock. The host's kicks and its observer are not called under it but when it is given back: they may take a
-//! lock of the host's own. Who only looks calls nobody.
+//! The relay's lock. The host's kicks and its observer are called when it is given back, not under it: they may take a
+//! lock of the host's own. A thread that has changed nothing calls neither.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

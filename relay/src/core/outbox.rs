@@ -7,15 +7,15 @@ use std::thread::ThreadId;
 use super::host::call_host;
 use crate::event::Event;
 
-/// Who is told of events.
+/// The host's callback for events.
 pub(crate) type Observer = Box<dyn Fn(&Event) + Send + Sync>;
 
 /// See the module.
 pub(crate) struct Outbox {
     queue: Mutex<VecDeque<Event>>,
-    /// Locked by whoever delivers.
+    /// Locked by the thread that delivers.
     observer: Mutex<Observer>,
-    /// Who that is.
+    /// The thread that delivers.
     by: Mutex<Option<ThreadId>>,
 }
 
@@ -40,8 +40,9 @@ impl Outbox {
         self.queue().is_empty()
     }
 
-    /// Gives the observer what waits, and returns when it has been told all that waited, by whomever: before the process is
-    /// ended, the guest is not entered, or the observer goes. Not from within the observer, which this would wait for.
+    /// Delivers what waits, and returns when all of it has been delivered, by whichever thread: before the process is
+    /// ended, a vCPU is kept out of the guest, or the observer is dropped. Must not be called by the observer, for
+    /// which it would wait.
     pub(crate) fn flush(&self) {
         let by = *self.by.lock().unwrap_or_else(PoisonError::into_inner);
         if by == Some(std::thread::current().id()) {
@@ -51,7 +52,8 @@ impl Outbox {
         self.deliver();
     }
 
-    /// Gives the observer what waits. Where another thread is at it, or this one further up, that one goes on with it.
+    /// Delivers what waits. If another thread is delivering, or this one further up its stack, that one goes on with
+    /// it.
     pub(crate) fn deliver(&self) {
         while !self.is_empty() {
             match self.observer.try_lock() {

@@ -1,4 +1,4 @@
-//! A failure enters: translation, ledger, and the queue of whoever has to be told.
+//! A failure enters: translation, ledger, and the queue of the vCPU that has to be told.
 
 use std::mem;
 use std::time::SystemTime;
@@ -98,7 +98,7 @@ impl Shared {
         // One event for an extent: a page of 1 GiB has 262,144 pages.
         let (mut news, mut first) = (0, None);
         for &(page_hva, gpa) in &pages {
-            // Of a larger extent only the page that was named stops anybody.
+            // Of a larger extent only the page that the signal named stops a vCPU.
             let named = page_hva <= hva && hva - page_hva < PAGE_SIZE;
             let alias = touched.is_some_and(|touched| named && gpa != touched);
             let kind = if named && !alias { kind } else { FailureKind::ActionOptional };

@@ -34,13 +34,13 @@ impl Shared {
             .zip(present)
             .filter_map(|(&(gpa, hva), is_present)| is_bad(gpa, is_present).then_some(hva))
             .collect();
-        // Nobody who changes the map is kept waiting while the observer is called.
+        // A thread that changes the map does not have to wait for the observer.
         drop(ram);
         if bad.is_empty() {
             return false;
         }
         let mut inner = self.lock();
-        // Without a thread there is nobody who touched it, and the page is bad all the same.
+        // Without an attached thread no vCPU has touched it, but the page is bad all the same.
         let thread = match inner.vcpus.get(vcpu) {
             Some(Some(_)) => SignalledThread::Vcpu(vcpu),
             _ => SignalledThread::Other,

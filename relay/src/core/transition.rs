@@ -8,7 +8,7 @@ use crate::decide::machine_check::{Pending, Taken, index};
 use crate::event::Event;
 use crate::types::{FailureKind, Place, State, UndeliverableReason, WaitReason};
 
-/// What it means that something became of a page.
+/// What a change of a page's state means.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Change {
     /// It was not so before.
@@ -49,7 +49,7 @@ impl Shared {
         let Change { news, forged, .. } = self.set(inner, gpa, State::Waiting { wait });
         if news {
             inner.emit(Event::Waiting { gpa, kind, wait, forged });
-            // It may be asleep, and it is the one who has the vCPU look again.
+            // The relay's thread may be asleep, and it calls the vCPU again.
             self.wake();
         }
     }
@@ -89,7 +89,7 @@ impl Shared {
         }
     }
 
-    /// The records of these pages were not read by anybody, for the reason in `wait`, and wait to be told again.
+    /// The records of these pages were not read, for the reason in `wait`; the pages wait to be told again.
     pub(crate) fn told_elsewhere(&self, inner: &mut Inner, gpas: &[u64], wait: WaitReason) {
         for &gpa in gpas {
             self.waiting(inner, Pending { gpa, kind: FailureKind::ActionOptional }, wait);

@@ -1,5 +1,5 @@
-//! What to do next on the firmware-first channel: the pure half of it, as [`super::machine_check`] is of the
-//! machine check's.
+//! The pure half of the firmware-first channel: what to do next on it, as [`super::machine_check`] decides it for
+//! machine checks.
 //!
 //! Records lie in one status block in guest memory, one at a time. The guest takes a record when it is
 //! notified, or at its next poll, and zeroes the status word: that is its acknowledgement. A guest that
@@ -14,13 +14,13 @@ pub use crate::types::FallbackReason;
 use crate::types::WaitReason;
 
 /// Pages that Linux queues per processor (`MEMORY_FAILURE_FIFO_ORDER`, `mm/memory-failure.c`); more
-/// are dropped ("buffer overflow when queuing memory failure"). Nobody can say which processor takes
-/// the next record, so all that is on its way counts as if it were one.
+/// are dropped ("buffer overflow when queuing memory failure"). A VMM cannot know which processor will take the next
+/// record, so all pages that are on their way count as if one processor queued them.
 pub(crate) const QUEUE: u32 = 16;
 /// How long a guest that has not taken a record in time is not tried again.
 const SILENCE: Duration = Duration::from_secs(60);
-/// Between two looks no more than this counts as time the guest has had: this process may have been
-/// stopped with it.
+/// Of the time between two looks at most this much counts as time in which the guest could run: this process may have
+/// been stopped, and the guest with it.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// Which way AOs go. ARs are always machine checks.
@@ -95,13 +95,13 @@ pub enum Outcome {
         /// The record's number.
         record: u32,
     },
-    /// The page is not told of here.
+    /// The page is not told of on this channel.
     Returned {
         /// Guest-physical address.
         gpa: u64,
         /// What it was to be told.
         notice: Notice,
-        /// Why not.
+        /// Why not on this channel.
         why: FallbackReason,
     },
 }
@@ -109,9 +109,9 @@ pub enum Outcome {
 /// The next step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ChannelStep {
-    /// Nothing waits here.
+    /// Nothing waits on this channel.
     Idle,
-    /// Nothing can be done now; the page named is the next in turn, if none lies in the block.
+    /// Nothing can be done now. Names the next page in turn, unless a record lies in the block.
     Wait(Option<(u64, Notice)>, WaitReason),
     /// Write this into the block and notify the guest;
     /// [`Delivery::firmware_refused`](crate::decide::machine_check::Delivery::firmware_refused) if that fails.
@@ -120,33 +120,33 @@ pub enum ChannelStep {
 
 /// The record in the block.
 #[derive(Debug)]
-struct Lying {
+struct InBlock {
     publication: Publication,
-    /// Pages of it that the guest has met since (AR), and need not be told of again.
+    /// Pages of it that the guest has touched since. It learns of them by the AR, so they are not told of again.
     touched: Vec<u64>,
 }
 
 /// The channel of one virtual machine.
 #[derive(Debug)]
 pub(crate) struct Channel {
-    /// Whether AOs come this way at all, or only predicted failures.
+    /// Whether this channel carries AOs, or only predicted failures.
     pub(crate) carries_aos: bool,
-    /// How long a guest may take to use the source after it has come up, or to take a record.
+    /// How long a guest may take to use the source after boot, or to take a record.
     patience: Duration,
     lost: VecDeque<u64>,
     predicted: VecDeque<u64>,
-    lying: Option<Lying>,
+    current: Option<InBlock>,
     /// Records published so far.
     records: u32,
-    /// How long the guest has had for what it is to do next.
+    /// For how long the guest could have done what is expected next of it (use the source, take the record).
     waited: Duration,
     looked_at: Option<Duration>,
     source_taken: Option<bool>,
     silent_until: Option<Duration>,
     broken: Option<FallbackReason>,
-    /// What lies in the block is to be zeroed.
+    /// The status word is to be zeroed by the relay.
     withdraw: bool,
-    /// It matters when the guest came up.
+    /// The relay has to observe when the guest opens its machine-check handler.
     pub(crate) watches_boot: bool,
 }
 
@@ -157,7 +157,7 @@ impl Channel {
             patience,
             lost: VecDeque::new(),
             predicted: VecDeque::new(),
-            lying: None,
+            current: None,
             records: 0,
             waited: Duration::ZERO,
             looked_at: None,
@@ -173,7 +173,7 @@ impl Channel {
     pub(crate) fn push(&mut self, notice: Notice, gpa: u64) {
         match notice {
             Notice::Lost => {
-                // There is nothing left to be moved out of it.
+                // The contents are lost already, so a prediction is of no use any more.
                 self.predicted.retain(|waiting| *waiting != gpa);
                 self.lost.push_back(gpa);
             }
@@ -181,70 +181,74 @@ impl Channel {
         }
     }
 
-    /// The guest has met the page: it learns of it by the AR.
+    /// The guest has touched the page: it learns of it by the AR.
     pub(crate) fn touched(&mut self, gpa: u64) {
         self.lost.retain(|waiting| *waiting != gpa);
         self.predicted.retain(|waiting| *waiting != gpa);
-        if let Some(lying) = self.lying.as_mut()
-            && lying.publication.gpas.contains(&gpa)
+        if let Some(current) = self.current.as_mut()
+            && current.publication.gpas.contains(&gpa)
         {
-            lying.touched.push(gpa);
+            current.touched.push(gpa);
         }
     }
 
-    /// The guest was not told by the AR.
+    /// The AR for this page was dropped, so the guest was not told by it.
     pub(crate) fn touch_dropped(&mut self, gpa: u64) {
-        if let Some(lying) = self.lying.as_mut() {
-            lying.touched.retain(|met| *met != gpa);
+        if let Some(current) = self.current.as_mut() {
+            current.touched.retain(|touched| *touched != gpa);
         }
     }
 
-    /// Those that `is_gone` accepts are no longer the guest's.
+    /// The pages that `is_gone` accepts are no longer part of the guest's memory.
     pub(crate) fn gone(&mut self, is_gone: &dyn Fn(u64) -> bool) {
         self.lost.retain(|waiting| !is_gone(*waiting));
         self.predicted.retain(|waiting| !is_gone(*waiting));
-        if let Some(lying) = self.lying.as_mut() {
-            let gone = lying.publication.gpas.iter().copied().filter(|gpa| is_gone(*gpa));
-            lying.touched.extend(gone);
+        if let Some(current) = self.current.as_mut() {
+            let gone = current.publication.gpas.iter().copied().filter(|gpa| is_gone(*gpa));
+            current.touched.extend(gone);
         }
     }
 
-    /// Whether nothing waits here, neither to be told nor to be taken.
+    /// Whether this channel has nothing to do: no page waits to be told, no record to be taken.
     pub(crate) fn is_idle(&self) -> bool {
-        self.lost.is_empty() && self.predicted.is_empty() && self.lying.is_none() && !self.withdraw
+        self.lost.is_empty()
+            && self.predicted.is_empty()
+            && self.current.is_none()
+            && !self.withdraw
     }
 
     /// Pages in the block that the guest will queue once it takes the record.
     pub(crate) fn in_block(&self) -> usize {
-        self.lying.as_ref().map_or(0, |lying| lying.publication.gpas.len())
+        self.current.as_ref().map_or(0, |current| current.publication.gpas.len())
     }
 
-    /// What `sight` shows to have become of the record in the block.
-    pub(crate) fn settle(&mut self, sight: &Observation, now: Duration) -> Vec<Outcome> {
+    /// What has become of the record in the block, according to `seen`.
+    pub(crate) fn settle(&mut self, seen: &Observation, now: Duration) -> Vec<Outcome> {
         let since = self.looked_at.map_or(Duration::ZERO, |at| now.saturating_sub(at));
         self.looked_at = Some(now);
-        if !sight.paused {
+        if !seen.paused {
             self.waited = self.waited.saturating_add(since.min(LOOK));
         }
-        // A guest that has just taken the source into use deserves to be tried.
-        if sight.source_taken == Some(true) && self.source_taken != Some(true) {
+        // A guest that has just begun to use the source is tried at once, even if an earlier record timed out.
+        if seen.source_taken == Some(true) && self.source_taken != Some(true) {
             self.silent_until = None;
         }
-        self.source_taken = sight.source_taken;
-        if sight.block == Block::Unreachable {
+        self.source_taken = seen.source_taken;
+        if seen.block == Block::Unreachable {
             self.broken = Some(FallbackReason::Unreachable);
         }
         let late = self.waited >= self.patience;
-        let why = match sight.block {
+        let why = match seen.block {
             Block::Empty => None,
             Block::Ours if !late => return Vec::new(),
             Block::Ours => Some(FallbackReason::NotTaken),
             Block::Foreign => Some(FallbackReason::Overwritten),
             Block::Unreachable => Some(FallbackReason::Unreachable),
         };
-        let Some(lying) = self.lying.take() else { return Vec::new() };
+        let Some(current) = self.current.take() else { return Vec::new() };
         self.waited = Duration::ZERO;
-        let Lying { publication: Publication { number: record, notice, gpas }, touched } = lying;
+        let InBlock { publication: Publication { number: record, notice, gpas }, touched } =
+            current;
         match why {
             None => {
                 self.silent_until = None;
@@ -254,31 +258,31 @@ impl Channel {
             Some(why) => {
                 self.silent_until = Some(now.saturating_add(SILENCE));
                 self.withdraw = why != FallbackReason::Unreachable;
-                // Those that were met have had their AR, and are not to be told of once more.
+                // Pages that were touched meanwhile have had their AR, and are not told of once more.
                 let left = gpas.into_iter().filter(|gpa| !touched.contains(gpa));
                 left.map(|gpa| Outcome::Returned { gpa, notice, why }).collect()
             }
         }
     }
 
-    /// The next step where there is room for `room` more pages in the guest's queue, after
-    /// [`Self::settle`] with the same `sight`. `up_since` is when the guest opened its machine-check
-    /// handler. What is returned is told elsewhere, or not at all.
+    /// The next step where there is room for `room` more pages in the guest's queue. Call it after [`Self::settle`]
+    /// with the same `seen`. `up_since` is when the guest opened its machine-check handler. Pages that come back as
+    /// outcomes are told by machine check, or not at all.
     pub(crate) fn step(
         &mut self,
-        sight: &Observation,
+        seen: &Observation,
         now: Duration,
         up_since: Option<Duration>,
         room: u32,
     ) -> (Vec<Outcome>, ChannelStep) {
         self.watches_boot = false;
-        if self.lying.is_some() {
+        if self.current.is_some() {
             return (Vec::new(), ChannelStep::Wait(None, WaitReason::InBlock));
         }
         let Some((notice, first)) = self.first() else { return (Vec::new(), ChannelStep::Idle) };
         let up = up_since.is_some_and(|at| now.saturating_sub(at) >= self.patience);
         let silent = self.silent_until.is_some_and(|until| now < until);
-        let why = match (self.broken, sight.source_taken) {
+        let why = match (self.broken, seen.source_taken) {
             (Some(why), _) => Some(why),
             (None, Some(false)) if up => Some(FallbackReason::NoSource),
             (None, Some(false)) => {
@@ -289,7 +293,7 @@ impl Channel {
                 );
             }
             (None, _) if silent => Some(FallbackReason::Silent),
-            (None, _) if sight.block != Block::Empty => Some(FallbackReason::Overwritten),
+            (None, _) if seen.block != Block::Empty => Some(FallbackReason::Overwritten),
             (None, _) => None,
         };
         if let Some(why) = why {
@@ -309,11 +313,11 @@ impl Channel {
             Notice::Predicted => &mut self.predicted,
         };
         let gpas: Vec<u64> = queue.drain(..room.min(queue.len())).collect();
-        // It may come round after 4,294,967,295 records, which are 13 years of ten a second.
+        // It may wrap after 4,294,967,295 records: 13 years at ten a second.
         self.records = self.records.wrapping_add(1);
         self.waited = Duration::ZERO;
         let publication = Publication { number: self.records, notice, gpas };
-        self.lying = Some(Lying { publication: publication.clone(), touched: Vec::new() });
+        self.current = Some(InBlock { publication: publication.clone(), touched: Vec::new() });
         (Vec::new(), ChannelStep::Publish(publication))
     }
 
@@ -321,7 +325,7 @@ impl Channel {
     pub(crate) fn refused(&mut self, why: FallbackReason) -> Vec<Outcome> {
         self.broken = Some(why);
         let mut outcomes = Vec::new();
-        if let Some(Lying { publication, touched }) = self.lying.take() {
+        if let Some(InBlock { publication, touched }) = self.current.take() {
             let Publication { notice, gpas, .. } = publication;
             self.withdraw = true;
             let left = gpas.into_iter().filter(|gpa| !touched.contains(gpa));
@@ -331,7 +335,7 @@ impl Channel {
         outcomes
     }
 
-    /// Whether the status word is to be zeroed now; asked once each time.
+    /// Whether the relay has to zero the status word now. True once for each withdrawal.
     pub(crate) fn take_withdrawal(&mut self) -> bool {
         std::mem::take(&mut self.withdraw)
     }
@@ -341,7 +345,7 @@ impl Channel {
         lost.or_else(|| self.predicted.front().map(|gpa| (Notice::Predicted, *gpa)))
     }
 
-    /// Nothing that waits is told here.
+    /// Returns every page that waits: none of them is told of on this channel now.
     fn give_up(&mut self, why: FallbackReason) -> Vec<Outcome> {
         let returned = |notice| move |gpa| Outcome::Returned { gpa, notice, why };
         let lost = self.lost.drain(..).map(returned(Notice::Lost));
@@ -363,14 +367,14 @@ mod tests {
     const ALL: u32 = u32::MAX;
 
     /// Of a guest that has taken the source and has nothing in its block.
-    fn well() -> Observation {
+    fn idle() -> Observation {
         Observation { block: Block::Empty, source_taken: Some(true), paused: false }
     }
 
     fn with(change: impl FnOnce(&mut Observation)) -> Observation {
-        let mut sight = well();
-        change(&mut sight);
-        sight
+        let mut seen = idle();
+        change(&mut seen);
+        seen
     }
 
     fn holding(gpas: impl IntoIterator<Item = u64>) -> Channel {
@@ -381,11 +385,11 @@ mod tests {
 
     fn look(
         channel: &mut Channel,
-        sight: Observation,
+        seen: Observation,
         now: Duration,
     ) -> (Vec<Outcome>, ChannelStep) {
-        let mut outcomes = channel.settle(&sight, now);
-        let (more, step) = channel.step(&sight, now, Some(Duration::ZERO), ALL);
+        let mut outcomes = channel.settle(&seen, now);
+        let (more, step) = channel.step(&seen, now, Some(Duration::ZERO), ALL);
         outcomes.extend(more);
         (outcomes, step)
     }
@@ -400,10 +404,10 @@ mod tests {
     }
 
     /// Looks every half second, as the relay's thread does at the least, until something comes of it.
-    fn wait(channel: &mut Channel, sight: Observation, now: &mut Duration) -> Vec<Outcome> {
+    fn wait(channel: &mut Channel, seen: Observation, now: &mut Duration) -> Vec<Outcome> {
         for _ in 0..1000 {
             *now += Duration::from_millis(500);
-            let (outcomes, _) = look(channel, sight, *now);
+            let (outcomes, _) = look(channel, seen, *now);
             if !outcomes.is_empty() {
                 return outcomes;
             }
@@ -414,17 +418,17 @@ mod tests {
     #[test]
     fn pages_go_in_order_as_many_at_once_as_there_is_room_for() {
         let mut channel = holding(0..40);
-        let sight = well();
-        let step = channel.step(&sight, MILLI, None, 3).1;
+        let seen = idle();
+        let step = channel.step(&seen, MILLI, None, 3).1;
         assert_eq!(published(step).gpas, [0, 1, 2]);
         let waits = ChannelStep::Wait(None, WaitReason::InBlock);
         assert_eq!(look(&mut channel, with(|s| s.block = Block::Ours), 2 * MILLI).1, waits);
-        let taken = channel.settle(&sight, 3 * MILLI);
+        let taken = channel.settle(&seen, 3 * MILLI);
         let expected = [0, 1, 2].map(|gpa| Outcome::Taken { gpa, notice: Notice::Lost, record: 1 });
         assert_eq!(taken, expected);
-        let none = channel.step(&sight, 3 * MILLI, None, 0).1;
+        let none = channel.step(&seen, 3 * MILLI, None, 0).1;
         assert_eq!(none, ChannelStep::Wait(Some((3, Notice::Lost)), WaitReason::Pace));
-        let all = published(channel.step(&sight, 3 * MILLI, None, ALL).1);
+        let all = published(channel.step(&seen, 3 * MILLI, None, ALL).1);
         assert_eq!((all.number, all.gpas), (2, (3..18).collect()));
     }
 
@@ -437,7 +441,7 @@ mod tests {
             assert!(outcomes.is_empty());
             assert_eq!(step, ChannelStep::Wait(Some((1, Notice::Lost)), WaitReason::NoSourceYet));
             assert!(channel.watches_boot);
-            let step = channel.step(&well(), Duration::from_secs(101), up_since, ALL).1;
+            let step = channel.step(&idle(), Duration::from_secs(101), up_since, ALL).1;
             assert_eq!(published(step).gpas, [1]);
         }
         let mut channel = holding([1, 2]);
@@ -455,7 +459,7 @@ mod tests {
     fn a_record_that_is_not_taken_is_withdrawn_and_the_guest_left_alone_for_a_while() {
         let mut channel = holding([1, 2]);
         let mut now = MILLI;
-        published(look(&mut channel, well(), now).1);
+        published(look(&mut channel, idle(), now).1);
         let ours = with(|s| s.block = Block::Ours);
         assert!(look(&mut channel, ours, now + MILLI).0.is_empty());
         let expected = [1, 2].map(|gpa| returned(gpa, FallbackReason::NotTaken));
@@ -464,30 +468,30 @@ mod tests {
         assert!(channel.take_withdrawal() && !channel.take_withdrawal());
 
         channel.push(Notice::Lost, 3);
-        let (outcomes, step) = look(&mut channel, well(), now + Duration::from_secs(59));
+        let (outcomes, step) = look(&mut channel, idle(), now + Duration::from_secs(59));
         assert_eq!(
             (outcomes, step),
             (vec![returned(3, FallbackReason::Silent)], ChannelStep::Idle)
         );
         channel.push(Notice::Lost, 4);
-        assert_eq!(published(look(&mut channel, well(), now + SILENCE).1).gpas, [4]);
+        assert_eq!(published(look(&mut channel, idle(), now + SILENCE).1).gpas, [4]);
     }
 
     #[test]
     fn a_guest_that_takes_the_source_up_again_is_tried_at_once() {
         let mut channel = holding([1]);
         let mut now = MILLI;
-        published(look(&mut channel, well(), now).1);
+        published(look(&mut channel, idle(), now).1);
         wait(&mut channel, with(|s| s.block = Block::Ours), &mut now);
         look(&mut channel, with(|s| s.source_taken = Some(false)), now);
         channel.push(Notice::Lost, 2);
-        assert_eq!(published(look(&mut channel, well(), now + MILLI).1).gpas, [2]);
+        assert_eq!(published(look(&mut channel, idle(), now + MILLI).1).gpas, [2]);
     }
 
     #[test]
     fn time_counts_only_while_the_guest_runs() {
         let mut channel = holding([1]);
-        published(look(&mut channel, well(), MILLI).1);
+        published(look(&mut channel, idle(), MILLI).1);
         let mut now = MILLI;
         let paused = with(|s| (s.block, s.paused) = (Block::Ours, true));
         assert!(wait(&mut channel, paused, &mut now).is_empty(), "for minutes");
@@ -497,7 +501,7 @@ mod tests {
             now += Duration::from_secs(1);
             assert!(look(&mut channel, with(|s| s.block = Block::Ours), now).0.is_empty());
         }
-        assert_eq!(channel.settle(&well(), now).len(), 1, "and is acknowledged after all");
+        assert_eq!(channel.settle(&idle(), now).len(), 1, "and is acknowledged after all");
     }
 
     #[test]
@@ -507,7 +511,7 @@ mod tests {
             (Block::Unreachable, FallbackReason::Unreachable, false),
         ] {
             let mut channel = holding([1]);
-            published(look(&mut channel, well(), MILLI).1);
+            published(look(&mut channel, idle(), MILLI).1);
             channel.push(Notice::Lost, 2);
             let (outcomes, _) = look(&mut channel, with(|s| s.block = block), 2 * MILLI);
             assert_eq!(outcomes[0], returned(1, why));
@@ -522,9 +526,9 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_was_met_is_not_told_of_again() {
+    fn a_page_that_was_touched_is_not_told_of_again() {
         let mut channel = holding([1, 2, 3]);
-        let step = channel.step(&well(), MILLI, None, 2).1;
+        let step = channel.step(&idle(), MILLI, None, 2).1;
         assert_eq!(published(step).gpas, [1, 2]);
         channel.touched(1);
         channel.touched(3);
@@ -534,7 +538,7 @@ mod tests {
         );
         assert!(channel.take_withdrawal() && channel.is_idle());
         channel.push(Notice::Lost, 4);
-        let (outcomes, _) = look(&mut channel, well(), MILLI);
+        let (outcomes, _) = look(&mut channel, idle(), MILLI);
         assert_eq!(outcomes, [returned(4, FallbackReason::NotNotified)], "it stays so");
     }
 
@@ -547,7 +551,7 @@ mod tests {
         // It has gone bad before the guest was told that it would.
         channel.push(Notice::Lost, 2);
         for (notice, gpas) in [(Notice::Lost, vec![3, 2]), (Notice::Predicted, vec![1])] {
-            let publication = published(look(&mut channel, well(), MILLI).1);
+            let publication = published(look(&mut channel, idle(), MILLI).1);
             assert_eq!((publication.notice, publication.gpas), (notice, gpas));
         }
     }
@@ -557,7 +561,7 @@ mod tests {
     enum Op {
         Push(Notice),
         /// The guest touches the page pushed that many pages ago.
-        Meet(usize),
+        Touch(usize),
         /// The guest does this to the block, if a record lies there.
         Guest(Block),
         Source(Option<bool>),
@@ -572,7 +576,7 @@ mod tests {
         prop_oneof![
             6 => Just(Op::Push(Notice::Lost)),
             2 => Just(Op::Push(Notice::Predicted)),
-            1 => (0..20_usize).prop_map(Op::Meet),
+            1 => (0..20_usize).prop_map(Op::Touch),
             4 => Just(Op::Guest(Block::Empty)),
             1 => prop_oneof![Just(Block::Foreign), Just(Block::Unreachable)].prop_map(Op::Guest),
             1 => prop::option::of(any::<bool>()).prop_map(Op::Source),
@@ -587,75 +591,75 @@ mod tests {
         #[test]
         fn every_page_ends_in_one_place(ops in prop::collection::vec(op(), 1..200)) {
             let mut channel = Channel::new(true, PATIENCE);
-            let mut sight = well();
+            let mut seen = idle();
             let mut now = Duration::ZERO;
             let mut fail = false;
-            let (mut pushed, mut met) = (Vec::new(), BTreeSet::new());
+            let (mut pushed, mut touched) = (Vec::new(), BTreeSet::new());
             // Pages that the channel has answered for.
             let mut done = BTreeSet::new();
             let mut in_block: Option<Publication> = None;
-            // In the end a well guest has all the time it needs.
+            // In the end a guest that responds has all the time it needs.
             let end = (0..60).flat_map(|_| [Op::Guest(Block::Empty), Op::Look(1000, 16)]);
-            let well_again = [Op::Source(Some(true)), Op::Pause(false), Op::Look(0, 0)];
-            for op in ops.into_iter().chain(well_again).chain(end) {
+            let idle_again = [Op::Source(Some(true)), Op::Pause(false), Op::Look(0, 0)];
+            for op in ops.into_iter().chain(idle_again).chain(end) {
                 match op {
                     Op::Push(notice) => {
                         let gpa = (pushed.len() as u64) << 12;
                         pushed.push((gpa, notice));
                         channel.push(notice, gpa);
                     }
-                    Op::Meet(ago) => {
-                        let met_now = pushed.len().checked_sub(ago + 1).map(|at| pushed[at].0);
-                        if let Some(gpa) = met_now {
-                            met.insert(gpa);
+                    Op::Touch(ago) => {
+                        let touched_now = pushed.len().checked_sub(ago + 1).map(|at| pushed[at].0);
+                        if let Some(gpa) = touched_now {
+                            touched.insert(gpa);
                             channel.touched(gpa);
                         }
                     }
                     Op::Guest(block) if in_block.is_some() || block == Block::Empty => {
-                        sight.block = block;
+                        seen.block = block;
                     }
                     Op::Guest(_) => {}
-                    Op::Source(taken) => sight.source_taken = taken,
-                    Op::Pause(paused) => sight.paused = paused,
+                    Op::Source(taken) => seen.source_taken = taken,
+                    Op::Pause(paused) => seen.paused = paused,
                     Op::Fail => fail = true,
                     Op::Look(millis, room) => {
                         now += Duration::from_millis(millis);
-                        let mut outcomes = channel.settle(&sight, now);
+                        let mut outcomes = channel.settle(&seen, now);
                         if !outcomes.is_empty() {
                             let gone = in_block.take().expect("nothing comes of no record");
                             for outcome in &outcomes {
                                 let (Outcome::Taken { gpa, .. } | Outcome::Returned { gpa, .. }) = outcome;
                                 prop_assert!(gone.gpas.contains(gpa));
                                 if matches!(outcome, Outcome::Taken { .. }) {
-                                    prop_assert_eq!(sight.block, Block::Empty);
+                                    prop_assert_eq!(seen.block, Block::Empty);
                                 }
                             }
                         } else if channel.in_block() == 0 {
                             // All of its pages were touched, so nothing comes of them.
                             in_block = None;
                         }
-                        let (more, step) = channel.step(&sight, now, Some(Duration::ZERO), room);
+                        let (more, step) = channel.step(&seen, now, Some(Duration::ZERO), room);
                         outcomes.extend(more);
                         if let ChannelStep::Publish(publication) = step {
-                            prop_assert!(in_block.is_none() && sight.block == Block::Empty);
-                            prop_assert!(sight.source_taken != Some(false));
+                            prop_assert!(in_block.is_none() && seen.block == Block::Empty);
+                            prop_assert!(seen.source_taken != Some(false));
                             let count = publication.gpas.len();
                             prop_assert!((1..=MAX_PAGES.min(room as usize)).contains(&count));
                             if std::mem::take(&mut fail) {
                                 outcomes.extend(channel.refused(FallbackReason::NotNotified));
                             } else {
-                                sight.block = Block::Ours;
+                                seen.block = Block::Ours;
                                 in_block = Some(publication);
                             }
                         }
                         if channel.take_withdrawal() {
-                            sight.block = Block::Empty;
+                            seen.block = Block::Empty;
                         }
                         for outcome in outcomes {
                             match outcome {
                                 Outcome::Taken { gpa, .. } => prop_assert!(done.insert(gpa)),
                                 Outcome::Returned { gpa, .. } => {
-                                    prop_assert!(!met.contains(&gpa), "told by AR already");
+                                    prop_assert!(!touched.contains(&gpa), "told by AR already");
                                     prop_assert!(done.insert(gpa));
                                 }
                             }
@@ -665,7 +669,7 @@ mod tests {
             }
             prop_assert!(channel.is_idle(), "{:?}", channel);
             for (gpa, _) in pushed {
-                prop_assert!(done.contains(&gpa) || met.contains(&gpa), "{:#x} is lost", gpa);
+                prop_assert!(done.contains(&gpa) || touched.contains(&gpa), "{:#x} is lost", gpa);
             }
         }
     }

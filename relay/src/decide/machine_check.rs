@@ -77,8 +77,8 @@ pub enum Taken {
         /// The form it was told in.
         form: Form,
     },
-    /// The guest started over in between, so nobody can say whether it read the bank before it was
-    /// wiped. The page waits to be told again.
+    /// The guest started over in between, so it is not known whether it read the bank before it was wiped. The page
+    /// waits to be told again.
     Lost {
         /// Guest-physical address of the page.
         gpa: u64,
@@ -153,7 +153,7 @@ impl Delivery {
         self.firmware = Some(Channel::new(carries_aos, patience));
     }
 
-    /// A page that nobody has touched. Call once per page: the ledger knows which are new.
+    /// A page that the guest has not touched. Call once per page: the ledger knows which are new.
     pub fn push_ao(&mut self, gpa: u64) {
         match self.firmware.as_mut() {
             Some(channel) if channel.carries_aos => channel.push(Notice::Lost, gpa),
@@ -252,15 +252,15 @@ impl Delivery {
         }
     }
 
-    /// Of the addresses at which the guest has one page, the one whose touch is told next. Nobody knows which of
-    /// them it was; if it was another, the guest touches that again, and is told of it then.
+    /// Of the addresses at which the guest has one page, the one whose touch is told next. Which of them the guest
+    /// touched is not known; if it was another, the guest touches that one again, and is told of it then.
     pub(crate) fn next_alias(&self, gpas: &[u64]) -> Option<u64> {
         gpas.iter().copied().min_by_key(|gpa| self.rounds.of(*gpa))
     }
 
-    /// `vcpu` goes on without having been told of its touches. An AR belongs to the instruction that met the page,
-    /// so they are none any more: pages that the guest does not know of wait as AOs, and what it touches
-    /// again is an AR again. True when there are such AOs.
+    /// `vcpu` runs on without having been told of its touches. An AR belongs to the instruction that touched the page,
+    /// so these touches are dropped: pages that the guest does not know of wait as AOs, and a page that it touches
+    /// again is an AR again. Returns true when there are such AOs.
     pub fn goes_on(&mut self, vcpu: usize) -> bool {
         let touches = self.ar.get_mut(vcpu).map(std::mem::take).unwrap_or_default();
         let mut more = false;
@@ -278,8 +278,8 @@ impl Delivery {
         more
     }
 
-    /// `vcpu` has no thread any more. What it was to be told is told elsewhere, and so is what lies in its banks,
-    /// which nobody will read: the pages of these records.
+    /// `vcpu` has no thread any more. The errors that it was to be told of are told elsewhere, and so are those whose
+    /// records lie in its banks, which the guest will not read. Returns the pages of these records.
     pub fn absent(&mut self, vcpu: usize, now: Duration) -> Vec<u64> {
         if let Some(seen) = self.vcpus.get_mut(vcpu) {
             *seen = Seen::absent();
@@ -367,7 +367,7 @@ impl Delivery {
 
     fn called_now(&self, now: Duration) -> Vec<usize> {
         let paced = self.room_at().is_some_and(|at| at <= now);
-        // Whoever it is to be, they have to be seen for it to be known.
+        // Whichever vCPU it is to be, they have to be looked at to find out.
         let nobody = !self.vcpus.iter().any(|seen| seen.standing == Standing::Online);
         let sought = nobody && (paced || !self.in_banks.is_empty());
         // One that was not started when it was last looked at may take AOs by now.
@@ -725,7 +725,7 @@ impl Delivery {
         if state.mcg_ctl != u64::MAX {
             return Err(WaitReason::McgCtlOff { vcpu });
         }
-        // An AR was met by what the vCPU was doing when it was stopped; it cannot be put off.
+        // An AR belongs to what the vCPU was doing when it stopped, so it cannot be put off.
         if form == Form::Srao {
             self.may_be_interrupted(of, state)?;
         }

@@ -1,4 +1,4 @@
-//! What is told next, and when: state machines that read no clock, take no lock and call nobody.
+//! What is told next, and when: state machines that read no clock, take no lock and make no calls out.
 
 pub mod firmware;
 pub mod machine_check;

@@ -1,26 +1,24 @@
-//! How fast a guest is told of errors it has not met yet.
+//! How fast a guest is told of errors that it has not touched yet (AOs).
 //!
 //! Linux keeps what its machine-check handler or its poll has found in a pool of its own, until a
-//! worker has taken each page out of use. The pool is short (6.1: 8 KiB, 32 records; 6.12: 80
-//! records; `arch/x86/kernel/cpu/mce/genpool.c`), and what does not fit is lost in the guest without
-//! a word to anybody outside. Nothing tells a VMM how far that worker is. So the relay keeps an
-//! estimate: each record that the guest has taken counts for a fixed time, and no record is given
-//! that would make more than [`Pace::burst`] of them.
+//! worker has taken each page out of use. The pool is short (6.1: 8 KiB, 32 records; 6.12: 80 records;
+//! `arch/x86/kernel/cpu/mce/genpool.c`). A record that does not fit is dropped, and nothing outside the guest shows it.
+//! Nor can a VMM see how far the worker is. So the relay keeps an estimate: each record that the guest has taken counts
+//! for a fixed time, and no record is given that would make more than [`Pace::burst`] of them.
 
 use std::time::Duration;
 
-/// How many AOs the guest may have on its hands, and how fast it works them off.
+/// How many AOs the guest may have queued, and how many it handles per second.
 ///
-/// The default is 16 records at 10 a second: half of what the shortest pool holds (the other half is
-/// left to the guest's own errors and to ARs, which are never held back), and more than twice the
-/// 40 ms that a 6.1 guest was seen to take for a page on an emulated processor, printing all it has
-/// to say to a serial console.
+/// The default is 16 records at 10 per second. 16 is half of the shortest pool; the other half is left to the guest's
+/// own errors and to ARs, which are never held back. 100 ms a page is more than twice the 40 ms that a 6.1 guest on an
+/// emulated processor took while it logged each page to a serial console.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Pace {
-    /// Records that the guest's own queue is trusted to hold; at least 1, 0 is taken as 1.
+    /// Records that the guest's own queue can surely hold; at least 1 (0 is taken as 1).
     pub burst: u32,
-    /// Records a second that the guest works off; at least 1, 0 is taken as 1.
+    /// Records per second that the guest handles; at least 1 (0 is taken as 1).
     pub rate: u32,
 }
 
@@ -54,8 +52,8 @@ impl Queue {
         self.empty_at = self.empty_at.max(now).saturating_add(self.each);
     }
 
-    /// How many more records there is room for now beside `in_flight` that the guest has not taken yet,
-    /// where its queue holds no more than `limit`.
+    /// How many more records there is room for now, beside `in_flight` records that the guest has not taken yet, if its
+    /// queue may hold no more than `limit`.
     pub(crate) fn room(&self, in_flight: usize, limit: u32, now: Duration) -> u32 {
         let in_flight = u32::try_from(in_flight).unwrap_or(u32::MAX);
         let ahead = self.empty_at.saturating_sub(now).as_nanos();
@@ -64,8 +62,8 @@ impl Queue {
         self.burst.min(limit).saturating_sub(in_flight).saturating_sub(queued)
     }
 
-    /// When there is room for one more record beside `in_banks` that the guest has not taken yet;
-    /// `None` when they fill the queue by themselves.
+    /// When there will be room for one more record beside `in_banks` that the guest has not taken yet; `None` when
+    /// these alone fill the queue, so that time does not help.
     pub(crate) fn room_at(&self, in_banks: usize) -> Option<Duration> {
         let in_banks = u32::try_from(in_banks).unwrap_or(u32::MAX);
         let spare = self.burst.checked_sub(in_banks)?.checked_sub(1)?;

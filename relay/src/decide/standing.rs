@@ -1,4 +1,5 @@
-//! What a vCPU is good for, as far as looks at its state over time tell: a pure state machine, one for each vCPU.
+//! Which vCPU can be given an error: what looks at one vCPU's state over time tell of it. A pure state machine for each
+//! vCPU.
 
 use std::cmp::Reverse;
 use std::time::Duration;
@@ -15,12 +16,12 @@ pub(crate) const LEAVE: Duration = Duration::from_secs(1);
 /// (`kvm_wait`, `arch/x86/kernel/kvm.c`).
 const HALTED: Duration = Duration::from_secs(1);
 
-/// Looks that are further apart than this say nothing of what was in between. Whoever has something to wait for is
+/// Two looks that are further apart than this say nothing of the time between them. A vCPU for which something waits is
 /// looked at twice a second.
 const STALE: Duration = Duration::from_secs(2);
 
-/// How long each look has to have found a vCPU with interrupts off before the same is done although it does not
-/// halt: an offline processor may wait by other means (MWAIT).
+/// A vCPU that does not halt counts as offline, too, once each look for this long has found it with interrupts off: an
+/// offline processor may wait by other means (MWAIT).
 pub(crate) const MASKED: Duration = Duration::from_secs(10);
 
 /// What has been seen of a vCPU over time.
@@ -32,11 +33,11 @@ pub(crate) struct Seen {
     pub(crate) in_handler: bool,
     /// Since when it has been seen in that handler with MCG_STATUS.MCIP clear.
     pub(crate) leaving_since: Option<Duration>,
-    /// When it was last looked at.
+    /// When its state was last read.
     looked_at: Option<Duration>,
-    /// When it was first called after that.
+    /// When its thread was first called after that.
     pub(crate) called_at: Option<Duration>,
-    /// What it was then.
+    /// How it stood at that look.
     pub(crate) standing: Standing,
     /// When a look has last found it with interrupts on.
     last_on: Option<Duration>,
@@ -44,7 +45,7 @@ pub(crate) struct Seen {
     halted: bool,
     /// Since when each look has found it with interrupts off.
     masked_since: Option<Duration>,
-    /// It has done so for some time.
+    /// Each look for [`MASKED`] has found it with interrupts off.
     pub(crate) stopped: bool,
     /// It took a machine check and left the record in its bank, and has had interrupts off since.
     pub(crate) ignores: bool,
@@ -61,12 +62,12 @@ impl Seen {
         self.masked_since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
     }
 
-    /// It halts with interrupts off, and has for so long that it is not for a lock.
+    /// It has halted with interrupts off for [`HALTED`], longer than a wait for a lock takes.
     pub(crate) fn is_stopped(&self, now: Duration) -> bool {
         self.halted && self.masked_for(now) >= HALTED
     }
 
-    /// Whether it was called so long ago that it will not come for now.
+    /// Whether its thread was called so long ago that it cannot be expected to answer soon.
     pub(crate) fn is_overdue(&self, now: Duration) -> bool {
         self.called_at.is_some_and(|at| now.saturating_sub(at) > STALE)
     }
@@ -77,13 +78,14 @@ impl Seen {
         closed && self.looked_at.is_some_and(|at| now.saturating_sub(at) > STALE)
     }
 
-    /// How good it is for errors that concern no processor, the least the best. Of those that have interrupts off now
-    /// one that was seen with them on lately is no processor that a crash left behind.
+    /// How well it suits errors that concern no particular processor; the smallest rank is the best. Among vCPUs that
+    /// have interrupts off now, one that was seen with them on lately was not left behind by a crash, so it comes
+    /// first.
     pub(crate) fn rank(&self) -> (Standing, Reverse<Option<Duration>>) {
         (self.standing, Reverse(self.last_on.filter(|_| self.standing == Standing::Masked)))
     }
 
-    /// Whether others may be given what it leaves: it takes interrupts, or will.
+    /// Whether records that offline processors left untaken may be told on it: it takes interrupts, or will soon.
     pub(crate) fn goes_on(&self, now: Duration) -> bool {
         match self.standing {
             Standing::Online => true,
@@ -99,7 +101,7 @@ impl Seen {
 
     /// Its state is `state` now.
     pub(crate) fn look(&mut self, state: &McaState, now: Duration) {
-        // What was not looked at for long, as in a pause, was not so all the time.
+        // What held before a long gap without looks (a pause, say) need not have held in between.
         if self.looked_at.is_some_and(|at| now.saturating_sub(at) > STALE) {
             (self.masked_since, self.leaving_since) = (None, None);
         }
@@ -117,7 +119,7 @@ impl Seen {
         } else {
             self.open_since = self.open_since.or(Some(now));
             self.halted = state.halted && !state.interrupts_on;
-            // Nobody halts in a handler: it has been left, and so has one whose guest takes interrupts.
+            // Linux does not halt in a handler, so a vCPU that halts has left it; and so has one that takes interrupts.
             if self.in_handler && !state.mcip() {
                 let since = *self.leaving_since.get_or_insert(now);
                 let left = state.interrupts_on || self.halted;
@@ -141,22 +143,22 @@ impl Seen {
     }
 }
 
-/// How much there is to be expected of a vCPU, from the best on.
+/// How far a vCPU can take part in telling the guest, from the best on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub(crate) enum Standing {
-    /// Its handler is open and it takes interrupts, or nobody has looked yet.
+    /// Its handler is open and it takes interrupts; also the value before the first look.
     #[default]
     Online,
-    /// Its handler is open, and it takes no interrupts now. A processor that a crash kernel left behind spins so for
-    /// ever, once a machine check has woken it out of its HLT.
+    /// Its handler is open, and it takes no interrupts now. A processor that a crash kernel left behind spins like this
+    /// for ever, once a machine check has woken it out of its HLT.
     Masked,
     /// CR4.MCE is clear.
     Closed,
-    /// It waits with interrupts off for what never comes: the guest has taken it offline.
+    /// It has halted with interrupts off for good: the guest has taken it offline.
     Offline,
     /// It waits for its start-up IPI.
     NotStarted,
-    /// It was called and does not come: its thread is held up by something else.
+    /// It was called and its thread does not answer: something else holds it up.
     Held,
     /// It has no thread.
     Absent,

@@ -1,4 +1,4 @@
-//! One vCPU's machine-check architecture as its guest sees it, and the back end that the relay asks for.
+//! One vCPU's machine-check architecture as its guest sees it, and the [`Mca`] back end for it.
 
 use std::io;
 use std::marker::PhantomData;
@@ -19,9 +19,9 @@ const RFLAGS_IF: u64 = 1 << 9;
 #[derive(Debug, Clone)]
 pub struct GuestMca {
     caps: Caps,
-    /// Some of what the guest sees is not KVM's.
+    /// Some registers that the guest sees are not KVM's: the VMM answers for them.
     shown_by_us: bool,
-    /// MCG_EXT_CTL, where it is ours.
+    /// MCG_EXT_CTL, where the VMM keeps it.
     mcg_ext_ctl: u64,
 }
 
@@ -46,13 +46,14 @@ impl GuestMca {
         Self { caps, shown_by_us, mcg_ext_ctl: 0 }
     }
 
-    /// What the guest is shown.
+    /// The machine-check architecture that the guest is shown.
     #[must_use]
     pub fn caps(&self) -> Caps {
         self.caps
     }
 
-    /// The guest reads MSR `index`: its value, or `None` for one that is not ours (#GP).
+    /// The guest reads MSR `index`: returns its value, or `None` for a register that is not kept here; the VMM then
+    /// raises #GP. Call it on KVM_EXIT_X86_RDMSR.
     #[must_use]
     pub fn read_msr(&self, index: u32) -> Option<u64> {
         let lmce = self.caps.has(cap::LMCE_P);
@@ -66,13 +67,14 @@ impl GuestMca {
         }
     }
 
-    /// Whether `index` is one of the registers in which a guest looks for deferred errors that are not
-    /// in their bank. Ours always are, so these hold nothing, and there is nothing to clear.
+    /// Whether `index` is one of the registers in which a guest looks for deferred errors that are not in their bank.
+    /// The relay always puts them into the bank, so these registers are empty, and a write has nothing to clear.
     fn has_deferred_msr(&self, index: u32) -> bool {
         self.caps.vendor == Vendor::Amd && is_deferred_msr(index, self.caps.banks())
     }
 
-    /// The guest writes `value` to MSR `index`: false when that is not allowed (#GP).
+    /// The guest writes `value` to MSR `index`: returns false when that is not allowed; the VMM then raises #GP. Call
+    /// it on KVM_EXIT_X86_WRMSR.
     pub fn write_msr(&mut self, index: u32, value: u64) -> bool {
         if self.has_deferred_msr(index) {
             return true;
@@ -86,7 +88,7 @@ impl GuestMca {
         allowed
     }
 
-    /// What KVM has of it.
+    /// The capabilities of which KVM keeps the registers.
     fn in_kvm(&self) -> Caps {
         let mut caps = self.caps;
         if self.shown_by_us {
@@ -95,7 +97,7 @@ impl GuestMca {
         caps
     }
 
-    /// The MSRs to be read (KVM_GET_MSRS) for [`Self::state`].
+    /// The MSRs to read (KVM_GET_MSRS) for [`Self::state`], in this order.
     #[must_use]
     pub fn state_msrs(&self) -> Vec<u32> {
         self.in_kvm().state_msrs()
@@ -127,8 +129,9 @@ impl GuestMca {
     }
 }
 
-/// A vCPU and what its guest was shown, for one visit of the relay. Its calls are KVM_GET_REGS, KVM_GET_MP_STATE,
-/// KVM_GET_MSRS, KVM_GET_VCPU_EVENTS, KVM_GET_SREGS, KVM_X86_SET_MCE and KVM_SET_MSRS.
+/// A vCPU and what its guest was shown, for one call of [`VcpuPort::before_run`](crate::VcpuPort::before_run). Its
+/// system calls are KVM_GET_REGS, KVM_GET_MP_STATE, KVM_GET_MSRS, KVM_GET_VCPU_EVENTS, KVM_GET_SREGS, KVM_X86_SET_MCE
+/// and KVM_SET_MSRS.
 #[derive(Debug)]
 pub struct VcpuMca<'a> {
     guest: &'a GuestMca,
@@ -140,8 +143,8 @@ pub struct VcpuMca<'a> {
 impl Mca for VcpuMca<'_> {
     fn state(&mut self) -> io::Result<McaState> {
         let vcpu = &self.vcpu;
-        // First, as KVM takes an INIT that is on its way in KVM_GET_MP_STATE, and what is read before would be of a vCPU
-        // that is another one after it. One that takes interrupts does not halt for good.
+        // First: KVM_GET_MP_STATE makes KVM apply a pending INIT, and registers that were read before it would be those
+        // of before the INIT. A vCPU that takes interrupts does not halt for good, so it need not be asked.
         let mp_state = match ioctl::get_regs(vcpu)?.rflags & RFLAGS_IF != 0 {
             true => None,
             false => Some(ioctl::get_mp_state(vcpu)?),
@@ -149,7 +152,8 @@ impl Mca for VcpuMca<'_> {
         let msrs = ioctl::read_msrs(vcpu, &self.guest.state_msrs()).map_err(|(_, error)| error)?;
         let (events, regs) = (ioctl::get_vcpu_events(vcpu)?, ioctl::get_regs(vcpu)?);
         let cr4 = ioctl::get_sregs(vcpu)?.cr4;
-        // INIT clears CR4 (SDM vol. 3, table 9-1), so a vCPU with CR4.MCE does not wait, and a call is saved.
+        // INIT clears CR4 (SDM vol. 3, table 9-1), so a vCPU with CR4.MCE set does not wait for SIPI, and one call is
+        // saved.
         let mp_state = match mp_state {
             None if cr4 & CR4_MCE == 0 => Some(ioctl::get_mp_state(vcpu)?),
             known => known,

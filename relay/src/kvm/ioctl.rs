@@ -1,5 +1,5 @@
-//! The calls of KVM that are made here. Each is made on a descriptor of the caller's: on one that is not of that kind
-//! KVM, or whoever has the descriptor, refuses it.
+//! The KVM ioctls that the component makes, each on a descriptor that the caller passes. On a descriptor of another
+//! kind KVM, or the driver it belongs to, fails the call.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -27,7 +27,7 @@ const GET_VCPU_EVENTS: libc::Ioctl = libc::_IOR::<kvm_vcpu_events>(KVMIO, 0x9f);
 const ENABLE_CAP: libc::Ioctl = libc::_IOW::<kvm_enable_cap>(KVMIO, 0xa3);
 const X86_SET_MSR_FILTER: libc::Ioctl = libc::_IOW::<kvm_msr_filter>(KVMIO, 0xc6);
 
-/// More MSRs than a look at a vCPU reads: MCG_STATUS, MCG_CTL, MCG_EXT_CTL and two of each bank.
+/// As many MSRs as reading a vCPU's state takes at most: MCG_STATUS, MCG_CTL, MCG_EXT_CTL and two of each bank.
 const MOST_MSRS: usize = 3 + 2 * MAX_BANKS;
 
 /// `struct kvm_msrs` with its entries.
@@ -41,7 +41,7 @@ fn checked(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// A call whose argument is a number.
+/// An ioctl whose argument is a number.
 fn by_value(
     fd: &impl AsRawFd,
     request: libc::Ioctl,
@@ -51,13 +51,13 @@ fn by_value(
     checked(unsafe { libc::ioctl(fd.as_raw_fd(), request, value) })
 }
 
-/// A call that reads a `T` of ours.
+/// An ioctl that reads a `T`.
 fn with_ref<T>(fd: &impl AsRawFd, request: libc::Ioctl, value: &T) -> io::Result<libc::c_int> {
     // SAFETY: `request` has the size of `T` in it, and the kernel reads no more from the reference.
     checked(unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_ref(value)) })
 }
 
-/// A call that fills a `T`.
+/// An ioctl that fills a `T`.
 fn filled<T: Default>(fd: &impl AsRawFd, request: libc::Ioctl) -> io::Result<T> {
     let mut value = T::default();
     // SAFETY: `request` has the size of `T` in it, and the kernel writes no more to the reference. Every `T` here is
@@ -70,7 +70,7 @@ pub(super) fn check_extension(fd: &impl AsRawFd, extension: u32) -> io::Result<l
     by_value(fd, CHECK_EXTENSION, extension.into())
 }
 
-/// A VM of its own, for a try.
+/// A throw-away VM, to try on it what KVM makes of a setup.
 pub(super) fn create_vm(kvm: &impl AsRawFd) -> io::Result<std::os::fd::OwnedFd> {
     owned(by_value(kvm, CREATE_VM, 0)?)
 }
@@ -119,7 +119,7 @@ pub(super) fn supported_mce(kvm: &impl AsRawFd) -> io::Result<u64> {
     filled(kvm, X86_GET_MCE_CAP_SUPPORTED)
 }
 
-/// `KVM_X86_SET_MCE`, as bare as it is: a return of `Ok` says only that KVM took the call.
+/// `KVM_X86_SET_MCE` without any check: `Ok` says only that KVM took the call, not that the guest was told.
 ///
 /// # Errors
 /// EINVAL for a bank the vCPU does not have or a record without VAL.
@@ -154,7 +154,7 @@ pub(super) fn read_msrs(
     // SAFETY: the kernel reads and writes as many entries as the header says, and the buffer has them.
     let read = checked(unsafe { libc::ioctl(vcpu.as_raw_fd(), GET_MSRS, &raw mut msrs) })
         .map_err(|error| (first, error))?;
-    // KVM stops at the first one that it does not know, and says how far it came.
+    // KVM stops at the first one that it does not know, and returns how many it read.
     match indices.get(usize::try_from(read).unwrap_or_default()) {
         Some(index) => Err((*index, io::Error::from_raw_os_error(libc::EINVAL))),
         None => Ok(msrs.entries[..indices.len()].iter().map(|entry| entry.data).collect()),

@@ -5,13 +5,13 @@
 //! things are not obvious:
 //!
 //! * Without `KVM_X86_SETUP_MCE` every MCi_CTL is 0, and KVM swallows uncorrected errors.
-//! * KVM drops capability bits without a word (SER_P on AMD hosts). What MCG_CAP reads back as is what KVM has; a
-//!   guest that is to be shown more, because its CPUID is of another vendor than the host's processor, gets those reads
-//!   answered by the VMM ([`GuestMca::read_msr`]).
+//! * KVM drops capability bits silently (SER_P on AMD hosts). MCG_CAP as read back is what KVM has. A guest may have to
+//!   be shown more, because its CPUID names another vendor than the host's processor: the VMM answers those reads
+//!   ([`GuestMca::read_msr`]).
 //! * Linux guests from about 6.19 use the deferred-error registers of an AMD processor's scalable MCA whether the
-//!   processor has that or not, and panic if it does not. KVM does not have them, so they are the VMM's, too.
+//!   processor has it or not, and panic without it. KVM does not have them, so the VMM answers for them, too.
 //! * `KVM_X86_SET_MCE` returns 0 for errors that it ignores and for errors that it turns into a triple fault. The relay
-//!   asks for it only when the state says that neither will happen, and reads back afterwards.
+//!   calls it only when the vCPU's state rules out both, and reads back afterwards.
 //!
 //! In this order: [`MceSetup::new`] before the relay is started, as it says what the guest will have
 //! ([`MceSetup::caps`]); [`show_in_cpuid`](MceSetup::show_in_cpuid) on each CPUID leaf; [`MceSetup::prepare_vm`] once,

@@ -1,4 +1,4 @@
-//! The machine-check architecture that a guest is given.
+//! Sets up the machine-check architecture that a guest is given.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -33,10 +33,10 @@ pub enum MceError {
         #[source]
         source: io::Error,
     },
-    /// What KVM makes of a setup could not be tried.
+    /// No vCPU could be made on which to try the setup.
     #[error("cannot make a vCPU to try machine checks on")]
     Probe(#[source] io::Error),
-    /// The registers that KVM does not have cannot be shown.
+    /// Registers that KVM does not have cannot be shown to the guest.
     #[error(
         "cannot show this guest its machine-check registers: KVM does not send MSR accesses to user space \
          (KVM_CAP_X86_USER_SPACE_MSR, Linux 5.10)"
@@ -65,7 +65,8 @@ pub fn supported(kvm: &impl AsRawFd) -> Result<u64, MceError> {
     }
 }
 
-/// What MCG_CAP reads back as on this host after `asked` was set up, tried on a vCPU that is made for it and thrown away.
+/// What MCG_CAP reads back as on this host after `asked` was set up. Tried on a vCPU that is made for it and thrown
+/// away.
 ///
 /// # Errors
 /// See [`MceError`].
@@ -81,19 +82,20 @@ fn setup_mce(vcpu: &impl AsRawFd, mcg_cap: u64) -> Result<(), MceError> {
     ioctl::setup_mce(vcpu, mcg_cap).map_err(|source| MceError::Setup { mcg_cap, source })
 }
 
-/// The MSRs whose accesses have to come to user space for a guest that is shown more than KVM
-/// has: see [`GuestMca::read_msr`].
+/// The MSRs whose accesses have to come to user space for a guest that is shown more than KVM has: see
+/// [`GuestMca::read_msr`].
 const SHOWN_MSRS: [u32; 3] = [msr::FEAT_CTL, msr::MCG_CAP, msr::MCG_EXT_CTL];
 
 /// MSRs of which some accesses, reads and writes, have to come to user space (KVM_X86_SET_MSR_FILTER), for a VMM that
 /// has a filter of its own.
 #[derive(Debug, Clone, Copy)]
 pub struct MsrRange {
-    /// The first.
+    /// Number of the first MSR.
     pub base: u32,
-    /// How many.
+    /// How many MSRs.
     pub count: u32,
-    /// A bit for each: clear where the access comes to user space. As long as KVM reads it, in units of eight bytes.
+    /// One bit for each MSR, the lowest first: clear where the access comes to user space. Its length is a multiple of
+    /// eight bytes, as KVM reads it in such units.
     pub bitmap: &'static [u8],
 }
 
@@ -101,9 +103,9 @@ pub struct MsrRange {
 #[derive(Debug, Clone, Copy)]
 pub struct MceSetup {
     caps: Caps,
-    /// What KVM is asked for: what the guest is shown, as far as KVM says it supports it.
+    /// What KVM is asked for: what the guest is shown, less what KVM says it does not support.
     asked: u64,
-    /// Some of what the guest sees is not KVM's: [`SHOWN_MSRS`] are the VMM's.
+    /// Some registers that the guest sees are not KVM's: the VMM answers for [`SHOWN_MSRS`].
     shown_by_us: bool,
 }
 
@@ -116,10 +118,11 @@ const CPUID_8000_0007_EBX_SUCCOR: u32 = 1 << 1;
 const CPUID_8000_0007_EBX_SCALABLE_MCA: u32 = 1 << 3;
 
 impl MceSetup {
-    /// Ten banks and what belongs to `vendor`, which the guest's CPUID names: for Intel software error recovery, and
-    /// local machine checks if `lmce`; for AMD containment (`succor`, which its CPUID must show).
+    /// Ten banks, and what `vendor` has, which the guest's CPUID names: for Intel software error recovery, and local
+    /// machine checks if `lmce`; for AMD containment (`succor`, which its CPUID must show).
     ///
-    /// What KVM, `/dev/kvm`, makes of that is tried on a vCPU that is made for it and thrown away.
+    /// What KVM (the descriptor of `/dev/kvm`) makes of it is tried on a vCPU that is made for it and thrown away. Call
+    /// it before the relay is started.
     ///
     /// # Errors
     /// See [`MceError`].
@@ -140,15 +143,17 @@ impl MceSetup {
         Ok(Self { caps: Caps { vendor, mcg_cap: wanted, succor }, asked, shown_by_us })
     }
 
-    /// What the guest is shown: for [`Relay::builder`](crate::Relay::builder).
+    /// The machine-check architecture that the guest is shown: for
+    /// [`RelayBuilder::machine_checks`](crate::RelayBuilder::machine_checks).
     #[must_use]
     pub fn caps(&self) -> Caps {
         self.caps
     }
 
-    /// Sets and clears in a CPUID leaf, `[eax, ebx, ecx, edx]` of `function`, what the guest has to see of its machine
-    /// checks. Leaves that say nothing of them stay as they are. An AMD-style guest has to have leaf 8000_0007, and
-    /// 8000_0000 EAX of at least that: without SUCCOR it panics at an AR.
+    /// Sets and clears in the CPUID leaf `function`, whose registers are `[eax, ebx, ecx, edx]`, the bits that describe
+    /// machine checks. Call it for each leaf before KVM_SET_CPUID2; leaves without such bits stay as they are. An
+    /// AMD-style guest needs leaf 8000_0007, and EAX of leaf 8000_0000 at least that: without SUCCOR it panics at an
+    /// AR.
     pub fn show_in_cpuid(&self, function: u32, registers: &mut [u32; 4]) {
         let [_, ebx, _, edx] = registers;
         match function {
@@ -163,7 +168,7 @@ impl MceSetup {
         }
     }
 
-    /// The MSRs whose accesses the VMM answers by [`GuestMca`].
+    /// The MSRs whose accesses the VMM has to answer by [`GuestMca`], for a VMM with an MSR filter of its own.
     #[must_use]
     pub fn shown_msrs(&self) -> Vec<MsrRange> {
         let mut ours = Vec::new();
@@ -177,14 +182,14 @@ impl MceSetup {
         ours
     }
 
-    /// Has accesses to [`Self::shown_msrs`] sent to user space, if there are any. It sets the VM's MSR filter: a VMM that
-    /// has one puts those ranges into it instead.
+    /// Has KVM send accesses to [`Self::shown_msrs`] to user space, if there are any. Call it once for each VM. It sets
+    /// the VM's MSR filter: a VMM that has one puts those ranges into it instead.
     ///
-    /// An AMD guest that KVM gives everything else to does without, where KVM cannot do that: only
-    /// newer guest kernels need it, and only when they find a deferred error.
+    /// Where KVM cannot do that, an AMD guest to which KVM gives everything else goes without these registers: only
+    /// newer guest kernels read them, and only when they find a deferred error.
     ///
     /// # Errors
-    /// KVM cannot do that (Linux 5.10 can).
+    /// The guest needs it and KVM cannot do it (before Linux 5.10).
     pub fn prepare_vm(&self, vm: &impl AsRawFd) -> Result<(), MceError> {
         let ours = self.shown_msrs();
         if ours.is_empty() {
@@ -202,7 +207,7 @@ impl MceSetup {
         }
     }
 
-    /// Sets up `vcpu`, after its CPUID.
+    /// Sets up `vcpu`. Call it for each vCPU, after KVM_SET_CPUID2 and before it runs.
     ///
     /// # Errors
     /// See [`MceError`].
@@ -217,7 +222,7 @@ impl MceSetup {
     }
 }
 
-/// Has the accesses of `vm`'s guest to what `ranges` say sent to user space.
+/// Has KVM send the guest's accesses to `ranges` to user space.
 fn send_to_user_space(vm: &impl AsRawFd, ranges: &[MsrRange]) -> io::Result<()> {
     let exits = kvm_enable_cap {
         cap: KVM_CAP_X86_USER_SPACE_MSR,

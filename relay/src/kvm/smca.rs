@@ -21,13 +21,13 @@ pub(super) fn is_deferred_msr(index: u32, banks: u8) -> bool {
         && [SMCA_DESTAT, SMCA_DEADDR].contains(&(offset % SMCA_BANK_MSRS))
 }
 
-/// Bits of a filter range, a set one for each MSR that is KVM's own business and a clear one for each
-/// that goes to user space. KVM reads them in units of eight bytes, whatever the number of MSRs
+/// Bits of a filter range: set for an MSR that KVM handles, clear for one whose accesses go to user space. KVM reads
+/// them in units of eight bytes, whatever the number of MSRs
 /// (`kvm_add_msr_filter` in arch/x86/kvm/x86.c).
 type FilterBits = [u8; MAX_BANKS * SMCA_BANK_MSRS as usize / 8];
 /// Everything goes to user space.
 pub(super) static ALL: FilterBits = [0; size_of::<FilterBits>()];
-/// Of every bank's registers MCA_DESTAT and MCA_DEADDR do.
+/// Accesses to MCA_DESTAT and MCA_DEADDR of every bank go to user space.
 pub(super) static DEFERRED: FilterBits = deferred_bits();
 
 const fn deferred_bits() -> FilterBits {

@@ -12,11 +12,11 @@ use crate::types::{FoundBy, Rescued, State};
 pub use page::{Page, Predicted, Times};
 use table::Table;
 
-/// So many pages that are bad no longer are kept, the latest; those before are only counted.
+/// How many pages that are no longer bad are kept: the latest. Earlier ones are only counted.
 pub const PAST: usize = 65_536;
 
-/// Good memory was put in the place of a bad page that the guest has not been told of: what it had there is gone
-/// without its knowing.
+/// A bad page cannot be replaced by good memory yet: the guest has not been told of it, and would lose its contents
+/// without knowing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the guest has not been told that GPA {gpa:#x} is bad; it has to be, before it may use other memory there"
@@ -30,16 +30,16 @@ pub struct Untold {
 #[derive(Debug, Clone, Default)]
 pub struct Ledger {
     pages: Table,
-    /// What was bad once, in the order in which it ended.
+    /// Pages that are no longer bad, in the order in which they ceased to be.
     past: VecDeque<Page>,
-    /// Those of [`Self::past`] that are no longer kept.
+    /// How many pages were dropped from the front of [`Self::past`].
     past_dropped: u64,
     predicted: BTreeMap<u64, Predicted>,
     rescued: Vec<Rescued>,
 }
 
 impl Ledger {
-    /// Enters the page at `gpa`. True when it was not known.
+    /// Enters the page at `gpa`. Returns true when it was not known.
     pub fn enter(
         &mut self,
         gpa: u64,
@@ -64,7 +64,7 @@ impl Ledger {
             predicted.times.note(&before, &predicted.state, now);
         }
         if page.is_forged() && found_by != FoundBy::Forged {
-            // It really went bad.
+            // A page that was only forged before has really gone bad.
             page.found_by = found_by;
         }
         if matches!(found_by, FoundBy::Signal | FoundBy::Forged) {
@@ -75,12 +75,12 @@ impl Ledger {
         new
     }
 
-    /// Sets what became of the page at `gpa`. True when that is news.
+    /// Sets the state of the page at `gpa`. Returns true when that changes it.
     pub fn set(&mut self, gpa: u64, state: State, now: SystemTime) -> bool {
         self.change(gpa, state, now).is_some_and(|(_, news)| news)
     }
 
-    /// The same; the page as it was, and whether it is news.
+    /// As [`Self::set`]; returns the page as it was, and whether its state changed.
     pub(crate) fn change(
         &mut self,
         gpa: u64,
@@ -88,7 +88,7 @@ impl Ledger {
         now: SystemTime,
     ) -> Option<(Page, bool)> {
         let before = self.pages.get(gpa)?;
-        // What still comes of a record about a page that is no longer there is no news.
+        // A late report about a page that is no longer part of the guest's memory changes nothing.
         let news = before.state != state && before.state != State::Removed;
         if news {
             let mut page = before.clone();
@@ -123,8 +123,8 @@ impl Ledger {
         true
     }
 
-    /// Sets what became of telling the guest that the page at `gpa` is predicted to fail. True when
-    /// that is news.
+    /// Sets how far telling the guest has come that the page at `gpa` is predicted to fail. Returns true when that
+    /// changes it.
     pub fn set_predicted(&mut self, gpa: u64, state: State, now: SystemTime) -> bool {
         let Some(page) = self.predicted.get_mut(&gpa).filter(|page| page.state != state) else {
             return false;
@@ -134,8 +134,9 @@ impl Ledger {
         true
     }
 
-    /// The guest starts over and has good memory at `gpa`: the page is no longer bad, and its entry goes to
-    /// [`Self::past`]. False when it was not bad. For a guest that goes on there is [`Self::replace`].
+    /// The guest starts over and has good memory at `gpa`: the page is no longer bad, and its entry moves to
+    /// [`Self::past`]. Returns false when it was not bad. Call it between two boots; for a guest that keeps running
+    /// there is [`Self::replace`].
     pub fn heal(&mut self, gpa: u64, now: SystemTime) -> bool {
         let Some(mut page) = self.pages.remove(gpa) else { return false };
         if page.state != State::Removed {
@@ -150,12 +151,12 @@ impl Ledger {
         true
     }
 
-    /// A guest that goes on (restored from a snapshot, say, into fresh memory) has good memory at `gpa`, and has been
-    /// told that what it had there is gone. False when the page was not bad.
+    /// A guest that keeps running (restored from a snapshot into fresh memory, say) has good memory at `gpa`, and has
+    /// been told that the page's contents are lost. Returns false when the page was not bad.
     ///
     /// # Errors
-    /// It has not been told. The page stays in the ledger, and the relay that is given it will tell; until then
-    /// whatever touches the page has to fail (UFFDIO_POISON, say).
+    /// The guest has not been told. The page stays in the ledger, and the relay that is started with this ledger tells
+    /// the guest; until then every access to the page has to fail (by UFFDIO_POISON, say).
     pub fn replace(&mut self, gpa: u64, now: SystemTime) -> Result<bool, Untold> {
         match self.state_of(gpa) {
             Some(State::Acknowledged { .. } | State::Removed | State::Healed) => {
@@ -166,23 +167,23 @@ impl Ledger {
         }
     }
 
-    /// The guest starts over, and whatever was predicted was of memory that it has no longer.
+    /// Drops all predictions: the guest starts over in other memory. Call it between two boots.
     pub fn forget_predictions(&mut self) {
         self.predicted.clear();
     }
 
-    /// What was predicted of memory in `gpas` does not matter any more: it is not the guest's.
+    /// Drops the predictions for `gpas`, which are no longer the guest's memory.
     pub(crate) fn unpredict(&mut self, gpas: Range<u64>) {
         self.predicted.retain(|gpa, _| !gpas.contains(gpa));
     }
 
-    /// The pages that were bad and are so no longer, in the order in which they were healed, or
-    /// removed and put back: the last 65,536 of them.
+    /// The pages that were bad and no longer are, in the order in which they were healed, or removed and put back: the
+    /// last 65,536 of them.
     pub fn past(&self) -> impl ExactSizeIterator<Item = &Page> {
         self.past.iter()
     }
 
-    /// How many pages were bad before those of [`Self::past`].
+    /// How many pages dropped out of [`Self::past`] because newer ones took their place.
     pub fn past_dropped(&self) -> u64 {
         self.past_dropped
     }
@@ -204,7 +205,7 @@ impl Ledger {
         self.predicted.values()
     }
 
-    /// Those in `gpas`.
+    /// The predicted pages in `gpas`.
     pub fn predicted_within(&self, gpas: Range<u64>) -> impl Iterator<Item = &Predicted> {
         self.predicted.range(gpas).map(|(_, page)| page)
     }

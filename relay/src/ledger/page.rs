@@ -27,37 +27,37 @@ pub struct Page {
     /// What became of it.
     #[cfg_attr(feature = "serde", serde(flatten))]
     pub state: State,
-    /// When it came to each state, last.
+    /// When it last came to each state.
     pub times: Times,
 }
 
 impl Page {
-    /// Whether it is whole: all that is known of it are signals that were forged ([`crate::Handle::forge`]).
+    /// Whether the page is whole: every signal for it was forged ([`crate::Handle::forge`]).
     #[must_use]
     pub fn is_forged(&self) -> bool {
         self.found_by == FoundBy::Forged
     }
 }
 
-/// When a page came to each state, the last time; `None` where it never did.
+/// When a page last came to each state; `None` where it never did.
 ///
-/// [`Self::waiting_since`] says how long one has waited that waits.
+/// [`Self::waiting_since`] says since when a page has waited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Times {
     /// It became known.
     #[cfg_attr(feature = "serde", serde(with = "unix_time"))]
     pub seen: SystemTime,
-    /// It began to wait, for whatever it was then.
+    /// It began to wait, whatever it waited for then.
     #[cfg_attr(feature = "serde", serde(with = "unix_time_option"))]
     pub waiting: Option<SystemTime>,
-    /// It was injected.
+    /// Its record was put where the guest finds it.
     #[cfg_attr(feature = "serde", serde(with = "unix_time_option"))]
     pub injected: Option<SystemTime>,
     /// The guest was seen to have taken it.
     #[cfg_attr(feature = "serde", serde(with = "unix_time_option"))]
     pub acknowledged: Option<SystemTime>,
-    /// It was found that the guest cannot be told.
+    /// It was found that the guest cannot be told of it.
     #[cfg_attr(feature = "serde", serde(with = "unix_time_option"))]
     pub undeliverable: Option<SystemTime>,
     /// The guest started over with good memory there.
@@ -69,8 +69,8 @@ pub struct Times {
 }
 
 impl Times {
-    /// Since when a page has waited that is [`State::Seen`] or [`State::Waiting`]: since it became known, or,
-    /// where the guest was told before, since it began to wait again.
+    /// Since when a page in [`State::Seen`] or [`State::Waiting`] has waited: since it became known, or, where the
+    /// guest was told before, since it began to wait again.
     #[must_use]
     pub fn waiting_since(&self) -> SystemTime {
         let Self { seen, waiting, injected, acknowledged, undeliverable, .. } = *self;
@@ -94,11 +94,11 @@ impl Times {
         }
     }
 
-    /// It was `before` and is `state`.
+    /// Notes that the page's state changes from `before` to `state`.
     pub(crate) fn note(&mut self, before: &State, state: &State, now: SystemTime) {
         match state {
             State::Seen => self.seen = now,
-            // For something else now: it waits on.
+            // It only waits for something else now: the time does not start anew.
             State::Waiting { .. } if matches!(before, State::Waiting { .. }) => {}
             State::Waiting { .. } => self.waiting = Some(now),
             State::Injected { .. } => self.injected = Some(now),
@@ -117,9 +117,9 @@ pub struct Predicted {
     /// Guest-physical address.
     #[cfg_attr(feature = "serde", serde(with = "hex"))]
     pub gpa: u64,
-    /// What became of telling the guest. What the guest then does with the page only it knows.
+    /// How far telling the guest has come. What the guest then does with the page only the guest knows.
     #[cfg_attr(feature = "serde", serde(flatten))]
     pub state: State,
-    /// When it came to each state, last; `seen` is when it was asked for.
+    /// When it last came to each state; `seen` is when the prediction was made.
     pub times: Times,
 }

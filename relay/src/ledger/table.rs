@@ -1,6 +1,5 @@
-//! The ledger's pages in little memory: some 60 bytes each, where a [`Page`] has 200, so that a million
-//! pages that go bad in a large guest do not become a burden of their own.
-//!
+//! The ledger's pages in little memory: some 60 bytes each, where a [`Page`] has 200. A million pages may go bad in a
+//! large guest.
 //! What a page has in common with its neighbours is kept once a [`Block`], and a time is kept only where
 //! some page of the block has come to that state.
 
@@ -11,8 +10,8 @@ use std::time::{Duration, SystemTime};
 use super::page::{Page, Times};
 use crate::types::{FailureKind, FoundBy, PAGE_SHIFT, State};
 
-/// `log2` of the bytes of guest memory that a block is about, 64 MiB. It has so few pages that one more
-/// is put in its place among them within microseconds, and so many that what it has once does not count.
+/// `log2` of the bytes of guest memory that one block covers, 64 MiB: few enough pages that one more is inserted within
+/// microseconds, and so many that what a block stores once weighs little.
 const BLOCK_SHIFT: u8 = 26;
 const PAGE_BITS: u64 = (1 << (BLOCK_SHIFT - PAGE_SHIFT)) - 1;
 
@@ -31,8 +30,8 @@ struct Block {
     entries: Vec<Entry>,
     /// For each entry when it came to a state; a column is empty while no page has come to its state.
     times: [Vec<Nanos>; STATES],
-    /// What makes a host address of a guest-physical one, by wrapping addition; each is there once. There
-    /// is one for each region that pages of the block are or were in.
+    /// Host address minus guest-physical address, by wrapping subtraction; each value once. There is one for each
+    /// region that pages of the block are or were in.
     offsets: Vec<u64>,
 }
 
@@ -49,10 +48,10 @@ struct Entry {
     found_by: FoundBy,
 }
 
-/// The fields of [`Times`].
+/// How many fields [`Times`] has.
 const STATES: usize = 7;
 
-/// Nanoseconds since 1970, which last until 2554.
+/// Nanoseconds since 1970; 64 bits reach to the year 2554.
 type Nanos = u64;
 const NEVER: Nanos = u64::MAX;
 
@@ -70,7 +69,7 @@ impl Table {
         block.find(page(gpa)).ok().map(|at| block.page(gpa, at))
     }
 
-    /// Puts `page` there, instead of what was there.
+    /// Puts `page` in place of what was stored at its address.
     pub(crate) fn put(&mut self, page: &Page) {
         if self.blocks.entry(block(page.gpa)).or_default().put(page) {
             self.len += 1;
@@ -126,7 +125,7 @@ impl Block {
         Page { gpa, hva, lsb, kind, found_by, signals, state, times: times(nanos) }
     }
 
-    /// True when the page was not there.
+    /// Returns true when the page was not there.
     fn put(&mut self, it: &Page) -> bool {
         let Page { gpa, hva, lsb, kind, found_by, signals, state, times } = *it;
         let offset = self.offset(hva.wrapping_sub(gpa));
@@ -161,7 +160,7 @@ impl Block {
         }
     }
 
-    /// The index of `offset`, which is put there if it is not.
+    /// The index of `offset` in the list, to which it is added if it is new.
     #[allow(clippy::cast_possible_truncation, reason = "a u16 numbers them all")]
     fn offset(&mut self, offset: u64) -> u16 {
         // The last one first: pages come in runs.
@@ -175,7 +174,7 @@ impl Block {
         (self.offsets.len() - 1) as u16
     }
 
-    /// Drops the offsets that no page has any more. There are fewer pages than a u16 can number.
+    /// Drops the offsets that no page uses any more. The rest fits u16, as there are fewer pages than that.
     #[allow(clippy::cast_possible_truncation, reason = "a u16 numbers them all")]
     fn forget_offsets(&mut self) {
         let used: BTreeSet<u16> = self.entries.iter().map(|entry| entry.offset).collect();
@@ -187,7 +186,7 @@ impl Block {
     }
 }
 
-/// Grows by a thirty-second, where `Vec` itself doubles.
+/// Inserts; the list grows by a thirty-second, where `Vec` itself doubles.
 fn insert<T>(list: &mut Vec<T>, at: usize, value: T) {
     if list.len() == list.capacity() {
         list.reserve_exact(list.len() / 32 + 1);

@@ -1,14 +1,14 @@
-//! Reads and writes guest RAM that may be bad, without dying of it.
+//! Reads and writes guest RAM that may be bad, without a SIGBUS that ends the process.
 //!
 //! A load from a poisoned page raises SIGBUS, and is executed again after the handler. The kernel's
 //! own copy between processes (here: between this one and itself) answers with an error instead.
 //!
-//! It matters in which direction it copies. A page may be bad without the kernel's knowing it yet. From a machine
-//! check that such a page raises under a copy, the kernel recovers where the copy's source is a user address (x86:
-//! `EX_TYPE_UACCESS`, arch/x86/kernel/cpu/mce/severity.c); under a copy out of its own mapping of the page, the host
-//! panics. `process_vm_writev` reads its local side by user addresses, and `process_vm_readv` reads the remote side
-//! by the kernel's mapping. So guest memory is the local side of a `process_vm_writev` to this very process when it
-//! is read. It is the remote side when it is written: a store does not consume what is bad.
+//! The direction of the copy matters. A page may be bad before the kernel knows it, and then the copy itself raises a
+//! machine check. The kernel recovers if the copy reads the page by a user address (x86: `EX_TYPE_UACCESS`,
+//! arch/x86/kernel/cpu/mce/severity.c); if it reads the page by its own mapping, the host panics. `process_vm_writev`
+//! reads its local side by user addresses, and `process_vm_readv` reads the remote side by the kernel's mapping. So to
+//! read guest memory it is the local side of a `process_vm_writev` to this very process. To write it, it is the remote
+//! side: a store does not consume bad data.
 
 use std::io;
 
@@ -37,13 +37,14 @@ pub enum AccessError {
     NoMemory {
         /// Guest-physical address of the first byte that could not be reached.
         gpa: u64,
-        /// The kernel's word.
+        /// The kernel's error.
         #[source]
         source: io::Error,
     },
 }
 
-/// Reads guest memory at `gpa` into `to`, up to the first byte that cannot be reached; how many bytes.
+/// Reads guest memory at `gpa` into `to`, up to the first byte that cannot be reached. Returns how many bytes were
+/// read, at least 1 unless `to` is empty.
 ///
 /// # Errors
 /// Not even the first byte could be read.
@@ -52,7 +53,8 @@ pub fn read_ram(ram: &RamMap, gpa: u64, to: &mut [u8]) -> Result<usize, AccessEr
     reached(gpa, hva, read_some(hva, &mut to[..len]))
 }
 
-/// Writes `from` to guest memory at `gpa`, up to the first byte that cannot be reached; how many bytes.
+/// Writes `from` to guest memory at `gpa`, up to the first byte that cannot be reached. Returns how many bytes were
+/// written.
 ///
 /// # Errors
 /// Not even the first byte could be written.
@@ -61,7 +63,7 @@ pub fn write_ram(ram: &RamMap, gpa: u64, from: &[u8]) -> Result<usize, AccessErr
     reached(gpa, hva, write_some(hva, &from[..len]))
 }
 
-/// Where `gpa` is, and how many of `len` bytes from there are in the same region.
+/// The host address of `gpa`, and how many of the `len` bytes from there lie in the same region.
 fn stretch(ram: &RamMap, gpa: u64, len: usize) -> Result<(u64, usize), AccessError> {
     let region = ram.region(gpa).ok_or(AccessError::NotRam { gpa })?;
     let inside = gpa - region.gpa();
@@ -76,7 +78,7 @@ fn reached(gpa: u64, hva: u64, copied: io::Result<usize>) -> Result<usize, Acces
     })
 }
 
-/// Copies what lies at `hva` into `to`.
+/// Copies the bytes at host address `hva` into `to`.
 ///
 /// # Errors
 /// EFAULT where the memory is bad or there is none; part of `to` may have been filled then.
@@ -85,7 +87,7 @@ pub(crate) fn read(hva: u64, to: &mut [u8]) -> io::Result<()> {
     whole(read_some(hva, to)?, len)
 }
 
-/// The same up to the first page that cannot be reached; how many bytes.
+/// As `read`, up to the first page that cannot be reached. Returns how many bytes were read.
 fn read_some(hva: u64, to: &mut [u8]) -> io::Result<usize> {
     let from = libc::iovec { iov_base: hva as *mut libc::c_void, iov_len: to.len() };
     let to = libc::iovec { iov_base: to.as_mut_ptr().cast(), iov_len: to.len() };
@@ -96,23 +98,23 @@ fn read_some(hva: u64, to: &mut [u8]) -> io::Result<usize> {
     usize::try_from(copied).map_err(|_| io::Error::last_os_error())
 }
 
-/// Copies `from` to `hva`.
+/// Copies `from` to host address `hva`.
 ///
 /// # Errors
 /// EFAULT where the memory is bad, read-only or there is none; part may have been written then.
 ///
-/// `hva` is of guest RAM, whose bytes no reference of Rust's leads to (the contract of `RamRegion`), or of
-/// nobody.
+/// `hva` is an address of guest RAM, whose bytes no Rust reference leads to (the contract of `RamRegion`), or nothing
+/// is mapped there.
 pub(crate) fn write(hva: u64, from: &[u8]) -> io::Result<()> {
     whole(write_some(hva, from)?, from.len())
 }
 
-/// The same up to the first page that cannot be reached; how many bytes.
+/// As `write`, up to the first page that cannot be reached. Returns how many bytes were written.
 fn write_some(hva: u64, from: &[u8]) -> io::Result<usize> {
     let local = libc::iovec { iov_base: from.as_ptr().cast_mut().cast(), iov_len: from.len() };
     let remote = libc::iovec { iov_base: hva as *mut libc::c_void, iov_len: from.len() };
-    // SAFETY: the kernel reads `from.len()` bytes at `from` and checks `remote` itself; that nothing
-    // of Rust's is changed there is what `write` asks of its callers.
+    // SAFETY: the kernel reads `from.len()` bytes at `from` and checks `remote` itself; that no Rust reference leads to
+    // the bytes it changes is what `write` asks of its callers.
     let copied = unsafe {
         libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
     };

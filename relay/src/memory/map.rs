@@ -1,8 +1,8 @@
 //! Guest RAM as intervals: host virtual address to every guest-physical address that shows it,
 //! and back.
 //!
-//! One host page may appear in the guest more than once (an alias): a guest that loses the page
-//! loses it at each of those addresses, and has to be told of each. So a lookup gives a list.
+//! One host page may appear in the guest at several guest-physical addresses (aliases). A guest that loses the page
+//! loses it at each of them, and has to be told of each, so a lookup returns a list.
 
 use std::ops::Range;
 
@@ -21,29 +21,28 @@ pub struct RamRegion {
 }
 
 impl RamRegion {
-    /// `len` bytes of this process's memory at `hva` that the guest has at guest-physical `gpa`, in pages of 4 KiB, of
-    /// which the host loses one at a time. All three are multiples of 4 KiB, and `len` is not 0: [`RamMap::new`]
-    /// says so if they are not.
+    /// `len` bytes of this process's memory at host address `hva`, which the guest has at guest-physical `gpa`, in
+    /// pages of 4 KiB, which the host loses one at a time. All three are multiples of 4 KiB, and `len` is not 0;
+    /// [`RamMap::new`] returns an error if they are not.
     ///
     /// # Safety
-    /// Whoever has the region, or a map or relay that was made with it, may write to this memory by a safe call
-    /// ([`Handle::write`](crate::Handle::write), [`read::write_ram`](crate::memory::access::write_ram)), and the relay writes
-    /// the error source's page. So as long as one of them is there, and until
-    /// [`Handle::remove_ram`](crate::Handle::remove_ram) has returned, nothing but guest memory, which the guest may
-    /// change at any time, is mapped at `hva..hva + len`, or nothing at all; no reference of Rust's leads there.
+    /// The owner of the region, or of a map or relay that was made with it, may write to this memory by safe calls
+    /// ([`Handle::write`](crate::Handle::write)), and the relay writes the error source's page. So as long as one of
+    /// them exists, and until [`Handle::remove_ram`](crate::Handle::remove_ram) has returned, `hva..hva + len` maps
+    /// guest memory, which the guest may change at any time, or nothing at all; and no Rust reference leads there.
     #[must_use]
     #[allow(unsafe_code, reason = "a promise about memory")]
     pub const unsafe fn new(hva: u64, gpa: u64, len: u64) -> Self {
         Self::unwritten(hva, gpa, len)
     }
 
-    /// The same of memory that nobody writes by it.
+    /// As [`Self::new`], for memory that is never written by way of the region.
     pub(crate) const fn unwritten(hva: u64, gpa: u64, len: u64) -> Self {
         Self { hva, gpa, len, page_shift: PAGE_SHIFT }
     }
 
-    /// The same in pages of `1 << page_shift` bytes: 12, or 21 or 30 for hugetlb, which the host loses as a whole.
-    /// What is 12 here may be in transparent huge pages: the host splits those.
+    /// The same region in pages of `1 << page_shift` bytes, which the host loses as a whole: 12 (4 KiB), or for hugetlb
+    /// 21 (2 MiB) or 30 (1 GiB). Memory in transparent huge pages has 12: the host splits those.
     #[must_use]
     pub const fn in_pages_of(self, page_shift: u8) -> Self {
         Self { page_shift, ..self }
@@ -68,7 +67,7 @@ impl RamRegion {
         self.len
     }
 
-    /// `log2` of the pages that the host keeps it in.
+    /// `log2` of the size in bytes of the pages that the host loses as a whole: 12, 21 or 30.
     #[must_use]
     pub const fn page_shift(&self) -> u8 {
         self.page_shift
@@ -85,15 +84,16 @@ const HUGETLB_SHIFT: u8 = 21;
 
 #[cfg(feature = "vm-memory")]
 impl RamRegion {
-    /// The regions of `memory`, in the pages that their files are kept in. Of anonymous hugetlb memory nobody can say so:
-    /// it is taken for pages of 2 MiB, and [`Self::in_pages_of`] says otherwise. Memory that the VMM maps and gives the
-    /// guest beside `memory` (a slot of its own) is to be added by [`Self::new`].
+    /// The regions of `memory`, in the page sizes of the files behind them. The page size of anonymous hugetlb memory
+    /// cannot be found out: it is taken for 2 MiB, and the caller corrects it by [`Self::in_pages_of`]. Memory that the
+    /// VMM gives the guest beside `memory` (in a memory slot of its own) has to be added by [`Self::new`].
     ///
     /// # Errors
     /// A region is not mapped by this process.
     ///
     /// # Safety
-    /// As for [`Self::new`]: the memory stays mapped, or nothing takes its place, as long as somebody has the regions.
+    /// As for [`Self::new`]: the memory stays mapped, or nothing takes its place, as long as one of the regions is in
+    /// use.
     #[allow(unsafe_code, reason = "a promise about memory")]
     pub unsafe fn all_of(
         memory: &impl vm_memory::GuestMemoryBackend,
@@ -130,7 +130,7 @@ pub enum RamError {
     /// Two regions claim the same guest-physical address.
     #[error("guest RAM regions at GPA {:#x} and GPA {:#x} overlap", .0.gpa, .1.gpa)]
     Overlap(RamRegion, RamRegion),
-    /// The ACPI error source would lose its page, and records be written into what comes after it.
+    /// The region holds the ACPI error source's page, which the relay writes as long as it runs.
     #[error("the region at GPA {gpa:#x} holds the error source's page, GPA {page:#x}, and stays")]
     Source {
         /// Guest-physical address of the region.
@@ -138,7 +138,7 @@ pub enum RamError {
         /// Guest-physical address of the page.
         page: u64,
     },
-    /// There is no such region to be taken away.
+    /// No region begins at this address, so none can be removed.
     #[error("there is no region of guest RAM that begins at GPA {gpa:#x}")]
     NoRegion {
         /// Guest-physical address as it was given.
@@ -146,7 +146,7 @@ pub enum RamError {
     },
 }
 
-/// A stretch of host addresses over which the set of regions that show it does not change.
+/// A range of host addresses that the same regions show throughout.
 #[derive(Debug)]
 struct Segment {
     hva: Range<u64>,
@@ -163,7 +163,7 @@ struct Segment {
 /// The guest-physical addresses that show a byte, ascending: see [`RamMap::gpas`].
 #[derive(Debug, Clone)]
 struct Gpas<'a> {
-    /// The next one. Beside the others, because it nearly always is the only one.
+    /// The next one, kept apart from the others because it is nearly always the only one.
     next: Option<u64>,
     /// Those after it, less `offset`.
     aliases: &'a [u64],
@@ -193,7 +193,7 @@ impl ExactSizeIterator for Gpas<'_> {}
 #[derive(Debug)]
 pub struct RamMap {
     segments: Vec<Segment>,
-    /// Where each segment ends. A search touches nothing else.
+    /// Where each segment ends: a list of its own, so that a search touches no other memory.
     ends: Vec<u64>,
     aliases: Vec<u64>,
     by_gpa: Vec<RamRegion>,
@@ -265,7 +265,7 @@ impl RamMap {
         Self { segments, ends, aliases, by_gpa, stand_ins }
     }
 
-    /// The same with one region more, as when memory is plugged in.
+    /// The same with one region more, as after plugging memory in.
     ///
     /// # Errors
     /// See [`RamError`].
@@ -287,7 +287,7 @@ impl RamMap {
         self.segment(hva).is_some_and(|segment| segment.is_stand_in)
     }
 
-    /// The same without the region that begins at guest-physical `gpa`, and that region.
+    /// The same without the region that begins at guest-physical `gpa`; returns the new map and that region.
     ///
     /// # Errors
     /// There is none.
@@ -306,7 +306,7 @@ impl RamMap {
         self.segments.get(at).filter(|segment| segment.hva.start <= hva)
     }
 
-    /// The addresses that show what is `offset` bytes behind the first one of `segment`.
+    /// The guest-physical addresses of the byte `offset` bytes behind the start of `segment`.
     #[inline]
     fn gpas_of(&self, segment: &Segment, offset: u64) -> Gpas<'_> {
         let aliases = &self.aliases[segment.aliases.clone()];
@@ -323,8 +323,8 @@ impl RamMap {
         }
     }
 
-    /// `log2` of what is gone when `hva` is and a signal says `lsb`. The mapping is asked as well as
-    /// the signal: KVM_RUN always says 12, and a huge page is lost as a whole all the same.
+    /// `log2` of the bytes that are lost when `hva` is and its signal says `lsb`. The mapping's page size counts as
+    /// well as the signal's: signals from KVM_RUN always say 12, even if a huge page is lost as a whole.
     pub fn extent(&self, hva: u64, lsb: u8) -> u8 {
         let mapped = self.page_shift(hva);
         if self.is_stand_in(hva) {
@@ -335,7 +335,7 @@ impl RamMap {
         if lsb < 64 { lsb.max(mapped) } else { mapped }
     }
 
-    /// `log2` of the pages that `hva` is mapped in: [`RamRegion::page_shift`] of its region.
+    /// [`RamRegion::page_shift`] of the region at `hva`.
     pub(crate) fn page_shift(&self, hva: u64) -> u8 {
         self.segment(hva).map_or(PAGE_SHIFT, |segment| segment.page_shift)
     }
@@ -351,8 +351,8 @@ impl RamMap {
         self.by_gpa.get(at).filter(|region| region.gpa <= gpa)
     }
 
-    /// The (HVA, GPA) of every 4 KiB page of guest RAM in the extent that is gone when `hva` is and a
-    /// signal says `lsb` (see [`Self::extent`]); the extent is clipped to guest RAM.
+    /// The (HVA, GPA) of every 4 KiB page of guest RAM in the extent that is lost when `hva` is and its signal says
+    /// `lsb` (see [`Self::extent`]); the extent is clipped to guest RAM.
     pub fn pages(&self, hva: u64, lsb: u8) -> Vec<(u64, u64)> {
         let size = 1u64 << self.extent(hva, lsb);
         let start = hva & !(size - 1);

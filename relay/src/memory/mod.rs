@@ -1,4 +1,4 @@
-//! Guest RAM: where it is, how it is read when it may be bad, and how bad pages of it are found.
+//! Guest RAM: where it is, how it is read although it may be bad, and how its bad pages are found.
 
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod access;

@@ -1,4 +1,4 @@
-//! What pages a file keeps its memory in.
+//! The size of the pages in which a file's memory is kept.
 
 use std::fs::File;
 use std::mem::MaybeUninit;
@@ -6,7 +6,8 @@ use std::os::fd::AsRawFd;
 
 use crate::types::PAGE_SHIFT;
 
-/// `log2` of the pages that `file` has as a whole: those of hugetlbfs, or 12. Transparent huge pages are split.
+/// `log2` of the bytes that the host loses as a whole in `file`: those of a page of hugetlbfs, else 12, as transparent
+/// huge pages are split.
 pub(crate) fn page_shift(file: &File) -> u8 {
     let mut of = MaybeUninit::<libc::statfs>::uninit();
     // SAFETY: the kernel fills one statfs.
@@ -18,7 +19,7 @@ pub(crate) fn page_shift(file: &File) -> u8 {
     if of.f_type != libc::HUGETLBFS_MAGIC {
         return PAGE_SHIFT;
     }
-    // A block of hugetlbfs is a page.
+    // hugetlbfs reports its page size as the block size.
     u64::try_from(of.f_bsize)
         .map_or(PAGE_SHIFT, |size| size.max(1).ilog2().try_into().unwrap_or(PAGE_SHIFT))
 }

@@ -7,12 +7,12 @@
 //!
 //! A scan has two steps. The page tables are asked for entries that are neither empty nor present
 //! ([`Method`]); such a candidate may be poison, but also swap, a page under migration or a marker
-//! of userfaultfd. Each candidate is then asked about by madvise(MADV_POPULATE_READ), which answers
-//! EHWPOISON for poison and for nothing else, and raises no signal. It would also fill a hole, or
-//! bring in what is swapped out. So it is asked only where mincore(2) finds memory, as it does behind
-//! each hwpoison entry; and behind markers if this process has nothing swapped out.
+//! of userfaultfd. madvise(MADV_POPULATE_READ) on each candidate then answers EHWPOISON for poison and for nothing
+//! else, and raises no signal. It would also allocate memory for a hole, or bring in what is swapped out. So it is
+//! called only where mincore(2) finds memory, as it does behind each hwpoison entry; and behind markers if this process
+//! has nothing swapped out.
 //!
-//! What a scan does not find; whoever touches the page gets an AR:
+//! What a scan does not find (a vCPU or thread that touches such a page gets an AR):
 //! - A page that this process has not mapped, such as one that lies in the memfd's page cache only,
 //!   and an anonymous page that failed while it was in the swap cache: neither has a hwpoison entry.
 //! - Before Linux 6.7, a page of hugetlbfs: /proc/self/pagemap shows nothing there.
@@ -33,10 +33,9 @@ use crate::types::{PAGE_SHIFT, PAGE_SIZE};
 
 /// [`PAGE_SIZE`] as a length of memory in this process.
 const PAGE_LEN: usize = 1 << PAGE_SHIFT;
-/// Bytes that one look at the page tables covers: the kernel keeps whoever changes mappings
-/// waiting for as long.
+/// Bytes that one look at the page tables covers: for as long, the kernel blocks threads that change mappings.
 const LOOK: u64 = 1 << 30;
-/// Runs of candidates that one look gives at most; the kernel's own buffer has as many.
+/// Most runs of candidates that one look returns; the kernel's own buffer holds as many.
 const RUNS: usize = 512;
 /// Entries of /proc/self/pagemap that are read at once.
 const ENTRIES: usize = 4096;
@@ -86,7 +85,7 @@ const PM_UFFD_WP: u64 = 1 << 57;
 const PM_SWAP: u64 = 1 << 62;
 const PM_PRESENT: u64 = 1 << 63;
 
-/// By what the page tables are asked for candidates.
+/// How the page tables are searched for candidates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
@@ -112,7 +111,7 @@ impl fmt::Display for Method {
 #[derive(Debug)]
 pub struct Scanner {
     pagemap: File,
-    /// /proc/self/status, where it says how much is swapped out.
+    /// /proc/self/status, if its line VmSwap can be read.
     status: Option<File>,
     method: Method,
     /// What the last look at the page tables found.
@@ -156,7 +155,7 @@ impl Scanner {
                 .pagemap_scan(0, PAGE_SIZE)
                 .map_err(|error| io::Error::new(error.kind(), format!("PAGEMAP_SCAN: {error}")))?;
         }
-        // Any page of ours that is in memory will do.
+        // Any page of this process that is in memory will do to try it.
         let page = scanner.runs.as_ptr().addr() as u64 & !(PAGE_SIZE - 1);
         match populate_read(page) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(io::Error::new(
@@ -167,7 +166,7 @@ impl Scanner {
         }
     }
 
-    /// By what candidates are looked for.
+    /// How candidates are looked for.
     #[cfg(feature = "internals")]
     pub fn method(&self) -> Method {
         self.method
@@ -176,8 +175,8 @@ impl Scanner {
     /// The host virtual addresses of the poisoned 4 KiB pages in `ranges`, ascending and each once,
     /// for which `known` is false. Of a poisoned huge page these are all its 4 KiB pages.
     ///
-    /// Ranges are rounded outwards to whole pages; they may overlap, and what is not mapped in them
-    /// is passed over. Memory is used only for what is found.
+    /// Ranges are rounded outwards to whole pages and may overlap; unmapped parts are skipped. Memory is used only for
+    /// the pages that are found.
     ///
     /// # Errors
     /// The page tables cannot be read.
@@ -224,7 +223,7 @@ impl Scanner {
             return;
         }
         let in_core = in_core(&batch);
-        // From the cheapest question to the dearest; the last is the one that decides.
+        // In order of cost; the last question decides.
         found.extend(pages().zip(in_core).filter_map(|(page, in_core)| {
             (!known(page)
                 && (in_core
@@ -234,8 +233,8 @@ impl Scanner {
         }));
     }
 
-    /// Puts the candidates from `start` on, `end` at most, into `runs`: how many runs there are, and
-    /// where to go on.
+    /// Puts the candidates from `start` on, up to `end`, into `runs`. Returns how many runs there are, and where the
+    /// next call has to begin.
     fn pagemap_scan(&mut self, start: u64, end: u64) -> io::Result<(usize, u64)> {
         let mut arg = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
@@ -260,7 +259,7 @@ impl Scanner {
         }
     }
 
-    /// The same, by way of the single entries.
+    /// As [`Self::pagemap_scan`], by reading single entries.
     fn read_pagemap(&mut self, start: u64, end: u64) -> io::Result<(usize, u64)> {
         let wanted = (end - start).div_ceil(PAGE_SIZE).saturating_mul(PM_ENTRY_LEN as u64);
         let len = usize::try_from(wanted).map_or(self.entries.len(), |n| n.min(self.entries.len()));
@@ -290,8 +289,8 @@ impl Scanner {
         Ok((runs, page))
     }
 
-    /// Whether userfaultfd write-protects the (absent) page: the entry is a marker then, with a hole
-    /// or swap behind it.
+    /// Whether userfaultfd write-protects the (absent) page: then the entry is a marker, and behind it is a hole or
+    /// swap.
     fn is_write_protected(&self, page: u64) -> bool {
         let mut entry = [0; PM_ENTRY_LEN];
         match self.pagemap.read_exact_at(&mut entry, entry_offset(page)) {
@@ -301,7 +300,7 @@ impl Scanner {
     }
 }
 
-/// What this process has mapped, asked page by page.
+/// Which pages this process has mapped, looked up page by page.
 pub(crate) struct Mapped {
     /// `None` where this process may not look at itself.
     pagemap: Option<File>,
@@ -343,8 +342,8 @@ fn address(hva: u64) -> *mut libc::c_void {
     usize::try_from(hva).map_or(ptr::null_mut(), ptr::without_provenance_mut)
 }
 
-/// For each page of `batch` whether there is memory behind it. What mincore does not tell (its
-/// mapping has just changed) counts as being there.
+/// For each page of `batch` whether there is memory behind it. Pages that mincore does not answer for (their mapping
+/// has just changed) count as in memory.
 fn in_core(batch: &Range<u64>) -> impl Iterator<Item = bool> + use<> {
     let mut vec = [1; BATCH];
     let len = usize::try_from(batch.end - batch.start).map_or(0, |len| len.min(BATCH * PAGE_LEN));
@@ -355,25 +354,25 @@ fn in_core(batch: &Range<u64>) -> impl Iterator<Item = bool> + use<> {
     vec.into_iter().map(|byte| byte & 1 != 0)
 }
 
-/// Maps the page for reading; where there is no memory behind it, it gets some.
+/// Maps the page for reading; a page without memory behind it gets some.
 fn populate_read(page: u64) -> io::Result<()> {
     // SAFETY: MADV_POPULATE_READ changes no contents; at an address that is not mapped it fails.
     let result = unsafe { libc::madvise(address(page), PAGE_LEN, libc::MADV_POPULATE_READ) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Whether the page at `page`, a host address, can be mapped for reading, and is from here on.
+/// Whether the page at host address `page` can be mapped for reading; if so, it is mapped afterwards.
 pub(crate) fn can_be_mapped(page: u64) -> bool {
     populate_read(page).is_ok()
 }
 
-/// The kernel's word on the page at `page`, a host address. A page that is only a hole gets memory.
+/// Whether the kernel says that the page at host address `page` is poisoned. A hole gets memory by the question.
 pub(crate) fn is_poisoned(page: u64) -> bool {
     populate_read(page).is_err_and(|error| error.raw_os_error() == Some(libc::EHWPOISON))
 }
 
-/// Whether this process has anything swapped out, asked once per scan at most. The kernel's count
-/// may be off by some pages per processor (percpu_counter, Linux 6.2); as many may be brought in.
+/// Whether this process has anything swapped out, read at most once per scan. The kernel's count may be off by some
+/// pages per processor (percpu_counter, Linux 6.2); as many pages may be swapped in by a scan.
 #[derive(Default)]
 struct Swap {
     is_empty: Option<bool>,
@@ -396,20 +395,20 @@ const NODE_TOTAL: &str = "memory_failure/total";
 /// Where it shows how much memory is lost.
 const MEMINFO: &str = "/proc/meminfo";
 const HARDWARE_CORRUPTED: &[u8] = b"HardwareCorrupted:";
-/// More than /proc/meminfo and /proc/self/status have, and all of a sysfs file.
+/// The most bytes read: more than /proc/meminfo or /proc/self/status has, or any sysfs file.
 const COUNT_LEN: usize = 4096;
 
-/// The kernel's count of memory failures on this host, cheap to ask again and again: it moves for
-/// those that raise no signal, too.
+/// The kernel's count of memory failures on this host, cheap to read again and again. Failures that raise no signal
+/// move it, too.
 ///
 /// A page is counted when its page-table entries are in place (`action_result`, Linux 5.19), so the
 /// scan that follows a change finds it if it is one of this process. Older kernels count first: scan
 /// once more a moment later.
 #[derive(Debug)]
 pub struct FailureCounter {
-    /// One per node, or the one that is /proc/meminfo.
+    /// One file per node, or /proc/meminfo alone.
     files: Vec<File>,
-    /// The line of the files that counts; none where the whole file is the number.
+    /// Name of the line that has the count; `None` where the whole file is the number.
     line: Option<&'static [u8]>,
     last: u64,
 }
@@ -418,7 +417,7 @@ impl FailureCounter {
     /// The counters in sysfs, else HardwareCorrupted in /proc/meminfo; `None` where the kernel has
     /// neither (CONFIG_MEMORY_FAILURE is off) or does not show them to this process.
     ///
-    /// A node whose memory is plugged in later is not counted in sysfs.
+    /// Memory failures on a node whose memory is plugged in later are not counted in sysfs.
     pub fn new() -> Option<Self> {
         let nodes = fs::read_dir(NODES)
             .into_iter()
@@ -437,7 +436,7 @@ impl FailureCounter {
         Some(counter)
     }
 
-    /// Where it counts, for people.
+    /// Where the count is read, for people.
     #[cfg(feature = "internals")]
     pub fn source(&self) -> &'static str {
         match self.line {
@@ -446,10 +445,10 @@ impl FailureCounter {
         }
     }
 
-    /// Whether the count has changed since the last call, or since [`FailureCounter::new`]. Ask
-    /// before a scan, not after it: then nothing that fails meanwhile is missed.
+    /// Whether the count has changed since the last call, or since [`FailureCounter::new`]. Ask before a scan, not
+    /// after it, so that no failure during the scan is missed.
     pub fn changed(&mut self) -> bool {
-        // What cannot be read now is compared when it can.
+        // A count that cannot be read now is compared at a later call.
         let Some(count) = self.count() else { return false };
         std::mem::replace(&mut self.last, count) != count
     }

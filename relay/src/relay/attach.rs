@@ -13,14 +13,16 @@ impl Handle {
     /// Attaches the calling thread as the one that runs `vcpu`, whose `kvm_run.immediate_exit` is `exit`, and
     /// unblocks SIGBUS on it, without which KVM_RUN would try a bad page again for ever.
     ///
-    /// `kick` makes that vCPU leave KVM_RUN. It is called on the relay's thread, and on a vCPU's thread that is in
-    /// [`VcpuPort::before_run`]; without a lock of the relay's, by one at a time, and not any more once the port has
-    /// been dropped. So a lock that `kick` takes must not be held where [`VcpuPort::before_run`] is called or a port
-    /// is dropped. A signal whose handler calls [`signal::request_exit`] does it without a race.
+    /// `kick` makes that vCPU leave KVM_RUN. The relay's thread calls it, or the thread of a vCPU that is in
+    /// [`VcpuPort::before_run`]; one call at a time, without any lock of the relay's, and never after the port was
+    /// dropped. A lock that `kick` takes must not be held while [`VcpuPort::before_run`] is called or a port is
+    /// dropped. A kick by a signal whose handler calls [`signal::request_exit`] has no race with the entry into
+    /// KVM_RUN.
     ///
-    /// A vCPU whose port is dropped is unplugged as far as the relay is concerned, after 200 ms, if others are
-    /// attached: what it was to be told, and what lies untaken in its banks, is told on another one. One that is
-    /// attached again is a new one as well: nobody knows what is left in its banks, so what lay there is told once more.
+    /// When its port is dropped, the vCPU counts as unplugged after 200 ms, if other vCPUs are attached: the errors
+    /// that it was to be told of, and those whose records lie untaken in its banks, are told on another one. A vCPU
+    /// that is attached again counts as a new one, too: the relay does not know what is left in its banks, so errors
+    /// whose records lay there are told once more.
     ///
     /// # Errors
     /// See [`AttachError`].
@@ -38,7 +40,7 @@ impl Handle {
         }
         let slot = ThreadSlot::attach(exit).map_err(|source| AttachError::Slot { vcpu, source })?;
         signal::unblock().map_err(|source| AttachError::Blocked { vcpu, source })?;
-        // It was unplugged, and is plugged in again before that was seen to.
+        // If its last port was dropped and the unplug was not processed yet, it is now.
         self.0.unplug(&mut inner, &[vcpu]);
         inner.gone.retain(|(gone, _)| *gone != vcpu);
         inner.delivery.attached(vcpu);

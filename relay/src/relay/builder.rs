@@ -12,8 +12,8 @@ use crate::memory::map::RamMap;
 use crate::signal::{KillPolicy, Signals};
 use crate::x86::mca::Caps;
 
-/// What a relay is made of, by [`Relay::builder`](crate::Relay::builder). What is not said is: no vCPU, no machine checks, no error source, early
-/// kill, the default pace, a SIGBUS handler of the relay's own, an empty ledger, nobody who is told of events.
+/// What a relay is made of, by [`Relay::builder`](crate::Relay::builder). The defaults: no vCPU, no machine checks, no
+/// error source, early kill, the default pace, the relay's own SIGBUS handler, an empty ledger, no observer.
 #[must_use = "nothing is relayed before `start`"]
 pub struct RelayBuilder {
     pub(super) vcpus: usize,
@@ -48,8 +48,8 @@ impl RelayBuilder {
         }
     }
 
-    /// The most vCPUs that there will be; each is [attached](crate::Handle::attach) by its thread. Without any, pages enter
-    /// the ledger and nobody but the observer is told.
+    /// The largest number of vCPUs there will be, numbered from 0; the thread of each [attaches](crate::Handle::attach)
+    /// it. With 0, pages enter the ledger and only the observer is told.
     pub fn vcpus(mut self, vcpus: usize) -> Self {
         self.vcpus = vcpus;
         self
@@ -68,14 +68,14 @@ impl RelayBuilder {
         self
     }
 
-    /// Which way AOs go where the guest has an error source; without one it is the machine check for all.
+    /// Which way AOs are told where the guest has an error source; without one, always by machine check.
     pub fn ao_channel(mut self, channel: AoChannel) -> Self {
         self.ao_channel = channel;
         self
     }
 
-    /// Whether errors are taken as soon as the kernel knows of them (AO), or only when a vCPU touches them.
-    /// [`KillPolicy::Default`] is taken as early.
+    /// Whether errors are taken as soon as the kernel knows of them (early: AO), or only when a vCPU touches the page
+    /// (late: AR). [`KillPolicy::Default`] means early here.
     pub fn policy(mut self, policy: KillPolicy) -> Self {
         self.policy = policy;
         self
@@ -106,8 +106,8 @@ impl RelayBuilder {
         self
     }
 
-    /// What is known from before: [`Handle::ledger`](crate::Handle::ledger) of the relay of the last boot, after
-    /// [`Ledger::heal`] for every page that has good memory again and [`Ledger::forget_predictions`].
+    /// The pages that are known from before: [`Handle::ledger`](crate::Handle::ledger) of the relay of the last boot,
+    /// after [`Ledger::heal`] for every page that has good memory again and [`Ledger::forget_predictions`].
     pub fn ledger(mut self, ledger: Ledger) -> Self {
         self.ledger = ledger;
         self
@@ -120,14 +120,15 @@ impl RelayBuilder {
         self
     }
 
-    /// Called with every event, in order, one at a time, and without a lock of the relay's: so it may use a
-    /// [`Handle`](crate::Handle), which it should not keep beyond the VM's end, as that keeps the relay's memory. It runs on
-    /// whichever thread has just done something: the relay's own, a vCPU's in
-    /// [`VcpuPort::before_run`](crate::VcpuPort::before_run), one that changes something by a handle; not on one that only
-    /// looks. That thread waits for it, and the events of others meanwhile wait in its queue; all have been told before
-    /// a vCPU is kept out of the guest, the process is ended for an error that is not the guest's, and when the relay has been
-    /// dropped. A lock that the observer takes must not be held around a call that may make an event. What takes long belongs
-    /// on a thread of the host's.
+    /// Called with every event, in order, one call at a time, and without any lock of the relay's: it may use a
+    /// [`Handle`](crate::Handle). It should not keep one beyond the VM's end, as a handle keeps the relay's memory.
+    ///
+    /// It runs on the thread that caused the event: the relay's own, a vCPU's in
+    /// [`VcpuPort::before_run`](crate::VcpuPort::before_run), or one that changes something by a handle; never on a
+    /// thread that only reads. While it runs, that thread waits, and events of other threads are queued for it. All
+    /// events have been delivered before `before_run` keeps a vCPU out of the guest, before the process is ended for an
+    /// error that is not the guest's, and when the relay has been dropped. The caller must not hold a lock that the
+    /// observer takes around a call that may cause an event. Work that takes long belongs on a thread of the host's.
     pub fn observer(mut self, observer: impl Fn(&Event) + Send + Sync + 'static) -> Self {
         self.observer = Box::new(observer);
         self

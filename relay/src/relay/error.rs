@@ -39,7 +39,7 @@ pub enum StartError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AttachError {
-    /// The relay was made for fewer.
+    /// The relay was started for fewer vCPUs.
     #[error("there is no vCPU {vcpu}: the relay was started for {vcpus}")]
     NoVcpu {
         /// The vCPU.
@@ -64,7 +64,7 @@ pub enum AttachError {
         #[source]
         source: io::Error,
     },
-    /// The thread could not be given a place for its signals.
+    /// The thread could not be given a slot for its signals.
     #[error("the thread of vCPU {vcpu} cannot take memory failures")]
     Slot {
         /// The vCPU.

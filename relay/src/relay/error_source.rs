@@ -1,7 +1,7 @@
-//! The firmware-first channel as it acts: the status block in guest memory, and the bell.
+//! The acting half of the firmware-first channel: the status block in guest memory, and the bell.
 //!
-//! All of it happens on the relay's thread. Guest memory is touched by the kernel's copy only
-//! (`read.rs`), since the page that the block lies in can go bad like any other.
+//! All of it happens on the relay's thread. Guest memory is reached only by the kernel's copy
+//! ([`crate::memory::access`]), since the page that holds the block can go bad like any other.
 
 use std::io;
 use std::time::{Duration, Instant, SystemTime};
@@ -25,22 +25,23 @@ use crate::types::{
 const LOOK_FIRST: Duration = Duration::from_millis(1);
 /// The longest such pause.
 const LOOK_LAST: Duration = Duration::from_millis(100);
-/// How often the bell is rung again while a record lies untaken: one ring may have come while the guest
-/// had its interrupts masked.
+/// How often the bell is rung again while a record lies untaken: the first ring may have come while the guest had its
+/// interrupts masked.
 const RING_AGAIN: Duration = Duration::from_secs(1);
 
-/// How the guest is told that there is a record, and how it is seen to listen.
+/// How the guest is notified of a record, and how the relay sees whether the guest uses the source.
 ///
-/// Called on the relay's thread. Neither may block for long or call the relay.
+/// Called on the relay's thread. Neither call may block for long or use the relay.
 pub trait Bell: Send {
-    /// Raises the interrupt that the error source names, as an edge. Nothing, where the guest polls.
+    /// Raises the interrupt that the error source names, as an edge. Does nothing where the guest polls.
     ///
     /// # Errors
-    /// The guest was not notified; it is then told by machine check, from here on.
+    /// The guest was not notified; it is told by machine check from here on.
     fn ring(&mut self) -> io::Result<()>;
 
-    /// Whether the guest has taken the source into use: it has unmasked the interrupt, say. `None`
-    /// where that cannot be seen, and then the first record shows it.
+    /// Whether the guest has taken the source into use (has unmasked its interrupt, say). `None` where that cannot be
+    /// seen; then the first record is a trial: the guest takes it within [`ErrorSource::patience`] or is told by
+    /// machine check.
     fn is_heard(&mut self) -> Option<bool> {
         None
     }
@@ -71,25 +72,26 @@ impl ErrorSource {
     pub const ADDRESS_OFFSET: u64 = 0;
     /// Where in the page the status block begins.
     pub const BLOCK_OFFSET: u64 = 64;
-    /// Room for a status block, in bytes: the "error status block length" of the source.
+    /// Room for a status block, in bytes: the source's "error status block length".
     #[allow(clippy::cast_possible_truncation, reason = "less than a page")]
     pub const BLOCK_LEN: u32 = (PAGE_SIZE - Self::BLOCK_OFFSET) as u32;
     /// How many pages a record names at most: the source's "max sections per record".
     #[allow(clippy::cast_possible_truncation, reason = "it is 15")]
     pub const MAX_SECTIONS: u32 = MAX_PAGES as u32;
-    /// Patience for a guest that is notified by interrupt; add twice the interval for one that polls.
+    /// The default of [`Self::patience`], for a guest that is notified by interrupt; for one that polls add twice its
+    /// interval.
     pub const PATIENCE: Duration = Duration::from_secs(10);
 
-    /// In the page at guest-physical `page`, a page of guest RAM that the guest's memory map calls reserved, aligned to
-    /// 4 KiB. The relay writes the error status address register at [`Self::ADDRESS_OFFSET`] and the status block, of
-    /// [`Self::BLOCK_LEN`] bytes, at [`Self::BLOCK_OFFSET`]. `bell` is how the guest is notified.
+    /// An error source in the page at guest-physical address `page`, aligned to 4 KiB, which is guest RAM and reserved
+    /// in the guest's memory map. The relay writes the error status address register at [`Self::ADDRESS_OFFSET`] in it,
+    /// and the status block, of [`Self::BLOCK_LEN`] bytes, at [`Self::BLOCK_OFFSET`]. `bell` notifies the guest.
     #[must_use]
     pub fn new(page: u64, bell: impl Bell + 'static) -> Self {
         Self { page, bell: Box::new(bell), patience: Self::PATIENCE }
     }
 
-    /// How long the guest may take to use the source after it has come up, and to take a record: [`Self::PATIENCE`] if
-    /// this is not said. More than the interval at which it polls, if it does.
+    /// How long the guest may take to use the source after it has booted, and to take a record; [`Self::PATIENCE`] by
+    /// default. It has to exceed the interval of a guest that polls.
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
@@ -118,7 +120,7 @@ pub(crate) struct Source {
 }
 
 impl Source {
-    /// Writes an empty block for the page at `hva`.
+    /// Writes an empty block to the page at host address `hva`.
     pub(crate) fn new(of: ErrorSource, hva: u64) -> io::Result<Self> {
         let now = Instant::now();
         let source = Self {
@@ -176,7 +178,7 @@ impl Source {
         rung.unwrap_or_else(|| Err(io::Error::other("the bell panicked")))
     }
 
-    /// Takes back what lies in the block.
+    /// Zeroes the status word: the record is withdrawn.
     fn withdraw(&mut self) {
         self.record.clear();
         if let Err(error) = self.write(ErrorSource::BLOCK_OFFSET, &[0; STATUS_LEN]) {
@@ -184,7 +186,7 @@ impl Source {
         }
     }
 
-    /// Goes on with whatever waits on this channel; how long it may be until the next time.
+    /// Takes the next step on this channel; returns how long the thread may sleep before the next look.
     pub(crate) fn look(&mut self, shared: &Shared) -> Duration {
         {
             let inner = shared.lock();
@@ -201,29 +203,29 @@ impl Source {
         let mut inner = shared.lock();
         inner.firmware_news = false;
         let paused = inner.is_paused();
-        let sight = Observation { block, source_taken, paused };
+        let seen = Observation { block, source_taken, paused };
         let now = shared.now();
-        let (outcomes, step) = inner.delivery.firmware_step(&sight, now);
-        shared.came_of(&mut inner, &outcomes);
-        // Nobody waits while guest memory is written or the bell is rung: either may take its time. Only this thread
-        // looks at the block, so nobody sees a record taken before it was said to be there.
+        let (outcomes, step) = inner.delivery.firmware_step(&seen, now);
+        shared.apply_outcomes(&mut inner, &outcomes);
+        // Without the lock: writing guest memory and ringing the bell may take long. Only this thread looks at the
+        // block, so no other can see the record taken before its publication is reported.
         let withdraws = inner.delivery.firmware_withdraws();
         drop(inner);
         if withdraws {
             self.withdraw();
         }
         if !matches!(step, ChannelStep::Wait(_, WaitReason::InBlock)) {
-            // What the guest writes behind a status word of zero is nobody's business.
+            // The block holds no record of ours, so its contents are not compared any more.
             self.record.clear();
         }
         let pause = match step {
             ChannelStep::Idle => IDLE_TICK,
             ChannelStep::Wait(first, wait) => {
                 if let Some((gpa, notice)) = first {
-                    shared.waits_here(&mut shared.lock(), gpa, notice, wait);
+                    shared.set_waiting(&mut shared.lock(), gpa, notice, wait);
                 }
                 if self.rang_at.elapsed() >= RING_AGAIN && wait == WaitReason::InBlock {
-                    // It has heard nothing worse than silence so far; its time will be up.
+                    // A failure here changes nothing: a guest that is not notified runs out of its time for the record.
                     let _ = self.ring();
                 }
                 self.pause = (self.pause * 2).min(LOOK_LAST);
@@ -242,7 +244,7 @@ impl Source {
                         };
                         let mut inner = shared.lock();
                         let outcomes = inner.delivery.firmware_refused(why);
-                        shared.came_of(&mut inner, &outcomes);
+                        shared.apply_outcomes(&mut inner, &outcomes);
                         let withdraws = inner.delivery.firmware_withdraws();
                         drop(inner);
                         if withdraws {
@@ -258,7 +260,7 @@ impl Source {
     }
 }
 
-/// What the channel's steps mean for ledger and observer.
+/// How the channel's steps change the ledger, and what the observer is told of them.
 impl Shared {
     fn published(&self, inner: &mut Inner, publication: &Publication) {
         let Publication { number: record, notice, ref gpas } = *publication;
@@ -275,7 +277,7 @@ impl Shared {
         }
     }
 
-    fn waits_here(&self, inner: &mut Inner, gpa: u64, notice: Notice, wait: WaitReason) {
+    fn set_waiting(&self, inner: &mut Inner, gpa: u64, notice: Notice, wait: WaitReason) {
         match notice {
             Notice::Predicted => self.set_predicted(inner, gpa, State::Waiting { wait }),
             Notice::Lost => {
@@ -284,7 +286,7 @@ impl Shared {
         }
     }
 
-    fn came_of(&self, inner: &mut Inner, outcomes: &[Outcome]) {
+    fn apply_outcomes(&self, inner: &mut Inner, outcomes: &[Outcome]) {
         for outcome in outcomes {
             match *outcome {
                 Outcome::Taken { gpa, notice, record } => {
@@ -297,7 +299,7 @@ impl Shared {
                     }
                 }
                 Outcome::Returned { gpa, notice: Notice::Lost, why } => {
-                    // A vCPU has to come round for it.
+                    // A vCPU has to be called to take it.
                     inner.news = true;
                     let error = Pending { gpa, kind: FailureKind::ActionOptional };
                     self.waiting(inner, error, WaitReason::NotByFirmware { why });

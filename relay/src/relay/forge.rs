@@ -1,8 +1,8 @@
 //! Forged memory failures: the same signals as the kernel's, which this process sends to itself.
 //!
-//! They are for trying what follows from a memory failure where none can be had. The kernel lets a
-//! thread send such a signal to itself only, so the thread that is to take it is asked to. The page
-//! is whole all the while, and every trace of it says that it was forged: the event of the signal,
+//! They are for trying what follows from a memory failure where no page can be poisoned. The kernel lets a thread send
+//! such a signal to itself only, so the thread that is to take it is asked to send it. The page stays whole, and every
+//! trace of it says that it was forged: the signal's event, and the page in the ledger.
 //! and the page in the ledger.
 
 use super::handle::Handle;
@@ -13,7 +13,7 @@ use crate::types::{Caught, FailureKind, PAGE_SHIFT, PAGE_SIZE};
 /// Why a memory failure is not forged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ForgeError {
-    /// It would not be of the guest's memory.
+    /// The address is not guest RAM.
     #[error("GPA {gpa:#x} is not guest RAM")]
     NotRam {
         /// Guest-physical address.
@@ -28,11 +28,12 @@ pub enum ForgeError {
 }
 
 impl Handle {
-    /// Has the 4 KiB page at `gpa` taken for bad, by a signal like the kernel's: an AO on the relay's
-    /// thread, or an AR on the thread of `vcpu`, which stands for a touch of the guest's there. Returns
-    /// at once.
+    /// Makes the relay and the guest take the 4 KiB page at guest-physical `gpa` for bad, by a signal like the
+    /// kernel's: an AO on the relay's thread, or, with a `vcpu`, an AR on its thread, as if the guest had touched the
+    /// page there. Returns at once.
     ///
-    /// The guest cannot know: it gives the page up, and an AR may cost it a process, or its life.
+    /// The guest cannot tell it from a real failure: it stops using the page, and an AR may cost it a process, or its
+    /// life.
     ///
     /// # Errors
     /// See [`ForgeError`].
@@ -50,7 +51,7 @@ impl Handle {
         inner.forgery.queued.push((vcpu, Caught { kind, hva, lsb: PAGE_SHIFT }));
         if let Some(vcpu) = vcpu {
             inner.ask(vcpu);
-            // The relay's thread makes it leave the guest: the caller may hold a lock that the kick takes.
+            // The relay's thread kicks it: the caller may hold a lock that the kick takes.
             inner.to_call.push(vcpu);
         }
         drop(inner);
@@ -58,9 +59,9 @@ impl Handle {
         Ok(())
     }
 
-    /// Runs `poison` on this thread, which is no vCPU's and not the relay's, and takes the memory
-    /// failures that the kernel sends it meanwhile. The caller of `madvise(MADV_HWPOISON)` is sent an
-    /// AR, as if it had touched the page; as nobody in the guest has, the page is taken as an AO.
+    /// Runs `poison` on this thread, which is neither a vCPU's nor the relay's, and takes the memory failures that the
+    /// kernel signals to it meanwhile. The caller of `madvise(MADV_HWPOISON)` is sent an AR, as if it had touched the
+    /// page; as the guest has not touched it, it counts as an AO.
     ///
     /// # Errors
     /// This thread takes memory failures already.

@@ -1,8 +1,8 @@
 //! The gathering of all vCPUs for one machine check.
 //!
-//! Where a machine check has to reach every processor at once, the vCPU threads gather in a [`Gathering`]: all stop, all
-//! show their state, and either all inject or none, so no guest waits in its handler for a processor that was never
-//! called.
+//! Some machine checks have to reach every processor at once. For these the vCPU threads gather in a [`Gathering`]: all
+//! stop, all show their state, and then either all inject or none does, so that no guest waits in its handler for a
+//! processor that was never given the machine check.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,17 +18,17 @@ use crate::types::WaitReason;
 use crate::x86::back_end::Mca;
 use crate::x86::mca::McaState;
 
-/// How long the vCPUs that have come round for a machine check wait for those that have not. A thread that takes
-/// longer is held up by something else.
+/// How long the vCPUs that have stopped for a machine check wait for the others. A thread that takes longer is held up
+/// by something else.
 const GATHERING: Duration = Duration::from_secs(1);
-/// How often a vCPU that does not come is called, while another one waits for it with an AR.
+/// How often a late vCPU is called again while another one holds an AR back for it.
 const CALL_AGAIN: Duration = Duration::from_millis(100);
 
 /// How a gathering ended for one vCPU.
 pub(crate) enum Part {
-    /// Everybody who takes part was given a record.
+    /// Every vCPU that takes part was given its record.
     Assignment,
-    /// Nobody was.
+    /// No vCPU was given a record.
     Postponed(WaitReason),
     /// This vCPU's own record was refused.
     Refused(Verdict),
@@ -40,8 +40,8 @@ impl Shared {
         inner.wait(&self.gathered, time)
     }
 
-    /// `vcpu` has come round; a gathering may wait for it again.
-    pub(crate) fn comes_round(&self, inner: &mut Inner, vcpu: usize) {
+    /// `vcpu` has called `before_run` again; the next gathering may wait for it.
+    pub(crate) fn mark_present(&self, inner: &mut Inner, vcpu: usize) {
         if let Some(attached) = inner.vcpus[vcpu].as_mut().filter(|attached| attached.late) {
             attached.late = false;
             inner.news = true;
@@ -49,9 +49,15 @@ impl Shared {
         }
     }
 
-    /// The records in `banks` of `vcpu`, which were `emptied` or could not be, are not taken by it, and are told
+    /// `vcpu` does not take the records in `banks`, which were `emptied` or could not be: their pages are told of
     /// elsewhere.
-    pub(crate) fn given_up(&self, inner: &mut Inner, vcpu: usize, banks: &[u8], emptied: bool) {
+    pub(crate) fn tell_elsewhere(
+        &self,
+        inner: &mut Inner,
+        vcpu: usize,
+        banks: &[u8],
+        emptied: bool,
+    ) {
         for &bank in banks {
             let gpa = match emptied {
                 true => inner.delivery.taken_back(vcpu, bank),
@@ -69,7 +75,7 @@ impl Shared {
         if let Some(attached) = inner.vcpus[vcpu].as_mut() {
             attached.parked = parked;
         }
-        // A vCPU that has shown its state is in the gathering, not here.
+        // A vCPU that has shown its state waits in the gathering, so it cannot come here.
         if parked
             && let Some(gathering) = inner.gathering.as_mut().filter(|r| r.asked.contains(&vcpu))
         {
@@ -81,7 +87,7 @@ impl Shared {
         }
     }
 
-    /// `leader` wants every vCPU to stop.
+    /// Begins a gathering for `error`, which `leader` is to be told of.
     pub(crate) fn call_gathering(&self, inner: &mut Inner, leader: usize, error: Pending) {
         let count = inner.vcpus.len();
         let asked: Vec<usize> = (0..count).filter(|vcpu| inner.vcpus[*vcpu].is_some()).collect();
@@ -94,12 +100,13 @@ impl Shared {
         // A pause first, as it holds the leader, too.
         let paused = one(|vcpu| vcpu.parked).map(|vcpu| WaitReason::Paused { vcpu: index(vcpu) });
         let late = one(|vcpu| vcpu.late).map(|vcpu| WaitReason::NotComing { vcpu: index(vcpu) });
-        // A processor without a thread, which the guest may have online all the same, counts as unplugged soon.
+        // The guest may have a processor online whose thread has just ended. It counts as unplugged soon.
         self.see_to_the_unplugged(inner);
         let leaves =
             inner.gone.first().map(|(vcpu, _)| WaitReason::NotComing { vcpu: index(*vcpu) });
         if let Some(wait) = paused.or(late).or(leaves) {
-            // The one call that it had may have been lost. It is not to have nothing but calls.
+            // A late vCPU's call may have been lost, so it is called again; not too often, as it could do nothing but
+            // answer calls.
             let again = |attached: &mut Attached| {
                 let due = attached.late && since.duration_since(attached.called) >= CALL_AGAIN;
                 if due {
@@ -139,8 +146,8 @@ impl Shared {
         });
     }
 
-    /// A gathering that has waited long enough is put off, and true is returned; who has not come is not waited for again
-    /// until it does.
+    /// Puts the gathering off once it has lasted for [`GATHERING`], and returns true. vCPUs that have not stopped are
+    /// late: no gathering waits for them until they call `before_run` again.
     fn give_up_waiting(&self, inner: &mut Inner) -> bool {
         let Some(gathering) = inner.gathering.as_mut() else { return false };
         if gathering.outcome.is_some() || gathering.since.elapsed() < GATHERING {
@@ -158,7 +165,7 @@ impl Shared {
         true
     }
 
-    /// Shows `state` to the gathering, waits until everybody has, and does this vCPU's part of it.
+    /// Shows `state` to the gathering, waits until every vCPU has shown its own, and does this vCPU's part.
     pub(crate) fn take_part<'a>(
         &'a self,
         mut inner: Locked<'a, Inner>,
@@ -176,8 +183,8 @@ impl Shared {
         self.decide(&mut inner);
         loop {
             let outcome = match inner.gathering.as_ref().filter(|r| Some(r.number) == number) {
-                // The last one out has closed it, and this vCPU had no part in it. If there is a
-                // new one, that one wants this vCPU's state as it is now.
+                // The gathering is over, and this vCPU had no part in it. If a new one has begun, it wants this vCPU's
+                // state as it is now.
                 None => return (inner, Part::Assignment),
                 Some(gathering) if gathering.leaving.contains(&me) => gathering.outcome.clone(),
                 Some(_) => None,
@@ -223,7 +230,7 @@ impl Shared {
                 &gathering.states,
                 now,
             );
-            // Nothing to be told any more here; what there is elsewhere is looked for.
+            // Nothing is to be told here any more; errors that wait for other vCPUs are looked for.
             inner.news |= outcome.as_ref().is_ok_and(Vec::is_empty);
             gathering.settle(outcome);
             self.gathered.notify_all();
@@ -240,8 +247,8 @@ impl Shared {
         }
     }
 
-    /// The thread of `me` ends. The guest may have that processor online all the same, so a gathering that waits for it is
-    /// put off.
+    /// The thread of `me` ends. The guest may still have that processor online, so a gathering that waits for it is put
+    /// off.
     pub(crate) fn leaves_gathering(&self, inner: &mut Inner, me: usize) {
         let waits = |gathering: &&mut Gathering| {
             gathering.outcome.is_none() && gathering.asked.contains(&me)
@@ -255,7 +262,7 @@ impl Shared {
         self.absent(inner, me);
     }
 
-    /// `me` takes no further part: its thread has ended, or cannot say what state it is in.
+    /// `me` takes no part in the gathering: its thread has ended, or its state cannot be read.
     pub(crate) fn absent(&self, inner: &mut Inner, me: usize) {
         let Some(gathering) = inner.gathering.as_mut() else {
             return;

@@ -16,16 +16,16 @@ use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE, State};
 /// Why a guest is not asked to stop using a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RetireError {
-    /// There is no way to say it.
+    /// The guest was given no ACPI error source, and nothing else can tell it of a prediction.
     #[error("the guest was given no ACPI error source, and there is no other way to say it")]
     NoSource,
-    /// It is not the guest's.
+    /// The address is not guest RAM.
     #[error("GPA {gpa:#x} is not guest RAM")]
     NotRam {
         /// Guest-physical address.
         gpa: u64,
     },
-    /// There is nothing left to be saved, or the guest is being asked already.
+    /// The page is bad already, or the guest is being asked already.
     #[error("GPA {gpa:#x} is in the ledger already; its status says what becomes of it")]
     Known {
         /// Guest-physical address.
@@ -48,13 +48,14 @@ impl Handle {
         self.0.lock().ledger.pages().collect()
     }
 
-    /// The pages that were bad in earlier boots, or in memory that was unplugged, and are so no longer.
+    /// The pages that were bad in earlier boots, or in memory that was unplugged, and no longer are: the last 65,536,
+    /// in the order in which that ended.
     pub fn past(&self) -> Vec<Page> {
         self.0.lock().ledger.past().cloned().collect()
     }
 
-    /// What `look` makes of all that is known, without a copy of it. It is called under the relay's
-    /// lock: it must be quick, must not block and must not use the relay.
+    /// Returns what `look` makes of the ledger, without copying it. `look` is called under the relay's lock: it must be
+    /// quick, and must neither block nor use the relay.
     pub fn inspect<R>(&self, look: impl FnOnce(&Ledger) -> R) -> R {
         look(&self.0.lock().ledger)
     }
@@ -65,7 +66,7 @@ impl Handle {
         self.0.scans.load(Ordering::Relaxed)
     }
 
-    /// All that is known, for the relay of the next boot.
+    /// A copy of the ledger, for the relay of the next boot.
     pub fn ledger(&self) -> Ledger {
         self.0.lock().ledger.clone()
     }
@@ -77,28 +78,32 @@ impl Handle {
     /// # Errors
     /// Not even the first byte could be read: see [`AccessError`].
     pub fn read(&self, gpa: u64, to: &mut [u8]) -> Result<usize, AccessError> {
-        // Held while the kernel copies: `remove_ram` waits for that.
+        // The map is held while the kernel copies: `remove_ram` waits for that.
         let done = access::read_ram(&self.0.ram(), gpa, to);
         match done {
             // Perhaps only a part of the huge page that it is in.
-            Err(error) if self.met(&error) => access::read_ram(&self.0.ram(), gpa, to),
+            Err(error) if self.is_rescued_after(&error) => access::read_ram(&self.0.ram(), gpa, to),
             done => done,
         }
     }
 
-    /// Writes `from` to guest memory at `gpa`, in the manner of [`Self::read`].
+    /// Writes `from` to guest memory at `gpa`, up to the first byte that cannot be reached, and returns how many bytes
+    /// were written. As [`Self::read`], it never raises SIGBUS, and a bad page enters the ledger.
     ///
     /// # Errors
     /// Not even the first byte could be written: see [`AccessError`].
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
         match access::write_ram(&self.0.ram(), gpa, from) {
-            Err(error) if self.met(&error) => access::write_ram(&self.0.ram(), gpa, from),
+            Err(error) if self.is_rescued_after(&error) => {
+                access::write_ram(&self.0.ram(), gpa, from)
+            }
             done => done,
         }
     }
 
-    /// The VMM itself has touched a bad page. True where it was part of a huge page that has been rescued since.
-    fn met(&self, error: &AccessError) -> bool {
+    /// The VMM has come upon a bad page by a read or a write: enters it. True where it was part of a huge page that has
+    /// been rescued since.
+    fn is_rescued_after(&self, error: &AccessError) -> bool {
         let AccessError::Poisoned { gpa } = *error else { return false };
         let gpa = gpa & !(PAGE_SIZE - 1);
         let Some(hva) = self.0.ram().hva(gpa) else { return false };
@@ -114,19 +119,19 @@ impl Handle {
         false
     }
 
-    /// `vcpu` has left the guest for an MMIO access at `gpa`: as [`VcpuPort::mmio_hit`](crate::VcpuPort::mmio_hit), for a
-    /// layer below the run loop that takes MMIO exits itself and has no port. Where it is true the access was to a bad page:
-    /// what the layer was going to complete a load with must not reach the guest, and the run loop has to come round before
-    /// the next KVM_RUN that runs the guest.
+    /// `vcpu` has left the guest for an MMIO access at `gpa`. As [`VcpuPort::mmio_hit`](crate::VcpuPort::mmio_hit), for
+    /// a hypervisor layer that handles MMIO exits itself, below the run loop, and has no port. When it returns true,
+    /// the access was to a bad page: the layer must not complete a load with made-up data, and the run loop has to call
+    /// [`VcpuPort::before_run`](crate::VcpuPort::before_run) before the guest runs on.
     ///
     /// An address that is not guest RAM costs a search among the regions, some nanoseconds.
     pub fn mmio_hit(&self, vcpu: usize, gpa: u64) -> bool {
         self.0.touches(vcpu, gpa, 1, false)
     }
 
-    /// The parts of `gpas`, guest-physical addresses, that hold no page which is known to be bad, ascending. For a snapshot
-    /// that writes guest memory to a file by write(2), which ends at a bad page. Nothing keeps a page from going bad
-    /// between this and the write: one that does shows as EFAULT or as a short write there, and here the next time.
+    /// The parts of `gpas` (guest-physical addresses) without a page that is known to be bad, ascending. For a snapshot
+    /// that writes guest memory to a file by write(2), which stops at a bad page. A page may still go bad between this
+    /// call and the write: the write then fails with EFAULT or is short, and the next call leaves the page out.
     pub fn whole_parts(&self, gpas: Range<u64>) -> Vec<Range<u64>> {
         let inner = self.0.lock();
         let mut from = gpas.start;
@@ -145,15 +150,15 @@ impl Handle {
         parts
     }
 
-    /// Whether the relay's thread is there. It ends by itself only by a defect of its own, which it says in the log;
-    /// then nobody takes AOs any more. For a VMM's health check.
+    /// Whether the relay's thread runs. Before the relay is dropped it ends only by a defect of its own, which it logs;
+    /// AOs are no longer taken then. For a VMM's health check.
     pub fn is_alive(&self) -> bool {
         self.0.is_alive()
     }
 
-    /// Guest RAM has one region more. Call it before the guest can use the memory. What the ledger
-    /// says of pages that were there before, and unplugged, becomes past, but for what the guest was never told of. The region is looked through: pages of it
-    /// may have gone bad between its mapping and this call.
+    /// Adds a region to guest RAM. Call it before the guest can use the memory. Pages of the ledger in the region, from
+    /// memory that was there before and was unplugged, count as no longer bad, unless the guest was never told of them.
+    /// The relay then searches the region: pages may have gone bad between its mapping and this call.
     ///
     /// # Errors
     /// See [`RamError`].
@@ -162,7 +167,7 @@ impl Handle {
         self.0.change_ram(|ram| ram.with(region))?;
         let now = SystemTime::now();
         for gpa in Self::known_within(&inner, region) {
-            // What the guest was never told waits: other memory in its place would be a loss without a word.
+            // A page that the guest was never told of stays bad: new memory in its place would be a silent loss.
             let _: Result<bool, Untold> = inner.ledger.replace(gpa, now);
         }
         drop(inner);
@@ -170,25 +175,25 @@ impl Handle {
         Ok(())
     }
 
-    /// The region that begins at guest-physical `gpa` is no longer guest RAM; the region. Call it
-    /// when the guest has given the memory up, and before it is unmapped: it waits for reads and writes by
-    /// [`Self::read`] and [`Self::write`] that are under way. Nobody is told of its bad pages any more.
+    /// Removes the region that begins at guest-physical `gpa` from guest RAM, and returns it. Call it when the guest
+    /// has given the memory up, and before it is unmapped: it waits for reads and writes by [`Self::read`] and
+    /// [`Self::write`] that are under way. The guest is not told of its bad pages any more.
     ///
     /// # Errors
     /// There is no such region, or the error source's page is in it.
     pub fn remove_ram(&self, gpa: u64) -> Result<RamRegion, RamError> {
         let (region, before) = self.take_ram(gpa)?;
-        // Whoever looks into the old map does so for a moment; who copies with it may take longer, and nobody else
-        // has to wait for that.
+        // Lookups in the old map are over in a moment. Copies with it may take longer, and only this call waits for
+        // them.
         while Arc::strong_count(&before) > 1 {
             std::thread::park_timeout(COPYING);
         }
-        // What was done with the old map is over, and seen to be.
+        // What other threads did with the old map happens before the return.
         fence(Ordering::Acquire);
         Ok(region)
     }
 
-    /// The region at `gpa`, which is no longer guest RAM, and the map that had it.
+    /// Removes the region at `gpa`; returns it and the map that had it.
     fn take_ram(&self, gpa: u64) -> Result<(RamRegion, Arc<RamMap>), RamError> {
         let mut inner = self.0.lock();
         let before = self.0.ram();
@@ -214,7 +219,7 @@ impl Handle {
         Ok((region, before))
     }
 
-    /// There is good memory again in the pages of `len` bytes at guest-physical `gpa`.
+    /// The `len` bytes at guest-physical `gpa` are good memory again.
     pub(crate) fn replaced(&self, gpa: u64, len: u64) {
         let mut inner = self.0.lock();
         let now = SystemTime::now();
@@ -238,9 +243,8 @@ impl Handle {
         self.0.lock().ledger.predicted().cloned().collect()
     }
 
-    /// Has the guest told that the 4 KiB page at `gpa`, which is whole, is predicted to fail. Linux
-    /// moves its contents and stops using it. Returns at once; [`Self::predicted`] shows what comes of
-    /// it.
+    /// Tells the guest that the 4 KiB page at guest-physical `gpa`, which is whole, is predicted to fail. Linux moves
+    /// its contents and stops using it. Returns at once; [`Self::predicted`] shows what becomes of it.
     ///
     /// # Errors
     /// See [`RetireError`].

@@ -13,13 +13,13 @@ use crate::types::{FailureKind, Form, Place, State, UndeliverableReason};
 use crate::x86::back_end::Mca;
 use crate::x86::mca::{mcg, status};
 
-/// What a vCPU thread is to do after [`VcpuPort::before_run`](crate::VcpuPort::before_run).
+/// What the vCPU thread has to do after [`VcpuPort::before_run`](crate::VcpuPort::before_run).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Enter the guest.
     Run,
-    /// Do not enter the guest: it would touch a bad page it cannot be told of. What to do instead
-    /// (reset, pause, stop) is the user's policy.
+    /// Do not enter the guest: it would touch a bad page that it cannot be told of. What to do instead (reset, pause,
+    /// stop) is the VMM's policy.
     Undeliverable {
         /// Guest-physical address of the page.
         gpa: u64,
@@ -41,19 +41,20 @@ impl Shared {
         rip: u64,
     ) -> (Locked<'a, Inner>, Result<(), Verdict>) {
         let Assignment { vcpu, error, record } = *told;
-        // First, so that nobody else tells it meanwhile.
+        // First, so that no other thread tells the same error meanwhile.
         if inner.delivery.told(told) {
             inner.aos_wait();
         }
-        // Others may be in their handlers already, and do not wait for long: the observer is not called here.
+        // Without delivering events: other vCPUs may be in their handlers already, and wait for this one for a short
+        // time only.
         inner.give_back_quietly();
         let done =
             ask_host(BACK_END, || mca.inject(&record).and_then(|()| mca.read_back(record.bank)));
         let bank = match done {
             Ok((held, mcg_status)) => {
-                // A return of 0 from KVM is not a delivery; what the bank holds is.
+                // That KVM returns 0 does not mean that the guest was told; the bank's contents show it.
                 let raised = record.mcg_status == 0 || mcg_status == record.mcg_status;
-                // A bystander's may have been written over one like it.
+                // A bystander's record may have overwritten an earlier bystander's (OVER).
                 let held_so = if error.is_none() { held & !status::OVER } else { held };
                 (held_so == record.status && raised).then_some((held, mcg_status))
             }
@@ -82,7 +83,7 @@ impl Shared {
             return (inner, verdict);
         };
         inner.retry = RETRY_FIRST;
-        // It may be asleep, and it is the one who looks for the acknowledgement.
+        // The relay's thread may be asleep, and it looks for the acknowledgement.
         self.wake();
         let place = Place::Mce { vcpu: index(vcpu), bank: record.bank, form };
         let Change { after_micros, forged, .. } =

@@ -1,8 +1,7 @@
-//! The relay: takes signals, keeps the ledger, and brings every error to the vCPU that has to be told, on that vCPU's
-//! own thread.
+//! The relay: takes signals, keeps the ledger, and tells each error on the thread of the vCPU concerned.
 //!
-//! Two parties meet under one lock. The relay's thread takes AOs and wakes whoever has to act. A
-//! vCPU thread comes round before each KVM_RUN ([`VcpuPort::before_run`](vcpu_port::VcpuPort::before_run)); while
+//! Threads of two kinds work under one lock. The relay's thread takes AOs and calls the vCPUs that have something to
+//! do. A vCPU's thread calls [`VcpuPort::before_run`](vcpu_port::VcpuPort::before_run) before each KVM_RUN; while
 //! nothing is wrong that costs one relaxed load.
 
 mod attach;

@@ -18,31 +18,31 @@ use crate::event::Event;
 use crate::memory::scan::{FailureCounter, Scanner};
 use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT};
 
-/// A look may take this share of the time until the next one may begin: during a burst no more than
-/// a tenth of a processor goes into looking.
+/// After a look the next one waits for this many times as long: during a burst at most a tenth of a processor is spent
+/// on looking.
 const REST: u32 = 9;
-/// The least time between two looks; a burst fills it with many pages for one look.
+/// The least time between two looks, so that in a burst one look finds many pages.
 const REST_LEAST: Duration = Duration::from_millis(5);
 
-/// Host addresses that are looked at before those who have something to be told of are looked after: some ten
-/// milliseconds' worth of small pages.
+/// Bytes of host addresses that are searched in one slice, between which the relay's thread does its other work: some
+/// ten milliseconds for small pages.
 const SLICE: u64 = 8 << 30;
 
-/// The looking of one relay's thread.
+/// The search for bad pages by one relay's thread.
 pub(crate) struct Search {
     scanner: Scanner,
     counter: Option<FailureCounter>,
-    /// Something hinted that there may be pages to find.
+    /// There is a reason to look.
     wanted: bool,
-    /// What a look that has begun has not come to yet, the last first.
+    /// What the current look has not covered yet, the last range first.
     rest: Vec<Range<u64>>,
-    /// How long it has taken so far.
+    /// How long the current look has taken so far.
     took: Duration,
     /// No look begins before this.
     not_before: Instant,
     /// When the kernel's count is read next.
     count_at: Instant,
-    /// The last look failed; said once.
+    /// The last look failed; the warning was given.
     failing: bool,
 }
 
@@ -62,7 +62,7 @@ impl Search {
             debug!("the kernel's count of memory failures cannot be read");
         }
         let now = Instant::now();
-        // Once at the start, for what went bad before there was anybody to signal.
+        // Once at the start, for pages that went bad before the relay could be signalled.
         Some(Self {
             scanner,
             counter,
@@ -75,12 +75,13 @@ impl Search {
         })
     }
 
-    /// There may be pages to find.
+    /// Asks for a look: there may be bad pages that no signal named.
     pub(crate) fn hint(&mut self) {
         self.wanted = true;
     }
 
-    /// Looks at a slice of guest RAM, if there is a reason to and it is not too soon. True when it has found anything.
+    /// Searches a slice of guest RAM, if there is a reason and it is not too soon. Returns true when it has found any
+    /// page.
     pub(crate) fn look(&mut self, shared: &Shared) -> bool {
         let begin = Instant::now();
         if begin >= self.count_at {
@@ -91,7 +92,7 @@ impl Search {
             if !self.wanted || begin < self.not_before {
                 return false;
             }
-            // Cleared first: a hint that comes during the look is for the next one.
+            // Cleared first: a hint that comes during this look asks for another one.
             self.wanted = false;
             self.took = Duration::ZERO;
             self.rest = shared.ram().hvas().collect();
@@ -122,7 +123,7 @@ impl Search {
         false
     }
 
-    /// How long the thread may sleep at most.
+    /// How long the relay's thread may sleep before the next look is due.
     pub(crate) fn pause(&self) -> Duration {
         if !self.rest.is_empty() {
             return Duration::ZERO;
@@ -133,7 +134,7 @@ impl Search {
     }
 }
 
-/// The next [`SLICE`] of `rest`, which is in turn the last first.
+/// Takes the next [`SLICE`] off `rest`, whose last range comes first.
 fn take_slice(rest: &mut Vec<Range<u64>>) -> Vec<Range<u64>> {
     let (mut slice, mut room) = (Vec::new(), SLICE);
     while room > 0
@@ -175,7 +176,7 @@ impl Shared {
         let pages = inner.ledger.len() - before;
         if pages > 0 {
             inner.retry = RETRY_FIRST;
-            // More than 500,000 years do not fit.
+            // A u64 holds 500,000 years of microseconds.
             let micros = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
             inner.emit(Event::Scanned { pages, micros });
         }

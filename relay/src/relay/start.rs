@@ -62,7 +62,7 @@ impl Relay {
             source = Some(Source::new(of, hva).map_err(StartError::SourceWrite)?);
         }
         if config.vcpus > 0 {
-            // Bad pages of a guest that goes on elsewhere, of which it has not been told.
+            // Pages that the guest has not been told of, as of a guest that is restored or continues after migration.
             config.ledger.untold().for_each(|page| delivery.push_ao(page.gpa));
         }
         let rescuer = config.rescue.map(Rescue::prepare).transpose()?;
@@ -217,7 +217,7 @@ impl Drop for Relay {
         {
             warn!("the relay's thread had panicked");
         }
-        // What came of it until then: whoever made the observer may take it apart after this.
+        // All events are delivered before the return: the caller may destroy what the observer uses.
         self.shared.outbox.flush();
     }
 }

@@ -1,4 +1,4 @@
-//! The relay's own thread: takes AOs, and sees to it that whatever waits is looked at again.
+//! The relay's own thread: takes AOs, and calls again the vCPUs for which something waits.
 
 use std::io;
 use std::sync::atomic::Ordering;
@@ -15,8 +15,8 @@ use crate::event::{Event, SignalledThread};
 use crate::signal::{self, ExitByte, KillPolicy, ThreadSlot};
 use crate::types::Caught;
 
-/// Longest pause before a vCPU that could not be told is looked at again. A guest may take minutes (an AMD guest polls
-/// its banks every five).
+/// Longest pause before a vCPU that could not be told is called again. A guest may take minutes (an AMD guest polls its
+/// banks every five).
 const RETRY_LAST: Duration = Duration::from_millis(500);
 
 /// What the relay's work is done with; made before, so that a thread of the relay's own opens nothing.
@@ -94,7 +94,7 @@ pub(crate) fn relay_thread(
     let mut work = match Work::set_up(own) {
         Ok(work) => work,
         Err(error) => {
-            // The starter waits for exactly this message; if it is gone there is nobody to tell.
+            // The starter waits for exactly this message; if it has gone, the message is not needed.
             let _ = ready.send(Err(error));
             return;
         }
@@ -108,7 +108,7 @@ pub(crate) fn relay_thread(
     }
 }
 
-/// What the relay's thread leaves behind, however it ends.
+/// Runs when the relay's thread ends, however it ends.
 pub(crate) struct EndOfThread<'a>(pub(crate) &'a Shared);
 
 impl Drop for EndOfThread<'_> {
@@ -120,9 +120,9 @@ impl Drop for EndOfThread<'_> {
     }
 }
 
-/// Enters what the handler has stored for this thread and for threads outside the relay, and sees to it that
-/// other relays get what is theirs. True when there was anything: there may be pages whose signals were
-/// swallowed.
+/// Enters the signals that the handler has stored for this thread and for threads outside the relay, and passes on to
+/// the process's other relays those of their memory. Returns true when there were any: there may be pages whose own
+/// signals were swallowed.
 fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     let mut any = false;
     let mut inner = shared.lock();
@@ -147,8 +147,8 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     any
 }
 
-/// Has every vCPU that something waits for come round, at once for what is new and else when its time
-/// (`call_at`) has come; how long it may be until the next time.
+/// Calls every vCPU for which something waits, at once for a new error and otherwise at `call_at`. Returns how long the
+/// thread may sleep before the next call is due.
 fn call_those_who_wait(shared: &Shared, call_at: &mut Option<Instant>) -> Duration {
     let mut inner = shared.lock();
     for vcpu in std::mem::take(&mut inner.to_call) {
@@ -178,8 +178,8 @@ fn call_those_who_wait(shared: &Shared, call_at: &mut Option<Instant>) -> Durati
 }
 
 impl Shared {
-    /// Gives AOs that are not of this relay's memory to those of this process whose they are. Without the
-    /// lock, as they may have something for this one.
+    /// Passes AOs on memory of other relays of this process to them. Without the lock: at the same time another relay
+    /// may pass one to this.
     fn hand_over(&self, strays: &[Caught]) {
         let others = others(self);
         for &caught in strays {

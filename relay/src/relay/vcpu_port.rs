@@ -1,4 +1,4 @@
-//! A vCPU thread's door to the relay. Injection happens here, on the vCPU's own thread, between two KVM_RUNs.
+//! A vCPU thread's interface to the relay. Records are injected here, on the vCPU's own thread, between two KVM_RUNs.
 
 use std::io;
 use std::marker::PhantomData;
@@ -18,34 +18,36 @@ use crate::signal::{self, ThreadSlot};
 use crate::types::{Caught, FailureKind, UndeliverableReason, WaitReason};
 use crate::x86::back_end::Mca;
 
-/// How long a vCPU that touched a bad page is held back while other processors leave their
-/// machine-check handlers. A guest that takes longer has given up on its own one-second limit.
+/// How long a vCPU that touched a bad page is kept out of the guest while other processors leave their machine-check
+/// handlers. A guest that takes longer has exceeded its own limit of one second.
 const AR_PATIENCE: Duration = Duration::from_secs(5);
-/// How often it looks meanwhile.
+/// How often it tries again meanwhile.
 const AR_LOOK: Duration = Duration::from_millis(1);
 /// How long at a time it is held while a huge page that it touched is being rescued.
 const HOLD: Duration = Duration::from_millis(100);
-/// So many ARs without an address within [`NAMELESS_IN`] are a touch that KVM does not give the address of either.
-const NAMELESS: u32 = 64;
-const NAMELESS_IN: Duration = Duration::from_secs(10);
+/// How many ARs without an address within [`WITHOUT_ADDRESS_IN`] may be touches of guest memory for which KVM will
+/// report the address. Any more are taken for failures of other memory.
+const MOST_WITHOUT_ADDRESS: u32 = 64;
+const WITHOUT_ADDRESS_IN: Duration = Duration::from_secs(10);
 
-/// How often in a row a back end may fail to empty a bank, for whatever reason but that it cannot.
+/// How often in a row a back end may fail to empty a bank before it is not asked again (`Unsupported` counts at once).
 const TAKE_BACK_ATTEMPTS: u32 = 3;
 
-/// A vCPU thread's door to the relay. Made on that thread, used there, dropped there.
+/// A vCPU thread's interface to the relay, by [`Handle::attach`](crate::Handle::attach). It is made, used and dropped
+/// on that thread.
 pub struct VcpuPort {
     vcpu: usize,
     slot: ThreadSlot,
     shared: Arc<Shared>,
-    /// ARs without an address, and when the first of them came.
-    nameless: u32,
-    nameless_since: Option<Instant>,
-    /// How often in a row the back end may still fail to empty a bank; it is not asked again after that.
+    /// ARs without an address since `without_address_since`.
+    without_address: u32,
+    without_address_since: Option<Instant>,
+    /// How often in a row the back end may still fail to empty a bank.
     take_back_attempts: u32,
     not_send: PhantomData<*const ()>,
 }
 
-// A panic of the host's, in a back end, a kick or the observer, is caught where it is called, and nothing is half-changed.
+// A panic in the host's back end, kick or observer is caught where it is called, and leaves nothing half-changed.
 impl std::panic::UnwindSafe for VcpuPort {}
 impl std::panic::RefUnwindSafe for VcpuPort {}
 
@@ -55,23 +57,24 @@ impl VcpuPort {
             vcpu,
             slot,
             shared,
-            nameless: 0,
-            nameless_since: None,
+            without_address: 0,
+            without_address_since: None,
             take_back_attempts: TAKE_BACK_ATTEMPTS,
             not_send: PhantomData,
         }
     }
 
-    /// Call before every KVM_RUN, after the last exit's I/O has been completed and after `immediate_exit` has been
-    /// cleared ([`Self::clear_exit`]). While nothing is wrong it is one relaxed load.
+    /// Takes the signals of this vCPU, and tells its guest what it can be told now. Call it before every KVM_RUN, after
+    /// the last exit's I/O has been completed and after [`Self::clear_exit`]. While nothing is wrong it is one relaxed
+    /// load.
     #[inline]
     pub fn before_run(&mut self, mca: &mut dyn Mca) -> Verdict {
-        if self.slot.attention() { self.come_round(mca) } else { Verdict::Run }
+        if self.slot.attention() { self.before_run_slow(mca) } else { Verdict::Run }
     }
 
-    /// Clears `immediate_exit`, which a kick, or a signal of the kernel's, has set. First thing in a round of the run
-    /// loop, before whatever a kick may be about is looked at: [`Self::before_run`], and what the VMM itself kicks for.
-    /// A kick that comes later makes the next KVM_RUN return at once. One relaxed store.
+    /// Clears `immediate_exit`, which a kick or a memory failure's signal has set. Call it first in each round of the
+    /// run loop, before [`Self::before_run`] and before the VMM looks at flags of its own for which it kicks: a kick
+    /// that comes after this call makes the next KVM_RUN return at once. One relaxed store.
     #[inline]
     pub fn clear_exit(&self) {
         self.slot.clear_exit();
@@ -84,18 +87,18 @@ impl VcpuPort {
         self.slot.attention()
     }
 
-    /// An MMIO exit at `gpa`: true when that is guest RAM and the page is bad, which means that KVM emulated an
-    /// instruction that met poison. The page is then taken for touched (AR). False for what else shows as MMIO
-    /// in RAM: a store to a read-only slot, a slot that is being changed, a file that was cut short (see
-    /// [`Self::probe`]).
+    /// Call it for an MMIO exit at guest-physical `gpa`. Returns true when that is a bad page of guest RAM: KVM
+    /// emulated an instruction that touched poison. The page then counts as touched (AR). Returns false for everything
+    /// else that shows as MMIO in RAM: a store to a read-only slot, a slot that is being changed, a file that was cut
+    /// short (see [`Self::probe`]).
     pub fn mmio_hit(&mut self, gpa: u64) -> bool {
         self.touches(gpa, 1, false)
     }
 
-    /// A KVM_RUN that failed with `errno`, EFAULT or EHWPOISON, and KVM_EXIT_MEMORY_FAULT of `size` bytes at `gpa`: true
-    /// when a page of guest RAM there is bad. KVM says it so, and raises no SIGBUS, of memory that this process has
-    /// not mapped (guest_memfd); with EFAULT alone it may mean anything, and the host is asked. The first bad page is
-    /// then taken for touched (AR), and the others for bad (AO).
+    /// Call it when KVM_RUN failed with `errno` EFAULT or EHWPOISON and with KVM_EXIT_MEMORY_FAULT of `size` bytes at
+    /// guest-physical `gpa`. Returns true when a page of guest RAM there is bad. KVM reports poison in this way,
+    /// without a SIGBUS, for memory that this process has not mapped (guest_memfd). EFAULT alone may have other causes,
+    /// so the host is then asked about the pages. The first bad page counts as touched (AR), the others as bad (AO).
     pub fn memory_fault(&mut self, gpa: u64, size: u64, errno: i32) -> bool {
         self.touches(gpa, size, errno == libc::EHWPOISON)
     }
@@ -103,14 +106,14 @@ impl VcpuPort {
     fn touches(&mut self, gpa: u64, size: u64, sure: bool) -> bool {
         let touched = self.shared.touches(self.vcpu, gpa, size, sure);
         if touched {
-            // What had no address has one now.
-            self.nameless = 0;
+            // The touch whose signal had no address has one now.
+            self.without_address = 0;
         }
         touched
     }
 
-    /// Whether the byte of guest RAM at `gpa` can be read, and if not, why. For exits that may be about
-    /// poison and may be about something else.
+    /// Whether the byte of guest RAM at guest-physical `gpa` can be read, and if not, why. For exits whose cause may be
+    /// poison or something else.
     ///
     /// # Errors
     /// See [`AccessError`].
@@ -118,23 +121,23 @@ impl VcpuPort {
         access::read_ram(&self.shared.ram(), gpa, &mut [0]).map(drop)
     }
 
-    /// Runs `wait`, which blocks while the virtual machine is paused. Meanwhile nobody waits for this
-    /// vCPU: machine checks that have to reach every processor are put off.
+    /// Runs `wait`, which blocks while the virtual machine is paused. No other vCPU waits for this one meanwhile:
+    /// machine checks that have to reach every processor are put off.
     pub fn park(&mut self, wait: impl FnOnce()) {
         self.shared.set_parked(self.vcpu, true);
-        // Under no lock: what else was there may go on.
+        // Without the lock: other threads use the relay meanwhile.
         wait();
         self.shared.set_parked(self.vcpu, false);
-        // What came in the meantime, and whatever was put off.
+        // Signals that came meanwhile, and machine checks that were put off, are looked at next.
         self.slot.shared().ask_attention();
         self.shared.wake();
     }
 
     #[cold]
-    fn come_round(&mut self, mca: &mut dyn Mca) -> Verdict {
+    fn before_run_slow(&mut self, mca: &mut dyn Mca) -> Verdict {
         let verdict = self.attend(mca);
         if verdict != Verdict::Run {
-            // The host acts on it, and what led to it is said first.
+            // The host acts on the verdict; the events that led to it are delivered first.
             self.shared.outbox.flush();
         }
         verdict
@@ -147,24 +150,24 @@ impl VcpuPort {
         let mut held_for: Option<Instant> = None;
         loop {
             self.slot.clear_attention();
-            // Several system calls, for which nobody else need wait. The vCPU stands still meanwhile.
+            // Several system calls, made without the lock. The vCPU does not run meanwhile.
             let state = ask_host(BACK_END, || mca.state());
             if let Err(error) = &state {
                 warn!("vCPU {me}: cannot read its machine-check state: {error}");
             }
             let mut inner = shared.lock();
-            shared.comes_round(&mut inner, me);
+            shared.mark_present(&mut inner, me);
             for caught in shared.take(&mut inner, &self.slot, SignalledThread::Vcpu(me)) {
                 if caught.kind == FailureKind::ActionRequired
                     && caught.hva == 0
-                    && self.is_nameless()
+                    && self.may_lack_address()
                 {
-                    // The kernel does not say where, of memory that this process has not mapped (guest_memfd). It
-                    // knows by now, and says it when the guest touches the page again.
+                    // For memory that this process has not mapped (guest_memfd) the signal has no address. The kernel
+                    // knows the page by now, and KVM reports it when the guest touches it again.
                     shared.hint();
                 } else if caught.kind == FailureKind::ActionRequired {
-                    // Not under the lock: whoever was there before us may end the process, and have
-                    // something to put in order first.
+                    // Without the lock, and after all events: the previous handler or the default action may end the
+                    // process.
                     drop(inner);
                     shared.outbox.flush();
                     signal::give_up(caught);
@@ -187,9 +190,9 @@ impl VcpuPort {
             let state = match state {
                 Ok(state) => state,
                 Err(_) => {
-                    // Nobody may be kept waiting in a gathering by a vCPU that cannot take part.
+                    // No gathering may wait for a vCPU that cannot take part.
                     shared.absent(&mut inner, me);
-                    // Back in the guest it would meet its AR again, and again without end.
+                    // If it ran on, it would touch the page again and get an AR each time, without end.
                     let Some(error) = inner.delivery.first_ar(me) else { return Verdict::Run };
                     let why = UndeliverableReason::NoState;
                     shared.undeliverable(&mut inner, me, error, why, None);
@@ -204,16 +207,16 @@ impl VcpuPort {
             if !left.is_empty() && self.take_back_attempts > 0 {
                 drop(inner);
                 self.take_back(mca, &left);
-                // The banks are other ones now.
+                // The state has changed, so it is read again.
                 continue;
             }
             if !left.is_empty() {
-                shared.given_up(&mut inner, me, &left, false);
+                shared.tell_elsewhere(&mut inner, me, &left, false);
             }
             let gathering = inner.gathering.is_some();
             let step = if gathering { None } else { Some(inner.delivery.next(me, &state, now)) };
             if inner.delivery.ao_vcpu() != ao_vcpu {
-                // AOs are another vCPU's matter from here on.
+                // AOs are told on another vCPU from here on.
                 inner.news = true;
                 shared.wake();
             }
@@ -225,7 +228,7 @@ impl VcpuPort {
                     if let Err(verdict) = done {
                         return verdict;
                     }
-                    // Reading the state again costs as much as all the rest.
+                    // Reading the state again would cost as much as all the rest.
                     if !guard.delivery.has_something_for(me) {
                         return Verdict::Run;
                     }
@@ -253,19 +256,19 @@ impl VcpuPort {
                     inner = guard;
                     match (part, error) {
                         (Part::Refused(verdict), _) => return verdict,
-                        // Ours, and it is done.
+                        // This vCPU's own gathering, and it is done.
                         (Part::Assignment, Some(_)) if !inner.delivery.has_something_for(me) => {
                             return Verdict::Run;
                         }
-                        // Somebody else's gathering, or there is more.
+                        // Another vCPU's gathering, or more errors wait here.
                         (Part::Assignment, _) | (Part::Postponed(_), None) => {}
                         (Part::Postponed(wait), Some(error)) => {
                             shared.waiting(&mut inner, error, wait);
                             if error.kind == FailureKind::ActionOptional {
                                 return Verdict::Run;
                             }
-                            // A vCPU that is paused will not come, and this one is to pause, too. What it
-                            // touched it touches again after that.
+                            // A paused vCPU will not stop for it, and this one is to be paused, too. If the guest needs
+                            // the page, it touches it again after the pause.
                             if matches!(wait, WaitReason::Paused { .. }) {
                                 inner.goes_on(me);
                                 shared.wake();
@@ -278,7 +281,7 @@ impl VcpuPort {
                                 shared.undeliverable(&mut inner, me, error, why, rip);
                                 return Verdict::Undeliverable { gpa: error.gpa, why, rip };
                             }
-                            // First the kicks, which a wait would be put off for.
+                            // The kicks are made first, with the unlock; a wait under this lock would delay them.
                             drop(inner);
                             drop(shared.pause(shared.lock(), AR_LOOK));
                         }
@@ -288,18 +291,18 @@ impl VcpuPort {
         }
     }
 
-    /// Whether one more AR without an address may be taken for one of guest memory.
-    fn is_nameless(&mut self) -> bool {
+    /// Whether one more AR without an address may be taken for a touch of guest memory.
+    fn may_lack_address(&mut self) -> bool {
         let now = Instant::now();
-        let first = *self.nameless_since.get_or_insert(now);
-        self.nameless += 1;
-        if now.duration_since(first) > NAMELESS_IN {
-            (self.nameless_since, self.nameless) = (Some(now), 1);
+        let first = *self.without_address_since.get_or_insert(now);
+        self.without_address += 1;
+        if now.duration_since(first) > WITHOUT_ADDRESS_IN {
+            (self.without_address_since, self.without_address) = (Some(now), 1);
         }
-        self.nameless <= NAMELESS
+        self.without_address <= MOST_WITHOUT_ADDRESS
     }
 
-    /// Empties `banks`, whose records this vCPU does not take, and has what they told told elsewhere.
+    /// Empties `banks`, whose records this vCPU does not take; their pages are told of elsewhere.
     fn take_back(&mut self, mca: &mut dyn Mca, banks: &[u8]) {
         let me = self.vcpu;
         let mut emptied = Vec::new();
@@ -321,7 +324,7 @@ impl VcpuPort {
                 }
             }
         }
-        self.shared.given_up(&mut self.shared.lock(), me, &emptied, true);
+        self.shared.tell_elsewhere(&mut self.shared.lock(), me, &emptied, true);
     }
 }
 
@@ -332,19 +335,19 @@ impl Drop for VcpuPort {
         }
         let me = self.vcpu;
         let mut inner = self.shared.lock();
-        // What came since it last looked.
-        let nobodys = self.shared.take(&mut inner, &self.slot, SignalledThread::Vcpu(me));
+        // Signals that came since `before_run` was called last.
+        let not_guest_ram = self.shared.take(&mut inner, &self.slot, SignalledThread::Vcpu(me));
         let kick = inner.leaves(me);
         self.shared.leaves_gathering(&mut inner, me);
         drop(inner);
         if let Some(kick) = kick {
-            // Whoever is kicking this vCPU is waited for.
+            // Waits for a thread that is just making this kick.
             *kick.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
         self.shared.wake();
-        // One without an address is of guest memory, which this vCPU touches no more.
+        // An AR without an address is of guest memory, which this vCPU touches no more.
         let is_ar = |caught: &Caught| caught.kind == FailureKind::ActionRequired && caught.hva != 0;
-        for caught in nobodys.into_iter().filter(is_ar) {
+        for caught in not_guest_ram.into_iter().filter(is_ar) {
             self.shared.outbox.flush();
             signal::give_up(caught);
         }

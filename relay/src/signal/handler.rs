@@ -1,4 +1,4 @@
-//! The SIGBUS handler, and the handing-on of what is not ours.
+//! The SIGBUS handler, and how a signal that is not a memory failure of the guest's is handed on.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -17,19 +17,20 @@ use crate::types::{Caught, FailureKind};
 thread_local! {
     // As in `thread_slot`: the handler reads it.
 
-    /// The next memory failure of the calling thread is not ours: it was looked at, and is sent again for
-    /// whoever else is there.
+    /// The next memory failure signalled to the calling thread is not the relay's: it was looked at, and is sent again
+    /// for the previous handler or the default action.
     static NOT_OURS: AtomicBool = const { AtomicBool::new(false) };
 }
 
-/// Who has the process's SIGBUS handler.
+/// Whether the relay or the host has the process's SIGBUS handler.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Signals {
-    /// The relay installs its own, once for the process, and hands on what is not its own.
+    /// The relay installs its own, once for the process. What it does not take care of goes to the previous handler or
+    /// the default action.
     #[default]
     Install,
-    /// The host has one, which calls [`handle`]. It is to be installed before the relay is started, with
-    /// SA_SIGINFO and SA_ONSTACK.
+    /// The host has one, which calls [`handle`]. It is installed before the relay is started, with SA_SIGINFO and
+    /// SA_ONSTACK.
     Host,
 }
 
@@ -37,20 +38,21 @@ pub enum Signals {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
 pub enum Handled {
-    /// It is a memory failure that the relay takes care of: return from the handler.
+    /// A memory failure that the relay takes care of: the handler returns.
     Handled,
-    /// It is not the relay's. Do what you do without it.
+    /// Not the relay's: the handler does what it would do without a relay.
     NotOurs,
 }
 
-/// Shows the relay a SIGBUS. For a host's own handler, first thing in it: async-signal-safe, some plain
-/// atomic stores, no system call.
+/// Shows the relay a SIGBUS. A host's own handler calls it first. Async-signal-safe: a few plain atomic stores, no
+/// system call.
 ///
-/// An AO is always taken, on any thread: one of memory that is not the guest's shows as the event
-/// [`Outside`](crate::Event::Outside). An AR is taken on a thread that takes part (a vCPU's with its port),
-/// since nobody can act on it elsewhere; if it turns out not to be of guest RAM, it is sent to the thread
-/// again, and is `NotOurs` then. The same goes for an AR that comes again and again without the thread's
-/// coming round: its code loads from the bad page itself.
+/// An AO is always taken, on any thread; one of memory that is not the guest's is reported as the event
+/// [`Outside`](crate::Event::Outside). An AR is taken on a thread that takes part (a vCPU's with its port); on any
+/// other thread nothing could be done about it. If it turns out not to be of guest RAM, the signal is sent to the
+/// thread again, and this returns `NotOurs` for it then. It returns `NotOurs`, too, for an AR that repeats without a
+/// call of [`VcpuPort::before_run`](crate::VcpuPort::before_run) in between: the thread's own code loads from the bad
+/// page.
 pub fn handle(info: &siginfo_t) -> Handled {
     // SAFETY: a siginfo of SIGBUS begins as MceInfo does (include/uapi/asm-generic/siginfo.h), and is
     // larger.
@@ -58,7 +60,7 @@ pub fn handle(info: &siginfo_t) -> Handled {
     if store(mce) { Handled::Handled } else { Handled::NotOurs }
 }
 
-/// Takes an AO that reached a thread outside the relay.
+/// Takes an AO that was signalled to a thread outside the relay.
 pub(crate) fn take_orphan() -> Option<Caught> {
     PROCESS.get().and_then(|process| process.orphans.take())
 }
@@ -68,7 +70,7 @@ pub(crate) fn take_orphan_overrun() -> u32 {
     PROCESS.get().map_or(0, |process| process.orphans.take_dropped())
 }
 
-/// What the handler needs besides the thread's slot; there before the handler can run.
+/// What the handler needs besides the thread's slot; set before the handler can run.
 static PROCESS: OnceLock<Process> = OnceLock::new();
 
 struct Process {
@@ -88,7 +90,7 @@ fn process() -> MutexGuard<'static, Setup> {
     SETUP.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Makes this process ready for memory failures, once for each way; later calls do nothing.
+/// Makes this process ready for memory failures, once for each of the two modes; later calls do nothing.
 ///
 /// # Errors
 /// `sigaction(2)` fails.
@@ -115,15 +117,14 @@ pub fn install() -> io::Result<()> {
         if now.sa_sigaction == action().sa_sigaction {
             return Ok(());
         }
-        // Whoever did may hand on to ours, so ours must not hand on to theirs.
+        // The host's handler may hand on to the relay's, so the relay's must not hand on to it.
         return Err(io::Error::other(
             "another handler has taken the place of the relay's; have it call mce_relay::signal::handle, and \
              start relays with Signals::Host",
         ));
     }
     let previous = in_force(libc::SIGBUS).ok_or_else(io::Error::last_os_error)?;
-    // The handler needs it from its first run on. One that is there already is from an attempt that
-    // failed below.
+    // Set before the handler can run. It may be set already, by an earlier attempt that failed below.
     PROCESS.get_or_init(|| Process { previous, orphans: Orphans::new() });
 
     let new = action();
@@ -136,13 +137,13 @@ pub fn install() -> io::Result<()> {
     Ok(())
 }
 
-/// Our action.
+/// The relay's action.
 fn action() -> sigaction {
     // SAFETY: sigaction is plain data; all zero is a valid value to start from.
     let mut new: sigaction = unsafe { std::mem::zeroed() };
     new.sa_sigaction = on_sigbus as extern "C" fn(c_int, *mut siginfo_t, *mut c_void) as usize;
-    // ONSTACK: std gives every thread an alternate stack, and a poisoned stack page must not be
-    // the end of the handler. RESTART: other threads' system calls need not notice.
+    // ONSTACK: std gives every thread an alternate stack, so the handler runs even if the stack's own page is bad.
+    // RESTART: other threads' system calls are not interrupted.
     new.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
     new
 }
@@ -164,7 +165,7 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
     }
 }
 
-/// Whether the signal was a memory failure that somebody will take care of.
+/// Stores the signal. Returns true when it is a memory failure that the relay will take care of.
 fn store(mce: &MceInfo) -> bool {
     let kind = match mce.code {
         BUS_MCEERR_AR => FailureKind::ActionRequired,
@@ -182,8 +183,8 @@ fn store(mce: &MceInfo) -> bool {
     if let Some(slot) = unsafe { own_slot().as_ref() } {
         let stored = slot.store(caught);
         request_exit();
-        // A thread that takes AR after AR without coming round to look is not in KVM_RUN: its own
-        // code loads from the bad page, over and over. Nothing here can mend that.
+        // A thread that gets AR after AR without taking them out of its slot is not in KVM_RUN: its own code loads from
+        // the bad page again and again, which nothing here can end.
         return stored || kind == FailureKind::ActionOptional;
     }
     match (kind, PROCESS.get()) {
@@ -195,7 +196,7 @@ fn store(mce: &MceInfo) -> bool {
     }
 }
 
-/// Gives the signal to the previous handler, or to the default action, and says so on stderr first.
+/// Hands the signal on to the previous handler or the default action, after a line on stderr.
 fn hand_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     let Some(Process { previous, .. }) = PROCESS.get() else {
         return;
@@ -205,8 +206,8 @@ fn hand_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     let sent = code <= 0;
     last_words::say(code, from, next(previous, sent));
     match previous.sa_sigaction {
-        // A fault raises the signal again when the instruction is executed again, with the true
-        // siginfo, and then finds the default action.
+        // The faulting instruction is executed again, raises the signal again with the true siginfo, and then meets the
+        // default action.
         libc::SIG_DFL => set_default(signal),
         libc::SIG_IGN if sent => return,
         libc::SIG_IGN => set_default(signal),
@@ -222,25 +223,24 @@ fn hand_on(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
             handler(signal);
         }
     }
-    // A signal somebody sent does not come again by itself: where the default action is in force
-    // now (std's handler leaves it so), it has to be raised to take effect.
+    // A signal that was sent does not come again by itself: where the default action is in force now (std's handler
+    // leaves it so), it has to be raised again to take effect.
     if sent && is_default(signal) {
         // SAFETY: the kernel passed a valid siginfo.
         unsafe { send_to_oneself(signal, info) };
     }
 }
 
-/// An action-required failure that was stored, and turned out to be of memory that is not the guest's:
-/// it is sent to this thread again, and whoever else is there has it with the same siginfo, or the default
-/// action. Returns when that was a handler that did.
+/// Gives up an action-required failure that was stored and turned out not to be of guest memory: sends it to this
+/// thread again, with the same siginfo, for the previous handler or the default action. Returns if that handler does.
 pub(crate) fn give_up(caught: Caught) {
-    // Only this thread looks at it, and between here and the signal it takes no other: AOs go to the
+    // Only this thread reads the mark, and between here and the signal it gets no other memory failure: AOs go to the
     // relay's thread.
     NOT_OURS.with(|not_ours| not_ours.store(true, Ordering::Relaxed));
     send_failure(caught);
     if is_default(libc::SIGBUS) {
-        // What is handed on to the default action (std's handler leaves it in force, too) is expected to
-        // happen again.
+        // The first one was handed on by setting the default action (std's handler leaves that in force, too), which
+        // expects the fault to repeat.
         send_failure(caught);
     }
 }
@@ -269,7 +269,7 @@ fn failure(caught: Caught) -> siginfo_t {
     info
 }
 
-/// Where the signal came from.
+/// What raised the signal.
 ///
 /// # Safety
 /// `info` is a valid siginfo of SIGBUS.
@@ -296,8 +296,8 @@ fn next(previous: &sigaction, sent: bool) -> Next {
     }
 }
 
-/// Sends this thread `signal` with this very siginfo, which the kernel allows for any code. It is met
-/// at once, or when the handler that calls this returns. Async-signal-safe.
+/// Sends this thread `signal` with this very siginfo, which the kernel allows for any code. It is delivered at once, or
+/// when the handler that calls this returns. Async-signal-safe.
 ///
 /// # Safety
 /// `info` is a valid siginfo.

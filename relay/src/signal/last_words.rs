@@ -1,4 +1,4 @@
-//! One line on stderr about a SIGBUS that is not ours to take care of, written inside the handler.
+//! One line on stderr about a SIGBUS that the relay does not take care of, written inside the handler.
 //!
 //! Async-signal-safe: a buffer on the stack, arithmetic, write(2). Nothing here allocates, locks or
 //! can panic.
@@ -19,18 +19,18 @@ pub(crate) enum Origin {
     Sender { pid: pid_t, uid: uid_t },
 }
 
-/// What becomes of it now.
+/// What is done with it next.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Next {
-    /// The handler that was there before ours has it.
+    /// The previous handler gets it.
     Handler,
     /// The default action: the process ends.
     Default,
-    /// Nothing: it was ignored before, and may be.
+    /// Nothing: it was ignored before the relay's handler was installed.
     Ignored,
 }
 
-/// Text that is cut where the buffer ends.
+/// Text of a limited length; what does not fit is cut off.
 struct Line {
     text: [u8; LEN],
     len: usize,
@@ -125,7 +125,7 @@ fn line(code: c_int, from: Origin, thread: pid_t, next: Next) -> Line {
     line
 }
 
-/// Writes the line to stderr, as much of it as goes at once. Leaves errno alone. Async-signal-safe.
+/// Writes the line to stderr, by one write. Leaves errno as it is. Async-signal-safe.
 pub(crate) fn say(code: c_int, from: Origin, next: Next) {
     // SAFETY: gettid takes nothing; __errno_location points to this thread's errno, which is put back,
     // since the code that was interrupted may be about to read it; the buffer is valid for its length.

@@ -1,17 +1,16 @@
-//! The SIGBUS handler, and the handing-on of what is not ours.
+//! The SIGBUS handler, and how a signal that is not a memory failure of the guest's is handed on.
 //!
 //! The handler of a memory failure does plain atomic stores and returns. Each thread that takes
 //! part has a slot; the handler finds it by a const-initialised thread-local pointer, copies
 //! (code, address, lsb) into it, sets the thread's `immediate_exit` byte so that a KVM_RUN that is
 //! about to start ends at once, and is done.
 //!
-//! Everything else (other codes, an AR where nobody can act) goes to the handler that was there
-//! before, or to the default action with the true `siginfo`, after one line on stderr
-//! (`last_words`). Nobody but this process itself can
-//! forge a memory failure: the kernel lets another one send codes of 0 and below only.
+//! Everything else (other codes, an AR on a thread that takes no part) goes to the previous handler, or to the default
+//! action with the true `siginfo`, after one line on stderr (`last_words`). No other process can forge a memory
+//! failure: the kernel lets it send codes of 0 and below only.
 //!
-//! A host that has a SIGBUS handler of its own and wants to keep it ([`Signals::Host`]) calls [`handle`]
-//! in it, and does what it always did with what is not ours.
+//! A host that keeps a SIGBUS handler of its own ([`Signals::Host`]) calls [`handle`] first in it, and treats what is
+//! [`Handled::NotOurs`] as it would without a relay.
 
 mod code;
 mod handler;

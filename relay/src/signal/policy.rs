@@ -1,8 +1,8 @@
-//! Who is told of memory errors: the per-thread policy (`PR_MCE_KILL`) and the sysctls behind it.
+//! Which threads are signalled, and when: the per-thread policy (`PR_MCE_KILL`) and the sysctl behind it.
 //!
-//! The kernel sends an AO to one thread of a process: the first one whose policy is early kill. The
-//! policy is inherited by threads created afterwards, so a VMM sets late kill on its main thread
-//! before it starts any other, and early kill on the relay's thread alone.
+//! The kernel sends an AO to one thread of a process: the first one whose policy is early kill. A new thread inherits
+//! the policy. So [`RelayBuilder::start`](crate::RelayBuilder::start) sets late kill on the thread that calls it, and
+//! early kill on the relay's thread alone.
 
 use std::io;
 
@@ -15,7 +15,7 @@ pub enum KillPolicy {
     Early,
     /// Only when it touches the page (AR).
     Late,
-    /// As `vm.memory_failure_early_kill` says.
+    /// As the sysctl `vm.memory_failure_early_kill` says.
     Default,
 }
 
@@ -28,7 +28,7 @@ impl KillPolicy {
         }
     }
 
-    /// Sets the calling thread's policy, and reads it back: what the kernel holds is what counts.
+    /// Sets the calling thread's policy, and reads it back to see that the kernel took it.
     ///
     /// # Errors
     /// The kernel (or a seccomp filter) refuses the call, or holds something else afterwards.

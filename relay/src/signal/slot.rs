@@ -10,10 +10,10 @@
 use crate::sync::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use crate::types::{Caught, FailureKind};
 
-/// Signals that are held between two looks. SIGBUS does not queue, so one look follows few signals.
+/// How many signals a slot holds between two calls of `take`. SIGBUS does not queue, so few signals come in between.
 const PLACES: usize = 16;
 
-/// One [`Caught`]. Whoever uses it has to have it for itself.
+/// One [`Caught`]. Its user has to have exclusive access.
 #[derive(Debug, Default)]
 struct Entry {
     hva: AtomicU64,
@@ -42,12 +42,12 @@ impl Entry {
 /// reader. In truth the writer interrupts the reader, on the same thread; nothing here relies on it.
 #[derive(Debug)]
 pub(crate) struct Slot<const LEN: usize = PLACES> {
-    /// Something wants this thread's attention: a signal was stored, or another thread asks.
-    /// The one load the run loop pays while nothing is wrong.
+    /// The thread has something to look at: a signal was stored, or another thread asks. The run loop reads this once
+    /// per exit.
     attention: AtomicBool,
-    /// Entries written; only the handler adds.
+    /// Number of entries written; only the handler adds.
     written: AtomicU32,
-    /// Entries taken; only the thread adds, outside the handler.
+    /// Number of entries taken; only the thread adds, outside the handler.
     taken: AtomicU32,
     /// Signals that found the ring full.
     overrun: AtomicU32,
@@ -57,7 +57,7 @@ pub(crate) struct Slot<const LEN: usize = PLACES> {
 impl<const LEN: usize> Slot<LEN> {
     /// An empty ring that wants no attention.
     pub(crate) fn new() -> Self {
-        // The counters wrap at 2^32; an entry's place must not jump there.
+        // The counters wrap at 2^32; the place of an entry in the ring must not jump then.
         const { assert!(LEN.is_power_of_two()) };
         Self {
             attention: AtomicBool::new(false),
@@ -68,7 +68,7 @@ impl<const LEN: usize> Slot<LEN> {
         }
     }
 
-    /// Stores one signal and asks for attention; false when the ring is full. For the thread's own
+    /// Stores one signal and asks for attention; returns false when the ring is full. Called by the thread's own
     /// handler. Async-signal-safe.
     pub(crate) fn store(&self, caught: Caught) -> bool {
         let written = self.written.load(Ordering::Relaxed);
@@ -83,11 +83,10 @@ impl<const LEN: usize> Slot<LEN> {
         !full
     }
 
-    /// Has the thread look, at the latest before it enters its guest again. For any thread.
-    /// Async-signal-safe.
+    /// Makes the thread look, at the latest before it enters its guest again. For any thread. Async-signal-safe.
     pub(crate) fn ask_attention(&self) {
-        // A swap and not a store: who clears the flag has then seen what came before each of
-        // several requests, not of the last alone.
+        // A swap, not a store, so that the thread that clears the flag has seen what came before every request, not
+        // only before the last one.
         self.attention.swap(true, Ordering::Release);
     }
 
@@ -97,7 +96,7 @@ impl<const LEN: usize> Slot<LEN> {
         self.attention.load(Ordering::Relaxed)
     }
 
-    /// Lowers the flag; call before [`Self::take`], so that what comes later raises it again.
+    /// Clears the flag. Call it before [`Self::take`], so that a signal that comes later sets it again.
     pub(crate) fn clear_attention(&self) {
         self.attention.swap(false, Ordering::Acquire);
     }
@@ -124,11 +123,11 @@ impl<const LEN: usize> Slot<LEN> {
     }
 }
 
-/// A place is nobody's.
+/// The place is free.
 const EMPTY: u8 = 0;
-/// A place is one handler's to write, or one taker's to read.
+/// One handler writes the place, or one thread takes what is in it.
 const HELD: u8 = 1;
-/// A place holds a signal.
+/// The place holds a signal.
 const READY: u8 = 2;
 
 #[derive(Debug)]
@@ -138,9 +137,9 @@ struct Place {
 }
 
 impl Place {
-    /// Makes the place the caller's own, if it is in state `from`.
+    /// Acquires the place for the caller, if it is in state `from`; returns whether it did.
     fn hold(&self, from: u8) -> bool {
-        // Acquire: what its last holder did with the entry is over.
+        // Acquire: the last holder's accesses to the entry are over.
         self.state.compare_exchange(from, HELD, Ordering::Acquire, Ordering::Relaxed).is_ok()
     }
 
@@ -149,8 +148,8 @@ impl Place {
     }
 }
 
-/// AOs that reached a thread without a [`Slot`] (one that set early kill for itself). Handlers of
-/// any number of threads write here at once, so each holds its place while it writes.
+/// AOs that were signalled to a thread without a [`Slot`] (one that set early kill for itself). Handlers of any number
+/// of threads write here at once, so each acquires a place first.
 #[derive(Debug)]
 pub(crate) struct Orphans<const LEN: usize = PLACES> {
     places: [Place; LEN],

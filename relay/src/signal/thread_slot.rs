@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, Ordering, compiler_fenc
 use super::slot::Slot;
 use crate::types::Caught;
 
-/// Somebody's handler stores what is ours: without it no thread is to rely on its slot.
+/// Whether the process has a handler that stores memory failures in the slots. Without one no thread may rely on its
+/// slot.
 static READY: AtomicBool = AtomicBool::new(false);
 
-/// Says that the process's handler stores memory failures in the slots.
+/// Notes that the process has such a handler.
 pub(crate) fn set_ready() {
     READY.store(true, Ordering::Release);
 }
@@ -33,8 +34,8 @@ pub(crate) fn own_slot() -> *const Slot {
     SLOT.with(|slot| slot.load(Ordering::Acquire))
 }
 
-/// Makes the calling thread's KVM_RUN end at once. For the handler of the signal a VMM kicks its
-/// vCPU threads with: async-signal-safe, and without effect on a thread that is not attached.
+/// Makes the calling thread's KVM_RUN end at once. A VMM calls it in the handler of the signal by which it kicks its
+/// vCPU threads. Async-signal-safe; does nothing on a thread that is not attached.
 pub fn request_exit() {
     let exit = IMMEDIATE_EXIT.with(|exit| exit.load(Ordering::Acquire));
     if !exit.is_null() {
@@ -44,28 +45,28 @@ pub fn request_exit() {
     }
 }
 
-/// `kvm_run.immediate_exit` of a vCPU, which the handler writes so that a KVM_RUN that is about to start ends
-/// at once.
+/// `kvm_run.immediate_exit` of a vCPU. The SIGBUS handler sets it, so that a KVM_RUN that is about to start ends at
+/// once.
 #[derive(Debug)]
 pub struct ExitByte(*mut u8);
 
 impl ExitByte {
-    /// None: of a thread that is not in a KVM_RUN, or whose run ends soon enough by itself.
+    /// No byte, for a thread that is not in a KVM_RUN, or whose run ends soon by itself.
     pub const NONE: Self = Self(ptr::null_mut());
 
     /// The byte at `immediate_exit`.
     ///
     /// # Safety
-    /// Until the port that is attached with it is dropped it stays mapped, and nobody writes it but the kernel and the
-    /// thread that the port is attached on (a signal handler on that thread included).
+    /// Until the port that is attached with it is dropped, the byte stays mapped, and only the kernel and the thread
+    /// that the port is attached on (its signal handlers included) write it.
     #[must_use]
     pub unsafe fn new(immediate_exit: *mut u8) -> Self {
         Self(immediate_exit)
     }
 }
 
-/// The calling thread's membership: while it lives, memory failures signalled to this thread are
-/// stored. It must be dropped on the thread that made it, so it is not `Send`.
+/// The calling thread's slot: while this lives, memory failures that are signalled to the thread are stored. It has to
+/// be dropped on the thread that made it, so it is not `Send`.
 #[derive(Debug)]
 pub(crate) struct ThreadSlot {
     slot: Arc<Slot>,
@@ -74,7 +75,7 @@ pub(crate) struct ThreadSlot {
 }
 
 impl ThreadSlot {
-    /// Attaches the calling thread; the handler makes the KVM_RUN that `exit` belongs to end at once.
+    /// Attaches the calling thread. After a signal the handler ends the KVM_RUN that `exit` belongs to.
     ///
     /// # Errors
     /// The handler is not installed, or the thread is attached already.
@@ -103,12 +104,13 @@ impl ThreadSlot {
         if !self.exit.is_null() {
             // SAFETY: as in `request_exit`.
             unsafe { AtomicU8::from_ptr(self.exit) }.store(0, Ordering::Relaxed);
-            // What a kick is about is looked at after that. The handler that sets the byte runs on this very thread.
+            // The caller looks at the reason of a kick after this. The handler that sets the byte runs on this very
+            // thread.
             compiler_fence(Ordering::SeqCst);
         }
     }
 
-    /// Lowers the attention flag; call before [`Self::take`], so that what comes later raises it again.
+    /// Clears the attention flag. Call it before [`Self::take`], so that a signal that comes later sets it again.
     pub(crate) fn clear_attention(&self) {
         self.slot.clear_attention();
     }
@@ -136,8 +138,8 @@ impl ThreadSlot {
 
 impl Drop for ThreadSlot {
     fn drop(&mut self) {
-        // The handler runs on this very thread, so after these stores it can find neither, and the
-        // memory behind them may go.
+        // The handler runs on this very thread, so after these stores it finds neither pointer, and the memory behind
+        // them may be freed.
         SLOT.with(|own| own.store(ptr::null_mut(), Ordering::Release));
         IMMEDIATE_EXIT.with(|exit| exit.store(ptr::null_mut(), Ordering::Release));
     }

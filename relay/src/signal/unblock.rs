@@ -1,10 +1,10 @@
-//! SIGBUS is not blocked on a thread that takes part.
+//! Unblocks SIGBUS on a thread that takes part.
 
 use std::io;
 use std::ptr;
 
-/// Lets the calling thread have SIGBUS, which whoever started it may have blocked. A thread that has it makes no call
-/// that its filter may forbid.
+/// Unblocks SIGBUS on the calling thread, which may have inherited a mask with it. Where it is not blocked, only the
+/// mask is read, as the thread's seccomp filter may forbid the rest.
 ///
 /// # Errors
 /// pthread_sigmask(3) fails.

@@ -1,4 +1,4 @@
-//! How the relay's thread sleeps: until a signal is stored for it, somebody wakes it, or its time has come.
+//! How the relay's thread sleeps: until a signal is stored for it, another thread wakes it, or the time is over.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::thread_slot::ThreadSlot;
 
-/// What others wake a sleeping thread by.
+/// An eventfd by which other threads wake a sleeping one.
 #[derive(Debug)]
 pub(crate) struct Wake(OwnedFd);
 
@@ -26,7 +26,7 @@ impl Wake {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Ends the sleep of whoever sleeps, or the next one at once.
+    /// Ends the sleep of the thread that sleeps, or its next sleep at once.
     pub(crate) fn wake(&self) {
         let one = 1u64;
         // SAFETY: writes eight bytes from a live u64 to a descriptor we own. It can only fail on a
@@ -34,8 +34,8 @@ impl Wake {
         unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
     }
 
-    /// Sleeps until a signal is stored in `slot`, [`Self::wake`] is called, or `pause` is over. SIGBUS is
-    /// blocked only between the look and the sleep, so that no signal falls into the gap.
+    /// Sleeps until a signal is stored in `slot`, [`Self::wake`] is called, or `pause` is over. SIGBUS is blocked only
+    /// from the last look at the slot to the sleep, so that a signal in between ends the sleep.
     pub(crate) fn sleep(&self, slot: &ThreadSlot, pause: Duration) {
         let timeout = libc::timespec {
             // A few seconds at most.

@@ -1,5 +1,5 @@
-//! The words that all of the component speaks in, as data: what a memory failure is, what is known of a page, and the
-//! reasons why it is not told. Nothing here does anything.
+//! Data types that all of the component shares: what a memory failure is, what is known of a page, and why a guest is
+//! not told of it. No behaviour.
 
 mod kind;
 mod reason;

@@ -1,8 +1,8 @@
-//! Why an error is not told now, or not at all, for people and for programs.
+//! Why the guest is not told of an error now, or not at all; for people and for programs.
 
 use std::fmt;
 
-/// Why an error cannot be told now, though it may be later.
+/// Why the guest cannot be told of an error now, though it may be later.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "reason"))]
@@ -34,7 +34,7 @@ pub enum WaitReason {
         /// The bank in question.
         bank: u8,
     },
-    /// MCi_STATUS.VAL is set: the guest has not taken the last error out of the bank.
+    /// MCi_STATUS.VAL is set: the guest has not yet taken the last error out of the bank.
     BankValid {
         /// The vCPU in question.
         vcpu: u32,
@@ -46,59 +46,58 @@ pub enum WaitReason {
         /// The vCPU in question.
         vcpu: u32,
     },
-    /// The guest has cleared MCG_STATUS.MCIP, but may not have left its handler yet. Linux returns
-    /// from it on the stack that the next machine check begins to fill from the top.
+    /// The guest has cleared MCG_STATUS.MCIP, but may not have left its handler yet. Linux returns from it by a stack
+    /// that the next machine check would overwrite.
     InHandler {
         /// The vCPU in question.
         vcpu: u32,
     },
-    /// An interrupt or exception is on its way into the guest; a machine check on top of it would
-    /// make the hypervisor forget it.
+    /// An interrupt or exception is being delivered to the guest; a machine check on top of it would make the
+    /// hypervisor drop it.
     EventInFlight {
         /// The vCPU in question.
         vcpu: u32,
     },
-    /// CR4.MCE has only just been set: the guest may be about to wipe its banks.
+    /// CR4.MCE was set less than a second ago: the guest may be about to clear its banks unread.
     JustOpened {
         /// The vCPU in question.
         vcpu: u32,
     },
-    /// The guest started over on the vCPU before it took the record out of its bank; it will be
-    /// told again.
+    /// The guest started over on the vCPU before it took the record out of its bank; it will be told again.
     Restarted {
         /// The vCPU in question.
         vcpu: u32,
     },
-    /// The vCPU is held by a pause of the virtual machine.
+    /// The virtual machine is paused, and with it this vCPU.
     Paused {
         /// The vCPU in question.
         vcpu: u32,
     },
-    /// The vCPU's thread does not come round, so that a machine check cannot reach every processor.
+    /// The vCPU's thread has not called `before_run` in time, so a machine check cannot reach every processor.
     NotComing {
         /// The vCPU in question.
         vcpu: u32,
     },
-    /// The guest has taken the processor offline, or left it behind, with the record in its bank. The record
-    /// was taken back; the page is told elsewhere.
+    /// The guest has taken the processor offline, or a crash kernel left it behind, with the record in its bank. The
+    /// relay removed the record; the guest is told of the page elsewhere.
     Offline {
         /// The vCPU in question.
         vcpu: u32,
     },
-    /// The vCPU was unplugged with the record in its bank; the page is told elsewhere.
+    /// The vCPU was unplugged with the record in its bank; the guest is told of the page elsewhere.
     Unplugged {
         /// The vCPU in question.
         vcpu: u32,
     },
-    /// The guest has as many records on its hands as its own queue is trusted to hold ([`Pace`](crate::Pace)).
+    /// The guest has as many untreated errors as its own queue can surely hold ([`Pace`](crate::Pace)).
     Pace,
-    /// The guest is coming up and has not taken the ACPI error source into use yet.
+    /// The guest is booting and has not taken the ACPI error source into use yet.
     NoSourceYet,
     /// The guest has not taken the firmware-first record that lies in the status block.
     InBlock,
-    /// It is to be told by machine check, because the firmware-first channel will not do.
+    /// The guest is to be told by machine check, because the firmware-first channel cannot be used.
     NotByFirmware {
-        /// Why not.
+        /// Why it cannot be used.
         why: FallbackReason,
     },
 }
@@ -148,33 +147,33 @@ impl fmt::Display for WaitReason {
     }
 }
 
-/// Why an error cannot be told at all.
+/// Why the guest cannot be told of an error at all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "reason"))]
 pub enum UndeliverableReason {
-    /// The guest was shown no form of it that it survives (no SER_P, or no SUCCOR).
+    /// The guest was shown no form of error report that it survives (no SER_P, or no SUCCOR).
     NoForm,
-    /// An action-required error cannot wait for this.
+    /// An action-required error cannot wait for the reason given.
     Blocked {
         /// What it would have to wait for.
         by: WaitReason,
     },
-    /// The hypervisor refused the record, or took it and did not act on it.
+    /// The hypervisor refused the record, or took it without effect.
     Refused,
-    /// The hypervisor does not say what state the vCPU is in, so nobody knows what it can take.
+    /// The state of the vCPU cannot be read from the hypervisor, so it is not known what it can take.
     NoState,
-    /// The guest was told of its touch of the page again and again, and touches it all the same.
+    /// The guest was told of its touches of the page again and again, and still touches it.
     Loop {
         /// How often, in a row.
         rounds: u32,
     },
-    /// A page is predicted to fail, and the guest takes no firmware-first record, the only way to say so.
+    /// A page is predicted to fail, and the guest takes no firmware-first record, the only way to tell it.
     NoTaker {
-        /// Why not.
+        /// Why it takes none.
         why: FallbackReason,
     },
-    /// A page that was predicted to fail did so before the guest was told; it is told of as a bad one.
+    /// A page that was predicted to fail went bad before the guest was told; the guest is told that it is bad.
     WentBad,
 }
 
@@ -199,22 +198,22 @@ impl fmt::Display for UndeliverableReason {
     }
 }
 
-/// Why a page is not told of by a firmware-first record.
+/// Why a guest is not told of a page by a firmware-first record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
 pub enum FallbackReason {
     /// The guest has been up for some time and has not taken the error source into use.
     NoSource,
-    /// The guest did not take the record in time. It was withdrawn; whether the guest was about to act
-    /// on it cannot be known.
+    /// The guest did not take the record in time. The record was withdrawn; whether the guest was about to act on it
+    /// cannot be known.
     NotTaken,
-    /// The guest did not take the last record that it was given; it is tried again after a minute.
+    /// The guest did not take the last record that it was given; the next one is tried after a minute.
     Silent,
-    /// The guest wrote into the status block what was neither there before nor the zero that
-    /// acknowledges it. Whether it has acted on the record cannot be known.
+    /// The guest wrote something else than the acknowledging zero into the status block. Whether it has acted on the
+    /// record cannot be known.
     Overwritten,
-    /// The status block cannot be read or written: its own page is bad, say.
+    /// The status block cannot be read or written (its own page is bad, say).
     Unreachable,
     /// The guest could not be notified.
     NotNotified,

@@ -1,6 +1,6 @@
 //! How addresses and times are written as data.
 
-/// Addresses and registers as `"0x…"`: 64 bits do not fit the numbers of common JSON readers.
+/// Addresses and registers as `"0x…"`: common JSON readers have no 64-bit integers.
 pub mod hex {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 

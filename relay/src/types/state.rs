@@ -2,7 +2,7 @@
 
 use super::reason::{UndeliverableReason, WaitReason};
 
-/// The form in which an error is told.
+/// The form of record by which a guest is told of an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Form {
@@ -21,7 +21,7 @@ pub enum Form {
 }
 
 impl Form {
-    /// Whether the guest takes a machine check for it (a deferred record raises none).
+    /// Whether it raises a machine check; a deferred record does not.
     pub fn raises_mc(self) -> bool {
         !matches!(self, Self::Deferred)
     }
@@ -38,7 +38,7 @@ impl std::fmt::Display for Form {
     }
 }
 
-/// How the relay came to know of a page.
+/// How the relay found out about a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
@@ -47,9 +47,9 @@ pub enum FoundBy {
     Signal,
     /// No signal named it: it was found by looking at the page tables.
     Scan,
-    /// The VMM itself wanted to read or write it ([`crate::Handle::read`]).
+    /// The VMM's own read or write failed ([`crate::Handle::read`]).
     Access,
-    /// A signal that was forged ([`crate::Handle::forge`]): the page is whole.
+    /// A forged signal ([`crate::Handle::forge`]): the page is whole.
     Forged,
 }
 
@@ -69,7 +69,7 @@ impl std::fmt::Display for FoundBy {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "channel"))]
 pub enum Place {
-    /// Into a bank, by or for a machine check.
+    /// Into a bank of a vCPU.
     Mce {
         /// The vCPU that was given it.
         vcpu: u32,
@@ -99,14 +99,14 @@ impl std::fmt::Display for Place {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "state"))]
 pub enum State {
-    /// Known to the relay, and not told yet.
+    /// Known to the relay; the guest has not been told.
     Seen,
-    /// Waits to be told.
+    /// The guest cannot be told yet.
     Waiting {
-        /// For what.
+        /// What the relay waits for.
         wait: WaitReason,
     },
-    /// The record lies where the guest finds it; the guest has not taken it yet.
+    /// The record is where the guest finds it; the guest has not taken it yet.
     Injected {
         /// Where it lies.
         #[cfg_attr(feature = "serde", serde(flatten))]
@@ -118,20 +118,19 @@ pub enum State {
         #[cfg_attr(feature = "serde", serde(flatten))]
         place: Place,
     },
-    /// The guest cannot be told.
+    /// The guest cannot be told at all.
     Undeliverable {
         /// Why not.
         why: UndeliverableReason,
     },
     /// The guest started over, and has good memory there now.
     Healed,
-    /// There was no good memory to be had for it, or it was unplugged: it is no longer part of the
-    /// guest's memory.
+    /// No longer part of the guest's memory: there was no good memory to replace it with, or it was unplugged.
     Removed,
 }
 
 impl State {
-    /// Whether the guest has not been told of a bad page in this state, and could be.
+    /// Whether the guest does not know that a page in this state is bad: it was not told yet, or could not be told.
     #[must_use]
     pub fn is_untold(&self) -> bool {
         matches!(self, Self::Seen | Self::Waiting { .. } | Self::Undeliverable { .. })

@@ -1,4 +1,4 @@
-//! The seam to a hypervisor on x86.
+//! The interface to a hypervisor on x86.
 
 use std::io;
 
@@ -12,34 +12,35 @@ pub trait Mca {
     /// The vCPU's machine-check state now.
     ///
     /// # Errors
-    /// The hypervisor does not say. Nothing is told on this vCPU until it does: an AO waits, an AR is
-    /// undeliverable.
+    /// The hypervisor cannot read it. The guest is not told of anything on this vCPU until it can: an AO waits, an AR
+    /// is undeliverable.
     fn state(&mut self) -> io::Result<McaState>;
 
-    /// Puts `record` into its bank and raises what it raises. Called only when `state` has just
-    /// shown that the guest can take it.
+    /// Puts `record` into its bank, and raises the machine check unless its `mcg_status` is 0. Called only when `state`
+    /// has just shown that the guest can take it.
     ///
     /// # Errors
     /// The hypervisor refuses the record.
     fn inject(&mut self, record: &Record) -> io::Result<()>;
 
-    /// MCi_STATUS of `bank`, and MCG_STATUS: what became of a record that was just injected. A back end
-    /// that reads these two alone is quicker than this one, which reads all.
+    /// Returns MCi_STATUS of `bank`, and MCG_STATUS, which show whether a record that was just injected is there. The
+    /// default reads the whole state; a back end that reads these two registers alone is quicker.
     ///
     /// # Errors
-    /// The hypervisor does not say; the record then does not count as injected.
+    /// They cannot be read; the record then does not count as injected.
     fn read_back(&mut self, bank: u8) -> io::Result<(u64, u64)> {
         let state = self.state()?;
         Ok((state.banks[usize::from(bank)].status, state.mcg_status))
     }
 
-    /// Empties `bank`: sets its MCi_STATUS to 0 from outside, as the guest does when it has read the bank
-    /// (KVM_SET_MSRS). It holds a record that was given to a processor which is offline, so that nobody reads it.
+    /// Empties `bank`: sets its MCi_STATUS to 0 from outside (KVM_SET_MSRS), as the guest does when it has read the
+    /// bank. Called for a record that was given to a processor which turned out to be offline, so that it does not read
+    /// the bank.
     ///
     /// # Errors
-    /// `Unsupported` (what this does): the back end has no such call, and is not asked again; nor is it after three
-    /// other errors in a row. What such records told is told elsewhere all the same; if the guest brings the processor
-    /// back, it may read them, too.
+    /// `Unsupported`, the default: the back end cannot do it, and is not asked again; nor is it after three other
+    /// errors in a row. The guest is told of such a record's page elsewhere all the same; if it brings the processor
+    /// back, it may read the record, too.
     fn take_back(&mut self, _bank: u8) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
@@ -74,7 +75,7 @@ pub struct NoMachineChecks;
 
 impl Mca for NoMachineChecks {
     fn state(&mut self) -> io::Result<McaState> {
-        // Nobody has a handler open.
+        // No vCPU has a handler open.
         Ok(McaState { cr4_mce: false, ..McaState::up() })
     }
 

@@ -1,13 +1,13 @@
 //! Machine-check bits, and the record that tells a guest of one bad page.
 //!
-//! Pure data: what to write for (kind, guest vendor, LMCE), and nothing about how or when.
+//! Pure data: what to write for each (kind, guest vendor, LMCE), and nothing about how or when.
 //! Bit positions are those of the Intel SDM volume 3B chapter 17 ("Machine-Check Architecture")
-//! and of the AMD APM volume 2 chapter 9; what Linux makes of each combination was read in
-//! `arch/x86/kernel/cpu/mce/severity.c` and `core.c` of 6.1 and 6.12.
+//! and of the AMD APM volume 2 chapter 9; how Linux treats each combination is in `arch/x86/kernel/cpu/mce/severity.c`
+//! and `core.c` (read in 6.1 and 6.12).
 //!
-//! This module, [`delivery`](crate::decide::machine_check) and the injecting half of [`VcpuPort`](crate::VcpuPort) are x86's.
-//! Signals, translation, ledger, search, guarded reads and the firmware-first channel are not: a back end for
-//! another architecture (on ARM an external abort by KVM_SET_VCPU_EVENTS, and the same firmware-first records)
+//! This module, `decide/machine_check.rs` and the injecting half of [`VcpuPort`](crate::VcpuPort)
+//! are for x86 only. Signals, translation, ledger, search, guarded reads and the firmware-first channel are not: a back
+//! end for another architecture (on ARM an external abort by KVM_SET_VCPU_EVENTS, and the same firmware-first records)
 //! has its place beside these three.
 
 pub use crate::types::{FailureKind, Form, PAGE_SHIFT, PAGE_SIZE};
@@ -15,10 +15,9 @@ pub use crate::types::{FailureKind, Form, PAGE_SHIFT, PAGE_SIZE};
 /// Number of banks KVM can hold at most (`KVM_MAX_MCE_BANKS`, `arch/x86/include/asm/kvm_host.h`).
 pub const MAX_BANKS: usize = MAX_BANKS_U8 as usize;
 const MAX_BANKS_U8: u8 = 32;
-/// Number of banks a guest is given: what QEMU shows, and what guest kernels are used to.
+/// Number of banks a guest is given: what QEMU shows, and guest kernels are used to.
 pub const BANKS: u8 = 10;
-/// The bank that carries an action-optional machine check; the one real Intel memory controllers and
-/// QEMU use.
+/// The bank for an action-optional machine check: the one that real Intel memory controllers and QEMU use.
 pub const AO_BANK: u8 = 9;
 /// The banks that may carry a deferred AMD record, so that one poll of the guest collects several.
 /// Not those of [`AR_BANKS`], and not bank 4, which has a meaning of its own for AMD guests
@@ -27,7 +26,7 @@ pub const DEFERRED_BANKS: [u8; 7] = [AO_BANK, 0, 1, 2, 3, 5, 6];
 /// The banks that may carry an action-required error, in order of preference. Not one that may
 /// carry an AO: a deferred record may stay in its bank for minutes, and an AR cannot wait for it.
 pub const AR_BANKS: [u8; 2] = [8, 7];
-/// The banks in which a bystander of a rendezvous may find its (empty) reason to be there.
+/// The banks that may carry a bystander's record, which names no error.
 pub const BYSTANDER_BANKS: [u8; 3] = [1, 2, 3];
 
 /// CR4.MCE: machine checks are taken; clear, a machine check shuts the processor down.
@@ -83,7 +82,7 @@ pub mod cap {
 pub mod mcg {
     /// The interrupted program can be restarted at the pushed instruction pointer.
     pub const RIPV: u64 = 1 << 0;
-    /// The pushed instruction pointer belongs to the instruction that met the error.
+    /// The pushed instruction pointer belongs to the instruction that consumed the error.
     pub const EIPV: u64 = 1 << 1;
     /// A machine check is in progress; another one would shut the processor down.
     pub const MCIP: u64 = 1 << 2;
@@ -109,14 +108,14 @@ pub mod status {
     pub const S: u64 = 1 << 56;
     /// Intel: software has to act before it goes on.
     pub const AR: u64 = 1 << 55;
-    /// AMD: deferred; nobody has consumed the bad data yet.
+    /// AMD: deferred; the bad data has not been consumed yet.
     pub const DEFERRED: u64 = 1 << 44;
     /// AMD: the data is marked as poison.
     pub const POISON: u64 = 1 << 43;
 
     /// MCACOD of a memory-scrubbing error, channel 0 (SDM vol. 3B, table 17-15): Linux takes it as SRAO.
     pub const MCACOD_SCRUB: u64 = 0xc0;
-    /// MCACOD of a data load that met poison (SDM vol. 3B, table 17-17): Linux takes it as SRAR.
+    /// MCACOD of a data load that consumed poison (SDM vol. 3B, table 17-17): Linux takes it as SRAR.
     pub const MCACOD_DATA_LOAD: u64 = 0x134;
 }
 
@@ -124,7 +123,7 @@ pub mod status {
 /// SDM vol. 3B, 17.3.2.4.
 pub const MISC_PHYSICAL_4K: u64 = (2 << 6) | PAGE_SHIFT as u64;
 
-/// Whose machine-check architecture the guest believes it runs on.
+/// The vendor whose machine-check architecture the guest is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "lowercase"))]
@@ -149,14 +148,14 @@ impl std::fmt::Display for Vendor {
 pub struct Caps {
     /// The vendor its CPUID names.
     pub vendor: Vendor,
-    /// IA32_MCG_CAP as the guest reads it, not as it was asked for: KVM drops bits silently.
+    /// IA32_MCG_CAP as the guest reads it, not as KVM was asked for it: KVM drops bits silently.
     pub mcg_cap: u64,
     /// AMD only: CPUID 8000_0007 EBX bit 1, the guest can contain uncorrected errors.
     pub succor: bool,
 }
 
 impl Caps {
-    /// Those of a guest without machine checks: there is no form in which it could be told.
+    /// Those of a guest without machine checks, which cannot be told in any form.
     pub(crate) const NONE: Self = Self { vendor: Vendor::Intel, mcg_cap: 0, succor: false };
 
     /// Number of banks the guest has, 0 to [`MAX_BANKS`].
@@ -172,7 +171,7 @@ impl Caps {
         self.mcg_cap & bit != 0
     }
 
-    /// The registers that a vCPU's state is read from, for [`Self::state`].
+    /// The MSRs that a vCPU's state is read from, in the order that [`Self::state`] expects.
     #[must_use]
     pub fn state_msrs(&self) -> Vec<u32> {
         let ctl = self.has(cap::CTL_P).then_some(msr::MCG_CTL);
@@ -181,14 +180,14 @@ impl Caps {
         [msr::MCG_STATUS].into_iter().chain(ctl).chain(lmce).chain(banks).collect()
     }
 
-    /// The state that `values` of [`Self::state_msrs`], in their order, are of. What is in no such register is
-    /// false and 0: fill it in.
+    /// The state of a vCPU whose [`Self::state_msrs`] have `values`, in their order. Fields that are in no such
+    /// register are false or 0: the caller fills them in.
     #[must_use]
     pub fn state(&self, values: &[u64]) -> McaState {
         let mut values = values.iter().copied();
         let mut next = || values.next().unwrap_or_default();
         let mcg_status = next();
-        // Without the register nothing can be switched off by it.
+        // Without the register the guest cannot switch reporting off by it.
         let mcg_ctl = if self.has(cap::CTL_P) { next() } else { u64::MAX };
         let lmce = self.has(cap::LMCE_P) && next() & msr::MCG_EXT_CTL_LMCE != 0;
         let mut banks = [Bank::default(); MAX_BANKS];
@@ -225,9 +224,8 @@ pub struct Record {
     pub mcg_status: u64,
 }
 
-/// The form for an error of `kind` in a guest with `caps`, or `None` when this guest can be told
-/// in no form that it survives: an Intel-style guest without SER_P and an AMD-style one without
-/// SUCCOR take any uncorrected error for a reason to panic.
+/// The form for an error of `kind` in a guest with `caps`; `None` when the guest survives no form of it: an Intel-style
+/// guest without SER_P and an AMD-style one without SUCCOR panic at any uncorrected error.
 pub fn form(kind: FailureKind, caps: &Caps) -> Option<Form> {
     match (caps.vendor, kind) {
         (Vendor::Intel, _) if !caps.has(cap::SER_P) => None,
@@ -248,7 +246,7 @@ pub fn record(form: Form, gpa: u64, bank: u8, lmce: bool) -> Record {
     let located = VAL | EN | MISCV | ADDRV;
     let (status, mcg_status) = match form {
         Form::Srao => (located | UC | S | MCACOD_SCRUB, MCIP | RIPV),
-        // EIPV: Linux takes an AR without it for one that cannot be placed, and ignores it.
+        // EIPV: without it Linux cannot attribute an AR to an instruction, and ignores it.
         Form::Srar => (located | UC | S | AR | MCACOD_DATA_LOAD, MCIP | RIPV | EIPV),
         Form::Deferred => (located | DEFERRED | POISON, 0),
         Form::AmdAr => (located | UC | POISON, MCIP | RIPV | EIPV),
@@ -263,9 +261,9 @@ pub fn record(form: Form, gpa: u64, bank: u8, lmce: bool) -> Record {
     }
 }
 
-/// What the other processors of a rendezvous are given in `bank`: a machine check with nothing to
-/// act on. EN is clear, so Linux ignores it ("Not enabled" in severity.c); S is set, so that the
-/// handler clears the bank itself instead of leaving it to a poll that may be minutes away.
+/// The record for each other processor of a rendezvous, in `bank`: a machine check with nothing to act on. EN is clear,
+/// so Linux ignores it ("Not enabled" in severity.c); S is set, so that the handler itself clears the bank instead of
+/// leaving it to a poll minutes later.
 pub fn bystander(bank: u8) -> Record {
     Record {
         bank,
@@ -305,29 +303,28 @@ pub struct McaState {
     pub mcg_ctl: u64,
     /// IA32_MCG_EXT_CTL bit 0: the guest takes local machine checks.
     pub lmce: bool,
-    /// An interrupt, NMI or exception is on its way into the guest: the hypervisor has begun to
-    /// deliver it and will go on when the vCPU runs. KVM forgets such an interrupt when a machine
-    /// check is queued on top of it (`kvm_check_and_inject_events` in `arch/x86/kvm/x86.c` of 6.12
-    /// injects the exception, and the exit after that clears both), and the guest's local APIC then
-    /// waits for ever for its end.
+    /// An interrupt, NMI or exception is on its way into the guest: the hypervisor has begun to deliver it and will go
+    /// on when the vCPU runs. When a machine check is queued on top of it, KVM drops such an interrupt
+    /// (`kvm_check_and_inject_events` in `arch/x86/kvm/x86.c` of 6.12 injects the exception, and the exit after that
+    /// clears both), and the guest's local APIC waits for its end for ever.
     pub event_in_flight: bool,
     /// RFLAGS.IF: the vCPU takes interrupts, so it is not in its machine-check handler.
     pub interrupts_on: bool,
-    /// The vCPU waits in HLT with interrupts off. So do processors that Linux has taken offline, or left
-    /// behind when it went over to a crash kernel (`hlt_play_dead`, `arch/x86/kernel/smpboot.c`;
-    /// `kdump_nmi_callback`): they are woken by a machine check, clear MCG_STATUS, and take nothing out of a
-    /// bank (`mce_check_crashing_cpu`). Need not be asked where [`Self::interrupts_on`] is set; where it is not
-    /// known, false: a processor with interrupts off is then taken for offline more slowly.
+    /// The vCPU waits in HLT with interrupts off. So do processors that Linux has taken offline, or left behind when it
+    /// started a crash kernel (`hlt_play_dead`, `arch/x86/kernel/smpboot.c`; `kdump_nmi_callback`): a machine check
+    /// wakes them, they clear MCG_STATUS, and leave the bank as it is (`mce_check_crashing_cpu`). It need not be read
+    /// where [`Self::interrupts_on`] is set. Where it cannot be read, false: a processor with interrupts off is then
+    /// taken for offline later.
     pub halted: bool,
-    /// RIP: where the vCPU goes on. For people who look for what touched a page.
+    /// RIP, for people who want to know which instruction touched a page.
     pub rip: u64,
     /// The banks; only the first [`Caps::banks`] mean anything.
     pub banks: [Bank; MAX_BANKS],
 }
 
 impl McaState {
-    /// That of a vCPU whose guest is up: it runs with interrupts on and its handler open, everything is reported,
-    /// and nothing lies in its banks. For models of a hypervisor to begin with.
+    /// The state of a vCPU whose guest is up: interrupts on, handler open, all reporting enabled, banks empty. A
+    /// starting point for models of a hypervisor.
     #[must_use]
     pub const fn up() -> Self {
         Self {
@@ -344,8 +341,8 @@ impl McaState {
         }
     }
 
-    /// Whether a machine check would shut the vCPU down, whatever is in its banks: the guest has not started it, or
-    /// has not opened its handler.
+    /// Whether a machine check would shut the vCPU down, whatever its banks hold: the guest has not started it, or has
+    /// not set CR4.MCE.
     #[must_use]
     pub fn is_closed(&self) -> bool {
         self.waits_for_sipi || !self.cr4_mce

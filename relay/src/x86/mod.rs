@@ -1,4 +1,4 @@
-//! What is x86's alone. A back end for another architecture has its place beside this one.
+//! What is for x86 only. A back end for another architecture has its place beside it.
 
 pub(crate) mod back_end;
 pub mod mca;

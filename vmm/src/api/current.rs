@@ -1,4 +1,4 @@
-//! What the API shows: the VM as it runs, and what is left of it between two boots.
+//! What the API serves: the VM as it runs, and between two boots what remains of the last one.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -13,22 +13,22 @@ use crate::relaying::manual_mce::injector::Injector;
 /// The virtual machine as the API sees it; it changes with every boot.
 #[derive(Clone)]
 pub struct Running {
-    /// What runs; whether it is paused, and whether it has panicked, is looked up when somebody asks.
+    /// What runs. Whether it is paused, and whether it has panicked, is looked up at each request.
     pub info: VmInfo,
     /// Its relay, with the ledger.
     pub relay: Handle,
-    /// What it is controlled by.
+    /// Its control: stop, pause, kick.
     pub control: VmControl,
     /// Its memory.
     pub ram: Arc<GuestRam>,
-    /// The way to its vCPUs for machine checks by hand.
+    /// Gives its vCPUs machine checks that a user asked for.
     pub injector: Injector,
     /// Its power button.
     pub button: PowerButton,
 }
 
 impl Running {
-    /// What runs now.
+    /// What runs now, with its present state.
     #[must_use]
     pub fn info(&self) -> VmInfo {
         let (pause_reason, panic) = (self.control.paused(), self.control.panicked());
@@ -50,12 +50,12 @@ pub struct Current {
 struct Held {
     /// `None` between two boots.
     running: Option<Running>,
-    /// The ledger of the last boot, this one's if there is one, and what ran.
+    /// The relay (and its ledger) of this boot, or of the last one between two boots; and what ran.
     last: Option<(Handle, VmInfo)>,
 }
 
 impl Current {
-    /// Of a VM that is called so.
+    /// For a VM with this name.
     #[must_use]
     pub fn new(name: Option<&str>) -> Self {
         Self { name: name.map(Into::into), held: Arc::default() }
@@ -67,7 +67,7 @@ impl Current {
         self.name.as_deref().map(str::to_owned)
     }
 
-    /// Says what runs now.
+    /// Sets what runs now; `None` between two boots.
     pub fn set(&self, running: Option<Running>) {
         let mut held = self.lock();
         if let Some(running) = &running {
@@ -92,7 +92,7 @@ impl Current {
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
-        // Plain assignments are all that ever happens under the lock.
+        // Only plain assignments happen under the lock, so a panic leaves nothing half done.
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,7 +1,7 @@
 //! `GET /metrics`: counts and times in Prometheus' text format.
 //!
-//! Counters, and how long things took, are kept as events happen ([`Counts`](crate::events::counts::Counts)): what
-//! has been counted stays so. What is so now is made from the ledger when somebody asks.
+//! Counters and durations are kept as events happen ([`Counts`](crate::events::counts::Counts)), and never fall. The
+//! present state is read from the ledger at each request.
 
 use std::time::{Duration, SystemTime};
 
@@ -13,11 +13,11 @@ use prometheus::{Gauge, GaugeVec, Opts, TextEncoder};
 use super::current::Running;
 use crate::events::hub::Hub;
 
-/// Names of the states, in the order of a page's way.
+/// Names of the states, in the order in which a page passes them.
 const STATES: [&str; 6] =
     ["seen", "waiting", "injected", "acknowledged", "undeliverable", "removed"];
 
-/// Everything there is to say of the VM that runs, if one does.
+/// All metrics: the counters, and those of the VM that runs, if one does.
 pub(super) fn text(running: Option<&Running>, hub: &Hub) -> String {
     let mut families = hub.counts().families();
     if let Some(running) = running {
@@ -27,7 +27,7 @@ pub(super) fn text(running: Option<&Running>, hub: &Hub) -> String {
         }
     }
     TextEncoder::new().encode_to_string(&families).unwrap_or_else(|error| {
-        // Its only faults are families without lines, of which there are none.
+        // The encoder fails only for families without lines, of which there are none.
         log::warn!("metrics: {error}");
         String::new()
     })
@@ -78,22 +78,22 @@ fn seconds(from: SystemTime, to: SystemTime) -> f64 {
     to.duration_since(from).unwrap_or(Duration::ZERO).as_secs_f64()
 }
 
-/// Pages that are counted in one go: the relay's lock is held for less than a millisecond.
+/// Pages that are counted at once, so that the relay's lock is held for less than a millisecond.
 const AT_ONCE: usize = 4096;
 
-/// What has become of the pages.
+/// How many pages are in which state.
 #[derive(Default)]
 struct Pages {
     /// How many are in each of [`STATES`].
     states: [u64; STATES.len()],
-    /// In seconds.
+    /// How long the page that has waited longest has waited, in seconds.
     oldest_waiting: f64,
     past: usize,
     predicted: usize,
 }
 
 impl Pages {
-    /// Counts those from `gpa` on, [`AT_ONCE`] at most; where the others begin.
+    /// Counts the pages from `gpa` on, at most [`AT_ONCE`]; returns where the next ones begin.
     fn count(&mut self, ledger: &Ledger, gpa: u64, now: SystemTime) -> Option<u64> {
         (self.past, self.predicted) = (ledger.past().len(), ledger.predicted().len());
         let mut left = AT_ONCE;
@@ -120,7 +120,7 @@ impl Pages {
     }
 }
 
-/// The ledger that `inspect` shows, again and again, in numbers.
+/// Metrics of the ledger that `inspect` gives access to, a part at a time.
 fn of_ledger(
     inspect: impl Fn(&mut dyn FnMut(&Ledger)),
 ) -> Result<Vec<MetricFamily>, prometheus::Error> {

@@ -23,9 +23,9 @@
 //! pause`) can be resumed like any other. The vCPU touches the page again, and if the guest still
 //! cannot be told, the VM is paused again.
 //!
-//! Errors are `{"error": "…"}` with a status of 4xx or 5xx. It runs on threads of its own and can
-//! hold up no vCPU: all it shares with them is the ledger, for as long as it takes to copy a part of it. Whoever
-//! is slow, or sends without end, holds up nobody else: `server` has the limits.
+//! Errors are `{"error": "…"}` with a status of 4xx or 5xx. The API runs on threads of its own and holds up no vCPU: it
+//! shares only the ledger with them, and locks it only while it copies a part. A client that is slow, or sends without
+//! end, holds up no other one: `server` has the limits.
 
 pub mod current;
 pub mod metrics;

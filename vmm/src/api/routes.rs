@@ -1,4 +1,4 @@
-//! What is asked for, and the answer to it. No sockets here.
+//! Requests and their answers, without sockets.
 
 use std::time::Duration;
 
@@ -22,11 +22,11 @@ use crate::relaying::manual_mce::injector::Refusal;
 use crate::relaying::self_poison::{self, InsideError};
 use crate::words;
 
-/// How long an answer waits for the vCPUs to leave the guest. More than a vCPU may be held back by a
-/// machine check that other processors have to take part in (five seconds).
+/// How long an answer waits for the vCPUs to leave the guest: longer than a machine check that other processors have to
+/// take part in may hold back a vCPU (five seconds).
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// The OpenAPI document of all this.
+/// The API's OpenAPI document.
 const OPENAPI: &str = include_str!("../../../docs/openapi.json");
 
 pub(super) const JSON: &str = "application/json";
@@ -90,7 +90,7 @@ impl Route {
         Ok(*route)
     }
 
-    /// Whether it is answered without waiting for anybody but whoever else reads the same few words.
+    /// Whether it is answered at once: its handler takes no lock that is held for long, and waits for no vCPU.
     pub(super) fn is_quick(self) -> bool {
         matches!(
             self,
@@ -98,7 +98,7 @@ impl Route {
         )
     }
 
-    /// What its body looks like, where it has one.
+    /// An example of its body, where it has one.
     fn example(self) -> Option<&'static str> {
         match self {
             Self::Retire => Some(r#"{"gpas":["0x1000","0x2000"]}"#),
@@ -122,10 +122,10 @@ pub(super) struct Asked<'a> {
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) status: u16,
-    /// The kind of content, if there is any.
+    /// The content type, if there is a body.
     pub(super) kind: Option<&'static str>,
     pub(super) body: Vec<u8>,
-    /// The method that the path does take.
+    /// The method that the path takes, for status 405.
     pub(super) allow: Option<&'static str>,
 }
 
@@ -143,13 +143,13 @@ impl Answer {
         Self::json(status, &Problem { error })
     }
 
-    /// There is nothing to say but that it is done.
+    /// An answer without a body: it is done.
     fn done() -> Self {
         Self { status: 204, kind: None, body: Vec::new(), allow: None }
     }
 }
 
-/// Answers what needs no connection of its own.
+/// Answers a request that needs no stream of its own.
 pub(super) fn answer(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Answer {
     match checked(asked, current, hub) {
         Ok(answer) | Err(answer) => answer,
@@ -207,22 +207,22 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             ),
         },
         Route::Retire => {
-            let Retire { gpas } = understood(body, example)?;
-            not_too_many(&gpas)?;
+            let Retire { gpas } = parse_body(body, example)?;
+            check_count(&gpas)?;
             let running = running()?;
-            runs(&running.control, "a guest is told of pages while it runs")?;
+            ensure_running(&running.control, "a guest is told of pages while it runs")?;
             Answer::json(200, &retire(&running.relay, &gpas))
         }
         Route::Poison => {
-            let poison: Poison = understood(body, example)?;
-            not_too_many(&poison.gpas)?;
+            let poison: Poison = parse_body(body, example)?;
+            check_count(&poison.gpas)?;
             match self_poison::poison(&running()?, &poison) {
                 Ok(pages) => Answer::json(200, &pages),
                 Err(error) => Answer::problem(status_of(&error), words::with_causes(&error)),
             }
         }
         Route::Inject => {
-            let request: Inject = understood(body, example)?;
+            let request: Inject = parse_body(body, example)?;
             let running = running()?;
             match running.injector.inject(&request, &running.control) {
                 Ok(outcome) => Answer::json(200, &outcome),
@@ -232,7 +232,7 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
         }
         Route::PowerButton => {
             let running = running()?;
-            runs(&running.control, "a guest powers itself off while it runs")?;
+            ensure_running(&running.control, "a guest powers itself off while it runs")?;
             match running.button.press(&running.control) {
                 Ok(()) => Answer::done(),
                 Err(error @ PressError::NoGuest) => Answer::problem(503, error.to_string()),
@@ -240,11 +240,11 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             }
         }
         Route::Reset => {
-            running()?.control.stop(ExitReason::ResetBy(by_the_api()));
+            running()?.control.stop(ExitReason::ResetBy(api_request()));
             Answer::done()
         }
         Route::Shutdown => {
-            running()?.control.stop(ExitReason::Stopped(by_the_api()));
+            running()?.control.stop(ExitReason::Stopped(api_request()));
             Answer::done()
         }
         Route::Pause => pause(&running()?.control, PAUSE_PATIENCE),
@@ -252,22 +252,22 @@ fn checked(asked: &Asked<'_>, current: &Current, hub: &Hub) -> Result<Answer, An
             running()?.control.resume();
             Answer::done()
         }
-        // They have a connection of their own: see `server`.
+        // They are streamed: see `server`.
         Route::Events => Answer::problem(500, "events are not answered here".to_owned()),
     })
 }
 
-fn by_the_api() -> StopCause {
+fn api_request() -> StopCause {
     StopCause::Request("the API".to_owned())
 }
 
 /// A request's body, as JSON of the form that `example` shows.
-fn understood<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, Answer> {
+fn parse_body<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, Answer> {
     let wrong = |error: &dyn std::fmt::Display| {
         let words = format!("the body is not understood: {error}; expected e.g. {example}");
         Answer::problem(400, words)
     };
-    // serde takes lists for structs, and objects for words; the document does not.
+    // serde accepts a list for a struct, and an object for a word; the OpenAPI document does not.
     let body: Value = serde_json::from_slice(body).map_err(|error| wrong(&error))?;
     match &body {
         Value::Object(fields) if fields.values().any(Value::is_object) => {
@@ -279,9 +279,9 @@ fn understood<T: DeserializeOwned>(body: &[u8], example: &str) -> Result<T, Answ
     serde_json::from_value(body).map_err(|error| wrong(&error))
 }
 
-/// What is asked for takes a guest that runs (`why`), so one that is paused is refused; what holds it for a
+/// Refuses the request if the VM is paused, as it takes a guest that runs (`why`). A pause that ends by itself in a
 /// moment is waited for.
-fn runs(control: &VmControl, why: &str) -> Result<(), Answer> {
+fn ensure_running(control: &VmControl, why: &str) -> Result<(), Answer> {
     match control.paused_for_long(PAUSE_PATIENCE) {
         None => Ok(()),
         Some(_) => {
@@ -290,8 +290,8 @@ fn runs(control: &VmControl, why: &str) -> Result<(), Answer> {
     }
 }
 
-/// The answer says something of each.
-fn not_too_many(gpas: &[Gpa]) -> Result<(), Answer> {
+/// Limits the number of addresses, as the answer has an entry for each.
+fn check_count(gpas: &[Gpa]) -> Result<(), Answer> {
     match gpas.len() {
         0..=MAX_PAGES => Ok(()),
         len => {
@@ -302,12 +302,12 @@ fn not_too_many(gpas: &[Gpa]) -> Result<(), Answer> {
     }
 }
 
-/// Whether `…?follow=true` is said.
+/// Whether the query has `follow=true`.
 pub(super) fn follows(query: Option<&str>) -> Result<bool, String> {
     flag(query, "follow")
 }
 
-/// Whether `…?name=true` is said, and nothing else.
+/// Whether the query is `name=true`; an error if it has anything else.
 fn flag(query: Option<&str>, name: &str) -> Result<bool, String> {
     let said = query.unwrap_or_default();
     match said.strip_prefix(name) {
@@ -318,7 +318,7 @@ fn flag(query: Option<&str>, name: &str) -> Result<bool, String> {
     }
 }
 
-/// `gpa` and `len` of `…?gpa=0x1000&len=64`.
+/// `gpa` and `len` of the query `gpa=0x1000&len=64`.
 fn stretch(query: &str) -> Result<(u64, u64), String> {
     const EXPECTED: &str = "expected ?gpa=0x1000&len=64";
     let (mut gpa, mut len) = (None, None);
@@ -347,7 +347,7 @@ fn stretch(query: &str) -> Result<(u64, u64), String> {
     }
 }
 
-/// Exactly what the OpenAPI document says.
+/// A number in exactly the forms that the OpenAPI document allows.
 fn number(text: &str) -> Option<u64> {
     let fits = match text.strip_prefix("0x") {
         Some(digits) => digits.len() <= 16,
@@ -356,7 +356,7 @@ fn number(text: &str) -> Option<u64> {
     crate::number::plain(text).filter(|_| fits)
 }
 
-/// What is wrong with the request itself, with what it names, with the VM's state, or with the moment.
+/// The HTTP status by what is wrong: the request itself, what it names, the VM's state, or the moment.
 fn status_of(error: &InsideError) -> u16 {
     match error {
         InsideError::Outside(_) => 400,
@@ -388,8 +388,8 @@ fn read_memory(relay: &Handle, query: &str, vm: &VmInfo) -> Answer {
     }
 }
 
-/// What has memory behind it, and what is bad: where the kernel shows a bad page as no page at all,
-/// the ledger knows it.
+/// The stretches that have memory, and the bad pages: where the kernel shows a bad page as no page at all, the ledger
+/// has it.
 fn extents(running: &Running, in_use: bool) -> Answer {
     let found = if in_use { running.ram.in_use() } else { running.ram.extents() };
     let mut extents = match found {
@@ -485,7 +485,7 @@ mod tests {
     #[test]
     fn a_body_is_understood_or_refused_with_a_reason() {
         let body = |text: &str| {
-            understood::<Retire>(text.as_bytes(), Route::Retire.example().unwrap())
+            parse_body::<Retire>(text.as_bytes(), Route::Retire.example().unwrap())
                 .map(|retire| retire.gpas)
                 .map_err(|answer| String::from_utf8(answer.body).unwrap())
         };
@@ -508,9 +508,9 @@ mod tests {
         for (_, _, route) in ROUTES {
             let Some(example) = route.example() else { continue };
             let good = match route {
-                Route::Retire => understood::<Retire>(example.as_bytes(), "").is_ok(),
-                Route::Poison => understood::<Poison>(example.as_bytes(), "").is_ok(),
-                Route::Inject => understood::<Inject>(example.as_bytes(), "").is_ok(),
+                Route::Retire => parse_body::<Retire>(example.as_bytes(), "").is_ok(),
+                Route::Poison => parse_body::<Poison>(example.as_bytes(), "").is_ok(),
+                Route::Inject => parse_body::<Inject>(example.as_bytes(), "").is_ok(),
                 _ => false,
             };
             assert!(good, "{route:?}: its example is no good one");

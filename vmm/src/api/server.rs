@@ -1,9 +1,8 @@
 //! The API's server: connections, their limits, and the streams of events.
 //!
-//! One thread takes everything in; what may take its time is done by a few others. Each limit is
-//! there so that no client can make the VMM's memory or descriptors grow: of headers 16 KiB, of a
-//! body 1 MiB, of connections 64, of followers of events 16. A client that does not get on with it
-//! is cut off.
+//! One thread accepts connections and requests; a few others do what may take long. The limits keep a client from
+//! making the VMM's memory or descriptors grow: headers of 16 KiB, a body of 1 MiB, 64 connections, 16 followers of
+//! events. A client that does not make progress is cut off.
 
 use std::convert::Infallible;
 use std::fmt::Display;
@@ -45,16 +44,15 @@ const MAX_CONNECTIONS: usize = 64;
 pub const MAX_FOLLOWERS: usize = 16;
 /// The longest body that a request may have, in bytes.
 const MAX_BODY: usize = 1 << 20;
-/// All header lines of a request together, in bytes; what is written is buffered no further either.
+/// All header lines of a request together, in bytes; output is buffered up to the same length.
 const MAX_BUFFER: usize = 16 << 10;
-/// How long a client may take to say what it wants, also on a connection that it keeps.
+/// How long a client may take to send the headers of a request, also of a further one on the same connection.
 const HEADER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long a request's body may take.
 const BODY_PATIENCE: Duration = Duration::from_secs(10);
-/// How long a request may take as a whole, the reading of its answer included. A stream of events may
-/// last.
+/// How long a request may take as a whole, reading the answer included. Streams of events have no such limit.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(120);
-/// Threads for what may take its time.
+/// Threads for requests that may take long.
 const WORKERS: usize = 4;
 /// How long clients may take for the rest of their answers when the VMM ends.
 const END_PATIENCE: Duration = Duration::from_secs(1);
@@ -79,7 +77,7 @@ pub enum ApiError {
 pub struct Api {
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
-    /// The last to go, when nobody serves it any more.
+    /// Dropped last, when nothing serves the socket any more.
     _path: BoundPath,
 }
 
@@ -105,7 +103,7 @@ impl Api {
 
 impl Drop for Api {
     fn drop(&mut self) {
-        // Without a receiver the thread has ended already.
+        // The send fails only if the thread has ended already.
         self.stop.take().map(|stop| stop.send(()));
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
@@ -127,7 +125,7 @@ fn start_serving(
         .thread_name("api-worker")
         .build()?;
     let listener = {
-        // It registers with the runtime that it is made in.
+        // The listener registers with the runtime that is entered.
         let _inside = runtime.enter();
         tokio::net::UnixListener::from_std(listener)?
     };
@@ -152,7 +150,7 @@ async fn serve(
                     tokio::spawn(connection(stream, Arc::clone(&server), place));
                 }
                 Err(error) => {
-                    // Out of descriptors, say, which comes and goes.
+                    // Out of descriptors, say, which may pass.
                     warn!("the API cannot take a connection: {error}");
                     sleep(Duration::from_millis(100)).await;
                 }
@@ -163,7 +161,7 @@ async fn serve(
         () = accepting => {}
         _ = stopped => {}
     }
-    // Events have come to their end; this is for what is still on its way to its reader.
+    // The streams of events have ended; this waits for answers that are still being sent.
     let all = u32::try_from(MAX_CONNECTIONS).unwrap_or(u32::MAX);
     let _ = timeout(END_PATIENCE, room.acquire_many(all)).await;
 }
@@ -187,7 +185,7 @@ async fn connection(
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_PATIENCE)
         .max_buf_size(MAX_BUFFER)
-        // A client that has said everything is still there for the answer.
+        // A client that has closed its writing half still waits for the answer.
         .half_close(true)
         .serve_connection(TokioIo::new(stream), service);
     tokio::select! {
@@ -200,7 +198,7 @@ async fn connection(
     }
 }
 
-/// Until when a connection's request has to be done.
+/// The deadline of a connection's request, if it has one.
 struct Limit(Mutex<Option<Instant>>);
 
 impl Limit {
@@ -284,11 +282,11 @@ impl Server {
         }
         let (current, hub) = (self.current.clone(), self.hub.clone());
         if route.is_quick() {
-            // Not behind those who wait for a vCPU.
+            // Answered here, so that it does not wait behind requests that wait for a vCPU.
             let asked = Asked { route, query: head.uri.query(), body: &body };
             return whole(routes::answer(&asked, &current, &hub));
         }
-        // The place is kept until the work is done, also of a client that has gone away.
+        // The place counts until the work is done, also if the client has gone.
         let place = Arc::clone(place);
         let work = tokio::task::spawn_blocking(move || {
             let _place = place;
@@ -323,7 +321,7 @@ fn kind(kind: &'static str) -> hyper::header::HeaderValue {
     hyper::header::HeaderValue::from_static(kind)
 }
 
-/// An answer that is made while it is sent.
+/// An answer whose body is made while it is sent.
 fn pieces(
     body: impl Body<Data = Bytes, Error = Infallible> + Send + 'static,
     of: &'static str,
@@ -347,9 +345,8 @@ fn whole(answer: Answer) -> Reply {
     response
 }
 
-/// A stream of events. It is asked for more only when what it gave has gone out, so a client that does
-/// not read holds back nothing but itself. It ends when the client goes, also where nothing happens that
-/// could be written to it.
+/// A stream of events. The next piece is made only when the last one was sent, so a client that does not read holds up
+/// only itself. The stream ends when the client goes, even while there is no event to write to it.
 struct Events {
     follower: Follower,
     follow: bool,

@@ -1,5 +1,5 @@
-//! What became of every bad page, as one JSON document that is made while it is sent: a million pages are
-//! some 400 MB of it, and neither the relay's lock nor the VMM's memory is to notice.
+//! The state of every bad page, as one JSON document that is made while it is sent: a million pages are some 400 MB of
+//! it, which must neither hold the relay's lock for long nor fill the VMM's memory.
 
 use std::convert::Infallible;
 use std::mem;
@@ -13,30 +13,30 @@ use serde::Serialize;
 
 use super::types::vm::VmInfo;
 
-/// Pages in a piece: some 50 KB, and the relay's lock is held for some tens of microseconds.
+/// Pages in a piece: some 50 KB, for which the relay's lock is held for some tens of microseconds.
 const PAGES: usize = 128;
 
-/// A [`Status`](crate::api::types::vm::Status) as JSON, piece by piece. Each is what the ledger says at that moment, so a
-/// page may be ahead of one that was in a piece before.
+/// A [`Status`](crate::api::types::vm::Status) as JSON, piece by piece. Each piece shows the ledger as it is when the
+/// piece is made, so a page may be in a later state than one of an earlier piece.
 pub struct StatusPieces {
     relay: Handle,
     part: Part,
-    /// How the document goes on, before anything else.
+    /// Text that comes next in the document.
     text: Vec<u8>,
-    /// The list has an element already.
+    /// The current list has an element already.
     comma: bool,
-    /// How many more elements a list may have, and how many each may have.
+    /// How many more elements the current list may have, and how many each list may have.
     left: usize,
     most: usize,
 }
 
-/// What of the document comes next.
+/// The part of the document that comes next.
 enum Part {
     /// Bad pages from this address on.
     Pages(u64),
-    /// Those that are predicted to fail, likewise.
+    /// Predicted pages from this address on.
     Predicted(u64),
-    /// Those that were bad once, from this one on.
+    /// Pages that are no longer bad, from this index on.
     Past(usize),
     /// The huge pages that were rescued.
     Rescued,
@@ -45,13 +45,13 @@ enum Part {
 }
 
 impl StatusPieces {
-    /// What became of every bad page of the VM that `info` is about, and that `relay` is of.
+    /// The status of the VM that `info` describes and that `relay` belongs to.
     #[must_use]
     pub fn new(relay: Handle, info: &VmInfo) -> Self {
         Self::at_most(relay, info, usize::MAX)
     }
 
-    /// The same with `most` elements in each list, the first of them.
+    /// The same with only the first `most` elements of each list.
     #[must_use]
     pub fn at_most(relay: Handle, info: &VmInfo, most: usize) -> Self {
         let mut text = b"{\"vm\":".to_vec();
@@ -60,13 +60,13 @@ impl StatusPieces {
         Self { relay, part: Part::Pages(0), text, comma: false, left: most, most }
     }
 
-    /// Whether the status of `relay` is so long that it is better sent in pieces.
+    /// Whether the status of `relay` is so long that it is sent in pieces.
     pub(super) fn are_many(relay: &Handle) -> bool {
         let len = |ledger: &Ledger| ledger.len() + ledger.predicted().len() + ledger.past().len();
         relay.inspect(len) > PAGES
     }
 
-    /// Whether the list may have more elements, after a piece of so many.
+    /// Whether the current list may have more elements, after a piece of `len`.
     fn goes_on(&mut self, len: usize) -> bool {
         self.left -= len;
         len == PAGES && self.left > 0

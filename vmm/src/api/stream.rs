@@ -1,4 +1,4 @@
-//! A client's stream, for the server that talks on it and for whoever watches whether the client is there.
+//! A client's stream, shared by the server that talks on it and the task that watches whether the client is there.
 
 use std::io;
 use std::pin::Pin;
@@ -10,7 +10,7 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::sleep;
 
-/// How often it is looked whether a client that has said everything is still there.
+/// How often a client that has closed its writing half is checked for being there.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The stream, shared.
@@ -22,16 +22,16 @@ impl Shared {
         Self(Arc::new(stream))
     }
 
-    /// Returns when the client has closed its end. One that has only said everything (shutdown of its
-    /// writing half) still reads.
+    /// Returns when the client has closed the connection. A client that has only closed its writing half (shutdown)
+    /// still reads.
     pub(super) async fn gone(self) {
         loop {
-            // EPOLLRDHUP comes with both, and once. Nothing here ever has what PRIORITY stands for itself.
-            // READABLE would be there all the time when the client has said more than is read by now.
+            // EPOLLRDHUP comes with both, and once. PRIORITY is used because a unix stream never has what it stands
+            // for; READABLE would return at once whenever the client has sent more than was read.
             if self.0.ready(Interest::PRIORITY).await.is_err() {
                 return;
             }
-            // With WRITABLE it returns at once, with EPOLLHUP where that came.
+            // With WRITABLE this returns at once, with EPOLLHUP if that came.
             match self.0.ready(Interest::WRITABLE | Interest::READABLE).await {
                 Ok(ready) if !ready.is_write_closed() => sleep(LOOK).await,
                 _ => return,
@@ -92,7 +92,7 @@ impl AsyncWrite for Shared {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // The stream goes with the connection, which ends now.
+        // The stream is closed with the connection, which ends now.
         Poll::Ready(Ok(()))
     }
 }

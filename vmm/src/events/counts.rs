@@ -1,4 +1,4 @@
-//! What happened so far, counted, for `GET /metrics`.
+//! Counts of past events, for `GET /metrics`.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use prometheus::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts};
 use super::entry::What;
 use crate::api::types::vm_event::VmEvent;
 
-/// Counters that begin with the VMM and go on when the guest starts over.
+/// Counters that start with the VMM and continue when the guest starts over.
 #[derive(Debug, Clone)]
 pub struct Counts {
     events: IntCounterVec,
@@ -29,11 +29,11 @@ pub struct Counts {
     taken: Histogram,
 }
 
-/// Upper ends of the histograms' buckets, in seconds: from a machine check that goes at once to an
-/// AMD guest's poll, five minutes later.
+/// Upper bounds of the histograms' buckets, in seconds: from a machine check that is injected at once to an AMD guest's
+/// poll five minutes later.
 const BUCKETS: [f64; 12] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0, 600.0];
 
-/// A family of counters. The names are ours and well-formed, and nothing else can be wrong with them.
+/// A family of counters. It can only fail for an ill-formed name, and all names are constants.
 fn family(name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
     #[expect(clippy::expect_used, reason = "it depends on constants alone, and tests make one")]
     IntCounterVec::new(Opts::new(name, help), labels).expect("a well-formed name")
@@ -50,7 +50,7 @@ fn histogram(name: &str, help: &str) -> Histogram {
     Histogram::with_opts(opts).expect("a well-formed name")
 }
 
-/// Notes how long the first time took, if it was that.
+/// Records how long it took until the first time, if this is the first time.
 fn note(histogram: &Histogram, after_micros: Option<u64>) {
     if let Some(micros) = after_micros {
         histogram.observe(Duration::from_micros(micros).as_secs_f64());
@@ -203,7 +203,7 @@ impl Counts {
         }
     }
 
-    /// All of them, for an encoder.
+    /// All families, for an encoder.
     #[must_use]
     pub fn families(&self) -> Vec<MetricFamily> {
         let Self { events, signals, signals_lost, signals_outside, seen, .. } = self;
@@ -225,7 +225,7 @@ impl Counts {
             told,
             taken,
         ];
-        // A family that nothing was counted in has no lines, which the encoder takes for a fault.
+        // A family without any count has no lines, which the encoder takes for an error.
         let families = all.into_iter().flat_map(Collector::collect);
         families.filter(|family| !family.get_metric().is_empty()).collect()
     }

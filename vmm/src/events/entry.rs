@@ -1,4 +1,4 @@
-//! What is in the ring of events.
+//! The entries of the ring of events.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,18 +23,18 @@ pub struct Entry {
     pub what: What,
 }
 
-/// What a follower gets.
+/// What a follower reads.
 #[derive(Debug)]
 pub enum Next {
     /// The next event.
     Event(Arc<Entry>),
-    /// Events went out of the ring before this follower came to them.
+    /// Events were dropped from the ring before this follower read them.
     Missed {
         /// How many.
         events: u64,
-        /// When that was found, since the start of the VMM.
+        /// When the follower noticed, since the start of the VMM.
         time: Duration,
     },
-    /// There will be no more.
+    /// There will be no more events.
     End,
 }

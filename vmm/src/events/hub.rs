@@ -1,9 +1,8 @@
-//! Where events meet those who follow them.
+//! The ring of events, and its followers.
 //!
-//! Whoever reports an event puts it into one ring and goes on. Everybody who wants events reads that
-//! ring at a pace of their own: the log, the event monitor's file, each client of the API. So a
-//! follower that is slow, or stuck, costs neither memory nor anybody else's events: it is told how
-//! many it has missed when it comes back.
+//! A thread that reports an event puts it into one ring and goes on. Every consumer (the log, the event monitor's file,
+//! each client of the API) reads that ring at its own pace. So a follower that is slow, or stuck, costs neither memory
+//! nor events of others: when it reads again it is told how many events it has missed.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -15,19 +14,18 @@ use super::counts::Counts;
 use crate::events::entry::Entry;
 use crate::events::entry::{Next, What};
 
-/// So many events are kept for followers: some seconds of the worst that was seen.
+/// How many events are kept for followers: some seconds' worth at the highest rate seen.
 pub const KEPT: usize = 16_384;
 
 struct Ring {
     /// The last [`KEPT`] events.
     kept: VecDeque<Arc<Entry>>,
-    /// Number of the first of them, counted from the start of the VMM.
+    /// Number of the first kept event, counted from the start of the VMM.
     first: u64,
     ended: bool,
-    /// Tasks that wait for the next event, each with the follower that it waits for. Threads wait on the
-    /// condition variable.
+    /// Tasks that wait for the next event, each with its follower's id. Threads wait on the condition variable.
     wakers: Vec<(u64, Waker)>,
-    /// Of the next follower.
+    /// Id of the next follower.
     id: u64,
 }
 
@@ -63,7 +61,7 @@ impl Default for Hub {
 
 impl Hub {
     fn lock(&self) -> MutexGuard<'_, Ring> {
-        // Nothing under the lock can panic half-way.
+        // Nothing under the lock can panic half-way through a change.
         self.0.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -84,13 +82,13 @@ impl Hub {
         wakers.into_iter().for_each(|(_, waker)| waker.wake());
     }
 
-    /// How many of what there were.
+    /// How many events of each kind there were.
     #[must_use]
     pub fn counts(&self) -> &Counts {
         &self.0.counts
     }
 
-    /// There will be no more events: followers come to their end.
+    /// Ends the events: each follower reads what is left, and then [`Next::End`].
     pub fn end(&self) {
         let mut ring = self.lock();
         ring.ended = true;
@@ -100,7 +98,7 @@ impl Hub {
         wakers.into_iter().for_each(|(_, waker)| waker.wake());
     }
 
-    /// Follows all events from the first on that is still kept.
+    /// Follows all events, from the first one that is still kept.
     #[must_use]
     pub fn follow(&self) -> Follower {
         let mut ring = self.lock();
@@ -150,7 +148,7 @@ impl Follower {
             self.next = ring.first;
             return Some(Next::Missed { events, time: self.hub.0.start.elapsed() });
         };
-        // Beyond what an index can be there is no event either.
+        // An event beyond usize does not exist either.
         match usize::try_from(at).ok().and_then(|at| ring.kept.get(at)) {
             Some(entry) => {
                 self.next += 1;
@@ -168,7 +166,7 @@ impl Follower {
         self.take_from(&ring)
     }
 
-    /// The next event, however long it takes. For threads.
+    /// The next event, waiting for it without limit. For threads.
     pub fn wait(&mut self) -> Next {
         let hub = self.hub.clone();
         let mut ring = hub.lock();
@@ -180,8 +178,8 @@ impl Follower {
         }
     }
 
-    /// Waits that long, or until there will be no more events; whether that is so. For threads that have
-    /// something to do once in a while.
+    /// Waits for `time`, or until there will be no more events; returns whether that is so. For threads that have
+    /// periodic work.
     pub fn rest(&self, time: Duration) -> bool {
         let ring = self.hub.lock();
         let rested = self.hub.0.news.wait_timeout_while(ring, time, |ring| !ring.ended);
@@ -189,7 +187,7 @@ impl Follower {
         ring.ended
     }
 
-    /// The next event. For tasks, which are woken when there is one.
+    /// The next event, or a wake-up of the task when there is one. For tasks.
     pub fn poll(&mut self, context: &Context<'_>) -> Poll<Next> {
         let hub = self.hub.clone();
         let mut ring = hub.lock();

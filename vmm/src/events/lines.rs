@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::events::entry::{Next, What};
 
-/// What a follower is sent for `next`: a line of JSON with its line feed, or `None` at the end.
+/// The line of JSON, with its line feed, that a follower is sent for `next`; `None` at the end.
 #[must_use]
 pub fn line_of(next: &Next) -> Option<String> {
     match next {
@@ -15,7 +15,7 @@ pub fn line_of(next: &Next) -> Option<String> {
             What::Memory(event) => line(entry.time, "memory", event),
             What::Vm(event) => line(entry.time, "vm", event),
         }),
-        // Nobody's event: the follower itself is told that it was too slow.
+        // Not an event: the follower is told that it was too slow.
         Next::Missed { events, time } => {
             let missed = json!({ "event": "missed", "properties": { "events": events } });
             Some(line(*time, "monitor", &missed))

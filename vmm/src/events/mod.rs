@@ -3,7 +3,7 @@
 //!
 //! The shape is Cloud Hypervisor's: `{"timestamp":{"secs":…,"nanos":…},"source":…,"event":…,
 //! "properties":{…}}`, the timestamp counted from the start of the VMM. `docs/events.md` has every
-//! field. Nobody who reports an event waits for those who read it: see [`hub`].
+//! field. A thread that reports an event never waits for a reader: see [`hub`].
 
 pub mod counts;
 pub mod entry;

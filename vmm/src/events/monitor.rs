@@ -1,4 +1,4 @@
-//! Who writes events down: to the log, and to a file.
+//! Writes events to the log and to a file.
 
 use std::io;
 use std::path::PathBuf;
@@ -29,7 +29,7 @@ pub enum MonitorError {
         #[source]
         source: io::Error,
     },
-    /// There is nobody to write.
+    /// The thread that writes could not be started.
     #[error("cannot start a thread that writes events down")]
     Thread(#[source] io::Error),
 }
@@ -54,11 +54,11 @@ impl Monitor {
         Ok(monitor)
     }
 
-    /// Has a thread follow the events from the first on that is kept. One for each who writes them down: a
-    /// terminal that is held must not hold up a file.
+    /// Starts a thread that follows the events, from the first one that is kept. Each destination has a thread of its
+    /// own, so that a blocked terminal does not hold up a file.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// The thread could not be started.
     pub fn spawn(
         &self,
         what: &str,
@@ -71,7 +71,7 @@ impl Monitor {
         Ok(())
     }
 
-    /// Appends all events to a file, those that there were already, too.
+    /// Appends all events to a file, those that are kept already included.
     ///
     /// # Errors
     /// See [`MonitorError`].
@@ -79,27 +79,27 @@ impl Monitor {
         self.write_on("file", open(to)?).map_err(MonitorError::Thread)
     }
 
-    /// The same to a file that is open, on a thread called so.
+    /// The same to a file that is open, on a thread with this name.
     ///
     /// # Errors
-    /// There is no thread to be had.
+    /// The thread could not be started.
     pub fn write_on(&self, what: &str, file: Appended) -> io::Result<()> {
         self.spawn(what, move |follower| written::write(follower, file))
     }
 
-    /// Where the events are.
+    /// The ring of events.
     #[must_use]
     pub fn hub(&self) -> &Hub {
         &self.hub
     }
 
-    /// A sink for the relay: quick, does not block.
+    /// An observer for the relay: quick, does not block.
     pub fn for_relay(&self) -> Box<dyn Fn(&mce_relay::Event) + Send + Sync> {
         let hub = self.hub.clone();
         Box::new(move |event| hub.emit(What::Memory(event.clone())))
     }
 
-    /// A sink for what other threads report of the VM: quick, does not block.
+    /// A sink for other threads' reports of the VM: quick, does not block.
     pub fn for_vm(&self) -> impl Fn(VmEvent) + Send + Sync + 'static {
         let hub = self.hub.clone();
         move |event| hub.emit(What::Vm(event))
@@ -110,7 +110,7 @@ impl Monitor {
         self.hub.emit(What::Vm(event));
     }
 
-    /// There are no more events; returns when all are written down.
+    /// Ends the events; returns when all are written down.
     pub fn end(&self) {
         self.hub.end();
         for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
@@ -154,8 +154,7 @@ fn write_log(mut follower: Follower) {
     }
 }
 
-/// Whether it is of the VMM's own memory, and the VMM lives. (An AR of it ends the process, with a line of its
-/// own.)
+/// Whether it is about the VMM's own memory. (An AO: an AR of it ends the process, with a line of its own.)
 fn is_of_the_vmm(event: &mce_relay::Event) -> bool {
     matches!(event, mce_relay::Event::Outside { kind: FailureKind::ActionOptional, .. })
 }

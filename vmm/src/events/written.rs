@@ -1,7 +1,7 @@
-//! Events in a file, a line of JSON each.
+//! Writes events to a file, a line of JSON each.
 //!
-//! A file that cannot be written to, as its disk is full, is tried again. Events wait in the ring meanwhile, and
-//! those that have no room there are counted in a line of their own (`missed`), as for any other reader.
+//! Writing is retried when it fails (on a full disk, say). Events wait in the ring meanwhile; those that are dropped
+//! from it are counted in a line of their own (`missed`), as for any other reader.
 
 use std::io::{ErrorKind, Write};
 use std::time::{Duration, Instant};
@@ -43,7 +43,7 @@ impl Writer {
                 return;
             }
             if let Err(error) = self.write_out() {
-                // Said before the events' end, which may cut the waiting short.
+                // Logged before the wait, which the end of the events may cut short.
                 let path = self.file.path().display();
                 if !self.file.is_regular() {
                     warn!(
@@ -61,7 +61,7 @@ impl Writer {
         }
     }
 
-    /// Takes what there is, waiting for it where there is nothing yet. Nothing is gathered only at the end.
+    /// Takes the events that are there, and waits only if there is none. Nothing is taken only at the end.
     fn gather(&mut self) {
         while !self.ended && self.text.len() < PIECE {
             let next = match self.follower.take() {
@@ -82,7 +82,7 @@ impl Writer {
 
     fn write_out(&mut self) -> std::io::Result<()> {
         if self.file.put_aside() {
-            // What stands half in the other file is whole in this one.
+            // The record that was half written to the old file is written whole to the new one.
             let written = &self.text[..self.done];
             self.done = written.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
         }
@@ -98,14 +98,14 @@ impl Writer {
         Ok(())
     }
 
-    /// Tries until it can be written to; whether that is so.
+    /// Retries until writing works; returns whether it does.
     fn keep_trying(&mut self) -> bool {
         let mut end = None;
         loop {
             let ended = match end {
                 None => self.follower.rest(RETRY),
                 Some(_) => {
-                    // The ring has ended, so there is nothing to be woken by.
+                    // The ring has ended, so no event will wake this thread.
                     std::thread::park_timeout(RETRY / 10);
                     true
                 }

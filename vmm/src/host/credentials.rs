@@ -1,7 +1,7 @@
-//! What this process may do on the host.
+//! This process's privileges on the host.
 
 // include/uapi/linux/capability.h
-/// The capability that passes over the mode bits of files (capabilities(7)).
+/// The capability that bypasses the mode bits of files (capabilities(7)).
 pub const CAP_DAC_OVERRIDE: u32 = 1;
 
 /// What /proc/self/status says of this process's privileges.
@@ -11,7 +11,7 @@ pub struct Credentials {
     pub uid: u32,
     /// Effective group.
     pub gid: u32,
-    /// The groups beside.
+    /// Supplementary groups.
     pub groups: Vec<u32>,
     /// Effective capabilities.
     pub caps: u64,
@@ -42,11 +42,11 @@ impl Credentials {
         self.caps & (1 << cap) != 0
     }
 
-    /// By what it may read and write a file of `owner` and `group` with these mode bits.
+    /// The reason why it may read and write a file of `owner` and `group` with these mode bits; `None` if it may not.
     #[must_use]
     pub fn way_in(&self, mode: u32, owner: u32, group: u32) -> Option<&'static str> {
         const READ_AND_WRITE: u32 = 0o6;
-        // The first that fits decides, even when a later one would allow more.
+        // The first class that fits decides, even when a later one would allow more.
         let (bits, way) = if self.uid == owner {
             (mode >> 6, "as its owner")
         } else if self.gid == group || self.groups.contains(&group) {
@@ -67,7 +67,7 @@ fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| line.strip_prefix(name))
 }
 
-/// Of the four IDs in a line of /proc/self/status, the one that counts.
+/// The effective one of the four IDs in a line of /proc/self/status.
 fn effective(ids: &str) -> Option<u32> {
     ids.split_whitespace().nth(1)?.parse().ok()
 }

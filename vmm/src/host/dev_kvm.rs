@@ -9,21 +9,21 @@ use crate::host::accounts;
 
 /// The device.
 pub const KVM: &str = "/dev/kvm";
-/// The numbers of the device, which is there once KVM is loaded.
+/// Has the device's numbers, once KVM is loaded.
 const NUMBERS: &str = "/sys/class/misc/kvm/dev";
 const CPUINFO: &str = "/proc/cpuinfo";
 
-/// What decides what is to be done.
+/// What the advice depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Seen {
     /// errno of opening it.
     errno: i32,
     /// The device numbers (`10:232`), where KVM is loaded.
     numbers: Option<String>,
-    /// What of the processor is named among its flags.
+    /// The processor's flags: AMD's and Intel's virtualization.
     svm: bool,
     vmx: bool,
-    /// It is a virtual machine.
+    /// This host is itself a virtual machine.
     hypervisor: bool,
     node: Option<Node>,
     user: String,
@@ -36,18 +36,18 @@ struct Node {
     gid: u32,
     /// The name of its group, where it has one.
     group: Option<String>,
-    /// The user is entered as a member of that group.
+    /// The user is listed as a member of that group.
     is_member: bool,
-    /// By mode, owner and group this process may open it.
-    lets_in: bool,
+    /// Mode, owner and group allow this process to open it.
+    is_accessible: bool,
 }
 
 /// What to do about the `error` of opening /dev/kvm.
 pub fn advice_for(error: &io::Error) -> String {
-    advice(&see(error.raw_os_error().unwrap_or(0)))
+    advice(&inspect(error.raw_os_error().unwrap_or(0)))
 }
 
-/// What to do so that this user can open /dev/kvm; nothing where that is so already.
+/// What to do so that this user can open /dev/kvm; empty if it can already.
 #[must_use]
 pub fn advice_now() -> String {
     match File::options().read(true).write(true).open(KVM) {
@@ -56,7 +56,7 @@ pub fn advice_now() -> String {
     }
 }
 
-fn see(errno: i32) -> Seen {
+fn inspect(errno: i32) -> Seen {
     let cpuinfo = fs::read_to_string(CPUINFO).unwrap_or_default();
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     let has = |flag| flags.split_whitespace().any(|word| word == flag);
@@ -66,9 +66,9 @@ fn see(errno: i32) -> Seen {
         let group = accounts::group(file.gid());
         let is_member = group.as_ref().is_some_and(|group| accounts::is_member(&user, group));
         let mode = file.mode() & 0o777;
-        let lets_in =
+        let is_accessible =
             me.as_ref().is_some_and(|me| me.way_in(mode, file.uid(), file.gid()).is_some());
-        Node { mode, gid: file.gid(), group, is_member, lets_in }
+        Node { mode, gid: file.gid(), group, is_member, is_accessible }
     });
     let numbers = fs::read_to_string(NUMBERS).ok().map(|text| text.trim().to_owned());
     let (svm, vmx, hypervisor) = (has("svm"), has("vmx"), has("hypervisor"));
@@ -118,11 +118,11 @@ fn not_loaded(seen: &Seen) -> String {
 }
 
 fn no_permission(node: &Node, user: &str) -> String {
-    let Node { mode, gid, group, is_member, lets_in } = node;
-    // The group root is not for people.
+    let Node { mode, gid, group, is_member, is_accessible } = node;
+    // Users are not added to the group root.
     let group_may = mode & 0o060 == 0o060 && *gid != 0;
     match group {
-        _ if *lets_in => format!(
+        _ if *is_accessible => format!(
             "its mode lets this process in, and something else does not: start a container with --device {KVM}; \
              elsewhere look for a security module (SELinux, AppArmor) and a mount of /dev with nodev"
         ),
@@ -165,7 +165,7 @@ mod tests {
 
     fn denied(mode: u32, gid: u32, group: Option<&str>) -> Seen {
         let group = group.map(str::to_owned);
-        let node = Node { mode, gid, group, is_member: false, lets_in: false };
+        let node = Node { mode, gid, group, is_member: false, is_accessible: false };
         Seen { node: Some(node), ..seen(libc::EACCES) }
     }
 
@@ -198,7 +198,7 @@ mod tests {
         let mut member = denied(0o660, 108, Some("kvm"));
         member.node.as_mut().unwrap().is_member = true;
         advises(&member, &["log in anew", "newgrp kvm"], &["usermod"]);
-        member.node.as_mut().unwrap().lets_in = true;
+        member.node.as_mut().unwrap().is_accessible = true;
         advises(&member, &["--device /dev/kvm", "SELinux"], &["usermod", "newgrp"]);
     }
 

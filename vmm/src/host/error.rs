@@ -1,9 +1,9 @@
-//! Why the host could not be asked, or told.
+//! Why the host's kernel could not be asked or told something.
 
 use std::io::{self};
 use std::path::{Path, PathBuf};
 
-/// Why the host could not be asked, or told.
+/// Why the host's kernel could not be asked or told something.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
     /// A file of the kernel could not be used.
@@ -28,7 +28,7 @@ pub enum HostError {
         /// The address in the VMM.
         hva: u64,
     },
-    /// A host that a machine check by software would be the end of.
+    /// A host that would not survive a machine check by software.
     #[error(
         "mce-inject is for processors of AMD's make (AuthenticAMD, HygonGenuine), and this host's are {vendor}: \
          their machine checks go to all of them, and the kernel would wait for the others and panic; \
@@ -52,7 +52,7 @@ pub enum HostError {
     },
 }
 
-/// What it means that something (`what`) could not be done with a file, and what to do about it (`mend`).
+/// The error of a file: `what` was tried with it, and `mend` says what to do.
 pub fn file_error(
     what: &'static str,
     path: &Path,

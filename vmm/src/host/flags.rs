@@ -63,20 +63,21 @@ pub const HUGE: u64 = 1 << 17;
 pub const HWPOISON: u64 = 1 << 19;
 /// KPF_NOPAGE: there is no memory that the kernel manages; also memory of a device (DAX).
 pub const NOPAGE: u64 = 1 << 20;
-/// KPF_KSM: one page in the place of several that had the same in them, of any processes.
+/// KPF_KSM: one page shared by several mappings, of any processes, that had the same contents.
 pub const KSM: u64 = 1 << 21;
 /// KPF_THP: part of a transparent huge page.
 pub const THP: u64 = 1 << 22;
 /// KPF_OFFLINE: taken from this kernel, as by a balloon.
 pub const OFFLINE: u64 = 1 << 23;
-/// KPF_ZERO_PAGE: the page, or with KPF_THP the huge page, that every process reads that has written nothing.
+/// KPF_ZERO_PAGE: the page (with KPF_THP the huge page) that is mapped everywhere where a process has only read
+/// unwritten memory.
 pub const ZERO_PAGE: u64 = 1 << 24;
 /// KPF_PGTABLE: a page table.
 pub const PGTABLE: u64 = 1 << 26;
 /// KPF_RESERVED (`include/linux/kernel-page-flags.h`): the kernel's own or the firmware's.
 pub const RESERVED: u64 = 1 << 32;
 
-/// The names of the flags that are set; one that has no name here by its number.
+/// The names of the flags that are set; a flag without a name here by its number.
 #[must_use]
 pub fn names(flags: u64) -> Vec<String> {
     let set = (0..64).filter(|bit| flags & (1 << bit) != 0);
@@ -108,7 +109,7 @@ pub fn mask(text: &str) -> Result<u64, String> {
     })
 }
 
-/// Of the flags in `mask` exactly those in `value` are set.
+/// Accepts flags of which, among those in `mask`, exactly those in `value` are set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct FlagsFilter {
     /// The flags that matter.

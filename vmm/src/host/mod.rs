@@ -1,5 +1,5 @@
-//! What the host's kernel says: of page frames and page tables, of its users, and of KVM. The VMM and the commands
-//! both ask it; page frame numbers are root's to see.
+//! What the host's kernel reports: page frames and page tables, its users, and KVM. The VMM and the commands both use
+//! it; page frame numbers are shown to root only.
 
 pub mod accounts;
 pub mod credentials;

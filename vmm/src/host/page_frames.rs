@@ -1,4 +1,4 @@
-//! What the host says of its page frames.
+//! The host's page frames: their flags, and how often they are mapped.
 
 use std::fs::File;
 use std::io::{self};
@@ -26,7 +26,7 @@ impl Table {
 
     pub(crate) fn read(&self, index: u64) -> Result<u64, HostError> {
         let mut entry = [0; 8];
-        // What is beyond the end of a file cannot be read from it, and neither can what no file holds.
+        // An offset beyond any file's end fails like one beyond this file's.
         let offset = index.saturating_mul(8);
         self.file
             .read_exact_at(&mut entry, offset)
@@ -34,7 +34,7 @@ impl Table {
         Ok(u64::from_ne_bytes(entry))
     }
 
-    /// The same of a file of page frames, which ends with the last.
+    /// The same in a file of page frames, which ends with the last frame.
     fn of_frame(&self, pfn: u64) -> Result<u64, HostError> {
         self.read(pfn).map_err(|error| match error {
             HostError::File { source, .. }
@@ -50,7 +50,7 @@ impl Table {
     }
 }
 
-/// What the host says of its page frames.
+/// Flags of the host's page frames.
 #[derive(Debug)]
 pub struct PageFlags(Table);
 

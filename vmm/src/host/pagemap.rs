@@ -1,7 +1,7 @@
-//! What is behind the virtual addresses of a process: its page table, as /proc/PID/pagemap shows it.
+//! A process's page table, as /proc/PID/pagemap shows it: what is behind its virtual addresses.
 //!
-//! procfs takes the entries apart. The reading is ours: by pread, as the threads of a confined VMM may do no
-//! other, and as one file is used by several of them.
+//! The crate procfs decodes the entries. They are read here by pread, as the filter of a VMM's threads allows nothing
+//! else, and as several threads use one file.
 
 use std::borrow::Borrow;
 use std::fs::File;
@@ -26,16 +26,16 @@ pub enum Entry {
     Present {
         /// The page frame number; `None` where this user is not shown it.
         pfn: Option<u64>,
-        /// Nobody else has it mapped. The kernel does not say so of the zero page, which is nobody's.
+        /// No other mapping of it exists. The kernel does not set this for the zero page.
         exclusive: bool,
     },
-    /// None that it could reach: the page is swapped out, marked by userfaultfd, or bad.
+    /// Not in memory: the page is swapped out, marked by userfaultfd, or bad.
     Elsewhere {
-        /// Where a swap device has it; of a bad page its frame number (`make_hwpoison_entry` in
+        /// Offset on the swap device; of a bad page its frame number (`make_hwpoison_entry` in
         /// `include/linux/swapops.h`). `None` for a mark of userfaultfd, or where this user is not shown it.
         offset: Option<u64>,
     },
-    /// Nothing; of hugetlb before Linux 6.7 a bad page, too.
+    /// Nothing; also a bad page of hugetlb before Linux 6.7.
     Empty,
 }
 
@@ -55,12 +55,12 @@ impl From<u64> for Entry {
     }
 }
 
-/// The page table of a process, an entry at a time: what is read is what is there at that moment.
+/// The page table of a process, read one entry at a time, so each value is current.
 #[derive(Debug)]
 pub struct Pagemap(Table);
 
 impl Pagemap {
-    /// That of process `pid`.
+    /// The page table of process `pid`.
     ///
     /// # Errors
     /// There is no such process, or it is not shown to this user.
@@ -89,7 +89,7 @@ impl Pagemap {
     }
 }
 
-/// The page table of a process, many entries at a time: what is read may be a moment old.
+/// The page table of a process, read many entries at a time, so a value may be a moment old.
 #[derive(Debug)]
 pub struct Entries<F = File> {
     file: F,
@@ -99,7 +99,7 @@ pub struct Entries<F = File> {
 }
 
 impl Entries {
-    /// Those of process `pid`.
+    /// The entries of process `pid`.
     ///
     /// # Errors
     /// There is no such process, or it is not shown to this user.
@@ -109,12 +109,12 @@ impl Entries {
 }
 
 impl<F: Borrow<File>> Entries<F> {
-    /// Those that `file` shows.
+    /// The entries in `file`, an open /proc/PID/pagemap.
     pub fn of(file: F) -> Self {
         Self { file, read: Vec::new(), first: 0 }
     }
 
-    /// What is at host virtual address `hva`; some of what follows is read with it.
+    /// The entry of host virtual address `hva`; entries behind it are read along.
     ///
     /// # Errors
     /// It cannot be read.

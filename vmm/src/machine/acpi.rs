@@ -1,7 +1,7 @@
 //! Describes the machine to the guest: a hardware-reduced ACPI platform.
 //!
-//! Tables lie one after another from [`ACPI_START`], the RSDP first. More tables than ours (an
-//! error source table, say) are appended as plain bytes, see [`Table`].
+//! Tables lie one after another from [`ACPI_START`], the RSDP first. Further tables (an error source table, say) are
+//! added as plain bytes, see [`Table`].
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -37,7 +37,7 @@ const HEADER_LEN: u32 = 36;
 /// FADT, IA-PC boot architecture flags (ACPI 6.5, 5.2.9.3): no VGA, no CMOS clock. The bits for
 /// legacy devices and for an i8042 stay clear, so that no driver looks for them.
 const BOOT_ARCH: u16 = 1 << 2 | 1 << 5;
-/// Of a button: it was pressed (ACPI 6.5, 4.8.3.2.2).
+/// Notification value of a button: it was pressed (ACPI 6.5, 4.8.3.2.2).
 const PRESSED: u8 = 0x80;
 /// Tables start aligned to this; the RSDP has to.
 const ALIGNMENT: usize = 16;
@@ -53,7 +53,7 @@ pub enum AcpiError {
         /// The room.
         room: u64,
     },
-    /// A table from outside is not one.
+    /// A table that was passed in is malformed.
     #[error("the ACPI table {signature:?} is malformed: {why}")]
     Malformed {
         /// Its first bytes.
@@ -189,7 +189,7 @@ fn madt(cpus: u8) -> MADT {
     madt
 }
 
-/// What a legacy interrupt is like (ACPI 6.5, 5.2.12.5). Linux asks for it before it takes an
+/// The trigger mode and polarity of a legacy interrupt (ACPI 6.5, 5.2.12.5). Linux looks them up before it takes an
 /// interrupt that a table names by number (`acpi_gsi_to_irq` in `arch/x86/kernel/acpi/boot.c`).
 #[repr(C, packed)]
 #[derive(Clone, Copy, IntoBytes, Immutable)]
@@ -277,7 +277,7 @@ fn power_button() -> impl Aml {
     ))
 }
 
-/// Where such platforms have their events come from (ACPI 6.5, 5.6.9): there is one, the button's.
+/// The generic event device, by which such platforms signal events (ACPI 6.5, 5.6.9). It has one event, the button's.
 fn events() -> impl Aml {
     aml(&Device::new(
         "GED_".into(),
@@ -304,7 +304,7 @@ fn events() -> impl Aml {
     ))
 }
 
-/// What a guest's kernel speaks of its own end at (drivers/misc/pvpanic/pvpanic-mmio.c in Linux).
+/// The device by which a guest's kernel reports its panic (drivers/misc/pvpanic/pvpanic-mmio.c in Linux).
 fn panic_device() -> impl Aml {
     aml(&Device::new(
         "PEVT".into(),
@@ -318,7 +318,7 @@ fn panic_device() -> impl Aml {
     ))
 }
 
-/// AML that is made already.
+/// AML that is serialised already.
 struct Made(Vec<u8>);
 
 impl Aml for Made {

@@ -1,6 +1,6 @@
 //! Control of a running VM: stop, pause, resume, and kicking vCPUs out of the guest.
 //!
-//! A handle is cheap to clone and outlives its VM, after whose end everything is a no-op.
+//! A handle is cheap to clone and outlives its VM. After the VM's end all calls do nothing.
 
 pub mod reasons;
 
@@ -25,20 +25,20 @@ pub(crate) enum State {
     Ending = 2,
 }
 
-/// What holds the vCPUs. Each holder lets go of its own hold only; they go on when there is none any more.
+/// What holds the vCPUs. Each holder releases only its own hold; the vCPUs run again when none is left.
 #[derive(Debug, Default)]
 struct Holders {
-    /// The first page that could not be told of, until the user has the VM go on.
+    /// The first page that the guest could not be told of, until the user resumes the VM.
     undeliverable: Option<Undeliverable>,
-    /// The user's request. It is one, however often it was made.
+    /// The user's request, however often it was made.
     request: bool,
-    /// So many mark pages at the moment.
+    /// How many callers mark pages at the moment.
     marking: usize,
 }
 
 impl Holders {
-    /// The one that counts most: a page that cannot be told of before a request, and that before what is
-    /// over in a moment.
+    /// The reason to report: a page that the guest cannot be told of before a request, and a request before a hold that
+    /// ends in a moment.
     fn reason(&self) -> Option<PauseReason> {
         match self {
             Self { undeliverable: Some(what), .. } => {
@@ -50,8 +50,8 @@ impl Holders {
         }
     }
 
-    /// Whether it takes the user to have the VM go on.
-    fn is_users(&self) -> bool {
+    /// Whether only the user can end the pause.
+    fn needs_user(&self) -> bool {
         self.request || self.undeliverable.is_some()
     }
 
@@ -69,20 +69,20 @@ impl Holders {
 #[derive(Debug, Default)]
 struct Inner {
     reason: Option<ExitReason>,
-    /// Somebody does as long as the state is [`State::Paused`].
+    /// There is a holder as long as the state is [`State::Paused`].
     holders: Holders,
-    /// What the guest has said of its own end.
+    /// What the guest has reported of a panic.
     panic: Option<Panic>,
     /// Thread ids of the vCPUs that are alive.
     threads: Vec<Option<libc::pid_t>>,
     parked: usize,
-    /// What each vCPU showed when it was parked last.
+    /// The registers of each vCPU when it was parked last.
     registers: Vec<Option<Registers>>,
 }
 
 impl Inner {
     /// vCPUs that are alive and not parked.
-    fn afoot(&self) -> usize {
+    fn unparked(&self) -> usize {
         self.threads.iter().flatten().count().saturating_sub(self.parked)
     }
 }
@@ -110,7 +110,7 @@ impl fmt::Debug for VmControl {
 }
 
 impl VmControl {
-    /// Reins for so many vCPUs, none of which runs yet.
+    /// The control of a VM with `cpus` vCPUs, none of which runs yet.
     ///
     /// # Errors
     /// No more file descriptors.
@@ -125,7 +125,7 @@ impl VmControl {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // A thread that panicked with the lock held left nothing half done: see each use.
+        // A thread that panicked under the lock left nothing half done: see each use.
         self.0.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -159,25 +159,25 @@ impl VmControl {
         }
     }
 
-    /// Makes every vCPU leave the guest and wait, and returns at once; [`Self::wait_parked`] tells
-    /// when they do. May be called on a vCPU's own thread, which then has to go round its loop.
+    /// Makes every vCPU leave the guest and wait. Returns at once; [`Self::wait_parked`] waits until they have. May be
+    /// called on a vCPU's own thread, which then has to go on with its run loop.
     ///
-    /// It lasts until [`Self::resume`]; whoever needs the vCPUs held for a moment takes [`Self::hold`]. A VM
-    /// that ends stays ending. Of several reasons the one that counts most is told, and of pages that cannot
+    /// The pause lasts until [`Self::resume`]; for a brief hold there is [`Self::hold`]. The end of a VM goes on in
+    /// spite of it. Of several reasons the most important one is reported, and of several pages that the guest cannot
     /// be told of the first.
     pub fn request_pause(&self, reason: PauseReason) {
         self.change(|holders| holders.add(reason));
     }
 
-    /// Makes every vCPU leave the guest and wait while the returned value lives, whoever else lets go of
-    /// them meanwhile. Returns at once, as [`Self::request_pause`] does.
+    /// Makes every vCPU leave the guest and wait while the returned value lives, even if other holders release theirs.
+    /// Returns at once, as [`Self::request_pause`] does.
     #[must_use]
     pub fn hold(&self) -> Hold {
         self.change(|holders| holders.add(PauseReason::Marking));
         Hold(self.clone())
     }
 
-    /// Changes who holds the vCPUs, and has everybody act on it.
+    /// Changes the holders, and lets vCPUs, waiters and the observer act on it.
     fn change(&self, change: impl FnOnce(&mut Holders)) {
         let mut inner = self.lock();
         if self.state() == State::Ending {
@@ -206,33 +206,32 @@ impl VmControl {
         self.wait_while_held(patience, |holders| holders.reason().is_some())
     }
 
-    /// [`Self::wait_parked`] for those who hold the vCPUs as long as `is_held`.
+    /// [`Self::wait_parked`] for a caller whose hold lasts as long as `is_held`.
     fn wait_while_held(&self, patience: Duration, is_held: impl Fn(&Holders) -> bool) -> Parked {
-        let is_under_way = |inner: &mut Inner| is_held(&inner.holders) && inner.afoot() > 0;
+        let is_under_way = |inner: &mut Inner| is_held(&inner.holders) && inner.unparked() > 0;
         let waited = self.0.changed.wait_timeout_while(self.lock(), patience, is_under_way);
         let (inner, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        match inner.afoot() {
+        match inner.unparked() {
             _ if !is_held(&inner.holders) => Parked::Unpaused,
             0 => Parked::All,
-            afoot => Parked::Not(afoot),
+            unparked => Parked::Not(unparked),
         }
     }
 
-    /// A pause that the user asks for, and the wait until the vCPUs are parked, at most `patience`. It is
-    /// asked for afterwards, too, whatever came of the wait. Not to be called on a vCPU's own thread
-    /// either.
+    /// Pauses at the user's request and waits until the vCPUs are parked, at most for `patience`. The request stays,
+    /// whatever the result. Not to be called on a vCPU's own thread.
     pub fn pause_within(&self, patience: Duration) -> Parked {
         self.request_pause(PauseReason::Request);
-        self.wait_while_held(patience, Holders::is_users)
+        self.wait_while_held(patience, Holders::needs_user)
     }
 
-    /// [`Self::pause_within`], however long it takes.
+    /// [`Self::pause_within`] without a limit.
     pub fn pause(&self) -> Parked {
         self.pause_within(Duration::MAX)
     }
 
-    /// Lets go of the vCPUs for the user: of what was requested, and of a page that could not be told of. They
-    /// go on at once, or when nobody else holds them any more.
+    /// Releases the vCPUs for the user: ends a request, and a pause for a page that the guest could not be told of.
+    /// They run again at once, or when no other holder is left.
     pub fn resume(&self) {
         self.change(|holders| {
             holders.request = false;
@@ -246,8 +245,8 @@ impl VmControl {
         self.lock().holders.reason()
     }
 
-    /// The same for whoever needs the guest to run: where the vCPUs are held for a moment only, the end of
-    /// that is waited for, at most `patience`.
+    /// As [`Self::paused`], for a caller that needs the guest to run: a hold that ends in a moment is waited for, at
+    /// most for `patience`.
     #[must_use]
     pub fn paused_for_long(&self, patience: Duration) -> Option<PauseReason> {
         let is_brief = |inner: &mut Inner| inner.holders.reason() == Some(PauseReason::Marking);
@@ -255,15 +254,15 @@ impl VmControl {
         waited.unwrap_or_else(PoisonError::into_inner).0.holders.reason()
     }
 
-    /// Tells the observer, in the order of what happens because the caller holds the lock.
+    /// Calls the observer. The caller holds the lock, so the calls come in the order of the changes.
     fn tell_observer(&self, change: Change<'_>) {
         if let Some(observer) = self.0.observer.get() {
             observer(change);
         }
     }
 
-    /// Called on a vCPU's thread: the guest says that its kernel has panicked. It is told once, however
-    /// often the guest says it; what it says last counts, and a panic counts for good.
+    /// Called on a vCPU's thread: the guest reports that its kernel has panicked. The observer is told once, however
+    /// often the guest reports it. The last report counts, and a panic is not taken back.
     pub(crate) fn note_panic(&self, panic: Panic) {
         let mut inner = self.lock();
         let is_known = inner.panic == Some(panic) || inner.panic == Some(Panic::Panicked);
@@ -274,7 +273,7 @@ impl VmControl {
         self.tell_observer(Change::Panicked(panic));
     }
 
-    /// What the guest has said of its own end since it was started.
+    /// What the guest has reported of a panic since it was started.
     #[must_use]
     pub fn panicked(&self) -> Option<Panic> {
         self.lock().panic
@@ -315,7 +314,7 @@ impl VmControl {
         }
     }
 
-    /// Called on a vCPU's thread before it ends, so that no kick hits whoever gets its id next.
+    /// Called on a vCPU's thread before it ends, so that no kick hits a later thread with the same id.
     pub(crate) fn leave(&self, vcpu: u8) {
         if let Some(slot) = self.lock().threads.get_mut(usize::from(vcpu)) {
             *slot = None;
@@ -323,19 +322,19 @@ impl VmControl {
         self.0.changed.notify_all();
     }
 
-    /// The registers of all vCPUs that are alive, while no vCPU is in the guest: `None` unless the VM is
-    /// paused and all are parked. One whose registers KVM does not tell is left out.
+    /// The registers of all vCPUs that are alive, while none is in the guest: `None` unless the VM is paused and all
+    /// are parked. A vCPU whose registers KVM did not return is left out.
     #[must_use]
     pub fn registers(&self) -> Option<Vec<Registers>> {
         let inner = self.lock();
-        let still = self.state() == State::Paused && inner.afoot() == 0;
+        let still = self.state() == State::Paused && inner.unparked() == 0;
         let alive =
             inner.registers.iter().zip(&inner.threads).filter(|(_, thread)| thread.is_some());
         still.then(|| alive.filter_map(|(registers, _)| registers.clone()).collect())
     }
 
-    /// Called on a vCPU's thread before it parks: what its registers are, or `None` where KVM does not tell.
-    pub(crate) fn show(&self, vcpu: u8, registers: Option<Registers>) {
+    /// Called on a vCPU's thread before it parks: its registers, or `None` where KVM did not return them.
+    pub(crate) fn set_registers(&self, vcpu: u8, registers: Option<Registers>) {
         let mut inner = self.lock();
         let len = inner.threads.len();
         inner.registers.resize(len, None);
@@ -439,7 +438,7 @@ mod tests {
             vcpu.enrol(1);
             enrolled.send(()).unwrap();
             may_go.recv().unwrap();
-            vcpu.show(1, Some(registers));
+            vcpu.set_registers(1, Some(registers));
             vcpu.park();
             vcpu.leave(1);
         });
@@ -512,7 +511,7 @@ mod tests {
         let course = [marking.clone(), request, marking, untold, resumed];
         assert_eq!(told.try_iter().collect::<Vec<_>>(), course);
 
-        // What goes after the end lets nobody run.
+        // Releasing a hold after the end lets no vCPU run.
         let late = control.hold();
         control.stop(ExitReason::PowerOff);
         drop(late);
@@ -562,7 +561,7 @@ mod tests {
         assert_eq!(json, serde_json::json!({ "reason": "request" }));
     }
 
-    /// Threads that go round as vCPUs do, without a guest.
+    /// Threads that run the loop of a vCPU, without a guest.
     struct Crew {
         control: VmControl,
         rounds: Arc<AtomicU64>,
@@ -570,7 +569,7 @@ mod tests {
     }
 
     impl Crew {
-        /// Each of them asks for a pause itself every so many rounds; 0 is never.
+        /// Each of them requests a pause itself every `pause_every` rounds; 0 is never.
         fn start(count: u8, pause_every: u64) -> Self {
             crate::machine::vcpu::install_kick_handler();
             let control = VmControl::new(count).unwrap();
@@ -643,7 +642,7 @@ mod tests {
             crew.goes_on();
         }
         assert_eq!(paused(), Parked::All);
-        // Time for those who were on their way out of the last pause to lie down again.
+        // Time for threads that were leaving the last pause to park again.
         sleep(Duration::from_millis(50));
         crew.ends();
     }
@@ -669,15 +668,15 @@ mod tests {
             .collect();
         sleep(Duration::from_millis(300));
         over.store(true, Ordering::SeqCst);
-        // Whoever waits in a pause is let go by what goes on, or by the end.
+        // A thread that waits in a pause is released by a resume, or by the end.
         crew.goes_on();
         crew.control.request_pause(untold(0));
         crew.ends();
         others.into_iter().for_each(|other| other.join().unwrap());
     }
 
-    /// Three that mark, each on its own, beside a user who pauses and resumes: while anybody holds the vCPUs
-    /// none of them takes a step.
+    /// Three threads that mark pages, each on its own, beside a user who pauses and resumes: while any of them holds
+    /// the vCPUs none takes a step.
     #[test]
     fn whoever_holds_the_vcpus_has_them_still() {
         let crew = Crew::start(3, 0);

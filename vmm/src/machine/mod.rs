@@ -1,5 +1,5 @@
-//! The machine: its processors, memory, devices and tables, and how it is run and held. It knows of no relay.
-//! All of it is in the VMM's process.
+//! The machine: its processors, memory, devices and tables, and its run, pause and stop. It knows no relay. All of it
+//! is in the VMM's process.
 
 pub mod acpi;
 pub mod boot;

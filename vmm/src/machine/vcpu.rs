@@ -1,8 +1,8 @@
-//! A vCPU's thread: runs the guest, answers its exits, passes a hook before every entry.
+//! A vCPU's thread: runs the guest, answers its exits, and calls a hook before every entry.
 //!
-//! A kick is never lost. The signal's handler sets `immediate_exit` of the vCPU whose thread it
-//! interrupts; the loop clears it first and looks at everything that a kick may be about after
-//! that, so a kick either comes before the look, or makes the next KVM_RUN return at once.
+//! A kick is never lost. The signal's handler sets `immediate_exit` of the vCPU whose thread it interrupts. The loop
+//! clears the byte first and then looks at everything that a kick may be for. So a kick either comes before that look,
+//! or makes the next KVM_RUN return at once.
 
 pub mod hooks;
 
@@ -26,13 +26,12 @@ use crate::machine::vcpu::hooks::{HookVerdict, RamAccess, RunFailure, VcpuHook, 
 const SYSTEM_EVENT_SHUTDOWN: u32 = 1;
 /// KVM_EXIT_SYSTEM_EVENT: the guest wants to be reset.
 const SYSTEM_EVENT_RESET: u32 = 2;
-/// An access that is completed may be one of several that an instruction makes; no instruction
-/// makes more than this.
+/// How many times an exit is completed at most. An instruction may make several accesses, but not more than this.
 const MAX_COMPLETIONS: usize = 512;
 
 thread_local! {
-    /// `immediate_exit` of the vCPU that this thread runs. No destructor and no lazy start: the
-    /// signal handler reads it.
+    /// `immediate_exit` of the vCPU that this thread runs. Without destructor and lazy initialisation, as the signal
+    /// handler reads it.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
@@ -45,7 +44,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
     }
 }
 
-/// Installs the handler of the signal that kicks, once per process.
+/// Installs the handler of the signal by which vCPUs are kicked, once per process.
 pub(crate) fn install_kick_handler() {
     static INSTALLED: Once = Once::new();
     INSTALLED.call_once(|| {
@@ -79,11 +78,11 @@ struct Runner<'a> {
     bus: &'a PortBus,
     ram: &'a [RamBlock],
     control: &'a VmControl,
-    /// The last exit is completed by the next KVM_RUN.
+    /// The last exit still has to be completed by a KVM_RUN.
     incomplete: bool,
-    /// The registers at a load that met poison. KVM finishes the instruction with what it never read; with
-    /// these it has not begun, and a guest that is told of the page and goes on does the load again, as on
-    /// a processor.
+    /// The registers before a load that touched poison. KVM would finish the instruction with data that it never read.
+    /// With these registers put back the load has not begun: a guest that is told of the page and goes on executes it
+    /// again, as on a real processor.
     undo: Option<kvm_regs>,
 }
 
@@ -93,14 +92,14 @@ enum AfterExit {
     End(ExitReason),
 }
 
-/// What an exit needs that can only be done when the exit itself is no longer borrowed.
+/// Work for an exit that can be done only when the exit is no longer borrowed.
 enum Then {
     AfterExit(AfterExit),
     RamAccess(RamAccess),
     Failed(RunFailure),
 }
 
-/// This thread can be kicked, from its making to its end.
+/// While this lives, the thread can be kicked.
 struct Enrolment<'a>(&'a VmControl, u8);
 
 impl<'a> Enrolment<'a> {
@@ -135,12 +134,12 @@ impl Vcpu {
 
     /// Runs the guest on this thread until the VM ends.
     pub(crate) fn run(self) {
-        // The order matters, at a panic too: the hook goes first, then the signal handler loses
-        // its pointer into the vCPU, and then the vCPU goes.
+        // The order matters, also when a panic unwinds: the hook is dropped first, then the signal handler loses its
+        // pointer into the vCPU, and then the vCPU is dropped.
         let Self { mut fd, index, setup, bus, ram, control } = self;
         let flag = &raw mut fd.get_kvm_run().immediate_exit;
         let _enrolment = Enrolment::new(&control, index, flag);
-        // A mask with the signal blocked may have been inherited; an error means it was not.
+        // The thread may have inherited a mask that blocks the signal; an error means that it did not.
         let _ = unblock_signal(SIGRTMIN());
         let hook = match setup.start(&mut fd) {
             Ok(hook) => hook,
@@ -166,7 +165,7 @@ impl Vcpu {
 }
 
 impl Runner<'_> {
-    /// `None` when somebody else ended the VM.
+    /// Returns why the VM is to end; `None` when it was ended elsewhere.
     fn run_loop(&mut self) -> Option<ExitReason> {
         loop {
             self.set_immediate_exit(0);
@@ -174,7 +173,7 @@ impl Runner<'_> {
                 State::Running => {}
                 State::Paused => {
                     self.complete();
-                    self.show();
+                    self.publish_registers();
                     let control = self.control;
                     self.hook.park(&mut || control.park());
                     continue;
@@ -187,7 +186,8 @@ impl Runner<'_> {
             if self.hook.wants_attention() {
                 if self.incomplete {
                     self.complete();
-                    // Completing used the flag, so a kick may have gone: look at everything again.
+                    // Completing the exit set and used the byte, so a kick may have been lost with it: look at
+                    // everything again.
                     continue;
                 }
                 match self.hook.before_run(self.fd) {
@@ -210,11 +210,11 @@ impl Runner<'_> {
         // SAFETY: a byte of this vCPU's mapped kvm_run. Volatile, because a signal handler of this
         // thread writes it too.
         unsafe { flag.write_volatile(value) };
-        // What a kick is about has to be looked at after the flag is cleared.
+        // The reasons of a kick are looked at only after the byte is cleared.
         compiler_fence(Ordering::SeqCst);
     }
 
-    /// Lets KVM finish the instruction whose access was answered, without running the guest.
+    /// Lets KVM complete the instruction whose access was answered, without running the guest.
     fn complete(&mut self) {
         for _ in 0..MAX_COMPLETIONS {
             if !self.incomplete {
@@ -229,8 +229,8 @@ impl Runner<'_> {
         }
     }
 
-    /// Shows the registers to who asks while the VM is paused.
-    fn show(&self) {
+    /// Stores the registers, for requests while the VM is paused.
+    fn publish_registers(&self) {
         let registers = match (self.fd.get_regs(), self.fd.get_sregs()) {
             (Ok(regs), Ok(sregs)) => {
                 Some(crate::machine::cpu::registers::registers(self.index, &regs, &sregs))
@@ -240,10 +240,10 @@ impl Runner<'_> {
                 None
             }
         };
-        self.control.show(self.index, registers);
+        self.control.set_registers(self.index, registers);
     }
 
-    /// Puts the registers back to where they were before a load that met poison.
+    /// Restores the registers from before a load that touched poison.
     fn undo(&mut self) {
         let Some(regs) = self.undo.take() else { return };
         if let Err(error) = self.fd.set_regs(&regs) {
@@ -310,7 +310,7 @@ impl Runner<'_> {
                 Then::AfterExit(AfterExit::Continue)
             }
             Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
-                // It comes with an error, which kvm-ioctls keeps to itself.
+                // KVM returns it with an error, whose value kvm-ioctls drops.
                 let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EFAULT);
                 Then::Failed(RunFailure::MemoryFault { gpa, size, errno })
             }
@@ -339,14 +339,14 @@ impl Runner<'_> {
         match then {
             Then::AfterExit(step) => step,
             Then::RamAccess(access) => {
-                // A store has been done as far as the registers go: the hook makes it, or it is lost with the page.
+                // The registers are already behind a store: the hook carries it out, or it is lost with the page.
                 if access.store.is_none() && self.undo.is_none() {
                     self.undo = self.fd.get_regs().ok();
                 }
                 let verdict = self.hook.mmio_in_ram(self.fd, access);
                 let step = self.obey(verdict);
                 if matches!(step, AfterExit::Continue) && !self.hook.wants_attention() {
-                    // No bad page: a slot that is being changed, say. The load is done again.
+                    // The page is not bad; a slot is being changed, say. The load is executed again.
                     self.complete();
                 }
                 step
@@ -362,7 +362,7 @@ impl Runner<'_> {
         match verdict {
             HookVerdict::Run => AfterExit::Continue,
             HookVerdict::Pause(reason) => {
-                // The loop sees it before the next entry.
+                // The loop acts on it before the next entry.
                 self.control.request_pause(reason);
                 AfterExit::Continue
             }

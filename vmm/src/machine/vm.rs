@@ -1,6 +1,6 @@
-//! Builds a VM from its configuration, runs it, and takes all of it down again.
+//! Builds a VM from its configuration, runs it, and takes it down again.
 //!
-//! A VM is used once. Starting the guest over means building another one, in the same process.
+//! A VM is used for one boot. For the next boot another one is built in the same process.
 
 pub mod end;
 pub mod error;
@@ -32,12 +32,11 @@ use crate::machine::vm::kvm::{create_vm, irq_line, open_kvm, prepare_vcpu};
 
 /// A VM that is ready to run.
 ///
-/// The order of the fields is the order in which they go: vCPUs before the VM, the VM before the
-/// memory that it has mapped.
+/// The fields are dropped in this order: vCPUs before the VM, the VM before the memory that it maps.
 #[derive(Debug)]
 pub struct Vm {
     vcpus: Vec<Vcpu>,
-    /// Kept so that the serial ports go on the main thread, after the vCPUs that share them.
+    /// Kept so that the serial ports are dropped on the main thread, after the vCPUs that share them.
     _bus: Arc<PortBus>,
     fd: Arc<VmFd>,
     ram: Arc<GuestRam>,
@@ -47,7 +46,7 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Builds everything up to the first instruction, in `ram`, which is of no other VM at the time.
+    /// Builds everything up to the first instruction, in `ram`, which no other VM uses at the time.
     ///
     /// # Errors
     /// See [`VmError`].
@@ -131,7 +130,7 @@ impl Vm {
         Ok(Self { vcpus, _bus: bus, fd, ram, control, vendor, kernel })
     }
 
-    /// What it is controlled by; it may be given to other threads.
+    /// Its control, which may be given to other threads.
     #[must_use]
     pub fn control(&self) -> &VmControl {
         &self.control
@@ -161,20 +160,20 @@ impl Vm {
         std::process::id()
     }
 
-    /// Whose processor the guest sees.
+    /// The vendor of the processor that the guest sees.
     #[must_use]
     pub fn vendor(&self) -> Vendor {
         self.vendor
     }
 
-    /// The VM, for ioctls.
+    /// The VM's descriptor, for ioctls.
     #[must_use]
     pub fn fd(&self) -> &VmFd {
         &self.fd
     }
 
-    /// Runs the guest until it ends or is stopped. Every thread is joined and every file closed when this
-    /// returns, but for those of serial lines that somebody else keeps, too.
+    /// Runs the guest until it ends or is stopped. When this returns every thread is joined and every file closed,
+    /// except those of serial lines that the caller keeps.
     #[must_use]
     pub fn run(mut self) -> ExitReason {
         let mut threads = Vec::new();
@@ -193,12 +192,12 @@ impl Vm {
         }
         wait_for_end(&self.control);
         for thread in threads {
-            // Whoever panicked has said so through it.
+            // A thread that panicked has set the reason already.
             let _ = thread.join();
         }
         let reason = self.control.exit_reason();
-        // The bus goes here, and with it the serial ports; their lines, too, once their output is written, if
-        // nobody else has them.
+        // Drops the bus, and with it the serial ports; also their lines, once their output is written, unless the
+        // caller keeps them.
         drop(self);
         reason.unwrap_or_else(|| ExitReason::Fatal("the VM ended without a reason".into()))
     }

@@ -1,8 +1,8 @@
-//! Files that are appended to for as long as the process lives: a guest's console, the events.
+//! Files that are appended to as long as the process lives: a guest's console, the events.
 //!
-//! The thread that writes such a file opens nothing, as its seccomp filter has no call for that. The main
-//! thread does: once, when all else is checked, and again when a file has become too long ([`attend`]) or
-//! the user has moved it away ([`reopen`], on SIGHUP). It leaves the new one where the writer finds it.
+//! The thread that writes such a file opens nothing, as its seccomp filter has no call for that. The main thread opens
+//! it: once, when everything else is checked; again when the file has become too long ([`attend`]) or the user has
+//! moved it away ([`reopen`], on SIGHUP). It leaves the new file where the writer finds it.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Write};
@@ -16,16 +16,15 @@ use std::time::Duration;
 use log::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// How long a writer waits before it tries again what has failed: a full disk, say.
+/// How long a writer waits before it retries after a failure (a full disk, say).
 pub const RETRY: Duration = Duration::from_secs(1);
 
-/// Where something is to be written, and how much of it.
+/// A file to write to, and its limit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LogFile {
-    /// The file; made with mode 0600 if it is not there.
+    /// Its path; the file is made with mode 0600 if it does not exist.
     pub path: PathBuf,
-    /// When it is longer than so many bytes it becomes `PATH.1`, in the place of the one before, and a new one
-    /// is begun.
+    /// Length in bytes above which the file is renamed to `PATH.1`, which it replaces, and a new one is begun.
     pub max_size: Option<u64>,
 }
 
@@ -36,7 +35,7 @@ impl<T: Into<PathBuf>> From<T> for LogFile {
 }
 
 impl LogFile {
-    /// Looks, without touching anything, whether there can be such a file.
+    /// Checks, without touching anything, whether there can be such a file.
     ///
     /// # Errors
     /// It is a directory, or would be in one that is not there.
@@ -63,15 +62,15 @@ struct Shared {
     flags: i32,
     regular: bool,
     wake: Arc<EventFd>,
-    /// The writer wants another file, as this one is too long.
+    /// The writer asks for another file, as this one is too long.
     too_long: AtomicBool,
     /// Device and inode of the file that was opened last.
     id: Mutex<(u64, u64)>,
-    /// The file to go on with.
+    /// The file with which the writer goes on.
     next: Mutex<Option<(File, u64)>>,
 }
 
-/// Every file of this process, and what wakes the main thread for them.
+/// Every file of this process, and the eventfd that wakes the main thread for them.
 #[derive(Debug, Default)]
 struct Registry {
     wake: Option<Arc<EventFd>>,
@@ -105,7 +104,7 @@ impl Registry {
     }
 }
 
-/// Sees that [`wake`] has something to wake the main thread by.
+/// Makes the eventfd by which [`wake`] wakes the main thread.
 ///
 /// # Errors
 /// No more file descriptors.
@@ -121,17 +120,17 @@ pub fn wake() {
     unsafe { libc::write(fd, one.as_ptr().cast(), one.len()) };
 }
 
-/// What becomes readable when there is something to [`attend`] to; `None` while there is no file.
+/// A descriptor that is readable when [`attend`] has something to do; `None` while there is no file.
 #[must_use]
 pub fn wanted() -> Option<RawFd> {
     registry().wake.as_ref().map(|wake| wake.as_raw_fd())
 }
 
-/// Begins new files in the place of those that have become too long. For the main thread.
+/// Renames files that have become too long, and begins new ones. For the main thread.
 pub fn attend() {
     let mut registry = registry();
     if let Some(wake) = &registry.wake {
-        // Empty when somebody else was faster.
+        // Empty if it was read already.
         let _ = wake.read();
     }
     for file in registry.files() {
@@ -144,14 +143,13 @@ pub fn attend() {
     }
 }
 
-/// Has a limit of files' sizes (RLIMIT_FSIZE) be an error for who writes, and not the end of the process.
+/// Makes a write beyond the limit of files' sizes (RLIMIT_FSIZE) fail, where it would otherwise end the process.
 pub fn survive_limits() {
     // SAFETY: to ignore a signal takes no handler.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// Opens all files by their paths again, where the user may have moved the old ones away. For the main
-/// thread.
+/// Opens all files by their paths again, as the user may have moved the old ones away. For the main thread.
 pub fn reopen() {
     for file in registry().files() {
         if let Err(error) = file.reopen() {
@@ -177,8 +175,8 @@ fn id(found: &Metadata) -> (u64, u64) {
     (found.dev(), found.ino())
 }
 
-/// Has a file to this process alone as long as it is open (flock): of two who write to one, each would put aside what
-/// the other writes.
+/// Locks a file for this process as long as it is open (flock): of two processes that write to one file, each would
+/// rename what the other writes.
 fn lock(file: &File) -> io::Result<()> {
     // SAFETY: flock takes no pointer.
     if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
@@ -188,7 +186,7 @@ fn lock(file: &File) -> io::Result<()> {
         error if error.kind() == io::ErrorKind::WouldBlock => Err(io::Error::other(
             "a running VM, or another option of this one, writes to that file; give each a file of its own",
         )),
-        // Not every file system has locks.
+        // Some file systems have no locks.
         error => {
             debug!("a file to write to cannot be locked: {error}");
             Ok(())
@@ -198,7 +196,7 @@ fn lock(file: &File) -> io::Result<()> {
 
 impl Shared {
     fn rotate(&self) -> io::Result<()> {
-        // Where it is another file by now, somebody has moved ours away already, and that one is not to be touched.
+        // If another file is at the path, the old one has been moved away already, and the new one must not be touched.
         if self.is_at_its_path()? {
             std::fs::rename(&self.path, older(&self.path))?;
         }
@@ -209,7 +207,7 @@ impl Shared {
         if !self.regular {
             return Ok(());
         }
-        // The lock is the open file's, so it would be in the way of another one.
+        // The lock belongs to the open file, and would conflict with a second one.
         if self.is_at_its_path()? {
             return Ok(());
         }
@@ -238,13 +236,13 @@ impl Shared {
     }
 }
 
-/// A file to append to, as its writer has it.
+/// A file to append to, for its writer.
 #[derive(Debug)]
 pub struct Appended {
     file: File,
     len: u64,
     max_size: Option<u64>,
-    /// The writer asks for another file when this one is so long.
+    /// The length at which the writer asks for another file.
     ask_at: u64,
     /// It ended in the middle of a line when it was opened.
     mid_line: bool,
@@ -252,7 +250,7 @@ pub struct Appended {
 }
 
 impl Appended {
-    /// Opens the file. With `wait` a FIFO without a reader is waited for, and so is room in it.
+    /// Opens the file. With `wait`, opening a FIFO waits for a reader, and writes wait for room.
     ///
     /// # Errors
     /// It cannot be opened, another VM writes to it, or its size is to be limited and it is no regular file.
@@ -269,7 +267,7 @@ impl Appended {
         if regular {
             lock(&file)?;
         }
-        // A relative path, or a link, still leads there when it is opened again.
+        // An absolute path without links, so that a later open leads to the same place.
         let path = to.path.canonicalize().unwrap_or_else(|_| to.path.clone());
         let mid_line = regular && len > 0 && !ends_in_line_feed(&path, len);
         let (too_long, next) = (AtomicBool::new(false), Mutex::new(None));
@@ -298,13 +296,13 @@ impl Appended {
         self.shared.regular && self.len > 0
     }
 
-    /// Whether that ends in the middle of a line.
+    /// Whether its contents at that time end in the middle of a line.
     #[must_use]
     pub fn is_mid_line(&self) -> bool {
         self.mid_line
     }
 
-    /// Goes on with the file that the main thread has opened meanwhile; whether there was one.
+    /// Continues with the file that the main thread has opened meanwhile; returns whether there is one.
     pub fn put_aside(&mut self) -> bool {
         let next = self.shared.next.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some((file, len)) = next else { return false };
@@ -319,10 +317,10 @@ impl Write for Appended {
         let n = self.file.write(bytes)?;
         self.len = self.len.saturating_add(n as u64);
         if self.len > self.ask_at {
-            // Once more when it has become longer by as much and is still the same.
+            // Ask again when it has grown by as much and is still the same file.
             self.ask_at = self.len.saturating_add(self.max_size.unwrap_or(u64::MAX));
             self.shared.too_long.store(true, Ordering::Release);
-            // It can only fail when the counter is full, and then the main thread is awake anyway.
+            // It fails only when the counter is full, and then the main thread is awake anyway.
             let _ = self.shared.wake.write(1);
         }
         Ok(n)
@@ -339,7 +337,7 @@ impl AsRawFd for Appended {
     }
 }
 
-/// Whether the last byte of a file is one. It is taken for one where the file may not be read.
+/// Whether the last byte of a file is a line feed; true where the file may not be read.
 fn ends_in_line_feed(path: &Path, len: u64) -> bool {
     let mut last = [b'\n'];
     let read = File::open(path).and_then(|file| file.read_exact_at(&mut last, len - 1));

@@ -1,5 +1,5 @@
-//! What leads out of the process: files that are appended to, sockets that others find by their path, and the process
-//! at the other end of one. The commands use the last, too.
+//! Files that are appended to, sockets that others find by their path, and the process at the other end of one. The
+//! commands use the last, too.
 
 pub mod files;
 pub mod peer;

@@ -1,4 +1,4 @@
-//! The process at the other end of a socket: how it stands when it does not answer, and what to do.
+//! The process at the other end of a socket: its state when it does not answer, and what to do about it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,20 +17,20 @@ const API_THREAD: &str = "api";
 /// A process that does not answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Peer {
-    /// The process; 0 for one of another PID namespace, or where nobody is known.
+    /// The process; 0 if it is in another PID namespace, or unknown.
     pub pid: u32,
-    /// How it stands.
+    /// Its state.
     pub standing: Standing,
 }
 
-/// How a process stands.
+/// The state of a process.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Standing {
     /// A signal has stopped it (SIGSTOP, SIGTSTP).
     Stopped,
     /// A debugger holds it.
     Traced,
-    /// Its cgroup is frozen; the directory of it.
+    /// Its cgroup, at this directory, is frozen.
     Frozen(PathBuf),
     /// It waits inside the kernel, and cannot be interrupted.
     InKernel,
@@ -38,7 +38,7 @@ pub enum Standing {
     Alive,
     /// It has ended.
     Ended,
-    /// Nothing is known of it.
+    /// Its state is not known.
     Unknown,
 }
 
@@ -49,14 +49,14 @@ impl Peer {
         Self { pid, standing: standing(pid) }
     }
 
-    /// Looks at the process that listens at `socket`, by what each process has open: for where no connection can be
-    /// had. Its standing is unknown where this user may not see it.
+    /// Finds the process that listens at `socket` by the open files of each process, for when a connection cannot be
+    /// made. Its state is unknown where this user may not see it.
     #[must_use]
     pub fn listening_at(socket: &Path) -> Self {
         Self::of(listener::pid(socket).unwrap_or(0))
     }
 
-    /// How it stands, in a word or two.
+    /// Its state, in a word or two.
     #[must_use]
     pub fn word(&self) -> &'static str {
         match self.standing {
@@ -68,7 +68,7 @@ impl Peer {
         }
     }
 
-    /// Whether something keeps it from going on.
+    /// Whether something from outside keeps it from running.
     #[must_use]
     pub fn is_held(&self) -> bool {
         matches!(self.standing, Standing::Stopped | Standing::Traced | Standing::Frozen(_))
@@ -151,12 +151,11 @@ fn is_frozen(cgroup: &Path) -> bool {
     events.lines().any(|line| line == "frozen 1")
 }
 
-/// Connects to `socket` within a time, also where so many wait for its owner already that the kernel
-/// lets no more wait. With the process that listens, by the kernel's word; 0 for one of another PID
-/// namespace.
+/// Connects to `socket` within a time, even if its queue of waiting connections is full at first. Also returns the
+/// process that listens, as the kernel has it; 0 if it is in another PID namespace.
 ///
 /// # Errors
-/// Nobody listens there, or there is no place among those who wait (`WouldBlock`).
+/// No process listens there, or its queue stays full (`WouldBlock`).
 pub fn connect(
     socket: &Path,
     within: Duration,
@@ -178,7 +177,7 @@ pub fn pid_of(stream: &UnixStream) -> io::Result<u32> {
     Ok(stream.peer_cred()?.pid().map_or(0, i32::cast_unsigned))
 }
 
-/// Connects, and waits for a place where as many as the kernel allows wait already.
+/// Connects, waiting for a place if the queue of waiting connections is full.
 pub async fn connect_patiently(socket: &Path) -> io::Result<UnixStream> {
     /// Between two tries.
     const AGAIN: Duration = Duration::from_millis(50);
@@ -192,18 +191,18 @@ pub async fn connect_patiently(socket: &Path) -> io::Result<UnixStream> {
     }
 }
 
-/// Who holds a path at which a socket is wanted.
+/// What is at a path at which a socket is wanted.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Holder {
-    /// Nobody listens there.
+    /// No process listens there.
     Nobody,
-    /// Somebody who takes connections, or who cannot be asked.
+    /// A process accepts connections there, or cannot be asked.
     Somebody,
-    /// Somebody who does not answer.
+    /// A process listens there and does not answer.
     Silent(Peer),
 }
 
-/// Who holds the path `socket`; answers `within` that time, whatever they do.
+/// What is at the path `socket`; returns `within` that time in any case.
 #[must_use]
 pub fn holder(socket: &Path, within: Duration) -> Holder {
     let silent = |peer: Peer| match peer.is_held() {
@@ -211,7 +210,7 @@ pub fn holder(socket: &Path, within: Duration) -> Holder {
         false => Holder::Somebody,
     };
     match connect(socket, within) {
-        // It waits with the others; whoever is stopped lets it wait.
+        // The connection waits in the queue; a stopped process leaves it there.
         Ok((_, pid)) => silent(Peer::of(pid)),
         Err(error) => match error.kind() {
             io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => Holder::Nobody,
@@ -221,7 +220,7 @@ pub fn holder(socket: &Path, within: Duration) -> Holder {
     }
 }
 
-/// Whether somebody listens at `socket`, however busy or stopped they are.
+/// Whether a process listens at `socket`, even a busy or stopped one.
 #[must_use]
 pub fn listens(socket: &Path) -> bool {
     match connect(socket, Duration::ZERO) {

@@ -1,8 +1,8 @@
-//! Sockets that other processes find by their path: made for their owner alone, and removed at the end.
+//! Sockets that other processes find by their path: accessible to their owner only, and removed at the end.
 //!
-//! What a killed process has left behind is replaced, if it is this user's and nobody answers at it. That,
-//! the making and the removal are done under a lock of the directory (flock), so that two processes which do
-//! it at the same time cannot take one another's away.
+//! A socket that a killed process has left is replaced, if it belongs to this user and no process answers at it. The
+//! check, the making and the removal are done under a lock of the directory (flock), so that two processes at the same
+//! time cannot remove one another's socket.
 
 use std::fs::File;
 use std::io;
@@ -19,18 +19,18 @@ use crate::outlets::peer::{self, Holder, Peer};
 
 pub mod for_handlers;
 
-/// How long somebody else's lock is waited for. Each is held for a moment.
+/// How long another process's lock is waited for; each is held for a moment only.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How long whoever listens at a path may leave a connection waiting; the lock is held meanwhile.
+/// How long a process that listens at the path may leave a connection waiting; the lock is held meanwhile.
 const ANSWER: Duration = Duration::from_millis(500);
 
-/// Why there is no socket.
+/// Why a socket could not be made.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// A process answers there.
     #[error("a running process listens there already; choose another path")]
     Answers,
-    /// A process has it, and does not answer.
+    /// A process listens there and does not answer.
     #[error("somebody listens there already, and does not answer: {0}. Or choose another path")]
     Silent(Peer),
     /// Something else is at the path.
@@ -39,7 +39,7 @@ pub enum BindError {
          remove it, or choose another path"
     )]
     Exists,
-    /// The kernel refuses.
+    /// The system refuses.
     #[error(transparent)]
     Os(#[from] io::Error),
 }
@@ -48,7 +48,7 @@ pub enum BindError {
 #[derive(Debug)]
 pub struct BoundPath {
     path: PathBuf,
-    /// Device and inode. As the listener is kept, nobody else can come by these.
+    /// Device and inode. They cannot be reused while the listener is open.
     id: (u64, u64),
     _listener: UnixListener,
     _for_handlers: Option<for_handlers::Entry>,
@@ -74,7 +74,7 @@ pub fn bind(path: &Path) -> Result<(UnixListener, BoundPath), BindError> {
         }
     }
     let listener = {
-        // SAFETY: umask takes no pointer. It is the process's; no other thread makes files.
+        // SAFETY: umask takes no pointer. It applies to the whole process; no other thread makes files.
         let before = unsafe { libc::umask(0o177) };
         let listener = UnixListener::bind(path);
         // SAFETY: as above.
@@ -113,8 +113,8 @@ fn own_uid() -> u32 {
     unsafe { libc::geteuid() }
 }
 
-/// Locks the directory that `path` is in until this is dropped. `None` where that cannot be had: then nothing is
-/// replaced, and to make a socket where nothing is needs no lock.
+/// Locks the directory of `path` until this is dropped. `None` where it cannot be locked: then no socket is replaced,
+/// and making one at a free path needs no lock.
 fn lock(path: &Path) -> Option<File> {
     let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut options = File::options();
@@ -159,7 +159,7 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         let (_listener, bound) = bind(&path).unwrap();
         UnixStream::connect(&path).unwrap();
-        // Somebody has put another one in its place, which stays.
+        // Another socket is at the path now, and stays.
         std::fs::remove_file(&path).unwrap();
         let _other = UnixListener::bind(&path).unwrap();
         drop(bound);

@@ -28,7 +28,7 @@ const SOURCE_ID: u16 = 0;
 /// The table that describes the source.
 ///
 /// # Errors
-/// None that could happen: the table is checked like any other.
+/// The table is malformed, which cannot happen: it is checked like any other.
 pub fn table(notify: Notify) -> Result<Table, AcpiError> {
     let notification = match notify {
         Notify::Interrupt => {
@@ -60,10 +60,10 @@ pub fn table(notify: Notify) -> Result<Table, AcpiError> {
     Table::from_bytes(bytes)
 }
 
-/// The source as the relay takes it.
+/// The source in the form that the relay takes.
 ///
 /// # Errors
-/// There is no eventfd to be had, or KVM does not take it for an interrupt.
+/// No eventfd can be made, or KVM does not accept it for an interrupt.
 pub fn source(vm: &Arc<VmFd>, notify: Notify) -> io::Result<ErrorSource> {
     let (bell, patience): (Box<dyn Bell>, Duration) = match notify {
         Notify::Interrupt => {
@@ -72,7 +72,7 @@ pub fn source(vm: &Arc<VmFd>, notify: Notify) -> io::Result<ErrorSource> {
             (Box::new(Interrupt { event, vm: Arc::clone(vm) }), ErrorSource::PATIENCE)
         }
         Notify::Poll { millis } => {
-            // Rounded up as Linux may do it, and one more in case the guest is busy.
+            // Linux may round the interval up; one more second in case the guest is busy.
             let interval = Duration::from_millis(u64::from(millis)) + Duration::from_secs(1);
             (Box::new(Polled), ErrorSource::PATIENCE + 2 * interval)
         }
@@ -80,7 +80,7 @@ pub fn source(vm: &Arc<VmFd>, notify: Notify) -> io::Result<ErrorSource> {
     Ok(ErrorSource::new(FIRMWARE_START, bell).patience(patience))
 }
 
-/// A guest that looks by itself.
+/// The bell of a guest that polls.
 struct Polled;
 
 impl Bell for Polled {
@@ -89,7 +89,7 @@ impl Bell for Polled {
     }
 }
 
-/// A guest that is interrupted.
+/// The bell of a guest that is interrupted.
 pub(crate) struct Interrupt {
     event: EventFd,
     vm: Arc<VmFd>,

@@ -1,4 +1,4 @@
-//! The VM's hooks with the relay in them.
+//! The VM's hooks that connect it to the relay.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -82,22 +82,22 @@ pub(crate) fn way_on_from_panic(socket: Option<&Path>) -> String {
     )
 }
 
-/// Opens serial lines as a configuration has them.
+/// Opens the serial lines of a configuration.
 pub(crate) type OpenLines<'a> = dyn FnMut(&VmConfig) -> Result<SerialLines, HookError> + 'a;
 
-/// What the relay needs of a VM while it is built.
+/// What building a VM with a relay needs.
 pub(crate) struct RelayHooks<'a> {
     pub(crate) config: &'a RunConfig,
     pub(crate) filters: &'a Filters,
     pub(crate) socket: Option<&'a Path>,
     pub(crate) monitor: &'a Monitor,
-    /// Opens what leads out of this process, when all else is made; the serial lines.
+    /// Opens the serial lines and other outputs, when everything else is made.
     pub(crate) lines: &'a mut OpenLines<'a>,
     pub(crate) ledger: Ledger,
     pub(crate) made: Option<Made>,
 }
 
-/// The fields go in this order: the relay before the memory that it knows the addresses of.
+/// Dropped in this order: the relay before the memory whose addresses it has.
 pub(crate) struct Made {
     pub(crate) setup: MceSetup,
     pub(crate) relay: Arc<Relay>,
@@ -187,7 +187,7 @@ impl VmHooks for RelayHooks<'_> {
     }
 }
 
-/// One vCPU on its way to its thread.
+/// A vCPU's hook before it is on its thread.
 struct RelaySetup {
     index: u8,
     setup: MceSetup,
@@ -221,7 +221,7 @@ impl VcpuSetup for RelaySetup {
     }
 }
 
-/// One vCPU on its thread.
+/// A vCPU's hook on its thread.
 struct RelayHook {
     index: u8,
     on_undeliverable: OnUndeliverable,
@@ -237,7 +237,7 @@ impl VcpuHook for RelayHook {
     }
 
     fn before_run(&mut self, vcpu: &mut VcpuFd) -> HookVerdict {
-        // First, so that the relay finds the bank as the guest will.
+        // First, so that the relay sees the bank as the guest will.
         if self.injector.wants(self.index) {
             self.injector.serve(self.index, &mut VcpuMca::new(&self.guest, vcpu));
         }
@@ -247,7 +247,7 @@ impl VcpuHook for RelayHook {
                 let what = Undeliverable { vcpu: self.index, gpa, why: why.to_string(), rip };
                 match self.on_undeliverable {
                     OnUndeliverable::Pause => HookVerdict::Pause(PauseReason::Undeliverable(what)),
-                    // Whoever runs the VM knows which: see `starts_again`.
+                    // The session decides between the two: see `starts_again`.
                     OnUndeliverable::Stop | OnUndeliverable::Reset => {
                         HookVerdict::Stop(ExitReason::Undeliverable(what))
                     }
@@ -262,7 +262,7 @@ impl VcpuHook for RelayHook {
 
     fn mmio_in_ram(&mut self, vcpu: &mut VcpuFd, access: RamAccess) -> HookVerdict {
         if let Err(error @ AccessError::NoMemory { .. }) = self.port.probe(access.gpa) {
-            // Not poison, so there is nothing to tell the guest of; and nothing for it to go on with.
+            // The page is not poisoned, so there is nothing to tell the guest; but it cannot go on either.
             let rip = vcpu.get_regs().map_or(0, |regs| regs.rip);
             let what = format!("{} (RIP {rip:#x})", words::with_causes(&error));
             return HookVerdict::Stop(ExitReason::KvmError { vcpu: self.index, what });
@@ -271,14 +271,14 @@ impl VcpuHook for RelayHook {
             && let Some(bytes) = access.store
             && let Err(error) = self.handle.write(access.gpa, &bytes[..access.len])
         {
-            // It went bad just now, and is in the ledger.
+            // The page went bad just now, and is in the ledger.
             debug!("vCPU {}: a store to GPA {:#x} is lost: {error}", self.index, access.gpa);
         }
         HookVerdict::Run
     }
 
     fn run_failed(&mut self, _: &mut VcpuFd, failure: RunFailure) -> Option<HookVerdict> {
-        // A KVM that says it so instead of by SIGBUS. What is not bad is somebody else's matter.
+        // KVM reports poison in this way where it raises no SIGBUS. Other failures are left to the caller.
         let RunFailure::MemoryFault { gpa, size, errno } = failure else { return None };
         self.port.memory_fault(gpa, size, errno).then_some(HookVerdict::Run)
     }

@@ -1,5 +1,5 @@
-//! Where the machine and the relay meet: the VM's hooks with the relay in them, the ACPI error source, machine checks
-//! by hand, and memory that the VMM makes go bad itself. All of it is in the VMM's process.
+//! Connects the machine and the relay: the VM's hooks for the relay, the ACPI error source, machine checks that a user
+//! asks for, and memory that the VMM itself makes go bad. All of it is in the VMM's process.
 
 pub mod error_source;
 pub mod hooks;

@@ -1,4 +1,4 @@
-//! What only the VMM itself can do to its guest's pages, asked for through the API.
+//! Poisons pages in the ways that only the VMM itself can use, on request of the API.
 
 use std::io;
 use std::time::Duration;
@@ -17,15 +17,15 @@ use crate::machine::memory::block::PAGE_SIZE;
 /// How long the vCPUs may take to leave the guest.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// Why none of the pages was touched.
+/// Why no page was touched.
 #[derive(Debug, thiserror::Error)]
 pub enum InsideError {
-    /// It is done from outside.
+    /// `mce-relay poison` does it, not the VMM.
     #[error(
         "{0} is not done by the VMM itself, but by `mce-relay poison`, which takes the host's page frame from it"
     )]
     Outside(Means),
-    /// A page that is not there.
+    /// The address is not guest RAM.
     #[error("GPA {gpa:#x} is not guest RAM; this guest has {ram}")]
     NotRam {
         /// Its address.
@@ -36,33 +36,33 @@ pub enum InsideError {
     /// There is no such vCPU.
     #[error("there is no vCPU {vcpu}; this guest has 0 to {last}")]
     NoVcpu {
-        /// As asked for.
+        /// The vCPU that was asked for.
         vcpu: u8,
         /// The last there is.
         last: usize,
     },
-    /// The kernel has no such thing for this process.
+    /// The kernel offers no such userfaultfd to this process.
     #[error(
         "this process cannot have a userfaultfd that poisons (Linux 6.6; a seccomp filter may forbid it)"
     )]
     Uffd(#[source] io::Error),
-    /// The guest runs on, and must not meanwhile.
+    /// The vCPUs did not stop, as they have to.
     #[error(
         "the vCPUs did not stop, which they have to while pages are marked; nothing was touched"
     )]
     NotParked,
-    /// There is no guest any more.
+    /// The guest has ended.
     #[error("the guest ended meanwhile; nothing was touched")]
     Ended,
 }
 
-/// What became of a page: whether it was bad before, where that was looked at, and whether it was done.
+/// The outcome for a page: whether it was bad before, where that was checked, and whether it was done.
 type Done = (Option<bool>, Result<(), String>);
 
-/// Does to the pages what `asked` says; what became of each.
+/// Poisons the pages that `asked` names, by its means; returns the outcome for each.
 ///
 /// # Errors
-/// See [`InsideError`]; no page has been touched then.
+/// See [`InsideError`]; no page was touched then.
 pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, InsideError> {
     let info = running.info();
     for Gpa(gpa) in &asked.gpas {
@@ -105,14 +105,14 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
             }))
         }
         Means::Madvise => Ok(each(&|place| {
-            let done = place.own().and_then(|()| {
+            let done = place.make_private().and_then(|()| {
                 let done = running.relay.poisoning(|| advise(place.hva, libc::MADV_HWPOISON));
                 done.and_then(|done| done).map_err(|error| refused("MADV_HWPOISON", &error))
             });
             (None, done)
         })),
         Means::SoftOffline => Ok(each(&|place| {
-            let done = place.own().and_then(|()| {
+            let done = place.make_private().and_then(|()| {
                 advise(place.hva, libc::MADV_SOFT_OFFLINE)
                     .map_err(|error| refused("MADV_SOFT_OFFLINE", &error))
             });
@@ -120,7 +120,7 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
         })),
         Means::Uffd => {
             let uffd = Uffd::open().map_err(InsideError::Uffd)?;
-            let held = held(running)?;
+            let held = hold_vcpus(running)?;
             let done = each(&|place| {
                 if is_bad(place) {
                     return (Some(true), Err("it is bad already; nothing was done".to_owned()));
@@ -141,7 +141,7 @@ struct Place {
     hva: u64,
     /// In bytes.
     page_size: u64,
-    /// Nobody else can have what is written there.
+    /// It is a private mapping: what is written there is seen by no other process.
     is_private: bool,
 }
 
@@ -151,16 +151,15 @@ impl Place {
         Self { gpa, hva, page_size: block.page_size, is_private: !block.shared }
     }
 
-    /// Whether the kernel says that it is bad. One that has no memory gets some, to be read.
+    /// Whether the kernel says that it is bad. A page without memory gets some by the question.
     fn is_bad(&self) -> bool {
         advise(self.hva, libc::MADV_POPULATE_READ)
             .is_err_and(|error| error.raw_os_error() == Some(libc::EHWPOISON))
     }
 
-    /// Sees to it that what is there is this process's own. What it has only read may be the zero page of
-    /// the whole host, a page of KSM's, or the file's own; as soon as it is written to it is a copy of those.
-    /// Nothing of what is in it changes.
-    fn own(&self) -> Result<(), String> {
+    /// Gives this process a page of its own there. A page that it has only read may be the zero page of the whole host,
+    /// a page shared by KSM, or the file's own. Populating it for writing makes it a copy, with the same contents.
+    fn make_private(&self) -> Result<(), String> {
         if !self.is_private {
             return Ok(());
         }
@@ -192,15 +191,14 @@ fn refused(what: &str, error: &io::Error) -> String {
 fn advise(hva: u64, advice: libc::c_int) -> io::Result<()> {
     let page = hva & !0xfff;
     let page = usize::try_from(page).map_err(io::Error::other)?;
-    // SAFETY: the page is guest RAM, into which no reference exists; that it goes bad, if it does, is what
-    // everybody who uses it is made for.
+    // SAFETY: the page is guest RAM, into which no reference exists; all its users expect that it may go bad.
     let result =
         unsafe { libc::madvise(std::ptr::with_exposed_provenance_mut(page), 4096, advice) };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// The vCPUs, held until the returned value goes and out of the guest.
-fn held(running: &Running) -> Result<Hold, InsideError> {
+/// Holds the vCPUs until the returned value is dropped, and waits until they have left the guest.
+fn hold_vcpus(running: &Running) -> Result<Hold, InsideError> {
     let hold = running.control.hold();
     match running.control.wait_parked(PAUSE_PATIENCE) {
         Parked::All => Ok(hold),

@@ -1,7 +1,7 @@
 //! Poison by userfaultfd: a page of this process's own memory that the kernel takes for bad.
 //!
-//! It needs no privileges and no CONFIG_MEMORY_FAILURE (Linux 6.6). Nothing is signalled until somebody
-//! touches the page; then the kernel raises the same AR as for memory that really went bad.
+//! It needs no privileges and no CONFIG_MEMORY_FAILURE (Linux 6.6). Nothing is signalled before the page is touched;
+//! then the kernel raises the same AR as for memory that really went bad.
 
 use std::io;
 use std::ops::Range;
@@ -13,11 +13,11 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 // include/uapi/linux/userfaultfd.h
 const UFFDIO: u32 = 0xaa;
 const UFFD_API: u64 = 0xaa;
-/// The kernel's own faults are not handled, and so an unprivileged user may have it.
+/// Faults inside the kernel are not handled, so an unprivileged user may have one.
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 /// UFFDIO_POISON (Linux 6.6).
 pub const UFFD_FEATURE_POISON: u64 = 1 << 14;
-/// Pages that are missing.
+/// Register for faults on missing pages.
 pub const UFFDIO_REGISTER_MODE_MISSING: u64 = 1;
 
 #[repr(C)]
@@ -68,7 +68,7 @@ impl AsRawFd for Uffd {
 }
 
 impl Uffd {
-    /// One that can poison.
+    /// A userfaultfd that can poison.
     ///
     /// # Errors
     /// This kernel, or its seccomp filter, does not let this process have one.
@@ -76,7 +76,7 @@ impl Uffd {
         Self::with_features(UFFD_FEATURE_POISON)
     }
 
-    /// One that can do what `features` say.
+    /// A userfaultfd with these features.
     ///
     /// # Errors
     /// As for [`Self::open`].
@@ -96,10 +96,10 @@ impl Uffd {
         Ok(uffd)
     }
 
-    /// Puts `range` into the care of this userfaultfd.
+    /// Registers `range` with this userfaultfd.
     ///
     /// # Errors
-    /// It is not memory that one can have the care of.
+    /// The range is not memory that can be registered.
     pub fn register(&self, range: Range<u64>, mode: u64) -> io::Result<()> {
         let range = Span { start: range.start, len: range.end - range.start };
         let mut register = Register { range, mode, ioctls: 0 };
@@ -107,10 +107,10 @@ impl Uffd {
         check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_REGISTER(), &mut register) })
     }
 
-    /// Leaves `range` to itself again. What was marked stays marked.
+    /// Unregisters `range`. Pages that were marked stay marked.
     ///
     /// # Errors
-    /// It was not in its care.
+    /// The range was not registered.
     pub fn unregister(&self, range: Range<u64>) -> io::Result<()> {
         let span = Span { start: range.start, len: range.end - range.start };
         // SAFETY: the ioctl reads one uffdio_range.
@@ -128,13 +128,12 @@ impl Uffd {
         check(unsafe { ioctl_with_mut_ref(&self.0, UFFDIO_POISON(), &mut poison) })
     }
 
-    /// Marks the page of `len` bytes at `hva`, which is this process's, as bad. What it held is gone.
+    /// Drops the page of `len` bytes at `hva`, which is this process's, and marks it as bad. Its contents are lost.
     ///
-    /// Until it is marked the page is missing, and a guest that came to it then would not live: hold
-    /// the vCPUs meanwhile.
+    /// In between the page is missing, and KVM would end a guest that touches it: hold the vCPUs meanwhile.
     ///
     /// # Errors
-    /// The kernel does not do it; the page is as it was, or empty.
+    /// The kernel refuses; the page is as it was, or empty.
     pub fn poison(&self, hva: u64, len: u64) -> io::Result<()> {
         let page =
             std::ptr::with_exposed_provenance_mut(usize::try_from(hva).map_err(io::Error::other)?);
@@ -145,7 +144,7 @@ impl Uffd {
             // SAFETY: the page is guest RAM, into which no reference exists.
             let dropped = check(unsafe { libc::madvise(page, size, libc::MADV_DONTNEED) });
             match dropped.and_then(|()| self.mark(hva, len)) {
-                // Somebody has touched it in between.
+                // The page was touched in between: once more.
                 Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
                 done => break done,
             }

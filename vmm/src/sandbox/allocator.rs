@@ -1,11 +1,11 @@
-//! How much memory the process keeps that it no longer uses.
+//! Keeps small what the process holds of memory that it has freed.
 //!
 //! glibc gives each thread an arena of its own, and raises the size from which a block is given back at
 //! once to that of the largest one freed so far. With one client that sends large requests, every thread
 //! of the API keeps some megabytes for good; a VMM is one of hundreds on a host.
 
-/// Blocks from this size on are mapped on their own, and given back as soon as they are freed. Setting it
-/// also ends its adapting to what is freed.
+/// Blocks of this size and more are mapped on their own, and given back as soon as they are freed. Setting it also
+/// keeps glibc from raising it by itself.
 #[cfg(target_env = "gnu")]
 const MMAP_THRESHOLD: libc::c_int = 128 << 10;
 
@@ -13,11 +13,11 @@ const MMAP_THRESHOLD: libc::c_int = 128 << 10;
 #[cfg(target_env = "gnu")]
 const TRIM_THRESHOLD: libc::c_int = 128 << 10;
 
-/// Has the allocator give back what is freed. To be done before the first thread starts.
+/// Makes the allocator give back what is freed. Call it before the first thread is started.
 ///
-/// One arena for all threads: vCPU threads do not allocate while they run the guest, so nobody waits long
-/// for its lock. Where the number of arenas is not given, glibc asks how many processors there are when it
-/// makes another one, for which it opens a file; the filter of that thread may have no such call.
+/// One arena serves all threads: vCPU threads do not allocate while they run the guest, so its lock is never held for
+/// long. Without a limit on arenas glibc asks for the number of processors when it makes another one, and opens a file
+/// for that; the thread's filter may have no such call.
 pub fn keep_small() {
     #[cfg(target_env = "gnu")]
     for (option, value) in [

@@ -1,8 +1,8 @@
-//! What SIGHUP means: that the terminal is gone, which ends the VM, or that files were moved away
-//! (logrotate), which has them opened again.
+//! What a SIGHUP means: either that the terminal is gone, which ends the VM, or that files were moved away (logrotate),
+//! so that they have to be opened again.
 //!
-//! The kernel sends it when a terminal hangs up, and a shell hands it on to its jobs; at that time the
-//! terminal is no longer there. Whoever was started with SIGHUP ignored (nohup) goes on either way.
+//! The kernel sends it when a terminal hangs up, and a shell passes it on to its jobs; at that time the terminal is no
+//! longer there. A process that was started with SIGHUP ignored (nohup) runs on in either case.
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
@@ -13,15 +13,15 @@ use crate::sandbox::terminal;
 /// Whether this process was started on a terminal.
 static HAD_TERMINAL: OnceLock<bool> = OnceLock::new();
 
-/// Whether SIGHUP was ignored when this process was started. To be asked before a handler is installed; looks,
-/// too, whether there is a terminal to lose.
+/// Whether SIGHUP was ignored when this process was started. Call it before a handler is installed; it also notes
+/// whether there is a terminal.
 #[must_use]
 pub fn is_ignored() -> bool {
     HAD_TERMINAL.get_or_init(has_terminal);
     ignores(libc::SIGHUP)
 }
 
-/// Whether this process ignores `signal`, as whoever has started it may have it.
+/// Whether this process ignores `signal`, which it may have inherited.
 #[must_use]
 pub fn ignores(signal: i32) -> bool {
     // SAFETY: sigaction is plain data, and a null action changes nothing.
@@ -32,7 +32,7 @@ pub fn ignores(signal: i32) -> bool {
     result == 0 && now.sa_sigaction == libc::SIG_IGN
 }
 
-/// Whether a SIGHUP that has come ends the VM.
+/// Whether a SIGHUP that has arrived ends the VM.
 #[must_use]
 pub fn is_the_end() -> bool {
     terminal::is_raw() || (HAD_TERMINAL.get() == Some(&true) && !has_terminal())

@@ -1,6 +1,5 @@
-//! What keeps the VMM's process within bounds, and its end a clean one: the system calls of each thread, what is said
-//! of one that is refused, the end of a process whose own memory went bad, the terminal as it was, and freed memory
-//! that goes back at once.
+//! Keeps the VMM's process within limits, and ends it cleanly: the system calls of each thread, the report of one that
+//! is refused, the end of a process whose own memory went bad, restoring the terminal, and giving freed memory back.
 
 pub mod allocator;
 pub mod hangup;

@@ -1,4 +1,4 @@
-//! What is said of a system call that a filter refuses: SIGSYS, on the thread that made it.
+//! Reports a system call that a filter refuses: a SIGSYS, on the thread that made it.
 
 use std::cell::Cell;
 use std::ffi::{c_int, c_uint, c_void};
@@ -9,7 +9,7 @@ use libc::siginfo_t;
 use super::role::Role;
 use crate::sandbox::{sigbus_fallback, terminal};
 
-/// Exit status of a VMM that made a system call which it should not.
+/// Exit status of a VMM that made a system call that its filter refuses.
 pub const STATUS: u8 = 8;
 
 /// `si_code` of a SIGSYS by seccomp (include/uapi/asm-generic/siginfo.h).
@@ -27,11 +27,11 @@ struct SysInfo {
 }
 
 thread_local! {
-    /// What kind of thread this is. No destructor and no lazy start: the signal handler reads it.
+    /// The role of this thread. Without destructor and lazy initialisation, as the signal handler reads it.
     static KIND: Cell<Option<Role>> = const { Cell::new(None) };
 }
 
-/// Says what kind of thread the calling one is.
+/// Sets the role of the calling thread.
 pub(super) fn name(thread: Role) {
     KIND.set(Some(thread));
 }
@@ -82,7 +82,7 @@ extern "C" fn on_sigsys(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
     sigbus_fallback::end(STATUS);
 }
 
-/// Text put together without allocation.
+/// Text built without allocation.
 struct Line {
     text: [u8; 320],
     len: usize,
@@ -95,7 +95,7 @@ impl Default for Line {
 }
 
 impl Line {
-    /// Appends what fits.
+    /// Appends as much as fits.
     fn push(&mut self, bytes: &[u8]) {
         for byte in bytes {
             if let Some(place) = self.text.get_mut(self.len) {

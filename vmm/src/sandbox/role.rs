@@ -1,19 +1,19 @@
-//! The kinds of thread of a running VM.
+//! The roles of a running VM's threads.
 
-/// The kinds of thread of a running VM.
+/// The role of a thread of a running VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// The one that builds the VM and waits for its end; its filter is every thread's.
+    /// The one that builds the VM and waits for its end; its filter applies to every thread.
     Main,
     /// A vCPU.
     Vcpu,
     /// The relay's.
     Relay,
-    /// The API's, and those that work for it.
+    /// The API's, and its worker threads.
     Api,
     /// A serial port's.
     Serial,
-    /// Those that write events down.
+    /// The threads that write events down.
     Events,
 }
 

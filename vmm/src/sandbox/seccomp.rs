@@ -1,9 +1,9 @@
 //! Which system calls each thread of a running VM may make; any other ends the process.
 //!
-//! A guest that breaks out of KVM or of a device has the thread that it broke into, and no more than this.
-//! [`Role::Main`]'s filter is the process's: every thread has it, and its own beside. It says which calls
-//! there are at all (it builds the VM, at every reset again, so that is a lot), the others with which
-//! arguments. What the relay needs is in [`mce_relay::syscalls`]; what is here is this VMM's own.
+//! A guest that breaks out of KVM or of a device can do what the thread may that it broke into, and no more. The filter
+//! of [`Role::Main`] applies to the whole process; every other thread has one of its own beside it. Main's filter says
+//! which calls exist at all (it builds the VM again at every reset, so these are many); the others restrict arguments,
+//! too. What the relay needs is in [`mce_relay::syscalls`]; the lists here are this VMM's own.
 
 use std::io;
 use std::sync::Arc;
@@ -29,13 +29,13 @@ pub enum Mode {
     /// The process ends, with the call's number on stderr and exit status [`STATUS`](super::refused::STATUS).
     #[default]
     On,
-    /// It is carried out, and the host's kernel writes it to its log (audit).
+    /// The call is made, and the host's kernel logs it (audit).
     Log,
     /// There are no filters.
     Off,
 }
 
-/// What such a thread may call.
+/// What a thread in this role may call.
 fn calls(role: Role) -> Vec<Call> {
     let lists: &[&[Call]] = match role {
         Role::Main => return everything(),
@@ -48,7 +48,7 @@ fn calls(role: Role) -> Vec<Call> {
     lists.concat()
 }
 
-/// Every call of any thread, and what it takes to build a VM, with whatever arguments.
+/// Every call of any thread, and those that build a VM, with any arguments.
 fn everything() -> Vec<Call> {
     let others = Role::ALL.iter().filter(|thread| **thread != Role::Main);
     let mut all: Vec<Call> = others.flat_map(|role| calls(*role)).collect();
@@ -59,7 +59,7 @@ fn everything() -> Vec<Call> {
     all
 }
 
-/// Why there are no filters.
+/// Why the filters could not be made or installed.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// They cannot be made.
@@ -70,10 +70,10 @@ pub enum SeccompError {
         "cannot put the filter of system calls in force (seccomp); --seccomp false runs the VM without them"
     )]
     Apply(#[source] seccompiler::Error),
-    /// The thread would be interrupted by what is the main thread's.
+    /// The signals that end the VM, which are for the main thread only, could not be blocked.
     #[error("cannot block the signals that end the VM on a thread that they are not for")]
     Signals(#[source] io::Error),
-    /// The line that says what was refused could not be seen to.
+    /// The handler that reports a refused call could not be installed.
     #[error("cannot install a handler for SIGSYS")]
     Handler(#[source] io::Error),
 }
@@ -84,7 +84,7 @@ impl From<SeccompError> for io::Error {
     }
 }
 
-/// The filters of all kinds of thread, as many as there are.
+/// The filters of all roles; none with `--seccomp false`.
 #[derive(Debug, Clone, Default)]
 pub struct Filters {
     /// In the order of [`Role::ALL`]; empty when there are none.
@@ -108,8 +108,7 @@ impl Filters {
         Ok(Self { programs: programs?.into() })
     }
 
-    /// From here on the calling thread, and those that it starts, may do what a `thread` may. It cannot be
-    /// taken back.
+    /// Applies the filter of role `thread` to the calling thread and to those that it starts. It cannot be taken back.
     ///
     /// # Errors
     /// The kernel has no seccomp filters.
@@ -123,10 +122,10 @@ impl Filters {
         program.map_or(Ok(()), |program| apply_filter(program)).map_err(SeccompError::Apply)
     }
 
-    /// Starts a thread that does nothing before its filter is in force.
+    /// Starts a thread whose filter is in force before anything else runs on it.
     ///
     /// # Errors
-    /// There is no thread to be had, or no filter.
+    /// The thread cannot be started, or its filter not applied.
     pub fn spawn(
         &self,
         thread: Role,
@@ -138,7 +137,7 @@ impl Filters {
         let started = std::thread::Builder::new().name(name).spawn(move || {
             let applied = filters.apply(thread);
             let ready = applied.is_ok();
-            // Whoever starts it waits for exactly this.
+            // The caller waits for exactly this message.
             let _ = tell.send(applied);
             if ready {
                 body();
@@ -149,9 +148,9 @@ impl Filters {
     }
 }
 
-/// Blocks the signals that end the VM on the calling thread. The kernel may give one to any thread that does not
-/// block it (of two that come at once, say, as when a terminal hangs up), and what their handler calls is in the
-/// main thread's filter alone.
+/// Blocks the signals that end the VM on the calling thread. The kernel may deliver one to any thread that does not
+/// block it (when a terminal hangs up and sends two at once, say), and only the main thread's filter has the calls of
+/// their handler.
 fn leave_the_end_to_main() -> io::Result<()> {
     // SAFETY: the set is initialised by sigemptyset before it is read; all pointers are to a live local.
     let error = unsafe {
@@ -181,9 +180,9 @@ const fn terminal(request: Ioctl, why: &'static str) -> Call {
     ioctl(request, why).given(0, libc::STDIN_FILENO as i64)
 }
 
-/// Any thread may be the one on which the process ends, with the terminal as it was: see
-/// [`last_resort`](crate::sandbox::sigbus_fallback). Which of these requests tcsetattr is made of depends on the C library
-/// and its age (glibc has the second form from 2.42 on), and on when the change is to be made.
+/// The process may end on any thread, which then restores the terminal: see
+/// [`sigbus_fallback`](crate::sandbox::sigbus_fallback). Which of these requests tcsetattr uses depends on the C
+/// library and its version (glibc uses the second form from 2.42 on), and on when the change takes effect.
 const END: &[Call] = &[
     terminal(libc::TCSETS, "TCSETS: the terminal as it was"),
     terminal(libc::TCSETSW, "TCSETSW: the same, once all is written"),
@@ -194,14 +193,14 @@ const END: &[Call] = &[
     terminal(libc::TCGETS, "TCGETS: a C library may look at what it has set"),
     terminal(libc::TCGETS2, "TCGETS2: the same"),
     terminal(libc::TIOCGPGRP, "TIOCGPGRP: whether it is ours to restore"),
-    // A signal of a program's faults may be sent by anybody, to any thread, and nobody can block it.
+    // Any process may send a signal that normally reports a program's fault, to any thread, and it cannot be blocked.
     Call::new(libc::SYS_getpid, "getpid", "the signal that ends the process, once more"),
     Call::new(libc::SYS_gettid, "gettid", "the same"),
     Call::new(libc::SYS_tgkill, "tgkill", "the same").with(0, Is::OwnPid),
     Call::new(libc::SYS_exit_group, "exit_group", "the end of the process"),
 ];
 
-/// A vCPU is made to leave the guest.
+/// Makes a vCPU leave the guest.
 const KICK: &[Call] = &[
     Call::new(libc::SYS_getpid, "getpid", "the kick of a vCPU"),
     Call::new(libc::SYS_tgkill, "tgkill", "the kick of a vCPU").with(0, Is::OwnPid),
@@ -231,7 +230,7 @@ const RELAY_OWN: &[Call] =
 // include/uapi/linux/userfaultfd.h
 const UFFDIO: u32 = 0xaa;
 
-/// As long as uffdio_range (2), uffdio_api (3), uffdio_register and uffdio_poison (4).
+/// Types with the sizes of uffdio_range (2), uffdio_api (3), uffdio_register and uffdio_poison (4).
 type Words<const N: usize> = [u64; N];
 
 const API_OWN: &[Call] = &[
@@ -264,13 +263,13 @@ const API_OWN: &[Call] = &[
         .given(0, libc::SIG_SETMASK as i64),
     Call::new(libc::SYS_futex, "futex", "the end of a thread that worked for it")
         .given(1, (libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME) as i64),
-    // Memory that has something in it, for `vm.extents`, from descriptors that were opened before.
+    // For `vm.extents`: which memory holds something, by descriptors that were opened before.
     Call::new(libc::SYS_lseek, "lseek", "which memory has something in it"),
     Call::new(libc::SYS_pread64, "pread64", "which memory has something in it"),
     // The guest's power button.
     ioctl(_IOWR::<kvm_irqchip>(KVMIO, 0x62), "KVM_GET_IRQCHIP: whether the guest listens"),
     ioctl(_IOW::<kvm_irq_level>(KVMIO, 0x61), "KVM_IRQ_LINE: the button's interrupt"),
-    // Poison, as asked for.
+    // For `vm.poison`.
     Call::new(libc::SYS_madvise, "madvise", "poison --via madvise")
         .given(2, libc::MADV_HWPOISON as i64),
     Call::new(libc::SYS_madvise, "madvise", "poison --via soft-offline")
@@ -304,14 +303,14 @@ const EVENTS_OWN: &[Call] = &[
     Call::new(libc::SYS_pwrite64, "pwrite64", "a named VM's last ledger"),
 ];
 
-/// Calls with whatever arguments, by their `SYS_…`.
+/// Calls with any arguments, by their `SYS_…`.
 macro_rules! any {
     ($($number:ident),* $(,)?) => {
         [$(Call::new(libc::$number, stringify!($number).split_at(4).1, "building and ending a VM")),*]
     };
 }
 
-/// What it takes to build a VM, to make its memory good again, and to end.
+/// The calls that build a VM, replace its bad memory, and end it.
 const MAIN_OWN: &[Call] = &any![
     SYS_openat,
     SYS_readv,
@@ -346,7 +345,7 @@ const MAIN_OWN: &[Call] = &any![
     SYS_bind,
     SYS_listen,
     SYS_getsockname,
-    // Whether a connection to whoever has the VM's name was made, and who that is.
+    // Whether a connection to the process that has the VM's name was made, and which process it is.
     SYS_getsockopt,
     SYS_connect,
     SYS_getpgrp,
@@ -375,7 +374,7 @@ mod tests {
         assert!(Filters::new(Mode::Off).unwrap().programs.is_empty());
     }
 
-    /// On whichever thread the process ends.
+    /// The process may end on any thread.
     #[test]
     fn no_filter_keeps_the_terminal_from_being_restored() {
         let filters = Filters::new(Mode::On).unwrap();
@@ -392,7 +391,7 @@ mod tests {
             let (tell, told) = sync_channel(requests.len());
             let body = move || {
                 for request in requests {
-                    // Nothing is there to set it to, so nothing comes of it.
+                    // There are no settings to apply, so the request fails and changes nothing.
                     let nothing = std::ptr::null_mut::<libc::termios>();
                     // SAFETY: the kernel answers EFAULT, or ENOTTY where it is no terminal.
                     let done = unsafe { libc::ioctl(libc::STDIN_FILENO, request, nothing) };

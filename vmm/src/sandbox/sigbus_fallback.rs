@@ -1,9 +1,9 @@
-//! What is done about a SIGBUS that neither the guest nor the relay can take care of: this process ends,
-//! with the terminal as it was.
+//! The last SIGBUS handler, for one that neither the guest nor the relay can take care of: this process ends, with the
+//! terminal restored.
 //!
-//! The relay's own handler says what it was and hands it on to this one. Memory of the VMM itself that
-//! went bad ends it with [`STATUS`]; anything else (kill -BUS, a mapped file that was cut short) with the
-//! default action, as it would without us.
+//! The relay's handler reports the signal and hands it on to this one. If memory of the VMM itself went bad, the
+//! process ends with [`STATUS`]; for any other cause (kill -BUS, a mapped file that was cut short) with the default
+//! action, as it would without this handler.
 
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::{io, ptr};
@@ -17,12 +17,12 @@ use crate::outlets::sockets::for_handlers;
 use crate::sandbox::terminal;
 use crate::session::record::dying;
 
-/// Exit status of a VMM whose own memory went bad under it.
+/// Exit status of a VMM whose own memory went bad.
 pub const STATUS: u8 = 7;
 
-/// Installs the handler; to be done before the relay's, which then finds it. Unblocks SIGBUS on this thread and
-/// those that it starts: with it blocked, as some parent may have left it, a page that goes bad under one of them
-/// would end this process unheard.
+/// Installs the handler; call it before the relay installs its own, which hands on to this one. Also unblocks SIGBUS on
+/// this thread and those that it starts: if a parent left it blocked, a page that goes bad under a thread would end
+/// this process without a report.
 ///
 /// # Errors
 /// sigaction(2) or the unblocking fails.
@@ -45,15 +45,15 @@ fn set(handler: usize, flags: c_int) -> io::Result<()> {
     }
 }
 
-/// The main thread waits for the end of the VM.
+/// Whether the main thread waits for the end of the VM.
 static WAITS: AtomicBool = AtomicBool::new(false);
-/// With which status another thread has it end the process; -1 while none does.
+/// The exit status with which another thread asks it to end the process; -1 while none does.
 static ENDS: AtomicI32 = AtomicI32::new(-1);
-/// How long the main thread may take for that.
+/// How long the main thread may take until it has ended the process.
 static PATIENCE: libc::timespec = libc::timespec { tv_sec: 0, tv_nsec: 250_000_000 };
 
-/// Has `wait` wait on the main thread, which ends the process meanwhile if another thread has to. The others may
-/// remove no file.
+/// Runs `wait` on the main thread. Meanwhile another thread may have this one end the process: the other threads'
+/// filters do not let them remove files.
 pub fn while_waiting(wait: impl FnOnce()) {
     WAITS.store(true, Ordering::SeqCst);
     wait();
@@ -66,7 +66,7 @@ pub fn while_waiting(wait: impl FnOnce()) {
     }
 }
 
-/// Ends the process with this status, and without the sockets if that can be. For signal handlers, on any thread.
+/// Ends the process with this status, and removes its sockets if possible. For signal handlers, on any thread.
 pub(crate) fn end(status: u8) -> ! {
     dying::note_end(status);
     let status = c_int::from(status);
@@ -103,10 +103,10 @@ extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, _: *mut c_void) {
         }
         end(STATUS);
     }
-    // A fault comes again when its instruction is executed again, and finds the default action then.
-    // What somebody sent does not, so whoever called us (see `mce_relay::signal`) raises it again.
+    // A fault is raised again when its instruction is executed again, and then meets the default action. A signal that
+    // was sent is not, so the caller of this handler (see `mce_relay::signal`) raises it again.
     if set(libc::SIG_DFL, 0).is_err() {
-        // SAFETY: async-signal-safe; the end that was meant, if not in the manner.
+        // SAFETY: async-signal-safe; the process ends with the status of the intended signal.
         unsafe { libc::_exit(128 + signal) };
     }
 }

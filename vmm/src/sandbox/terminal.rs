@@ -1,4 +1,4 @@
-//! The user's terminal in raw mode, put back on every way out, and the escape to leave the VM.
+//! Sets the user's terminal to raw mode, restores it on every way out, and finds the escape that leaves the VM.
 
 use std::io::{self, IsTerminal};
 use std::mem::MaybeUninit;
@@ -15,39 +15,39 @@ pub mod stops;
 /// Ctrl-A, which begins an escape.
 const ESCAPE: u8 = 1;
 
-/// How the terminal was before the first VM.
+/// The terminal's settings before the first VM.
 static SAVED: OnceLock<libc::termios> = OnceLock::new();
-/// Whether it is different now.
+/// Whether they were changed.
 static RAW: AtomicBool = AtomicBool::new(false);
-/// Raw mode is wanted: there is a VM that has the terminal, and the process does not end yet.
+/// Whether raw mode is wanted: a VM uses the terminal, and the process is not ending.
 static WANTED: AtomicBool = AtomicBool::new(false);
-/// A thread is about to set raw mode, and does so if it was wanted by then.
+/// A thread is about to set raw mode, if it is still wanted.
 static SETTING: AtomicBool = AtomicBool::new(false);
-/// So long may that take it, once it has begun.
+/// How long that may take once it has begun.
 const SET_WITHIN: Duration = Duration::from_millis(50);
-/// The modes may be others than those that were set, as the process was stopped since.
+/// The terminal may have other settings than those that were made, as the process was stopped since.
 static STALE: AtomicBool = AtomicBool::new(false);
-/// The process was stopped and goes on: whose the terminal is, and how it is set, has to be looked at anew.
+/// The process was stopped and continues: owner and settings of the terminal have to be looked at anew.
 static CONTINUED: AtomicBool = AtomicBool::new(false);
-/// An eventfd that wakes whoever reads the terminal after that; below 0, nobody.
+/// An eventfd that wakes the thread that reads the terminal after that; below 0 for none.
 static WAKE: AtomicI32 = AtomicI32::new(-1);
 static HOOKS: Once = Once::new();
 static SAID: Once = Once::new();
 
-/// Whose the terminal at standard input is.
+/// Which job the terminal at standard input belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Owner {
-    /// This process may read it and set its modes.
+    /// This process: it may read the terminal and set its modes.
     Us,
-    /// Another job's, most often the shell's: this one is in the background.
+    /// Another job, most often the shell: this process is in the background.
     Others,
-    /// It has gone.
+    /// None: the terminal is gone.
     Nobody,
 }
 
 pub(super) extern "C" fn on_sigcont(_: libc::c_int) {
-    // The shell may have set the terminal as it wants it. Or not, where nothing was stopped: then it is still to be
-    // put back.
+    // The shell may have changed the terminal's settings. If nothing was stopped it has not, and they still have to be
+    // restored.
     STALE.store(true, Ordering::SeqCst);
     CONTINUED.store(true, Ordering::SeqCst);
     let wake = WAKE.load(Ordering::SeqCst);
@@ -63,7 +63,7 @@ pub(super) extern "C" fn on_sigcont(_: libc::c_int) {
     }
 }
 
-/// An eventfd that is written to whenever the process goes on after a stop; made once, and never closed.
+/// An eventfd that is written whenever the process continues after a stop; made once, and never closed.
 ///
 /// # Errors
 /// There are no more file descriptors.
@@ -78,21 +78,21 @@ pub fn continued_event() -> io::Result<RawFd> {
     Ok(fd)
 }
 
-/// Whether the process was stopped and goes on, since this was asked before.
+/// Whether the process was stopped and continued since the last call.
 pub fn has_continued() -> bool {
     CONTINUED.swap(false, Ordering::SeqCst)
 }
 
-/// Standard input in raw mode, where it is a terminal and as long as it is ours, until this is dropped.
+/// While this lives, standard input is in raw mode, if it is a terminal and belongs to this process.
 #[derive(Debug)]
 pub struct RawMode(());
 
 impl RawMode {
-    /// Sets raw mode, now or, by [`claim`], when this process comes to the foreground. `None` where standard
-    /// input is no terminal.
+    /// Sets raw mode now, or later by [`claim`] when this process comes to the foreground. `None` if standard input is
+    /// no terminal.
     ///
     /// # Errors
-    /// A terminal that refuses its settings.
+    /// The terminal refuses its settings.
     pub fn enter() -> io::Result<Option<Self>> {
         if !io::stdin().is_terminal() {
             return Ok(None);
@@ -110,21 +110,22 @@ impl Drop for RawMode {
     }
 }
 
-/// Sees whose the terminal at standard input is, and sets raw mode if it is ours and not set.
+/// Finds out which job the terminal at standard input belongs to, and sets raw mode if it is this process's and not
+/// set.
 ///
 /// # Errors
-/// A terminal that refuses its settings.
+/// The terminal refuses its settings.
 pub fn claim() -> io::Result<Owner> {
     match owner() {
         Some(Owner::Us) => {}
         Some(other) => return Ok(other),
-        // Not this session's terminal: nobody is stopped for reading it, and it is left as it is.
+        // It is not this session's terminal, so reading it stops no process; its settings are left alone.
         None => return Ok(Owner::Us),
     }
     if is_raw() {
         return Ok(Owner::Us);
     }
-    // Whoever ends the process either sees this, and waits a moment, or is seen here.
+    // A thread that ends the process either sees this and waits a moment, or its own mark is seen below.
     SETTING.store(true, Ordering::SeqCst);
     let set = if WANTED.load(Ordering::SeqCst) { set_raw() } else { Ok(()) };
     SETTING.store(false, Ordering::SeqCst);
@@ -144,7 +145,7 @@ fn set_raw() -> io::Result<()> {
     unsafe { libc::cfmakeraw(&raw mut raw) };
     // Our own messages end in a bare newline.
     raw.c_oflag |= libc::OPOST | libc::ONLCR;
-    // Before the change: whatever happens in between, restoring is harmless.
+    // Set before the change: to restore too much is harmless.
     RAW.store(true, Ordering::SeqCst);
     // SAFETY: `raw` is an initialised termios.
     if unsafe { libc::tcsetattr(libc::STDIN_FILENO, libc::TCSANOW, &raw const raw) } != 0 {
@@ -159,11 +160,11 @@ fn set_raw() -> io::Result<()> {
     Ok(())
 }
 
-/// Puts the terminal back for good, if it is in raw mode and still ours. May be called in a signal handler.
+/// Restores the terminal for good, if it is in raw mode and still this process's. May be called in a signal handler.
 pub fn restore() {
     WANTED.store(false, Ordering::SeqCst);
     let begun = Instant::now();
-    // It may be this very thread that was interrupted in it.
+    // Limited in time, as the interrupted thread may be the very one that is setting it.
     while SETTING.load(Ordering::SeqCst) && begun.elapsed() < SET_WITHIN {
         std::hint::spin_loop();
     }
@@ -193,7 +194,7 @@ extern "C" fn restore_at_exit() {
 fn install_hooks() {
     let previous = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        // The thread may be one that the VM goes on without.
+        // The VM may run on without the thread that panicked.
         put_back();
         previous(info);
     }));
@@ -201,7 +202,7 @@ fn install_hooks() {
     unsafe { libc::atexit(restore_at_exit) };
 }
 
-/// Whose it is; `None` where it is not the terminal of this session. May be called in a signal handler.
+/// Which job it belongs to; `None` if it is not the terminal of this session. May be called in a signal handler.
 fn owner() -> Option<Owner> {
     static GROUP: AtomicI32 = AtomicI32::new(0);
     // SAFETY: async-signal-safe, and without preconditions.
@@ -210,7 +211,7 @@ fn owner() -> Option<Owner> {
         let gone = io::Error::last_os_error().raw_os_error() != Some(libc::ENOTTY);
         return gone.then_some(Owner::Nobody);
     }
-    // A shell gives a job its process group before the job begins, and only the main thread may ask for it.
+    // A shell sets a job's process group before the job begins, and only the main thread's filter allows the question.
     if GROUP.load(Ordering::Relaxed) == 0 {
         // SAFETY: it cannot fail, and takes nothing.
         GROUP.store(unsafe { libc::getpgrp() }, Ordering::Relaxed);
@@ -219,14 +220,14 @@ fn owner() -> Option<Owner> {
     Some(if ours { Owner::Us } else { Owner::Others })
 }
 
-/// Finds Ctrl-A x in what the user types. Ctrl-A Ctrl-A is one Ctrl-A.
+/// Finds Ctrl-A x in the user's input. Ctrl-A Ctrl-A stands for one Ctrl-A.
 #[derive(Debug, Default)]
 pub struct Escape {
     armed: bool,
 }
 
 impl Escape {
-    /// Appends to `output` what is meant for the guest; true if the user wants to leave.
+    /// Appends the guest's part of `input` to `output`; returns true if the user wants to leave.
     pub fn feed(&mut self, input: &[u8], output: &mut Vec<u8>) -> bool {
         for byte in input {
             match (std::mem::take(&mut self.armed), *byte) {

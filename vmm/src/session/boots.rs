@@ -1,4 +1,4 @@
-//! The VM from boot to boot: what stays when the guest starts over.
+//! The VM from boot to boot: what remains when the guest starts over.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,18 +25,18 @@ use crate::sandbox::seccomp::Filters;
 use crate::session::config::RunConfig;
 use crate::session::outlets::{Outlets, Session};
 
-/// A guest that dies of a triple fault so soon after its start has not come up.
-const QUICK: Duration = Duration::from_secs(1);
-/// So many of them in a row: it will not come up.
-const HOPELESS: u32 = 3;
-/// How often the making of a VM is tried again after pages that were in its way have been replaced.
+/// A guest that ends in a triple fault within this time did not come up.
+const QUICK_END: Duration = Duration::from_secs(1);
+/// After this many such ends in a row the VM ends, too.
+const MOST_QUICK_ENDS: u32 = 3;
+/// How often building a VM is retried after bad pages that prevented it have been replaced.
 const TRIES: u32 = 3;
 
-/// What stays when the guest starts over.
+/// What remains when the guest starts over.
 pub(crate) struct Machine<'a> {
     pub(super) config: &'a RunConfig,
     pub(super) filters: Filters,
-    /// Of the API.
+    /// Path of the API's socket.
     pub(super) socket: Option<PathBuf>,
     pub(super) ram: Arc<GuestRam>,
     pub(super) monitor: &'a Monitor,
@@ -45,16 +45,16 @@ pub(crate) struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// Boots the guest, and again after each reset; how it ended.
+    /// Boots the guest, and again after each reset; returns how it ended.
     pub(crate) fn run_to_its_end(&mut self, current: &Current) -> Result<ExitReason, VmError> {
         let (policy, no_reboot) = (self.config.on_undeliverable, self.config.no_reboot);
         let (mut boot, mut quick_faults) = (0, 0);
         loop {
             boot += 1;
             let (reason, ran) = self.boot(boot, current)?;
-            let quick = ran < QUICK && matches!(reason, ExitReason::TripleFault { .. });
+            let quick = ran < QUICK_END && matches!(reason, ExitReason::TripleFault { .. });
             quick_faults = if quick { quick_faults + 1 } else { 0 };
-            if !starts_again(&reason, policy, no_reboot) || quick_faults >= HOPELESS {
+            if !starts_again(&reason, policy, no_reboot) || quick_faults >= MOST_QUICK_ENDS {
                 return Ok(reason);
             }
             let by_policy = matches!(reason, ExitReason::Undeliverable(_));
@@ -66,7 +66,7 @@ impl Machine<'_> {
         }
     }
 
-    /// Boots the guest once and runs it to its end; how it ended, and after how long.
+    /// Boots the guest once and runs it to its end; returns how it ended, and after how long.
     fn boot(&mut self, boot: u32, current: &Current) -> Result<(ExitReason, Duration), VmError> {
         let config = self.config;
         self.outlets.boot = boot;
@@ -113,14 +113,14 @@ impl Machine<'_> {
         let reason = vm.run();
         let ran = begun.elapsed();
         current.set(None);
-        // Here the relay goes, and with it its thread; the vCPU threads are gone already. What its
-        // thread entered until then is in the ledger.
+        // Ends the relay and its thread; the vCPU threads have ended already. Everything that the relay's thread
+        // entered before is in the ledger.
         drop(made);
         self.ledger = relay.ledger();
         Ok((reason, ran))
     }
 
-    /// Builds the VM. A bad page in its way is entered, replaced, and it is tried again.
+    /// Builds the VM. If bad pages prevent it they are entered and replaced, and it is retried.
     fn make(&mut self, current: &Current) -> Result<(Vm, Made), VmError> {
         let mut tries = 0;
         loop {
@@ -154,9 +154,10 @@ impl Machine<'_> {
                         self.ledger = relay.ledger();
                     }
                     let bad = self.ram.find_poison();
-                    // Of huge pages an older kernel does not say it; they are asked one by one then.
+                    // An older kernel does not report bad huge pages in its page tables; they are checked one by one
+                    // then.
                     let huge = self.ram.blocks().iter().any(|block| block.page_size > PAGE_SIZE);
-                    let suspected = !bad.is_empty() || (huge && by_memory(&error));
+                    let suspected = !bad.is_empty() || (huge && may_be_bad_memory(&error));
                     if tries == TRIES || !suspected || !self.heal() {
                         return Err(error);
                     }
@@ -166,8 +167,8 @@ impl Machine<'_> {
         }
     }
 
-    /// Has the guest find good memory when it starts over, and writes down what came of it. Whether
-    /// anything was bad.
+    /// Replaces bad pages by good memory before the guest starts over, and records the result. Returns whether any page
+    /// was bad.
     fn heal(&mut self) -> bool {
         let emit = self.monitor.for_relay();
         // With late kill, say, there are pages that nobody has heard of; they go the same way.
@@ -196,16 +197,16 @@ impl Machine<'_> {
     }
 }
 
-/// Enters the `bad` pages, which no signal named, into the ledger, and with each what the host has lost with
-/// it: one event for all of that.
+/// Enters the `bad` pages, which no signal named, into the ledger, each with the pages that the host has lost with it:
+/// one event for each such group.
 pub(crate) fn enter(ledger: &mut Ledger, blocks: &[RamBlock], bad: &[u64], emit: &dyn Fn(&Event)) {
     let (kind, found_by, now) = (FailureKind::ActionOptional, FoundBy::Scan, SystemTime::now());
     for &named in bad {
-        // The other pages of a huge page came with the first.
+        // The other pages of a huge page were entered with the first.
         if ledger.contains(named) {
             continue;
         }
-        // What is no longer guest RAM is nobody's matter.
+        // A page that is no longer guest RAM does not count.
         let Some(block) = blocks.iter().find(|block| block.contains_gpa(named)) else { continue };
         let extent = block.page_size;
         let lsb = u8::try_from(extent.trailing_zeros()).unwrap_or(PAGE_SHIFT);
@@ -219,8 +220,8 @@ pub(crate) fn enter(ledger: &mut Ledger, blocks: &[RamBlock], bad: &[u64], emit:
     }
 }
 
-/// Whether it may be bad memory that a VM could not be made for.
-pub(crate) fn by_memory(error: &VmError) -> bool {
+/// Whether bad memory may be the reason why a VM could not be built.
+pub(crate) fn may_be_bad_memory(error: &VmError) -> bool {
     matches!(
         error,
         VmError::Boot(
@@ -229,7 +230,7 @@ pub(crate) fn by_memory(error: &VmError) -> bool {
     )
 }
 
-/// Whether a guest that ended so is to be started again.
+/// Whether a guest that ended for `reason` is to be started again.
 pub(crate) fn starts_again(reason: &ExitReason, policy: OnUndeliverable, no_reboot: bool) -> bool {
     let wanted = match reason {
         ExitReason::Reset | ExitReason::ResetBy(_) | ExitReason::TripleFault { .. } => true,
@@ -290,7 +291,7 @@ mod tests {
 
     #[test]
     fn what_may_be_for_bad_memory() {
-        let boot = |error: BootError| by_memory(&VmError::Boot(error));
+        let boot = |error: BootError| may_be_bad_memory(&VmError::Boot(error));
         // A file that is damaged looks the same; then nothing is found bad, and it is not tried again.
         let cause = "invalid kernel start address".to_owned();
         assert!(boot(BootError::Load { path: "x".into(), ram: 1 << 20, cause }));

@@ -17,7 +17,7 @@ pub struct RunConfig {
     pub vm: VmConfig,
     /// The zones of guest RAM.
     pub memory: Vec<MemoryZone>,
-    /// What the VM is called.
+    /// The VM's name.
     pub name: Option<VmName>,
     /// Where its API socket is to be, if it has no name.
     pub api_socket: Option<PathBuf>,
@@ -25,13 +25,13 @@ pub struct RunConfig {
     pub event_monitor: Option<LogFile>,
     /// Whether an Intel-style guest is offered local machine checks.
     pub lmce: bool,
-    /// When errors are taken.
+    /// When errors are taken: early (AO) or at a touch only (AR).
     pub mce_kill: KillPolicy,
     /// What is done about huge pages of which a part goes bad.
     pub rescue: RescuePolicy,
     /// What is done about an AR that the guest cannot be told of.
     pub on_undeliverable: OnUndeliverable,
-    /// Which way AOs go.
+    /// By which channel AOs are told.
     pub ao_channel: AoChannel,
     /// How the guest is notified by its error source; `None` when it is given none.
     pub ghes: Option<Notify>,
@@ -39,6 +39,6 @@ pub struct RunConfig {
     pub ao_pace: Pace,
     /// Which system calls the VMM may make.
     pub seccomp: Mode,
-    /// Whether it ends where the guest would start over.
+    /// Whether the VM ends where the guest would start over.
     pub no_reboot: bool,
 }

@@ -1,4 +1,5 @@
-//! One `mce-relay run`: the VM from its first boot to its end, its name, and what it leaves. In the VMM's process.
+//! One `mce-relay run`: the VM from its first boot to its end, its name, and the record that it leaves. In the VMM's
+//! process.
 
 pub mod boots;
 pub mod config;

@@ -1,7 +1,7 @@
 //! Names of running VMs: where their API sockets are.
 //!
-//! A name is a socket in a directory that belongs to the user alone. Beside the sockets is what each name's last
-//! VM has left, see [`record`]: few files of limited size, which the next one replaces.
+//! A name is a socket in a directory that belongs to the user alone. Beside the sockets is the record that each name's
+//! last VM left, see [`record`]: few files of limited size, which the next VM of that name replaces.
 
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -14,11 +14,11 @@ use crate::session::record;
 
 /// The longest name, in bytes: a socket's path has room for 107.
 const MAX_LEN: usize = 48;
-/// How long the VM that may have a name may leave a connection waiting.
+/// How long a VM that may have the name may leave a connection waiting.
 const ANSWER: Duration = Duration::from_secs(1);
-/// What is behind a VM's name in that of its socket.
+/// The suffix of a socket's file name, behind the VM's name.
 pub const SUFFIX: &str = ".sock";
-/// The directory beside the sockets, with one for each name.
+/// The directory of the records, beside the sockets, with a directory for each name.
 pub const RECORDS: &str = "records";
 
 /// The name of a VM.
@@ -49,13 +49,13 @@ impl FromStr for VmName {
     }
 }
 
-/// Why a VM cannot be called so.
+/// Why a VM cannot have this name.
 #[derive(Debug, thiserror::Error)]
 pub enum NameError {
-    /// One runs already.
+    /// A VM with this name runs already.
     #[error("a VM called {0:?} runs already; choose another name")]
     Taken(String),
-    /// One is there, and does not answer.
+    /// A VM with this name exists, and does not answer.
     #[error(
         "a VM called {name:?} is there already, and does not answer: {peer}. Or choose another name"
     )]
@@ -65,7 +65,7 @@ pub enum NameError {
         /// Its process.
         peer: Peer,
     },
-    /// The directory of the sockets is no good.
+    /// The directory of the sockets cannot be used.
     #[error("cannot use {dir} for the sockets of named VMs", dir = .dir.display())]
     Dir {
         /// The directory.
@@ -87,17 +87,17 @@ pub fn dir() -> PathBuf {
     }
 }
 
-/// The directory of a named VM's socket. When this is dropped, and it was the last VM's, it goes if it lies
-/// among temporary files, where nobody else would take it away.
+/// The directory of a named VM's socket. Dropping this removes the directory if no other VM uses it and it lies among
+/// temporary files, where nothing else would remove it.
 #[derive(Debug)]
 pub struct Leaving {
     dir: PathBuf,
-    /// What the VM has left, where nobody will want to look at it.
+    /// The VM's record, if it is to be removed.
     record: Option<PathBuf>,
 }
 
 impl Leaving {
-    /// Of the socket at `path`.
+    /// For the socket at `path`.
     #[must_use]
     pub fn of(path: &Path) -> Option<Self> {
         let dir = path.parent()?;
@@ -105,8 +105,8 @@ impl Leaving {
             .then(|| Self { dir: dir.to_owned(), record: None })
     }
 
-    /// The VM called `name` ended as somebody wanted it to: its record goes, too. That of the one before it, which
-    /// then did not, stays.
+    /// Notes that the VM called `name` ended as the user wanted: its record is removed, too. The record of the VM
+    /// before it, which had failed, stays.
     pub fn forget(&mut self, name: &VmName) {
         self.record = Some(record_dir_in(&self.dir, &name.0));
     }
@@ -118,7 +118,7 @@ impl Drop for Leaving {
             record::forget(record);
             let _ = std::fs::remove_dir(self.dir.join(RECORDS));
         }
-        // Of other VMs it is not empty, and stays.
+        // It is not empty, and stays, while other VMs use it.
         if let Err(error) = std::fs::remove_dir(&self.dir) {
             log::debug!("{} stays: {error}", self.dir.display());
         }
@@ -131,7 +131,7 @@ pub fn socket_in(dir: &Path, name: &VmName) -> PathBuf {
     dir.join(format!("{}{SUFFIX}", name.0))
 }
 
-/// The path for the socket of a new VM called `name`. There may be one at which nobody listens any more.
+/// The path for the socket of a new VM called `name`. A socket at which no process listens any more may be there.
 ///
 /// # Errors
 /// The name is taken, or there is no directory for it.
@@ -142,7 +142,7 @@ pub fn claim(name: &VmName) -> Result<PathBuf, NameError> {
 fn claim_in(dir: &Path, name: &VmName) -> Result<PathBuf, NameError> {
     let failed = |source| NameError::Dir { dir: dir.to_owned(), source };
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(failed)?;
-    // In /tmp somebody else may have been there first.
+    // In /tmp another user may have made it before.
     let found = dir.symlink_metadata().map_err(failed)?;
     // SAFETY: has no preconditions.
     let uid = unsafe { libc::geteuid() };
@@ -151,7 +151,7 @@ fn claim_in(dir: &Path, name: &VmName) -> Result<PathBuf, NameError> {
         return Err(failed(io::Error::other(words)));
     }
     let path = socket_in(dir, name);
-    // Of two who come here at once the second is told when it makes its socket.
+    // If two processes come here at once, the second one's error is reported when it makes its socket.
     match peer::holder(&path, ANSWER) {
         Holder::Nobody => Ok(path),
         Holder::Somebody => Err(NameError::Taken(name.0.clone())),

@@ -1,4 +1,4 @@
-//! What leads out of this process, from the first boot to the end.
+//! The outputs of this process (serial lines, events, API), from the first boot to the end.
 
 use log::warn;
 
@@ -12,7 +12,7 @@ use crate::sandbox::seccomp::Filters;
 use crate::session::config::RunConfig;
 use crate::session::{names, record};
 
-/// What does not change from boot to boot.
+/// What is the same in every boot.
 pub(super) struct Session<'a> {
     pub(super) config: &'a RunConfig,
     pub(super) filters: &'a Filters,
@@ -21,7 +21,7 @@ pub(super) struct Session<'a> {
 }
 
 impl Session<'_> {
-    /// Writes down what a named VM is to leave. It runs without, too.
+    /// Starts the record that a named VM leaves. If that fails the VM runs without one.
     fn keep_a_record(&self) {
         let Some(name) = &self.config.name else { return };
         let dir = names::record_dir(name);
@@ -34,11 +34,11 @@ impl Session<'_> {
     }
 }
 
-/// What leads out of this process; opened when the first VM is all but made, and then kept.
+/// The outputs of this process: opened when the first VM is almost built, and then kept.
 #[derive(Default)]
 pub(crate) struct Outlets {
     pub(super) lines: Option<SerialLines>,
-    /// Of the event monitor, if it had to be opened before.
+    /// The event monitor's file, if it had to be opened before.
     pub(super) monitor_file: Option<Appended>,
     pub(super) boot: u32,
 }

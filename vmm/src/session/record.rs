@@ -1,10 +1,11 @@
-//! What a named VM leaves: its events, its ledger, and how it ended.
+//! The record that a named VM leaves: its events, its ledger, and how it ended.
 //!
-//! They are written while it runs, as an end in a signal handler (exit status 7 and 8) or by SIGKILL leaves no
-//! time for that. The files are few and bounded: events in two of 1 MiB, the ledger in two that are written in turn
-//! (so that one is whole at any moment), of 4,096 pages at most, and a line for the end. The next VM of that name
-//! begins them anew; those of the VM before stay once more, as `previous.…`. Where a VM that ended as it was to
-//! leaves nothing (see [`forget`]), they stay until one fails.
+//! It is written while the VM runs, as an end in a signal handler (exit status 7 and 8) or by SIGKILL leaves no time
+//! for that. The files are few and bounded: two of events of 1 MiB each; two of the ledger, of 4,096 pages at most,
+//! written in turn so that one is whole at any moment; and one with a line for the end. The next VM of that name begins
+//! them anew and keeps the previous VM's once more, as `previous.…`. Among temporary files (see
+//! [`super::names::Leaving`]) a VM that ends as the user wanted removes its own (see [`forget`]), so the record of an
+//! earlier failure stays there until the next one.
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Seek, Write};
@@ -27,25 +28,25 @@ use crate::outlets::files::{Appended, LogFile};
 
 pub mod dying;
 
-/// The length at which a file of events is put aside, in bytes.
+/// The length at which a file of events is replaced by a new one, in bytes.
 const MAX_EVENTS: u64 = 1 << 20;
 /// The most pages of each list of the ledger that are kept.
 const MAX_PAGES: usize = 4096;
-/// The ledger is written no more often than this.
+/// The least time between two writes of the ledger.
 const PAUSE: Duration = Duration::from_secs(1);
-/// Nor does it take more than one part in so many of the time.
+/// Writing it takes at most one part in this many of the time.
 const SHARE: u32 = 50;
 
 /// The file of events, a line of JSON each.
 pub const EVENTS: &str = "events";
-/// That of the events before.
+/// The file of earlier events.
 pub const OLDER_EVENTS: &str = "events.1";
-/// The two files of the ledger, the older and the newer in whatever order.
+/// The two files of the ledger; either may be the newer one.
 pub const LEDGERS: [&str; 2] = ["ledger.0", "ledger.1"];
 /// The file that says how the VM ended.
 pub const END: &str = "end";
 const FILES: [&str; 5] = [EVENTS, OLDER_EVENTS, LEDGERS[0], LEDGERS[1], END];
-/// Bytes of the line for the end for which there is room from the start: the disk may be full then.
+/// Bytes that are reserved from the start for the line about the end, as the disk may be full then.
 const RESERVED: usize = 1024;
 
 fn previous(dir: &Path, name: &str) -> PathBuf {
@@ -57,7 +58,7 @@ fn unix_now() -> f64 {
     since.unwrap_or(Duration::ZERO).as_secs_f64()
 }
 
-/// Writes down what is to be left, in `dir`, until the monitor ends; for the VM called `name`.
+/// Keeps the record of the VM called `name` in `dir`, until the monitor ends.
 ///
 /// # Errors
 /// The files cannot be made.
@@ -82,36 +83,36 @@ pub fn begin(dir: &Path, name: &str, monitor: &Monitor, current: &Current) -> io
     let current = current.clone();
     monitor.spawn("ledger", move |follower| keep_ledger(follower, &current, &slots))?;
     let words = format!("mce-relay: {}\n", where_to_look(name));
-    // Both are for handlers, and stay as long as the process.
+    // Signal handlers use both, so they stay as long as the process.
     dying::prepare(end.into_raw_fd(), words.into_bytes().leak());
     Ok(())
 }
 
-/// Fills the file with empty lines, which say nothing.
+/// Fills the file with empty lines, which mean nothing.
 fn reserve(end: &mut File) -> io::Result<()> {
     end.write_all(&[b'\n'; RESERVED])?;
     end.rewind()
 }
 
-/// Takes away what the last VM has left in `dir`; what the one before it left there takes its place.
+/// Removes the record of the last VM in `dir`, and puts the previous VM's in its place.
 pub fn forget(dir: &Path) {
     for file in FILES {
         let own = dir.join(file);
-        // There may be neither.
+        // Both may be missing.
         let _ = std::fs::remove_file(&own);
         let _ = std::fs::rename(previous(dir, file), &own);
     }
-    // With something of the one before in it, it stays.
+    // Not empty, and kept, if it has the previous VM's record.
     let _ = std::fs::remove_dir(dir);
 }
 
-/// Whether something is left of the VM of this process.
+/// Whether a record is kept of this process's VM.
 #[must_use]
 pub fn are_kept() -> bool {
     dying::file().is_some()
 }
 
-/// Words for the end of a run.
+/// Where the record can be read, for the message at the end of a run.
 #[must_use]
 pub fn where_to_look(name: &str) -> String {
     format!(
@@ -119,7 +120,7 @@ pub fn where_to_look(name: &str) -> String {
     )
 }
 
-/// Writes the ledger down after each event, as often as is good.
+/// Writes the ledger after events, within the limits above.
 fn keep_ledger(mut follower: Follower, current: &Current, slots: &[File; 2]) {
     let (mut turn, mut failing) = (0_usize, false);
     loop {
@@ -137,7 +138,7 @@ fn keep_ledger(mut follower: Follower, current: &Current, slots: &[File; 2]) {
                     turn += 1;
                     failing = false;
                 }
-                // The same one is tried again: the other is whole.
+                // The same file is retried: the other one is whole.
                 Err(error) if !failing => {
                     failing = true;
                     log::warn!("the ledger cannot be kept: {error}; it is tried again");
@@ -152,7 +153,7 @@ fn keep_ledger(mut follower: Follower, current: &Current, slots: &[File; 2]) {
     }
 }
 
-/// How many there are of what is kept in part.
+/// Full counts of lists that are kept in part.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Counts {
     /// Bad pages.
@@ -173,7 +174,7 @@ impl Counts {
 fn write_ledger(relay: &Handle, info: &VmInfo, slot: &File) -> io::Result<()> {
     let counts = serde_json::to_string(&relay.inspect(Counts::of))?;
     let begin = format!("{{\"unix_time\":{},\"in_all\":{counts},\"status\":", unix_now());
-    // One that is not complete is no JSON.
+    // A file that is written in part is not valid JSON.
     slot.set_len(0)?;
     let mut at = 0;
     let mut put = |bytes: &[u8]| {
@@ -195,12 +196,12 @@ pub struct End {
     pub status: u8,
     /// When, in seconds since 1970.
     pub unix_time: f64,
-    /// In words; not of one that ended in a handler, whose stderr has them.
+    /// In words; empty for a VM that ended in a handler, whose stderr has them.
     #[serde(default)]
     pub how: Option<String>,
 }
 
-/// Writes down how the VM of this process ended, if it has a name.
+/// Records how the VM of this process ended, if it has a name.
 pub fn end(status: u8, how: &str) {
     let Some(mut file) = dying::file() else { return };
     let line = json!({ "status": status, "unix_time": unix_now(), "how": how });

@@ -1,4 +1,4 @@
-//! `mce-relay run`: boots the guest with the relay in it, and starts it again when it resets itself.
+//! `mce-relay run`: boots the guest with the relay, and starts it again when it resets itself.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -68,9 +68,9 @@ pub enum RunError {
 /// # Errors
 /// The guest could not be started.
 pub fn run(config: &RunConfig) -> Result<u8, RunError> {
-    // Before any thread is started, as is what follows.
+    // This and what follows is done before any thread is started.
     allocator::keep_small();
-    // They inherit it, and only the relay's own takes AOs.
+    // The threads inherit late kill, and only the relay's own thread takes AOs.
     KillPolicy::Late.set().map_err(RunError::Policy)?;
     let filters = Filters::new(config.seccomp)?;
     filters.apply(Role::Main)?;
@@ -85,24 +85,24 @@ pub fn run(config: &RunConfig) -> Result<u8, RunError> {
         (None, Some(name)) => Some(names::claim(name)?),
         (None, None) => None,
     };
-    // Dropped behind the API, which takes the socket away.
+    // Dropped after the API, which removes the socket.
     let mut leaving = socket.as_deref().and_then(names::Leaving::of);
     let api = socket
         .as_ref()
         .map(|path| Api::start(path, current.clone(), monitor.hub().clone(), &filters));
-    let _api = api.transpose().map_err(|error| whose(error, config))?;
+    let _api = api.transpose().map_err(|error| api_error(error, config))?;
     if !Path::new(memory_failure::EARLY_KILL_SYSCTL).exists() {
         warn!(
             "this host's kernel has no memory failure handling (CONFIG_MEMORY_FAILURE): \
              there will be nothing to relay; `mce-relay check` says more"
         );
     }
-    // Whoever follows events is told that there are no more before the API goes.
+    // Ends the events before the API goes, so that its followers are told.
     let _end = EndOfEvents(&monitor);
     let (outlets, ledger) = (Outlets { monitor_file, ..Outlets::default() }, Ledger::default());
     let mut machine = Machine { config, filters, socket, ram, monitor: &monitor, outlets, ledger };
     let ended = machine.run_to_its_end(&current);
-    // What the guest said comes before what is said of it.
+    // The guest's last output comes before the messages about its end.
     machine.outlets = Outlets::default();
     let (status, how) = match &ended {
         Ok(reason) => (exit_status(reason), reason.to_string()),
@@ -112,7 +112,7 @@ pub fn run(config: &RunConfig) -> Result<u8, RunError> {
     monitor.emit(VmEvent::Ended { how, status });
     let reason = ended?;
     if matches!(reason, ExitReason::Stopped(StopCause::Console)) {
-        // The guest has left the cursor somewhere, and the shell's prompt comes next.
+        // The cursor may be anywhere in a line, and the shell's prompt comes next.
         eprint!("\r\nmce-relay: {reason}\r\n");
     }
     if !matches!(reason, ExitReason::PowerOff | ExitReason::Stopped(_)) {
@@ -128,7 +128,7 @@ pub fn run(config: &RunConfig) -> Result<u8, RunError> {
     Ok(status)
 }
 
-/// Sees early that what is to be written to can be; it is touched when nothing else can go wrong.
+/// Checks early whether the output files can be made; they are touched only when nothing else can fail.
 fn check_files(config: &RunConfig) -> Result<(), RunError> {
     let of = |serial: &SerialMode| match serial {
         SerialMode::File(to) => Some(to.clone()),
@@ -143,8 +143,8 @@ fn check_files(config: &RunConfig) -> Result<(), RunError> {
     Ok(())
 }
 
-/// Opens the event monitor's file if it is a FIFO or a device, which there is no harm in. A FIFO is waited for,
-/// while a signal still ends this process.
+/// Opens the event monitor's file now if it is a FIFO or a device, which does no harm. Opening a FIFO waits for a
+/// reader; a signal still ends this process meanwhile.
 fn open_pipe(config: &RunConfig) -> Result<Option<Appended>, MonitorError> {
     let Some(to) = &config.event_monitor else { return Ok(None) };
     match to.path.metadata() {
@@ -153,8 +153,8 @@ fn open_pipe(config: &RunConfig) -> Result<Option<Appended>, MonitorError> {
     }
 }
 
-/// An API socket at which somebody answers is another VM of that name.
-fn whose(error: ApiError, config: &RunConfig) -> RunError {
+/// If a process answers at the API socket of a named VM, the name is taken.
+fn api_error(error: ApiError, config: &RunConfig) -> RunError {
     match (&error, &config.name) {
         (ApiError::Bind { source: BindError::Answers, .. }, Some(name)) => {
             NameError::Taken(name.as_str().to_owned()).into()
@@ -184,7 +184,7 @@ fn exit_status(reason: &ExitReason) -> u8 {
         ExitReason::TripleFault { .. } => 4,
         ExitReason::KvmError { .. } => 5,
         ExitReason::Undeliverable(_) => 6,
-        // As a shell would say it; signals are 1 to 64.
+        // As a shell reports it; signals are 1 to 64.
         ExitReason::Stopped(StopCause::Signal(signal)) => {
             128 + u8::try_from(*signal).unwrap_or_default()
         }

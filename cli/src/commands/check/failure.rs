@@ -59,7 +59,7 @@ fn recovery(value: &str) -> Found {
     }
 }
 
-/// What the sysctl means. The VMM gets along with either: its threads have policies of their own.
+/// What the sysctl means. The VMM works with either value, as its threads have policies of their own.
 fn by_default(value: &str) -> Found {
     let meaning = match value {
         "0" => "AOs go to threads that ask for them, as the VMM's does",
@@ -72,9 +72,9 @@ fn by_default(value: &str) -> Found {
     Ok(format!("vm.{EARLY_KILL} = {value}: {meaning}"))
 }
 
-/// Tries it on a thread of its own, so that this one's policy stays as it is.
+/// Tries it on a separate thread, so that this one keeps its policy.
 fn pr_mce_kill() -> Found {
-    // `set` reads back what the kernel holds then.
+    // `set` also reads back what the kernel holds.
     let tried = thread::Builder::new().spawn(|| KillPolicy::Early.set());
     match tried.map(thread::JoinHandle::join) {
         Ok(Ok(Ok(()))) => Ok("a thread can ask for early kill".to_owned()),
@@ -90,13 +90,13 @@ fn soft_offline() -> Found {
             Err(Gap::Missing("vm.enable_soft_offline = 0: the host refuses it".to_owned()))
         }
         Ok(value) => Ok(format!("vm.enable_soft_offline = {value}")),
-        // There was no switch for it before Linux 6.11.
+        // Before Linux 6.11 it had no switch.
         Err(Gap::Missing(_)) if sysctl(EARLY_KILL).is_ok() => Ok("always on".to_owned()),
         Err(gap) => Err(gap),
     }
 }
 
-/// How much of this host's memory is out of use. Where the kernel does not count, it may be some.
+/// How much of this host's memory is out of use. Unknown where the kernel does not count it.
 fn lost() -> Found {
     let meminfo = read("/proc/meminfo")?;
     let amount = hardware_corrupted(&meminfo)

@@ -1,4 +1,4 @@
-//! How bad pages are found that no signal told of, and what the host says of its page frames.
+//! How bad pages without a signal are found, and what the host shows of its page frames.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -95,7 +95,7 @@ fn frame_numbers() -> Found {
     }
 }
 
-/// Whether the entry of the first page frame can be read from a file that has one for each.
+/// Whether the entry of the first page frame can be read from a file with an entry for each frame.
 fn per_frame(path: &str) -> Found {
     match File::open(path).and_then(|file| file.read_exact_at(&mut [0; 8], 0)) {
         Ok(()) => Ok("readable".to_owned()),

@@ -1,4 +1,4 @@
-//! What is found, and why something is not.
+//! The result of a check: what was found, or why something was not.
 
 use std::error::Error;
 use std::fmt::Display;
@@ -8,17 +8,17 @@ use std::iter::successors;
 
 use mce_relay_vmm::words::with_causes;
 
-/// Where debugfs belongs.
+/// The usual mount point of debugfs.
 pub(super) const DEBUGFS: &str = "/sys/kernel/debug";
-/// Where tracefs belongs. Not below debugfs: to look there would mount it.
+/// The usual mount point of tracefs. Not the one below debugfs: looking there would mount it.
 const TRACEFS: &str = "/sys/kernel/tracing";
-/// What to do about what this user cannot see.
+/// What to do about something that this user is not shown.
 pub(super) const AS_ROOT: &str = "run as root";
-/// And where that is root already.
+/// The same, if this user is root already.
 const OUTSIDE: &str = "look on the host itself: root of a container, a user namespace or a locked-down kernel may not \
                        see it either";
 
-/// What to do about what this process cannot see.
+/// What to do about something that this process is not shown.
 pub(super) fn to_see() -> &'static str {
     // SAFETY: has no preconditions.
     match unsafe { libc::geteuid() } {
@@ -27,7 +27,7 @@ pub(super) fn to_see() -> &'static str {
     }
 }
 
-/// Words about what is there, or about why nothing can be said to be there.
+/// What was found, in words, or why it cannot be said to be there.
 pub(super) type Found = Result<String, Gap>;
 
 /// Why something cannot be said to be there.
@@ -37,9 +37,9 @@ pub(super) enum Gap {
     Missing(String),
     /// It is there, and should not be.
     InTheWay(String),
-    /// It may be there.
+    /// It is not known whether it is there.
     Unknown {
-        /// Words about that.
+        /// Why not.
         found: String,
         /// What to do to know more.
         mend: &'static str,
@@ -51,7 +51,7 @@ impl Gap {
         Self::Unknown { found: format!("{what} cannot be seen by this user"), mend: to_see() }
     }
 
-    /// What it means that `what` could not be used.
+    /// The gap for an error on using `what`.
     pub(super) fn io(what: impl Display, error: &io::Error) -> Self {
         match error.kind() {
             ErrorKind::PermissionDenied => Self::hidden(what),
@@ -60,7 +60,7 @@ impl Gap {
         }
     }
 
-    /// The same for an error that says itself what it is about.
+    /// The same for an error whose text says what it is about.
     pub(super) fn of(what: impl Display, error: &(dyn Error + 'static)) -> Self {
         let denied = successors(Some(error), |error| (*error).source())
             .filter_map(|error| error.downcast_ref::<io::Error>())
@@ -69,7 +69,7 @@ impl Gap {
     }
 }
 
-/// `path` in fewer words, where it is in a file system that people know by its name.
+/// `path` in a shorter form, if it is in a well-known file system.
 fn in_words(path: &str) -> String {
     for (root, name) in [(DEBUGFS, "debugfs"), (TRACEFS, "tracefs")] {
         if let Some(file) = path.strip_prefix(root).and_then(|rest| rest.strip_prefix('/')) {

@@ -1,4 +1,4 @@
-//! KVM, and what it makes of a guest's machine checks.
+//! KVM, and what it supports of a guest's machine checks.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -61,7 +61,7 @@ pub(super) fn look(section: &mut Section<'_>) {
     section.add("machine", machine(), Missing, "mount -t proc proc /proc");
 }
 
-/// Why nothing more is known where there is no /dev/kvm for this user.
+/// The gap of every check that needs /dev/kvm, if this user cannot open it.
 pub(super) fn without_kvm() -> Gap {
     Gap::Unknown { found: "not known without /dev/kvm".to_owned(), mend: "see /dev/kvm" }
 }
@@ -92,7 +92,7 @@ fn banks(kvm: &Kvm) -> Found {
     }
 }
 
-/// What KVM makes of what the VMM asks for. It says nothing of what it leaves out.
+/// Which of the capabilities that the VMM asks for KVM keeps. KVM does not say which it drops.
 fn held(kvm: &Kvm, offered: u64) -> Found {
     let asked = (offered & (cap::CTL_P | cap::SER_P | cap::LMCE_P)) | u64::from(BANKS);
     let held = mce_inject::held(kvm, asked).map_err(failed)?;
@@ -103,7 +103,7 @@ fn held(kvm: &Kvm, offered: u64) -> Found {
     Ok(format!("asked {asked:#x}, holds {held:#x}: {}{left_out}", bits(held)))
 }
 
-/// Without KVM's a guest can be shown LMCE by the VMM, which then answers for its registers.
+/// Where KVM has no LMCE, the VMM can show it to a guest and answer for its registers.
 fn lmce(offered: u64, msr_exits: bool) -> Found {
     if offered & cap::LMCE_P != 0 {
         Ok("offered by KVM".to_owned())
@@ -127,7 +127,7 @@ fn msr_exits(kvm: &Kvm) -> Found {
 
 fn machine() -> Found {
     let file = File::open(CPUINFO).map_err(|error| Gap::io(CPUINFO, &error))?;
-    // The first processor will do. There may be hundreds.
+    // The first processor is enough; there may be hundreds.
     let lines = BufReader::new(file).lines().map_while(Result::ok);
     match lines.take(64).find_map(|line| has_flag(&line, "hypervisor")) {
         Some(true) => {

@@ -1,4 +1,4 @@
-//! What the host has for guests to be made of: huge pages of either kind.
+//! The memory that guests can be made of: huge pages of both kinds.
 
 use std::fmt;
 use std::fs::{self, DirEntry};
@@ -40,9 +40,9 @@ struct Pool {
     kib: u64,
     /// Pages in it.
     pages: u64,
-    /// Those of them that nobody uses.
+    /// How many of them are unused.
     free: u64,
-    /// Pages that the kernel adds when they are asked for.
+    /// How many more the kernel adds on demand.
     more: u64,
 }
 
@@ -115,7 +115,7 @@ fn transparent() -> Found {
     }
 }
 
-/// The one of several words that is in brackets.
+/// The word in brackets among several.
 fn selected(text: &str) -> &str {
     let word = text.split_once('[').and_then(|(_, rest)| rest.split_once(']'));
     word.map_or(NOT_KNOWN, |(word, _)| word)

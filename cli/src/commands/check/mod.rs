@@ -1,7 +1,7 @@
-//! What this host and its kernel offer, line by line, each with what to do about it.
+//! Shows what this host and its kernel offer, line by line, each with what to do about it.
 //!
-//! Everything is looked at, or tried where nothing comes of it: no memory is poisoned, no module
-//! loaded, nothing mounted and no setting changed. Each group of lines has a file of its own.
+//! Everything is only looked at, or tried where that changes nothing: no memory is poisoned, no module loaded, nothing
+//! mounted and no setting changed. Each group of lines has a file of its own.
 
 pub mod failure;
 pub mod finding;

@@ -12,11 +12,11 @@ use crate::poison::host::{filter, host_mce_injector, hwpoison_inject};
 
 const MCELOG: &str = "/dev/mcelog";
 const MCE_INJECT: &str = "/sys/kernel/debug/mce-inject";
-/// The switch of hwpoison-inject's filters, and the one of them that needs CONFIG_MEMCG.
+/// The switch of hwpoison-inject's filters, and the filter that needs CONFIG_MEMCG.
 const FILTER_SWITCH: &str = "/sys/kernel/debug/hwpoison/corrupt-filter-enable";
 const MEMCG_FILTER: &str = "/sys/kernel/debug/hwpoison/corrupt-filter-memcg";
 
-/// What loads `module`, whose files are in debugfs, if a kernel was built with `config`.
+/// How to load `module`, whose files are in debugfs, if the kernel was built with `config`.
 fn load(module: &str, config: &str) -> String {
     let load = format!("as root: modprobe {module} ({config})");
     match privileges::has_debugfs() {
@@ -29,7 +29,7 @@ pub(super) fn look(section: &mut Section<'_>) {
     use Standing::Missing;
 
     let inject = there(hwpoison_inject::CORRUPT_PFN);
-    // Without the module it is the module that is missing, and without the kernel's part that.
+    // Without the module this says that the module is missing; without the kernel's part that that is.
     let is_loaded = inject.is_ok();
     let handles = sysctl("memory_failure_early_kill");
     let load_hwpoison = match handles {
@@ -111,14 +111,14 @@ fn uffd_mend(error: &io::Error) -> &'static str {
     }
 }
 
-/// What takes pages back into use. The kernel does not say whether it still does that.
+/// Whether poisoned pages can be taken back into use. The kernel does not say whether it still does that.
 fn unpoison() -> Found {
     let words = there(hwpoison_inject::UNPOISON_PFN)?;
     let meminfo = read("/proc/meminfo").unwrap_or_default();
     still_unpoisons(&words, failure::hardware_corrupted(&meminfo).unwrap_or("0 kB"))
 }
 
-/// What that means with so much memory out of use.
+/// The same, when `lost` memory is out of use.
 fn still_unpoisons(words: &str, lost: &str) -> Found {
     const REFUSED: &str =
         "refused from the first hardware error on, and mce-inject's count as such";
@@ -134,7 +134,7 @@ fn still_unpoisons(words: &str, lost: &str) -> Found {
     }
 }
 
-/// What holds pages back from hwpoison-inject now: it leaves those as they are, without a word.
+/// The filter that is in force in hwpoison-inject now: it silently ignores the pages that do not pass.
 fn filter_in_force() -> Found {
     there(FILTER_SWITCH)?;
     match filter::left_over() {
@@ -144,7 +144,7 @@ fn filter_in_force() -> Found {
     }
 }
 
-/// MADV_HWPOISON and MADV_SOFT_OFFLINE: to try them is to lose a page.
+/// MADV_HWPOISON and MADV_SOFT_OFFLINE. They are not tried, as that would cost a page.
 fn madvise() -> Found {
     privileges::cap_sys_admin()?;
     sysctl("memory_failure_early_kill").map(|_| "allowed: CAP_SYS_ADMIN is effective".to_owned())

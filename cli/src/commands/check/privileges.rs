@@ -1,4 +1,4 @@
-//! What this user may do, and what it may look at.
+//! What this user may do and see.
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
@@ -11,7 +11,7 @@ use super::gap::{DEBUGFS, Found, Gap, read, there};
 use super::kvm::without_kvm;
 use super::section::{Section, Standing};
 
-/// The event of each memory failure: in older kernels among those of RAS, in newer ones of its own.
+/// The tracepoint of memory failures: among those of RAS in older kernels, on its own in newer ones.
 const EVENTS: [&str; 2] = [
     "/sys/kernel/tracing/events/memory_failure/memory_failure_event",
     "/sys/kernel/tracing/events/ras/memory_failure_event",
@@ -52,13 +52,13 @@ fn user() -> Found {
     })
 }
 
-/// Whether the kernel takes this process for an administrator.
+/// Whether this process is an administrator for the kernel.
 pub(super) fn cap_sys_admin() -> Found {
     let me = credentials()?;
     if !me.has(CAP_SYS_ADMIN) {
         return Err(Gap::Missing(format!("CAP_SYS_ADMIN is not in CapEff {:#x}", me.caps)));
     }
-    // A kernel without user namespaces has no such file.
+    // A kernel without user namespaces does not have this file.
     if let Ok(map) = read("/proc/self/uid_map")
         && !is_of_the_host(&map)
     {

@@ -1,4 +1,4 @@
-//! All that was looked at, as it is shown.
+//! The report of all checks.
 
 use serde::Serialize;
 
@@ -7,15 +7,15 @@ use crate::commands::check::section::{Line, Section, Standing};
 use crate::commands::check::{failure, finding, kvm, memory, poisoning, privileges};
 use crate::output::table::{self, Cell, Color};
 
-/// All that was looked at.
+/// The report of all checks.
 #[derive(Debug, Serialize)]
 pub struct Report {
-    /// One line for each thing, those of a group in a row.
+    /// One line for each check, grouped.
     pub lines: Vec<Line>,
 }
 
 impl Report {
-    /// Whether nothing is missing without which no error can be relayed.
+    /// Whether errors can be relayed: nothing that is needed for it is missing.
     pub fn relays(&self) -> bool {
         self.lines.iter().all(|line| line.standing != Standing::Needed)
     }
@@ -57,7 +57,7 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// Writes the lines of a group.
+/// Writes a group's lines.
 type Look = fn(&mut Section<'_>);
 
 /// The groups, in order.
@@ -70,7 +70,7 @@ const GROUPS: [(&str, Look); 6] = [
     ("privileges", privileges::look),
 ];
 
-/// Looks at everything. It changes nothing on the host.
+/// Makes all checks. Changes nothing on the host.
 pub fn check() -> Report {
     let mut report = Report { lines: Vec::new() };
     for (group, look) in GROUPS {

@@ -1,4 +1,4 @@
-//! One thing that was looked at, and those that belong together.
+//! One check's line, and a group of them.
 
 use std::borrow::Cow;
 
@@ -6,30 +6,30 @@ use serde::Serialize;
 
 use crate::commands::check::gap::{Found, Gap};
 
-/// How a thing stands.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Standing {
     /// It is there.
     Ok,
-    /// It is not there, or not as it should be, and something else has to do.
+    /// It is not there, or not as it should be; the relay works without it.
     Missing,
     /// It is not there, and no error can be relayed without it.
     Needed,
     /// It is there, and should not be.
     InTheWay,
-    /// It cannot be seen by this user, or not without something else that is not there.
+    /// This user is not shown it, or it depends on something that is missing.
     Unknown,
 }
 
-/// One thing that was looked at.
+/// One check's line.
 #[derive(Debug, Clone, Serialize)]
 pub struct Line {
-    /// What it has to do with.
+    /// Its group.
     pub group: &'static str,
-    /// What.
+    /// What was checked.
     pub name: &'static str,
-    /// How it stands.
+    /// The result.
     pub standing: Standing,
     /// What was seen.
     pub found: String,
@@ -37,15 +37,15 @@ pub struct Line {
     pub mend: Cow<'static, str>,
 }
 
-/// A group of lines that is being written.
+/// A group to which lines are added.
 pub(crate) struct Section<'a> {
     pub(super) group: &'static str,
     pub(super) lines: &'a mut Vec<Line>,
 }
 
 impl Section<'_> {
-    /// The line for what was `found`; where it is `missing`, this is how that stands and how it is
-    /// mended.
+    /// Adds the line for `found`. If something is missing, `missing` is the result to show, and `mend` what to do about
+    /// it.
     pub(super) fn add(
         &mut self,
         name: &'static str,

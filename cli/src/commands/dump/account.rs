@@ -12,7 +12,7 @@ use super::form::Form;
 use super::ram::{add, len_of};
 use super::vmcoreinfo::Kernel;
 
-/// A dump of a guest's memory; in JSON, what is written beside a raw image.
+/// The account of a dump; in JSON it is also written beside a raw image.
 #[derive(Debug, Serialize)]
 pub struct Dumped {
     /// The VMM's version.
@@ -24,20 +24,20 @@ pub struct Dumped {
     /// Whether the VM was paused both before the first byte was read and after the last. If not,
     /// parts of the image may be of different moments.
     pub paused: bool,
-    /// Where there is guest RAM.
+    /// The ranges of guest RAM.
     pub memory: Vec<Extent>,
-    /// Bad pages: absent memory in an ELF core, holes in a raw image. Those in a row are one entry.
+    /// Bad pages: absent memory in an ELF core, holes in a raw image. Adjacent pages are one entry.
     pub poisoned: Vec<Extent>,
-    /// Pages that could not be read for another reason; they are in the dump as bad ones are.
+    /// Pages that could not be read for another reason; in the dump they are like bad ones.
     pub unreadable: Vec<Extent>,
-    /// Those of both kinds that are zeros in an ELF core, since its headers had been written when they were
-    /// found. They are in no other list.
+    /// Pages of both kinds that were found when the headers of an ELF core had been written. They are zeros there, and
+    /// in no other list.
     pub late: Vec<Extent>,
-    /// The bytes of pages that are not all zeros. The others are holes.
+    /// Bytes of pages that are not all zeros. The other pages are holes.
     pub bytes: u64,
-    /// What the file is.
+    /// The form of the file.
     pub form: Form,
-    /// What the guest's kernel says of itself; null where it was not found.
+    /// What the guest's kernel says about itself; null if it was not found.
     pub kernel: Option<Kernel>,
     /// The number of vCPUs whose registers are in an ELF core.
     pub registers: usize,
@@ -51,7 +51,7 @@ pub struct Dumped {
 impl fmt::Display for Dumped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (ram, data) = (size(len_of(&self.memory)), size(self.bytes));
-        write!(f, "dumped: {ram} of guest RAM {}, {data} of it data", self.whither())?;
+        write!(f, "dumped: {ram} of guest RAM {}, {data} of it data", self.destination())?;
         let (verb, are) = match self.form {
             Form::Elf => ("is absent", "are absent"),
             Form::Raw => ("is a hole", "are holes"),
@@ -89,7 +89,7 @@ impl fmt::Display for Dumped {
 }
 
 impl Dumped {
-    /// What whoever opens the dump will miss, for people.
+    /// Notes for people on what is missing in the dump.
     #[must_use]
     pub fn notes(&self) -> Vec<&'static str> {
         if self.form == Form::Raw {
@@ -112,12 +112,12 @@ impl Dumped {
         notes
     }
 
-    /// What is absent from an ELF core, by guest-physical address.
+    /// The pages that are absent from an ELF core, by guest-physical address.
     pub(super) fn lost(&self) -> Vec<Lost> {
         lost([(&self.poisoned, State::Poisoned), (&self.unreadable, State::Unreadable)])
     }
 
-    /// Makes all but the first `most` stretches of what is lost late; these.
+    /// Moves all but the first `most` stretches of lost pages to the late ones; returns what was moved.
     pub(super) fn make_late(&mut self, most: usize) -> Vec<Lost> {
         let mut lost = self.lost();
         if lost.len() <= most {
@@ -134,7 +134,7 @@ impl Dumped {
         late
     }
 
-    /// Adds what a second look found as late; these.
+    /// Adds the pages that only the second reading found as late ones; returns them.
     pub(super) fn add_late(&mut self, second: &Self) -> Vec<Lost> {
         let late = [
             (&second.poisoned, State::Poisoned.late()),
@@ -145,7 +145,7 @@ impl Dumped {
         late
     }
 
-    fn whither(&self) -> String {
+    fn destination(&self) -> String {
         match &self.path {
             Some(path) => format!("into {}", path.display()),
             None => "to stdout".to_owned(),
@@ -162,7 +162,7 @@ impl Dumped {
     }
 }
 
-/// By guest-physical address.
+/// Both lists, merged by guest-physical address.
 fn lost(lists: [(&Vec<Extent>, State); 2]) -> Vec<Lost> {
     let with_state = |(list, state): (&Vec<Extent>, State)| {
         list.iter().map(|extent| Lost { extent: *extent, state }).collect::<Vec<_>>()
@@ -176,7 +176,7 @@ fn pages(extents: &[Extent]) -> u64 {
     len_of(extents).div_ceil(PAGE_SIZE)
 }
 
-/// A number of bytes, for people; what does not fit is cut off.
+/// A number of bytes, for people; rounded down.
 pub(super) fn size(bytes: u64) -> String {
     const MIB: u64 = 1 << 20;
     if bytes < MIB {
@@ -188,7 +188,7 @@ pub(super) fn size(bytes: u64) -> String {
     }
 }
 
-/// Where the account of a raw image is.
+/// The path of a raw image's account.
 pub(super) fn list_of(file: &Path) -> PathBuf {
     let mut path = file.as_os_str().to_owned();
     path.push(".json");

@@ -1,12 +1,12 @@
 //! The form of an ELF core of a whole machine, which crash, drgn and makedumpfile read.
 //!
-//! In the file's order: the file header, program headers (one PT_NOTE, and a PT_LOAD for each stretch of whole
-//! guest RAM, whose p_paddr is the guest-physical address), three section headers, the notes, room; then all of
-//! guest RAM without what lies between its blocks; then one note more. Where a page lies does not depend on
-//! which are bad: what is bad has its place, which no PT_LOAD names.
+//! In the file's order: the file header, program headers (one PT_NOTE, and a PT_LOAD for each stretch of whole guest
+//! RAM, whose p_paddr is the guest-physical address), three section headers, the notes, unused room; then all of guest
+//! RAM without the gaps between its blocks; then one more note. Where a page lies in the file does not depend on which
+//! pages are bad: a bad page has its place, but no PT_LOAD covers it.
 //!
-//! The note behind the memory is for pages that are found to be bad when the headers have been written. It has
-//! no program header (crash takes each behind the first for memory), but a section header.
+//! The note behind the memory is for pages that are found to be bad after the headers have been written. It has no
+//! program header (crash takes every one behind the first for memory), but a section header.
 
 use mce_relay_vmm::api::types::registers::Registers;
 use mce_relay_vmm::api::types::vm::Extent;
@@ -26,14 +26,13 @@ use super::ram::{Ram, subtract};
 use super::vmcoreinfo::Kernel;
 use crate::commands::dump::prstatus;
 
-/// The type of our own note: 24 bytes for each stretch of pages, three numbers of 8 bytes, little-endian: the
-/// guest-physical address, the length in bytes, and a [`State`]. A length of 0 is none.
+/// The type of our own note: 24 bytes for each stretch of pages, three little-endian numbers of 8 bytes each: the
+/// guest-physical address, the length in bytes, and a [`State`]. An entry of length 0 is unused.
 pub(super) const NT_PAGES: u32 = 0x4d43_4501;
 const ENTRY: usize = 24;
-/// Room in the note behind the memory, in entries, where that note's size is said before it is known.
+/// Room in the note behind the memory, in entries, for when that note's size has to be stated in advance.
 pub(super) const MOST_LATE: usize = 2048;
-/// Room in the headers, in stretches, where they are written before it is known how many there are. This many
-/// pages are a GiB.
+/// Room in the headers, in stretches, for when they are written before the number is known. That many pages are 1 GiB.
 const MOST_ABSENT: u64 = 1 << 18;
 
 const EHDR: usize = size_of::<FileHeader64<LE>>();
@@ -42,7 +41,7 @@ const SHDR: usize = size_of::<SectionHeader64<LE>>();
 const SECTIONS: usize = 3;
 const NAMES: &[u8] = b"\0.note.mce_relay\0.shstrtab\0\0";
 
-/// What is the matter with pages of our own note.
+/// The state of pages in our own note.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u64)]
 pub(super) enum State {
@@ -66,14 +65,14 @@ impl State {
     }
 }
 
-/// Pages that are not what they were.
+/// A stretch of lost pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Lost {
     pub(super) extent: Extent,
     pub(super) state: State,
 }
 
-/// The account of lost pages, with room for `room` stretches at least.
+/// The description of our own note: lost pages, with room for at least `room` stretches.
 pub(super) fn pages(lost: &[Lost], room: usize) -> Vec<u8> {
     let mut description = Vec::with_capacity(lost.len().max(room) * ENTRY);
     for Lost { extent, state } in lost {
@@ -85,10 +84,10 @@ pub(super) fn pages(lost: &[Lost], room: usize) -> Vec<u8> {
     note::note(NAME_OWN, NT_PAGES, &description)
 }
 
-/// What is said of the machine.
+/// The notes on the machine: registers and vmcoreinfo.
 pub(super) fn machine(kernel: Option<&Kernel>, registers: &[Registers]) -> Vec<u8> {
     let mut notes = Vec::new();
-    // crash takes the first for the vCPUs', in their order.
+    // crash takes the first notes for the vCPUs', in their order.
     for vcpu in registers {
         notes.extend(note::note(NAME_CORE, NT_PRSTATUS.0, &prstatus::prstatus(vcpu)));
     }
@@ -98,25 +97,25 @@ pub(super) fn machine(kernel: Option<&Kernel>, registers: &[Registers]) -> Vec<u
     notes
 }
 
-/// Where the parts of a core are.
+/// The offsets of the parts of a core.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Layout {
     /// Where the memory begins.
     pub(super) memory: u64,
-    /// Where it ends, and the note behind it begins.
+    /// Where it ends and the note behind it begins.
     pub(super) late: u64,
 }
 
 impl Layout {
-    /// With headers for exactly so many stretches of whole memory, and so many bytes of notes.
+    /// For exactly `loads` stretches of whole memory and `notes` bytes of notes.
     pub(super) fn exact(ram: &Ram, loads: usize, notes: usize) -> Self {
         let headers = EHDR + PHDR * (1 + loads) + SHDR * SECTIONS + notes + NAMES.len();
         let memory = (headers as u64).next_multiple_of(PAGE_SIZE);
         Self { memory, late: memory + ram.len() }
     }
 
-    /// With room for whatever may be found while the memory is read; and for how many stretches of lost pages
-    /// that is.
+    /// With room for whatever is found while the memory is read. Also returns for how many stretches of lost pages that
+    /// is.
     pub(super) fn roomy(ram: &Ram, vcpus: usize) -> (Self, usize) {
         let most = usize::try_from((ram.len() / PAGE_SIZE).min(MOST_ABSENT)).unwrap_or(usize::MAX);
         let vmcoreinfo = note::len(NAME_VMCOREINFO, crate::commands::dump::file::PAGE);
@@ -125,18 +124,18 @@ impl Layout {
         (Self::exact(ram, ram.runs.len() + most, notes), most)
     }
 
-    /// Where the memory at `gpa` goes.
+    /// The offset of the memory at `gpa`.
     pub(super) fn offset(&self, ram: &Ram, gpa: u64) -> u64 {
         self.memory + ram.below(gpa)
     }
 }
 
-/// The stretches of memory that are there.
+/// The stretches of memory that are not absent.
 pub(super) fn loads(ram: &Ram, absent: &[Lost]) -> Vec<Extent> {
     subtract(&ram.runs, absent.iter().map(|lost| lost.extent))
 }
 
-/// Everything before the memory, but for zeros up to it. `late` is the length of the note behind it.
+/// Everything before the memory, without the zeros up to it. `late` is the length of the note behind it.
 pub(super) fn headers(
     layout: Layout,
     ram: &Ram,
@@ -156,7 +155,7 @@ pub(super) fn headers(
     }
     let names_at = (notes_at + notes.len()) as u64;
     headers.extend(bytes_of(&SectionHeader64 {
-        // Where there are more than its field of the file header holds (elf(5), e_phnum).
+        // The number of program headers, if its field in the file header is too small (elf(5), e_phnum).
         sh_info: U32::new(LE, u32::try_from(count).unwrap_or(u32::MAX)),
         ..section(0, SHT_NULL, 0, 0)
     }));
@@ -195,8 +194,8 @@ fn file_header(program_headers: usize, sections: usize) -> FileHeader64<LE> {
     }
 }
 
-/// p_vaddr is 0, which makedumpfile takes for unknown: the kernel's page tables tell. p_align is 0, by which
-/// crash knows such a core from another form.
+/// p_vaddr is 0, which makedumpfile takes for unknown: it uses the kernel's page tables. p_align is 0, by which crash
+/// recognises this form of core.
 fn program_header(kind: ProgramType, offset: u64, gpa: u64, len: u64) -> ProgramHeader64<LE> {
     let (flags, align, memory) = match kind {
         PT_NOTE => (ProgramFlags(0), 4, 0),

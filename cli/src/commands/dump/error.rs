@@ -1,4 +1,4 @@
-//! Why memory was not read, or not written down.
+//! Why memory was not read, or a dump not written.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ pub enum DumpError {
     /// The VM does not answer.
     #[error(transparent)]
     Client(#[from] ClientError),
-    /// What was read is of two guests.
+    /// The guest started over meanwhile, so two guests were read.
     #[error(
         "the guest started over while its memory was being read, so the parts do not fit together; \
          try again"
@@ -22,7 +22,7 @@ pub enum DumpError {
     OutsideRam {
         /// The first such address.
         gpa: u64,
-        /// Where there is RAM.
+        /// The ranges of guest RAM.
         ram: String,
     },
     /// A page is bad.
@@ -30,27 +30,27 @@ pub enum DumpError {
     Poisoned {
         /// Guest-physical address of the first byte that could not be read.
         gpa: u64,
-        /// How many bytes before it could be.
+        /// How many bytes before it can be read.
         before: u64,
     },
-    /// There is no memory behind an address any more, and poison is not the reason.
+    /// There is no memory behind an address any more; not because of poison.
     #[error("{error}{rest}", rest = readable(.before))]
     NoMemory {
-        /// The VM's words.
+        /// The VM's reason.
         error: String,
-        /// How many bytes before it could be read.
+        /// How many bytes before it can be read.
         before: u64,
     },
     /// No byte was asked for.
     #[error("--len is 0; expected 1 or more bytes")]
     Nothing,
-    /// Nobody can read bytes there.
+    /// Raw bytes were to go to a terminal.
     #[error(
         "--raw writes the bytes as they are, and stdout is a terminal; \
          send them to a file or a program (> FILE), or leave --raw out"
     )]
     Terminal,
-    /// There is something at the path already.
+    /// The path exists already.
     #[error("{}", exists(.0))]
     Exists(PathBuf),
     /// A file could not be made.
@@ -71,7 +71,7 @@ pub enum DumpError {
         #[source]
         source: io::Error,
     },
-    /// Nobody can read a dump there.
+    /// A dump was to go to a terminal.
     #[error(
         "FILE is -, which writes the dump to stdout, and stdout is a terminal; \
          send it to a file or a program (> FILE), or name a FILE"
@@ -80,25 +80,25 @@ pub enum DumpError {
     /// A stream could not be written.
     #[error("cannot write to stdout")]
     WriteStream(#[source] io::Error),
-    /// A stream has a beginning and no end.
+    /// Writing a stream ended early; what was written stays.
     #[error("stdout has got {bytes} bytes, which are not a complete dump")]
     HalfAStream {
         /// How many bytes were written.
         bytes: u64,
-        /// Why there are no more.
+        /// Why it ended.
         #[source]
         source: Box<DumpError>,
     },
-    /// More pages went bad meanwhile than a stream can say at its end.
+    /// More pages went bad meanwhile than the note at the end of a stream can list.
     #[error(
         "more than {most} stretches of pages went bad while the dump was written; \
          name a FILE, in which there is room for them"
     )]
     TooManyLate {
-        /// How many there is room for.
+        /// How many it can list.
         most: usize,
     },
-    /// The user, or somebody else, ended it.
+    /// A signal ended it.
     #[error(
         "ended by {}{}", signal_name(*.signal),
         .removed.as_ref().map_or_else(String::new, |path| format!("; {} is removed again", path.display()))
@@ -106,13 +106,13 @@ pub enum DumpError {
     Interrupted {
         /// By this signal.
         signal: i32,
-        /// The file that had been begun.
+        /// The incomplete file, which was removed.
         removed: Option<PathBuf>,
     },
 }
 
 impl DumpError {
-    /// The same, of a dump to the file at `path`.
+    /// Names the file at `path` as removed.
     pub(super) fn with_removed(self, path: &Path) -> Self {
         match self {
             Self::Interrupted { signal, .. } => {
@@ -146,7 +146,7 @@ fn exists(path: &Path) -> String {
     }
 }
 
-/// Of those that end a dump.
+/// The name of a signal that ends a dump.
 fn signal_name(signal: i32) -> &'static str {
     match signal {
         libc::SIGINT => "SIGINT (Ctrl-C)",
@@ -155,7 +155,7 @@ fn signal_name(signal: i32) -> &'static str {
     }
 }
 
-/// What can be had all the same.
+/// How to read the bytes before a bad page.
 fn readable(before: &u64) -> String {
     match before {
         0 => String::new(),

@@ -1,4 +1,4 @@
-//! Where a dump is written to.
+//! Writes dumps: to a file, or to a stream.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -10,16 +10,16 @@ use log::warn;
 use super::error::DumpError;
 use super::interrupt::Interrupt;
 
-/// The bytes in which a file has holes.
+/// The granularity of a file's holes, in bytes.
 pub(super) const PAGE: usize = 4096;
 static ZEROS: [u8; PAGE] = [0; PAGE];
 
-/// Files that were made here, and that go again unless all is done.
+/// Files that were made here; dropping this removes them unless the dump is complete.
 #[derive(Default)]
 pub(super) struct Unfinished(Vec<PathBuf>);
 
 impl Unfinished {
-    /// Makes a file that is its owner's alone, as what is in a guest's memory is nobody else's.
+    /// Makes a file with mode 0600, as a guest's memory is its owner's only.
     pub(super) fn create(&mut self, path: &Path) -> Result<File, DumpError> {
         let made = File::options().write(true).create_new(true).mode(0o600).open(path);
         let file = made.map_err(|source| match source.kind() {
@@ -30,7 +30,7 @@ impl Unfinished {
         Ok(file)
     }
 
-    /// All is done.
+    /// The dump is complete.
     pub(super) fn keep(mut self) {
         self.0.clear();
     }
@@ -46,7 +46,7 @@ impl Drop for Unfinished {
     }
 }
 
-/// What cannot be gone back in, from its beginning on.
+/// An output without seeking, written from its beginning on.
 pub(super) struct Stream<'a> {
     to: &'a mut dyn Write,
     interrupt: &'a Interrupt,
@@ -59,7 +59,7 @@ impl<'a> Stream<'a> {
         Self { to, interrupt, at: 0 }
     }
 
-    /// `data` belongs to `offset`; all between this and what came before is zeros.
+    /// Writes `data` at `offset`, with zeros from the last byte up to it.
     pub(super) fn put(&mut self, offset: u64, data: &[u8]) -> Result<(), DumpError> {
         while self.at < offset {
             self.interrupt.check()?;
@@ -69,7 +69,7 @@ impl<'a> Stream<'a> {
         self.write(data)
     }
 
-    /// Writes zeros up to `offset`, and all that is on its way.
+    /// Writes zeros up to `offset`, and flushes.
     pub(super) fn end_at(&mut self, offset: u64) -> Result<(), DumpError> {
         self.put(offset, &[])?;
         self.to.flush().map_err(DumpError::WriteStream)
@@ -82,8 +82,8 @@ impl<'a> Stream<'a> {
     }
 }
 
-/// Calls `take` with each row of pages of `data` that are not all zeros, and where it begins; how many bytes
-/// they were.
+/// Calls `take` with each row of pages of `data` that are not all zeros, and its offset; returns how many bytes these
+/// were.
 pub(super) fn each_part<E>(
     data: &[u8],
     mut take: impl FnMut(u64, &[u8]) -> Result<(), E>,
@@ -101,7 +101,7 @@ pub(super) fn each_part<E>(
     Ok(taken)
 }
 
-/// How many bytes of pages of zeros (or, if not `zeros`, of others) `data` begins with.
+/// Length of the pages of zeros (or, if `zeros` is false, of other pages) at the beginning of `data`.
 fn leading(data: &[u8], zeros: bool) -> usize {
     let pages = data.chunks(PAGE);
     pages.take_while(|page| (**page == ZEROS[..page.len()]) == zeros).map(<[u8]>::len).sum()

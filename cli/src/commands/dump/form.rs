@@ -1,11 +1,11 @@
-//! What a dump is, and where it goes.
+//! The form of a dump, and its target.
 
 use std::io::Write;
 use std::path::Path;
 
 use serde::Serialize;
 
-/// What a dump is.
+/// The form of a dump.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Form {
@@ -19,6 +19,6 @@ pub enum Form {
 pub enum Target<'a> {
     /// A file, which is made, sparse, with mode 0600; none may exist there.
     File(&'a Path),
-    /// Something that takes one byte after the other.
+    /// A stream, without seeking.
     Stream(&'a mut dyn Write),
 }

@@ -1,4 +1,4 @@
-//! Signals that end a dump, and not the process, which has to clear away what it began.
+//! Signals that end a dump but not the process, which has to remove what it began.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -8,8 +8,8 @@ use signal_hook::{SigId, flag, low_level};
 
 use super::error::DumpError;
 
-/// While this lives the first Ctrl-C is to be looked for. The second ends the process, should the first
-/// wait for somebody who does not read.
+/// While this lives the first Ctrl-C only sets a mark. The second ends the process, for a dump that waits for a reader
+/// that does not read.
 #[derive(Debug)]
 pub(super) struct Interrupt {
     signal: Arc<AtomicUsize>,
@@ -24,7 +24,7 @@ impl Interrupt {
             if hangup::ignores(number) {
                 continue; // as nohup has it
             }
-            // The order is that in which they are done.
+            // They are called in this order.
             ids.extend(flag::register_conditional_default(number, Arc::clone(&second)));
             ids.extend(flag::register(number, Arc::clone(&second)));
             ids.extend(flag::register_usize(number, Arc::clone(&signal), value));
@@ -32,7 +32,7 @@ impl Interrupt {
         Self { signal, ids }
     }
 
-    /// Whether to go on.
+    /// An error if a signal has come.
     pub(super) fn check(&self) -> Result<(), DumpError> {
         match self.signal.load(Ordering::Relaxed) {
             0 => Ok(()),

@@ -1,4 +1,4 @@
-//! One dump: into a file or a stream, in either form.
+//! Makes one dump: into a file or a stream, in either form.
 
 use std::io::{self, IsTerminal};
 use std::os::unix::fs::FileExt;
@@ -20,14 +20,14 @@ pub fn check_stdout() -> Result<(), DumpError> {
     if io::stdout().is_terminal() { Err(DumpError::TerminalDump) } else { Ok(()) }
 }
 
-/// Writes the memory of the VM behind `socket`, as `form` says, to `target`; `progress` is called with the
-/// number of bytes that are settled and that of all.
+/// Writes the memory of the VM behind `socket` in `form` to `target`. `progress` is called with the number of bytes
+/// done and in all.
 ///
-/// A raw file has its account beside it, with `.json` behind its name, which may not exist either; and it ends
-/// where the highest RAM does.
+/// A raw file gets its account beside it, at its path with `.json` added, which must not exist either; and it ends at
+/// the highest RAM.
 ///
-/// In a file, whatever is no RAM, reads as zeros, is bad or cannot be read is a hole. To a stream these are
-/// zeros; and as an ELF core begins with what is bad, all memory is read once more before.
+/// In a file, everything that is no RAM, reads as zeros, is bad or cannot be read is a hole. In a stream it is zeros;
+/// and as an ELF core begins with the list of bad pages, all memory is read once before.
 ///
 /// # Errors
 /// See [`DumpError`]; a file is removed then.
@@ -90,7 +90,7 @@ fn to_file(
         let late = dumped.make_late(most);
         let late = elf::pages(&late, 0);
         file.write_all_at(&late, end).and_then(|()| file.sync_all()).map_err(write_error)?;
-        // Last: what has no header is no core.
+        // Last: without a header the file is no core.
         let headers = core_headers(&job, layout, &dumped, &registers, late.len());
         file.write_all_at(&headers, 0).map_err(write_error)?;
     }
@@ -124,7 +124,7 @@ fn raw_to_stream(
     Ok(dumped)
 }
 
-/// All memory is read twice: what is bad is said before any of it is written.
+/// All memory is read twice, as bad pages are listed before any of it is written.
 fn core_to_stream(
     job: &Job<'_>,
     stream: &mut Stream<'_>,
@@ -157,7 +157,7 @@ fn core_to_stream(
     Ok(dumped)
 }
 
-/// What an ELF core begins with.
+/// The beginning of an ELF core, up to the memory.
 fn core_headers(
     job: &Job<'_>,
     layout: Layout,

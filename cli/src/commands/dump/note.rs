@@ -1,17 +1,17 @@
-//! ELF notes: a name, a type, and what that type is about.
+//! ELF notes: a name, a type, and a description.
 
-/// Of what a Linux kernel says of itself.
+/// Name of the note with what a Linux kernel says about itself.
 pub(super) const NAME_VMCOREINFO: &str = "VMCOREINFO";
-/// Of what an ELF core says of a processor.
+/// Name of the notes with the state of a processor.
 pub(super) const NAME_CORE: &str = "CORE";
-/// Of our own.
+/// Name of our own note.
 pub(super) const NAME_OWN: &str = "MCE_RELAY";
 /// Three words of 4 bytes: the lengths of name and description, and the type.
 const HEAD: usize = 12;
 /// Name and description each begin at a multiple of this.
 const ALIGN: usize = 4;
 
-/// A note, with all that fills it up.
+/// A note, with its padding.
 pub(super) fn note(name: &str, kind: u32, description: &[u8]) -> Vec<u8> {
     let word = |len: usize| u32::try_from(len).unwrap_or(u32::MAX).to_le_bytes();
     let mut note = Vec::with_capacity(len(name, description.len()));
@@ -26,12 +26,12 @@ pub(super) fn note(name: &str, kind: u32, description: &[u8]) -> Vec<u8> {
     note
 }
 
-/// The bytes of such a note.
+/// The length of such a note in bytes.
 pub(super) fn len(name: &str, description: usize) -> usize {
     HEAD + (name.len() + 1).next_multiple_of(ALIGN) + description.next_multiple_of(ALIGN)
 }
 
-/// The description of the note that `bytes` begin with, if it is that one and all of it is there.
+/// The description of the note that `bytes` begin with, if its name and type are these and it is complete.
 pub(super) fn description<'a>(bytes: &'a [u8], name: &str, kind: u32) -> Option<&'a [u8]> {
     let word = |index: usize| {
         let bytes = bytes.get(index * 4..)?.first_chunk()?;

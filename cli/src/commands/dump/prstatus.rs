@@ -4,18 +4,18 @@ use mce_relay_vmm::api::types::registers::Registers;
 
 /// Bytes of a struct elf_prstatus for x86-64 (include/linux/elfcore.h).
 pub(crate) const PRSTATUS: usize = 336;
-/// Where it has the process' id, and the registers.
+/// Offsets of the process id and the registers in it.
 const PR_PID: usize = 32;
 const PR_REG: usize = 112;
-/// The registers in it, in order (struct user_regs_struct, arch/x86/include/asm/user_64.h). There is none of
-/// them for orig_rax, which is of a system call.
+/// The registers in it, in order (struct user_regs_struct, arch/x86/include/asm/user_64.h). A vCPU has no orig_rax,
+/// which belongs to a system call.
 const IN_PRSTATUS: [&str; 27] = [
     "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi",
     "rdi", "orig_rax", "rip", "cs", "rflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs",
     "gs",
 ];
 
-/// As a struct elf_prstatus. Processes are counted from 1, so the first vCPU is 1, as in dumps of QEMU.
+/// The registers as a struct elf_prstatus. Processes are counted from 1, so the first vCPU is 1, as in QEMU's dumps.
 pub(crate) fn prstatus(registers: &Registers) -> Vec<u8> {
     let mut bytes = vec![0; PRSTATUS];
     bytes[PR_PID..PR_PID + 4].copy_from_slice(&(u32::from(registers.vcpu) + 1).to_le_bytes());
@@ -33,7 +33,7 @@ pub(crate) mod tests {
 
     use mce_relay_vmm::machine::cpu::registers::registers;
 
-    /// Of a vCPU whose RIP is so.
+    /// Registers of a vCPU with this RIP.
     pub(crate) fn at(vcpu: u8, rip: u64) -> Registers {
         registers(vcpu, &kvm_regs { rip, r15: 15, ..Default::default() }, &kvm_sregs::default())
     }

@@ -2,12 +2,12 @@
 
 use mce_relay_vmm::api::types::vm::{Extent, MemoryBlock};
 
-/// How many bytes there are in all of them.
+/// The length of all of them together, in bytes.
 pub(super) fn len_of(extents: &[Extent]) -> u64 {
     extents.iter().map(|extent| extent.len).sum()
 }
 
-/// Adds the stretch to the list, or to its last entry where that ends there.
+/// Adds the stretch to the list, or extends its last entry if that ends there.
 pub(super) fn add(list: &mut Vec<Extent>, gpa: u64, len: u64) {
     match list.last_mut() {
         Some(last) if last.gpa + last.len == gpa => last.len += len,
@@ -15,7 +15,7 @@ pub(super) fn add(list: &mut Vec<Extent>, gpa: u64, len: u64) {
     }
 }
 
-/// What is in `all` and not in `less`; both ascend.
+/// The parts of `all` that are not in `less`; both ascend.
 pub(super) fn subtract(all: &[Extent], less: impl IntoIterator<Item = Extent>) -> Vec<Extent> {
     let mut rest = Vec::with_capacity(all.len());
     let mut less = less.into_iter().peekable();
@@ -34,10 +34,10 @@ pub(super) fn subtract(all: &[Extent], less: impl IntoIterator<Item = Extent>) -
     rest
 }
 
-/// Guest RAM in a row, without what lies between its blocks.
+/// Guest RAM as one row, without the gaps between its blocks.
 #[derive(Debug)]
 pub(super) struct Ram {
-    /// Ascending, and none touches the next.
+    /// Ascending, without adjacent ones.
     pub(super) runs: Vec<Extent>,
 }
 
@@ -52,12 +52,12 @@ impl Ram {
         len_of(&self.runs)
     }
 
-    /// Behind its last byte.
+    /// The address behind its last byte.
     pub(super) fn end(&self) -> u64 {
         self.runs.last().map_or(0, |run| run.gpa + run.len)
     }
 
-    /// How much RAM there is below `gpa`.
+    /// How many bytes of RAM are below `gpa`.
     pub(super) fn below(&self, gpa: u64) -> u64 {
         let within = |run: &Extent| gpa.saturating_sub(run.gpa).min(run.len);
         self.runs.iter().map(within).sum()

@@ -15,8 +15,8 @@ use super::vm::{Piece, Vm};
 /// The bytes on one line of a hexdump.
 const LINE: usize = 16;
 
-/// Some of a guest's memory. Its text is that of `hexdump -C`, with guest-physical addresses; in JSON
-/// the bytes are hexadecimal digits.
+/// Some of a guest's memory. Its text has the form of `hexdump -C`, with guest-physical addresses; in JSON the bytes
+/// are hexadecimal digits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stretch {
     /// Guest-physical address of the first byte.
@@ -91,7 +91,7 @@ impl Serialize for Digits<'_> {
     }
 }
 
-/// Checks that bytes may go to stdout as they are.
+/// Checks that raw bytes may go to stdout.
 ///
 /// # Errors
 /// [`DumpError::Terminal`].
@@ -103,7 +103,7 @@ pub fn check_raw() -> Result<(), DumpError> {
 /// of them are held in memory; [`dump`](crate::commands::dump::job::dump()) is for whole guests.
 ///
 /// # Errors
-/// See [`DumpError`]; one byte that cannot be read is enough.
+/// See [`DumpError`]; a single byte that cannot be read is an error.
 pub fn read(socket: &Path, gpa: u64, len: u64) -> Result<Stretch, DumpError> {
     if len == 0 {
         return Err(DumpError::Nothing);

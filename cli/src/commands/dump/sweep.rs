@@ -1,4 +1,4 @@
-//! Reads all memory that there is, once.
+//! Reads all of a guest's memory once.
 
 use std::path::Path;
 
@@ -20,12 +20,12 @@ use super::vmcoreinfo::Finder;
 pub(super) struct Job<'a> {
     pub(super) vm: Vm<'a>,
     pub(super) ram: Ram,
-    /// What has memory behind it, ascending.
+    /// The stretches that have memory, ascending.
     pub(super) extents: Vec<Extent>,
     pub(super) interrupt: Interrupt,
 }
 
-/// What was found by reading.
+/// What reading found.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     poisoned: Vec<Extent>,
@@ -35,7 +35,7 @@ pub(super) struct Found {
     finder: Finder,
 }
 
-/// How far the reading is.
+/// The progress of reading.
 pub(super) struct Steps<'a> {
     done: u64,
     all: u64,
@@ -43,7 +43,7 @@ pub(super) struct Steps<'a> {
 }
 
 impl<'a> Steps<'a> {
-    /// Of `all` bytes to be read.
+    /// For `all` bytes.
     pub(super) fn new(all: u64, progress: &'a mut dyn FnMut(u64, u64)) -> Self {
         Self { done: 0, all, progress }
     }
@@ -54,7 +54,7 @@ impl<'a> Steps<'a> {
     }
 }
 
-/// Takes what is not zeros, from a guest-physical address on.
+/// Called with data that is not all zeros, and its guest-physical address.
 pub(super) type Take<'a> = dyn FnMut(u64, &[u8]) -> Result<(), DumpError> + 'a;
 
 impl<'a> Job<'a> {
@@ -86,7 +86,7 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// Reads something at `gpa`, which is below `end`; where to go on.
+    /// Reads a piece at `gpa`, which is below `end`; returns where the next piece begins.
     fn step(
         &self,
         gpa: u64,
@@ -112,7 +112,7 @@ impl<'a> Job<'a> {
         })
     }
 
-    /// What was dumped, unless it is of two guests.
+    /// The account of the dump; an error if the guest started over meanwhile.
     pub(super) fn account(
         &self,
         form: Form,

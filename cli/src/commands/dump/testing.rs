@@ -70,7 +70,7 @@ pub(super) fn memory(gpa: u64, len: u64) -> Said {
     (200, bytes)
 }
 
-/// The whole guest, paused. Its page 3 has not been touched yet.
+/// The whole guest, paused. Its page 3 has no memory yet.
 pub(super) fn answer(what: &str) -> Said {
     match what.split_once('?') {
         None if what == "vm.info" => info(1, true),
@@ -87,7 +87,7 @@ pub(super) fn answer(what: &str) -> Said {
     }
 }
 
-/// Serves as many requests, and then goes away.
+/// Serves this many requests, and then closes the socket.
 pub(super) fn serve(
     requests: usize,
     answer: impl Fn(usize, &str) -> Said + Send + 'static,
@@ -134,7 +134,7 @@ impl Core {
     }
 }
 
-/// Those that are any.
+/// The entries that are used.
 fn entries(description: &[u8]) -> Vec<[u64; 3]> {
     let (words, []) = description.as_chunks::<8>() else { panic!("{}", description.len()) };
     let (entries, []) = words.as_chunks::<3>() else { panic!("{}", words.len()) };

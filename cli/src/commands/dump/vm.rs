@@ -13,18 +13,18 @@ use crate::client::requests;
 /// A VM whose memory is read.
 pub(super) struct Vm<'a> {
     socket: &'a Path,
-    /// What ran when the reading began.
+    /// The VM as it was when the reading began.
     pub(super) info: VmInfo,
     life: Life,
 }
 
-/// What one request for memory brings.
+/// The result of one request for memory.
 pub(super) enum Piece {
-    /// At least one byte, and no more than asked for.
+    /// At least one byte, and at most what was asked for.
     Bytes(Vec<u8>),
     /// The first byte is of a bad page.
     Poisoned,
-    /// There is no memory behind the first byte any more; why.
+    /// There is no memory behind the first byte any more; the reason.
     NoMemory(String),
 }
 
@@ -52,7 +52,7 @@ impl<'a> Vm<'a> {
         }
     }
 
-    /// What runs now, which is still the same guest.
+    /// The VM as it is now; an error if it is not the same boot of the same guest.
     pub(super) fn again(&self) -> Result<VmInfo, DumpError> {
         let now: VmInfo =
             requests::get(self.socket, "vm.info").map_err(|error| self.later(error))?;
@@ -69,7 +69,7 @@ impl<'a> Vm<'a> {
         requests::get(self.socket, "vm.extents").map_err(|error| self.later(error))
     }
 
-    /// The vCPUs' registers; none when they run, or when the VMM is one that does not tell.
+    /// The vCPUs' registers; none when the vCPUs run, or when the VMM does not support the request.
     pub(super) fn registers(&self) -> Result<Vec<Registers>, DumpError> {
         match requests::get(self.socket, "vm.registers") {
             Err(ClientError::Refused { status: 404 | 409, .. }) => Ok(Vec::new()),
@@ -77,9 +77,9 @@ impl<'a> Vm<'a> {
         }
     }
 
-    /// Checks that all of it, at least a byte, is guest RAM.
+    /// Checks that all `len` bytes (at least 1) from `gpa` on are guest RAM.
     pub(super) fn check_ram(&self, gpa: u64, len: u64) -> Result<(), DumpError> {
-        // RAM does not reach up to there, so what is cut off is outside all the same.
+        // RAM does not reach the end of the address space, so an address that saturates is outside anyway.
         let last = gpa.saturating_add(len - 1);
         let mut at = gpa;
         while at <= last {
@@ -93,10 +93,10 @@ impl<'a> Vm<'a> {
         Ok(())
     }
 
-    /// What an error means once the VM has said which guest it runs.
+    /// What an error means after the VM was asked successfully before.
     fn later(&self, error: ClientError) -> DumpError {
         match error {
-            // Between two boots there is no guest; and none in a VM that ends.
+            // Between two boots there is no guest, and none either in a VM that ends.
             ClientError::Refused { status: 503, .. } if self.life.ends() => {
                 DumpError::Client(self.life.ended())
             }

@@ -1,9 +1,9 @@
-//! What a Linux kernel says of itself for those who read its memory: vmcoreinfo, lines of KEY=VALUE.
+//! Finds vmcoreinfo, what a Linux kernel says about itself for readers of its memory: lines of KEY=VALUE.
 //!
-//! The kernel keeps the lines at the beginning of a page of their own, and once more in an ELF note at the
-//! beginning of another (kernel/vmcore_info.c, kernel/crash_core.c before Linux 6.9). The guest need not help:
-//! every page that is read is looked at. As there may be copies, of a former kernel even, one that the running
-//! kernel's name (`init_uts_ns`, which the lines point to) speaks against is not taken.
+//! The kernel keeps the lines at the beginning of a page of their own, and once more in an ELF note at the beginning of
+//! another page (kernel/vmcore_info.c, kernel/crash_core.c before Linux 6.9). The guest need not help: every page that
+//! is read is checked. There may be copies, even of an earlier kernel, so a candidate counts only if it agrees with the
+//! running kernel's name (`init_uts_ns`, which the lines point to).
 
 use std::fmt;
 
@@ -15,22 +15,22 @@ use super::file::PAGE;
 use super::note::{self, NAME_VMCOREINFO};
 use super::vm::{Piece, Vm};
 
-/// How the lines begin.
+/// The first line begins with this.
 const FIRST: &[u8] = b"OSRELEASE=";
-/// So many are looked into; a guest can make as many as it likes.
+/// How many candidates are examined; a guest can make as many as it likes.
 const MOST: usize = 64;
 /// Where the kernel's image is mapped (arch/x86/include/asm/page_64_types.h).
 const START_KERNEL_MAP: u64 = 0xffff_ffff_8000_0000;
-/// Of the release in struct new_utsname, and the length of each field of it (include/uapi/linux/utsname.h).
+/// Offset of the release in struct new_utsname, and the length of each field (include/uapi/linux/utsname.h).
 const RELEASE: u64 = 2 * 65;
 const FIELD: usize = 65;
 
-/// A guest's kernel, by its own words.
+/// A guest's kernel, as it describes itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Kernel {
     /// Its release, as `uname -r` has it.
     pub release: String,
-    /// Guest-physical address of the words.
+    /// Guest-physical address of the lines.
     #[serde(with = "mce_relay::hex")]
     pub vmcoreinfo: u64,
     #[serde(skip)]
@@ -44,7 +44,7 @@ impl fmt::Display for Kernel {
 }
 
 impl Kernel {
-    /// The page of guest RAM at `gpa`, if it holds such words.
+    /// The kernel that the page of guest RAM at `gpa` describes, if it does.
     fn of(gpa: u64, page: &[u8]) -> Option<Self> {
         let text = if page.starts_with(FIRST) {
             page.split(|byte| *byte == 0).next()?
@@ -62,7 +62,7 @@ impl Kernel {
             .then_some(kernel)
     }
 
-    /// Guest-physical address of the kernel's name as it has it itself.
+    /// Guest-physical address of the running kernel's own name.
     fn name(&self) -> Option<u64> {
         let symbol = u64::from_str_radix(value(&self.text, "SYMBOL(init_uts_ns)")?, 16).ok()?;
         let offset: u64 = value(&self.text, "OFFSET(uts_namespace.name)")?.parse().ok()?;
@@ -74,7 +74,7 @@ impl Kernel {
             .checked_add(RELEASE)
     }
 
-    /// Whether what runs says the same; `None` where it cannot be asked.
+    /// Whether the running kernel's name agrees; `None` where it cannot be read.
     fn runs(&self, vm: &Vm<'_>) -> Result<Option<bool>, DumpError> {
         let Some(gpa) = self.name() else { return Ok(None) };
         if vm.info.block(gpa).is_none() {
@@ -94,12 +94,12 @@ fn value<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix('='))
 }
 
-/// Looks for it in all that is read.
+/// Checks every page that is read.
 #[derive(Debug, Default)]
 pub(super) struct Finder(Vec<Kernel>);
 
 impl Finder {
-    /// Looks at what lies at `gpa`, the beginning of a page.
+    /// Checks `data` at `gpa`, the beginning of a page.
     pub(super) fn look(&mut self, gpa: u64, data: &[u8]) {
         for (at, page) in (gpa..).step_by(PAGE).zip(data.chunks(PAGE)) {
             if let Some(kernel) = Kernel::of(at, page)
@@ -110,7 +110,7 @@ impl Finder {
         }
     }
 
-    /// The kernel that runs, if it was found.
+    /// The running kernel, if it was found.
     pub(super) fn choose(self, vm: &Vm<'_>) -> Result<Option<Kernel>, DumpError> {
         let mut other = None;
         for kernel in self.0 {

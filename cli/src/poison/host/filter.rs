@@ -1,7 +1,7 @@
 //! hwpoison-inject's filters: which page frames it really poisons.
 //!
-//! They are the host's, not ours, so what was set before is put back, whatever happens in between; and
-//! while ours are in force nobody else's are.
+//! The filters belong to the host: the previous settings are restored in any case. While ours are in force, no other
+//! user's are.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,7 +25,7 @@ const ANY_DEV: u64 = u32::MAX as u64;
 /// Why the filters cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum FilterError {
-    /// A file of theirs.
+    /// A file of the filters could not be used.
     #[error("cannot {what} {path}; {mend}", path = .path.display())]
     File {
         /// What was tried.
@@ -38,7 +38,7 @@ pub enum FilterError {
         #[source]
         source: io::Error,
     },
-    /// Somebody else uses them now.
+    /// Another process uses them now.
     #[error(
         "another mce-relay uses hwpoison-inject's filters at this moment; try again when it is done"
     )]
@@ -54,14 +54,14 @@ fn failed(
     move |source| FilterError::File { what, path, mend, source }
 }
 
-/// Which page frames may be hit. What is left out lets everything through.
+/// Which page frames may be hit. `None` lets every frame pass.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
-    /// Those of the memory cgroup whose directory has this inode number.
+    /// Frames charged to the memory cgroup whose directory has this inode number.
     pub memcg: Option<u64>,
-    /// Those of files on this device, by its major and minor number.
+    /// Frames of files on this device, by its major and minor number.
     pub dev: Option<(u32, u32)>,
-    /// Those with these flags.
+    /// Frames with these flags.
     pub flags: Option<FlagsFilter>,
 }
 
@@ -80,7 +80,7 @@ impl std::fmt::Display for Filter {
 }
 
 impl Filter {
-    /// The files and what they are to hold, filters that let everything through included.
+    /// The files and their values, including filters that let everything pass.
     fn settings(&self) -> Vec<(&'static str, u64)> {
         let (major, minor) =
             self.dev.map_or((ANY_DEV, ANY_DEV), |(major, minor)| (major.into(), minor.into()));
@@ -94,7 +94,7 @@ impl Filter {
         ]
     }
 
-    /// Puts it into force until the guard goes.
+    /// Puts the filter in force until the guard is dropped.
     ///
     /// # Errors
     /// See [`FilterError`]; everything is as it was then.
@@ -113,7 +113,7 @@ impl Filter {
         }
         let mut guard =
             FilterInForce { dir: dir.to_owned(), before: Vec::new(), _lock: Some(lock) };
-        // Off first, so that at no moment half of a filter is in force.
+        // Switched off first, so that a filter is never in force in part.
         guard.set(ENABLE, 0)?;
         for (name, value) in self.settings() {
             if name == MEMCG && self.memcg.is_none() && !dir.join(MEMCG).exists() {
@@ -126,11 +126,11 @@ impl Filter {
     }
 }
 
-/// A filter in force. Dropping it puts back what was there before.
+/// A filter in force. Dropping it restores the previous settings.
 #[derive(Debug)]
 pub struct FilterInForce {
     dir: PathBuf,
-    /// What was changed, in that order, and what was there before.
+    /// The files that were changed, in that order, with their previous values.
     before: Vec<(&'static str, u64)>,
     _lock: Option<File>,
 }
@@ -139,15 +139,15 @@ impl FilterInForce {
     fn set(&mut self, name: &'static str, value: u64) -> Result<(), FilterError> {
         let path = self.dir.join(name);
         let before = read(&path)?;
-        // Before it is changed: what fails half-way is put back as well.
+        // Noted before the change, so that a failed change is undone, too.
         self.before.push((name, before));
         write(&path, value)
     }
 
-    /// Puts back what was there before.
+    /// Restores the previous settings.
     ///
     /// # Errors
-    /// The first file that could not be written; the others were.
+    /// The first file that could not be written; all others were.
     pub fn restore(mut self) -> Result<(), FilterError> {
         self.put_back()
     }
@@ -157,7 +157,7 @@ impl FilterInForce {
             return Ok(());
         }
         let mut result = write(&self.dir.join(ENABLE), 0);
-        // The switch was changed first, and is the last to go back.
+        // The switch was changed first, and is restored last.
         for (name, value) in self.before.drain(..).rev() {
             result = result.and(write(&self.dir.join(name), value));
         }
@@ -198,7 +198,7 @@ pub fn has_memcg() -> bool {
     Path::new(DIR).join(MEMCG).exists()
 }
 
-/// The filter that is in force though nobody here has set it, in words.
+/// The filter that is in force now and was set by another program, in words.
 ///
 /// # Errors
 /// The files cannot be read.

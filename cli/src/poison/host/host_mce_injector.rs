@@ -1,16 +1,15 @@
 //! The kernel's mce-inject module: an error in a machine-check bank of the host itself.
 //!
-//! The module writes the bank's registers on one processor and raises a machine check there
-//! (`do_inject` in `arch/x86/kernel/cpu/mce/inject.c`, flags "hw"). The record is a deferred error,
-//! which the handler leaves for the poll (`machine_check_poll` in `core.c`), as it would one of a memory
-//! controller; the poll grades it (`mce_severity_amd`) and has `memory_failure` take the page. So all of
-//! the host's way is real but for who wrote the registers. The module's "sw" mode does not do: it logs a
-//! record without a severity, and such a one never gets to `memory_failure`.
+//! The module writes the bank's registers on one processor and raises a machine check there (`do_inject` in
+//! `arch/x86/kernel/cpu/mce/inject.c`, flags "hw"). The record is a deferred error, which the handler leaves to the
+//! poll (`machine_check_poll` in `core.c`), as it would one of a memory controller. The poll grades it
+//! (`mce_severity_amd`) and calls `memory_failure` for the page. So everything the host does is real, except for the
+//! origin of the registers' contents. The module's "sw" mode does not work: it logs a record without a severity, which
+//! never gets to `memory_failure`.
 //!
-//! Intel's processors do not let software write a bank, and their machine checks go to all processors: of one
-//! that comes on a single processor without MCG_STATUS.LMCES, as the module raises it (`int $18`), the handler
-//! waits for all others (`mce_start` in `core.c`), for a second, and then panics the host. So it takes an AMD
-//! processor, or one made like it.
+//! Intel processors do not let software write a bank, and their machine checks go to all processors. When one comes on
+//! a single processor without MCG_STATUS.LMCES, as the module raises it (`int $18`), the handler waits one second for
+//! all others (`mce_start` in `core.c`) and then panics the host. So this needs an AMD processor, or a compatible one.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,27 +19,27 @@ use mce_relay::{Form, PAGE_SHIFT};
 use mce_relay_vmm::host::error::{HostError, file_error};
 use mce_relay_vmm::host::page_frames::PageFlags;
 
-/// Its files, each of which takes one value; writing `bank` does it.
+/// Its files, each of which takes one value; writing `bank` triggers the injection.
 const DIR: &str = "/sys/kernel/debug/mce-inject";
 /// How often the host polls its banks, in seconds; there is one file for all processors.
 const CHECK_INTERVAL: &str = "/sys/devices/system/machinecheck/machinecheck0/check_interval";
-/// Says who made the host's processors.
+/// Has the vendor of the host's processors.
 const CPUINFO: &str = "/proc/cpuinfo";
-/// Those whose machine check is one processor's alone, and whose banks take what is written (`monarch_timeout`
-/// in `core.c`, `prepare_msrs` in `inject.c`).
+/// Vendors whose machine checks are local to one processor, and whose banks can be written by software
+/// (`monarch_timeout` in `core.c`, `prepare_msrs` in `inject.c`).
 const VENDORS: [&str; 2] = ["AuthenticAMD", "HygonGenuine"];
 /// The kind of injection, into the hardware; the kernel takes the last character for a line feed.
 const HARDWARE: &str = "hw\n";
-/// The processor whose bank it is; the one that is always there.
+/// The processor whose bank is written; this one always exists.
 const CPU: &str = "0";
-/// The poll comes a second later, and the handling of the page right after it.
+/// The poll comes within a second, and the handling of the page right after it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The module, with the host polling its banks every second until this goes.
+/// The module, with the host polling its banks every second until this is dropped.
 #[derive(Debug)]
 pub struct X86Injector {
     flags: PageFlags,
-    /// As many as the host has.
+    /// How many banks the host has.
     banks: u8,
     interval: String,
 }
@@ -51,7 +50,7 @@ fn put(path: &Path, value: &str) -> Result<(), HostError> {
     std::fs::write(path, value).map_err(file_error("write to", path, mend))
 }
 
-/// Who made the processors that `cpuinfo` is about.
+/// The vendor of the processors in `cpuinfo`.
 fn vendor(cpuinfo: &str) -> &str {
     let mut lines = cpuinfo.lines().filter_map(|line| line.split_once(':'));
     lines.find(|(name, _)| name.trim() == "vendor_id").map_or("(unknown)", |(_, id)| id.trim())
@@ -64,10 +63,10 @@ fn check_vendor(cpuinfo: &str) -> Result<(), HostError> {
     }
 }
 
-/// Whether this host would survive a machine check of the module's.
+/// Checks that this host survives a machine check raised by the module.
 ///
 /// # Errors
-/// It would not, or nobody knows.
+/// It would not, or that is not known.
 pub fn check_processor() -> Result<(), HostError> {
     let mend = "it says whether this host's processors are AMD's; mount procfs at /proc";
     let cpuinfo =
@@ -76,7 +75,7 @@ pub fn check_processor() -> Result<(), HostError> {
 }
 
 impl X86Injector {
-    /// Makes the module ready.
+    /// Prepares the module.
     ///
     /// # Errors
     /// It is not there, this user may not use it, or the host would not survive it.
@@ -98,16 +97,14 @@ impl X86Injector {
         Ok(Self { flags, banks, interval: before })
     }
 
-    /// Has the host find that page frame `pfn` is bad, and waits until it has. One at a time: a bank
-    /// holds one record.
+    /// Makes the host find page frame `pfn` bad, and waits until it has. One at a time: a bank holds one record.
     ///
     /// # Errors
-    /// The module refuses. That the host did not take the page shows in its flags.
+    /// The module refuses. If the host does not take the page out of use, only its flags show it.
     pub fn inject(&self, pfn: u64) -> Result<(), HostError> {
         let file = |name: &str| -> PathBuf { Path::new(DIR).join(name) };
         let mut refused = None;
-        // Of the banks of scalable MCA some are not there (ENODEV). The last are the memory
-        // controllers'.
+        // Some banks of scalable MCA do not exist (ENODEV). The last ones belong to the memory controllers.
         for bank in (0..self.banks).rev() {
             let error = record(Form::Deferred, pfn << PAGE_SHIFT, bank, false);
             put(&file("flags"), HARDWARE)?;
@@ -154,7 +151,7 @@ mod tests {
             ("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\n", true),
             ("vendor_id\t: HygonGenuine\n", true),
             ("processor\t: 0\nvendor_id\t: GenuineIntel\n", false),
-            // Its name is no proof.
+            // Only the vendor counts, not the model name.
             ("vendor_id\t: GenuineIntel\nmodel name\t: not AuthenticAMD\n", false),
             ("vendor_id\t: CentaurHauls\n", false),
             ("processor\t: 0\n", false),

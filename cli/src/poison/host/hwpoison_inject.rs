@@ -8,7 +8,7 @@ use mce_relay_vmm::host::error::{HostError, file_error};
 
 /// Where hwpoison-inject takes page frame numbers.
 pub const CORRUPT_PFN: &str = "/sys/kernel/debug/hwpoison/corrupt-pfn";
-/// Where it takes those of pages to be healed.
+/// Where it takes the page frame numbers of pages to be unpoisoned.
 pub const UNPOISON_PFN: &str = "/sys/kernel/debug/hwpoison/unpoison-pfn";
 
 /// hwpoison-inject, ready to poison page frames.
@@ -56,8 +56,7 @@ impl PfnFile {
     }
 
     pub(crate) fn put(&self, pfn: u64) -> io::Result<()> {
-        // Each number in one write of its own, whatever the file's offset: see `simple_attr_write`
-        // in fs/libfs.c.
+        // Each number by one write of its own, at any file offset: see `simple_attr_write` in fs/libfs.c.
         (&self.file).write_all(format!("{pfn:#x}").as_bytes())
     }
 }

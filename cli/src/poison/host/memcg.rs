@@ -1,5 +1,5 @@
-//! The memory cgroup that a process's pages are charged to, by which hwpoison-inject can be kept from everybody
-//! else's.
+//! Finds the memory cgroup that a process's pages are charged to. With it hwpoison-inject can be limited to that
+//! process's pages.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -12,7 +12,7 @@ use procfs::{ProcError, ProcessCGroups};
 const V2_NOT_ROOT: &str = "memory.current";
 /// A file of the root alone, in version 1 (CFTYPE_ONLY_ON_ROOT, `kernel/cgroup/cgroup-v1.c`).
 const V1_ROOT: &str = "release_agent";
-/// The mount option of version 2 that has pages of hugetlb charged
+/// The mount option of version 2 by which hugetlb pages are charged
 /// (Documentation/admin-guide/cgroup-v2.rst).
 const HUGETLB: &str = "memory_hugetlb_accounting";
 
@@ -21,7 +21,7 @@ const HUGETLB: &str = "memory_hugetlb_accounting";
 pub struct Memcg {
     /// Its directory.
     pub path: PathBuf,
-    /// The inode number of that, by which the kernel's filter knows it.
+    /// The inode number of the directory, by which the kernel's filter identifies it.
     pub inode: u64,
     /// How many processes are in it.
     pub processes: usize,
@@ -29,16 +29,16 @@ pub struct Memcg {
     pub has_hugetlb: bool,
 }
 
-/// Why a process's pages cannot be told from everybody's by their memory cgroup.
+/// Why a process's pages cannot be identified by a memory cgroup.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum NoMemcg {
-    /// It is nowhere else.
+    /// The process is in the root cgroup.
     #[error("the VM is in the root cgroup")]
     Root,
-    /// There is nothing to find it by.
+    /// No cgroup file system with the memory controller is mounted.
     #[error("no cgroup file system with the memory controller is mounted here")]
     NotMounted,
-    /// It cannot be seen from here.
+    /// The process's cgroup is not visible from here.
     #[error(
         "the VM's cgroup {path} is not below any cgroup file system that is mounted here (it is of another \
          cgroup namespace, or of a part that is not mounted)",
@@ -48,7 +48,7 @@ pub enum NoMemcg {
         /// As /proc/PID/cgroup has it.
         path: PathBuf,
     },
-    /// The memory controller is not on there.
+    /// The memory controller is off for it.
     #[error(
         "the memory controller is not on for the VM's cgroup {path} nor for any above it",
         path = .path.display()
@@ -57,20 +57,20 @@ pub enum NoMemcg {
         /// Its directory.
         path: PathBuf,
     },
-    /// Pages of hugetlb are charged to none, and cannot be told apart by their flags, either.
+    /// hugetlb pages are charged to no cgroup, and cannot be told apart by their flags either.
     #[error(
         "this host charges huge pages of hugetlb to no memory cgroup, and no one filter lets through all that was \
          asked for (huge pages alone, without --filter-flags, have one)"
     )]
     Mixed,
-    /// The kernel has no filter for it.
+    /// The kernel has no filter by memory cgroup.
     #[error(
         "this host's kernel has no filter by memory cgroup (CONFIG_MEMCG: no corrupt-filter-memcg)"
     )]
     NoFilter,
 }
 
-/// The cgroups of a process cannot be looked at.
+/// The cgroups of a process cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "cannot find out the memory cgroup of process {pid}; run it as root, on the host that runs the VM"
@@ -83,7 +83,7 @@ pub struct MemcgError {
     pub source: Box<dyn std::error::Error + Send + Sync>,
 }
 
-/// The memory cgroup of process `pid`, or why it has none that is not everybody's.
+/// The memory cgroup of process `pid`, or why it has none that could identify its pages.
 ///
 /// # Errors
 /// There is no such process, or its cgroup cannot be looked at.
@@ -99,19 +99,19 @@ pub fn of(pid: u32) -> Result<Result<Memcg, NoMemcg>, MemcgError> {
     place.look().map_err(|source| MemcgError { pid, source: source.into() })
 }
 
-/// Where a process's cgroup is in the file system.
+/// The place of a process's cgroup in the file system.
 #[derive(Debug, PartialEq, Eq)]
 struct Place {
     dir: PathBuf,
-    /// Where what holds it is mounted.
+    /// The mount point of the hierarchy that has it.
     mount: PathBuf,
     is_v2: bool,
     has_hugetlb: bool,
 }
 
-/// The directory of the cgroup that is responsible for the memory of a process in `groups`.
+/// The directory of the cgroup that is charged for the memory of a process in `groups`.
 fn place(groups: &ProcessCGroups, mounts: &MountInfos) -> Result<Place, NoMemcg> {
-    // cgroups(7). Where both versions are there the memory controller is with one of them.
+    // cgroups(7). If both versions are mounted, the memory controller is with one of them.
     let v1 = groups.0.iter().find(|group| group.controllers.iter().any(|name| name == "memory"));
     let (group, is_v2) = match v1 {
         Some(group) => (group, false),
@@ -128,7 +128,7 @@ fn place(groups: &ProcessCGroups, mounts: &MountInfos) -> Result<Place, NoMemcg>
     let mut seen = false;
     for mount in mounts.iter().filter(fits) {
         seen = true;
-        // A part of the hierarchy may be mounted, or several; in another namespace either path may begin
+        // Only a part of the hierarchy may be mounted, or several parts; in another namespace either path may begin
         // with "/..".
         let Ok(below) = path.strip_prefix(&mount.root) else { continue };
         if below.components().any(|part| part.as_os_str() == "..") {
@@ -149,7 +149,7 @@ impl Place {
         let path = match self.is_v2 {
             false if self.dir.join(V1_ROOT).exists() => return Ok(Err(NoMemcg::Root)),
             false => self.dir.clone(),
-            // Where the controller is off the nearest one above that has it is charged.
+            // If the controller is off there, the nearest ancestor with it is charged.
             true => {
                 let up = self.dir.ancestors().take_while(|dir| dir.starts_with(&self.mount));
                 let on = |dir: &&Path| dir.join(V2_NOT_ROOT).exists();

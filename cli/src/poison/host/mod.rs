@@ -1,5 +1,5 @@
-//! The host's own means of making a page frame go bad, and of keeping it to the right one: hwpoison-inject, its
-//! filters, mce-inject, and giving frames back.
+//! The host's own means to make a page frame go bad and to limit that to the right frame: hwpoison-inject, its filters,
+//! mce-inject, and unpoison.
 
 pub mod filter;
 pub mod host_mce_injector;

@@ -1,4 +1,4 @@
-//! Giving a page frame back to the host that software had poisoned.
+//! Takes a page frame that software poisoned back into use.
 
 use std::io;
 
@@ -7,13 +7,13 @@ use mce_relay_vmm::host::page_frames::PageFlags;
 
 use super::hwpoison_inject::{PfnFile, UNPOISON_PFN};
 
-/// Why a page frame is not given back.
+/// Why a page frame is not taken back into use.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpoisonError {
     /// The host cannot be asked or told.
     #[error(transparent)]
     Host(#[from] HostError),
-    /// There is nothing to give back.
+    /// The page frame is not poisoned.
     #[error("page frame {pfn:#x} is not poisoned, so there is nothing to give back")]
     NotPoisoned {
         /// The page frame.
@@ -29,7 +29,7 @@ pub enum UnpoisonError {
         /// The page frame.
         pfn: u64,
     },
-    /// It is in use.
+    /// The page frame is in use.
     #[error(
         "page frame {pfn:#x} stays out of use: somebody still has it mapped, or it is of a kind that the \
          kernel does not give back (slab, page table, reserved); end the VM whose page it was first"
@@ -38,7 +38,7 @@ pub enum UnpoisonError {
         /// The page frame.
         pfn: u64,
     },
-    /// Something else.
+    /// Another error.
     #[error("page frame {pfn:#x} stays out of use; \"Unpoison\" in the kernel's log may say why")]
     Refused {
         /// The page frame.
@@ -47,7 +47,7 @@ pub enum UnpoisonError {
         #[source]
         source: io::Error,
     },
-    /// The kernel said yes, and it is not so.
+    /// The kernel reported success, but the page frame is still marked.
     #[error(
         "the kernel took the request, but page frame {pfn:#x} is still marked as poisoned; \"Unpoison\" in its \
          log says why"
@@ -58,7 +58,7 @@ pub enum UnpoisonError {
     },
 }
 
-/// Has the host take page frame `pfn` back into use, and sees that it does.
+/// Makes the host take page frame `pfn` back into use, and checks that it did.
 ///
 /// # Errors
 /// See [`UnpoisonError`].
@@ -68,7 +68,7 @@ pub fn unpoison(pfn: u64) -> Result<(), UnpoisonError> {
     if !flags.is_poisoned(pfn)? {
         return Err(UnpoisonError::NotPoisoned { pfn });
     }
-    // `unpoison_memory` in mm/memory-failure.c has each of these.
+    // `unpoison_memory` in mm/memory-failure.c returns each of these.
     file.put(pfn).map_err(|source| match source.raw_os_error() {
         Some(libc::EOPNOTSUPP) => UnpoisonError::Hardware { pfn },
         Some(libc::EBUSY) => UnpoisonError::Busy { pfn },

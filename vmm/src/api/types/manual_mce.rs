@@ -1,4 +1,4 @@
-//! A machine check by hand: the request, what would come of it, and what came of it.
+//! A machine check that a user asks for: the request, the forecast, and the outcome.
 
 use std::fmt;
 
@@ -7,11 +7,11 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::api::types::mca_bits::{self};
 
-/// A machine check by hand. All values as KVM_X86_SET_MCE takes them.
+/// A machine check that a user asks for. All values as KVM_X86_SET_MCE takes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
-    /// The vCPU that is to get it.
+    /// Index of the vCPU that gets it.
     #[serde(deserialize_with = "small")]
     pub vcpu: u8,
     /// The bank.
@@ -29,29 +29,29 @@ pub struct Request {
     /// MCi_MISC.
     #[serde(with = "mce_relay::hex")]
     pub misc: u64,
-    /// Give the other vCPUs one without an error.
+    /// Give the other vCPUs a machine check without an error at the same time.
     #[serde(default)]
     pub broadcast: bool,
-    /// Even if the guest may not survive it.
+    /// Inject it even if the guest may not survive it.
     #[serde(default)]
     pub force: bool,
-    /// Only say what would come of it.
+    /// Inject nothing; only forecast the outcome.
     #[serde(default)]
     pub dry_run: bool,
 }
 
 impl Request {
-    /// The record that it is.
+    /// The record as the relay's types have it.
     #[must_use]
     pub fn record(&self) -> Record {
         let Self { bank, status, addr, misc, mcg_status, .. } = *self;
         Record { bank, status, addr, misc, mcg_status }
     }
 
-    /// What does not depend on how the guest stands.
+    /// Checks what does not depend on the guest's state.
     ///
     /// # Errors
-    /// Words for the user.
+    /// A sentence for the user.
     pub fn check(&self, vcpus: usize, banks: u8) -> Result<(), String> {
         let Self { vcpu, bank, .. } = self;
         if usize::from(*vcpu) >= vcpus {
@@ -70,7 +70,7 @@ impl Request {
     }
 }
 
-/// A whole number of 0 to 255 in JSON, which has one kind of number: 9.0 is 9.
+/// A whole number of 0 to 255 in JSON. JSON has one kind of number, so 9.0 is 9.
 pub(crate) fn small<'de, D: Deserializer<'de>>(from: D) -> Result<u8, D::Error> {
     let number = f64::deserialize(from)?;
     let found = (0..=u8::MAX).find(|small| f64::from(*small) == number);
@@ -98,30 +98,30 @@ pub enum Kvm {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Guest {
-    /// Nothing that anybody would notice.
+    /// Nothing that can be seen from outside.
     Nothing,
     /// Writes it to its log.
     Logs,
     /// Takes the page out of use.
     IsolatesPage,
-    /// The same, when it next polls its banks.
+    /// Takes the page out of use when it next polls its banks.
     IsolatesPageAtPoll,
-    /// Kills what runs there: a process, or, in its kernel, itself.
+    /// Kills the process that runs there, or panics if its kernel does.
     KillsWhatRuns,
-    /// Panics, or is ended.
+    /// Panics, or is ended by KVM.
     Dies,
 }
 
-/// What is to be expected.
+/// What is expected of KVM and of a Linux guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Forecast {
-    /// Of KVM.
+    /// What KVM does.
     pub kvm: Kvm,
-    /// Why.
+    /// Why KVM does that.
     pub kvm_why: String,
-    /// Of a Linux guest.
+    /// What a Linux guest does.
     pub guest: Guest,
-    /// Why.
+    /// Why the guest does that.
     pub guest_why: String,
     /// The guest may not survive it.
     pub lethal: bool,
@@ -156,13 +156,13 @@ impl Guest {
     }
 }
 
-/// What came of a machine check by hand.
+/// The outcome of a machine check that a user asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ManualMce {
-    /// What KVM and a Linux guest would make of it, as the vCPUs stood.
+    /// The forecast, from the states of the vCPUs at that moment.
     #[serde(rename = "outlook")]
     pub forecast: Forecast,
-    /// What was done on each vCPU; empty when nothing was to be done.
+    /// What was done on each vCPU; empty when nothing was injected.
     pub done: Vec<OnVcpu>,
 }
 
@@ -173,12 +173,12 @@ pub struct OnVcpu {
     pub vcpu: u8,
     /// The bank.
     pub bank: u8,
-    /// What came of it.
+    /// The outcome on it.
     #[serde(flatten)]
     pub outcome: Outcome,
 }
 
-/// What came of a record on one vCPU.
+/// The outcome of a record on one vCPU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "outcome")]
 pub enum Outcome {

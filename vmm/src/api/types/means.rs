@@ -2,23 +2,23 @@
 
 use serde::{Deserialize, Serialize};
 
-/// By what a page is made to go bad.
+/// The means by which a page is made to go bad.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Means {
     /// The hwpoison-inject module, by page frame number. The VMM gets an AO. Root.
     HwpoisonInject,
-    /// madvise(MADV_HWPOISON): by this command, on a mapping of its own, where the memory is shared;
-    /// else by the VMM. The caller gets an AR, the VMM an AO. Root.
+    /// madvise(MADV_HWPOISON). If the memory is shared, this command calls it on a mapping of its own; else the VMM
+    /// does. The caller gets an AR, the VMM an AO. Root.
     Madvise,
     /// madvise(MADV_SOFT_OFFLINE): the page moves to another frame and the old one is never used
     /// again. The guest notices nothing, and nothing goes into the ledger. Root.
     SoftOffline,
-    /// The mce-inject module: the host's own machine-check code is made to believe in an error of the
-    /// page. The VMM gets an AO. Root; `unpoison` is off from then on.
+    /// The mce-inject module, which makes the host's own machine-check code handle an error of the page. The VMM gets
+    /// an AO. Root; the host's `unpoison` is off from then on.
     MceInject,
-    /// UFFDIO_POISON, by the VMM on its own memory. Nothing is signalled until somebody touches the
-    /// page; then it is an AR. No privileges, no CONFIG_MEMORY_FAILURE (Linux 6.6).
+    /// UFFDIO_POISON, by the VMM on its own memory. Nothing is signalled before the page is touched; the touch raises
+    /// an AR. No privileges, no CONFIG_MEMORY_FAILURE (Linux 6.6).
     Uffd,
     /// A signal that the VMM forges for itself; the page is whole. Everything about it is labelled as
     /// forged. No privileges.
@@ -39,7 +39,7 @@ impl std::fmt::Display for Means {
 }
 
 impl Means {
-    /// What has been done to a page by it, in a word, if the page was whole before.
+    /// What this did to a page that was whole before, in a word or two.
     #[must_use]
     pub fn done(self) -> &'static str {
         match self {

@@ -1,6 +1,6 @@
-//! What the API's requests and answers hold, and what a program finds in the events: data, and words for people.
+//! The data of the API's requests and answers, and of events: types, and words for people.
 //!
-//! They know neither who serves them nor who asks. The VMM's process and the commands' have them in common.
+//! They know neither the server nor the client. The VMM's process and the commands share them.
 
 pub mod limits;
 pub mod manual_mce;

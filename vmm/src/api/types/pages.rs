@@ -1,4 +1,4 @@
-//! Pages that a request is about, and what became of each.
+//! Requests about pages, and the outcome for each page.
 
 use mce_relay::FailureKind;
 use serde::{Deserialize, Serialize};
@@ -23,19 +23,19 @@ pub struct Gpa(#[serde(with = "mce_relay::hex")] pub u64);
 pub struct Retiring {
     /// Guest-physical address of the page.
     pub gpa: Gpa,
-    /// Why it is not, or null.
+    /// Why the guest is not asked, or null.
     pub error: Option<String>,
 }
 
-/// Pages that the VMM itself is to have go bad; see [`Means`] for which means are its.
+/// Pages that the VMM itself is to make go bad; see [`Means`] for which means the VMM uses.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Poison {
     /// Guest-physical addresses, each `"0x…"`.
     pub gpas: Vec<Gpa>,
-    /// By what means.
+    /// The means.
     pub via: Means,
-    /// For forged signals: which. An AO where it is left out.
+    /// For a forged signal its kind; an AO if it is left out.
     #[serde(default = "ao")]
     pub kind: FailureKind,
     /// For forged ARs: the vCPU that is to have touched the page.
@@ -47,7 +47,7 @@ fn ao() -> FailureKind {
     FailureKind::ActionOptional
 }
 
-/// What became of one of them.
+/// The outcome for one of them.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Poisoning {
     /// Guest-physical address of the page.

@@ -1,4 +1,4 @@
-//! Why a VM stands still.
+//! Why a VM is paused, and what its guest says of a panic.
 
 use std::fmt;
 
@@ -35,11 +35,11 @@ impl fmt::Display for Undeliverable {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "reason")]
 pub enum PauseReason {
-    /// Asked for from outside.
+    /// A request by the API.
     Request,
-    /// Pages are being marked as bad, which the guest must not see half done. It is over in a moment.
+    /// Pages are being marked as bad, during which the guest must not run. It ends in a moment.
     Marking,
-    /// The user's policy for what cannot be told.
+    /// A vCPU touched a bad page, the guest cannot be told, and the user's policy for that is to pause.
     Undeliverable(Undeliverable),
 }
 
@@ -53,13 +53,13 @@ impl fmt::Display for PauseReason {
     }
 }
 
-/// What a guest's kernel says of its own end, by the device for that (pvpanic).
+/// What a guest's kernel reports of its own panic, by the device for that (pvpanic).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Panic {
-    /// It has panicked. Most kernels stand still then, or reset the machine.
+    /// It has panicked. Most kernels then hang, or reset the machine.
     Panicked,
-    /// It has panicked, and goes on with a second kernel that was loaded for it, to write a dump (kdump).
+    /// It has panicked, and a second kernel (kdump) takes over to write a dump.
     CrashLoaded,
 }
 

@@ -1,4 +1,4 @@
-//! What a VM was told to do.
+//! The policies that a VM was started with.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,10 +8,10 @@ use serde::{Deserialize, Serialize};
 pub enum OnUndeliverable {
     /// End the VM, with exit status 6.
     Stop,
-    /// Pause the VM; when it goes on, the vCPU touches the page again, and if the guest still cannot be told,
-    /// the VM is paused again.
+    /// Pause the VM. When it is resumed, the vCPU touches the page again; if the guest still cannot be told, the VM is
+    /// paused again.
     Pause,
-    /// Start the guest again with good memory; where it is not to be started again, as [`Self::Stop`].
+    /// Start the guest again with good memory; as [`Self::Stop`] if the VM is not to reboot.
     Reset,
 }
 
@@ -25,13 +25,13 @@ impl std::fmt::Display for OnUndeliverable {
     }
 }
 
-/// How the guest comes to know of a record.
+/// How the guest is notified of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", tag = "notify")]
 pub enum Notify {
     /// By an interrupt.
     Interrupt,
-    /// It looks every so many milliseconds. Linux rounds that to whole seconds.
+    /// The guest polls at this interval; Linux rounds it to whole seconds.
     Poll {
         /// The interval, in milliseconds, at least 1.
         millis: u32,

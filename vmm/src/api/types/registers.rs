@@ -11,6 +11,6 @@ use crate::api::types::pages::Gpa;
 pub struct Registers {
     /// Its index.
     pub vcpu: u8,
-    /// Each by its name (rax, rip, cs, gs_base, cr3, efer …), `"0x…"`; of a segment, the selector.
+    /// Values by register name (rax, rip, cs, gs_base, cr3, efer …), `"0x…"`; of a segment the selector.
     pub values: BTreeMap<String, Gpa>,
 }

@@ -1,4 +1,4 @@
-//! What runs, and how it stands.
+//! The VM that runs, and its state.
 
 use mce_relay::mca::Vendor;
 use mce_relay::{AoChannel, KillPolicy, Pace, Page, Predicted, Rescued};
@@ -40,14 +40,14 @@ pub struct MemoryBlock {
     pub fd_offset: u64,
     /// Whether a process that maps the file has the same memory.
     pub shared: bool,
-    /// The pages that the host keeps it in, and loses as a whole.
+    /// Size in bytes of the pages of which the host loses each as a whole: 4096, 2 MiB or 1 GiB.
     pub page_size: u64,
 }
 
 /// What runs.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct VmInfo {
-    /// What it is called; null for one without a name.
+    /// Its name; null if it has none.
     pub name: Option<String>,
     /// The VMM's version.
     pub version: String,
@@ -57,11 +57,11 @@ pub struct VmInfo {
     pub boot: u32,
     /// Number of vCPUs.
     pub vcpus: usize,
-    /// Whose machine-check architecture the guest sees.
+    /// The vendor whose machine-check architecture the guest sees.
     pub vendor: Vendor,
     /// IA32_MCG_CAP as the guest sees it, `0x…`.
     pub mcg_cap: String,
-    /// When the kernel tells the VMM of a bad page.
+    /// When the kernel signals a bad page to the VMM: when it knows of it (early), or at a touch (late).
     pub mce_kill: KillPolicy,
     /// Whether the guest is to keep what is left of a huge page of which a part goes bad.
     pub rescue: bool,
@@ -79,10 +79,10 @@ pub struct VmInfo {
     pub pause_reason: Option<PauseReason>,
     /// What the guest has said of its own end since it was started; null as long as it has not.
     pub panic: Option<Panic>,
-    /// Whether the relay's thread is there, as it always should be: without it nobody takes AOs.
+    /// Whether the relay's thread runs, as it always should: without it AOs are not taken.
     pub relay_alive: bool,
-    /// The stretch of guest RAM into which the guest's kernel was loaded: its text and data, and what it gives
-    /// back after its start.
+    /// The stretch of guest RAM into which the guest's kernel was loaded: its text and data, and memory that it frees
+    /// after its start.
     pub kernel: Extent,
     /// Guest RAM, by guest-physical address.
     pub memory: Vec<MemoryBlock>,
@@ -94,7 +94,7 @@ impl VmInfo {
         self.memory.iter().find(|block| gpa >= block.gpa && gpa - block.gpa < block.len)
     }
 
-    /// Where there is guest RAM, for people.
+    /// The ranges of guest RAM, for people.
     #[must_use]
     pub fn ram_in_words(&self) -> String {
         let mut stretches: Vec<(u64, u64)> = Vec::new();
@@ -118,7 +118,7 @@ pub struct Status {
     pub pages: Vec<Page>,
     /// Pages that are whole and predicted to fail, by guest-physical address.
     pub predicted: Vec<Predicted>,
-    /// Pages that were bad in an earlier boot and are so no longer, in the order of their healing.
+    /// Pages that were bad in an earlier boot and no longer are, in the order in which they were healed.
     pub past: Vec<Page>,
     /// Huge pages that the host has lost and of which the guest keeps all but the bad part, in that order, in all boots.
     #[serde(default)]
@@ -132,7 +132,7 @@ pub struct Ping {
     pub version: String,
     /// The VMM's process.
     pub pid: u32,
-    /// What the VM is called; null for one without a name.
+    /// The VM's name; null if it has none.
     pub name: Option<String>,
 }
 

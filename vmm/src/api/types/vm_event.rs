@@ -1,4 +1,4 @@
-//! What happens to the virtual machine itself, as docs/events.md has it.
+//! Events of the virtual machine itself, as docs/events.md describes them.
 
 use log::Level;
 use serde::{Deserialize, Serialize};
@@ -17,21 +17,21 @@ pub enum VmEvent {
         unix_time: f64,
         /// What the guest was shown as IA32_MCG_CAP.
         mcg_cap: String,
-        /// The guest's vendor.
+        /// The vendor that the guest sees.
         vendor: mce_relay::mca::Vendor,
     },
     /// The guest has ended, or was ended.
     Ended {
         /// How.
         how: String,
-        /// The exit status that stands for it.
+        /// The exit status of `mce-relay run` for it.
         status: u8,
     },
-    /// The guest is started again, with whole memory.
+    /// The guest is started again, with good memory.
     Reset {
-        /// What made that necessary.
+        /// Why.
         reason: String,
-        /// The user's policy had it reset, not the guest itself.
+        /// The user's policy reset it, not the guest itself.
         by_policy: bool,
     },
     /// The vCPUs leave the guest and wait.
@@ -39,24 +39,24 @@ pub enum VmEvent {
         /// Why.
         #[serde(flatten)]
         reason: PauseReason,
-        /// How the user goes on from here.
+        /// How the user can resume it.
         #[serde(skip)]
         way_on: String,
     },
-    /// The vCPUs go on.
+    /// The vCPUs run again.
     Resumed {},
-    /// The guest says that its kernel has panicked.
+    /// The guest reports that its kernel has panicked.
     Panicked {
-        /// How the user goes on from here.
+        /// What the user can do next.
         #[serde(skip)]
         way_on: String,
     },
-    /// The guest says that its kernel has panicked and its crash kernel takes over.
+    /// The guest reports that its kernel has panicked and its crash kernel takes over.
     CrashLoaded {},
 }
 
 impl VmEvent {
-    /// What nobody asked for and somebody may have to act on is shown without being asked for.
+    /// The log level: an event that nobody asked for and that may need action is logged without `-v`.
     pub(crate) fn level(&self) -> Level {
         match self {
             Self::Paused { reason: PauseReason::Undeliverable(_), .. }

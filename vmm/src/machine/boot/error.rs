@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// A number of bytes for people, who give a guest whole mebibytes; rounded up.
+/// A number of bytes in MiB, for people; rounded up.
 fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
@@ -128,7 +128,7 @@ pub enum BootError {
         #[source]
         source: vm_memory::GuestMemoryError,
     },
-    /// Memory that the kernel or its boot data has to lie in is not there any more.
+    /// Memory that the kernel or its boot data has to lie in was removed from the guest.
     #[error(
         "guest memory at {gpa:#x} went bad, there is no good memory for it on this host, and the \
          guest cannot start without it; start it anew"

@@ -1,4 +1,4 @@
-//! Where things lie in guest-physical memory before the kernel runs, and the map that tells it.
+//! Where boot data lies in guest-physical memory before the kernel runs, and the memory map.
 
 use crate::machine::memory::block::RamBlock;
 
@@ -18,11 +18,11 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 pub const ACPI_START: u64 = 0xe_0000;
 /// End of the ACPI tables (exclusive).
 pub const ACPI_END: u64 = MP_TABLE;
-/// The MP table; what leads to it lies at [`LOW_RAM_END`].
+/// The MP table; its floating pointer lies at [`LOW_RAM_END`].
 pub const MP_TABLE: u64 = 0xe_e000;
 /// End of the MP table (exclusive).
 pub const MP_TABLE_END: u64 = 0xf_0000;
-/// Reserved like the tables: the page that the firmware-first records lie in comes first (see
+/// Reserved like the tables. The first page holds the firmware-first records (see
 /// [`crate::relaying::error_source`]), the rest is empty.
 pub const FIRMWARE_START: u64 = MP_TABLE_END;
 /// End of [`FIRMWARE_START`] (exclusive).
@@ -64,9 +64,9 @@ pub struct MapEntry {
 /// The most entries that a memory map has: those of the zero page (E820_MAX_ENTRIES_ZEROPAGE).
 pub const MAX_MAP: usize = 128;
 
-/// The memory map of a guest with this RAM, in rising order and without overlaps. `removed` are
-/// stretches (address and length) of it that are not to be used. Where they are more than a map can
-/// tell, those that are closest to each other are told as one, with what is between.
+/// The memory map of a guest with this RAM, ascending and without overlaps. `removed` are stretches (address and
+/// length) of it that are not to be used. If there are more of them than a map can hold, the closest ones are merged,
+/// and the RAM between them is not used either.
 #[must_use]
 pub fn memory_map(blocks: &[RamBlock], removed: &[(u64, u64)]) -> Vec<MapEntry> {
     let mut gaps: Vec<(u64, u64)> = Vec::new();
@@ -82,7 +82,7 @@ pub fn memory_map(blocks: &[RamBlock], removed: &[(u64, u64)]) -> Vec<MapEntry> 
             return map;
         }
         let between = |at: &usize| gaps[at + 1].0 - gaps[*at].1;
-        // There are at least two, so there is a nearest pair.
+        // There are at least two gaps, so a nearest pair exists.
         let nearest = (0..gaps.len() - 1).min_by_key(between).unwrap_or(0);
         gaps[nearest].1 = gaps[nearest + 1].1;
         gaps.remove(nearest + 1);

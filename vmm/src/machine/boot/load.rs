@@ -38,7 +38,7 @@ const KERNEL_SLACK: u64 = 4 << 20;
 pub struct Boot {
     /// How vCPU 0 enters the kernel.
     pub entry: Entry,
-    /// Guest-physical addresses of the kernel: its text and data, and what it gives back after its start.
+    /// Guest-physical addresses of the kernel: its text and data, and memory that it frees after its start.
     pub kernel: Range<u64>,
 }
 
@@ -122,10 +122,10 @@ fn load_kernel(ram: &GuestRam, path: &Path) -> Result<Loaded, BootError> {
     if let Some(gpa) = hole(ram, 0, layout::HIGH_RAM) {
         return Err(BootError::Hole { gpa });
     }
-    // A file that could be loaded before and cannot be now has met what is missing.
+    // If memory was removed, a file that could be loaded before may fail because of the hole.
     let load_error = |error: linux_loader::loader::Error| match hole(ram, 0, ram.low_end()) {
         Some(gpa) => BootError::Hole { gpa },
-        // Each of the library's errors has its own cause in its words, and the same heading.
+        // The text of each of the library's errors has the cause after the same heading.
         None => {
             let cause = error.to_string().replace("Kernel Loader: ", "");
             BootError::Load { path: path.into(), ram: ram.low_end(), cause }
@@ -140,7 +140,7 @@ fn load_kernel(ram: &GuestRam, path: &Path) -> Result<Loaded, BootError> {
                 _ => Entry::Linux64 { rip: image.kernel_load.0 },
             };
             let (Entry::Pvh { rip } | Entry::Linux64 { rip }) = entry;
-            // Linux is entered at its beginning, or by PVH somewhere behind that.
+            // The entry of Linux is at its beginning; that of PVH is somewhere behind it.
             let start = rip.min(image.kernel_load.0) / PAGE_SIZE * PAGE_SIZE;
             Loaded {
                 entry,
@@ -210,7 +210,7 @@ fn load_initramfs(ram: &GuestRam, path: &Path, kernel: &Loaded) -> Result<Initra
     Ok(Initramfs { addr, size })
 }
 
-/// As high as it fits, on a page of its own, and clear of the stretches `removed`.
+/// The highest place that fits, page-aligned, without the stretches `removed`.
 fn place_initramfs(size: u64, from: u64, mut to: u64, removed: &[(u64, u64)]) -> Option<u64> {
     loop {
         let addr = to.checked_sub(size)? / PAGE_SIZE * PAGE_SIZE;
@@ -225,7 +225,7 @@ fn place_initramfs(size: u64, from: u64, mut to: u64, removed: &[(u64, u64)]) ->
     }
 }
 
-/// The first address from `from` to before `to` at which the guest has no memory any more.
+/// The first address in `from..to` at which the guest has no memory any more.
 fn hole(ram: &GuestRam, from: u64, to: u64) -> Option<u64> {
     let inside =
         |(start, len): (u64, u64)| (start < to && start + len > from).then_some(start.max(from));
@@ -245,7 +245,7 @@ fn read_head(file: &mut File) -> io::Result<Vec<u8>> {
     Ok(head)
 }
 
-/// Tells a kernel from its first kilobyte; the error says what else it looks like.
+/// Identifies a kernel by its first kilobyte; the error says what else the file looks like.
 fn identify(head: &[u8]) -> Result<Image, String> {
     if head.starts_with(b"\x7fELF") {
         let class = head.get(4).copied();
@@ -350,7 +350,7 @@ mod tests {
         assert!(matches!(load(&cut), BootError::Load { .. }));
     }
 
-    /// The file is read straight into guest memory: what is bad there is an error of that read, no signal.
+    /// The file is read straight into guest memory: a bad page there is an error of that read, not a signal.
     #[test]
     fn bad_memory_in_the_loaders_way_is_an_error_and_can_be_replaced() {
         let uffd = match Uffd::open() {

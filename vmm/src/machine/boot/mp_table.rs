@@ -79,7 +79,7 @@ fn sum(bytes: &[u8]) -> u8 {
     bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
 }
 
-/// The configuration table of a machine with so many processors.
+/// The configuration table of a machine with `cpus` processors.
 fn table(cpus: u8) -> Vec<u8> {
     let mut entries = Vec::new();
     let mut count = 0;
@@ -100,8 +100,8 @@ fn table(cpus: u8) -> Vec<u8> {
         };
         add(processor.as_bytes());
     }
-    // Bus 0 (4.3.2), the I/O APIC behind the processors' ids (4.3.3), and its pins (4.3.4): edges, active
-    // high, as is ISA's way.
+    // Bus 0 (4.3.2), the I/O APIC, whose id follows the processors' (4.3.3), and its pins (4.3.4): edge-triggered,
+    // active high, as ISA has it.
     add(&[&[1, 0][..], b"ISA   "].concat());
     let io_apic = cpus;
     add(&[&[2, io_apic, IO_APIC_VERSION, ENABLED][..], &IO_APIC.to_le_bytes()].concat());
@@ -132,7 +132,7 @@ fn table(cpus: u8) -> Vec<u8> {
     [header.as_bytes(), &entries].concat()
 }
 
-/// What leads to it.
+/// The floating pointer to it.
 fn pointer() -> Pointer {
     let mut pointer = Pointer {
         signature: *b"_MP_",
@@ -147,7 +147,7 @@ fn pointer() -> Pointer {
     pointer
 }
 
-/// Writes the table, and at the end of conventional memory what leads to it.
+/// Writes the table, and its floating pointer at the end of conventional memory.
 ///
 /// # Errors
 /// Guest memory cannot be written.

@@ -1,4 +1,4 @@
-//! What lies where when a vCPU starts: the entry, the initramfs, and how something is put into guest RAM.
+//! Where a vCPU enters, where the initramfs is, and how boot data is written to guest RAM.
 
 use crate::machine::boot::error::BootError;
 use crate::machine::memory::guest_ram::GuestRam;

@@ -1,7 +1,7 @@
 //! Code where a PC's firmware has its reset entry: it writes the ACPI reset register.
 //!
-//! On a hardware-reduced platform Linux asks EFI for a reboot before it asks ACPI, and without EFI
-//! it goes straight to real mode and jumps to the firmware. Here it finds this.
+//! On a hardware-reduced platform Linux asks EFI for a reboot before it asks ACPI. Without EFI it switches to real mode
+//! and jumps to the firmware's entry, where it finds this code.
 
 use super::error::BootError;
 use super::layout::RESET_VECTOR;

@@ -1,4 +1,4 @@
-//! Kernels of a few instructions, for unit tests and, by its path, for the tests' own crate.
+//! Kernels of a few instructions, for unit tests; the tests' own crate includes this file by its path.
 
 /// Where they are loaded, and begin in 32-bit mode: 1 MiB.
 pub const ENTRY: u32 = 0x10_0000;

@@ -1,8 +1,8 @@
-//! The processor that the guest sees: what KVM supports, reshaped.
+//! The processor that the guest sees: what KVM supports, with changes.
 //!
-//! Three things are changed: the topology (every vCPU is a core of one socket), the vendor if the
-//! user asked for another, and what an error relay needs: machine-check bits, and on an AMD-style
-//! guest the recovery bits without which Linux panics on any uncorrected error.
+//! Three things are changed: the topology (every vCPU is a core of one socket), the vendor if the user asked for
+//! another, and what relaying errors needs: machine-check bits, and on an AMD-style guest the recovery bits without
+//! which Linux panics at any uncorrected error.
 
 use std::arch::x86_64::{__cpuid, CpuidResult};
 
@@ -12,7 +12,7 @@ use crate::config::CpuVendor;
 
 pub use mce_relay::mca::Vendor;
 
-/// What decides about the leaves.
+/// What the leaves depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuSpec {
     /// The vendor asked for.
@@ -111,7 +111,7 @@ pub fn guest_vendor(wanted: CpuVendor, supported: &[Leaf]) -> Vendor {
     }
 }
 
-/// The leaves of all vCPUs, but for what differs between them (see [`for_vcpu`]).
+/// The leaves that all vCPUs have in common (see [`for_vcpu`]).
 #[must_use]
 pub fn guest_leaves(supported: &[Leaf], spec: CpuSpec) -> Vec<Leaf> {
     let vendor = guest_vendor(spec.vendor, supported);
@@ -288,7 +288,7 @@ fn make_amd(leaves: &mut Vec<Leaf>) {
     leaf.edx |= signature & 0x0183_f3ff;
 }
 
-/// How many APIC ids so many CPUs take: the next power of two.
+/// How many APIC ids `cpus` CPUs take: the next power of two.
 fn ids(cpus: u8) -> u32 {
     u32::from(cpus).next_power_of_two()
 }
@@ -296,7 +296,7 @@ fn ids(cpus: u8) -> u32 {
 fn set_topology(leaves: &mut Vec<Leaf>, vendor: Vendor, cpus: u8) {
     let count = u32::from(cpus);
     let shift = ids(cpus).trailing_zeros();
-    // One way to tell of the topology is enough: 0xb.
+    // Only leaf 0xb describes the topology.
     leaves.retain(|leaf| !matches!(leaf.function, 0xb | 0x1f | 0x8000_0026));
     if let Some(range) = find(leaves, 0) {
         range.eax = range.eax.max(0xb);

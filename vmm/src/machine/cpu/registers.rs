@@ -1,11 +1,11 @@
-//! A vCPU's registers, as the API has them.
+//! A vCPU's registers in the form that the API has.
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 
 use crate::api::types::pages::Gpa;
 use crate::api::types::registers::Registers;
 
-/// What KVM says of the registers of a vCPU.
+/// A vCPU's registers as KVM returns them, in that form.
 #[must_use]
 pub fn registers(vcpu: u8, regs: &kvm_regs, sregs: &kvm_sregs) -> Registers {
     let kvm_regs { rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, rip, rflags, .. } = *regs;
@@ -53,7 +53,7 @@ pub fn registers(vcpu: u8, regs: &kvm_regs, sregs: &kvm_sregs) -> Registers {
 pub(crate) mod tests {
     use super::*;
 
-    /// Of a vCPU whose RIP is so.
+    /// Registers of a vCPU with this RIP.
     pub(crate) fn at(vcpu: u8, rip: u64) -> Registers {
         registers(vcpu, &kvm_regs { rip, r15: 15, ..Default::default() }, &kvm_sregs::default())
     }

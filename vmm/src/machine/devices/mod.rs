@@ -1,4 +1,4 @@
-//! Devices: what port I/O reaches, the serial ports, the power button, and whose interrupt is whose.
+//! Devices: port I/O, the serial ports, the power button, and interrupt numbers.
 
 pub mod interrupts;
 pub mod ports;

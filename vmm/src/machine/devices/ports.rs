@@ -34,14 +34,14 @@ pub const SLEEP_TYPE_S5: u8 = 5;
 const SLEEP_TYPE_SHIFT: u8 = 2;
 /// Sleep control: SLP_EN.
 const SLEEP_ENABLE: u8 = 1 << 5;
-/// The port at which a guest says that its kernel has panicked (pvpanic; QEMU has it there, too). What can be
-/// said is read there.
+/// The port at which a guest reports a panic of its kernel (pvpanic; QEMU uses the same port). A read returns the
+/// values that it may write.
 pub const PVPANIC_PORT: u16 = 0x505;
-/// What can be said there (include/uapi/misc/pvpanic.h): the kernel has panicked.
+/// Value (include/uapi/misc/pvpanic.h): the kernel has panicked.
 const PVPANIC_PANICKED: u8 = 1 << 0;
-/// It has, and goes on with a kernel that was loaded for that.
+/// Value: it has panicked, and a kernel that was loaded for that takes over.
 const PVPANIC_CRASH_LOADED: u8 = 1 << 1;
-/// It has powered off (Linux 6.10), which a guest says that has no other way.
+/// Value: it has powered off (Linux 6.10); for guests without another way to say so.
 const PVPANIC_SHUTDOWN: u8 = 1 << 2;
 /// The keyboard controller's data port.
 const I8042_DATA: u16 = 0x60;
@@ -57,7 +57,7 @@ pub enum PowerEvent {
     Reset,
     /// End.
     PowerOff,
-    /// Nothing, but to know this.
+    /// Nothing; it is a report.
     Panicked(Panic),
 }
 
@@ -81,14 +81,14 @@ impl PortBus {
         })
     }
 
-    /// The guest reads. More than one byte is a string instruction (each byte a read of its own).
+    /// The guest reads `data.len()` bytes. More than one is a string instruction (each byte a read of its own).
     pub fn read(&self, port: u16, data: &mut [u8]) {
         if let Some((uart, offset)) = self.uart(port) {
             data.fill_with(|| uart.read(offset));
             return;
         }
         data.fill(match port {
-            // Nothing to read, ready for a command: what a reboot by keyboard controller waits for.
+            // Zero: nothing to read, ready for a command. A reboot by keyboard controller waits for that.
             I8042_DATA | I8042_COMMAND | SLEEP_CONTROL_PORT | SLEEP_STATUS_PORT => 0,
             PVPANIC_PORT => PVPANIC_PANICKED | PVPANIC_CRASH_LOADED | PVPANIC_SHUTDOWN,
             _ => 0xff,
@@ -105,7 +105,7 @@ impl PortBus {
         match port {
             I8042_COMMAND if byte == I8042_RESET => Some(PowerEvent::Reset),
             RESET_PORT if byte == RESET_VALUE => Some(PowerEvent::Reset),
-            // As QEMU takes several at once: what says most counts.
+            // Several bits may be set, as with QEMU; the most severe one counts.
             PVPANIC_PORT if byte & PVPANIC_PANICKED != 0 => {
                 Some(PowerEvent::Panicked(Panic::Panicked))
             }

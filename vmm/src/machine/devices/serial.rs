@@ -1,11 +1,11 @@
 //! A serial port: a UART for the guest, a queue, and a thread that moves bytes.
 //!
-//! The guest's side never waits: a vCPU puts output into a bounded queue, and where nobody takes it
-//! the oldest bytes are dropped and counted. All that can block is on the port's own thread.
+//! The guest's side never waits: a vCPU puts output into a bounded queue, and when the queue is full the oldest bytes
+//! are dropped and counted. Everything that can block is on the port's own thread.
 //!
-//! A [`SerialLine`] is what leads out of this process: a file, a socket or the terminal, with the queue and the
-//! thread. It lives as long as the process. A [`SerialPort`](port::SerialPort) is a guest's UART on it, and is another one at each
-//! boot; whoever is connected to the line stays so.
+//! A [`SerialLine`] is the host's side: a file, a socket or the terminal, with the queue and the thread. It lives as
+//! long as the process. A [`SerialPort`](port::SerialPort) is a guest's UART on that line, and is made anew for each
+//! boot; a client that is connected to the line stays connected.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -30,25 +30,25 @@ pub mod link;
 pub mod mover;
 pub mod port;
 
-/// What leads from a serial port out of this process.
+/// The host's side of a serial port.
 #[derive(Debug)]
 pub struct SerialLine {
     link: Arc<Link>,
     thread: Option<JoinHandle<()>>,
     number: u8,
-    /// It leads to a file that keeps what is written; so words of the VMM's own may stand in it.
+    /// It is a file that keeps what is written, so lines of the VMM's own may be added.
     keeps: bool,
-    /// That file had something in it at the beginning.
+    /// That file was not empty when it was opened.
     was_begun: bool,
     /// The boot that was noted last.
     noted: AtomicU32,
-    /// Of a socket; it goes when this does.
+    /// The path of a socket, which is removed with this.
     _path: Option<BoundPath>,
     _raw: Option<RawMode>,
 }
 
 impl SerialLine {
-    /// The way out for port `number` (0 is COM1), or `None` if it is off. Its thread is under `filters`.
+    /// The line of port `number` (0 is COM1), or `None` if it is off. Its thread is under `filters`.
     ///
     /// # Errors
     /// See [`SerialError`].
@@ -93,7 +93,7 @@ impl SerialLine {
         Ok(Some(Self { link, thread, number, keeps, was_begun, noted, _path: path, _raw: raw }))
     }
 
-    /// Writes a line between what guests say into a file, when boot `boot` (1 is the first) begins.
+    /// Writes a line between the output of two boots into a file, when boot `boot` (1 is the first) begins.
     pub fn note_boot(&self, boot: u32) {
         let again = self.noted.swap(boot, Ordering::Relaxed) == boot;
         if !again && self.keeps && (self.was_begun || boot > 1) {
@@ -102,7 +102,7 @@ impl SerialLine {
         }
     }
 
-    /// Bytes of output that were dropped, because nobody took them.
+    /// Bytes of output that were dropped because they were not read in time.
     #[must_use]
     pub fn dropped(&self) -> u64 {
         self.link.queue().dropped
@@ -126,7 +126,7 @@ impl Drop for SerialLine {
     }
 }
 
-/// Both serial ports' ways out, COM1 first.
+/// The lines of both serial ports, COM1 first.
 pub type SerialLines = [Option<Arc<SerialLine>>; 2];
 
 /// Opens both.

@@ -1,10 +1,10 @@
-//! Why a VM stops, and what its observer is told.
+//! Why a VM stops, and what the observer is told.
 
 use std::fmt;
 
 use crate::api::types::pause::{Panic, PauseReason, Undeliverable};
 
-/// Who stopped a VM from outside.
+/// What stopped a VM from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StopCause {
     /// This signal was sent to the process.
@@ -31,20 +31,20 @@ impl fmt::Display for StopCause {
 /// What an observer is told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change<'a> {
-    /// The VM is paused, or for another reason than before.
+    /// The VM is paused, or the reason of its pause has changed.
     Paused(&'a PauseReason),
-    /// The vCPUs go on.
+    /// The vCPUs run again.
     Resumed,
-    /// The guest says that its kernel has panicked.
+    /// The guest reports that its kernel has panicked.
     Panicked(Panic),
 }
 
-/// How far a pause has come.
+/// How far a pause has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parked {
     /// No vCPU is in the guest, and none will enter it.
     All,
-    /// So many vCPUs have not come to their parking place yet.
+    /// How many vCPUs have not parked yet.
     Not(usize),
     /// The VM is not paused (any more): it was resumed, or it ends.
     Unpaused,
@@ -57,14 +57,14 @@ pub enum ExitReason {
     PowerOff,
     /// The guest asked to be started over.
     Reset,
-    /// Somebody else asked for it.
+    /// A reset was asked for from outside.
     ResetBy(StopCause),
-    /// This vCPU met an exception that it could not take.
+    /// This vCPU had a triple fault.
     TripleFault {
         /// Its index.
         vcpu: u8,
     },
-    /// KVM could not go on with this vCPU.
+    /// KVM could not run this vCPU any further.
     KvmError {
         /// Its index.
         vcpu: u8,
@@ -75,7 +75,7 @@ pub enum ExitReason {
     Undeliverable(Undeliverable),
     /// Stopped from outside.
     Stopped(StopCause),
-    /// This program could not go on.
+    /// The VMM could not go on.
     Fatal(String),
 }
 

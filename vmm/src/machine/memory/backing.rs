@@ -61,8 +61,8 @@ pub(super) fn open(zone: &MemoryZone) -> Result<Opened, MemoryError> {
     Ok(Opened { file: Some(Arc::new(file)), page_size, memfd: false })
 }
 
-/// Sees to it that no two zones are the same memory: each that is a file is so from the file's beginning,
-/// and a bad page of it would be bad in both.
+/// Checks that no two zones are the same memory: each zone of a file begins at the file's beginning, so a bad page
+/// would be bad in both.
 pub(super) fn check_distinct(zones: &[MemoryZone], opened: &[Opened]) -> Result<(), MemoryError> {
     let mut seen: Vec<(u64, u64, usize)> = Vec::new();
     for (number, (zone, opened)) in (1..).zip(zones.iter().zip(opened)) {

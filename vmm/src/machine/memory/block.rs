@@ -84,8 +84,8 @@ pub struct Piece {
 
 pub(crate) fn region(block: &RamBlock) -> RamRegion {
     let page_shift = u8::try_from(block.page_size.trailing_zeros()).unwrap_or(12);
-    // SAFETY: the block is a mapping of `GuestRam`'s, to which no reference leads; when the guest's end comes the relay
-    // goes before it (`run::Boots`).
+    // SAFETY: the block is a mapping of `GuestRam`'s, to which no reference leads; the relay is dropped before it at
+    // the guest's end (`session::boots`).
     unsafe { RamRegion::new(block.hva, block.gpa, block.len) }.in_pages_of(page_shift)
 }
 

@@ -34,8 +34,8 @@ impl GuestRam {
         })
     }
 
-    /// The stretches that have memory now, or had it and are swapped out, ascending. A page of a file that
-    /// nobody here has touched has none of this VM's, and neither has one of hugetlb: it is only promised.
+    /// The stretches that have memory now, or had it and are swapped out, ascending. A page of a file that this process
+    /// has not touched is not this VM's memory, and neither is a hugetlb page that is only reserved.
     ///
     /// # Errors
     /// The kernel does not say.

@@ -2,8 +2,8 @@
 //!
 //! Ordinary memory is given back as a whole, and with it whatever went bad in it, known or not; the
 //! guest begins with fresh pages. Huge pages of hugetlb come from a pool that may have no other, so
-//! each is asked about and only the bad ones are exchanged. Whatever has to be good in the end is
-//! tried; where there is no good memory to be had, the stretch is taken out of the guest's memory.
+//! each is checked and only the bad ones are replaced. A stretch for which there is no good memory is taken out of the
+//! guest's memory.
 
 use std::ops::Range;
 use std::{io, iter};

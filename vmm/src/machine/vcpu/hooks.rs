@@ -1,14 +1,14 @@
-//! Where whoever relays errors plugs into a vCPU.
+//! The hooks of a vCPU, by which a relay plugs in.
 
 use kvm_ioctls::VcpuFd;
 
 use crate::api::types::pause::PauseReason;
 use crate::machine::lifecycle::reasons::ExitReason;
 
-/// The error type of hooks: anything with words.
+/// The error type of hooks.
 pub type HookError = Box<dyn std::error::Error + Send + Sync>;
 
-/// What a hook wants.
+/// What a hook wants the vCPU to do.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HookVerdict {
     /// Go on.
@@ -19,7 +19,7 @@ pub enum HookVerdict {
     Stop(ExitReason),
 }
 
-/// An access to RAM that KVM could not make itself, and handed over as if RAM were a device.
+/// A guest's access to RAM that KVM could not make itself and reports as MMIO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamAccess {
     /// Guest-physical address of the first byte.
@@ -44,7 +44,7 @@ impl RamAccess {
     }
 }
 
-/// A KVM_RUN that did not work.
+/// A KVM_RUN that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunFailure {
     /// The call failed with this errno, say EFAULT or EHWPOISON.
@@ -67,7 +67,7 @@ pub enum RunFailure {
 
 /// A vCPU's hook before it has a thread.
 pub trait VcpuSetup: Send {
-    /// The vCPU has its CPUID, and nothing else yet. Called on the thread that builds the VM.
+    /// Called when the vCPU has its CPUID and nothing else yet, on the thread that builds the VM.
     ///
     /// # Errors
     /// Whatever makes this VM impossible.
@@ -83,42 +83,42 @@ pub trait VcpuSetup: Send {
     fn start(self: Box<Self>, vcpu: &mut VcpuFd) -> Result<Box<dyn VcpuHook>, HookError>;
 }
 
-/// What can be done around a vCPU's runs, on its thread.
+/// A vCPU's hook on its thread, called around its runs.
 pub trait VcpuHook {
     /// Whether [`VcpuHook::before_run`] has something to do. Asked before every entry: keep it cheap.
     fn wants_attention(&self) -> bool {
         true
     }
 
-    /// Before an entry, with the last exit completed and `immediate_exit` cleared: what is set from
-    /// here on makes the entry return at once, and all of this is gone through again.
+    /// Called before an entry, with the last exit completed and `immediate_exit` cleared: a kick that comes from here
+    /// on makes the entry return at once, and the loop begins anew.
     fn before_run(&mut self, _vcpu: &mut VcpuFd) -> HookVerdict {
         HookVerdict::Run
     }
 
-    /// The guest's access to RAM ended up here. A load gets all-ones, unless it is done again; a store is lost,
-    /// unless the hook makes it. The next KVM_RUN completes the instruction first.
+    /// The guest's access to RAM was reported as MMIO. A load gets all-ones, unless it is executed again; a store is
+    /// lost, unless the hook carries it out. The next KVM_RUN completes the instruction first.
     fn mmio_in_ram(&mut self, _vcpu: &mut VcpuFd, _access: RamAccess) -> HookVerdict {
         HookVerdict::Run
     }
 
-    /// KVM_RUN failed; `None` leaves it to the caller, who ends the VM.
+    /// KVM_RUN failed; `None` leaves it to the caller, which ends the VM.
     fn run_failed(&mut self, _vcpu: &mut VcpuFd, _failure: RunFailure) -> Option<HookVerdict> {
         None
     }
 
-    /// The VM is paused: call `wait`, which returns when this vCPU may go on (or has to end). Whoever
-    /// gathers vCPUs learns here that this one will not come.
+    /// The VM is paused: call `wait`, which returns when this vCPU may run again (or has to end). A relay notes here
+    /// that this vCPU takes no part in a gathering.
     fn park(&mut self, wait: &mut dyn FnMut()) {
         wait();
     }
 
-    /// The guest reads an MSR that KVM sends here; `None` is a #GP.
+    /// The guest reads an MSR that KVM sends to user space; `None` raises #GP.
     fn rdmsr(&mut self, _index: u32) -> Option<u64> {
         None
     }
 
-    /// The guest writes an MSR that KVM sends here; false is a #GP.
+    /// The guest writes an MSR that KVM sends to user space; false raises #GP.
     fn wrmsr(&mut self, _index: u32, _data: u64) -> bool {
         false
     }
@@ -134,7 +134,7 @@ impl VcpuHook for NoHook {
     }
 }
 
-/// Makes a setup of a hook that needs none.
+/// The setup of a hook that needs none.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Ready<H>(pub H);
 

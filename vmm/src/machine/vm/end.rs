@@ -1,4 +1,4 @@
-//! The wait for a VM's end, for which a signal is a reason.
+//! Waits for a VM's end, which a termination signal causes, too.
 
 use std::io;
 use std::os::fd::{AsRawFd, IntoRawFd, RawFd};
@@ -12,8 +12,8 @@ use crate::machine::lifecycle::reasons::{ExitReason, StopCause};
 use crate::outlets::files;
 use crate::sandbox::{hangup, sigbus_fallback};
 
-/// Reading ends of pipes that a signal's handler writes to. Made once and kept: a signal that
-/// comes between two VMs is met by the second.
+/// Reading ends of pipes that the signal handlers write to. Made once and kept: a signal that comes between two VMs
+/// ends the second one.
 pub(crate) fn termination_pipes() -> io::Result<[(i32, RawFd); 3]> {
     static PIPES: Mutex<Option<[(i32, RawFd); 3]>> = Mutex::new(None);
     let mut pipes = PIPES.lock().unwrap_or_else(PoisonError::into_inner);
@@ -21,7 +21,7 @@ pub(crate) fn termination_pipes() -> io::Result<[(i32, RawFd); 3]> {
         return Ok(pipes);
     }
     let pipe = |signal| -> io::Result<(i32, RawFd)> {
-        // nohup(1), or a shell without job control: whoever had it ignored means it to be. poll skips -1.
+        // A signal that was ignored at the start (nohup(1), a shell without job control) stays ignored. poll skips -1.
         let ignored = if signal == SIGHUP { hangup::is_ignored() } else { hangup::ignores(signal) };
         if ignored {
             return Ok((signal, -1));
@@ -36,7 +36,7 @@ pub(crate) fn termination_pipes() -> io::Result<[(i32, RawFd); 3]> {
     Ok(made)
 }
 
-/// Returns when the VM ends, for which a termination signal is a reason.
+/// Returns when the VM has ended; a termination signal ends it.
 pub(crate) fn wait_for_end(control: &VmControl) {
     let pipes = match termination_pipes() {
         Ok(pipes) => pipes,

@@ -1,4 +1,4 @@
-//! Why there is no VM.
+//! Why a VM could not be built.
 
 use std::io;
 
@@ -13,7 +13,7 @@ use crate::machine::cpu::msr::MsrError;
 use crate::machine::memory::error::MemoryError;
 use crate::machine::vcpu::hooks::HookError;
 
-/// Why there is no VM.
+/// Why a VM could not be built.
 #[derive(Debug, Error)]
 pub enum VmError {
     /// The configuration is impossible.
@@ -22,13 +22,13 @@ pub enum VmError {
     /// There is no KVM.
     #[error("there is no {KVM_PATH} that works: {}", dev_kvm::advice_now())]
     NoKvm,
-    /// KVM is not ours to use.
+    /// This user may not open /dev/kvm.
     #[error("no permission to open {KVM_PATH}: {}", dev_kvm::advice_now())]
     KvmPermission,
     /// KVM could not be opened.
     #[error("cannot open {KVM_PATH}")]
     OpenKvm(#[source] kvm_ioctls::Error),
-    /// KVM speaks another language.
+    /// KVM has another interface version.
     #[error("{KVM_PATH} has API version {found}, expected {KVM_API}")]
     KvmVersion {
         /// The version found.
@@ -46,13 +46,13 @@ pub enum VmError {
         #[source]
         source: kvm_ioctls::Error,
     },
-    /// No guest RAM.
+    /// Guest RAM could not be made.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// No kernel in it.
+    /// The kernel could not be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// No ACPI tables in it.
+    /// The ACPI tables could not be written.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
     /// A vCPU could not be made ready.
@@ -103,7 +103,7 @@ pub(crate) fn os_error(what: &'static str) -> impl FnOnce(io::Error) -> VmError 
     move |source| VmError::Os { what, source }
 }
 
-/// Where KVM is.
+/// The device of KVM.
 pub(crate) const KVM_PATH: &str = "/dev/kvm";
-/// The version of KVM's interface since it is stable.
+/// The version of KVM's interface ever since it is stable.
 pub(crate) const KVM_API: i32 = 12;

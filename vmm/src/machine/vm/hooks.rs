@@ -1,4 +1,4 @@
-//! Where whoever relays errors plugs into a VM that is built.
+//! The hooks of a VM while it is built, by which a relay plugs in.
 
 use std::sync::Arc;
 
@@ -20,24 +20,24 @@ pub struct VmView<'a> {
     pub kvm: &'a Kvm,
     /// The VM.
     pub vm: &'a Arc<VmFd>,
-    /// Its RAM, with its memfd. Whoever keeps addresses of it keeps it, too.
+    /// Its RAM. A hook that keeps addresses of it keeps this, too.
     pub ram: &'a Arc<GuestRam>,
-    /// Whose processor the guest sees.
+    /// The vendor of the processor that the guest sees.
     pub vendor: Vendor,
     /// Number of vCPUs.
     pub cpus: u8,
-    /// What it is controlled by.
+    /// Its control.
     pub control: &'a VmControl,
 }
 
-/// What can be done around the making of a VM. Called once each, in the order given here.
+/// Hooks around the building of a VM. Each is called once (`vcpu` once per vCPU), in the order given here.
 pub trait VmHooks {
     /// Which system calls the threads of the devices may make.
     fn filters(&self) -> Filters {
         Filters::default()
     }
 
-    /// The VM has RAM and interrupt controllers, and no vCPU yet.
+    /// Called when the VM has RAM and interrupt controllers, and no vCPU yet.
     ///
     /// # Errors
     /// Whatever makes this VM impossible.
@@ -45,7 +45,7 @@ pub trait VmHooks {
         Ok(())
     }
 
-    /// More ACPI tables.
+    /// ACPI tables to add.
     ///
     /// # Errors
     /// Whatever makes this VM impossible.
@@ -53,8 +53,8 @@ pub trait VmHooks {
         Ok(Vec::new())
     }
 
-    /// The ways out for the serial ports, when all else that can be wrong with the VM has been looked at. Those
-    /// of the VM before may be given again; by default they are this VM's own.
+    /// The lines of the serial ports. Called when everything else of the VM has been checked. The previous boot's lines
+    /// may be returned again; by default new ones are opened.
     ///
     /// # Errors
     /// They cannot be opened.
@@ -62,14 +62,14 @@ pub trait VmHooks {
         Ok(serial::open_lines(&config.serial, &self.filters())?)
     }
 
-    /// The hook of this vCPU; once per vCPU.
+    /// The hook of vCPU `index`.
     ///
     /// # Errors
     /// Whatever makes this VM impossible.
     fn vcpu(&mut self, index: u8) -> Result<Box<dyn VcpuSetup>, HookError>;
 }
 
-/// Does nothing.
+/// Hooks that do nothing.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoHooks;
 

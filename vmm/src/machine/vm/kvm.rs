@@ -1,4 +1,4 @@
-//! What is asked of KVM to build a VM.
+//! The calls of KVM that build a VM.
 
 use std::sync::Arc;
 
@@ -55,7 +55,7 @@ pub(crate) fn create_vm(kvm: &Kvm) -> Result<VmFd, VmError> {
     vm.set_tss_address(layout::KVM_TSS).map_err(kvm_error("set the TSS address"))?;
     vm.create_irq_chip().map_err(kvm_error("create the interrupt controllers"))?;
     mask_pics(&vm).map_err(kvm_error("mask the legacy interrupt controllers"))?;
-    // The speaker's port is read in delay loops; KVM answers it itself.
+    // Guests read the speaker's port in delay loops; KVM answers it itself.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(kvm_error("create the timer"))?;
     Ok(vm)
@@ -72,9 +72,9 @@ pub(crate) fn irq_line(vm: &Arc<VmFd>, gsi: u32) -> IrqLine {
     })
 }
 
-/// Masks every line of the two 8259s, as firmware does. KVM starts them unmasked and with vector
-/// base 0, and every ISA interrupt reaches them as well as the I/O APIC: a guest that is described
-/// by hardware-reduced ACPI, and so never looks at them, would take interrupts as exceptions.
+/// Masks every line of the two 8259s, as firmware does. KVM starts them unmasked and with vector base 0, and every ISA
+/// interrupt reaches them as well as the I/O APIC. A guest with hardware-reduced ACPI never sets them up, and would
+/// take their interrupts for exceptions.
 fn mask_pics(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE] {
         let mut chip = kvm_irqchip { chip_id, ..Default::default() };

@@ -1,17 +1,17 @@
-//! The process that listens at a socket, where no connection can be had that would name it.
+//! Finds the process that listens at a socket, when no connection can be made that would name it.
 
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The sockets that are there, /proc/net/unix in proc_pid_net(5).
+/// The list of unix sockets, /proc/net/unix in proc_pid_net(5).
 const SOCKETS: &str = "/proc/net/unix";
-/// Of those, one at which somebody listens: SO_ACCEPTCON in include/uapi/linux/net.h.
+/// Flag of a socket that listens: SO_ACCEPTCON in include/uapi/linux/net.h.
 const ACCEPTS: u32 = 1 << 16;
 
-/// The process that listens at `socket`; `None` where this user may not see what it has open, and for one of
-/// another PID or network namespace.
+/// The process that listens at `socket`; `None` where this user may not see its open files, or if it is in another PID
+/// or network namespace.
 pub(super) fn pid(socket: &Path) -> Option<u32> {
     let found = fs::metadata(socket).ok()?;
     let id = (found.dev(), found.ino());
@@ -21,8 +21,8 @@ pub(super) fn pid(socket: &Path) -> Option<u32> {
     pids.find(|pid| has_open(*pid, &named, id))
 }
 
-/// Those at which somebody listens and whose path ends in `name`: what a link to each says, and its path as it was
-/// given by whoever made it.
+/// The listening sockets whose path ends in `name`: the target of a link to each in /proc/PID/fd, and its path as it
+/// was bound.
 fn named(sockets: &str, name: &OsStr) -> Vec<(String, PathBuf)> {
     let listening = |line: &str| {
         let mut fields = line.split_ascii_whitespace();
@@ -37,7 +37,7 @@ fn named(sockets: &str, name: &OsStr) -> Vec<(String, PathBuf)> {
     sockets.lines().filter_map(listening).collect()
 }
 
-/// Whether the process has one of those sockets open, and it is the one with this device and inode.
+/// Whether the process has one of the sockets `named` open, and it is the one with this device and inode.
 fn has_open(pid: u32, named: &[(String, PathBuf)], id: (u64, u64)) -> bool {
     let process = Path::new("/proc").join(pid.to_string());
     let open = fs::read_dir(process.join("fd")).into_iter().flatten().flatten();
@@ -46,7 +46,7 @@ fn has_open(pid: u32, named: &[(String, PathBuf)], id: (u64, u64)) -> bool {
         let link = link.to_str()?;
         named.iter().find_map(|(socket, path)| (socket == link).then_some(path))
     });
-    // A relative path is of the directory that the process is in.
+    // A relative path is relative to the process's working directory.
     let at = |path: &PathBuf| fs::metadata(process.join("cwd").join(path));
     paths.filter_map(|path| at(path).ok()).any(|found| (found.dev(), found.ino()) == id)
 }

@@ -1,4 +1,4 @@
-//! The sockets of this process where a signal handler finds them: it may take no lock and allocate nothing.
+//! The list of this process's sockets for signal handlers, which may take no lock and allocate nothing.
 
 use std::ffi::{CString, c_char};
 use std::mem::MaybeUninit;
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 const MOST: usize = 8;
 
 struct Place {
-    /// A path that is never given back; null where there is none.
+    /// A path that is never freed; null in a free place.
     path: AtomicPtr<c_char>,
     dev: AtomicU64,
     ino: AtomicU64,
@@ -31,11 +31,11 @@ unsafe impl Send for Entry {}
 unsafe impl Sync for Entry {}
 
 impl Entry {
-    /// `None` where there is no room: then a handler leaves it behind.
+    /// Adds the socket; `None` where there is no room: a handler then leaves it behind.
     pub(super) fn new(path: &Path, (dev, ino): (u64, u64)) -> Option<Self> {
-        // Leaked: a handler may be reading it at any time. A VMM has three of them.
+        // Leaked, as a handler may be reading it at any time. A VMM has three of them.
         let text = CString::new(path.as_os_str().as_bytes()).ok()?.into_raw();
-        // An inode that is not 0 takes the place, and the path comes last: until then there is none.
+        // An inode other than 0 claims the place. The path is set last: until then handlers skip the place.
         let place = PLACES.iter().find(|place| {
             place.ino.compare_exchange(0, ino, Ordering::AcqRel, Ordering::Relaxed).is_ok()
         })?;
@@ -57,7 +57,7 @@ impl Drop for Entry {
     }
 }
 
-/// Removes the sockets of this process, but none that somebody else has put in the place of one. For its end; may
+/// Removes the sockets of this process, except where another socket is at the path by now. For the process's end; may
 /// be called in a signal handler.
 pub fn remove_all() {
     for place in &PLACES {

@@ -1,11 +1,11 @@
-//! What the other vCPUs get.
+//! The record for the other vCPUs of a broadcast.
 
 use mce_relay::mca;
 use mce_relay::mca::{BYSTANDER_BANKS, Record};
 
 use crate::api::types::manual_mce::Request;
 
-/// What the other vCPUs are given when `request` is for all of them.
+/// The record that the other vCPUs are given when `request` is a broadcast.
 #[must_use]
 pub fn bystander_record(request: &Request) -> Record {
     let other = BYSTANDER_BANKS.iter().find(|bank| **bank != request.bank);

@@ -1,16 +1,15 @@
-//! What KVM and a Linux guest make of a machine check, before it is given to them.
+//! Forecasts what KVM and a Linux guest will do about a machine check, before it is injected.
 //!
 //! KVM's side is `kvm_vcpu_ioctl_x86_set_mce` in `arch/x86/kvm/x86.c`; the guest's are the tables in
 //! `arch/x86/kernel/cpu/mce/severity.c` and what `do_machine_check` and `machine_check_poll` in
-//! `core.c` do about each grade, in 6.1 and 6.12. What no rule here knows counts as deadly.
+//! `core.c` do about each grade, in 6.1 and 6.12. A case without a rule here counts as lethal.
 
 use mce_relay::mca::{Caps, MISC_PHYSICAL_4K, McaState, Record, Vendor, cap, mcg, status};
 
 use crate::api::types::manual_mce::{Forecast, Guest, Kvm, Request};
 use crate::api::types::mca_bits::{MCACOD, PCC};
 
-/// What would come of `request` for a guest that was shown `caps`, whose vCPUs stand as `states` says, each
-/// at its index.
+/// The forecast for `request` in a guest that was shown `caps`, with the states `states` of its vCPUs, by index.
 #[must_use]
 pub fn forecast(request: &Request, caps: &Caps, states: &[McaState]) -> Forecast {
     // The request was checked: there is such a vCPU.
@@ -31,18 +30,18 @@ pub fn forecast(request: &Request, caps: &Caps, states: &[McaState]) -> Forecast
         Kvm::MachineCheck => handled(request, caps, state, online),
     };
     let mut guest_why = guest_why.to_owned();
-    // What kills by itself needs no further reason.
+    // A record that is lethal by itself needs no further reason.
     if request.broadcast
         && !guest.is_lethal()
-        && let Some(worse) = by_the_others(request, caps, states, kvm)
+        && let Some(worse) = broadcast_danger(request, caps, states, kvm)
     {
         (guest, guest_why) = worse;
     }
     Forecast { kvm, kvm_why, guest, guest_why, lethal: guest.is_lethal() }
 }
 
-/// How a broadcast kills the guest, if it does, whose own vCPU has `kvm` do this.
-fn by_the_others(
+/// Why a broadcast kills the guest, if it does. `kvm` is what KVM does on the requested vCPU.
+fn broadcast_danger(
     request: &Request,
     caps: &Caps,
     states: &[McaState],
@@ -67,8 +66,8 @@ fn by_the_others(
         others.into_iter().partition(|(_, _, (kvm, _))| *kvm == Kvm::MachineCheck);
     let (first, first_state, _) = *called.first().or(left_out.first())?;
     match caps.vendor {
-        Vendor::Intel if kvm != Kvm::MachineCheck || is_alone(request, caps, state) => {
-            // Nobody waits where nobody is called.
+        Vendor::Intel if kvm != Kvm::MachineCheck || is_local(request, caps, state) => {
+            // If no other vCPU is called, none waits.
             called.first()?;
             let why = format!(
                 "vCPU {first} is called and waits one second for vCPU {target}, which is not; leave broadcast out"
@@ -91,8 +90,8 @@ fn by_the_others(
     }
 }
 
-/// Whether the guest takes it for one that its vCPU has alone (LMCE).
-fn is_alone(request: &Request, caps: &Caps, state: &McaState) -> bool {
+/// Whether the guest takes it for a local machine check (LMCE).
+fn is_local(request: &Request, caps: &Caps, state: &McaState) -> bool {
     request.mcg_status & mcg::LMCES != 0 && state.lmce && caps.has(cap::LMCE_P)
 }
 
@@ -147,7 +146,7 @@ fn names_a_page(request: &Request, caps: &Caps) -> bool {
         }
 }
 
-/// A record that raised nothing.
+/// What a guest does about a record that raised nothing.
 fn polled(request: &Request, caps: &Caps) -> (Guest, &'static str) {
     let has = |bit| request.status & bit != 0;
     let page = names_a_page(request, caps);
@@ -167,7 +166,7 @@ fn polled(request: &Request, caps: &Caps) -> (Guest, &'static str) {
     }
 }
 
-/// A machine check.
+/// What a guest does about a machine check.
 fn handled(
     request: &Request,
     caps: &Caps,
@@ -180,7 +179,7 @@ fn handled(
     let mcg = |bit| request.mcg_status & bit != 0;
     // Intel's wait for each other (`mce_start`): one second, then "Timeout: Not all CPUs entered
     // broadcast exception handler".
-    let alone = is_alone(request, caps, state);
+    let alone = is_local(request, caps, state);
     if caps.vendor == Vendor::Intel && online > 1 && !request.broadcast && !alone {
         return (
             Guest::Dies,

@@ -1,7 +1,8 @@
-//! Machine checks by hand: from the API to the vCPU's thread, the only place where one can be put in.
+//! Injects machine checks that a user asks for. The API passes a request to the vCPU's thread, the only place where a
+//! record can be injected.
 //!
-//! The relay's own deliveries do not come this way, and it knows nothing of these: a bank that one of
-//! them fills is a bank that is full, as if the guest had found it so.
+//! The relay's own records do not come this way, and the relay does not know of these: a bank that one of them fills is
+//! a full bank, as if hardware had filled it.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,50 +18,50 @@ use crate::api::types::pause::PauseReason;
 use crate::machine::lifecycle::VmControl;
 use crate::relaying::manual_mce::{bystander, forecast};
 
-/// How long a vCPU may take to come round.
+/// How long a vCPU's thread may take until it has carried out a request.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// How often it is looked whether the VM was paused meanwhile.
+/// How often it is checked whether the VM was paused meanwhile.
 const LOOK: Duration = Duration::from_millis(100);
 
 /// Why nothing was injected.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// The request makes no sense.
+    /// The request is invalid.
     #[error("{0}")]
     Wrong(String),
-    /// It would kill the guest.
+    /// The guest may not survive it.
     #[error(
         "nothing was injected: the guest may not survive it, and only with --force is it injected then:\n{0}"
     )]
     Lethal(Forecast),
-    /// No vCPU is going to enter the guest.
+    /// The VM is paused, so no vCPU enters the guest.
     #[error(
         "the VM is paused, and a machine check is given to a vCPU on its way into the guest; resume it first"
     )]
     Paused,
-    /// The vCPU did not come round.
+    /// The vCPU's thread did not take the request in time.
     #[error("vCPU {vcpu} did not come round within {s} s; nothing was injected on it", s = PATIENCE.as_secs())]
     Late {
         /// Its index.
         vcpu: u8,
     },
-    /// KVM does not do it.
+    /// KVM refused.
     #[error("KVM refuses on vCPU {vcpu}: {error}")]
     Kvm {
         /// The vCPU.
         vcpu: u8,
-        /// Its words.
+        /// The cause.
         error: io::Error,
     },
 }
 
-/// What a vCPU's thread is to do.
+/// A request to a vCPU's thread.
 enum Work {
-    /// Say how it stands.
+    /// Report the state.
     Look,
-    /// Put a record in, unless it stands otherwise than was thought and the guest would not survive. How
-    /// the others stood comes with it.
+    /// Inject a record, unless the vCPU's state has changed so that the guest would not survive. `states` are the
+    /// states of the others.
     Inject { request: Request, record: Record, states: Vec<McaState> },
 }
 
@@ -75,44 +76,44 @@ struct Job {
 }
 
 #[derive(Default)]
-struct Door {
-    /// Whether there is a job; what the vCPU looks at before each entry.
-    knocked: AtomicBool,
+struct Mailbox {
+    /// Whether there is a job: what the vCPU's thread checks before each entry.
+    has_job: AtomicBool,
     job: Mutex<Option<Job>>,
 }
 
 struct Shared {
     caps: Caps,
-    doors: Vec<Door>,
-    /// One at a time.
+    mailboxes: Vec<Mailbox>,
+    /// Held during a request, so that there is one at a time.
     turn: Mutex<()>,
 }
 
-/// The way to the vCPUs of one VM. Cheap to clone.
+/// Passes requests to the vCPUs of one VM. Cheap to clone.
 #[derive(Clone)]
 pub struct Injector(Arc<Shared>);
 
 impl Injector {
-    /// To so many vCPUs, whose guest was shown `caps`.
+    /// For `vcpus` vCPUs, whose guest was shown `caps`.
     #[must_use]
     pub fn new(vcpus: u8, caps: Caps) -> Self {
-        let doors = (0..vcpus).map(|_| Door::default()).collect();
-        Self(Arc::new(Shared { caps, doors, turn: Mutex::new(()) }))
+        let mailboxes = (0..vcpus).map(|_| Mailbox::default()).collect();
+        Self(Arc::new(Shared { caps, mailboxes, turn: Mutex::new(()) }))
     }
 
-    /// Does what `request` says. Not to be called on a vCPU's thread.
+    /// Carries out `request`. Not to be called on a vCPU's thread.
     ///
     /// # Errors
     /// See [`Refusal`].
     pub fn inject(&self, request: &Request, control: &VmControl) -> Result<ManualMce, Refusal> {
-        let Shared { caps, doors, turn } = &*self.0;
-        // There is nothing behind it that a panic could have left half done.
+        let Shared { caps, mailboxes, turn } = &*self.0;
+        // The lock protects no data that a panic could leave half changed.
         let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
-        request.check(doors.len(), caps.banks()).map_err(Refusal::Wrong)?;
+        request.check(mailboxes.len(), caps.banks()).map_err(Refusal::Wrong)?;
         if control.paused_for_long(PATIENCE).is_some() {
             return Err(Refusal::Paused);
         }
-        let vcpus = 0..u8::try_from(doors.len()).unwrap_or(u8::MAX);
+        let vcpus = 0..u8::try_from(mailboxes.len()).unwrap_or(u8::MAX);
         let states = vcpus
             .map(|vcpu| match self.ask(vcpu, Work::Look, control)? {
                 Done::State(state) => Ok(*state),
@@ -142,7 +143,7 @@ impl Injector {
             match self.ask(vcpu, work, control) {
                 Ok(Done::Injected(outcome)) => done.push(outcome),
                 Ok(Done::State(_)) => return Err(Refusal::Late { vcpu }),
-                // What has been done has to be said.
+                // The vCPUs that were given a record have to be reported.
                 Err(error @ (Refusal::Paused | Refusal::Late { .. })) if !done.is_empty() => {
                     let outcome = Outcome::Skipped { why: error.to_string() };
                     done.push(OnVcpu { vcpu, bank: record.bank, outcome });
@@ -154,10 +155,10 @@ impl Injector {
     }
 
     fn ask(&self, vcpu: u8, work: Work, control: &VmControl) -> Result<Done, Refusal> {
-        let door = &self.0.doors[usize::from(vcpu)];
+        let mailbox = &self.0.mailboxes[usize::from(vcpu)];
         let (answer, answered) = sync_channel(1);
-        *door.lock() = Some(Job { work, answer });
-        door.knocked.store(true, Ordering::Release);
+        *mailbox.lock() = Some(Job { work, answer });
+        mailbox.has_job.store(true, Ordering::Release);
         control.kick(vcpu);
         let mut left = PATIENCE;
         let late = loop {
@@ -167,34 +168,34 @@ impl Injector {
                 Err(RecvTimeoutError::Timeout) => {}
             }
             match control.paused() {
-                // It is over in a moment, and the vCPU comes round then.
+                // This pause ends in a moment, and the vCPU takes the request then.
                 Some(PauseReason::Marking) => {}
                 Some(_) => break Refusal::Paused,
                 None if left.is_zero() => break Refusal::Late { vcpu },
                 None => left = left.saturating_sub(LOOK),
             }
         };
-        // Whatever comes too late is not done any more; what has been taken is about to be answered.
-        match door.lock().take() {
+        // A job that was not taken by now is withdrawn; one that was taken is about to be answered.
+        match mailbox.lock().take() {
             Some(_) => Err(late),
             None => answered.recv_timeout(PATIENCE).unwrap_or(Err(late)),
         }
     }
 
-    /// Whether there is something to do on `vcpu`. One load.
+    /// Whether there is a job for `vcpu`. One load.
     #[inline]
     #[must_use]
     pub fn wants(&self, vcpu: u8) -> bool {
-        self.0.doors[usize::from(vcpu)].knocked.load(Ordering::Acquire)
+        self.0.mailboxes[usize::from(vcpu)].has_job.load(Ordering::Acquire)
     }
 
-    /// Does it. To be called on that vCPU's thread, between two entries.
+    /// Carries out the job. Called on that vCPU's thread, between two entries.
     pub fn serve(&self, vcpu: u8, mca: &mut impl Mca) {
-        let door = &self.0.doors[usize::from(vcpu)];
-        door.knocked.store(false, Ordering::Release);
-        let Some(Job { work, answer }) = door.lock().take() else { return };
+        let mailbox = &self.0.mailboxes[usize::from(vcpu)];
+        mailbox.has_job.store(false, Ordering::Release);
+        let Some(Job { work, answer }) = mailbox.lock().take() else { return };
         let done = self.done(vcpu, &work, mca);
-        // Nobody waits for it any more where there is no receiver.
+        // Without a receiver the caller has given up.
         let _ = answer.try_send(done);
     }
 
@@ -212,7 +213,7 @@ impl Injector {
                 return Err(Refusal::Lethal(forecast));
             }
         } else if state.mcip() || !state.cr4_mce {
-            // It would be a triple fault, and nobody has asked for one there.
+            // It would be a triple fault, which was not asked for on this vCPU.
             let why = "it is in its machine-check handler, or has not opened it".to_owned();
             let outcome = Outcome::Skipped { why };
             return Ok(Done::Injected(OnVcpu { vcpu, bank: record.bank, outcome }));
@@ -231,9 +232,9 @@ impl Injector {
     }
 }
 
-impl Door {
+impl Mailbox {
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Job>> {
-        // A plain assignment is all that ever happens under the lock.
+        // Only plain assignments happen under the lock.
         self.job.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -320,7 +321,7 @@ mod tests {
         let srao =
             Request { vcpu, bank, status, mcg_status, addr, misc, broadcast, force, dry_run };
         let other = control.clone();
-        // Nobody serves.
+        // No vCPU takes the request.
         let asking = std::thread::spawn(move || injector.inject(&srao, &other));
         std::thread::sleep(2 * LOOK);
         control.request_pause(PauseReason::Request);

@@ -1,4 +1,4 @@
-//! A machine check by hand: what would come of it, and its way to the vCPU's thread. The relay has no part in it.
+//! Machine checks that a user asks for: the forecast, and the way to the vCPU's thread. The relay has no part in them.
 
 pub mod bystander;
 pub mod forecast;

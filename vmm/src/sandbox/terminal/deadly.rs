@@ -1,4 +1,4 @@
-//! Signals that end a process by default, and that anybody may send it: they still do, with the terminal as it was.
+//! Signals that end a process by default, and that any process may send: they still end it, with the terminal restored.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -6,7 +6,7 @@ use std::{io, ptr};
 
 use libc::{c_int, c_void, siginfo_t};
 
-/// Those that are sent, or come from a timer, a limit or a key. The VM's main thread takes them.
+/// Signals that are sent, or raised by a timer, a limit or a key. The VM's main thread takes them.
 const SENT: [c_int; 10] = [
     libc::SIGUSR1,
     libc::SIGUSR2,
@@ -19,23 +19,23 @@ const SENT: [c_int; 10] = [
     libc::SIGSTKFLT,
     libc::SIGXCPU,
 ];
-/// Those of a program's own faults; the thread that has the fault takes them.
+/// Signals of a program's own faults; the thread that has the fault takes them.
 const FAULTS: [c_int; 5] =
     [libc::SIGSEGV, libc::SIGABRT, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP];
 
-/// The standard library's handler of SIGSEGV, which knows a stack that is full.
+/// The standard library's handler of SIGSEGV, which detects stack overflows.
 static OF_STD: OnceLock<extern "C" fn(c_int, *mut siginfo_t, *mut c_void)> = OnceLock::new();
 
-/// Those that are handled here, a bit for each.
+/// The signals that are handled here, a bit for each.
 static TAKEN: AtomicU64 = AtomicU64::new(0);
 
-/// Of the real-time signals the first is the kick of a vCPU.
+/// [`SENT`], and the real-time signals but the first, which kicks vCPUs.
 fn sent() -> impl Iterator<Item = c_int> {
     SENT.into_iter().chain(libc::SIGRTMIN() + 1..=libc::SIGRTMAX())
 }
 
-/// Signals that end this process and put the terminal back before, but for those of the program's own faults. None
-/// that somebody else has a handler for.
+/// The signals that end this process with the terminal restored, without those of a program's own faults, and without
+/// any that has another handler.
 pub fn taken() -> impl Iterator<Item = c_int> {
     let taken = TAKEN.load(Ordering::Relaxed);
     sent().filter(move |signal| taken & bit(*signal) != 0)
@@ -45,7 +45,8 @@ fn bit(signal: c_int) -> u64 {
     1 << (signal - 1)
 }
 
-/// Has each of them put the terminal back. One that was ignored at the start stays so (nohup).
+/// Installs a handler for each that restores the terminal. A signal that was ignored at the start stays ignored
+/// (nohup).
 pub(super) fn install() -> io::Result<()> {
     for signal in sent().chain(FAULTS) {
         // SAFETY: sigaction is plain data, all zero is a valid one, and it is only written to.
@@ -66,7 +67,7 @@ pub(super) fn install() -> io::Result<()> {
                 };
                 let _ = OF_STD.set(handler);
             }
-            // Somebody else's, who knows what it is for.
+            // Another handler is installed, and keeps the signal.
             _ => continue,
         }
         let handler = on_deadly as extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
@@ -89,7 +90,7 @@ extern "C" fn on_deadly(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
     // SAFETY: the kernel passes a valid one.
     let code = unsafe { (*info).si_code };
     if FAULTS.contains(&signal) && code > 0 {
-        // What went wrong is done again after this, and ends the process then.
+        // The faulting instruction is executed again after this, and then ends the process.
         if signal == libc::SIGSEGV
             && let Some(of_std) = OF_STD.get()
         {
@@ -97,7 +98,7 @@ extern "C" fn on_deadly(signal: c_int, info: *mut siginfo_t, context: *mut c_voi
         }
         return;
     }
-    // It is blocked as long as this runs, and comes after it.
+    // The signal is blocked while this runs, and is delivered after it.
     // SAFETY: all are async-signal-safe, and every thread's filter has them.
     unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), libc::gettid(), signal) };
 }

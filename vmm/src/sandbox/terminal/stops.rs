@@ -1,13 +1,13 @@
-//! Signals of job control, which are not to stop a process that has a guest to run.
+//! Job-control signals, which must not stop a process that runs a guest.
 
 use std::io::{self};
 
 use crate::sandbox::terminal::deadly;
 use crate::sandbox::terminal::on_sigcont;
 
-/// Has the terminal not stop this process, which has a guest to run, when it is in the background: what it
-/// writes is written, and what it may not read it does not get. And has it notice that it goes on after it
-/// was stopped, and put the terminal back before a signal ends it.
+/// Makes job control not stop this process, which runs a guest, when it is in the background: its output is written,
+/// and input that it may not read it does not get. Also lets it notice that it continues after a stop, and restores the
+/// terminal before a signal ends it.
 ///
 /// # Errors
 /// sigaction(2) fails.

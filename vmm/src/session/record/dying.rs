@@ -1,4 +1,4 @@
-//! The end of a VMM in a signal handler: what may be done there, and nothing else.
+//! Records the end of a VMM from a signal handler: only what is allowed there.
 
 use std::fs::File;
 use std::mem::ManuallyDrop;
@@ -6,13 +6,13 @@ use std::os::fd::{FromRawFd, RawFd};
 use std::ptr;
 use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicUsize, Ordering};
 
-/// Where the end is written down; open as long as the process, or -1.
+/// Descriptor of the file for the end; open as long as the process, or -1.
 static FILE: AtomicI32 = AtomicI32::new(-1);
-/// Words for stderr, as long as the process.
+/// Text for stderr, kept as long as the process.
 static WORDS: AtomicPtr<u8> = AtomicPtr::new(ptr::null_mut());
 static WORDS_LEN: AtomicUsize = AtomicUsize::new(0);
 
-/// Has an end that may come be written to `file`, and `words` be said then.
+/// Prepares for an end in a handler: it is recorded in `file`, and `words` go to stderr.
 pub(super) fn prepare(file: RawFd, words: &'static mut [u8]) {
     WORDS_LEN.store(words.len(), Ordering::Release);
     WORDS.store(words.as_mut_ptr(), Ordering::Release);
@@ -26,8 +26,7 @@ pub(super) fn file() -> Option<ManuallyDrop<File>> {
     (fd >= 0).then(|| ManuallyDrop::new(unsafe { File::from_raw_fd(fd) }))
 }
 
-/// Writes down that the VMM ends now, with this status, and says where its record is. May be called in a signal
-/// handler.
+/// Records that the VMM ends now with this status, and says where its record is. May be called in a signal handler.
 pub fn note_end(status: u8) {
     let file = FILE.load(Ordering::Acquire);
     if file < 0 {
@@ -49,14 +48,14 @@ pub fn note_end(status: u8) {
     }
 }
 
-/// Text put together without allocation.
+/// Text built without allocation.
 struct Line {
     text: [u8; 64],
     len: usize,
 }
 
 impl Line {
-    /// Appends what fits.
+    /// Appends as much as fits.
     fn push(&mut self, bytes: &[u8]) {
         for byte in bytes {
             if let Some(place) = self.text.get_mut(self.len) {

@@ -1,4 +1,4 @@
-//! Where a serial port leads: a file, a socket, the terminal.
+//! What is behind a serial line: a file, a socket, the terminal.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -12,7 +12,7 @@ use crate::machine::devices::serial::error::SerialError;
 use crate::outlets::files::{Appended, LogFile};
 use crate::outlets::sockets::{self, BoundPath};
 
-/// Where the bytes go and come from.
+/// Where output goes and input comes from.
 #[derive(Debug)]
 pub(crate) enum Endpoint {
     File(Appended),
@@ -73,7 +73,7 @@ impl Endpoint {
     pub(crate) fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
             Self::File(_) => Ok(0),
-            // Not std's Stdin: its buffer would hide bytes from poll.
+            // Not by std's Stdin: bytes in its buffer would be hidden from poll.
             Self::Terminal { .. } => {
                 // SAFETY: the buffer is valid for writes of its length.
                 let n = unsafe {
@@ -97,7 +97,7 @@ impl Endpoint {
 }
 
 fn open_file(to: &LogFile) -> Result<Appended, SerialError> {
-    // A FIFO without a reader is an error, not a wait without end.
+    // For a FIFO without a reader this returns an error and does not wait.
     Appended::open(to, false).map_err(|source| SerialError::File { path: to.path.clone(), source })
 }
 
@@ -108,10 +108,10 @@ fn listen(path: &Path) -> Result<(Endpoint, BoundPath), SerialError> {
     Ok((Endpoint::Socket { listener, client: None, input_open: false }, bound))
 }
 
-/// Standard output, where possible through a description of our own that does not block: setting
-/// the shared one would change it under the feet of whoever else writes to it.
+/// Standard output, where possible by a descriptor of our own that does not block: O_NONBLOCK on the shared one would
+/// affect every other process that writes to it.
 fn own_stdout() -> io::Result<File> {
-    // SAFETY: standard output is open as long as the process (std sees to it).
+    // SAFETY: standard output stays open as long as the process (std opens it if it is closed).
     let stdout = unsafe { BorrowedFd::borrow_raw(libc::STDOUT_FILENO) };
     let shared = File::from(stdout.try_clone_to_owned()?);
     let kind = shared.metadata()?.file_type();

@@ -1,4 +1,4 @@
-//! Why there is no serial port.
+//! Why a serial port cannot be opened.
 
 use std::io::{self};
 use std::path::PathBuf;
@@ -7,7 +7,7 @@ use thiserror::Error;
 
 use crate::outlets::sockets::BindError;
 
-/// Why there is no serial port.
+/// Why a serial port cannot be opened.
 #[derive(Debug, Error)]
 pub enum SerialError {
     /// No more file descriptors.

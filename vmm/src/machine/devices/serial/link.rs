@@ -1,4 +1,4 @@
-//! What a UART and the thread of its port share: the queue of output, and who wakes whom.
+//! What a UART and the thread of its port share: the queue of output, and the means to wake each other.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -14,11 +14,11 @@ use crate::machine::lifecycle::VmControl;
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) bytes: VecDeque<u8>,
-    /// Bytes that were dropped since the port is there.
+    /// Bytes that were dropped since the port was opened.
     pub(super) dropped: u64,
-    /// Those of them that nobody was told of in the output itself; they were before all that is in the queue.
-    pub(super) untold: u64,
-    /// What was queued last does not end a line.
+    /// Those of them that the output does not report yet; they came before all that is in the queue.
+    pub(super) unreported: u64,
+    /// The last queued byte does not end a line.
     pub(super) mid_line: bool,
 }
 
@@ -38,11 +38,11 @@ impl Queue {
 
     fn drop_one(&mut self) {
         self.dropped += 1;
-        self.untold += 1;
+        self.unreported += 1;
     }
 }
 
-/// The guest's side of a port, which is another one at each boot.
+/// The guest's side of a port, made anew for each boot.
 #[derive(Debug)]
 pub(super) struct Guest {
     pub(super) uart: Arc<Mutex<Uart>>,
@@ -54,10 +54,10 @@ pub(super) struct Guest {
 pub(super) struct Link {
     queue: Mutex<Queue>,
     guest: Mutex<Option<Guest>>,
-    /// Counts the guests that there were.
+    /// Number of guests so far.
     pub(super) guests: AtomicU64,
     pub(super) wake: EventFd,
-    /// The thread will look at the queue by itself in a moment.
+    /// The thread is going to look at the queue by itself, and need not be woken.
     pub(super) looking: AtomicBool,
     /// The thread has input that the UART had no room for.
     pub(super) input_waits: AtomicBool,
@@ -81,12 +81,12 @@ impl Link {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whose lock keeps the UART alive: with it goes the VM that it interrupts.
+    /// The guest's side. While this lock is held the UART lives, and with it the VM that it interrupts.
     pub(super) fn guest(&self) -> MutexGuard<'_, Option<Guest>> {
         self.guest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Another guest has the port from now on, or none. What was meant for the one before is dropped.
+    /// Gives the port to another guest, or to none. Input for the previous guest is dropped.
     pub(super) fn set_guest(&self, guest: Option<Guest>) {
         let mut current = self.guest();
         self.guests.fetch_add(1, Ordering::SeqCst);
@@ -96,7 +96,7 @@ impl Link {
     }
 
     pub(super) fn wake(&self) {
-        // It can only fail when the counter is full, and then the thread is awake anyway.
+        // It fails only when the counter is full, and then the thread is awake anyway.
         let _ = self.wake.write(1);
     }
 
@@ -105,21 +105,22 @@ impl Link {
         let was_empty = queue.bytes.is_empty();
         queue.push(bytes);
         drop(queue);
-        // The thread clears the flag before it looks a last time, so one of the two sees the other.
+        // The thread clears the flag before its last look at the queue, so either it sees these bytes or this sees the
+        // cleared flag.
         if was_empty && !self.looking.load(Ordering::SeqCst) {
             self.wake();
         }
     }
 
-    /// Puts a line of the VMM's own between what guests say.
+    /// Adds a line of the VMM's own between the guests' output.
     pub(super) fn push_line(&self, line: &str) {
         let begin = if self.queue().mid_line { "\n" } else { "" };
         self.push(format!("{begin}{line}\n").as_bytes());
     }
 }
 
-/// Called by the UART, most often on the vCPU's own thread in the middle of its port access. An
-/// irqfd would have a kernel worker on another processor do it, and kick the vCPU for each byte.
+/// Called by the UART, mostly on the vCPU's own thread in the middle of its port access. With an irqfd a kernel worker
+/// on another processor would do it, and kick the vCPU for each byte.
 pub(super) struct Irq(pub(super) IrqLine);
 
 impl std::fmt::Debug for Irq {
@@ -152,7 +153,7 @@ impl Write for Output {
     }
 }
 
-/// Tells the thread when the guest has taken all input.
+/// Wakes the thread when the guest has read all input.
 #[derive(Debug)]
 pub(super) struct Events(pub(super) Arc<Link>);
 
@@ -169,8 +170,8 @@ impl SerialEvents for Events {
 
 pub(super) type Uart = Serial<Irq, Events, Output>;
 
-/// How much output waits for a reader, in bytes.
+/// How much output the queue holds, in bytes.
 pub const QUEUE_LEN: usize = 1 << 20;
 
-/// Raises a serial port's interrupt: an edge.
+/// Raises a serial port's interrupt, as an edge.
 pub type IrqLine = Arc<dyn Fn() + Send + Sync>;

@@ -1,4 +1,4 @@
-//! The thread of a serial port, which moves bytes between it and where it leads.
+//! The thread of a serial port, which moves bytes between the UART and the host's side.
 
 use std::io::{self};
 use std::os::fd::{AsRawFd, RawFd};
@@ -12,37 +12,37 @@ use crate::machine::lifecycle::reasons::{ExitReason, StopCause};
 use crate::outlets::files;
 use crate::sandbox::terminal::{self, Escape, Owner};
 
-/// The most that goes to a reader at once: a pipe that is writable takes this without blocking.
+/// The most that is written at once: a pipe that is writable takes this much without blocking.
 const CHUNK: usize = 4096;
-/// How long the end of the VM waits for a reader to take what is left.
+/// How long the end of the VM waits until the rest of the output is taken.
 const DRAIN: Duration = Duration::from_secs(1);
-/// How long the thread gathers output after it has written some. Output comes byte by byte, and to
-/// be woken for each would cost more than the byte.
+/// How long the thread waits for more output after a write. Output comes byte by byte, and to be woken for each would
+/// cost more than the byte.
 const LINGER_MS: i32 = 5;
-/// How often input is offered again to a guest that does not take it.
+/// How often input is offered again to a guest that did not take it.
 const RETRY_MS: i32 = 100;
-/// How often it is looked whether a terminal that another job has is ours now: a shell does not say so to a
-/// job that it takes to the foreground while it runs.
+/// How often it is checked whether a terminal that another job has belongs to this process again: a shell does not
+/// signal a running job that it brings to the foreground.
 const BACKGROUND_MS: i32 = 250;
 
 /// The port's thread.
 pub(crate) struct Mover {
     pub(super) endpoint: Endpoint,
-    /// Where standard input is a terminal: what wakes this thread after the process was stopped.
+    /// If standard input is a terminal: the eventfd that wakes this thread after the process was stopped.
     pub(super) tty: Option<RawFd>,
-    /// Whose that terminal was when it was last looked at.
+    /// Which process that terminal belonged to at the last look.
     pub(super) owner: Owner,
     pub(super) link: Arc<Link>,
     pub(super) escape: Escape,
-    /// The user has typed the escape, and there was no guest to end.
+    /// The user typed the escape while there was no guest to end.
     pub(super) leaves: bool,
-    /// Read, and not yet taken by the UART.
+    /// Input that was read and that the UART has not taken yet.
     pub(super) input: Vec<u8>,
-    /// For which guest, by its number.
+    /// The number of the guest that the input is for.
     pub(super) input_of: u64,
-    /// Taken from the queue, and not yet written.
+    /// Output that was taken from the queue and not written yet.
     pub(super) output: Vec<u8>,
-    /// A file could not be written to, and is tried again then.
+    /// Set when a file could not be written to: when to try again.
     pub(super) stalled: Option<Instant>,
 }
 
@@ -82,14 +82,14 @@ impl Mover {
         }
     }
 
-    /// Sees whose the terminal is, if that may have changed.
+    /// Finds out which job the terminal belongs to, if that may have changed.
     fn look_at_terminal(&mut self) {
         if self.tty.is_none() {
             return;
         }
         let continued = terminal::has_continued();
         if continued || self.waits_for_terminal() {
-            // One that refuses raw mode now has not done so at the start; it is tried again.
+            // Raw mode worked at the start; if it fails now, it is tried again.
             self.owner = terminal::claim().unwrap_or(Owner::Others);
         }
         if self.owner == Owner::Nobody {
@@ -101,7 +101,7 @@ impl Mover {
         self.tty.is_some() && self.owner == Owner::Others
     }
 
-    /// Counts what is left, and will not be in the file.
+    /// Counts the output that is left, which will not be in the file.
     fn give_up(&self) {
         if self.endpoint.keeps() {
             let mut queue = self.link.queue();
@@ -113,8 +113,8 @@ impl Mover {
     fn refill(&mut self) -> bool {
         if self.output.is_empty() {
             let mut queue = self.link.queue();
-            if self.endpoint.keeps() && queue.untold > 0 {
-                let missing = std::mem::take(&mut queue.untold);
+            if self.endpoint.keeps() && queue.unreported > 0 {
+                let missing = std::mem::take(&mut queue.unreported);
                 let words = format!("\n--- mce-relay: {missing} bytes are missing here ---\n");
                 self.output.extend_from_slice(words.as_bytes());
                 return true;
@@ -136,7 +136,7 @@ impl Mover {
         if self.input.is_empty() {
             return;
         }
-        // Set before the UART is asked, so that the guest emptying it meanwhile is noticed.
+        // Set before the UART is asked, so that a guest that empties it meanwhile is noticed.
         self.link.input_waits.store(true, Ordering::Relaxed);
         let mut uart = guest.uart.lock().unwrap_or_else(PoisonError::into_inner);
         if uart.fifo_capacity() > 0 {
@@ -151,7 +151,7 @@ impl Mover {
         }
     }
 
-    /// What was read for a guest that is gone is not for the next one.
+    /// Drops input that was read for a guest that is gone.
     fn forget_old_input(&mut self) {
         let now = self.link.guests.load(Ordering::SeqCst);
         if std::mem::replace(&mut self.input_of, now) != now {
@@ -159,7 +159,7 @@ impl Mover {
         }
     }
 
-    /// Where input is to be read from now. Without a guest it stays where it is, but for the escape.
+    /// The descriptor to read input from now. Without a guest only the terminal is read, for the escape.
     fn wanted_input(&self) -> Option<RawFd> {
         let takes = self.input.is_empty()
             && (matches!(self.endpoint, Endpoint::Terminal { .. }) || self.link.guest().is_some());
@@ -178,7 +178,7 @@ impl Mover {
             _ => None,
         };
         let is_socket = matches!(self.endpoint, Endpoint::Socket { .. });
-        // A client that hangs up shows even if nothing is asked of it; a terminal has no such need.
+        // A client's hang-up is reported even when no event is asked for; the terminal needs no such watch.
         let watch_output = has_output || is_socket;
         let mut fds = [
             pollfd(Some(self.link.wake.as_raw_fd()), libc::POLLIN),
@@ -186,7 +186,7 @@ impl Mover {
                 self.endpoint.output_fd().filter(|_| watch_output),
                 if has_output { libc::POLLOUT } else { 0 },
             ),
-            // Who reads the terminal of another job is stopped, or takes its keys away.
+            // A process that reads the terminal of another job is stopped, or takes that job's input.
             pollfd(self.wanted_input().filter(|_| !self.waits_for_terminal()), libc::POLLIN),
             pollfd(listener, libc::POLLIN),
             pollfd(self.tty, libc::POLLIN),
@@ -235,7 +235,7 @@ impl Mover {
                 }
             }
             Err(error) if is_transient(&error) => {}
-            // This process has just been put into the background.
+            // This process was put into the background just now.
             Err(error) if self.tty.is_some() && error.raw_os_error() == Some(libc::EIO) => {
                 self.owner = Owner::Others;
             }
@@ -261,7 +261,7 @@ impl Mover {
                     self.hang_up();
                     return;
                 }
-                // A closed pipe: the guest goes on, what it said is lost.
+                // The pipe is closed: the guest runs on, and its output is lost.
                 let mut queue = self.link.queue();
                 if queue.dropped == 0 {
                     log::warn!("cannot write serial output: {error}");
@@ -272,7 +272,7 @@ impl Mover {
         }
     }
 
-    /// A full disk, as a rule: what does not find room in the queue meanwhile is lost, and counted.
+    /// Mostly for a full disk: output that does not fit the queue meanwhile is dropped and counted.
     fn stall(&mut self, error: &io::Error) {
         if let (None, Endpoint::File(file)) = (self.stalled, &self.endpoint) {
             log::warn!(

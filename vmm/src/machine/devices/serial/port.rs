@@ -15,7 +15,7 @@ pub struct SerialPort {
 }
 
 impl SerialPort {
-    /// A new UART on `line` that interrupts the guest by `irq`. A line has one at a time.
+    /// A new UART on `line` that interrupts the guest by `irq`. Only one UART is on a line at a time.
     #[must_use]
     pub fn on(line: &Arc<SerialLine>, control: &VmControl, irq: IrqLine) -> Self {
         let link = &line.link;
