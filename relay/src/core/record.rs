@@ -28,11 +28,11 @@ impl Shared {
             mem::take(&mut inner.forgery.queued).into_iter().partition(|(to, _)| *to == whose);
         inner.forgery.queued = others;
         let mine: Vec<(Option<usize>, Caught)> = mine;
-        let mut nobodys = Vec::new();
+        let mut not_guest_ram = Vec::new();
         let mut empty = |inner: &mut Inner| {
             while let Some(caught) = slot.take() {
                 if !self.enter(inner, caught, thread) {
-                    nobodys.push(caught);
+                    not_guest_ram.push(caught);
                 }
             }
         };
@@ -45,7 +45,7 @@ impl Shared {
         }
         // What found the slot full was counted there, and is no mark for a later one.
         inner.forgery.sent.clear();
-        nobodys
+        not_guest_ram
     }
 
     /// One signal: translation, ledger, and the queue of the vCPU concerned. False when the address

@@ -71,7 +71,7 @@ impl Shared {
     }
 
     /// vCPUs whose ports have been gone for some time are unplugged, as long as there are others.
-    pub(crate) fn see_to_the_unplugged(&self, inner: &mut Inner) {
+    pub(crate) fn unplug_gone_vcpus(&self, inner: &mut Inner) {
         let now = Instant::now();
         let due: Vec<usize> =
             inner.gone.iter().filter(|(_, at)| *at <= now).map(|(vcpu, _)| *vcpu).collect();

@@ -101,7 +101,7 @@ impl Shared {
         let paused = one(|vcpu| vcpu.parked).map(|vcpu| WaitReason::Paused { vcpu: index(vcpu) });
         let late = one(|vcpu| vcpu.late).map(|vcpu| WaitReason::NotComing { vcpu: index(vcpu) });
         // The guest may have a processor online whose thread has just ended. It counts as unplugged soon.
-        self.see_to_the_unplugged(inner);
+        self.unplug_gone_vcpus(inner);
         let leaves =
             inner.gone.first().map(|(vcpu, _)| WaitReason::NotComing { vcpu: index(*vcpu) });
         if let Some(wait) = paused.or(late).or(leaves) {

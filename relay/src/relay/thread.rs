@@ -78,10 +78,10 @@ impl Work {
         if let Some(rescuer) = self.rescuer.as_mut() {
             rescuer.look(shared);
         }
-        shared.see_to_the_unplugged(&mut shared.lock());
+        shared.unplug_gone_vcpus(&mut shared.lock());
         // Before the vCPUs are called: what does not go this way is theirs.
         let firmware = self.source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
-        call_those_who_wait(shared, &mut self.call_at).min(firmware)
+        call_waiting_vcpus(shared, &mut self.call_at).min(firmware)
     }
 }
 
@@ -141,7 +141,7 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     let strays = std::mem::take(&mut inner.strays);
     drop(inner);
     if any || !strays.is_empty() {
-        shared.hand_over(&strays);
+        shared.pass_to_other_relays(&strays);
         others(shared).iter().for_each(|other| other.hint());
     }
     any
@@ -149,7 +149,7 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
 
 /// Calls every vCPU for which something waits, at once for a new error and otherwise at `call_at`. Returns how long the
 /// thread may sleep before the next call is due.
-fn call_those_who_wait(shared: &Shared, call_at: &mut Option<Instant>) -> Duration {
+fn call_waiting_vcpus(shared: &Shared, call_at: &mut Option<Instant>) -> Duration {
     let mut inner = shared.lock();
     for vcpu in std::mem::take(&mut inner.to_call) {
         inner.call(vcpu);
@@ -180,7 +180,7 @@ fn call_those_who_wait(shared: &Shared, call_at: &mut Option<Instant>) -> Durati
 impl Shared {
     /// Passes AOs on memory of other relays of this process to them. Without the lock: at the same time another relay
     /// may pass one to this.
-    fn hand_over(&self, strays: &[Caught]) {
+    fn pass_to_other_relays(&self, strays: &[Caught]) {
         let others = others(self);
         for &caught in strays {
             let Caught { kind, hva, lsb } = caught;
