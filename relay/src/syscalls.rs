@@ -278,6 +278,7 @@ pub const RESCUE: &[Call] = &[
     Call::new(libc::SYS_read, "read", "/proc/self/cgroup; at the start"),
     Call::new(libc::SYS_madvise, "madvise", "memory for what is left of a huge page")
         .given(2, libc::MADV_HUGEPAGE as i64),
+    Call::new(libc::SYS_madvise, "madvise", "the same").given(2, libc::MADV_NOHUGEPAGE as i64),
     Call::new(libc::SYS_madvise, "madvise", "the same").given(2, libc::MADV_POPULATE_WRITE as i64),
     Call::new(libc::SYS_pread64, "pread64", "what is left; how much memory may be taken"),
     uffd(

@@ -164,6 +164,7 @@ fn main() -> ExitCode {
         placement::a_page_above_4_gib needs may_poison,
         // Last: after a hardware error the kernel refuses to heal pages until it reboots.
         means::mce_inject needs may_inject_into_the_host,
+        rescue::from_the_hardware_down needs may_inject_into_the_host,
         hardware::from_the_bank_to_the_guests_process needs in_lab_with_hardware,
     ])
 }

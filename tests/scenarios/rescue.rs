@@ -60,13 +60,18 @@ fn rescued(guest: &Guest, start: u64) -> Value {
 /// Poisons the frame of `bad` while the guest stands still: all other pages of the huge page hold what they held. Then the
 /// guest goes on, names that page and no other, and its program has all other pages.
 fn loses_4_kib(guest: &mut Guest, pages: &[Page], bad: Page, huge: u64) -> Value {
+    loses_4_kib_by(guest, pages, bad, huge, "hwpoison-inject")
+}
+
+/// The same by other means.
+fn loses_4_kib_by(guest: &mut Guest, pages: &[Page], bad: Page, huge: u64, via: &str) -> Value {
     // Where the huge page begins in the guest: a block need not begin at a multiple of its pages there.
     let block = guest.info().block(bad.gpa).expect("guest RAM").gpa;
     let start = block + (bad.gpa - block) / huge * huge;
     let gone = BTreeSet::from([bad.gpa]);
     guest.put("vm.pause");
     let before = contents(guest, start, huge, &gone);
-    guest.poison(bad.gpa, "hwpoison-inject");
+    guest.poison(bad.gpa, via);
     let event = rescued(guest, start);
     let all = huge / 4096;
     assert_eq!(
@@ -177,6 +182,15 @@ pub fn of_2_mib() {
     guest.agent.others_intact(&pages, &[bad, second]);
     reboot(&mut guest, 2);
     assert_eq!(page_size(&guest, bad.gpa), 2048, "a huge page again");
+    guest.power_off();
+    lab::set_pool("2048kB", 0);
+}
+
+/// The host's own machine-check code is made to believe in the error.
+pub fn from_the_hardware_down() {
+    let (mut guest, pages) = guest(in_huge_pages(), 4);
+    let bad = full(&pages, HUGE)[33];
+    loses_4_kib_by(&mut guest, &pages, bad, HUGE, "mce-inject");
     guest.power_off();
     lab::set_pool("2048kB", 0);
 }
@@ -293,29 +307,32 @@ pub fn not_where_it_cannot_be() {
     lab::set_pool("2048kB", 0);
 }
 
-/// A memory cgroup that has no room for it is an outcome, and memory that was set aside is there.
+/// A memory cgroup that has no room for it is an outcome, and memory that was set aside is there. For one huge page there
+/// always is some.
 pub fn within_a_memory_cgroup() {
     let cgroup = Cgroup::new("narrow");
-    for (rescue, is_rescued) in [(None, false), (Some("reserve=2M"), true)] {
+    let limit = cgroup.path().join("memory.max");
+    for (rescue, second_is_rescued) in [(None, false), (Some("reserve=2M"), true)] {
         let within = Options { cgroup: Some(cgroup.path().to_owned()), rescue, ..in_huge_pages() };
         let (mut guest, _) = guest(within, 4);
-        let bad = guest.agent.alloc("thp", 1)[0];
+        let bad = guest.agent.alloc("thp", 2);
         // What is cached of files would make room.
         let _ = std::fs::write(cgroup.path().join("memory.reclaim"), "256M");
         let current = std::fs::read_to_string(cgroup.path().join("memory.current")).unwrap();
         let current: u64 = current.trim().parse().unwrap();
-        std::fs::write(cgroup.path().join("memory.max"), (current + (1 << 20)).to_string())
-            .unwrap();
-        guest.poison(bad.gpa, "hwpoison-inject");
-        let seen = guest.event("seen", bad);
-        assert_eq!(seen["pages"], if is_rescued { 1 } else { 512 }, "{rescue:?}");
-        if !is_rescued {
+        std::fs::write(&limit, (current + (1 << 20)).to_string()).unwrap();
+        for (page, is_rescued) in bad.iter().zip([true, second_is_rescued]) {
+            guest.poison(page.gpa, "hwpoison-inject");
+            let seen = guest.event("seen", *page);
+            assert_eq!(seen["pages"], if is_rescued { 1 } else { 512 }, "{rescue:?}");
+        }
+        if !second_is_rescued {
             let why = guest.event_where("not-rescued", "no memory", |_| true);
             assert_eq!(why["reason"], "no-memory", "{why}");
             println!("    {why}");
         }
         settled(&guest);
-        std::fs::write(cgroup.path().join("memory.max"), "max").unwrap();
+        std::fs::write(&limit, "max").unwrap();
         guest.power_off();
     }
     lab::set_pool("2048kB", 0);

@@ -84,7 +84,11 @@ impl Rescue {
                  UFFDIO_POISON of Linux 6.6): {error}"
             );
         }
-        Ok(Rescuer { owner: self.owner, reserve, headroom, marker })
+        let mut store = Store { reserve, spare: None, headroom };
+        if marker.is_ok() {
+            store.prepare_spare();
+        }
+        Ok(Rescuer { owner: self.owner, store, marker })
     }
 }
 
@@ -97,9 +101,43 @@ impl std::fmt::Debug for Rescue {
 /// What rescues are done with, on the thread that does the relay's work.
 pub(crate) struct Rescuer {
     owner: Box<dyn MemoryOwner>,
-    reserve: Option<StandIn>,
-    headroom: Headroom,
+    store: Store,
     marker: io::Result<Marker>,
+}
+
+/// Where the memory for what is left comes from.
+struct Store {
+    /// What the host's VMM asked to be set aside.
+    reserve: Option<StandIn>,
+    /// For the next page of 2 MiB, so that no vCPU waits until there is memory.
+    spare: Option<StandIn>,
+    headroom: Headroom,
+}
+
+impl Store {
+    /// Has memory for one more, if there is enough of it.
+    fn prepare_spare(&mut self) {
+        if self.spare.is_none() && self.headroom.bytes() > 2 * SPARE {
+            self.spare = StandIn::new(SPARE).ok();
+        }
+    }
+
+    /// Memory for what is left of `len` bytes.
+    fn memory(&mut self, len: u64) -> Result<StandIn, RescueRefusal> {
+        if let Some(spare) = self.spare.take_if(|_| len == SPARE) {
+            return Ok(spare);
+        }
+        if let Some(reserved) = self.reserve.as_mut().and_then(|reserve| reserve.take(len)) {
+            return Ok(reserved);
+        }
+        let free = self.headroom.bytes();
+        // The page tables take a five-hundredth.
+        let needed = len + len / 256;
+        if free < needed {
+            return Err(RescueRefusal::NoMemory { needed, free });
+        }
+        StandIn::new(len).map_err(at(RescueStep::Allocate))
+    }
 }
 
 impl Rescuer {
@@ -108,7 +146,12 @@ impl Rescuer {
         let mut any = false;
         loop {
             let next = shared.lock().rescues.next();
-            let Some(hvas) = next else { return any };
+            let Some(hvas) = next else {
+                if any {
+                    self.store.prepare_spare();
+                }
+                return any;
+            };
             any = true;
             let done = call_host("owner of guest memory", || self.rescue(&hvas));
             match done.unwrap_or(Err(RescueRefusal::Forbidden)) {
@@ -125,22 +168,11 @@ impl Rescuer {
     /// Puts good memory at `hvas`; the host addresses of the pages that are gone.
     fn rescue(&mut self, hvas: &Range<u64>) -> Result<Vec<u64>, RescueRefusal> {
         let (hva, len) = (hvas.start, hvas.end - hvas.start);
-        let (file, offset) = self.owner.release(HugePage { hva, len })?;
         let marker = self.marker.as_ref().map_err(|error| RescueRefusal::NoMarker {
             errno: error.raw_os_error().unwrap_or(0),
         })?;
-        let stand_in = match self.reserve.as_mut().and_then(|reserve| reserve.take(len)) {
-            Some(stand_in) => stand_in,
-            None => {
-                let free = self.headroom.bytes();
-                // The page tables take a five-hundredth.
-                let needed = len + len / 256;
-                if free < needed {
-                    return Err(RescueRefusal::NoMemory { needed, free });
-                }
-                StandIn::new(len).map_err(at(RescueStep::Allocate))?
-            }
-        };
+        let (file, offset) = self.owner.release(HugePage { hva, len })?;
+        let stand_in = self.store.memory(len)?;
         let Filled { gone } = stand_in.fill(&file, offset).map_err(at(RescueStep::Read))?;
         match gone.len() as u64 {
             0 => return Err(RescueRefusal::NoneBad),
@@ -152,6 +184,9 @@ impl Rescuer {
         Ok(gone.iter().map(|at| hva + at).collect())
     }
 }
+
+/// Bytes of the memory that is kept for the next rescue.
+const SPARE: u64 = 2 << 20;
 
 fn at(step: RescueStep) -> impl Fn(io::Error) -> RescueRefusal {
     move |error| RescueRefusal::System { step, errno: error.raw_os_error().unwrap_or(0) }
