@@ -82,7 +82,7 @@
 //! assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
 //! # #[cfg(feature = "forge")] {
 //!
-//! The guest touches a bad page: here a forged signal says so (feature `forge`). The vCPU calls `before_run` again.
+//! // The guest touches a bad page: here a forged signal says so (feature `forge`). The vCPU calls `before_run` again.
 //! relay.handle().forge(0x5000, Some(0))?;
 //! assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
 //! let told: Vec<String> = events.try_iter().collect();

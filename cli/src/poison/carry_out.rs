@@ -129,7 +129,11 @@ fn ask_vmm(
             // The VMM is not shown whose a page frame is, so it is checked here, right before.
             match looked.fit(target) {
                 Ok(found) => pfn = Some(found),
-                Err(error) if until.is_behind(&error) => continue,
+                // The process that it is poisoned for has ended, or the VM has.
+                Err(error) if until.is_behind(&error) => {
+                    asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
+                    return Ok(asked);
+                }
                 Err(error) => {
                     asked.push(Asked::new(None, Err(error)));
                     progress(asked.len(), targets.len());

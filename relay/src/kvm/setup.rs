@@ -119,7 +119,8 @@ const CPUID_8000_0007_EBX_SCALABLE_MCA: u32 = 1 << 3;
 
 impl MceSetup {
     /// Ten banks, and what `vendor` has, which the guest's CPUID names: for Intel software error recovery, and local
-    /// machine checks if `lmce`; for AMD containment (`succor`, which its CPUID must show).
+    /// machine checks if `lmce`, which spare a guest of many vCPUs that all of them are stopped for one error; for AMD
+    /// containment (`succor`, true unless its CPUID cannot show it). Each is ignored for the other vendor.
     ///
     /// What KVM (the descriptor of `/dev/kvm`) makes of it is tried on a vCPU that is made for it and thrown away. Call
     /// it before the relay is started.
@@ -207,7 +208,9 @@ impl MceSetup {
         }
     }
 
-    /// Sets up `vcpu`. Call it for each vCPU, after KVM_SET_CPUID2 and before it runs.
+    /// Sets up `vcpu`. Call it for each vCPU, after KVM_SET_CPUID2 and before it runs; of a vCPU that is restored, before its
+    /// MSRs are. IA32_FEATURE_CONTROL of a guest with local machine checks is written and locked: with VMX where its
+    /// CPUID has that.
     ///
     /// # Errors
     /// See [`MceError`].
@@ -215,7 +218,9 @@ impl MceSetup {
         setup_mce(vcpu, self.asked)?;
         if !self.shown_by_us && self.caps.has(cap::LMCE_P) {
             let (index, data) = (msr::FEAT_CTL, msr::FEAT_CTL_LOCKED | msr::FEAT_CTL_LMCE);
-            ioctl::write_msr(vcpu, index, data)
+            // Locked without it, a guest whose CPUID has VMX could not use that. KVM refuses the bit to one that has not.
+            ioctl::write_msr(vcpu, index, data | msr::FEAT_CTL_VMX)
+                .or_else(|_| ioctl::write_msr(vcpu, index, data))
                 .map_err(|source| MceError::Msr { index, source })?;
         }
         Ok(GuestMca::new(self.caps, self.shown_by_us))

@@ -109,7 +109,8 @@ impl Handle {
         let Some(hva) = self.0.ram().hva(gpa) else { return false };
         let caught = Caught { kind: FailureKind::ActionOptional, hva, lsb: PAGE_SHIFT };
         let mut inner = self.0.lock();
-        if !inner.ledger.contains(gpa) {
+        // One that was forged has really gone bad.
+        if inner.ledger.get(gpa).is_none_or(|page| page.is_forged()) {
             self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);
             drop(inner);
             self.0.wake();
@@ -136,7 +137,10 @@ impl Handle {
         let inner = self.0.lock();
         let mut from = gpas.start;
         let mut parts = Vec::new();
-        let is_bad = |page: &Page| !matches!(page.state, State::Healed | State::Removed);
+        // The page of a forged failure is whole.
+        let is_bad = |page: &Page| {
+            !page.is_forged() && !matches!(page.state, State::Healed | State::Removed)
+        };
         let around = gpas.start & !(PAGE_SIZE - 1)..gpas.end;
         for page in inner.ledger.within(around).filter(is_bad) {
             if from < page.gpa {

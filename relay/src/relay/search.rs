@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 
-use crate::core::inner::RETRY_FIRST;
+use crate::core::inner::{Inner, RETRY_FIRST};
 use crate::core::shared::{IDLE_TICK, Shared};
 use crate::event::Event;
 use crate::memory::scan::{FailureCounter, Scanner};
@@ -151,10 +151,15 @@ fn take_slice(rest: &mut Vec<Range<u64>>) -> Vec<Range<u64>> {
 }
 
 impl Shared {
-    /// Whether the page at `hva` is in the ledger, at every guest address that shows it.
+    /// Whether the page at `hva` is known to be bad, at every guest address that shows it.
     fn knows(&self, hva: u64) -> bool {
-        let inner = self.lock();
-        inner.rescues.has(hva) || self.ram().gpas(hva).all(|gpa| inner.ledger.contains(gpa))
+        self.is_known(&self.lock(), hva)
+    }
+
+    fn is_known(&self, inner: &Inner, hva: u64) -> bool {
+        // The page of a forged failure may really go bad.
+        let is_bad = |gpa| inner.ledger.get(gpa).is_some_and(|page| !page.is_forged());
+        inner.rescues.has(hva) || self.ram().gpas(hva).all(is_bad)
     }
 
     /// Enters pages that were found by looking.
@@ -166,9 +171,7 @@ impl Shared {
         let before = inner.ledger.len();
         for &hva in hvas {
             // A vCPU may have met it in the meantime, or it is one of a huge page that is known now.
-            let known = inner.rescues.has(hva)
-                || self.ram().gpas(hva).all(|gpa| inner.ledger.contains(gpa));
-            if !known {
+            if !self.is_known(&inner, hva) {
                 let caught = Caught { kind: FailureKind::ActionOptional, hva, lsb: PAGE_SHIFT };
                 self.enter_pages(&mut inner, caught, FoundBy::Scan, None);
             }

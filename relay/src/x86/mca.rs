@@ -58,6 +58,8 @@ pub mod msr {
 
     /// FEAT_CTL bit 0: firmware has locked the register.
     pub const FEAT_CTL_LOCKED: u64 = 1 << 0;
+    /// FEAT_CTL bit 2: the operating system may use VMX outside SMX.
+    pub const FEAT_CTL_VMX: u64 = 1 << 2;
     /// FEAT_CTL bit 20: the operating system may turn LMCE on.
     pub const FEAT_CTL_LMCE: u64 = 1 << 20;
     /// MCG_EXT_CTL bit 0: the operating system has turned LMCE on.
