@@ -9,7 +9,7 @@ pub use crate::memory::access;
 pub use crate::memory::scan;
 pub use crate::types::Caught;
 
-/// Marks the page of 4 KiB at `hva`, of this process's own memory, as bad: [`crate::memory::marker`].
+/// Marks the page of 4 KiB at `hva`, of this process's own memory, as bad (`memory::marker`).
 ///
 /// # Errors
 /// The kernel does not do it.
