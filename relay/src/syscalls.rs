@@ -275,7 +275,6 @@ pub const HANDLE: &[Call] =
 pub const RESCUE: &[Call] = &[
     Call::new(libc::SYS_userfaultfd, "userfaultfd", "what marks a page as bad; at the start"),
     uffd(crate::memory::marker::UFFDIO_API, "UFFDIO_API: the same"),
-    Call::new(libc::SYS_read, "read", "/proc/self/cgroup; at the start"),
     Call::new(libc::SYS_madvise, "madvise", "memory for what is left of a huge page")
         .given(2, libc::MADV_HUGEPAGE as i64),
     Call::new(libc::SYS_madvise, "madvise", "the same").given(2, libc::MADV_NOHUGEPAGE as i64),
@@ -285,6 +284,8 @@ pub const RESCUE: &[Call] = &[
         crate::memory::marker::UFFDIO_REGISTER,
         "UFFDIO_REGISTER: the page that is gone is marked",
     ),
+    Call::new(libc::SYS_madvise, "madvise", "the same, of locked memory")
+        .given(2, crate::memory::marker::MADV_DONTNEED_LOCKED as i64),
     uffd(crate::memory::marker::UFFDIO_POISON, "UFFDIO_POISON: the same"),
     uffd(crate::memory::marker::UFFDIO_UNREGISTER, "UFFDIO_UNREGISTER: the same"),
     Call::new(libc::SYS_mremap, "mremap", "good memory comes to the place of the huge page")

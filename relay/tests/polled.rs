@@ -187,7 +187,8 @@ fn an_ao_of_another_thread_is_found_within_a_second() {
     let (relay, mut polled, _events) = start_at(hva, 0);
     settle(&mut polled, Duration::from_millis(50));
     std::thread::spawn(move || {
-        signal_unblocked();
+        // It is inherited that SIGBUS is blocked.
+        mask(libc::SIG_UNBLOCK);
         forge(BUS_MCEERR_AO, hva + 0x9000, 12);
     })
     .join()
@@ -202,15 +203,58 @@ fn an_ao_of_another_thread_is_found_within_a_second() {
     }
 }
 
-/// A thread inherits that SIGBUS is blocked.
-fn signal_unblocked() {
+/// Blocks or unblocks (`how`) SIGBUS on this thread.
+fn mask(how: libc::c_int) {
     // SAFETY: the set is initialised before it is read.
     unsafe {
         let mut bus = std::mem::zeroed::<libc::sigset_t>();
         libc::sigemptyset(&raw mut bus);
         libc::sigaddset(&raw mut bus, libc::SIGBUS);
-        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const bus, ptr::null_mut());
+        libc::pthread_sigmask(how, &raw const bus, ptr::null_mut());
     }
+}
+
+#[test]
+fn a_signal_within_process_is_seen_at_once() {
+    let hva = hva();
+    // SAFETY: nothing is mapped there.
+    let ram = RamMap::new(&[unsafe { RamRegion::new(hva, GPA, LEN) }]).unwrap();
+    let once = std::sync::atomic::AtomicBool::new(false);
+    let observer = move |event: &Event| {
+        if matches!(event, Event::Seen { .. }) && !once.swap(true, Ordering::Relaxed) {
+            // The next page goes bad while the first is being told.
+            forge(BUS_MCEERR_AO, hva + 0x5000, 12);
+        }
+    };
+    let (relay, mut polled) = Relay::builder(ram).observer(observer).start_polled().unwrap();
+    settle(&mut polled, Duration::from_millis(50));
+    forge(BUS_MCEERR_AO, hva + 0x3000, 12);
+    let start = Instant::now();
+    while relay.pages().len() < 2 {
+        assert!(is_readable(polled.as_fd(), Duration::from_secs(5)));
+        polled.process();
+    }
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_mask_that_had_it_blocked_is_restored() {
+    mask(libc::SIG_BLOCK);
+    let (relay, polled, _events) = start(0);
+    drop(polled);
+    drop(relay);
+    assert!(is_blocked());
+}
+
+#[test]
+fn another_relay_may_be_started_on_its_thread() {
+    let (_relay, _polled, _events) = start(0);
+    // SAFETY: nothing is mapped there.
+    let ram = RamMap::new(&[unsafe { RamRegion::new(hva(), GPA, LEN) }]).unwrap();
+    let other = Relay::builder(ram).start().unwrap();
+    let (policy, blocked) = (KillPolicy::get().unwrap(), is_blocked());
+    drop(other);
+    assert_eq!((policy, blocked), (KillPolicy::Early, true));
 }
 
 #[test]

@@ -57,7 +57,8 @@ impl Memory {
 
     fn owner(&self) -> Owner {
         let file = File::open("/proc/self/mem").unwrap();
-        Owner { hva: self.hva, at: self.file, file, refuses: None, told: Arc::default() }
+        let (refuses, told) = (None, Arc::default());
+        Owner { hva: self.hva, at: self.file, file, refuses, delay: Duration::ZERO, told }
     }
 
     /// The host address of the page `page` of the second huge page.
@@ -92,12 +93,15 @@ struct Owner {
     at: u64,
     file: File,
     refuses: Option<RescueRefusal>,
+    /// How long it takes it to let a page go.
+    delay: Duration,
     told: Arc<Mutex<Vec<Rescued>>>,
 }
 
 impl MemoryOwner for Owner {
     fn release(&mut self, page: HugePage) -> Result<(BorrowedFd<'_>, u64), RescueRefusal> {
         assert_eq!(page, HugePage { hva: self.hva + HUGE, len: HUGE });
+        std::thread::sleep(self.delay);
         match self.refuses {
             Some(why) => Err(why),
             None => Ok((self.file.as_fd(), self.at + HUGE)),
@@ -326,4 +330,163 @@ fn a_reserve_that_is_not_to_be_had_is_said() {
     assert!(error.contains("1099511627776 MiB"), "{error}");
     let rescue = Rescue::new(memory.owner()).reserve(1);
     drop(Relay::builder(RamMap::new(&[]).unwrap()).rescue(rescue).start().unwrap());
+}
+
+const fn millis(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// Writes and reads the first word of the page of 4 KiB at `hva`.
+fn word(hva: u64) -> *mut u64 {
+    ptr::with_exposed_provenance_mut(address(hva))
+}
+
+/// A vCPU that has been let go meanwhile may be anywhere when it is known that the page is gone.
+#[test]
+fn a_touch_is_not_told_elsewhere() {
+    let Some(memory) = Memory::new(&[7]) else { return };
+    let (relay, _events) = start(&memory, Owner { delay: millis(400), ..memory.owner() });
+    let handle = relay.handle();
+    let mut port = handle.attach(0, ExitByte::NONE, || {}).unwrap();
+    let mut vcpu = Model::new();
+    assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+    forge(BUS_MCEERR_AR, memory.page(7), 12);
+    assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+    assert!(bad_pages(&handle).is_empty(), "it is still being rescued");
+    // In KVM_RUN a timer's interrupt comes first, and the guest's scheduler takes another task.
+    let start = Instant::now();
+    while bad_pages(&handle).is_empty() {
+        assert!(start.elapsed() < Duration::from_secs(10));
+        std::thread::sleep(millis(5));
+    }
+    assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+    let told_as_ar = vcpu.0.mcg_status & mce_relay::mca::mcg::EIPV != 0;
+    assert!(!told_as_ar, "an AR at an instruction that touched nothing: {:?}", handle.pages());
+}
+
+/// RAM that is removed while it is being rescued: what comes to lie there afterwards is let alone.
+#[test]
+fn removed_ram_is_let_alone() {
+    let Some(memory) = Memory::new(&[7]) else { return };
+    let (relay, _events) = start(&memory, Owner { delay: millis(300), ..memory.owner() });
+    let handle = relay.handle();
+    let reader = std::thread::spawn(move || number(&handle, GPA + HUGE + 4096));
+    std::thread::sleep(millis(100));
+    relay.handle().remove_ram(GPA).unwrap();
+    let nine = word(memory.page(9));
+    let at = word(memory.page(0)).cast();
+    // SAFETY: the memory is this test's own again.
+    unsafe {
+        assert_eq!(libc::munmap(at, address(HUGE)), 0);
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        assert_eq!(libc::mmap(at, address(HUGE), prot, flags, -1, 0), at);
+        nine.write_volatile(0xaa);
+    }
+    let _ = reader.join().unwrap();
+    std::thread::sleep(millis(300));
+    // SAFETY: as above.
+    assert_eq!(unsafe { nine.read_volatile() }, 0xaa, "overwritten");
+}
+
+#[test]
+fn half_a_huge_page_that_the_guest_has_twice_is_not_all_of_it() {
+    let Some(memory) = Memory::new(&[7, 300]) else { return };
+    let owner = memory.owner();
+    let told = Arc::clone(&owner.told);
+    // SAFETY: the memory stays mapped, and no reference leads there.
+    let half = |gpa| unsafe { RamRegion::new(memory.hva + HUGE, gpa, HUGE / 2) }.in_pages_of(21);
+    let map = RamMap::new(&[half(GPA + HUGE), half(2 * GPA)]).unwrap();
+    let relay = Relay::builder(map).policy(mce_relay::KillPolicy::Late);
+    let relay = relay.rescue(Rescue::new(owner)).start().unwrap();
+    number(&relay.handle(), GPA + HUGE + 4096).unwrap_err();
+    drop(relay);
+    assert!(told.lock().unwrap().is_empty(), "memory that is not the guest's was replaced");
+}
+
+/// The region is given to the guest elsewhere, and nobody says that a part of it is ordinary memory by now.
+#[test]
+fn a_stand_in_is_not_read_from_the_file_again() {
+    let Some(memory) = Memory::new(&[7]) else { return };
+    let (relay, _events) = start(&memory, memory.owner());
+    let handle = relay.handle();
+    number(&handle, GPA + HUGE).unwrap();
+    handle.write(GPA + HUGE + 9 * 4096, &0x1234_u64.to_le_bytes()).unwrap();
+    let region = handle.remove_ram(GPA).unwrap();
+    // SAFETY: as in `start`.
+    let moved = unsafe { RamRegion::new(region.hva(), 8 * GPA, region.len()) }.in_pages_of(21);
+    handle.add_ram(moved).unwrap();
+    mark(memory.page(11)).unwrap();
+    number(&handle, 8 * GPA + HUGE + 11 * 4096).unwrap_err();
+    assert_eq!(number(&handle, 8 * GPA + HUGE + 9 * 4096).unwrap(), 0x1234, "stale");
+}
+
+/// The same of the next boot's relay.
+#[test]
+fn the_next_relay_does_not_read_it_either() {
+    let Some(memory) = Memory::new(&[7]) else { return };
+    let (relay, _events) = start(&memory, memory.owner());
+    number(&relay.handle(), GPA + HUGE).unwrap();
+    drop(relay);
+    let (relay, _events) = start(&memory, memory.owner());
+    let handle = relay.handle();
+    handle.write(GPA + HUGE + 9 * 4096, &0x1234_u64.to_le_bytes()).unwrap();
+    mark(memory.page(11)).unwrap();
+    number(&handle, GPA + HUGE + 11 * 4096).unwrap_err();
+    assert_eq!(number(&handle, GPA + HUGE + 9 * 4096).unwrap(), 0x1234, "stale");
+    assert_eq!(bad_pages(&handle), [7, 11]);
+}
+
+#[test]
+fn what_is_still_mapped_is_not_replaced() {
+    let Some(memory) = Memory::new(&[7]) else { return };
+    let nine = word(memory.page(9));
+    // SAFETY: the memory is this test's; the file gives it fresh pages.
+    unsafe {
+        assert_eq!(
+            libc::madvise(word(memory.page(0)).cast(), address(HUGE), libc::MADV_DONTNEED),
+            0
+        );
+        nine.write_volatile(1);
+    }
+    let (relay, events) = start(&memory, memory.owner());
+    forge_elsewhere(memory.page(7), 21);
+    let start = Instant::now();
+    let mut count = 1;
+    // A guest that counts there.
+    while !events.try_iter().any(|event| matches!(event, Event::Seen { .. })) {
+        assert!(start.elapsed() < Duration::from_secs(10));
+        count += 1;
+        // SAFETY: as above.
+        unsafe {
+            assert_eq!(nine.read_volatile(), count - 1, "a store is lost");
+            nine.write_volatile(count);
+        }
+    }
+    assert!(relay.handle().inspect(|ledger| ledger.rescued().is_empty()));
+}
+
+#[test]
+fn no_reader_is_told_that_a_good_page_is_bad() {
+    for round in 0..30 {
+        let Some(memory) = Memory::new(&[7]) else { return };
+        let (relay, _events) = start(&memory, memory.owner());
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                let handle = relay.handle();
+                scope.spawn(move || {
+                    let start = Instant::now();
+                    while start.elapsed() < millis(8) {
+                        let read = number(&handle, GPA + HUGE + 9 * 4096);
+                        assert_eq!(read.unwrap(), 512 + 9, "round {round}");
+                    }
+                });
+            }
+        });
+        drop(relay);
+        for at in [memory.hva, memory.file] {
+            // SAFETY: nobody uses it any more.
+            unsafe { libc::munmap(word(at).cast(), address(2 * HUGE)) };
+        }
+    }
 }

@@ -151,6 +151,7 @@ fn memory_events() -> Vec<Event> {
         RescueRefusal::Shared,
         RescueRefusal::Forbidden,
         RescueRefusal::NoMemory { needed: 2 << 20, free: 1 << 20 },
+        RescueRefusal::Mapped,
         RescueRefusal::NothingLeft,
         RescueRefusal::NoneBad,
         RescueRefusal::NoMarker { errno: libc::EPERM },

@@ -173,7 +173,7 @@ mod tests {
             one,
             [
                 "the host keeps GPA 0x8051000 in a huge page, and 2 MiB, GPA 0x8000000..0x8200000, goes as a whole \
-              (512 pages of 4 KiB)"
+              (512 pages of 4 KiB); the guest keeps the rest where the host can still read it (run --rescue)"
             ]
         );
         // Two pages of one, and one of another.

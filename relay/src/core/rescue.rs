@@ -33,7 +33,12 @@ pub(crate) struct Rescues {
     open: Vec<Open>,
     /// Those that could not be rescued: they are lost as a whole.
     refused: Vec<Range<u64>>,
+    /// Touches of good pages that were dropped, as their signals may have been late: each once.
+    dropped: Vec<(usize, u64)>,
 }
+
+/// So many dropped touches are kept in mind.
+const DROPPED: usize = 256;
 
 impl Rescues {
     pub(crate) fn new(is_on: bool) -> Self {
@@ -43,6 +48,30 @@ impl Rescues {
     /// Whether the huge page at `hvas` may be rescued: there is somebody who does it, and it was not tried before.
     pub(crate) fn may_be(&self, hvas: &Range<u64>) -> bool {
         self.is_on && !self.refused.contains(hvas)
+    }
+
+    /// `vcpu` goes back to the guest: what it touched it touches again, or something else.
+    pub(crate) fn let_go(&mut self, vcpu: usize) {
+        let reports = self.open.iter_mut().flat_map(|open| &mut open.reports);
+        reports.filter(|report| report.vcpu == Some(vcpu)).for_each(|report| report.vcpu = None);
+    }
+
+    /// The memory at `hvas` is no longer the guest's.
+    pub(crate) fn forget(&mut self, hvas: &Range<u64>) {
+        self.open.retain(|open| !hvas.contains(&open.hvas.start));
+        self.refused.retain(|refused| !hvas.contains(&refused.start));
+    }
+
+    /// Whether a touch of the good page at `page` by `vcpu` is the first that is dropped.
+    pub(crate) fn drops(&mut self, vcpu: usize, page: u64) -> bool {
+        let is_first = !self.dropped.contains(&(vcpu, page));
+        if is_first {
+            if self.dropped.len() == DROPPED {
+                self.dropped.remove(0);
+            }
+            self.dropped.push((vcpu, page));
+        }
+        is_first
     }
 
     /// Nothing more is rescued.

@@ -26,8 +26,9 @@ impl Shared {
         if found_by == FoundBy::Forged {
             return false;
         }
+        let vcpu = vcpu.filter(|_| caught.kind == FailureKind::ActionRequired);
         if ram.is_stand_in(page) {
-            return !is_poisoned(page);
+            return is_late(inner, caught, found_by, vcpu) && !is_poisoned(page);
         }
         let shift = ram.page_shift(page);
         if shift == PAGE_SHIFT {
@@ -35,18 +36,26 @@ impl Shared {
         }
         let start = page & !((1 << shift) - 1);
         let hvas = start..start + (1 << shift);
-        // Of a huge page that the guest has as a whole, and of which it has lost nothing yet.
-        let pages = ram.pages(page, shift);
-        let is_whole = pages.len() as u64 >= (hvas.end - hvas.start) / PAGE_SIZE;
-        let is_lost = || pages.iter().any(|(_, gpa)| inner.ledger.contains(*gpa));
-        let may_be = inner.rescues.may_be(&hvas) && is_whole;
-        if !inner.rescues.has(page) && (!may_be || is_lost()) {
+        if !inner.rescues.has(page) && !self.may_be_rescued(inner, ram, &hvas) {
             return false;
         }
-        let vcpu = vcpu.filter(|_| caught.kind == FailureKind::ActionRequired);
         inner.rescues.take(hvas, Report { page, found_by, vcpu });
         self.wake();
         true
+    }
+
+    /// Whether the guest has all of the huge page at `hvas`, has lost nothing of it yet, and none of it is mapped.
+    fn may_be_rescued(&self, inner: &Inner, ram: &RamMap, hvas: &Range<u64>) -> bool {
+        let known = |gpa: u64| inner.ledger.contains(gpa);
+        inner.rescues.may_be(hvas)
+            && ram.covers(hvas)
+            && !self.is_any_present(hvas)
+            && !ram.pages(hvas.start, shift_of(hvas)).iter().any(|(_, gpa)| known(*gpa))
+    }
+
+    /// Whether a page at `hvas` is mapped. What is left of a huge page that went bad is not, and so does not change.
+    pub(crate) fn is_any_present(&self, hvas: &Range<u64>) -> bool {
+        self.mapped.are_present(hvas.clone().step_by(1 << PAGE_SHIFT)).contains(&true)
     }
 
     /// The huge page at `hvas` was rescued: good memory lies in its place, and the pages at `gone`, host addresses,
@@ -74,7 +83,10 @@ impl Shared {
                 self.enter_report(&mut inner, page, FoundBy::Scan, None);
             }
             for report in reports {
-                self.enter_report(&mut inner, page, report.found_by, report.vcpu);
+                // One that has gone touches nothing.
+                let is_there = |vcpu: &usize| inner.vcpus.get(*vcpu).is_some_and(Option::is_some);
+                let vcpu = report.vcpu.filter(is_there);
+                self.enter_report(&mut inner, page, report.found_by, vcpu);
             }
         }
         self.gathered.notify_all();
@@ -109,17 +121,29 @@ impl Shared {
         self.enter_pages(inner, Caught { kind, hva, lsb: PAGE_SHIFT }, found_by, vcpu);
     }
 
-    /// Waits until nothing of the page at `hva` is being rescued any more, for `patience` at most. False where
-    /// nothing was.
-    pub(crate) fn wait_for_rescue(&self, hva: u64, patience: Duration) -> bool {
+    /// Waits until nothing of the page at `hva` is being rescued any more, for `patience` at most.
+    pub(crate) fn wait_for_rescue(&self, hva: u64, patience: Duration) {
         let mut inner = self.lock();
-        if !inner.rescues.has(hva) {
-            return false;
-        }
         let since = Instant::now();
-        while inner.rescues.has(hva) && since.elapsed() < patience && self.is_alive() {
+        while inner.rescues.has(hva) && since.elapsed() < patience && self.is_working() {
             inner = inner.wait(&self.gathered, Duration::from_millis(10));
         }
-        true
+    }
+}
+
+/// `log2` of the length of `hvas`, which is a power of two.
+fn shift_of(hvas: &Range<u64>) -> u8 {
+    (hvas.end - hvas.start).trailing_zeros().try_into().unwrap_or(PAGE_SHIFT)
+}
+
+/// Whether what was heard of a stand-in's page may be about the huge page that was there: the page has to be asked then.
+fn is_late(inner: &mut Inner, caught: Caught, found_by: FoundBy, vcpu: Option<usize>) -> bool {
+    match (found_by, vcpu) {
+        // KVM says 4 KiB of any page. A vCPU that touches a good page again and again has an error that the page tables
+        // do not show, as of a huge page that could not be split.
+        (FoundBy::Signal, Some(vcpu)) => inner.rescues.drops(vcpu, caught.hva & !(PAGE_SIZE - 1)),
+        // An AO of the huge page says how large that was.
+        (FoundBy::Signal, None) => caught.lsb > PAGE_SHIFT,
+        _ => true,
     }
 }

@@ -1,7 +1,7 @@
 //! What the relay's thread, the vCPUs' threads and the handles of one relay share.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
@@ -38,6 +38,8 @@ pub(crate) struct Shared {
     /// The relay's thread runs.
     pub(crate) alive: AtomicBool,
     pub(crate) mapped: Mapped,
+    /// Earlier maps, as long as somebody has them.
+    pub(crate) older: Mutex<Vec<Weak<RamMap>>>,
     /// The thread that does the relay's work.
     pub(crate) worker: OnceLock<ThreadId>,
 }
@@ -65,8 +67,18 @@ impl Shared {
         change: impl FnOnce(&RamMap) -> Result<RamMap, RamError>,
     ) -> Result<(), RamError> {
         let mut ram = self.ram.write().unwrap_or_else(PoisonError::into_inner);
-        *ram = Arc::new(change(&ram)?);
+        let new = Arc::new(change(&ram)?);
+        let old = std::mem::replace(&mut *ram, new);
+        drop(ram);
+        let mut older = self.older.lock().unwrap_or_else(PoisonError::into_inner);
+        older.retain(|map| map.strong_count() > 0);
+        older.push(Arc::downgrade(&old));
         Ok(())
+    }
+
+    /// The maps before the present one that somebody still looks at, or copies by.
+    pub(crate) fn older_maps(&self) -> Vec<Weak<RamMap>> {
+        self.older.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Whether the calling thread is the one that does the relay's work.
@@ -88,6 +100,11 @@ impl Shared {
     /// Whether the relay's thread is there.
     pub(crate) fn is_alive(&self) -> bool {
         self.alive.load(Ordering::Acquire)
+    }
+
+    /// Whether the relay's work is still done.
+    pub(crate) fn is_working(&self) -> bool {
+        self.is_alive() && !self.stop.load(Ordering::Acquire)
     }
 
     /// The time since the relay was started, as [`Delivery`] wants it.

@@ -42,7 +42,7 @@ impl Headroom {
 }
 
 fn groups() -> Vec<[File; 3]> {
-    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let own = File::open("/proc/self/cgroup").ok().and_then(|file| text(&file)).unwrap_or_default();
     // cgroup v2 alone; in a namespace the paths are those below its root.
     let Some(own) = own.lines().find_map(|line| line.strip_prefix("0::/")) else {
         return Vec::new();

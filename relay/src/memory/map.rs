@@ -282,6 +282,16 @@ impl RamMap {
         Self::index(self.by_gpa.clone(), stand_ins)
     }
 
+    /// Whether all of `hvas` is guest RAM.
+    pub(crate) fn covers(&self, hvas: &Range<u64>) -> bool {
+        let mut at = hvas.start;
+        while at < hvas.end {
+            let Some(segment) = self.segment(at) else { return false };
+            at = segment.hva.end;
+        }
+        true
+    }
+
     /// Whether ordinary memory has taken the place of a huge page at `hva`.
     pub(crate) fn is_stand_in(&self, hva: u64) -> bool {
         self.segment(hva).is_some_and(|segment| segment.is_stand_in)
@@ -296,7 +306,8 @@ impl RamMap {
         let at = regions.iter().position(|region| region.gpa == gpa);
         let gone = regions.remove(at.ok_or(RamError::NoRegion { gpa })?);
         let mut stand_ins = self.stand_ins.clone();
-        stand_ins.retain(|range| !gone.hvas().contains(&range.start));
+        // It is there as long as a region shows it.
+        stand_ins.retain(|range| regions.iter().any(|region| region.hvas().contains(&range.start)));
         Ok((Self::index(Self::new(&regions)?.by_gpa, stand_ins), gone))
     }
 

@@ -19,6 +19,9 @@ pub(crate) const UFFDIO_REGISTER: libc::Ioctl = libc::_IOWR::<Register>(UFFDIO, 
 pub(crate) const UFFDIO_UNREGISTER: libc::Ioctl = libc::_IOR::<Span>(UFFDIO, 0x01);
 pub(crate) const UFFDIO_POISON: libc::Ioctl = libc::_IOWR::<Poison>(UFFDIO, 0x08);
 
+/// include/uapi/asm-generic/mman-common.h
+pub(crate) const MADV_DONTNEED_LOCKED: libc::c_int = 24;
+
 #[repr(C)]
 struct Api {
     api: u64,
@@ -78,7 +81,10 @@ impl Marker {
         let mode = UFFDIO_REGISTER_MODE_MISSING;
         self.ioctl(UFFDIO_REGISTER, &mut Register { range, mode, ioctls: 0 })?;
         // Only an empty page can be marked.
-        let marked = advise(hva, PAGE_SIZE, libc::MADV_DONTNEED)
+        let emptied = advise(hva, PAGE_SIZE, libc::MADV_DONTNEED)
+            // Of memory that is locked (Linux 5.18).
+            .or_else(|_| advise(hva, PAGE_SIZE, MADV_DONTNEED_LOCKED));
+        let marked = emptied
             .and_then(|()| self.ioctl(UFFDIO_POISON, &mut Poison { range, mode: 0, updated: 0 }));
         // What is marked stays so.
         let left = self.ioctl(UFFDIO_UNREGISTER, &mut { range });

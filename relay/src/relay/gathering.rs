@@ -134,6 +134,8 @@ impl Shared {
         for vcpu in asked.iter().filter(|vcpu| **vcpu != leader) {
             inner.call(*vcpu);
         }
+        // One that is held for a rescue waits here.
+        self.gathered.notify_all();
         inner.gathering = Some(Gathering {
             number,
             leader,

@@ -10,7 +10,7 @@ use crate::core::shared::Shared;
 use crate::event::Event;
 use crate::ledger::{Ledger, Page, Predicted, Untold};
 use crate::memory::access::{self, AccessError};
-use crate::memory::map::{RamError, RamMap, RamRegion};
+use crate::memory::map::{RamError, RamRegion};
 use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE, State};
 
 /// Why a guest is not asked to stop using a page.
@@ -81,8 +81,9 @@ impl Handle {
         // The map is held while the kernel copies: `remove_ram` waits for that.
         let done = access::read_ram(&self.0.ram(), gpa, to);
         match done {
-            // Perhaps only a part of the huge page that it is in.
-            Err(error) if self.is_rescued_after(&error) => access::read_ram(&self.0.ram(), gpa, to),
+            Err(error) if self.is_stand_in_after(&error) => {
+                access::read_ram(&self.0.ram(), gpa, to)
+            }
             done => done,
         }
     }
@@ -93,31 +94,39 @@ impl Handle {
     /// # Errors
     /// Not even the first byte could be written: see [`AccessError`].
     pub fn write(&self, gpa: u64, from: &[u8]) -> Result<usize, AccessError> {
-        match access::write_ram(&self.0.ram(), gpa, from) {
-            Err(error) if self.is_rescued_after(&error) => {
+        // The map is not held while somebody waits.
+        let done = access::write_ram(&self.0.ram(), gpa, from);
+        match done {
+            Err(error) if self.is_stand_in_after(&error) => {
                 access::write_ram(&self.0.ram(), gpa, from)
             }
             done => done,
         }
     }
 
-    /// The VMM has come upon a bad page by a read or a write: enters it. True where it was part of a huge page that has
-    /// been rescued since.
-    fn is_rescued_after(&self, error: &AccessError) -> bool {
-        let AccessError::Poisoned { gpa } = *error else { return false };
+    /// The VMM could not read or write: a bad page is entered. True where ordinary memory lies in the place of a huge page
+    /// there, by now at the latest, so that it is worth another try.
+    fn is_stand_in_after(&self, error: &AccessError) -> bool {
+        let (AccessError::Poisoned { gpa } | AccessError::NoMemory { gpa, .. }) = *error else {
+            return false;
+        };
         let gpa = gpa & !(PAGE_SIZE - 1);
         let Some(hva) = self.0.ram().hva(gpa) else { return false };
-        let caught = Caught { kind: FailureKind::ActionOptional, hva, lsb: PAGE_SHIFT };
-        let mut inner = self.0.lock();
-        // One that was forged has really gone bad.
-        if inner.ledger.get(gpa).is_none_or(|page| page.is_forged()) {
-            self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);
-            drop(inner);
-            self.0.wake();
-            // Who does the rescue does not wait for it.
-            return !self.0.is_worker() && self.0.wait_for_rescue(hva, RESCUE);
+        if matches!(error, AccessError::Poisoned { .. }) {
+            let caught = Caught { kind: FailureKind::ActionOptional, hva, lsb: PAGE_SHIFT };
+            let mut inner = self.0.lock();
+            // One that was forged has really gone bad.
+            if inner.ledger.get(gpa).is_none_or(|page| page.is_forged()) {
+                self.0.enter_pages(&mut inner, caught, FoundBy::Access, None);
+                drop(inner);
+                self.0.wake();
+            }
         }
-        false
+        // Who does the rescue does not wait for it.
+        if !self.0.is_worker() {
+            self.0.wait_for_rescue(hva, RESCUE);
+        }
+        self.0.ram().is_stand_in(hva)
     }
 
     /// `vcpu` has left the guest for an MMIO access at `gpa`. As [`VcpuPort::mmio_hit`](crate::VcpuPort::mmio_hit), for
@@ -186,10 +195,11 @@ impl Handle {
     /// # Errors
     /// There is no such region, or the error source's page is in it.
     pub fn remove_ram(&self, gpa: u64) -> Result<RamRegion, RamError> {
-        let (region, before) = self.take_ram(gpa)?;
-        // Lookups in the old map are over in a moment. Copies with it may take longer, and only this call waits for
-        // them.
-        while Arc::strong_count(&before) > 1 {
+        let region = self.take_ram(gpa)?;
+        let older = self.0.older_maps();
+        // Lookups in maps that had it are over in a moment. Copies by them may take longer, and so may a rescue; only
+        // this call waits for them.
+        while older.iter().any(|map| map.strong_count() > 0) {
             std::thread::park_timeout(COPYING);
         }
         // What other threads did with the old map happens before the return.
@@ -197,12 +207,11 @@ impl Handle {
         Ok(region)
     }
 
-    /// Removes the region at `gpa`; returns it and the map that had it.
-    fn take_ram(&self, gpa: u64) -> Result<(RamRegion, Arc<RamMap>), RamError> {
+    /// Removes the region at `gpa`, and returns it.
+    fn take_ram(&self, gpa: u64) -> Result<RamRegion, RamError> {
         let mut inner = self.0.lock();
-        let before = self.0.ram();
         if let Some(page) = self.0.source_page
-            && before.region(page).is_some_and(|region| region.gpa() == gpa)
+            && self.0.ram().region(page).is_some_and(|region| region.gpa() == gpa)
         {
             return Err(RamError::Source { gpa, page });
         }
@@ -213,6 +222,7 @@ impl Handle {
             Ok(less)
         })?;
         let region = gone.ok_or(RamError::NoRegion { gpa })?;
+        inner.rescues.forget(&(region.hva()..region.hva() + region.len()));
         let (start, len) = (region.gpa(), region.len());
         inner.delivery.gone(&|gpa| gpa >= start && gpa - start < len);
         for gpa in Self::known_within(&inner, region) {
@@ -220,7 +230,7 @@ impl Handle {
         }
         inner.ledger.unpredict(start..start + len);
         inner.emit(Event::Removed { gpa, len });
-        Ok((region, before))
+        Ok(region)
     }
 
     /// The `len` bytes at guest-physical `gpa` are good memory again.

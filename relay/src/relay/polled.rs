@@ -39,7 +39,8 @@ impl Polled {
 
     /// Does what there is to do now: takes what was signalled, tells who has to know, looks for what nobody was
     /// signalled. To be called whenever the descriptor is readable (level-triggered); at another time it does no
-    /// harm. It does not wait; a look at the page tables takes some ten milliseconds at most at a time. The observer,
+    /// harm. It does not wait, but it may take its time: a look at the page tables some
+    /// ten milliseconds, the rescue of a huge page as long as a copy of it. The observer,
     /// kicks and the [`Bell`](crate::Bell) are called in it.
     ///
     /// Once the [`Relay`](crate::Relay) has been dropped it does nothing.
@@ -52,6 +53,10 @@ impl Polled {
         let pause = self.work.turn(&self.shared);
         self.poll.set_timer(pause);
         self.poll.end();
+        if !self.work.slot.is_empty() {
+            // It came after the signals were taken, and is not pending any more.
+            self.poll.set_timer(Duration::ZERO);
+        }
     }
 }
 

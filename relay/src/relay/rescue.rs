@@ -32,12 +32,17 @@ pub trait MemoryOwner: Send {
     /// replaced: a device that has it pinned (VFIO), another process that maps the file (vhost-user). KVM's slots follow by
     /// themselves.
     ///
+    /// It must not call [`Handle::remove_ram`](crate::Handle::remove_ram), which waits until the rescue is over. If
+    /// that fails later on, [`Event::NotRescued`](crate::Event::NotRescued) says so.
+    ///
     /// # Errors
     /// It must stay: it is lost as a whole then.
     fn release(&mut self, page: HugePage) -> Result<(BorrowedFd<'_>, u64), RescueRefusal>;
 
-    /// Private anonymous memory in small pages lies in the page's place, marked as bad where it is. What was asked for
-    /// the old mapping by madvise(2) or mlock(2) is to be asked for again; devices may have it.
+    /// Private anonymous memory in small pages lies in the page's place, marked as bad where it is, and the
+    /// next relay's regions have to say so ([`RamRegion::in_pages_of`](crate::RamRegion::in_pages_of) 12) until there is
+    /// a huge page again. What was asked for the old mapping by madvise(2), mlock(2), mbind(2) or userfaultfd is to be
+    /// asked for again; devices may have the memory.
     fn replaced(&mut self, rescued: &Rescued) {
         let _ = rescued;
     }
@@ -153,7 +158,13 @@ impl Rescuer {
                 return any;
             };
             any = true;
-            let done = call_host("owner of guest memory", || self.rescue(&hvas));
+            // Held until it is done: `remove_ram` waits, so that the addresses are guest memory's meanwhile.
+            let ram = shared.ram();
+            let rescue = || match ram.covers(&hvas) && !shared.is_any_present(&hvas) {
+                true => self.rescue(shared, &hvas),
+                false => Err(RescueRefusal::Mapped),
+            };
+            let done = call_host("owner of guest memory", rescue);
             match done.unwrap_or(Err(RescueRefusal::Forbidden)) {
                 Ok(gone) => {
                     if let Some(rescued) = shared.rescued(&hvas, &gone) {
@@ -166,7 +177,7 @@ impl Rescuer {
     }
 
     /// Puts good memory at `hvas`; the host addresses of the pages that are gone.
-    fn rescue(&mut self, hvas: &Range<u64>) -> Result<Vec<u64>, RescueRefusal> {
+    fn rescue(&mut self, shared: &Shared, hvas: &Range<u64>) -> Result<Vec<u64>, RescueRefusal> {
         let (hva, len) = (hvas.start, hvas.end - hvas.start);
         let marker = self.marker.as_ref().map_err(|error| RescueRefusal::NoMarker {
             errno: error.raw_os_error().unwrap_or(0),
@@ -180,6 +191,9 @@ impl Rescuer {
             _ => {}
         }
         stand_in.mark(marker, &gone).map_err(at(RescueStep::Mark))?;
+        if shared.is_any_present(hvas) {
+            return Err(RescueRefusal::Mapped);
+        }
         stand_in.move_to(hva).map_err(at(RescueStep::Move))?;
         Ok(gone.iter().map(|at| hva + at).collect())
     }

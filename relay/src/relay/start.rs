@@ -46,8 +46,11 @@ impl Relay {
     /// with.
     fn prepare(config: RelayBuilder) -> Result<(Self, Own), StartError> {
         signal::set_up(config.signals).map_err(StartError::Handler)?;
-        signal::unblock().map_err(StartError::Handler)?;
-        KillPolicy::Late.set().map_err(StartError::Policy)?;
+        // A thread that does another relay's work, or runs a vCPU, stays as it is.
+        if !signal::is_attached() {
+            signal::unblock().map_err(StartError::Handler)?;
+            KillPolicy::Late.set().map_err(StartError::Policy)?;
+        }
         let wake = Wake::new().map_err(StartError::Thread)?;
         let mut delivery = Delivery::new(config.caps, config.vcpus, config.pace);
         (0..config.vcpus).for_each(|vcpu| drop(delivery.absent(vcpu, Duration::ZERO)));
@@ -96,6 +99,7 @@ impl Relay {
             source_page,
             alive: AtomicBool::new(true),
             mapped: Mapped::new(),
+            older: Mutex::default(),
             worker: OnceLock::new(),
         });
         let own = Own {
@@ -131,8 +135,9 @@ impl Relay {
 
     /// See [`RelayBuilder::start_polled`].
     fn start_polled(config: RelayBuilder) -> Result<(Self, Polled), StartError> {
+        let was_blocked = signal::is_blocked();
         let (relay, own) = Self::prepare(config)?;
-        let poll = Poll::new(&relay.shared.wake).map_err(StartError::Thread)?;
+        let poll = Poll::new(&relay.shared.wake, was_blocked).map_err(StartError::Thread)?;
         let work = Work::set_up(own).inspect_err(|_| {
             // As it is for all threads that do not do the relay's work; of the two errors the first is the cause.
             let _ = KillPolicy::Late.set();

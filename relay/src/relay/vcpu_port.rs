@@ -118,7 +118,13 @@ impl VcpuPort {
     /// # Errors
     /// See [`AccessError`].
     pub fn probe(&self, gpa: u64) -> Result<(), AccessError> {
-        access::read_ram(&self.shared.ram(), gpa, &mut [0]).map(drop)
+        let probe = || access::read_ram(&self.shared.ram(), gpa, &mut [0]).map(drop);
+        let is_stand_in = || {
+            let ram = self.shared.ram();
+            ram.hva(gpa).is_some_and(|hva| ram.is_stand_in(hva))
+        };
+        // It may have come to lie there just now.
+        probe().or_else(|error| if is_stand_in() { probe() } else { Err(error) })
     }
 
     /// Runs `wait`, which blocks while the virtual machine is paused. No other vCPU waits for this one meanwhile:
@@ -175,11 +181,13 @@ impl VcpuPort {
                 }
             }
             if inner.rescues.holds(me) && inner.gathering.is_none() {
-                if shared.is_alive() {
+                if shared.is_working() {
                     // The page may be good again in a moment. What the host wants of this vCPU meanwhile it sees to
                     // in its loop; then the touch is made again.
                     let since = *held_for.get_or_insert_with(Instant::now);
                     if since.elapsed() > HOLD {
+                        // What it does next need not be that touch: an interrupt may come first.
+                        inner.rescues.let_go(me);
                         return Verdict::Run;
                     }
                     drop(shared.pause(inner, HOLD));

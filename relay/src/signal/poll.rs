@@ -43,6 +43,16 @@ fn mask(how: libc::c_int) -> bool {
     }
 }
 
+/// Whether SIGBUS is blocked on the calling thread.
+pub(crate) fn is_blocked() -> bool {
+    // SAFETY: pthread_sigmask without a set only writes `now`, before it is read.
+    unsafe {
+        let mut now = std::mem::zeroed::<libc::sigset_t>();
+        libc::pthread_sigmask(libc::SIG_BLOCK, ptr::null(), &raw mut now);
+        libc::sigismember(&raw const now, libc::SIGBUS) == 1
+    }
+}
+
 /// A descriptor that a system call has just returned.
 fn owned(fd: RawFd) -> io::Result<OwnedFd> {
     if fd < 0 {
@@ -53,12 +63,12 @@ fn owned(fd: RawFd) -> io::Result<OwnedFd> {
 }
 
 impl Poll {
-    /// Of the calling thread, with `wake` in it. SIGBUS is blocked from here on, but in [`Self::begin`] to
+    /// Of the calling thread, on which SIGBUS `was_blocked` before the relay, with `wake` in it. SIGBUS is blocked from here on, but in [`Self::begin`] to
     /// [`Self::end`].
     ///
     /// # Errors
     /// No more file descriptors.
-    pub(crate) fn new(wake: &Wake) -> io::Result<Self> {
+    pub(crate) fn new(wake: &Wake, was_blocked: bool) -> io::Result<Self> {
         let bus = bus();
         // SAFETY: signalfd reads a live set; the others take no pointer. `owned` checks the results.
         let (epoll, timer, signals) = unsafe {
@@ -86,7 +96,8 @@ impl Poll {
                 return Err(io::Error::last_os_error());
             }
         }
-        Ok(Self { epoll, timer, _signals: signals, was_blocked: mask(libc::SIG_BLOCK) })
+        mask(libc::SIG_BLOCK);
+        Ok(Self { epoll, timer, _signals: signals, was_blocked })
     }
 
     /// Has the handler take what is pending, and takes back what has made the descriptor readable.

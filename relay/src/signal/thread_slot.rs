@@ -34,6 +34,11 @@ pub(crate) fn own_slot() -> *const Slot {
     SLOT.with(|slot| slot.load(Ordering::Acquire))
 }
 
+/// Whether the calling thread takes memory failures for a relay.
+pub(crate) fn is_attached() -> bool {
+    !own_slot().is_null()
+}
+
 /// Makes the calling thread's KVM_RUN end at once. A VMM calls it in the handler of the signal by which it kicks its
 /// vCPU threads. Async-signal-safe; does nothing on a thread that is not attached.
 pub fn request_exit() {

@@ -66,6 +66,8 @@ pub enum RescueRefusal {
         /// How many this process may take (MemAvailable less 64 MiB, and its memory cgroups' limits).
         free: u64,
     },
+    /// Some of it is mapped, so the guest may be changing it.
+    Mapped,
     /// The file gives nothing of it (Linux before 6.6).
     NothingLeft,
     /// The file gives all of it: the page was only marked as bad (by userfaultfd, say), and what the file has is not what
@@ -119,6 +121,7 @@ impl fmt::Display for RescueRefusal {
                 needed >> 20,
                 free >> 20
             ),
+            Self::Mapped => f.write_str("some of it is still mapped"),
             Self::NoneBad => {
                 f.write_str("its file gives all of it, so the page was only marked as bad")
             }

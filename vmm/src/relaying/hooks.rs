@@ -267,8 +267,10 @@ impl VcpuHook for RelayHook {
             let what = format!("{} (RIP {rip:#x})", words::with_causes(&error));
             return HookVerdict::Stop(ExitReason::KvmError { vcpu: self.index, what });
         }
-        if !self.port.mmio_hit(access.gpa)
-            && let Some(bytes) = access.store
+        // A store is made in any case: the page may be part of a huge page that is being rescued, and good in a moment. The
+        // guest does not make it again.
+        self.port.mmio_hit(access.gpa);
+        if let Some(bytes) = access.store
             && let Err(error) = self.handle.write(access.gpa, &bytes[..access.len])
         {
             // The page went bad just now, and is in the ledger.

@@ -16,6 +16,9 @@ impl GuestRam {
     /// # Errors
     /// It has none, or one that does not have what the guest wrote, or one that others map, too.
     pub(crate) fn file_of(&self, hva: u64) -> Result<(BorrowedFd<'_>, u64), RescueRefusal> {
+        if self.lock_stand_ins().contains(&hva) {
+            return Err(RescueRefusal::Mapped);
+        }
         let within =
             |backing: &&Backing| hva >= backing.hva() && hva - backing.hva() < backing.len();
         let backing = self.backings.iter().find(within).ok_or(RescueRefusal::Forbidden)?;
