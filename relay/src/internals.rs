@@ -16,3 +16,8 @@ pub use crate::types::Caught;
 pub fn mark(hva: u64) -> std::io::Result<()> {
     crate::memory::marker::Marker::new()?.mark(hva)
 }
+
+/// Returns when the observer has been told of all that has happened until now: some of it another thread may be telling it.
+pub fn flush(relay: &crate::Handle) {
+    relay.0.outbox.flush();
+}

@@ -85,9 +85,12 @@
 //! // The guest touches a bad page: here a forged signal says so (feature `forge`). The vCPU calls `before_run` again.
 //! relay.handle().forge(0x5000, Some(0))?;
 //! assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+//! assert_eq!(relay.pages()[0].gpa, 0x5000);
+//!
+//! // When the relay has been dropped the observer has been told of everything.
+//! drop((port, relay));
 //! let told: Vec<String> = events.try_iter().collect();
 //! assert!(told.last().unwrap().starts_with("injected"), "{told:?}");
-//! assert_eq!(relay.pages()[0].gpa, 0x5000);
 //! # }
 //! # drop(events);
 //! # Ok(())

@@ -11,6 +11,7 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
+use mce_relay::internals::flush;
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap, status};
 use mce_relay::{
     AttachError, Bell, ErrorSource, Event, ExitByte, FailureKind, Form, FoundBy, Handle, Injection,
@@ -314,6 +315,7 @@ fn told_elsewhere(fails: (u32, io::ErrorKind), asked: u32, stay: usize) {
         assert_eq!(first.asked.load(Ordering::Relaxed), asked, "{fails:?}");
         over.store(true, Ordering::Relaxed);
         thread.join().unwrap();
+        flush(&relay.handle());
         let elsewhere = events.try_iter().filter(|event| {
             matches!(event, Event::Waiting { wait, .. } if wait.to_string().contains("offline"))
         });
@@ -382,6 +384,7 @@ fn a_vcpu_that_does_not_come_round_holds_nobody_for_long() {
         println!("held for {longest:?} at most");
         assert!(longest < Duration::from_secs(5), "held for {longest:?}");
         let waits = |event: &Event| matches!(event, Event::Waiting { wait, .. } if wait.to_string().contains("does not come"));
+        flush(&relay.handle());
         assert!(events.try_iter().any(|event| waits(&event)));
         let_go.send(()).unwrap();
         let start = Instant::now();
@@ -422,6 +425,7 @@ fn a_page_at_two_addresses_is_one_ar_and_one_ao() {
                 assert!(start.elapsed() < PATIENCE, "{:#?}", relay.pages());
                 assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
                 vcpu.run();
+                flush(&relay.handle());
                 told.extend(forms(&events));
                 std::thread::sleep(Duration::from_millis(1));
             }
@@ -453,6 +457,7 @@ fn of_two_touches_at_once_one_is_told_and_the_other_is_not_lost() {
                 vcpu.run();
                 std::thread::sleep(Duration::from_millis(2));
             }
+            flush(&relay.handle());
             let told = forms(&events);
             let kinds: Vec<bool> =
                 told.iter().map(|(_, form)| matches!(form, Form::Srar | Form::AmdAr)).collect();
@@ -490,10 +495,12 @@ fn a_touch_that_a_pause_has_let_go_is_no_machine_check_later() {
         let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
         forge(BUS_MCEERR_AR, HVA, 12);
         assert_eq!(port.before_run(&mut vcpu), Verdict::Run, "it is to pause, too");
+        flush(&relay.handle());
         assert_eq!(forms(&events), []);
         port.park(|| resume.send(()).unwrap());
         // It goes on somewhere else, and is told of the page as of one that nobody touches.
         run_until_told(&relay, &mut port, &mut vcpu, &[GPA]);
+        flush(&relay.handle());
         assert_eq!(forms(&events), [(GPA, Form::Srao)]);
         over.store(true, Ordering::Relaxed);
         other.join().unwrap();
@@ -643,6 +650,7 @@ fn a_memory_fault_is_a_touch_where_the_host_says_that_the_page_is_bad() {
         assert!(relay.pages().is_empty());
         assert!(port.memory_fault(GPA + 0x1008, 8, libc::EHWPOISON));
         assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+        flush(&relay.handle());
         assert_eq!(forms(&events), [(GPA + 0x1000, Form::AmdAr)]);
     });
 }
@@ -733,6 +741,7 @@ fn a_touch_without_an_address_is_not_somebody_elses() {
         }
         assert!(port.memory_fault(GPA, 4096, libc::EHWPOISON), "KVM says it at the next entry");
         assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+        flush(&relay.handle());
         assert_eq!(forms(&events), [(GPA, Form::AmdAr)]);
     });
 }
@@ -788,6 +797,7 @@ fn a_page_that_was_never_told_waits_in_the_next_relay() {
         vcpu.state.lock().unwrap().lmce = true;
         let mut port = attach(&relay, 0);
         assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+        flush(&relay.handle());
         assert_eq!(forms(&events), [(GPA + 4096, Form::Srao)]);
     });
 }
@@ -1131,6 +1141,7 @@ fn an_observer_may_use_the_relay() {
         let (mut vcpu, mut port) = (Vcpu::new(), attach(&relay, 0));
         forge(BUS_MCEERR_AR, HVA, 12);
         assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+        flush(&relay.handle());
         let seen: Vec<_> = events.try_iter().collect();
         let is_injected = |(event, known): &(Event, usize)| {
             matches!(event, Event::Injected { .. }) && *known == 1

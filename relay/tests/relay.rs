@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
+use mce_relay::internals::flush;
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap, mcg, status};
 use mce_relay::{
     Event, ExitByte, FailureKind, Form, Injection, Ledger, Mca, Pace, RamMap, RamRegion, Reach,
@@ -163,6 +164,7 @@ fn a_page_signalled_again_is_not_a_new_page() {
             forge(BUS_MCEERR_AO, HVA, 12);
             assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
         }
+        flush(&relay.handle());
         let injected = events.try_iter().filter(|e| matches!(e, Event::Injected { .. })).count();
         assert_eq!((injected, relay.pages().len(), relay.pages()[0].signals), (1, 1, 3));
     });
@@ -483,6 +485,7 @@ fn one_signal_for_a_huge_page_enters_all_of_it() {
             forge(BUS_MCEERR_AR, region.hva() + touched + 0x123, 12);
             let model = Model::new();
             assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+            flush(&relay.handle());
             let seen: Vec<Event> =
                 events.try_iter().filter(|event| matches!(event, Event::Seen { .. })).collect();
             let [Event::Seen { gpa, extent, pages: entered, .. }] = seen[..] else {
@@ -498,6 +501,7 @@ fn one_signal_for_a_huge_page_enters_all_of_it() {
             forge(BUS_MCEERR_AR, region.hva() + touched + 0x1000, 12);
             model.handle();
             assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+            flush(&relay.handle());
             let again: Vec<Event> =
                 events.try_iter().filter(|event| matches!(event, Event::Again { .. })).collect();
             assert!(matches!(again[..], [Event::Again { gpa, .. }] if gpa == touched + 0x1000));
@@ -548,6 +552,7 @@ fn memory_comes_and_goes_while_the_relay_runs() {
         assert!(handle.remove_ram(second.gpa()).is_err(), "gone already");
         assert_eq!(relay.pages()[1].state, State::Removed);
         let gone = |event| matches!(event, Event::Removed { gpa: 0x10_0000, len: 0x10_000 });
+        flush(&relay.handle());
         assert!(events.try_iter().any(gone));
         caught(second.hva() + 0x4000);
         // No more.
@@ -629,6 +634,7 @@ fn the_next_boot_knows_what_was_and_tells_only_what_is() {
         forge(BUS_MCEERR_AO, HVA + 0x1000, 12);
         assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
         let seen = |event| matches!(event, Event::Seen { gpa: 0x1000, .. });
+        flush(&relay.handle());
         assert!(events.try_iter().any(seen), "bad again");
     });
 }

@@ -3,6 +3,7 @@
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use mce_relay::internals::flush;
 use mce_relay::mca::{mcg, record};
 use mce_relay::{
     Event, ExitByte, Form, Injection, RamMap, RamRegion, Relay, State, VcpuPort, Verdict,
@@ -109,6 +110,7 @@ pub fn a_forged_ao_to_oneself_is_logged() {
     assert_eq!(relayed.run_to(|did| did == Did::Beat), Did::Beat);
     forge(BUS_MCEERR_AO, &relayed.payload.ram);
     relayed.run_until(|state| matches!(state, State::Injected { .. }));
+    flush(&relayed.relay.handle());
     let injected = relayed.events.try_iter().find_map(|event| match event {
         Event::Injected { gpa, by: Injection::Mce { bank, status, .. }, .. } => {
             Some((gpa, bank, status))

@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
 
+use mce_relay::internals::flush;
 use mce_relay::mca::record;
 use mce_relay::{Event, FailureKind, Form, SignalledThread, State};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
@@ -150,6 +151,7 @@ pub fn a_real_ar_from_guest_user_mode() {
     assert_eq!(did, handled(&expected));
     assert_eq!(relayed.run_to(|did| did == Did::UserDone), Did::UserDone, "the guest goes on");
 
+    flush(&relayed.relay.handle());
     let caught: Vec<Event> = relayed.events.try_iter().collect();
     let by_kernel = Event::Caught {
         kind: FailureKind::ActionRequired,
