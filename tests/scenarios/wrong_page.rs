@@ -221,7 +221,8 @@ pub fn huge_pages() {
 }
 
 fn one_of_huge_pages(memory: &'static str) {
-    let mut guest = Guest::boot(&options(memory));
+    // All of it is to be lost.
+    let mut guest = Guest::boot(&Options { rescue: Some("off"), ..options(memory) });
     let map = json(&guest.command("pages", &["--map", "--json"]));
     let marks =
         map["blocks"].as_array().unwrap().iter().flat_map(|cells| cells.as_array().unwrap());
