@@ -127,6 +127,14 @@ impl Qemu {
         Self::boot_on(qemu, Machine::Q35, style, cpus)
     }
 
+    /// The same with its memory in huge pages of the host's pool.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn boot_in_huge_pages(qemu: &Path, style: Style, cpus: usize) -> Result<Self, String> {
+        Self::boot_with(qemu, Machine::Q35, style, cpus, ",hugetlb=on,hugetlbsize=2M")
+    }
+
     /// The same on another machine.
     ///
     /// # Errors
@@ -136,6 +144,16 @@ impl Qemu {
         machine: Machine,
         style: Style,
         cpus: usize,
+    ) -> Result<Self, String> {
+        Self::boot_with(qemu, machine, style, cpus, "")
+    }
+
+    fn boot_with(
+        qemu: &Path,
+        machine: Machine,
+        style: Style,
+        cpus: usize,
+        memory: &str,
     ) -> Result<Self, String> {
         let dir = tempfile::tempdir().map_err(|error| format!("no place for sockets: {error}"))?;
         let at = |name: &str| dir.path().join(name).display().to_string();
@@ -149,7 +167,10 @@ impl Qemu {
             .args(machine.arguments())
             .args(["-cpu", &style.cpu(), "-smp", &cpus.to_string(), "-m", &format!("{RAM_MIB}M")])
             // The same kind of memory as under mce-relay.
-            .args(["-object", &format!("memory-backend-memfd,id=ram,size={RAM_MIB}M,share=on")])
+            .args([
+                "-object",
+                &format!("memory-backend-memfd,id=ram,size={RAM_MIB}M,share=on{memory}"),
+            ])
             .args(["-kernel".as_ref(), image("vmlinux").as_os_str()])
             .args(["-initrd".as_ref(), image("initramfs.cpio").as_os_str()])
             .args(["-append", CMDLINE])

@@ -12,91 +12,24 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::banks::{Banks, Emptied, free_bank};
 use super::firmware::{self, AoChannel, Channel, Observation, Outcome};
 use super::pace::{Pace, Queue};
 use super::rounds::Rounds;
 use super::standing::{Seen, Standing};
+pub(crate) use super::step::index;
+pub use super::step::{Assignment, Pending, Step, Taken};
 use crate::acpi::cper::Notice;
 use crate::types::FallbackReason;
 pub use crate::types::{UndeliverableReason, WaitReason};
 use crate::x86::mca::{
-    self, AO_BANK, AR_BANKS, BYSTANDER_BANKS, Bank, Caps, DEFERRED_BANKS, FailureKind, Form,
-    McaState, Record, Vendor, mcg,
+    self, AO_BANK, AR_BANKS, Caps, DEFERRED_BANKS, FailureKind, Form, McaState, Vendor, mcg,
 };
 
 /// How long CR4.MCE has to have been set before a record is only laid into a bank. Linux sets CR4.MCE
 /// first and wipes the banks unread after that (`__mcheck_cpu_init_clear_banks`,
 /// `arch/x86/kernel/cpu/mce/core.c`), once per processor that it starts.
 const SETTLE: Duration = Duration::from_secs(1);
-
-/// One error that a guest is to be told of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Pending {
-    /// Guest-physical address of the 4 KiB page.
-    pub gpa: u64,
-    /// AO or AR.
-    pub kind: FailureKind,
-}
-
-/// A record together with what it tells of; `error` is `None` for a bystander's.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Assignment {
-    /// The vCPU that is to be given the record.
-    pub vcpu: usize,
-    /// The page, its kind and the form chosen.
-    pub error: Option<(Pending, Form)>,
-    /// The record itself.
-    pub record: Record,
-}
-
-/// The next step for one vCPU.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Step {
-    /// Nothing to do on this vCPU: let it run.
-    Idle,
-    /// Inject this on the vCPU that asked, now.
-    Inject(Assignment),
-    /// The machine check has to reach every online vCPU: stop them all, then ask
-    /// [`Delivery::rendezvous`].
-    Rendezvous(Pending),
-    /// Nothing can be told now; ask again later.
-    Wait(Pending, WaitReason),
-    /// This error can never be told.
-    Cannot(Pending, UndeliverableReason),
-}
-
-/// What became of a record that lay in a bank.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Taken {
-    /// The guest has cleared the bank, and MCG_STATUS.MCIP, which Linux clears last.
-    Acknowledged {
-        /// Guest-physical address of the page.
-        gpa: u64,
-        /// The bank it lay in.
-        bank: u8,
-        /// The form it was told in.
-        form: Form,
-    },
-    /// The guest started over in between, so it is not known whether it read the bank before it was wiped. The page
-    /// waits to be told again.
-    Lost {
-        /// Guest-physical address of the page.
-        gpa: u64,
-    },
-}
-
-/// A record in a bank that the guest has not cleared yet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct InBank {
-    vcpu: usize,
-    bank: u8,
-    error: Pending,
-    form: Form,
-    /// The vCPU was seen with its handler closed since.
-    restarted: bool,
-    /// The page is not the guest's any more, so it is not told again.
-    gone: bool,
-}
 
 /// The errors of one virtual machine that wait to be told or to be acknowledged.
 ///
@@ -107,9 +40,7 @@ pub struct Delivery {
     ao: VecDeque<u64>,
     ar: Vec<VecDeque<Touch>>,
     rounds: Rounds,
-    in_banks: Vec<InBank>,
-    /// Banks that hold a bystander's record, with their vCPUs, as far as has been seen.
-    bystanders: Vec<(usize, u8)>,
+    banks: Banks,
     queue: Queue,
     vcpus: Vec<Seen>,
     /// The vCPU that takes action-optional machine checks.
@@ -133,8 +64,7 @@ impl Delivery {
             ao: VecDeque::new(),
             ar: vec![VecDeque::new(); vcpus],
             rounds: Rounds::default(),
-            in_banks: Vec::new(),
-            bystanders: Vec::new(),
+            banks: Banks::default(),
             queue: Queue::new(pace),
             vcpus: vec![Seen::default(); vcpus],
             ao_vcpu: 0,
@@ -286,19 +216,9 @@ impl Delivery {
         }
         self.choose_ao_vcpu();
         self.goes_on(vcpu);
-        let mut again = Vec::new();
-        self.in_banks.retain(|record| {
-            let stays = record.vcpu != vcpu;
-            if !stays {
-                // Nobody saw whether it was read.
-                self.queue.taken(now);
-                if !record.gone {
-                    again.push(record.error.gpa);
-                }
-            }
-            stays
-        });
-        self.bystanders.retain(|(of, _)| *of != vcpu);
+        let (left, again) = self.banks.leave(vcpu);
+        // Nobody saw whether they were read.
+        (0..left).for_each(|_| self.queue.taken(now));
         self.tell_again(&again);
         again
     }
@@ -340,7 +260,7 @@ impl Delivery {
     /// Whether nothing waits for a vCPU, neither to be told nor to be acknowledged.
     pub fn is_idle(&self) -> bool {
         self.ao.is_empty()
-            && self.in_banks.is_empty()
+            && self.banks.are_empty()
             && self.ar.iter().all(VecDeque::is_empty)
             && !self.watches_boot()
     }
@@ -369,7 +289,7 @@ impl Delivery {
         let paced = self.room_at().is_some_and(|at| at <= now);
         // Whichever vCPU it is to be, they have to be looked at to find out.
         let nobody = !self.vcpus.iter().any(|seen| seen.standing == Standing::Online);
-        let sought = nobody && (paced || !self.in_banks.is_empty());
+        let sought = nobody && (paced || !self.banks.are_empty());
         // One that was not started when it was last looked at may take AOs by now.
         let may_have_come =
             |vcpu: usize| self.vcpus.get(vcpu).is_some_and(|seen| seen.may_have_come(now));
@@ -380,7 +300,7 @@ impl Delivery {
                     || (paced && self.caps.vendor == Vendor::Amd && may_have_come(*vcpu))
                     || (paced && self.takes_aos(*vcpu))
                     || (*vcpu == self.ao_vcpu && self.watches_boot())
-                    || self.in_banks.iter().any(|record| record.vcpu == *vcpu)
+                    || self.banks.hold_any_of(*vcpu)
             })
             .collect()
     }
@@ -495,25 +415,21 @@ impl Delivery {
         }
         let (vcpu, bank) = (told.vcpu, told.record.bank);
         let Some((error, form)) = told.error else {
-            if !self.bystanders.contains(&(vcpu, bank)) {
-                self.bystanders.push((vcpu, bank));
-            }
+            self.banks.put_bystander(vcpu, bank);
             return false;
         };
         self.forget(vcpu, &error);
         // Others who touched the same page need not be told of it as of a new one.
         let same = self.ar.iter_mut().flatten().filter(|touch| touch.gpa == error.gpa);
         same.for_each(|touch| touch.untold = false);
-        self.in_banks.push(InBank { vcpu, bank, error, form, restarted: false, gone: false });
+        self.banks.put(vcpu, bank, error, form);
         // One touch at once is all that a vCPU can be told of.
         error.kind == FailureKind::ActionRequired && self.goes_on(vcpu)
     }
 
     /// The record was not put into the bank after all.
     pub fn refused(&mut self, told: &Assignment) {
-        let place = (told.vcpu, told.record.bank);
-        self.in_banks.retain(|one| (one.vcpu, one.bank) != place);
-        self.bystanders.retain(|one| *one != place);
+        self.banks.refused(told.vcpu, told.record.bank);
         if let Some((error, _)) = told.error {
             let same = self.ar.iter_mut().flatten().filter(|touch| touch.gpa == error.gpa);
             same.for_each(|touch| touch.untold = true);
@@ -543,7 +459,7 @@ impl Delivery {
     pub fn gone(&mut self, is_gone: &dyn Fn(u64) -> bool) {
         self.ao.retain(|waiting| !is_gone(*waiting));
         self.ar.iter_mut().for_each(|queue| queue.retain(|touch| !is_gone(touch.gpa)));
-        self.in_banks.iter_mut().for_each(|record| record.gone |= is_gone(record.error.gpa));
+        self.banks.gone(is_gone);
         if let Some(channel) = self.firmware.as_mut() {
             channel.gone(is_gone);
         }
@@ -552,37 +468,10 @@ impl Delivery {
     /// What `state` shows to have become of the records in `vcpu`'s banks. Each is returned once.
     pub fn taken(&mut self, vcpu: usize, state: &McaState, now: Duration) -> Vec<Taken> {
         self.watch(vcpu, state, now);
-        let mut taken = Vec::new();
-        let mut again = Vec::new();
-        let closed = state.is_closed();
-        let before = self.in_banks.len();
-        self.in_banks.retain_mut(|record| {
-            if record.vcpu != vcpu {
-                return true;
-            }
-            record.restarted |= closed;
-            if closed || state.mcip() || state.banks[usize::from(record.bank)].valid() {
-                return true;
-            }
-            let gpa = record.error.gpa;
-            if record.restarted {
-                if !record.gone {
-                    again.push(gpa);
-                    taken.push(Taken::Lost { gpa });
-                }
-            } else if !record.gone {
-                taken.push(Taken::Acknowledged { gpa, bank: record.bank, form: record.form });
-            }
-            false
-        });
+        let Emptied { taken, again, count } = self.banks.taken(vcpu, state);
         self.tell_again(&again);
-        self.bystanders.retain(|(of, bank)| {
-            *of != vcpu || state.mcip() || state.banks[usize::from(*bank)].valid()
-        });
         // A record that is lost may have been read all the same.
-        for _ in self.in_banks.len()..before {
-            self.queue.taken(now);
-        }
+        (0..count).for_each(|_| self.queue.taken(now));
         taken
     }
 
@@ -600,18 +489,9 @@ impl Delivery {
             return Vec::new();
         }
         // It is out of its handler, whose business that record was.
-        let bystanders = self.bystanders.iter().filter(|(of, _)| *of == vcpu);
-        let mut banks: Vec<u8> = bystanders.map(|(_, bank)| *bank).collect();
-        banks.retain(|bank| state.banks[usize::from(*bank)].valid());
+        let mut banks = self.banks.bystanders_of(vcpu, state);
         let polls = !(stands || seen.is_masked(now));
-        let theirs = self.in_banks.iter().filter(|record| record.vcpu == vcpu);
-        let left: Vec<u8> = theirs
-            .filter(|record| match record.form.raises_mc() {
-                true => !state.interrupts_on,
-                false => !polls,
-            })
-            .map(|record| record.bank)
-            .collect();
+        let left = self.banks.untaken(vcpu, state.interrupts_on, polls);
         if !left.is_empty() && self.others_take_aos(vcpu, now) {
             if let Some(seen) = self.vcpus.get_mut(vcpu).filter(|_| !state.is_closed()) {
                 seen.ignores = true;
@@ -630,7 +510,7 @@ impl Delivery {
     /// `bank` of `vcpu` cannot be emptied: the page of the record that lies there, which waits to be told elsewhere. A
     /// bystander's record stays, and is written over.
     pub fn stays(&mut self, vcpu: usize, bank: u8) -> Option<u64> {
-        match self.bystanders.contains(&(vcpu, bank)) {
+        match self.banks.is_bystanders(vcpu, bank) {
             true => None,
             false => self.taken_back(vcpu, bank),
         }
@@ -638,14 +518,9 @@ impl Delivery {
 
     /// `bank` of `vcpu` has been emptied: the page of the record that lay there, which waits to be told elsewhere.
     pub fn taken_back(&mut self, vcpu: usize, bank: u8) -> Option<u64> {
-        self.bystanders.retain(|one| *one != (vcpu, bank));
-        let at = self.in_banks.iter().position(|one| (one.vcpu, one.bank) == (vcpu, bank))?;
-        let InBank { error, gone, .. } = self.in_banks.swap_remove(at);
-        if gone {
-            return None;
-        }
-        self.tell_again(&[error.gpa]);
-        Some(error.gpa)
+        let gpa = self.banks.empty(vcpu, bank)?;
+        self.tell_again(&[gpa]);
+        Some(gpa)
     }
 
     /// Takes note of what can only be told from a vCPU's states over time.
@@ -683,8 +558,7 @@ impl Delivery {
     }
 
     fn aos_in_banks(&self) -> usize {
-        let aos = self.in_banks.iter().filter(|r| r.error.kind == FailureKind::ActionOptional);
-        aos.count()
+        self.banks.aos()
     }
 
     /// Whether an error waits to be told on `vcpu`.
@@ -741,17 +615,7 @@ impl Delivery {
 
     /// The bank in which `vcpu`, which did nothing, can take part in a rendezvous now.
     fn bystander_bank(&self, vcpu: usize, state: &McaState) -> Result<u8, WaitReason> {
-        let bank = free_bank(index(vcpu), state, &BYSTANDER_BANKS).or_else(|why| {
-            // A record of ours that an offline processor left there, and that the hypervisor does not take back.
-            // Writing over it adds OVER, and Linux looks at nothing in a record without EN ("Not enabled",
-            // the second rule in `severities`, arch/x86/kernel/cpu/mce/severity.c).
-            let old = self.bystanders.iter().find(|(of, bank)| {
-                let Bank { ctl, status } = state.banks[usize::from(*bank)];
-                let ours = status & !mca::status::OVER == mca::bystander(*bank).status;
-                *of == vcpu && !state.mcip() && ctl == u64::MAX && ours
-            });
-            old.map(|(_, bank)| *bank).ok_or(why)
-        })?;
+        let bank = self.banks.of_bystander(vcpu, state)?;
         self.may_be_interrupted(vcpu, state)?;
         Ok(bank)
     }
@@ -789,35 +653,6 @@ impl Delivery {
             FailureKind::ActionOptional if vcpu != self.ao_vcpu => Step::Idle,
             FailureKind::ActionOptional => Step::Wait(error, wait),
         }
-    }
-}
-
-/// A vCPU's index as the ledger keeps it, in half the memory. There are no vCPUs beyond.
-pub(crate) fn index(vcpu: usize) -> u32 {
-    u32::try_from(vcpu).unwrap_or(u32::MAX)
-}
-
-/// The first of `banks` that is enabled and empty, or why the first one is not.
-fn free_bank(vcpu: u32, state: &McaState, banks: &[u8]) -> Result<u8, WaitReason> {
-    if state.mcip() {
-        return Err(WaitReason::Mcip { vcpu });
-    }
-    let why_not = |bank: u8| {
-        let now = state.banks[usize::from(bank)];
-        if now.ctl != u64::MAX {
-            Some(WaitReason::BankCtlOff { vcpu, bank })
-        } else if now.valid() {
-            Some(WaitReason::BankValid { vcpu, bank })
-        } else {
-            None
-        }
-    };
-    match banks.iter().copied().find(|bank| why_not(*bank).is_none()) {
-        Some(bank) => Ok(bank),
-        None => Err(banks
-            .first()
-            .and_then(|bank| why_not(*bank))
-            .unwrap_or(WaitReason::NoBank { vcpu })),
     }
 }
 

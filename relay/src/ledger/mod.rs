@@ -7,6 +7,8 @@ use std::time::SystemTime;
 mod page;
 mod table;
 
+use crate::memory::fresh;
+use crate::memory::map::RamMap;
 use crate::types::{FailureKind, UndeliverableReason};
 use crate::types::{FoundBy, Rescued, State};
 pub use page::{Page, Predicted, Times};
@@ -167,6 +169,28 @@ impl Ledger {
         }
     }
 
+    /// The guest starts over in the same memory, `ram`: gives it good memory for every bad page, and notes that. Huge pages
+    /// are replaced as a whole, so no vCPU may be running, nothing of the next boot may be loaded yet, and the relay has to
+    /// have been dropped. Returns the pages for which there is no good memory, by guest-physical address: leave them out of
+    /// the guest's memory map and [set](Self::set) them [`State::Removed`], or do not start it. What was predicted to
+    /// fail is forgotten.
+    ///
+    /// A host that maps all of guest memory anew for each boot calls [`Self::heal`] for each page instead.
+    pub fn start_over(&mut self, ram: &RamMap, now: SystemTime) -> Vec<u64> {
+        self.forget_predictions();
+        let pages: Vec<Page> = self.pages().filter(|page| page.state != State::Removed).collect();
+        let mut lost = Vec::new();
+        for page in pages {
+            let replace = |hva| fresh::replace(ram, hva).is_ok();
+            if page.is_forged() || ram.hva(page.gpa).is_some_and(replace) {
+                self.heal(page.gpa, now);
+            } else {
+                lost.push(page.gpa);
+            }
+        }
+        lost
+    }
+
     /// Drops all predictions: the guest starts over in other memory. Call it between two boots.
     pub fn forget_predictions(&mut self) {
         self.predicted.clear();
@@ -297,5 +321,32 @@ mod tests {
         assert!(!ledger.set(0x2000, State::Seen, now), "what is gone stays gone");
         assert!(ledger.heal(0x2000, now));
         assert_eq!(ledger.past().last().unwrap().state, State::Removed, "it never was healed");
+    }
+
+    #[test]
+    fn a_guest_that_starts_over_has_good_memory() {
+        let marker = match crate::memory::marker::Marker::new() {
+            Ok(marker) => marker,
+            Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
+        };
+        let now = SystemTime::UNIX_EPOCH;
+        let memory = crate::memory::stand_in::StandIn::new(2 << 20).unwrap();
+        let hva = memory.hva();
+        crate::memory::access::write(hva + 0x9000, b"old").unwrap();
+        marker.mark(hva + 0x5000).unwrap();
+        let region = crate::RamRegion::unwritten(hva, 0x10_0000, 2 << 20);
+        let ram = RamMap::new(&[region]).unwrap();
+        let mut ledger = Ledger::default();
+        let (ao, signal) = (FailureKind::ActionOptional, FoundBy::Signal);
+        ledger.enter(0x10_5000, hva + 0x5000, 12, ao, signal, now);
+        // A page that is no longer guest RAM.
+        ledger.enter(0x90_0000, 0x7000, 12, ao, signal, now);
+        assert_eq!(ledger.start_over(&ram, now), [0x90_0000]);
+        assert!(!ledger.contains(0x10_5000) && ledger.past().len() == 1);
+        let mut bytes = [1; 3];
+        crate::memory::access::read(hva + 0x5000, &mut bytes).unwrap();
+        assert_eq!(bytes, [0; 3]);
+        crate::memory::access::read(hva + 0x9000, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"old", "its neighbours stay");
     }
 }

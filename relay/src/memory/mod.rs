@@ -2,6 +2,7 @@
 
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod access;
+pub(crate) mod fresh;
 pub(crate) mod headroom;
 pub mod map;
 #[allow(unsafe_code, reason = "it is where the system is asked")]

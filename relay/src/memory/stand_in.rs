@@ -51,6 +51,12 @@ impl StandIn {
         Ok(stand_in)
     }
 
+    /// Host virtual address of its first byte.
+    #[cfg(test)]
+    pub(crate) fn hva(&self) -> u64 {
+        self.hva
+    }
+
     /// The addresses.
     fn map(len: u64) -> io::Result<Self> {
         let room = len.checked_add(ALIGNMENT).ok_or(libc::ENOMEM);

@@ -1,4 +1,5 @@
-//! `peer QEMU STYLE PAGES...`: the line beside ours. For each number of PAGES a guest boots under QEMU,
+//! `peer QEMU STYLE PAGES...`: the line beside ours; `peer QEMU STYLE hugepages`: one frame of a huge page, and what the
+//! guest's program has left of the rest. For each number of PAGES a guest boots under QEMU,
 //! and so many of its pages go bad on the host as fast as the host's kernel takes them; the table says
 //! what became of them on each level. The same is in $MCE_RELAY_LAB_OUT/peer.json.
 //!
@@ -74,7 +75,7 @@ struct Report {
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let usage = "usage: peer QEMU amd|intel|intel-without-ser-p PAGES...";
+    let usage = "usage: peer QEMU amd|intel|intel-without-ser-p PAGES...|hugepages";
     let [qemu, style, numbers @ ..] = &words[..] else {
         eprintln!("{usage}");
         return ExitCode::from(2);
@@ -84,6 +85,15 @@ fn main() -> ExitCode {
         eprintln!("peer: {style:?} is not a style of guests; {usage}");
         return ExitCode::from(2);
     };
+    if numbers == ["hugepages"] {
+        return huge_page(&qemu, style).map_or_else(
+            |error| {
+                println!("== no result: {error}");
+                ExitCode::FAILURE
+            },
+            |()| ExitCode::SUCCESS,
+        );
+    }
     let numbers: Result<Vec<usize>, _> = numbers.iter().map(|word| word.parse()).collect();
     let numbers = match numbers {
         Ok(numbers) if !numbers.is_empty() && !numbers.contains(&0) => numbers,
@@ -126,6 +136,47 @@ fn main() -> ExitCode {
         table(&report.bursts);
     }
     if complete { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// One frame of a huge page goes bad. Then the guest's program reads all of its pages.
+fn huge_page(qemu: &Path, style: Style) -> Result<(), String> {
+    const HUGE: u64 = 2 << 20;
+    may_poison()?;
+    mce_relay_tests::lab::set_pool("2048kB", 132);
+    println!("== {}; {} in huge pages of 2 MiB", version(qemu), style.name());
+    let mut guest = Qemu::boot_in_huge_pages(qemu, style, VCPUS)?;
+    let pages = guest.agent(|agent| {
+        agent.ask("sigbus count");
+        agent.ask("interval 1");
+        agent.alloc_many("anon", MAX_ALLOC)
+    })?;
+    let bad = pages[MAX_ALLOC / 2];
+    let around = pages.iter().filter(|page| page.gpa / HUGE == bad.gpa / HUGE).count();
+    let frame = pagemap::pfn(guest.pid(), guest.hva(bad.gpa)?).map_err(|e| e.to_string())?;
+    poison(&mut guest, &[frame])?;
+    std::thread::sleep(Duration::from_secs(20));
+    let named = guest.agent(Agent::failures).map(|(named, _)| named.len());
+    println!(
+        "== the guest's kernel names {named:?} pages; its program has {around} in that huge page"
+    );
+    let deadline = Instant::now() + QUIET;
+    let read = guest.agent(|agent| agent.reply(&format!("check except {}", bad.number), deadline));
+    println!("== its program reads all but that page: {read:?}");
+    println!(
+        "== gone: {}, MEMORY_FAILURE events: {}",
+        guest.is_gone(),
+        guest.events("MEMORY_FAILURE")
+    );
+    guest.log().lines().rev().take(5).for_each(|line| println!("  qemu | {line}"));
+    if let Ok((named, account)) = guest.agent(Agent::failures) {
+        println!("== after that its kernel names {} pages: {account}", named.len());
+    } else {
+        println!(
+            "== after that the guest does not answer; its kernel named {} pages",
+            guest.memory().failed.len()
+        );
+    }
+    Ok(())
 }
 
 /// Boots a guest, poisons `pages` pages of it, and watches until nothing more comes.

@@ -1,6 +1,7 @@
 use super::*;
 use crate::decide::rounds::{LOOP_PAUSE, LOOP_ROUNDS};
 use crate::decide::standing::{LEAVE, MASKED};
+use crate::x86::mca::BYSTANDER_BANKS;
 use crate::x86::mca::{BANKS, cap, status};
 
 const PAGE: u64 = 0x1234_5000;
