@@ -7,15 +7,8 @@ pub use crate::decide::machine_check;
 pub use crate::decide::rounds::LOOP_ROUNDS;
 pub use crate::memory::access;
 pub use crate::memory::scan;
+pub use crate::memory::uffd;
 pub use crate::types::Caught;
-
-/// Marks the page of 4 KiB at `hva`, of this process's own memory, as bad (`memory::marker`).
-///
-/// # Errors
-/// The kernel does not do it.
-pub fn mark(hva: u64) -> std::io::Result<()> {
-    crate::memory::marker::Marker::new()?.mark(hva)
-}
 
 /// Returns when the observer has been told of all that has happened until now: some of it another thread may be telling it.
 pub fn flush(relay: &crate::Handle) {

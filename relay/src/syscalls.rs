@@ -274,20 +274,17 @@ pub const HANDLE: &[Call] =
 /// the one that does its work, beside [`RELAY`].
 pub const RESCUE: &[Call] = &[
     Call::new(libc::SYS_userfaultfd, "userfaultfd", "what marks a page as bad; at the start"),
-    uffd(crate::memory::marker::UFFDIO_API, "UFFDIO_API: the same"),
+    uffd(crate::memory::uffd::UFFDIO_API, "UFFDIO_API: the same"),
     Call::new(libc::SYS_madvise, "madvise", "memory for what is left of a huge page")
         .given(2, libc::MADV_HUGEPAGE as i64),
     Call::new(libc::SYS_madvise, "madvise", "the same").given(2, libc::MADV_NOHUGEPAGE as i64),
     Call::new(libc::SYS_madvise, "madvise", "the same").given(2, libc::MADV_POPULATE_WRITE as i64),
     Call::new(libc::SYS_pread64, "pread64", "what is left; how much memory may be taken"),
-    uffd(
-        crate::memory::marker::UFFDIO_REGISTER,
-        "UFFDIO_REGISTER: the page that is gone is marked",
-    ),
+    uffd(crate::memory::uffd::UFFDIO_REGISTER, "UFFDIO_REGISTER: the page that is gone is marked"),
     Call::new(libc::SYS_madvise, "madvise", "the same, of locked memory")
-        .given(2, crate::memory::marker::MADV_DONTNEED_LOCKED as i64),
-    uffd(crate::memory::marker::UFFDIO_POISON, "UFFDIO_POISON: the same"),
-    uffd(crate::memory::marker::UFFDIO_UNREGISTER, "UFFDIO_UNREGISTER: the same"),
+        .given(2, crate::memory::uffd::MADV_DONTNEED_LOCKED as i64),
+    uffd(crate::memory::uffd::UFFDIO_POISON, "UFFDIO_POISON: the same"),
+    uffd(crate::memory::uffd::UFFDIO_UNREGISTER, "UFFDIO_UNREGISTER: the same"),
     Call::new(libc::SYS_mremap, "mremap", "good memory comes to the place of the huge page")
         .given(3, (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as i64),
 ];

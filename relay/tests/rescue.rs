@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use forge::{BUS_MCEERR_AO, BUS_MCEERR_AR, forge};
-use mce_relay::internals::mark;
+use mce_relay::internals::uffd::Uffd;
 use mce_relay::mca::{BANKS, Caps, McaState, Record, Vendor, cap};
 use mce_relay::{
     AccessError, Event, ExitByte, FoundBy, Handle, HugePage, Mca, MemoryOwner, Page, RamMap,
@@ -65,6 +65,11 @@ impl Memory {
     fn page(&self, page: u64) -> u64 {
         self.hva + HUGE + page * 4096
     }
+}
+
+/// Marks the page of 4 KiB at `hva` as bad.
+fn mark(hva: u64) -> io::Result<()> {
+    Uffd::open()?.poison(hva, 4096)
 }
 
 fn address(hva: u64) -> usize {
@@ -328,6 +333,9 @@ fn a_reserve_that_is_not_to_be_had_is_said() {
     let relay = Relay::builder(RamMap::new(&[]).unwrap()).rescue(rescue).start();
     let error = relay.err().unwrap().to_string();
     assert!(error.contains("1099511627776 MiB"), "{error}");
+    // As much as there is no number for once it is rounded up.
+    let rescue = Rescue::new(memory.owner()).reserve(u64::MAX);
+    assert!(Relay::builder(RamMap::new(&[]).unwrap()).rescue(rescue).start().is_err());
     let rescue = Rescue::new(memory.owner()).reserve(1);
     drop(Relay::builder(RamMap::new(&[]).unwrap()).rescue(rescue).start().unwrap());
 }

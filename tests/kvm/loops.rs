@@ -34,7 +34,7 @@ fn rounds(relayed: &mut Relayed) -> (Verdict, u32) {
 pub fn a_guest_that_ignores_it() {
     let mut relayed = Relayed::new(Start::LoadAsKernel, true);
     let uffd = Uffd::open().unwrap();
-    uffd.poison(relayed.payload.ram.hva() + TARGET).unwrap();
+    uffd.poison(relayed.payload.ram.hva() + TARGET, 4096).unwrap();
     for again in 0..2 {
         let (end, told) = rounds(&mut relayed);
         println!("    {end:?} after {told} rounds");
@@ -66,8 +66,8 @@ pub fn a_stack_that_is_bad() {
     let mut relayed = Relayed::new(Start::LoadAsUser, true);
     let uffd = Uffd::open().unwrap();
     let ram = relayed.payload.ram.hva();
-    uffd.poison(ram + TARGET).unwrap();
-    uffd.poison(ram + STACK_PAGE).unwrap();
+    uffd.poison(ram + TARGET, 4096).unwrap();
+    uffd.poison(ram + STACK_PAGE, 4096).unwrap();
     for round in 0..100 {
         match relayed.before_run() {
             Verdict::Run => {}

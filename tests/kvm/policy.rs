@@ -23,7 +23,7 @@ fn start(policy: &str, options: &[&str]) -> (Vmm, Uffd) {
     let info = vmm.info(|_| true);
     assert!(!info.paused && info.pause_reason.is_none(), "{info:?}");
     let uffd = Uffd::open().unwrap();
-    uffd.poison(info.block(GPA).unwrap().hva + GPA).unwrap();
+    uffd.poison(info.block(GPA).unwrap().hva + GPA, 4096).unwrap();
     (vmm, uffd)
 }
 

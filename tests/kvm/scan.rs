@@ -15,6 +15,7 @@ use mce_relay_cli::poison::host::hwpoison_inject;
 use mce_relay_tests::lab::may_poison;
 use mce_relay_vmm::host::{page_frames, pagemap};
 
+use crate::uffd::write_protect;
 use crate::uffd::{
     UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, Uffd,
 };
@@ -150,9 +151,9 @@ fn find_marks(ram: &Mapping, marks: u64) {
     let marked: BTreeSet<u64> = (0..marks).map(|n| ram.page(place(n))).collect();
     assert_eq!(marked.len() as u64, marks);
     let uffd = Uffd::open().unwrap();
-    uffd.register(ram.range(), UFFDIO_REGISTER_MODE_MISSING).unwrap();
+    uffd.register(&(ram.range()), UFFDIO_REGISTER_MODE_MISSING).unwrap();
     for &page in &marked {
-        uffd.mark(page).unwrap();
+        uffd.mark(page, 4096).unwrap();
     }
     // The marks stay, and a page that is touched now is populated instead of being missed.
     drop(uffd);
@@ -217,8 +218,8 @@ pub fn has_markers() -> Result<(), String> {
 pub fn a_marker_that_is_not_poison_is_left_alone() {
     let ram = Mapping::memfd(64 * PAGE, 0);
     let uffd = Uffd::with_features(UFFD_FEATURE_WP_HUGETLBFS_SHMEM).unwrap();
-    uffd.register(ram.range(), UFFDIO_REGISTER_MODE_WP).unwrap();
-    uffd.write_protect(ram.range()).unwrap();
+    uffd.register(&(ram.range()), UFFDIO_REGISTER_MODE_WP).unwrap();
+    write_protect(&uffd, ram.range()).unwrap();
     let guarded = Mapping::anonymous(64 * PAGE);
     // include/uapi/asm-generic/mman-common.h; from Linux 6.13 on.
     const MADV_GUARD_INSTALL: libc::c_int = 102;
@@ -359,8 +360,8 @@ pub fn poison_without_a_signal_is_found() {
 
         // Poison that is write-protected afterwards looks like a marker and is none.
         if let Ok(uffd) = Uffd::with_features(UFFD_FEATURE_WP_HUGETLBFS_SHMEM) {
-            uffd.register(private.range(), UFFDIO_REGISTER_MODE_WP).unwrap();
-            uffd.write_protect(private.range()).unwrap();
+            uffd.register(&(private.range()), UFFDIO_REGISTER_MODE_WP).unwrap();
+            write_protect(&uffd, private.range()).unwrap();
             for scanner in &mut scanners {
                 let range = std::iter::once(private.range());
                 assert_eq!(scanner.scan(range, |_| false).unwrap(), anonymous);

@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_starts_over_has_good_memory() {
-        let marker = match crate::memory::marker::Marker::new() {
+        let marker = match crate::memory::uffd::Uffd::open() {
             Ok(marker) => marker,
             Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
         };
@@ -333,7 +333,7 @@ mod tests {
         let memory = crate::memory::stand_in::StandIn::new(2 << 20).unwrap();
         let hva = memory.hva();
         crate::memory::access::write(hva + 0x9000, b"old").unwrap();
-        marker.mark(hva + 0x5000).unwrap();
+        marker.poison(hva + 0x5000, 4096).unwrap();
         let region = crate::RamRegion::unwritten(hva, 0x10_0000, 2 << 20);
         let ram = RamMap::new(&[region]).unwrap();
         let mut ledger = Ledger::default();

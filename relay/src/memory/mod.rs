@@ -7,8 +7,6 @@ pub(crate) mod headroom;
 pub mod map;
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 mod mapping;
-#[allow(unsafe_code, reason = "it is where the system is asked")]
-pub(crate) mod marker;
 #[cfg(feature = "vm-memory")]
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 mod page_size;
@@ -16,3 +14,5 @@ mod page_size;
 pub mod scan;
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub(crate) mod stand_in;
+#[allow(unsafe_code, reason = "it is where the system is asked")]
+pub mod uffd;

@@ -14,7 +14,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use super::mapping::{address, advise, size};
-use super::marker::Marker;
+use super::uffd::Uffd;
 use crate::types::PAGE_SIZE;
 
 /// Read at once. As much as can be: with each call the kernel goes through all frames that follow, whether they are bad.
@@ -119,8 +119,8 @@ impl StandIn {
     ///
     /// # Errors
     /// The kernel does not do it.
-    pub(crate) fn mark(&self, marker: &Marker, gone: &[u64]) -> io::Result<()> {
-        gone.iter().try_for_each(|at| marker.mark(self.hva + at))
+    pub(crate) fn mark(&self, marker: &Uffd, gone: &[u64]) -> io::Result<()> {
+        gone.iter().try_for_each(|at| marker.poison(self.hva + at, PAGE_SIZE))
     }
 
     /// Moves it to `hva`, where whatever was mapped is no longer: in one step for all who look.
@@ -230,7 +230,7 @@ mod tests {
 
     #[test]
     fn it_takes_the_place_of_what_was_there_and_what_is_gone_stays_gone() {
-        let marker = match Marker::new() {
+        let marker = match Uffd::open() {
             Ok(marker) => marker,
             Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
         };
@@ -259,7 +259,7 @@ mod tests {
     #[test]
     fn it_takes_not_much_more_than_a_plain_copy() {
         const HUGE: u64 = 2 << 20;
-        let Ok(marker) = Marker::new() else { return println!("SKIPPED: needs UFFDIO_POISON") };
+        let Ok(marker) = Uffd::open() else { return println!("SKIPPED: needs UFFDIO_POISON") };
         // SAFETY: takes a string; the descriptor is nobody else's.
         let file = unsafe { std::fs::File::from_raw_fd(libc::memfd_create(c"huge".as_ptr(), 0)) };
         let from = vec![7_u8; 2 << 20];

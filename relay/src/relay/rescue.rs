@@ -8,8 +8,8 @@ use super::error::StartError;
 use crate::core::host::call_host;
 use crate::core::shared::Shared;
 use crate::memory::headroom::Headroom;
-use crate::memory::marker::Marker;
 use crate::memory::stand_in::{Filled, StandIn};
+use crate::memory::uffd::Uffd;
 use crate::types::{PAGE_SIZE, RescueRefusal, RescueStep, Rescued};
 
 /// A huge page of guest memory of which a part has gone bad, and which the host has lost as a whole.
@@ -71,18 +71,18 @@ impl Rescue {
     /// Takes what is needed before a thread may open nothing.
     pub(super) fn prepare(self) -> Result<Rescuer, StartError> {
         let headroom = Headroom::new();
-        let bytes = self.reserve.next_multiple_of(2 << 20);
-        let reserve = match bytes {
+        let reserve = match self.reserve {
             0 => None,
-            _ if headroom.bytes() < bytes => {
-                return Err(StartError::Reserve {
-                    bytes,
-                    source: io::ErrorKind::OutOfMemory.into(),
-                });
+            bytes => {
+                let rounded = bytes.checked_next_multiple_of(2 << 20);
+                let stand_in = match rounded.filter(|rounded| *rounded <= headroom.bytes()) {
+                    Some(rounded) => StandIn::new(rounded),
+                    None => Err(io::ErrorKind::OutOfMemory.into()),
+                };
+                Some(stand_in.map_err(|source| StartError::Reserve { bytes, source })?)
             }
-            _ => Some(StandIn::new(bytes).map_err(|source| StartError::Reserve { bytes, source })?),
         };
-        let marker = Marker::new();
+        let marker = Uffd::open();
         if let Err(error) = &marker {
             log::warn!(
                 "huge pages that go bad are lost as a whole: the bad part could not be marked (userfaultfd, \
@@ -107,7 +107,7 @@ impl std::fmt::Debug for Rescue {
 pub(crate) struct Rescuer {
     owner: Box<dyn MemoryOwner>,
     store: Store,
-    marker: io::Result<Marker>,
+    marker: io::Result<Uffd>,
 }
 
 /// Where the memory for what is left comes from.
