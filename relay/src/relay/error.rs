@@ -16,7 +16,7 @@ pub enum StartError {
     #[error("cannot start the relay's thread")]
     Thread(#[source] io::Error),
     /// The memory that is to be kept for rescues is not to be had.
-    #[error("cannot set {} MiB aside for what is left of huge pages that go bad", .bytes >> 20)]
+    #[error("cannot set {} MiB aside for what is left of huge pages that go bad; ask for less, or for none", .bytes >> 20)]
     Reserve {
         /// How many bytes were asked for.
         bytes: u64,

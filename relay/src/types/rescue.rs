@@ -34,9 +34,9 @@ impl fmt::Display for Rescued {
         let Self { gpa, hva, extent, kept, gone, micros, held_micros } = *self;
         write!(
             f,
-            "of the {} KiB at GPA {gpa:#x} (HVA {hva:#x}) the guest keeps {kept} pages, and {gone} are gone; it took \
-             {micros} us",
-            extent >> 10
+            "of the {} KiB at GPA {gpa:#x} (HVA {hva:#x}) the guest keeps {kept} of {} pages; it took {micros} us",
+            extent >> 10,
+            kept + gone
         )?;
         match held_micros {
             Some(held) => write!(f, ", for {held} of which a vCPU stood still"),
