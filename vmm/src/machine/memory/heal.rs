@@ -102,7 +102,7 @@ impl GuestRam {
 
 impl GuestRam {
     /// Where ordinary memory lies in the place of a huge page there is a huge page again, where the pool has one, and else
-    /// fresh ordinary memory. All these stretches, from the mapping's beginning.
+    /// fresh ordinary memory. The stretches where that has worked, from the mapping's beginning.
     fn heal_stand_ins(&self, block: &RamBlock, backing: &Backing) -> Vec<Range<u64>> {
         let mut stand_ins = self.lock_stand_ins();
         let within = block.hva..block.hva + block.len;
@@ -111,7 +111,6 @@ impl GuestRam {
         let mut all = Vec::new();
         for hva in here {
             let start = hva - block.hva;
-            all.push(start..start + len);
             // The huge page that went bad.
             if let Err(error) = backing.punch(start, len) {
                 debug!("cannot empty a page of the file of guest memory: {error}");
@@ -123,10 +122,13 @@ impl GuestRam {
                 Err(error) => {
                     debug!("GPA {:#x} stays in small pages: {error}", block.gpa + start);
                     if let Err(error) = backing.advise(start, len, libc::MADV_DONTNEED) {
+                        // As it is it is not good; it goes the way of all others.
                         debug!("cannot give guest memory back: {error}");
+                        continue;
                     }
                 }
             }
+            all.push(start..start + len);
         }
         all
     }
