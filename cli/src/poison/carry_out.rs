@@ -145,26 +145,27 @@ fn ask_vmm(
         let body = Poison { gpas, via, kind, vcpu };
         let done: Vec<Poisoning> = match requests::put_json(order.socket, "vm.poison", &body) {
             Ok(done) => done,
-            // There is no guest, and there will be none.
-            Err(ClientError::Refused { status: 503, .. }) if until.life.ends() => {
-                asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
-                return Ok(asked);
-            }
-            // Some of the pages in the last request may have been done.
-            Err(error) if matches!(error, ClientError::Ended { .. }) || until.life.is_over() => {
-                let why = |_| Asked::new(None, Err(PoisonError::NotKnown));
-                asked.extend(some.iter().map(why));
-                asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
-                return Ok(asked);
-            }
-            // Pages that were done before keep their results, and the others get this error.
-            Err(error) if !asked.is_empty() => {
-                let why = |error: &ClientError| Err(PoisonError::Vmm(error.to_string()));
-                let left = asked.len()..targets.len();
-                asked.extend(left.map(|_| Asked::new(None, why(&error))));
-                return Ok(asked);
-            }
-            Err(error) => return Err(error.into()),
+            Err(error) => match broken_off(error, until.life) {
+                BrokenOff::Before => {
+                    asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
+                    return Ok(asked);
+                }
+                // Some of the pages in the last request may have been done.
+                BrokenOff::Within => {
+                    let why = |_| Asked::new(None, Err(PoisonError::NotKnown));
+                    asked.extend(some.iter().map(why));
+                    asked.extend(untried(&PoisonError::Ended, targets.len() - asked.len()));
+                    return Ok(asked);
+                }
+                // Pages that were done before keep their results, and the others get this error.
+                BrokenOff::ByError(error) if !asked.is_empty() => {
+                    let error = error.to_string();
+                    let left = asked.len()..targets.len();
+                    asked.extend(left.map(|_| Asked::new(None, Err(PoisonError::Vmm(error.clone())))));
+                    return Ok(asked);
+                }
+                BrokenOff::ByError(error) => return Err(error.into()),
+            },
         };
         asked.extend(done.into_iter().map(|page| Asked {
             was_bad: page.was_bad,
@@ -173,6 +174,31 @@ fn ask_vmm(
         progress(asked.len(), targets.len());
     }
     Ok(asked)
+}
+
+/// How a request came to have no answer.
+enum BrokenOff {
+    /// The VM had ended before the request was sent, or has no guest any more.
+    Before,
+    /// The VM ended after it was sent.
+    Within,
+    /// The VM runs.
+    ByError(ClientError),
+}
+
+fn broken_off(error: ClientError, life: &Life) -> BrokenOff {
+    // A VM that ends takes its socket away before its process is gone.
+    let is_unsent = match &error {
+        ClientError::Refused { status: 503, .. } => life.ends(),
+        ClientError::Connect { .. } => true,
+        _ => false,
+    };
+    match life.explain(error) {
+        ClientError::Ended { .. } if is_unsent => BrokenOff::Before,
+        ClientError::Ended { .. } => BrokenOff::Within,
+        ClientError::Refused { status: 503, .. } if is_unsent => BrokenOff::Before,
+        error => BrokenOff::ByError(error),
+    }
 }
 
 /// Checks the result of each page.
