@@ -287,6 +287,9 @@ pub const RESCUE: &[Call] = &[
     uffd(crate::memory::uffd::UFFDIO_UNREGISTER, "UFFDIO_UNREGISTER: the same"),
     Call::new(libc::SYS_mremap, "mremap", "good memory comes to the place of the huge page")
         .given(3, (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as i64),
+    Call::new(libc::SYS_mmap, "mmap", "what a refused mremap has unmapped")
+        .given(2, libc::PROT_NONE as i64)
+        .given(3, ANONYMOUS | (libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE) as i64),
 ];
 
 const fn uffd(request: libc::Ioctl, why: &'static str) -> Call {

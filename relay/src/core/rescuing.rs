@@ -121,6 +121,15 @@ impl Shared {
         self.enter_pages(inner, Caught { kind, hva, lsb: PAGE_SHIFT }, found_by, vcpu);
     }
 
+    /// Waits until nothing is being rescued any more, for `patience` at most.
+    pub(crate) fn wait_for_rescues(&self, patience: Duration) {
+        let mut inner = self.lock();
+        let since = Instant::now();
+        while inner.rescues.next().is_some() && since.elapsed() < patience && self.is_working() {
+            inner = inner.wait(&self.gathered, Duration::from_millis(10));
+        }
+    }
+
     /// Waits until nothing of the page at `hva` is being rescued any more, for `patience` at most.
     pub(crate) fn wait_for_rescue(&self, hva: u64, patience: Duration) {
         let mut inner = self.lock();

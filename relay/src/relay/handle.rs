@@ -141,8 +141,12 @@ impl Handle {
 
     /// The parts of `gpas` (guest-physical addresses) without a page that is known to be bad, ascending. For a snapshot
     /// that writes guest memory to a file by write(2), which stops at a bad page. A page may still go bad between this
-    /// call and the write: the write then fails with EFAULT or is short, and the next call leaves the page out.
+    /// call and the write: the write then fails with EFAULT or is short, and the next call leaves the page out. While a
+    /// huge page is being rescued it waits: nothing of it can be read until then.
     pub fn whole_parts(&self, gpas: Range<u64>) -> Vec<Range<u64>> {
+        if !self.0.is_worker() {
+            self.0.wait_for_rescues(RESCUE);
+        }
         let inner = self.0.lock();
         let mut from = gpas.start;
         let mut parts = Vec::new();
