@@ -7,6 +7,7 @@ use super::inner::Inner;
 use super::rescue::Report;
 use super::shared::Shared;
 use crate::event::Event;
+use crate::guard;
 use crate::memory::map::RamMap;
 use crate::memory::scan::is_poisoned;
 use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE, RescueRefusal, Rescued};
@@ -64,6 +65,8 @@ impl Shared {
         let mut inner = self.lock();
         let open = inner.rescues.close(hvas)?;
         self.change_ram(|ram| Ok(ram.with_stand_in(hvas.clone()))).ok()?;
+        // Devices have it before the pages that are gone are marked.
+        guard::replaced(hvas);
         let extent = hvas.end - hvas.start;
         let micros = |since: Instant| since.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
         let rescued = Rescued {

@@ -22,6 +22,15 @@ const CHUNK: u64 = 1 << 30;
 /// A mapping that begins at a multiple of this can be in the host's transparent huge pages.
 const ALIGNMENT: u64 = 2 << 20;
 
+/// Whether it can be mapped more than once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// It cannot.
+    Private,
+    /// Devices have views of guest memory, and are to have one of it, too.
+    Views,
+}
+
 /// Ordinary memory of this process's own. It goes when this is dropped.
 #[derive(Debug)]
 pub(crate) struct StandIn {
@@ -42,8 +51,8 @@ impl StandIn {
     ///
     /// # Errors
     /// There is no memory to be had.
-    pub(crate) fn new(len: u64) -> io::Result<Self> {
-        let stand_in = Self::map(len)?;
+    pub(crate) fn new(len: u64, sharing: Sharing) -> io::Result<Self> {
+        let stand_in = Self::map(len, sharing)?;
         let joined = if len > ALIGNMENT { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
         // A kernel without huge pages needs no advice.
         let _ = advise(stand_in.hva, len, joined);
@@ -58,11 +67,15 @@ impl StandIn {
     }
 
     /// The addresses.
-    fn map(len: u64) -> io::Result<Self> {
+    fn map(len: u64, sharing: Sharing) -> io::Result<Self> {
         let room = len.checked_add(ALIGNMENT).ok_or(libc::ENOMEM);
         let room = room.map_err(io::Error::from_raw_os_error)?;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let flags = libc::MAP_ANONYMOUS
+            | match sharing {
+                Sharing::Private => libc::MAP_PRIVATE,
+                Sharing::Views => libc::MAP_SHARED,
+            };
         // SAFETY: a new mapping at an address of the kernel's choice.
         let at = unsafe { libc::mmap(ptr::null_mut(), size(room)?, prot, flags, -1, 0) };
         if at == libc::MAP_FAILED {
@@ -263,7 +276,7 @@ mod tests {
             Ok(marker) => marker,
             Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
         };
-        let place = StandIn::new(2 * LEN).unwrap();
+        let place = StandIn::new(2 * LEN, Sharing::Private).unwrap();
         crate::memory::access::write(place.hva, &[7]).unwrap();
         assert!(!plug(place.hva, place.len, &marker).unwrap(), "it is no hole");
         let mut byte = [0];
@@ -283,7 +296,7 @@ mod tests {
             Ok(marker) => marker,
             Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
         };
-        let mut reserve = StandIn::new(2 * LEN).unwrap();
+        let mut reserve = StandIn::new(2 * LEN, Sharing::Private).unwrap();
         let part = reserve.take(LEN).unwrap();
         let (hva, gone) = (part.hva, [0x3000, LEN - 4096]);
         part.mark(&marker, &gone).unwrap();
@@ -292,12 +305,12 @@ mod tests {
         crate::memory::access::write(hva + 0x3000, &[1]).unwrap();
         reserve.rejoin(part).unwrap();
         assert_eq!((reserve.hva, reserve.len), (hva, 2 * LEN));
-        let elsewhere = StandIn::new(LEN).unwrap();
+        let elsewhere = StandIn::new(LEN, Sharing::Private).unwrap();
         assert!(reserve.rejoin(elsewhere).is_err());
     }
 
     fn filled(bad: &[u64]) -> (StandIn, Vec<u64>) {
-        let stand_in = StandIn::new(LEN).unwrap();
+        let stand_in = StandIn::new(LEN, Sharing::Private).unwrap();
         let bad: Vec<u64> = bad.iter().map(|page| FIRST + page).collect();
         let filled = stand_in.fill(&Model { bad, end: 1 << 30 }, OFFSET).unwrap();
         (stand_in, filled.gone.iter().map(|at| at / PAGE_SIZE).collect())
@@ -314,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_file_that_ends_is_an_error() {
-        let stand_in = StandIn::new(LEN).unwrap();
+        let stand_in = StandIn::new(LEN, Sharing::Private).unwrap();
         let short = Model { bad: Vec::new(), end: OFFSET + LEN / 2 };
         let error = stand_in.fill(&short, OFFSET).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
@@ -326,7 +339,7 @@ mod tests {
             Ok(marker) => marker,
             Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
         };
-        let place = StandIn::new(3 * LEN).unwrap();
+        let place = StandIn::new(3 * LEN, Sharing::Private).unwrap();
         advise(place.hva, place.len, libc::MADV_NOHUGEPAGE).unwrap();
         let (mut stand_in, gone) = filled(&[0, 5, 1023]);
         let gone: Vec<u64> = gone.iter().map(|page| page * PAGE_SIZE).collect();
@@ -361,7 +374,7 @@ mod tests {
         };
         // Into memory that nobody has used yet, as any copy of it would be.
         let plain = best(&|| {
-            let to = StandIn::map(HUGE).unwrap();
+            let to = StandIn::map(HUGE, Sharing::Private).unwrap();
             let start = std::time::Instant::now();
             // SAFETY: both have 2 MiB, and nobody else has `to`.
             unsafe {
@@ -369,9 +382,9 @@ mod tests {
             };
             start.elapsed()
         });
-        let place = StandIn::new(HUGE).unwrap();
+        let place = StandIn::new(HUGE, Sharing::Private).unwrap();
         let rescue = best(&|| {
-            let mut stand_in = StandIn::new(HUGE).unwrap();
+            let mut stand_in = StandIn::new(HUGE, Sharing::Private).unwrap();
             let start = std::time::Instant::now();
             stand_in.fill(&file.as_fd(), 0).unwrap();
             stand_in.mark(&marker, &[0x5000]).unwrap();
@@ -385,7 +398,7 @@ mod tests {
 
     #[test]
     fn a_reserve_is_used_up() {
-        let mut reserve = StandIn::new(3 * ALIGNMENT).unwrap();
+        let mut reserve = StandIn::new(3 * ALIGNMENT, Sharing::Private).unwrap();
         let first = reserve.take(ALIGNMENT).unwrap();
         assert_eq!((first.hva + ALIGNMENT, reserve.len), (reserve.hva, 2 * ALIGNMENT));
         assert!(reserve.take(3 * ALIGNMENT).is_none());

@@ -8,7 +8,7 @@ use super::error::StartError;
 use crate::core::host::call_host;
 use crate::core::shared::Shared;
 use crate::memory::headroom::Headroom;
-use crate::memory::stand_in::{Filled, StandIn, plug};
+use crate::memory::stand_in::{Filled, Sharing, StandIn, plug};
 use crate::memory::uffd::Uffd;
 use crate::types::{PAGE_SIZE, RescueRefusal, RescueStep, Rescued};
 
@@ -76,14 +76,14 @@ impl Rescue {
     }
 
     /// Takes what is needed before a thread may open nothing.
-    pub(super) fn prepare(self) -> Result<Rescuer, StartError> {
+    pub(super) fn prepare(self, sharing: Sharing) -> Result<Rescuer, StartError> {
         let headroom = Headroom::new();
         let reserve = match self.reserve {
             0 => None,
             bytes => {
                 let rounded = bytes.checked_next_multiple_of(2 << 20);
                 let stand_in = match rounded.filter(|rounded| *rounded <= headroom.bytes()) {
-                    Some(rounded) => StandIn::new(rounded),
+                    Some(rounded) => StandIn::new(rounded, sharing),
                     None => Err(io::ErrorKind::OutOfMemory.into()),
                 };
                 Some(stand_in.map_err(|source| StartError::Reserve { bytes, source })?)
@@ -96,7 +96,7 @@ impl Rescue {
                  UFFDIO_POISON of Linux 6.6): {error}"
             );
         }
-        let mut store = Store { reserve, spare: None, headroom };
+        let mut store = Store { reserve, spare: None, headroom, sharing };
         if marker.is_ok() {
             store.prepare_spare();
         }
@@ -124,13 +124,14 @@ struct Store {
     /// For the next page of 2 MiB, so that no vCPU waits until there is memory.
     spare: Option<StandIn>,
     headroom: Headroom,
+    sharing: Sharing,
 }
 
 impl Store {
     /// Has memory for one more, if there is enough of it.
     fn prepare_spare(&mut self) {
         if self.spare.is_none() && self.headroom.bytes() > 2 * SPARE {
-            self.spare = StandIn::new(SPARE).ok();
+            self.spare = StandIn::new(SPARE, self.sharing).ok();
         }
     }
 
@@ -158,7 +159,7 @@ impl Store {
         if free < needed {
             return Err(RescueRefusal::NoMemory { needed, free });
         }
-        StandIn::new(len).map_err(at(RescueStep::Allocate))
+        StandIn::new(len, self.sharing).map_err(at(RescueStep::Allocate))
     }
 }
 
