@@ -270,7 +270,7 @@ fn a_copy_ends_where_the_bad_page_begins() {
                 Ok(()) => len,
                 Err(BadMemory { done }) => done,
             };
-            assert!(done <= before && before - done < 64, "{done} of {before} in {len}");
+            assert!(done <= before && before - done <= 64, "{done} of {before} in {len}");
             assert_eq!((done == len, read.is_ok()), (before == len, before == len));
             assert_eq!(to[..done], all[from..from + done]);
             let mut back = vec![0; before];

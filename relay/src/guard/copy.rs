@@ -28,15 +28,54 @@ global_asm!(
     ".globl mce_relay_guard_begin",
     ".hidden mce_relay_guard_begin",
     "mce_relay_guard_begin:",
-    // Copies. Large pieces by the string instruction, which is quickest for them.
+    // Copies. Up to 64 bytes by a head and a tail that may overlap, more in steps of 64 with such a tail, and large pieces by
+    // the string instruction, which is quickest for them.
     ".globl mce_relay_guard_copy",
     ".hidden mce_relay_guard_copy",
     "mce_relay_guard_copy:",
-    "cmp rdx, 1024",
-    "jae 9f",
-    "2: cmp rdx, 64",
-    "jb 3f",
-    "movups xmm0, [rsi]",
+    "cmp rdx, 64",
+    "ja 5f",
+    "cmp rdx, 32",
+    "ja 4f",
+    "cmp rdx, 16",
+    "jae 3f",
+    "cmp rdx, 8",
+    "jae 2f",
+    "test rdx, rdx",
+    "jz 9f",
+    "8: mov al, [rsi]",
+    "mov [rdi], al",
+    "inc rsi",
+    "inc rdi",
+    "dec rdx",
+    "jnz 8b",
+    "9: xor eax, eax",
+    "ret",
+    "2: mov rax, [rsi]",
+    "mov rcx, [rsi + rdx - 8]",
+    "mov [rdi], rax",
+    "mov [rdi + rdx - 8], rcx",
+    "xor eax, eax",
+    "ret",
+    "3: movups xmm0, [rsi]",
+    "movups xmm1, [rsi + rdx - 16]",
+    "movups [rdi], xmm0",
+    "movups [rdi + rdx - 16], xmm1",
+    "xor eax, eax",
+    "ret",
+    "4: movups xmm0, [rsi]",
+    "movups xmm1, [rsi + 16]",
+    "movups xmm2, [rsi + rdx - 32]",
+    "movups xmm3, [rsi + rdx - 16]",
+    "movups [rdi], xmm0",
+    "movups [rdi + 16], xmm1",
+    "movups [rdi + rdx - 32], xmm2",
+    "movups [rdi + rdx - 16], xmm3",
+    "xor eax, eax",
+    "ret",
+    "5: cmp rdx, 1024",
+    "jae 7f",
+    "6: movups xmm0, [rsi]",
     "movups xmm1, [rsi + 16]",
     "movups xmm2, [rsi + 32]",
     "movups xmm3, [rsi + 48]",
@@ -47,33 +86,20 @@ global_asm!(
     "add rsi, 64",
     "add rdi, 64",
     "sub rdx, 64",
-    "jmp 2b",
-    "3: cmp rdx, 16",
-    "jb 4f",
-    "movups xmm0, [rsi]",
-    "movups [rdi], xmm0",
-    "add rsi, 16",
-    "add rdi, 16",
-    "sub rdx, 16",
-    "jmp 3b",
-    "4: cmp rdx, 8",
-    "jb 5f",
-    "mov rax, [rsi]",
-    "mov [rdi], rax",
-    "add rsi, 8",
-    "add rdi, 8",
-    "sub rdx, 8",
-    "5: test rdx, rdx",
-    "jz 7f",
-    "6: mov al, [rsi]",
-    "mov [rdi], al",
-    "inc rsi",
-    "inc rdi",
-    "dec rdx",
-    "jnz 6b",
-    "7: xor eax, eax",
+    "cmp rdx, 64",
+    "ja 6b",
+    // 1 to 64 are left, behind at least 64 that are done.
+    "movups xmm0, [rsi + rdx - 64]",
+    "movups xmm1, [rsi + rdx - 48]",
+    "movups xmm2, [rsi + rdx - 32]",
+    "movups xmm3, [rsi + rdx - 16]",
+    "movups [rdi + rdx - 64], xmm0",
+    "movups [rdi + rdx - 48], xmm1",
+    "movups [rdi + rdx - 32], xmm2",
+    "movups [rdi + rdx - 16], xmm3",
+    "xor eax, eax",
     "ret",
-    "9: mov rcx, rdx",
+    "7: mov rcx, rdx",
     ".globl mce_relay_guard_rep",
     ".hidden mce_relay_guard_rep",
     "mce_relay_guard_rep:",
@@ -185,6 +211,7 @@ pub(super) fn recovery(rip: usize) -> Option<usize> {
 
 /// How many bytes were not copied.
 #[cfg(target_arch = "x86_64")]
+#[inline]
 unsafe fn copy(to: *mut u8, from: *const u8, len: usize) -> usize {
     // SAFETY: as the caller says; a fault at guest memory ends the copy, and one at memory of this process's own is not
     // possible.
@@ -203,15 +230,16 @@ unsafe fn copy(to: *mut u8, from: *const u8, len: usize) -> usize {
     len - usize::try_from(done).unwrap_or(0).min(len)
 }
 
+#[inline]
 fn done(len: usize, left: usize) -> Result<(), BadMemory> {
-    match left {
-        0 => Ok(()),
-        left => {
-            // What the handler has stored goes to the relay.
-            wake();
-            Err(BadMemory { done: len.saturating_sub(left) })
-        }
-    }
+    if left == 0 { Ok(()) } else { Err(failed(len, left)) }
+}
+
+#[cold]
+fn failed(len: usize, left: usize) -> BadMemory {
+    // What the handler has stored goes to the relay.
+    wake();
+    BadMemory { done: len.saturating_sub(left) }
 }
 
 /// Copies `to.len()` bytes of guest memory at `from` to `to`. The guest may change them meanwhile.

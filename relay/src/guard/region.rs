@@ -1,6 +1,7 @@
 //! A region of guest memory for vm-memory that gives no bad page out.
 
 use std::io;
+use std::ops::Deref;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 
@@ -48,6 +49,9 @@ pub struct GuardedRegion<B = ()> {
     // Goes before the mapping and its file do.
     registered: Registered,
     inner: GuestRegionMmap<B>,
+    /// Where the memory that slices are of begins: a host address.
+    devices: usize,
+    len: usize,
 }
 
 impl<B: Bitmap + vm_memory::bitmap::NewBitmap> GuardedRegion<B> {
@@ -82,7 +86,11 @@ impl<B: Bitmap + vm_memory::bitmap::NewBitmap> GuardedRegion<B> {
             }
             None => areas::register(&hvas, PAGE_SHIFT)?,
         };
-        Ok(Self { registered, inner })
+        // A host address fits a usize, and so does what is mapped.
+        let devices =
+            usize::try_from(registered.view().unwrap_or(start)).map_err(io::Error::other)?;
+        let len = usize::try_from(hvas.end - start).map_err(io::Error::other)?;
+        Ok(Self { registered, inner, devices, len })
     }
 }
 
@@ -94,7 +102,7 @@ impl<B> GuardedRegion<B> {
     }
 }
 
-impl<B> std::ops::Deref for GuardedRegion<B> {
+impl<B> Deref for GuardedRegion<B> {
     type Target = GuestRegionMmap<B>;
 
     fn deref(&self) -> &GuestRegionMmap<B> {
@@ -131,21 +139,31 @@ impl<B: Bitmap> GuestMemoryRegion for GuardedRegion<B> {
         offset: MemoryRegionAddress,
         count: usize,
     ) -> Result<VolatileSlice<'_, BS<'_, B>>> {
-        let guests = self.inner.get_slice(offset, count)?;
-        if self.registered.area().is_bad(offset.raw_value(), count as u64) {
-            return Err(GuestMemoryError::IOError(io::Error::from_raw_os_error(libc::EHWPOISON)));
+        let at = usize::try_from(offset.raw_value()).unwrap_or(usize::MAX);
+        let is_within = at <= self.len && count <= self.len - at;
+        if !is_within || self.registered.area().is_bad(at as u64, count as u64) {
+            return Err(refusal(is_within));
         }
-        let Some(view) = self.registered.view() else { return Ok(guests) };
-        // A host address fits a usize.
-        let at = usize::try_from(view + offset.raw_value()).unwrap_or(0);
-        let at = std::ptr::with_exposed_provenance_mut(at);
-        // SAFETY: `inner` has found that so many bytes from `offset` on are within the region; the view has as many as the
-        // region has, and lives as long as this, which is borrowed.
-        Ok(unsafe { VolatileSlice::with_bitmap(at, count, guests.bitmap().clone(), None) })
+        let start = std::ptr::with_exposed_provenance_mut::<u8>(self.devices);
+        // SAFETY: so many bytes from `at` on are within the region, and as many within its view, which both live as long as
+        // this, which is borrowed.
+        Ok(unsafe {
+            let bitmap = self.inner.deref().bitmap().slice_at(at);
+            VolatileSlice::with_bitmap(start.add(at), count, bitmap, None)
+        })
     }
 
     fn is_hugetlbfs(&self) -> Option<bool> {
         GuestMemoryRegion::is_hugetlbfs(&self.inner)
+    }
+}
+
+/// Why there is no slice: a page of it is bad, or it is not within the region.
+#[cold]
+fn refusal(is_within: bool) -> GuestMemoryError {
+    match is_within {
+        true => GuestMemoryError::IOError(io::Error::from_raw_os_error(libc::EHWPOISON)),
+        false => GuestMemoryError::InvalidBackendAddress,
     }
 }
 
