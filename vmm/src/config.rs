@@ -22,6 +22,19 @@ pub enum SerialMode {
     Socket(PathBuf),
 }
 
+/// The largest number of virtio devices: each has an interrupt of its own.
+pub const MAX_DEVICES: usize = 8;
+
+/// One virtio device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceConfig {
+    /// A source of random bytes.
+    Rng {
+        /// The character device or FIFO that they are read from.
+        src: PathBuf,
+    },
+}
+
 /// The vendor of the processor that the guest sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CpuVendor {
@@ -118,6 +131,8 @@ pub struct VmConfig {
     pub cpus: u8,
     /// COM1 and COM2.
     pub serial: [SerialMode; 2],
+    /// The virtio devices, at most [`MAX_DEVICES`].
+    pub devices: Vec<DeviceConfig>,
     /// The vendor of the processor that the guest sees.
     pub cpu_vendor: CpuVendor,
 }
@@ -138,19 +153,28 @@ pub enum ConfigError {
         "both serial ports are set to the terminal, which only one of them can have; set one to off, file=PATH or socket=PATH"
     )]
     TwoTerminals,
+    /// More devices than there are interrupts for them.
+    #[error("{asked} virtio devices asked for, but a VM has at most {MAX_DEVICES}")]
+    Devices {
+        /// What was asked for.
+        asked: usize,
+    },
 }
 
 impl VmConfig {
     /// Checks what can be checked without a host.
     ///
     /// # Errors
-    /// A number of vCPUs outside 1 to [`MAX_CPUS`], or both serial ports on the terminal.
+    /// A number of vCPUs outside 1 to [`MAX_CPUS`], both serial ports on the terminal, or too many devices.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.cpus == 0 || self.cpus > MAX_CPUS {
             return Err(ConfigError::Cpus { asked: self.cpus, max: MAX_CPUS });
         }
         if self.serial.iter().filter(|mode| **mode == SerialMode::Tty).count() > 1 {
             return Err(ConfigError::TwoTerminals);
+        }
+        if self.devices.len() > MAX_DEVICES {
+            return Err(ConfigError::Devices { asked: self.devices.len() });
         }
         Ok(())
     }
@@ -167,6 +191,7 @@ mod tests {
             cmdline: String::new(),
             cpus: 1,
             serial: [SerialMode::Tty, SerialMode::Off],
+            devices: Vec::new(),
             cpu_vendor: CpuVendor::Host,
         }
     }
@@ -184,5 +209,14 @@ mod tests {
     fn one_terminal_only() {
         let bad = VmConfig { serial: [SerialMode::Tty, SerialMode::Tty], ..config() };
         assert_eq!(bad.validate(), Err(ConfigError::TwoTerminals));
+    }
+    #[test]
+    fn no_more_devices_than_interrupts() {
+        let with = |count| {
+            let devices = vec![DeviceConfig::Rng { src: "/dev/urandom".into() }; count];
+            VmConfig { devices, ..config() }.validate()
+        };
+        assert_eq!(with(MAX_DEVICES), Ok(()));
+        assert_eq!(with(9), Err(ConfigError::Devices { asked: 9 }));
     }
 }

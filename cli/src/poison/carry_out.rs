@@ -161,7 +161,9 @@ fn ask_vmm(
                 BrokenOff::ByError(error) if !asked.is_empty() => {
                     let error = error.to_string();
                     let left = asked.len()..targets.len();
-                    asked.extend(left.map(|_| Asked::new(None, Err(PoisonError::Vmm(error.clone())))));
+                    asked.extend(
+                        left.map(|_| Asked::new(None, Err(PoisonError::Vmm(error.clone())))),
+                    );
                     return Ok(asked);
                 }
                 BrokenOff::ByError(error) => return Err(error.into()),
