@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
 use mce_relay_vmm::config::{
-    CpuVendor, DeviceConfig, MemoryZone, PageSize, RescuePolicy, SerialMode, VmConfig,
+    ConsoleMode, CpuVendor, DeviceConfig, MemoryZone, PageSize, RescuePolicy, SerialMode, VmConfig,
 };
 use mce_relay_vmm::sandbox::seccomp::Mode;
 use mce_relay_vmm::session::config::RunConfig;
@@ -58,6 +58,10 @@ pub struct RunArgs {
     /// Second serial port, where the guest image's agent listens; forms as for --serial.
     #[arg(long, default_value = "off", value_name = "MODE")]
     pub serial2: Serial,
+    /// Virtio console (hvc0): off, tty, file=PATH, file=PATH,max-size=SIZE, socket=PATH or null, which drops
+    /// what the guest writes; else as for --serial, and without an exit to the VMM for each byte.
+    #[arg(long, default_value = "off", value_name = "MODE")]
+    pub console: Console,
     /// Give the guest a virtio source of random bytes, read from this character device or FIFO: src=/dev/urandom.
     #[arg(long, value_name = "src=PATH")]
     pub rng: Option<RngArg>,
@@ -286,7 +290,8 @@ impl RunArgs {
 
     /// The virtio devices, in the order of their windows.
     fn devices(&self) -> Vec<DeviceConfig> {
-        self.rng.iter().map(|rng| DeviceConfig::Rng { src: rng.0.clone() }).collect()
+        let rng = self.rng.iter().map(|rng| DeviceConfig::Rng { src: rng.0.clone() });
+        rng.chain(self.console.0.clone().map(DeviceConfig::Console)).collect()
     }
 
     /// The zones of guest RAM.
@@ -397,6 +402,26 @@ impl FromStr for Serial {
             }
         };
         Ok(Self(mode))
+    }
+}
+
+/// A form of [`Serial`], or `null`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Console(pub Option<ConsoleMode>);
+
+impl FromStr for Console {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "null" {
+            return Ok(Self(Some(ConsoleMode::Null)));
+        }
+        match text.parse() {
+            Ok(Serial(SerialMode::Off)) => Ok(Self(None)),
+            Ok(Serial(mode)) => Ok(Self(Some(ConsoleMode::Line(mode)))),
+            // Its words, and the one form more.
+            Err(error) => Err(error.replace(" or off", ", null or off")),
+        }
     }
 }
 
@@ -584,6 +609,21 @@ mod tests {
         assert!("file=/x,max-size=big".parse::<Serial>().unwrap_err().contains("big"));
         for bad in ["", "file", "file=", "pty"] {
             assert!(bad.parse::<Serial>().unwrap_err().contains("expected tty"), "{bad}");
+        }
+    }
+
+    #[test]
+    fn console_forms() {
+        let parse = |text: &str| text.parse::<Console>().map(|console| console.0);
+        let line = |mode| Ok(Some(ConsoleMode::Line(mode)));
+        assert_eq!(parse("off"), Ok(None));
+        assert_eq!(parse("null"), Ok(Some(ConsoleMode::Null)));
+        assert_eq!(parse("tty"), line(SerialMode::Tty));
+        assert_eq!(parse("file=/x"), line(SerialMode::File("/x".into())));
+        assert_eq!(parse("socket=/x"), line(SerialMode::Socket("/x".into())));
+        for bad in ["", "pty", "file=", "socket", "null=1"] {
+            let error = parse(bad).unwrap_err();
+            assert!(error.contains("socket=PATH, null or off"), "{bad}: {error}");
         }
     }
 

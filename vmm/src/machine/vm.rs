@@ -19,6 +19,7 @@ use crate::machine::boot;
 use crate::machine::boot::load::{self, Boot};
 use crate::machine::cpu::cpuid::{self, CpuSpec, Vendor};
 use crate::machine::devices::ports::{PortBus, UARTS};
+use crate::machine::devices::serial::SerialLine;
 use crate::machine::devices::serial::port::SerialPort;
 use crate::machine::devices::virtio::build::build;
 use crate::machine::devices::virtio::bus::MmioBus;
@@ -42,6 +43,8 @@ pub struct Vm {
     _bus: Arc<PortBus>,
     /// The same for the virtio devices, whose threads use the memory below.
     _mmio: Arc<MmioBus>,
+    /// The same for the console's line, which its device's thread may not close.
+    _console: Option<Arc<SerialLine>>,
     fd: Arc<VmFd>,
     ram: Arc<GuestRam>,
     control: VmControl,
@@ -97,12 +100,12 @@ impl Vm {
 
         let lines = hooks.serial_lines(config).map_err(VmError::Hook)?;
         let mut ports = [None, None];
-        for ((line, at), port) in lines.iter().zip(&UARTS).zip(&mut ports) {
+        for ((line, at), port) in lines.ports.iter().zip(&UARTS).zip(&mut ports) {
             let irq = irq_line(&fd, at.irq);
             *port = line.as_ref().map(|line| Arc::new(SerialPort::on(line, &control, irq)));
         }
         let bus = Arc::new(PortBus::new(ports));
-        let devices = build(&config.devices)?;
+        let devices = build(&config.devices, &lines, &control)?;
         let mmio = MmioBus::new(devices, &fd, ram.memory(), &control, &hooks.filters())?;
         let mmio = Arc::new(mmio);
 
@@ -134,7 +137,17 @@ impl Vm {
                 control.clone(),
             ));
         }
-        Ok(Self { vcpus, _bus: bus, _mmio: mmio, fd, ram, control, vendor, kernel })
+        Ok(Self {
+            vcpus,
+            _bus: bus,
+            _mmio: mmio,
+            _console: lines.console,
+            fd,
+            ram,
+            control,
+            vendor,
+            kernel,
+        })
     }
 
     /// Its control, which may be given to other threads.

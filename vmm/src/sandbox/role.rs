@@ -17,10 +17,12 @@ pub enum Role {
     Events,
     /// The virtio source of random bytes.
     VirtioRng,
+    /// The virtio console.
+    VirtioConsole,
 }
 
 impl Role {
-    pub(super) const ALL: [Self; 7] = [
+    pub(super) const ALL: [Self; 8] = [
         Self::Main,
         Self::Vcpu,
         Self::Relay,
@@ -28,5 +30,6 @@ impl Role {
         Self::Serial,
         Self::Events,
         Self::VirtioRng,
+        Self::VirtioConsole,
     ];
 }

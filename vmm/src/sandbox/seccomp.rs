@@ -44,7 +44,7 @@ fn calls(role: Role) -> Vec<Call> {
         Role::Api => &[THREAD, END, KICK, HANDLE, API_OWN],
         Role::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
         Role::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
-        Role::VirtioRng => &[THREAD, END, HAND_ON, VIRTIO],
+        Role::VirtioRng | Role::VirtioConsole => &[THREAD, END, HAND_ON, VIRTIO],
     };
     lists.concat()
 }

@@ -161,3 +161,6 @@ impl MmioBus {
         self.windows.get(index).map(|window| (window, offset % VIRTIO_WINDOW))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -37,7 +37,7 @@ pub enum DeviceError {
 pub enum Turn {
     /// Nothing, or what waits for something else than a kick.
     Done,
-    /// More requests: the runner calls again after it has looked for orders.
+    /// More requests: the thread calls again after it has looked for orders.
     Again,
 }
 
@@ -108,12 +108,12 @@ pub trait Device: Send {
     /// Adds what else to wait for, before each wait while the device is active.
     fn waits_for(&self, _waits: &mut Vec<Wait>) {}
 
-    /// Something of [`Self::waits_for`] has come.
+    /// Something of [`Self::waits_for`] has come. With [`Turn::Again`] every queue is called for, too.
     ///
     /// # Errors
     /// It cannot go on.
-    fn ready(&mut self, _wait: Wait, _active: &mut Active) -> Result<(), DeviceError> {
-        Ok(())
+    fn ready(&mut self, _wait: Wait, _active: &mut Active) -> Result<Turn, DeviceError> {
+        Ok(Turn::Done)
     }
 
     /// The VM is being paused. For a device that has work under way elsewhere (a kernel thread, asynchronous I/O):

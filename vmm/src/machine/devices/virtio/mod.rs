@@ -50,6 +50,7 @@ pub mod attempt;
 pub mod build;
 pub mod bus;
 pub mod config_space;
+pub mod console;
 pub mod device;
 pub mod interrupt;
 mod panics;

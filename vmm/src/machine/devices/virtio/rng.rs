@@ -131,9 +131,8 @@ impl Device for Rng {
         }
     }
 
-    fn ready(&mut self, _: Wait, active: &mut Active) -> Result<(), DeviceError> {
-        // As many requests as the queue has entries are more than a source that had none has now.
-        self.kicked(0, active).map(drop)
+    fn ready(&mut self, _: Wait, active: &mut Active) -> Result<Turn, DeviceError> {
+        self.kicked(0, active)
     }
 
     fn stop(&mut self) {

@@ -285,7 +285,9 @@ impl Runner {
             self.pending[*index] = true;
         }
         for wait in ready.into_iter().skip(1 + kicks.len()).filter(|wait| wait.events != 0) {
-            self.guarded(|device, active| device.ready(wait, active));
+            if self.guarded(|device, active| device.ready(wait, active)) == Some(Turn::Again) {
+                self.pending.fill(true);
+            }
         }
     }
 }
