@@ -50,6 +50,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         cmdline,
         cpus,
         serial: [SerialMode::Tty, com2],
+        devices: Vec::new(),
         cpu_vendor,
     };
     let ram = Arc::new(GuestRam::new(&[MemoryZone::new(mib << 20)])?);

@@ -22,6 +22,30 @@ pub enum SerialMode {
     Socket(PathBuf),
 }
 
+/// Where the data of the guest's virtio console goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConsoleMode {
+    /// What the guest writes is dropped, and nothing comes.
+    Null,
+    /// As for a serial port.
+    Line(SerialMode),
+}
+
+/// The largest number of virtio devices: each has an interrupt of its own.
+pub const MAX_DEVICES: usize = 8;
+
+/// One virtio device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceConfig {
+    /// A source of random bytes.
+    Rng {
+        /// The character device or FIFO that they are read from.
+        src: PathBuf,
+    },
+    /// A console; a VM has at most one.
+    Console(ConsoleMode),
+}
+
 /// The vendor of the processor that the guest sees.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum CpuVendor {
@@ -118,6 +142,8 @@ pub struct VmConfig {
     pub cpus: u8,
     /// COM1 and COM2.
     pub serial: [SerialMode; 2],
+    /// The virtio devices, at most [`MAX_DEVICES`].
+    pub devices: Vec<DeviceConfig>,
     /// The vendor of the processor that the guest sees.
     pub cpu_vendor: CpuVendor,
 }
@@ -133,24 +159,55 @@ pub enum ConfigError {
         /// The most that this host allows.
         max: u8,
     },
-    /// Two serial ports on one terminal.
+    /// Two of the serial ports and the console on one terminal.
     #[error(
-        "both serial ports are set to the terminal, which only one of them can have; set one to off, file=PATH or socket=PATH"
+        "more than one of the serial ports and the console is set to the terminal, which only one of them can have; \
+         set the others to off, file=PATH or socket=PATH"
     )]
     TwoTerminals,
+    /// More devices than there are interrupts for them.
+    #[error("{asked} virtio devices asked for, but a VM has at most {MAX_DEVICES}")]
+    Devices {
+        /// What was asked for.
+        asked: usize,
+    },
+    /// More than one console.
+    #[error("several virtio consoles asked for, but a VM has at most one")]
+    Consoles,
 }
 
 impl VmConfig {
+    /// What the line of the virtio console is on, if it has one.
+    #[must_use]
+    pub fn console_line(&self) -> Option<&SerialMode> {
+        self.devices.iter().find_map(|device| match device {
+            DeviceConfig::Console(ConsoleMode::Line(mode)) => Some(mode),
+            _ => None,
+        })
+    }
+
+    /// What the lines of the serial ports and of the console are on.
+    pub fn lines(&self) -> impl Iterator<Item = &SerialMode> {
+        self.serial.iter().chain(self.console_line())
+    }
+
     /// Checks what can be checked without a host.
     ///
     /// # Errors
-    /// A number of vCPUs outside 1 to [`MAX_CPUS`], or both serial ports on the terminal.
+    /// A number of vCPUs outside 1 to [`MAX_CPUS`], more than one line on the terminal, too many devices, or
+    /// several consoles.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.cpus == 0 || self.cpus > MAX_CPUS {
             return Err(ConfigError::Cpus { asked: self.cpus, max: MAX_CPUS });
         }
-        if self.serial.iter().filter(|mode| **mode == SerialMode::Tty).count() > 1 {
+        if self.lines().filter(|mode| **mode == SerialMode::Tty).count() > 1 {
             return Err(ConfigError::TwoTerminals);
+        }
+        if self.devices.len() > MAX_DEVICES {
+            return Err(ConfigError::Devices { asked: self.devices.len() });
+        }
+        if self.devices.iter().filter(|one| matches!(one, DeviceConfig::Console(_))).count() > 1 {
+            return Err(ConfigError::Consoles);
         }
         Ok(())
     }
@@ -167,6 +224,7 @@ mod tests {
             cmdline: String::new(),
             cpus: 1,
             serial: [SerialMode::Tty, SerialMode::Off],
+            devices: Vec::new(),
             cpu_vendor: CpuVendor::Host,
         }
     }
@@ -184,5 +242,23 @@ mod tests {
     fn one_terminal_only() {
         let bad = VmConfig { serial: [SerialMode::Tty, SerialMode::Tty], ..config() };
         assert_eq!(bad.validate(), Err(ConfigError::TwoTerminals));
+        let console = |mode| vec![DeviceConfig::Console(ConsoleMode::Line(mode))];
+        let bad = VmConfig { devices: console(SerialMode::Tty), ..config() };
+        assert_eq!(bad.validate(), Err(ConfigError::TwoTerminals));
+        let serial = [SerialMode::Off, SerialMode::Off];
+        let good = VmConfig { devices: console(SerialMode::Tty), serial, ..config() };
+        assert_eq!(good.validate(), Ok(()));
+        let devices = vec![DeviceConfig::Console(ConsoleMode::Null); 2];
+        let bad = VmConfig { devices, ..config() };
+        assert_eq!(bad.validate(), Err(ConfigError::Consoles));
+    }
+    #[test]
+    fn no_more_devices_than_interrupts() {
+        let with = |count| {
+            let devices = vec![DeviceConfig::Rng { src: "/dev/urandom".into() }; count];
+            VmConfig { devices, ..config() }.validate()
+        };
+        assert_eq!(with(MAX_DEVICES), Ok(()));
+        assert_eq!(with(9), Err(ConfigError::Devices { asked: 9 }));
     }
 }

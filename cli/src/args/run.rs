@@ -6,7 +6,9 @@ use std::str::FromStr;
 use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
-use mce_relay_vmm::config::{CpuVendor, MemoryZone, PageSize, RescuePolicy, SerialMode, VmConfig};
+use mce_relay_vmm::config::{
+    ConsoleMode, CpuVendor, DeviceConfig, MemoryZone, PageSize, RescuePolicy, SerialMode, VmConfig,
+};
 use mce_relay_vmm::sandbox::seccomp::Mode;
 use mce_relay_vmm::session::config::RunConfig;
 use mce_relay_vmm::session::names::VmName;
@@ -56,6 +58,13 @@ pub struct RunArgs {
     /// Second serial port, where the guest image's agent listens; forms as for --serial.
     #[arg(long, default_value = "off", value_name = "MODE")]
     pub serial2: Serial,
+    /// Virtio console (hvc0): off, tty, file=PATH, file=PATH,max-size=SIZE, socket=PATH or null, which drops
+    /// what the guest writes; else as for --serial, and without an exit to the VMM for each byte.
+    #[arg(long, default_value = "off", value_name = "MODE")]
+    pub console: Console,
+    /// Give the guest a virtio source of random bytes, read from this character device or FIFO: src=/dev/urandom.
+    #[arg(long, value_name = "src=PATH")]
+    pub rng: Option<RngArg>,
     /// Call the VM so, and make its API socket where the other commands look for that name: in
     /// $XDG_RUNTIME_DIR/mce-relay, or where that is not set in /run/mce-relay for root and
     /// mce-relay-UID in the directory for temporary files for others. Its events and its last ledger stay
@@ -260,6 +269,7 @@ impl RunArgs {
                 cmdline: self.cmdline.clone(),
                 cpus: self.cpus.0,
                 serial: [self.serial.0.clone(), self.serial2.0.clone()],
+                devices: self.devices(),
                 cpu_vendor: self.cpu_vendor.into(),
             },
             memory: self.zones(),
@@ -276,6 +286,12 @@ impl RunArgs {
             seccomp: self.seccomp.into(),
             no_reboot: self.no_reboot,
         }
+    }
+
+    /// The virtio devices, in the order of their windows.
+    fn devices(&self) -> Vec<DeviceConfig> {
+        let rng = self.rng.iter().map(|rng| DeviceConfig::Rng { src: rng.0.clone() });
+        rng.chain(self.console.0.clone().map(DeviceConfig::Console)).collect()
     }
 
     /// The zones of guest RAM.
@@ -386,6 +402,48 @@ impl FromStr for Serial {
             }
         };
         Ok(Self(mode))
+    }
+}
+
+/// A form of [`Serial`], or `null`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Console(pub Option<ConsoleMode>);
+
+impl FromStr for Console {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "null" {
+            return Ok(Self(Some(ConsoleMode::Null)));
+        }
+        match text.parse() {
+            Ok(Serial(SerialMode::Off)) => Ok(Self(None)),
+            Ok(Serial(mode)) => Ok(Self(Some(ConsoleMode::Line(mode)))),
+            // Its words, and the one form more.
+            Err(error) => Err(error.replace(" or off", ", null or off")),
+        }
+    }
+}
+
+/// `src=PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RngArg(pub PathBuf);
+
+impl FromStr for RngArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut src = None;
+        for part in text.split(',') {
+            match part.split_once('=') {
+                Some(("src", path)) if !path.is_empty() && src.is_none() => src = Some(path),
+                Some(("src", path)) if !path.is_empty() => {
+                    return Err("src is given twice".to_owned());
+                }
+                _ => return Err(format!("{part:?} is not understood; expected src=PATH")),
+            }
+        }
+        src.map(|path| Self(path.into())).ok_or_else(|| "expected src=PATH".to_owned())
     }
 }
 
@@ -552,6 +610,40 @@ mod tests {
         for bad in ["", "file", "file=", "pty"] {
             assert!(bad.parse::<Serial>().unwrap_err().contains("expected tty"), "{bad}");
         }
+    }
+
+    #[test]
+    fn console_forms() {
+        let parse = |text: &str| text.parse::<Console>().map(|console| console.0);
+        let line = |mode| Ok(Some(ConsoleMode::Line(mode)));
+        assert_eq!(parse("off"), Ok(None));
+        assert_eq!(parse("null"), Ok(Some(ConsoleMode::Null)));
+        assert_eq!(parse("tty"), line(SerialMode::Tty));
+        assert_eq!(parse("file=/x"), line(SerialMode::File("/x".into())));
+        assert_eq!(parse("socket=/x"), line(SerialMode::Socket("/x".into())));
+        for bad in ["", "pty", "file=", "socket", "null=1"] {
+            let error = parse(bad).unwrap_err();
+            assert!(error.contains("socket=PATH, null or off"), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn rng_forms() {
+        assert_eq!("src=/dev/urandom".parse(), Ok(RngArg("/dev/urandom".into())));
+        for (bad, named) in [
+            ("", "expected src=PATH"),
+            ("src=", "\"src=\" is not understood"),
+            ("/dev/urandom", "expected src=PATH"),
+            ("src=/x,iommu=on", "\"iommu=on\" is not understood"),
+            ("src=/x,src=/y", "twice"),
+        ] {
+            let error = bad.parse::<RngArg>().unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+        let devices = |more: &[&str]| parse(more).unwrap().config().vm.devices;
+        assert_eq!(devices(&[]), []);
+        let rng = DeviceConfig::Rng { src: "/dev/urandom".into() };
+        assert_eq!(devices(&["--rng", "src=/dev/urandom"]), [rng]);
     }
 
     #[test]

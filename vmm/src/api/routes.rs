@@ -426,10 +426,10 @@ fn retire(relay: &Handle, gpas: &[Gpa]) -> Vec<Retiring> {
 fn pause(control: &VmControl, patience: Duration) -> Answer {
     match control.pause_within(patience) {
         Parked::All => Answer::done(),
-        Parked::Not(vcpus) => Answer::problem(
+        Parked::Not(left) => Answer::problem(
             503,
             format!(
-                "the pause is on its way, but {vcpus} of the vCPUs have not stopped yet; ask again"
+                "the pause is on its way, but {left} of the vCPUs and devices have not stopped yet; ask again"
             ),
         ),
         Parked::Unpaused => Answer::problem(

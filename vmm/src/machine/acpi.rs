@@ -5,7 +5,8 @@
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Method, Name, Notify, Package, Path, ResourceTemplate, Scope,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path,
+    ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -18,7 +19,9 @@ use acpi_tables::xsdt::XSDT;
 use thiserror::Error;
 use zerocopy::{Immutable, IntoBytes};
 
-use crate::machine::boot::layout::{ACPI_END, ACPI_START, IO_APIC, LOCAL_APIC};
+use crate::machine::boot::layout::{
+    ACPI_END, ACPI_START, IO_APIC, LOCAL_APIC, VIRTIO_START, VIRTIO_WINDOW,
+};
 use crate::machine::devices::interrupts;
 use crate::machine::devices::ports::{
     PVPANIC_PORT, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, SLEEP_TYPE_S5,
@@ -112,7 +115,7 @@ fn to_bytes(table: &dyn Aml) -> Vec<u8> {
 
 /// Writes all tables and returns the address of the RSDP.
 ///
-/// `uarts` says which of the two serial ports exist.
+/// `uarts` says which of the two serial ports exist, and `virtio` how many virtio devices.
 ///
 /// # Errors
 /// Too many tables, or guest memory that cannot be written.
@@ -120,15 +123,16 @@ pub fn write(
     ram: &GuestRam,
     cpus: u8,
     uarts: [bool; 2],
+    virtio: usize,
     extra: &[Table],
 ) -> Result<u64, AcpiError> {
-    let image = build(cpus, uarts, extra)?;
+    let image = build(cpus, uarts, virtio, extra)?;
     ram.write(ACPI_START, &image).map_err(AcpiError::Write)?;
     Ok(ACPI_START)
 }
 
 /// The bytes that go to [`ACPI_START`].
-fn build(cpus: u8, uarts: [bool; 2], extra: &[Table]) -> Result<Vec<u8>, AcpiError> {
+fn build(cpus: u8, uarts: [bool; 2], virtio: usize, extra: &[Table]) -> Result<Vec<u8>, AcpiError> {
     let mut image = vec![0; Rsdp::len()];
     let place = |image: &mut Vec<u8>, table: &[u8]| {
         image.resize(image.len().next_multiple_of(ALIGNMENT), 0);
@@ -137,7 +141,7 @@ fn build(cpus: u8, uarts: [bool; 2], extra: &[Table]) -> Result<Vec<u8>, AcpiErr
         at
     };
 
-    let dsdt = place(&mut image, dsdt(cpus, uarts).as_slice());
+    let dsdt = place(&mut image, dsdt(cpus, uarts, virtio).as_slice());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(place(&mut image, &to_bytes(&fadt(dsdt))));
     xsdt.add_entry(place(&mut image, &to_bytes(&madt(cpus))));
@@ -223,7 +227,7 @@ impl Aml for InterruptSourceOverride {
     }
 }
 
-fn dsdt(cpus: u8, uarts: [bool; 2]) -> Sdt {
+fn dsdt(cpus: u8, uarts: [bool; 2], virtio: usize) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_LEN, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut append = |aml: &dyn Aml| dsdt.append_slice(&to_bytes(aml));
 
@@ -253,6 +257,9 @@ fn dsdt(cpus: u8, uarts: [bool; 2]) -> Sdt {
             )],
         ));
     }
+    for (number, _) in (0..).zip(0..virtio) {
+        append(&Scope::new("_SB_".into(), vec![&virtio_device(number)]));
+    }
     append(&Scope::new("_SB_".into(), vec![&power_button(), &events(), &panic_device()]));
     for id in 0..cpus {
         append(&Scope::new(
@@ -264,6 +271,29 @@ fn dsdt(cpus: u8, uarts: [bool; 2]) -> Sdt {
         ));
     }
     dsdt
+}
+
+/// A virtio device's window and interrupt (`virtio_mmio_acpi_match` in drivers/virtio/virtio_mmio.c in Linux).
+fn virtio_device(number: u32) -> impl Aml {
+    // There are too few windows for either to overflow.
+    #[allow(clippy::cast_possible_truncation, reason = "the windows lie below 4 GiB")]
+    let (start, len) =
+        ((VIRTIO_START + u64::from(number) * VIRTIO_WINDOW) as u32, VIRTIO_WINDOW as u32);
+    let gsi = interrupts::VIRTIO_GSI + number;
+    aml(&Device::new(
+        Path::new(&format!("V{number:03}")),
+        vec![
+            &Name::new("_HID".into(), &"LNRO0005"),
+            &Name::new("_UID".into(), &number),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![
+                    &Memory32Fixed::new(true, start, len),
+                    &Interrupt::new(true, true, false, false, gsi),
+                ]),
+            ),
+        ],
+    ))
 }
 
 /// The power button. On a hardware-reduced platform it has no register of its own.
@@ -359,7 +389,7 @@ mod tests {
 
     #[test]
     fn every_table_is_reachable_and_adds_up() {
-        let image = build(2, [true, true], &[]).unwrap();
+        let image = build(2, [true, true], 0, &[]).unwrap();
         assert_eq!(&image[..8], b"RSD PTR ");
         assert_eq!((checksum(&image[..20]), checksum(&image[..36])), (0, 0));
         let tables = xsdt_tables(&image);
@@ -374,7 +404,7 @@ mod tests {
 
     #[test]
     fn fadt_has_the_reset_and_sleep_ports() {
-        let image = build(1, [true, true], &[]).unwrap();
+        let image = build(1, [true, true], 0, &[]).unwrap();
         let fadt = xsdt_tables(&image)[0];
         // ACPI 6.5 table 5.9: RESET_REG at 116, RESET_VALUE at 128, SLEEP_CONTROL_REG at 244.
         assert_eq!(fadt.len(), 276);
@@ -390,7 +420,7 @@ mod tests {
     #[test]
     fn madt_names_every_cpu() {
         for cpus in [1, 2, 254] {
-            let image = build(cpus, [true, false], &[]).unwrap();
+            let image = build(cpus, [true, false], 0, &[]).unwrap();
             let madt = xsdt_tables(&image)[1];
             assert_eq!(madt.len(), 44 + 8 * usize::from(cpus) + 12 + 10);
             let edge = [2, 10, 0, 9, 9, 0, 0, 0, 0b0101, 0];
@@ -401,7 +431,7 @@ mod tests {
     #[test]
     fn absent_uarts_are_not_described() {
         let has = |uarts, name: &[u8]| {
-            build(1, uarts, &[]).unwrap().windows(4).any(|window| window == name)
+            build(1, uarts, 0, &[]).unwrap().windows(4).any(|window| window == name)
         };
         assert!(has([true, false], b"COM1") && !has([true, false], b"COM2"));
         assert!(has([false, true], b"COM2") && !has([false, true], b"COM1"));
@@ -409,7 +439,7 @@ mod tests {
 
     #[test]
     fn the_button_its_events_and_the_panic_device_are_described() {
-        let image = build(1, [true, true], &[]).unwrap();
+        let image = build(1, [true, true], 0, &[]).unwrap();
         let dsdt = table_at(&image, u64_at(xsdt_tables(&image)[0], 140));
         let has = |what: &[u8]| dsdt.windows(what.len()).any(|window| window == what);
         // ACPI 6.5, 20.2.5: NotifyOp, the root and two names, BytePrefix.
@@ -429,7 +459,7 @@ mod tests {
         let mut extra = Sdt::new(*b"HEST", 40, 1, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         extra.update_checksum();
         let table = Table::from_bytes(extra.as_slice().to_vec()).unwrap();
-        let image = build(1, [true, true], std::slice::from_ref(&table)).unwrap();
+        let image = build(1, [true, true], 0, std::slice::from_ref(&table)).unwrap();
         assert_eq!(xsdt_tables(&image)[2], table.as_bytes());
 
         let mut bad = table.as_bytes().to_vec();
@@ -444,6 +474,6 @@ mod tests {
         let mut large = Sdt::new(*b"LRGE", 0x1_0000, 1, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         large.update_checksum();
         let table = Table::from_bytes(large.as_slice().to_vec()).unwrap();
-        assert!(matches!(build(1, [true, true], &[table]), Err(AcpiError::TooLarge { .. })));
+        assert!(matches!(build(1, [true, true], 0, &[table]), Err(AcpiError::TooLarge { .. })));
     }
 }

@@ -3,6 +3,7 @@
 //! A handle is cheap to clone and outlives its VM. After the VM's end all calls do nothing.
 
 pub mod reasons;
+pub(crate) mod seat;
 
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -76,14 +77,31 @@ struct Inner {
     /// Thread ids of the vCPUs that are alive.
     threads: Vec<Option<libc::pid_t>>,
     parked: usize,
+    /// The other threads that use guest memory.
+    workers: Vec<Option<Worker>>,
     /// The registers of each vCPU when it was parked last.
     registers: Vec<Option<Registers>>,
 }
 
+/// A thread other than a vCPU's that uses guest memory.
+#[derive(Debug)]
+struct Worker {
+    wake: Arc<EventFd>,
+    parked: bool,
+}
+
 impl Inner {
-    /// vCPUs that are alive and not parked.
+    /// vCPUs that are alive and not parked, and workers.
     fn unparked(&self) -> usize {
-        self.threads.iter().flatten().count().saturating_sub(self.parked)
+        let workers = self.workers.iter().flatten().filter(|worker| !worker.parked).count();
+        self.threads.iter().flatten().count().saturating_sub(self.parked) + workers
+    }
+
+    fn wake_workers(&self) {
+        for worker in self.workers.iter().flatten() {
+            // It fails only when the counter is full, and then the thread is awake anyway.
+            let _ = worker.wake.write(1);
+        }
     }
 }
 
@@ -139,6 +157,7 @@ impl VmControl {
         inner.holders = Holders::default();
         self.0.state.store(State::Ending as u8, Ordering::Release);
         kick_threads(&inner);
+        inner.wake_workers();
         self.0.changed.notify_all();
         if let Err(error) = self.0.ended.write(1) {
             log::error!("cannot tell the main thread that the VM ended: {error}");
@@ -189,6 +208,7 @@ impl VmControl {
         if before != after {
             let state = if after.is_some() { State::Paused } else { State::Running };
             self.0.state.store(state as u8, Ordering::Release);
+            inner.wake_workers();
             self.tell_observer(after.as_ref().map_or(Change::Resumed, Change::Paused));
         }
         if after.is_some() {
@@ -318,6 +338,37 @@ impl VmControl {
     pub(crate) fn leave(&self, vcpu: u8) {
         if let Some(slot) = self.lock().threads.get_mut(usize::from(vcpu)) {
             *slot = None;
+        }
+        self.0.changed.notify_all();
+    }
+
+    /// See [`seat::Seat`], whose calls this and the next ones are.
+    fn add_worker(&self, wake: Arc<EventFd>) -> usize {
+        let mut inner = self.lock();
+        inner.workers.push(Some(Worker { wake, parked: false }));
+        inner.workers.len() - 1
+    }
+
+    fn park_worker(&self, index: usize) {
+        if let Some(Some(worker)) = self.lock().workers.get_mut(index) {
+            worker.parked = true;
+        }
+        self.0.changed.notify_all();
+    }
+
+    fn unpark_worker(&self, index: usize) -> bool {
+        let mut inner = self.lock();
+        // The state changes under the lock only.
+        let may = self.state() == State::Running;
+        if let Some(Some(worker)) = inner.workers.get_mut(index).filter(|_| may) {
+            worker.parked = false;
+        }
+        may
+    }
+
+    fn remove_worker(&self, index: usize) {
+        if let Some(worker) = self.lock().workers.get_mut(index) {
+            *worker = None;
         }
         self.0.changed.notify_all();
     }

@@ -17,6 +17,7 @@ use log::warn;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::machine::devices::ports::{PortBus, PowerEvent};
+use crate::machine::devices::virtio::bus::MmioBus;
 use crate::machine::lifecycle::reasons::ExitReason;
 use crate::machine::lifecycle::{State, VmControl};
 use crate::machine::memory::block::RamBlock;
@@ -54,12 +55,19 @@ pub(crate) fn install_kick_handler() {
     });
 }
 
+/// The ways from a vCPU to the devices.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Buses {
+    pub(crate) ports: Arc<PortBus>,
+    pub(crate) mmio: Arc<MmioBus>,
+}
+
 /// One vCPU, ready to run.
 pub struct Vcpu {
     fd: VcpuFd,
     index: u8,
     setup: Box<dyn VcpuSetup>,
-    bus: Arc<PortBus>,
+    buses: Buses,
     ram: Arc<[RamBlock]>,
     control: VmControl,
 }
@@ -75,7 +83,7 @@ struct Runner<'a> {
     hook: Box<dyn VcpuHook>,
     fd: &'a mut VcpuFd,
     index: u8,
-    bus: &'a PortBus,
+    buses: &'a Buses,
     ram: &'a [RamBlock],
     control: &'a VmControl,
     /// The last exit still has to be completed by a KVM_RUN.
@@ -125,18 +133,18 @@ impl Vcpu {
         fd: VcpuFd,
         index: u8,
         setup: Box<dyn VcpuSetup>,
-        bus: Arc<PortBus>,
+        buses: Buses,
         ram: Arc<[RamBlock]>,
         control: VmControl,
     ) -> Self {
-        Self { fd, index, setup, bus, ram, control }
+        Self { fd, index, setup, buses, ram, control }
     }
 
     /// Runs the guest on this thread until the VM ends.
     pub(crate) fn run(self) {
         // The order matters, also when a panic unwinds: the hook is dropped first, then the signal handler loses its
         // pointer into the vCPU, and then the vCPU is dropped.
-        let Self { mut fd, index, setup, bus, ram, control } = self;
+        let Self { mut fd, index, setup, buses, ram, control } = self;
         let flag = &raw mut fd.get_kvm_run().immediate_exit;
         let _enrolment = Enrolment::new(&control, index, flag);
         // The thread may have inherited a mask that blocks the signal; an error means that it did not.
@@ -152,7 +160,7 @@ impl Vcpu {
             hook,
             fd: &mut fd,
             index,
-            bus: &bus,
+            buses: &buses,
             ram: &ram,
             control: &control,
             incomplete: false,
@@ -257,7 +265,7 @@ impl Runner<'_> {
         let then = match self.fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => {
                 self.incomplete = true;
-                Then::AfterExit(match self.bus.write(port, data) {
+                Then::AfterExit(match self.buses.ports.write(port, data) {
                     None => AfterExit::Continue,
                     Some(PowerEvent::Reset) => AfterExit::End(ExitReason::Reset),
                     Some(PowerEvent::PowerOff) => AfterExit::End(ExitReason::PowerOff),
@@ -269,17 +277,29 @@ impl Runner<'_> {
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.incomplete = true;
-                self.bus.read(port, data);
+                self.buses.ports.read(port, data);
                 Then::AfterExit(AfterExit::Continue)
             }
             Ok(VcpuExit::MmioRead(gpa, data)) => {
                 self.incomplete = true;
                 data.fill(0xff);
-                mmio(self.ram, RamAccess::load(gpa, data.len()))
+                match self.buses.mmio.at(gpa) {
+                    Some((window, offset)) => {
+                        window.read(offset, data);
+                        Then::AfterExit(AfterExit::Continue)
+                    }
+                    None => mmio(self.ram, RamAccess::load(gpa, data.len())),
+                }
             }
             Ok(VcpuExit::MmioWrite(gpa, data)) => {
                 self.incomplete = true;
-                mmio(self.ram, RamAccess::store(gpa, data))
+                match self.buses.mmio.at(gpa) {
+                    Some((window, offset)) => {
+                        window.write(offset, data);
+                        Then::AfterExit(AfterExit::Continue)
+                    }
+                    None => mmio(self.ram, RamAccess::store(gpa, data)),
+                }
             }
             Ok(VcpuExit::X86Rdmsr(exit)) => {
                 self.incomplete = true;

@@ -19,12 +19,15 @@ use crate::machine::boot;
 use crate::machine::boot::load::{self, Boot};
 use crate::machine::cpu::cpuid::{self, CpuSpec, Vendor};
 use crate::machine::devices::ports::{PortBus, UARTS};
+use crate::machine::devices::serial::SerialLine;
 use crate::machine::devices::serial::port::SerialPort;
+use crate::machine::devices::virtio::build::build;
+use crate::machine::devices::virtio::bus::MmioBus;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::lifecycle::reasons::ExitReason;
 use crate::machine::memory::block::RamBlock;
 use crate::machine::memory::guest_ram::GuestRam;
-use crate::machine::vcpu::{Vcpu, install_kick_handler};
+use crate::machine::vcpu::{Buses, Vcpu, install_kick_handler};
 use crate::machine::vm::end::{termination_pipes, wait_for_end};
 use crate::machine::vm::error::{VmError, kvm_error, os_error};
 use crate::machine::vm::hooks::{VmHooks, VmView};
@@ -38,6 +41,10 @@ pub struct Vm {
     vcpus: Vec<Vcpu>,
     /// Kept so that the serial ports are dropped on the main thread, after the vCPUs that share them.
     _bus: Arc<PortBus>,
+    /// The same for the virtio devices, whose threads use the memory below.
+    _mmio: Arc<MmioBus>,
+    /// The same for the console's line, which its device's thread may not close.
+    _console: Option<Arc<SerialLine>>,
     fd: Arc<VmFd>,
     ram: Arc<GuestRam>,
     control: VmControl,
@@ -87,17 +94,20 @@ impl Vm {
         let [com1, com2] = &config.serial;
         let uarts = [com1, com2].map(|mode| *mode != crate::config::SerialMode::Off);
         boot::mp_table::write(&ram, config.cpus).map_err(AcpiError::Write)?;
-        let rsdp = acpi::write(&ram, config.cpus, uarts, &tables)?;
+        let rsdp = acpi::write(&ram, config.cpus, uarts, config.devices.len(), &tables)?;
         let Boot { entry, kernel } =
             load::load(&ram, &config.kernel, config.initramfs.as_deref(), &config.cmdline, rsdp)?;
 
         let lines = hooks.serial_lines(config).map_err(VmError::Hook)?;
         let mut ports = [None, None];
-        for ((line, at), port) in lines.iter().zip(&UARTS).zip(&mut ports) {
+        for ((line, at), port) in lines.ports.iter().zip(&UARTS).zip(&mut ports) {
             let irq = irq_line(&fd, at.irq);
             *port = line.as_ref().map(|line| Arc::new(SerialPort::on(line, &control, irq)));
         }
         let bus = Arc::new(PortBus::new(ports));
+        let devices = build(&config.devices, &lines, &control)?;
+        let mmio = MmioBus::new(devices, &fd, ram.memory(), &control, &hooks.filters())?;
+        let mmio = Arc::new(mmio);
 
         let leaves = cpuid::guest_leaves(
             supported.as_slice(),
@@ -122,12 +132,22 @@ impl Vm {
                 vcpu,
                 index,
                 setup,
-                Arc::clone(&bus),
+                Buses { ports: Arc::clone(&bus), mmio: Arc::clone(&mmio) },
                 Arc::clone(&blocks),
                 control.clone(),
             ));
         }
-        Ok(Self { vcpus, _bus: bus, fd, ram, control, vendor, kernel })
+        Ok(Self {
+            vcpus,
+            _bus: bus,
+            _mmio: mmio,
+            _console: lines.console,
+            fd,
+            ram,
+            control,
+            vendor,
+            kernel,
+        })
     }
 
     /// Its control, which may be given to other threads.
@@ -250,6 +270,7 @@ mod tests {
                 cmdline: "test".into(),
                 cpus,
                 serial: [SerialMode::File(dir.path().join("com1").into()), SerialMode::Off],
+                devices: Vec::new(),
                 cpu_vendor: CpuVendor::Host,
             };
             let ram = Arc::new(GuestRam::new(&[MemoryZone::new(32 << 20)]).unwrap());

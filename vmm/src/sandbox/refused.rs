@@ -62,6 +62,8 @@ extern "C" fn on_sigsys(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
         Some(Role::Relay) => b"the relay's thread",
         Some(Role::Api) => b"the API's thread",
         Some(Role::Serial) => b"a serial port's thread",
+        Some(Role::VirtioRng) => b"the thread of virtio-rng",
+        Some(Role::VirtioConsole) => b"the thread of virtio-console",
         Some(Role::Events) => b"the events' thread",
         Some(Role::Main) | None => b"the main thread",
     });

@@ -15,9 +15,21 @@ pub enum Role {
     Serial,
     /// The threads that write events down.
     Events,
+    /// The virtio source of random bytes.
+    VirtioRng,
+    /// The virtio console.
+    VirtioConsole,
 }
 
 impl Role {
-    pub(super) const ALL: [Self; 6] =
-        [Self::Main, Self::Vcpu, Self::Relay, Self::Api, Self::Serial, Self::Events];
+    pub(super) const ALL: [Self; 8] = [
+        Self::Main,
+        Self::Vcpu,
+        Self::Relay,
+        Self::Api,
+        Self::Serial,
+        Self::Events,
+        Self::VirtioRng,
+        Self::VirtioConsole,
+    ];
 }

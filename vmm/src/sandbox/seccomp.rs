@@ -44,6 +44,7 @@ fn calls(role: Role) -> Vec<Call> {
         Role::Api => &[THREAD, END, KICK, HANDLE, API_OWN],
         Role::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
         Role::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
+        Role::VirtioRng | Role::VirtioConsole => &[THREAD, END, HAND_ON, VIRTIO],
     };
     lists.concat()
 }
@@ -301,6 +302,13 @@ const EVENTS_OWN: &[Call] = &[
     Call::new(libc::SYS_close, "close", "the end of a file"),
     Call::new(libc::SYS_ftruncate, "ftruncate", "a named VM's last ledger is written anew"),
     Call::new(libc::SYS_pwrite64, "pwrite64", "a named VM's last ledger"),
+];
+
+/// Any virtio device; its interrupts are eventfds that are written to, as is what a vCPU waits for.
+const VIRTIO: &[Call] = &[
+    Call::new(libc::SYS_poll, "poll", "kicks, orders, and what the device waits for"),
+    Call::new(libc::SYS_read, "read", "an eventfd; random bytes"),
+    Call::new(libc::SYS_close, "close", "the end of the device"),
 ];
 
 /// Calls with any arguments, by their `SYS_…`.

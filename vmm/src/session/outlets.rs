@@ -53,7 +53,7 @@ impl Outlets {
         let lines = match &self.lines {
             Some(lines) => lines.clone(),
             None => {
-                let lines = serial::open_lines(&config.serial, session.filters)?;
+                let lines = serial::open_lines(config, session.filters)?;
                 match (self.monitor_file.take(), &session.config.event_monitor) {
                     (Some(file), _) => session.monitor.write_on("file", file)?,
                     (None, Some(path)) => session.monitor.write_to(path)?,
@@ -63,7 +63,7 @@ impl Outlets {
                 self.lines.insert(lines).clone()
             }
         };
-        lines.iter().flatten().for_each(|line| line.note_boot(self.boot));
+        lines.iter().for_each(|line| line.note_boot(self.boot));
         Ok(lines)
     }
 }

@@ -134,9 +134,8 @@ fn check_files(config: &RunConfig) -> Result<(), RunError> {
         SerialMode::File(to) => Some(to.clone()),
         _ => None,
     };
-    let [com1, com2] = &config.vm.serial;
-    let monitor = config.event_monitor.clone();
-    for LogFile { path, max_size } in [of(com1), of(com2), monitor].into_iter().flatten() {
+    let lines = config.vm.lines().filter_map(of);
+    for LogFile { path, max_size } in lines.chain(config.event_monitor.clone()) {
         let to = LogFile { path: path.clone(), max_size };
         to.check().map_err(|source| RunError::File { path, source })?;
     }

@@ -31,6 +31,10 @@ pub const FIRMWARE_END: u64 = 0xf_f000;
 pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where RAM for the kernel begins.
 pub const HIGH_RAM: u64 = 0x10_0000;
+/// The window of the first virtio device, in the hole below 4 GiB; the others follow.
+pub const VIRTIO_START: u64 = 0xd000_0000;
+/// The length of each of them.
+pub const VIRTIO_WINDOW: u64 = 0x1000;
 /// I/O APIC registers.
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Local APIC registers.

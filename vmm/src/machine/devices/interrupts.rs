@@ -26,3 +26,7 @@ pub(crate) fn is_unmasked(vm: &VmFd, gsi: u32) -> Option<bool> {
 
 /// The interrupt of ACPI's events: a line that no standard PC device uses. Edge-triggered.
 pub const POWER_BUTTON_GSI: u32 = 10;
+
+/// The interrupt of the first virtio device; the others follow. Edge-triggered. The I/O APIC has 24 lines, and those from
+/// here on are no ISA interrupts.
+pub const VIRTIO_GSI: u32 = 16;

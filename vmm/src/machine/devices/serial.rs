@@ -5,7 +5,7 @@
 //!
 //! A [`SerialLine`] is the host's side: a file, a socket or the terminal, with the queue and the thread. It lives as
 //! long as the process. A [`SerialPort`](port::SerialPort) is a guest's UART on that line, and is made anew for each
-//! boot; a client that is connected to the line stays connected.
+//! boot; a client that is connected to the line stays connected. The virtio console is on such a line, too.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 
 use jiff::Timestamp;
 
-use crate::config::SerialMode;
+use crate::config::{SerialMode, VmConfig};
 use crate::machine::devices::serial::endpoint::Endpoint;
 use crate::machine::devices::serial::error::SerialError;
 use crate::machine::devices::serial::link::Link;
@@ -24,6 +24,7 @@ use crate::sandbox::seccomp::Filters;
 use crate::sandbox::terminal::{self, Escape, Owner, RawMode};
 use crate::words::counted;
 
+pub(crate) mod attached;
 pub mod endpoint;
 pub mod error;
 pub mod link;
@@ -35,7 +36,8 @@ pub mod port;
 pub struct SerialLine {
     link: Arc<Link>,
     thread: Option<JoinHandle<()>>,
-    number: u8,
+    /// What it is called in messages.
+    label: String,
     /// It is a file that keeps what is written, so lines of the VMM's own may be added.
     keeps: bool,
     /// That file was not empty when it was opened.
@@ -54,6 +56,23 @@ impl SerialLine {
     /// See [`SerialError`].
     pub fn open(
         number: u8,
+        mode: &SerialMode,
+        filters: &Filters,
+    ) -> Result<Option<Self>, SerialError> {
+        Self::open_as(format!("serial port {number}"), format!("serial{number}"), mode, filters)
+    }
+
+    /// The same for the virtio console.
+    ///
+    /// # Errors
+    /// See [`SerialError`].
+    pub fn open_console(mode: &SerialMode, filters: &Filters) -> Result<Option<Self>, SerialError> {
+        Self::open_as("console".to_owned(), "console".to_owned(), mode, filters)
+    }
+
+    fn open_as(
+        label: String,
+        thread: String,
         mode: &SerialMode,
         filters: &Filters,
     ) -> Result<Option<Self>, SerialError> {
@@ -87,10 +106,10 @@ impl SerialLine {
             stalled: None,
         };
         let thread = filters
-            .spawn(role::Role::Serial, format!("serial{number}"), move || mover.run())
+            .spawn(role::Role::Serial, thread, move || mover.run())
             .map_err(SerialError::Thread)?;
         let (thread, noted) = (Some(thread), AtomicU32::new(0));
-        Ok(Some(Self { link, thread, number, keeps, was_begun, noted, _path: path, _raw: raw }))
+        Ok(Some(Self { link, thread, label, keeps, was_begun, noted, _path: path, _raw: raw }))
     }
 
     /// Writes a line between the output of two boots into a file, when boot `boot` (1 is the first) begins.
@@ -116,27 +135,43 @@ impl Drop for SerialLine {
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
-            log::error!("the thread of serial port {} panicked", self.number);
+            log::error!("the thread of {} panicked", self.label);
         }
         let dropped = self.dropped();
         if dropped > 0 {
             let dropped = counted(dropped, "byte");
-            log::warn!("serial port {}: {dropped} of output dropped", self.number);
+            log::warn!("{}: {dropped} of output dropped", self.label);
         }
     }
 }
 
-/// The lines of both serial ports, COM1 first.
-pub type SerialLines = [Option<Arc<SerialLine>>; 2];
+/// The lines of a VM.
+#[derive(Clone, Debug, Default)]
+pub struct SerialLines {
+    /// Of both serial ports, COM1 first.
+    pub ports: [Option<Arc<SerialLine>>; 2],
+    /// Of the virtio console.
+    pub console: Option<Arc<SerialLine>>,
+}
 
-/// Opens both.
+impl SerialLines {
+    /// Those that there are.
+    pub fn iter(&self) -> impl Iterator<Item = &SerialLine> {
+        self.ports.iter().chain([&self.console]).flatten().map(AsRef::as_ref)
+    }
+}
+
+/// Opens those that `config` wants.
 ///
 /// # Errors
 /// See [`SerialError`].
-pub fn open_lines(modes: &[SerialMode; 2], filters: &Filters) -> Result<SerialLines, SerialError> {
+pub fn open_lines(config: &VmConfig, filters: &Filters) -> Result<SerialLines, SerialError> {
     let mut lines = SerialLines::default();
-    for ((number, mode), line) in (0..).zip(modes).zip(&mut lines) {
+    for ((number, mode), line) in (0..).zip(&config.serial).zip(&mut lines.ports) {
         *line = SerialLine::open(number, mode, filters)?.map(Arc::new);
+    }
+    if let Some(mode) = config.console_line() {
+        lines.console = SerialLine::open_console(mode, filters)?.map(Arc::new);
     }
     Ok(lines)
 }

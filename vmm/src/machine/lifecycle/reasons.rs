@@ -42,9 +42,9 @@ pub enum Change<'a> {
 /// How far a pause has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parked {
-    /// No vCPU is in the guest, and none will enter it.
+    /// No vCPU is in the guest, and none will enter it; and no device uses guest memory.
     All,
-    /// How many vCPUs have not parked yet.
+    /// How many vCPUs and devices have not parked yet.
     Not(usize),
     /// The VM is not paused (any more): it was resumed, or it ends.
     Unpaused,

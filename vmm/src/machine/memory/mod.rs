@@ -8,3 +8,6 @@ pub mod guest_ram;
 pub mod heal;
 pub mod pool;
 pub mod stand_ins;
+
+/// Guest memory as devices use it.
+pub type DeviceMemory = vm_memory::GuestMemoryMmap;

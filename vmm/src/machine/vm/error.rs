@@ -10,6 +10,8 @@ use crate::machine::acpi::AcpiError;
 use crate::machine::boot::error::BootError;
 use crate::machine::boot::regs;
 use crate::machine::cpu::msr::MsrError;
+use crate::machine::devices::virtio::build::BuildError;
+use crate::machine::devices::virtio::bus::BusError;
 use crate::machine::memory::error::MemoryError;
 use crate::machine::vcpu::hooks::HookError;
 
@@ -81,6 +83,12 @@ pub enum VmError {
     /// The CPUID list could not be built.
     #[error("the CPUID list has {0} entries, more than KVM takes")]
     CpuidList(usize),
+    /// A virtio device could not be made.
+    #[error(transparent)]
+    Device(#[from] BuildError),
+    /// A virtio device could not be put into the VM.
+    #[error(transparent)]
+    Bus(#[from] BusError),
     /// A hook refused.
     #[error(transparent)]
     Hook(HookError),

@@ -53,13 +53,13 @@ pub trait VmHooks {
         Ok(Vec::new())
     }
 
-    /// The lines of the serial ports. Called when everything else of the VM has been checked. The previous boot's lines
+    /// The lines of the serial ports and of the console. Called when everything else of the VM has been checked. The previous boot's lines
     /// may be returned again; by default new ones are opened.
     ///
     /// # Errors
     /// They cannot be opened.
     fn serial_lines(&mut self, config: &VmConfig) -> Result<SerialLines, HookError> {
-        Ok(serial::open_lines(&config.serial, &self.filters())?)
+        Ok(serial::open_lines(config, &self.filters())?)
     }
 
     /// The hook of vCPU `index`.

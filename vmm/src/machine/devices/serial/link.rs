@@ -42,10 +42,29 @@ impl Queue {
     }
 }
 
+/// What takes a guest's input.
+pub(crate) trait Taker: std::fmt::Debug + Send + Sync {
+    /// Takes the first ones of `bytes`, as many as there is room for, and returns how many.
+    fn take(&self, bytes: &[u8]) -> usize;
+}
+
+impl Taker for Mutex<Uart> {
+    fn take(&self, bytes: &[u8]) -> usize {
+        let mut uart = self.lock().unwrap_or_else(PoisonError::into_inner);
+        if uart.fifo_capacity() == 0 {
+            return 0;
+        }
+        uart.enqueue_raw_bytes(bytes).unwrap_or_else(|error| {
+            log::warn!("serial input: {error}");
+            0
+        })
+    }
+}
+
 /// The guest's side of a port, made anew for each boot.
 #[derive(Debug)]
 pub(super) struct Guest {
-    pub(super) uart: Arc<Mutex<Uart>>,
+    pub(super) taker: Arc<dyn Taker>,
     pub(super) control: VmControl,
 }
 
@@ -98,6 +117,13 @@ impl Link {
     pub(super) fn wake(&self) {
         // It fails only when the counter is full, and then the thread is awake anyway.
         let _ = self.wake.write(1);
+    }
+
+    /// The guest can take input again.
+    pub(super) fn has_room(&self) {
+        if self.input_waits.load(Ordering::Relaxed) {
+            self.wake();
+        }
     }
 
     pub(super) fn push(&self, bytes: &[u8]) {
@@ -162,9 +188,7 @@ impl SerialEvents for Events {
     fn out_byte(&self) {}
     fn tx_lost_byte(&self) {}
     fn in_buffer_empty(&self) {
-        if self.0.input_waits.load(Ordering::Relaxed) {
-            self.0.wake();
-        }
+        self.0.has_room();
     }
 }
 

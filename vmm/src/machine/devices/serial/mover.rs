@@ -2,8 +2,8 @@
 
 use std::io::{self};
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::machine::devices::serial::endpoint::Endpoint;
@@ -136,16 +136,10 @@ impl Mover {
         if self.input.is_empty() {
             return;
         }
-        // Set before the UART is asked, so that a guest that empties it meanwhile is noticed.
+        // Set before the guest's side is asked, so that a guest that empties it meanwhile is noticed.
         self.link.input_waits.store(true, Ordering::Relaxed);
-        let mut uart = guest.uart.lock().unwrap_or_else(PoisonError::into_inner);
-        if uart.fifo_capacity() > 0 {
-            match uart.enqueue_raw_bytes(&self.input) {
-                Ok(taken) => drop(self.input.drain(..taken)),
-                Err(error) => log::warn!("serial input: {error}"),
-            }
-        }
-        drop(uart);
+        let taken = guest.taker.take(&self.input);
+        self.input.drain(..taken);
         if self.input.is_empty() {
             self.link.input_waits.store(false, Ordering::Relaxed);
         }

@@ -24,7 +24,8 @@ impl SerialPort {
             Events(Arc::clone(link)),
             Output(Arc::clone(link)),
         )));
-        link.set_guest(Some(Guest { uart: Arc::clone(&uart), control: control.clone() }));
+        let taker: Arc<Mutex<Uart>> = Arc::clone(&uart);
+        link.set_guest(Some(Guest { taker, control: control.clone() }));
         Self { uart, line: Arc::clone(line) }
     }
 
@@ -41,7 +42,7 @@ impl SerialPort {
     /// The guest writes a register.
     pub fn write(&self, offset: u8, value: u8) {
         if let Err(error) = self.uart().write(offset, value) {
-            log::warn!("serial port {}: {error}", self.line.number);
+            log::warn!("{}: {error}", self.line.label);
         }
     }
 }
