@@ -97,6 +97,9 @@ pub struct MemoryZone {
     pub prefault: bool,
     /// A file to be the memory, at least as long as it.
     pub file: Option<PathBuf>,
+    /// Whether devices are to have a mapping of their own, in which a page that goes bad under their hands does not end the
+    /// VMM. It takes a file: without one it is a memfd then.
+    pub viewed: bool,
     /// Whether it may be a file of which the host loses bad pages without a signal: a shared one on a disk.
     pub lossy: bool,
 }
@@ -112,6 +115,7 @@ impl MemoryZone {
             thp: true,
             prefault: false,
             file: None,
+            viewed: false,
             lossy: false,
         }
     }

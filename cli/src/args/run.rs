@@ -297,12 +297,15 @@ impl RunArgs {
     /// The zones of guest RAM.
     #[must_use]
     pub fn zones(&self) -> Vec<MemoryZone> {
-        match (&self.memory, self.memory_zone.as_slice()) {
+        let mut zones = match (&self.memory, self.memory_zone.as_slice()) {
             // Cloud Hypervisor users write --memory size=0 beside zones.
             (_, [_, ..]) => self.memory_zone.iter().map(|zone| zone.0.clone()).collect(),
             (Some(memory), []) => vec![memory.0.clone()],
             (None, []) => vec![MemoryZone::new(DEFAULT_RAM)],
-        }
+        };
+        let has_devices = !self.devices().is_empty();
+        zones.iter_mut().for_each(|zone| zone.viewed = has_devices);
+        zones
     }
 }
 

@@ -16,7 +16,7 @@ use kvm_bindings::{
 };
 use libc::{_IO, _IOR, _IOW, _IOWR, Ioctl};
 use mce_relay::syscalls;
-use mce_relay::syscalls::{Call, HAND_ON, HANDLE, Is, RELAY, RESCUE, THREAD, VCPU};
+use mce_relay::syscalls::{Call, GUARD, HAND_ON, HANDLE, Is, RELAY, RESCUE, THREAD, VCPU, VIEWS};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
 use crate::sandbox::refused;
@@ -40,11 +40,11 @@ fn calls(role: Role) -> Vec<Call> {
     let lists: &[&[Call]] = match role {
         Role::Main => return everything(),
         Role::Vcpu => &[THREAD, END, KICK, VCPU, VCPU_OWN],
-        Role::Relay => &[THREAD, END, KICK, RELAY, RESCUE, RELAY_OWN],
-        Role::Api => &[THREAD, END, KICK, HANDLE, API_OWN],
+        Role::Relay => &[THREAD, END, KICK, RELAY, RESCUE, VIEWS, RELAY_OWN],
+        Role::Api => &[THREAD, END, KICK, HANDLE, VIEWS, API_OWN],
         Role::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
         Role::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
-        Role::VirtioRng | Role::VirtioConsole => &[THREAD, END, HAND_ON, VIRTIO],
+        Role::VirtioRng | Role::VirtioConsole => &[THREAD, END, HAND_ON, GUARD, VIRTIO],
     };
     lists.concat()
 }

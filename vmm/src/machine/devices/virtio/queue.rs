@@ -20,6 +20,9 @@ pub const MAX_QUEUE_SIZE: u16 = 256;
 /// The most descriptors of one request; an indirect table may have more of them than the queue has entries.
 pub const MAX_DESCRIPTORS: usize = 1024;
 
+/// So many pages of others go bad at most while one piece of work is done.
+const MAX_ATTEMPTS: u32 = 64;
+
 /// Why a queue cannot be used any more.
 #[derive(Debug, Error)]
 pub enum QueueError {
@@ -187,9 +190,26 @@ impl ActiveQueue {
     /// # Errors
     /// See [`QueueError`].
     pub fn pop(&mut self, memory: &DeviceMemory) -> Result<Option<Request>, QueueError> {
-        let attempt = Attempt::begin();
-        let request = self.take(memory);
-        if attempt.is_clean() { request } else { Err(QueueError::BadPage) }
+        self.in_good_memory(|queue| queue.take(memory))
+    }
+
+    /// Does `work` on the rings, again if a page has turned out to be bad meanwhile: it may have been another device's. One
+    /// of the rings is not given out a second time, so that this ends with an error.
+    fn in_good_memory<T>(
+        &mut self,
+        mut work: impl FnMut(&mut Self) -> Result<T, QueueError>,
+    ) -> Result<T, QueueError> {
+        let (avail, used) = (self.queue.next_avail(), self.queue.next_used());
+        for _ in 0..MAX_ATTEMPTS {
+            let attempt = Attempt::begin();
+            let result = work(self);
+            if attempt.is_clean() {
+                return result;
+            }
+            self.queue.set_next_avail(avail);
+            self.queue.set_next_used(used);
+        }
+        Err(QueueError::BadPage)
     }
 
     fn take(&mut self, memory: &DeviceMemory) -> Result<Option<Request>, QueueError> {
@@ -239,9 +259,7 @@ impl ActiveQueue {
         request: &Request,
         written: u32,
     ) -> Result<(), QueueError> {
-        let attempt = Attempt::begin();
-        self.queue.add_used(memory, request.head, written)?;
-        if attempt.is_clean() { Ok(()) } else { Err(QueueError::BadPage) }
+        self.in_good_memory(|queue| Ok(queue.queue.add_used(memory, request.head, written)?))
     }
 
     /// Whether the driver is to be interrupted for what has been pushed.
@@ -257,7 +275,8 @@ impl ActiveQueue {
                 .map_err(virtio_queue::Error::GuestMemory)?;
             needed = u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
         }
-        if attempt.is_clean() { Ok(needed) } else { Err(QueueError::BadPage) }
+        // One interrupt too many does no harm.
+        Ok(needed || !attempt.is_clean())
     }
 
     /// The driver need not kick from now on.
@@ -265,9 +284,7 @@ impl ActiveQueue {
     /// # Errors
     /// See [`QueueError`].
     pub fn disable_kicks(&mut self, memory: &DeviceMemory) -> Result<(), QueueError> {
-        let attempt = Attempt::begin();
-        self.queue.disable_notification(memory)?;
-        if attempt.is_clean() { Ok(()) } else { Err(QueueError::BadPage) }
+        self.in_good_memory(|queue| Ok(queue.queue.disable_notification(memory)?))
     }
 
     /// The driver is to kick when it adds a request. Returns whether there is one already.
@@ -275,8 +292,6 @@ impl ActiveQueue {
     /// # Errors
     /// See [`QueueError`].
     pub fn enable_kicks(&mut self, memory: &DeviceMemory) -> Result<bool, QueueError> {
-        let attempt = Attempt::begin();
-        let more = self.queue.enable_notification(memory)?;
-        if attempt.is_clean() { Ok(more) } else { Err(QueueError::BadPage) }
+        self.in_good_memory(|queue| Ok(queue.queue.enable_notification(memory)?))
     }
 }
