@@ -17,12 +17,14 @@ pub enum Role {
     Events,
     /// The virtio source of random bytes.
     VirtioRng,
+    /// A virtio-blk device's.
+    VirtioBlk,
     /// The virtio console.
     VirtioConsole,
 }
 
 impl Role {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::Main,
         Self::Vcpu,
         Self::Relay,
@@ -30,6 +32,7 @@ impl Role {
         Self::Serial,
         Self::Events,
         Self::VirtioRng,
+        Self::VirtioBlk,
         Self::VirtioConsole,
     ];
 }

@@ -44,6 +44,7 @@ fn calls(role: Role) -> Vec<Call> {
         Role::Api => &[THREAD, END, KICK, HANDLE, VIEWS, API_OWN],
         Role::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
         Role::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
+        Role::VirtioBlk => &[THREAD, END, HAND_ON, GUARD, VIRTIO, BLK_OWN],
         Role::VirtioRng | Role::VirtioConsole => &[THREAD, END, HAND_ON, GUARD, VIRTIO],
     };
     lists.concat()
@@ -309,6 +310,18 @@ const VIRTIO: &[Call] = &[
     Call::new(libc::SYS_poll, "poll", "kicks, orders, and what the device waits for"),
     Call::new(libc::SYS_read, "read", "an eventfd; random bytes"),
     Call::new(libc::SYS_close, "close", "the end of the device"),
+];
+
+const BLK_OWN: &[Call] = &[
+    Call::new(libc::SYS_preadv, "preadv", "what the guest reads, into its memory"),
+    Call::new(libc::SYS_pread64, "pread64", "the same, of other images"),
+    Call::new(libc::SYS_pwrite64, "pwrite64", "what the guest writes"),
+    Call::new(libc::SYS_pwritev, "pwritev", "the same, of other images"),
+    Call::new(libc::SYS_fdatasync, "fdatasync", "a flush"),
+    Call::new(libc::SYS_fsync, "fsync", "the same, of other images"),
+    Call::new(libc::SYS_fallocate, "fallocate", "discard, write zeroes"),
+    Call::new(libc::SYS_lseek, "lseek", "an image that grows"),
+    Call::new(libc::SYS_ftruncate, "ftruncate", "the same"),
 ];
 
 /// Calls with any arguments, by their `SYS_…`.

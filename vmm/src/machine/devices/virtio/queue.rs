@@ -12,16 +12,13 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::attempt::Attempt;
+use super::attempt::{Attempt, MAX_ATTEMPTS};
 use crate::machine::memory::DeviceMemory;
 
 /// The most entries of a queue that a driver may ask for.
 pub const MAX_QUEUE_SIZE: u16 = 256;
 /// The most descriptors of one request; an indirect table may have more of them than the queue has entries.
 pub const MAX_DESCRIPTORS: usize = 1024;
-
-/// So many pages of others go bad at most while one piece of work is done.
-const MAX_ATTEMPTS: u32 = 64;
 
 /// Why a queue cannot be used any more.
 #[derive(Debug, Error)]
