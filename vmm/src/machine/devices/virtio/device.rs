@@ -152,7 +152,8 @@ pub struct Active {
     pub features: u64,
     /// How the driver is told.
     pub interrupt: Arc<Interrupt>,
-    /// The queues; `None` for one that the driver does not use.
+    /// The queues; `None` for one that the driver does not use, or that the device has taken out to hand it to
+    /// somebody else. For such a one the device is not called.
     pub queues: Vec<Option<ActiveQueue>>,
 }
 
