@@ -34,7 +34,7 @@ busybox=$(command -v busybox)
 kernel=$("$here/kernel.sh" "${KERNEL:-default}")
 
 # The stamp goes first and comes back last: an interrupted run is then seen as out of date.
-stamp=$({ echo "$kernel"; cat "$here/build.sh" "$here/init" "$here/power-button" "$busybox" "$agent"; } | sha256sum)
+stamp=$({ echo "$kernel"; cat "$here"/{build.sh,modules.sh,init,power-button} "$busybox" "$agent"; } | sha256sum)
 if [ "$(cat "$out/.stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
@@ -54,17 +54,10 @@ install -m 755 "$busybox" "$root/bin/busybox"
 done
 # What the guest says of its own end by, and hears of its power button by, each before what needs it. A kernel
 # that was given as a file comes without modules, and one may have them built in.
-for module in pvpanic pvpanic-mmio button evdev; do
-    file=$(find "$kernel/root" -name "$module.ko*" -print -quit)
-    case $file in # busybox's insmod takes plain files only
-    '') continue ;;
-    *.xz) xz -dc "$file" ;;
-    *.zst) zstd -dcq "$file" ;;
-    *.gz) gzip -dc "$file" ;;
-    *) cat "$file" ;;
-    esac >"$root/modules/$module.ko"
-    printf '%s\n' "$module.ko" >>"$root/modules/order"
-done
+"$here/modules.sh" "$kernel" "$root/modules" pvpanic pvpanic-mmio button evdev
+# The devices of a virtual machine that has any.
+"$here/modules.sh" "$kernel" "$root/modules/virtio" \
+    virtio_mmio virtio_blk virtio_net vmw_vsock_virtio_transport virtio_rng virtio_console
 # Not compressed: an emulated CPU copies faster than it decompresses. Same input, same bytes.
 find "$root" -exec touch -h -d @0 {} +
 (cd "$root" && find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 --reproducible) >"$tmp/initramfs.cpio"

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Makes the Debian guest's disk, as root or below fakeroot: the packages, the kernel's modules, what is below overlay/,
+# the keys and the agent, as one file system.
+#
+# usage: disk.sh OUT MODULES AGENT TMP
+#   OUT       has packages.tar.zst, ssh_key.pub and host_key
+#   MODULES   the modules of one kernel, the folder with its version as name
+#   AGENT     the agent's binary
+#   TMP       a folder where disk.img is put, and what it is made of meanwhile
+set -euo pipefail
+
+[ $# = 4 ] || { echo 'usage: disk.sh OUT MODULES AGENT TMP' >&2; exit 2; }
+out=$1 modules=$2 agent=$3 tmp=$4
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$tmp/root
+version=$(basename "$modules")
+
+mkdir "$root"
+zstd -dcq "$out/packages.tar.zst" | tar -x -C "$root" --numeric-owner --xattrs-include='*'
+
+# Modules of hardware that a virtual machine may have, or of none; the others are two thirds.
+mkdir -p "$root/usr/lib/modules/$version"
+(
+    cd "$modules"
+    find . -type f \( -path './kernel/drivers/net/*/*' -o -path './kernel/sound/*' -o \( -path './kernel/drivers/*' \
+        -a ! -regex '\./kernel/drivers/\(acpi\|block\|char\|cpufreq\|crypto/virtio\|cxl\|dax\|edac\|input\|md\|misc\|net\|nvdimm\|nvme\|pci\|ptp\|ras\|rtc\|scsi\|vhost\|virtio\|watchdog\)/.*' \) \) \
+        -prune -o -type f -print0 | tar -c --null -T - --owner=0 --group=0
+) | tar -x -C "$root/usr/lib/modules/$version"
+depmod -b "$root" "$version" || depmod -b "$root/usr" "$version"
+
+tar -c -C "$here/overlay" --owner=0 --group=0 --mode='u=rwX,go=rX' . | tar -x -C "$root" --keep-directory-symlink
+install -D -m 755 "$agent" "$root/usr/sbin/mce-relay-agent"
+install -d -m 700 "$root/root/.ssh"
+install -m 600 "$out/ssh_key.pub" "$root/root/.ssh/authorized_keys"
+install -m 600 "$out/host_key" "$root/etc/ssh/ssh_host_ed25519_key"
+install -m 644 "$out/host_key.pub" "$root/etc/ssh/ssh_host_ed25519_key.pub"
+: >"$root/etc/machine-id" # made at the first boot, which is not one that asks questions
+
+# As systemctl would, which not every machine has.
+units=$root/etc/systemd/system
+for unit in systemd-networkd mce-relay-agent; do
+    mkdir -p "$units/multi-user.target.wants"
+    file=/etc/systemd/system/$unit.service
+    [ -e "$root$file" ] || file=/lib/systemd/system/$unit.service
+    ln -sf "$file" "$units/multi-user.target.wants/$unit.service"
+done
+# What only takes time here, or needs what a virtual machine does not have (ras-mc-ctl: memory modules with labels).
+for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
+    fstrim.timer getty@tty1.service ras-mc-ctl.service systemd-firstboot.service \
+    systemd-networkd-wait-online.service systemd-pstore.service; do
+    ln -sf /dev/null "$units/$unit"
+done
+
+find "$root" -newermt "@$SOURCE_DATE_EPOCH" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
+# A file system that is made of a folder needs no mount. Of a gigabyte some half is free.
+truncate -s 1G "$tmp/disk.img"
+uuid=6d63652d-7265-6c61-792d-64656269616e # any fixed one
+E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH mke2fs -q -F -t ext4 -L debian -U "$uuid" -m 0 -J size=16 \
+    -E "hash_seed=$uuid,lazy_itable_init=0,root_owner=0:0" -d "$root" "$tmp/disk.img"
+rm -rf "$root"
