@@ -17,16 +17,16 @@ version=$(basename "$modules")
 
 mkdir "$root"
 zstd -dcq "$out/packages.tar.zst" | tar -x -C "$root" --numeric-owner --xattrs-include='*'
+mkdir -p "$root/dev" # the nodes in it are the guest's kernel's
 
 # Modules of hardware that a virtual machine may have, or of none; the others are two thirds.
+drivers='acpi|block|char|cpufreq|crypto/(ccp|virtio)|cxl|dax|edac|md|misc|nvdimm|nvme|pci|ptp|ras|rtc|scsi|vhost|virtio|watchdog'
 mkdir -p "$root/usr/lib/modules/$version"
-(
-    cd "$modules"
-    find . -type f \( -path './kernel/drivers/net/*/*' -o -path './kernel/sound/*' -o \( -path './kernel/drivers/*' \
-        -a ! -regex '\./kernel/drivers/\(acpi\|block\|char\|cpufreq\|crypto/virtio\|cxl\|dax\|edac\|input\|md\|misc\|net\|nvdimm\|nvme\|pci\|ptp\|ras\|rtc\|scsi\|vhost\|virtio\|watchdog\)/.*' \) \) \
-        -prune -o -type f -print0 | tar -c --null -T - --owner=0 --group=0
-) | tar -x -C "$root/usr/lib/modules/$version"
-depmod -b "$root" "$version" || depmod -b "$root/usr" "$version"
+(cd "$modules" && find . -type f -print0) |
+    grep -zvE '^./kernel/(sound|net/(bluetooth|mac80211|nfc|rfkill|wireless))/' |
+    grep -zE "^./[^/]*$|^./kernel/(drivers/(($drivers)/|(input|net)/[^/]*$)|[^d]|d[^r])" |
+    tar -c -C "$modules" --null -T - --owner=0 --group=0 | tar -x -C "$root/usr/lib/modules/$version"
+depmod -b "$root" "$version"
 
 tar -c -C "$here/overlay" --owner=0 --group=0 --mode='u=rwX,go=rX' . | tar -x -C "$root" --keep-directory-symlink
 install -D -m 755 "$agent" "$root/usr/sbin/mce-relay-agent"
@@ -46,8 +46,9 @@ for unit in systemd-networkd mce-relay-agent; do
 done
 # What only takes time here, or needs what a virtual machine does not have (ras-mc-ctl: memory modules with labels).
 for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
-    fstrim.timer getty@tty1.service ras-mc-ctl.service systemd-firstboot.service \
-    systemd-networkd-wait-online.service systemd-pstore.service; do
+    fstrim.timer getty-static.service getty@tty1.service ras-mc-ctl.service systemd-firstboot.service \
+    systemd-networkd-wait-online.service systemd-pstore.service systemd-repart.service \
+    sys-fs-fuse-connections.mount sys-kernel-config.mount systemd-binfmt.service proc-sys-fs-binfmt_misc.automount; do
     ln -sf /dev/null "$units/$unit"
 done
 
