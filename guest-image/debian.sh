@@ -10,8 +10,8 @@
 # GUEST_IMAGE_DIR=   where build.sh puts its guest; this one goes into debian/ below it
 #
 # The packages come from where this machine's own do: no mirror and no version is written down here. They are
-# fetched once; remove packages.tar.zst for those of today. Nothing is mounted, and root is needed only to install
-# what this needs. Cheap when nothing has changed. Same input, same bytes, but for the keys, which stay as they are
+# fetched once, into target/debian-packages; remove that for those of today. Nothing is mounted, and root is needed only to install
+# what this needs. Cheap when nothing has changed. Same input, same files and same initramfs; the keys stay as they are
 # once they are made.
 set -euo pipefail
 
@@ -20,6 +20,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 top=$(dirname "$here")
 small=${GUEST_IMAGE_DIR:-$top/target/guest-image}
 out=$small/debian
+packages=$top/target/debian-packages
 agent=$top/target/agent/x86_64-unknown-linux-gnu/release/agent # build.sh puts it there
 
 say() { printf '%s: %s\n' "$me" "$*" >&2; }
@@ -45,24 +46,25 @@ sources=$(apt-get indextargets --format '$(ORIGIN) $(CODENAME) deb $(REPO_URI) $
 # How this machine reaches them.
 mapfile -t reach < <(apt-config dump --format '%F "%v";%n' 2>/dev/null |
     grep -E '^Acquire::(Check-|Retries|https?::Proxy|ForceIPv)' | grep -v '::Proxy ""' | sed 's/^/--aptopt=/') || true
-mapfile -t packages < <(sed 's/ *#.*//; /^$/d' "$here/debian/packages")
+mapfile -t wanted < <(sed 's/ *#.*//; /^$/d' "$here/debian/packages")
 
-mkdir -p "$out"
-exec 8>"$out/.lock"
+mkdir -p "$out" "$packages"
+exec 8>"$packages/.lock" 9>"$out/.lock"
 flock 8
+flock 9
 tmp=$(mktemp -d "$out/.new.XXXXXX")
 chmod 755 "$tmp" # a user namespace writes here, too
 trap 'rm -rf "$tmp"' EXIT
 export SOURCE_DATE_EPOCH=1 LC_ALL=C
 
 # What the packages are, without anything of this project: the long part.
-packages_stamp=$({ echo "$sources" "${packages[@]}"; cat "$here/debian/hook.sh"; } | sha256sum)
-if [ ! -e "$out/packages.tar.zst" ] || [ "$(cat "$out/.packages" 2>/dev/null)" != "$packages_stamp" ]; then
-    say "fetching and unpacking $release's ${packages[*]}"
-    rm -f "$out/.packages"
+packages_stamp=$({ echo "$sources" "${wanted[@]}"; cat "$here/debian/hook.sh"; } | sha256sum)
+if [ "$(cat "$packages/.stamp" 2>/dev/null)" != "$packages_stamp" ]; then
+    say "fetching and unpacking $release's ${wanted[*]}"
+    rm -f "$packages/.stamp"
     mode=unshare
     [ "$(id -u)" != 0 ] || mode=root
-    include=$(IFS=,; echo "${packages[*]}")
+    include=$(IFS=,; echo "${wanted[*]}")
     mmdebstrap --quiet --mode="$mode" --variant=apt --include="$include" "${reach[@]}" \
         --aptopt='Apt::Install-Recommends "false"' \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
@@ -72,11 +74,11 @@ if [ ! -e "$out/packages.tar.zst" ] || [ "$(cat "$out/.packages" 2>/dev/null)" !
         "$release" - - <<<"$sources" >"$tmp/packages.tar" ||
         die "Debian's packages cannot be had or unpacked (see above)"
     zstd -q -3 -T0 --rm "$tmp/packages.tar"
-    mv "$tmp/packages.tar.zst" "$out/"
-    printf '%s\n' "$packages_stamp" >"$out/.packages"
+    mv "$tmp/packages.tar.zst" "$packages/"
+    printf '%s\n' "$packages_stamp" >"$packages/.stamp"
 fi
 
-stamp=$({ echo "$kernel $packages_stamp"; cat "$out/packages.tar.zst" "$agent" "$here/debian.sh" "$here/modules.sh" \
+stamp=$({ echo "$kernel $packages_stamp"; cat "$packages/packages.tar.zst" "$agent" "$here/debian.sh" "$here/modules.sh" \
     "$(command -v busybox)"; find "$here/debian" -type f -print0 | sort -z | xargs -0 sha256sum; } | sha256sum)
 if [ "$(cat "$out/.stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
@@ -91,7 +93,7 @@ printf '192.168.77.2 %s\n' "$(cut -d ' ' -f 1,2 "$out/host_key.pub")" >"$out/kno
 
 fake=
 [ "$(id -u)" = 0 ] || fake=fakeroot
-$fake "$here/debian/disk.sh" "$out" "$modules" "$agent" "$tmp"
+$fake "$here/debian/disk.sh" "$packages/packages.tar.zst" "$out" "$modules" "$agent" "$tmp"
 
 # The initramfs: what it takes to mount the disk, on virtio-mmio as on PCI. The rest is loaded by udev.
 root=$tmp/initramfs

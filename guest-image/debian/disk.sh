@@ -2,21 +2,22 @@
 # Makes the Debian guest's disk, as root or below fakeroot: the packages, the kernel's modules, what is below overlay/,
 # the keys and the agent, as one file system.
 #
-# usage: disk.sh OUT MODULES AGENT TMP
-#   OUT       has packages.tar.zst, ssh_key.pub and host_key
+# usage: disk.sh PACKAGES OUT MODULES AGENT TMP
+#   PACKAGES  an archive of them, unpacked and configured
+#   OUT       has ssh_key.pub and host_key
 #   MODULES   the modules of one kernel, the folder with its version as name
 #   AGENT     the agent's binary
 #   TMP       a folder where disk.img is put, and what it is made of meanwhile
 set -euo pipefail
 
-[ $# = 4 ] || { echo 'usage: disk.sh OUT MODULES AGENT TMP' >&2; exit 2; }
-out=$1 modules=$2 agent=$3 tmp=$4
+[ $# = 5 ] || { echo 'usage: disk.sh PACKAGES OUT MODULES AGENT TMP' >&2; exit 2; }
+packages=$1 out=$2 modules=$3 agent=$4 tmp=$5
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$tmp/root
 version=$(basename "$modules")
 
 mkdir "$root"
-zstd -dcq "$out/packages.tar.zst" | tar -x -C "$root" --numeric-owner --xattrs-include='*'
+zstd -dcq "$packages" | tar -x -C "$root" --numeric-owner --xattrs-include='*'
 mkdir -p "$root/dev" # the nodes in it are the guest's kernel's
 
 # Modules of hardware that a virtual machine may have, or of none; the others are two thirds.
