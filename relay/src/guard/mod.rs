@@ -34,7 +34,8 @@ mod view;
 
 pub use areas::is_bad;
 pub(crate) use areas::{
-    Registered, all_new, clear, has_view, is_any_marked, mark, mark_only, register, replaced,
+    Registered, all_new, clear, has_view, is_any_marked, mark, mark_only, marked, register,
+    replaced,
 };
 pub use attempt::Attempt;
 pub(crate) use attempt::set_wake;
