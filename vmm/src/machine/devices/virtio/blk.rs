@@ -143,3 +143,5 @@ impl Device for Blk {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod hostile;
