@@ -250,3 +250,158 @@ fn no_qcow2_image_ends_the_process() {
     assert!(found.is_empty());
     let _ = File::open(&path).unwrap().read_at(&mut [0], 0);
 }
+
+/// What `no_qcow2_image_ends_the_process` finds in round 69: the table of reference counts lies far behind the end.
+#[test]
+fn a_table_of_reference_counts_that_is_not_there_is_an_error() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    create(&path, 8 * MIB);
+    File::options().write(true).open(&path).unwrap().write_all_at(&[1, 0xbc, 0, 0], 0x34).unwrap();
+    for at_start in [true, false] {
+        let status = child(|| {
+            let Ok(mut disk) = Disk::open(&config(&path, ImageType::Qcow2)) else { return 0 };
+            if !at_start {
+                let _ = disk.write(4 * MIB, &[1; 4096]);
+                let _ = disk.flush();
+            }
+            std::mem::forget(disk);
+            0
+        });
+        assert_eq!(status, 0, "opened only: {at_start}; signal {}", status & 0x7f);
+    }
+}
+
+/// An image of 2^63 bytes, as a header says it: what the device does with its length.
+#[test]
+fn requests_are_bounded_in_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    create(&path, 1 << 40);
+    let mut disk = Disk::open(&config(&path, ImageType::Qcow2)).unwrap();
+    let start = std::time::Instant::now();
+    for at in 0..16 {
+        disk.write_zeroes(at << 30, 1 << 30, true).unwrap();
+    }
+    let zeroed = start.elapsed();
+    let start = std::time::Instant::now();
+    for at in 0..16 {
+        disk.discard(at << 30, 1 << 30).unwrap();
+    }
+    println!("16 x 1 GiB: zeroes {zeroed:?}, discard {:?}, file {} KiB", start.elapsed(),
+        std::fs::metadata(&path).unwrap().len() >> 10);
+    let mut unaligned = std::time::Duration::ZERO;
+    for at in 0..4 {
+        let start = std::time::Instant::now();
+        disk.write_zeroes((at << 30) + 512, (1 << 30) - 512, false).unwrap();
+        unaligned = unaligned.max(start.elapsed());
+    }
+    println!("unaligned: {unaligned:?}, file {} KiB", std::fs::metadata(&path).unwrap().len() >> 10);
+}
+
+/// A file system without FALLOC_FL_ZERO_RANGE (tmpfs): zeros are written, of which one request can ask for 1 GiB.
+#[test]
+fn zeros_on_tmpfs_take_a_moment() {
+    let path = Path::new("/dev/shm/w-break-disk");
+    File::create(path).unwrap().set_len(1 << 30).unwrap();
+    let mut disk = Disk::open(&config(path, ImageType::Raw)).unwrap();
+    let start = std::time::Instant::now();
+    let done = disk.write_zeroes(0, 1 << 30, false);
+    let took = start.elapsed();
+    std::fs::remove_file(path).unwrap();
+    println!("1 GiB of zeros: {took:?} {done:?}; a full queue of 256: {:?}", took * 256);
+    assert!(took * 256 < std::time::Duration::from_secs(1), "a reset, a pause and an end wait for a whole turn");
+}
+
+/// qcow2 by direct I/O, and an image whose writes fail.
+#[test]
+fn a_full_file_system_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    create(&path, 64 * MIB);
+    let status = child(|| {
+        let limit = libc::rlimit { rlim_cur: 2 * MIB, rlim_max: 2 * MIB };
+        unsafe {
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
+            libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit);
+        }
+        let mut disk = Disk::open(&config(&path, ImageType::Qcow2)).unwrap();
+        let mut acknowledged = Vec::new();
+        for at in 0..64 {
+            if disk.write(at * MIB, &[0x11; 4096]).is_ok() {
+                acknowledged.push(at);
+            }
+        }
+        let flushed = disk.flush().is_ok();
+        std::mem::forget(disk);
+        let image = disk::tests_only_open(&path);
+        let lost = acknowledged.iter().filter(|at| {
+            let mut bytes = [0; 4096];
+            image.read(&mut bytes[..], **at * MIB).is_err() || bytes != [0x11_u8; 4096]
+        });
+        let lost = lost.count();
+        println!("{} acknowledged, flush {flushed}, lost {lost}", acknowledged.len());
+        std::mem::forget(image);
+        i32::from(flushed && lost > 0)
+    });
+    assert_eq!(status, 0);
+}
+
+#[test]
+fn a_qcow2_image_works_by_direct_io() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    create(&path, 8 * MIB);
+    let mut disk = Disk::open(&DiskConfig { direct: true, ..config(&path, ImageType::Qcow2) }).unwrap();
+    let some: Vec<u8> = (0..512).map(|at| at as u8).collect();
+    for at in [512, 70_000 / 512 * 512, 8 * MIB - 512] {
+        disk.write(at, &some).unwrap();
+        let mut back = vec![0; 1024];
+        disk.read(at - 512, &mut back).unwrap();
+        assert_eq!(&back[512..], some);
+    }
+    disk.write_zeroes(512, 512, false).unwrap();
+    disk.discard(1024, 512).unwrap();
+    disk.flush().unwrap();
+}
+
+/// The whole device under its filter, with an image that has to grow.
+#[test]
+fn a_new_qcow2_image_grows_under_the_filter() {
+    use crate::machine::devices::virtio::testing::Driver;
+    use vm_memory::Bytes;
+    set_up(Signals::Install).unwrap();
+    for (direct, name) in [(false, "a"), (true, "b")] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(name);
+        create(&path, 1 << 40);
+        let config = DiskConfig { direct, ..config(&path, ImageType::Qcow2) };
+        let disk = Arc::new(Mutex::new(Disk::open(&config).unwrap()));
+        let mut driver = Driver::ready(Box::new(Blk::new(&disk)), 1);
+        let mut requests = 0;
+        for n in 0..200_u64 {
+            let kind = [1_u32, 1, 4, 13, 11, 0][(n % 6) as usize];
+            driver.memory.write_obj(kind, GuestAddress(0x40000)).unwrap();
+            driver.memory.write_obj(n * 8_000_000, GuestAddress(0x40008)).unwrap();
+            driver.memory.write_obj(n * 8_000_000, GuestAddress(0x50000)).unwrap();
+            driver.memory.write_obj(8_u32, GuestAddress(0x50008)).unwrap();
+            driver.memory.write_obj(0_u32, GuestAddress(0x5000c)).unwrap();
+            driver.memory.write_obj(0xee_u8, GuestAddress(0x60000)).unwrap();
+            let data = match kind {
+                4 => None,
+                0 => Some((0x50000, 4096, true)),
+                1 => Some((0x50000, 4096, false)),
+                _ => Some((0x50000, 16, false)),
+            };
+            let mut buffers = vec![(0x40000, 16, false)];
+            buffers.extend(data);
+            buffers.push((0x60000, 1, true));
+            driver.add(0, 0, &buffers);
+            requests += 1;
+            driver.wait_used(0, requests);
+            let status: u8 = driver.memory.read_obj(GuestAddress(0x60000)).unwrap();
+            assert_eq!(status, 0, "{n} {kind}");
+        }
+        assert!(!driver.needs_reset());
+    }
+}
