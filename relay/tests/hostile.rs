@@ -1,6 +1,11 @@
 //! Attempts to get a byte of a scratch page, or of other memory than the guest's, out of a device with a clean `Attempt`.
 #![cfg(all(feature = "internals", feature = "vm-memory", target_arch = "x86_64"))]
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::undocumented_unsafe_blocks, reason = "a test")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::undocumented_unsafe_blocks,
+    reason = "a test"
+)]
 #![allow(clippy::cast_possible_truncation, reason = "a test")]
 
 use std::fs::File;
@@ -63,8 +68,12 @@ fn shared_at(pages: u64, skew: u64) -> Memory {
         let none = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let room = libc::mmap(std::ptr::null_mut(), len + 3 * HUGE as usize, 0, none, -1, 0);
         let at = (room as u64).next_multiple_of(HUGE) + skew;
-        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
-        assert_ne!(libc::mmap(at as *mut _, len, prot, flags, file.as_raw_fd(), 0), libc::MAP_FAILED);
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        assert_ne!(
+            libc::mmap(at as *mut _, len, prot, flags, file.as_raw_fd(), 0),
+            libc::MAP_FAILED
+        );
         at
     };
     let builder = unsafe {
@@ -183,7 +192,8 @@ fn go_on(fd: &OwnedFd, id: u64) {
     assert_eq!(unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut answer) }, 0);
 }
 
-const SCRATCH: i32 = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+const SCRATCH: i32 =
+    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
 
 /// Two threads touch one page. One is held up between the number and the scratch page. The relay takes back the mark that
 /// the other has made (the page is good by now), and then the first one's scratch page comes: not marked, and for ever.
@@ -247,7 +257,10 @@ fn a_late_signal_does_not_take_the_marks_of_others() {
     until("the relay has seen it", || memory.read_obj::<u64>(at(9)).is_ok());
     let read = validated(&memory, 3);
     println!("ledger has {} page(s), device reads {read:?}", handle.pages().len());
-    assert!(handle.is_bad(GPA + 3 * PAGE..GPA + 4 * PAGE), "the mark of a page in the ledger is lost");
+    assert!(
+        handle.is_bad(GPA + 3 * PAGE..GPA + 4 * PAGE),
+        "the mark of a page in the ledger is lost"
+    );
 }
 
 /// The handler marks 2 MiB from the region's beginning on, the relay takes back 2 MiB at a multiple of 2 MiB.
@@ -270,7 +283,8 @@ fn over_a_border(stand_ins: &[u64]) {
     let memory = shared(16);
     let first = relay(&memory);
     for &page in stand_ins {
-        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_ANONYMOUS);
         let at = hva(&memory, page) as *mut libc::c_void;
         let at = unsafe { libc::mmap(at, 4096, prot, flags | libc::MAP_FIXED, -1, 0) };
         assert_ne!(at, libc::MAP_FAILED);
@@ -315,7 +329,8 @@ fn devices_get_no_file_in_the_place_of_private_memory() {
     let marker = marker();
     let memory = shared(16);
     let _relay = relay(&memory);
-    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    let (prot, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
     unsafe {
         let at = hva(&memory, 6) as *mut libc::c_void;
         assert_ne!(libc::mmap(at, 4096, prot, flags | libc::MAP_FIXED, -1, 0), libc::MAP_FAILED);
@@ -331,7 +346,8 @@ fn devices_get_no_file_in_the_place_of_private_memory() {
 #[test]
 fn marks_stay_when_memory_is_added_to_a_large_machine() {
     let _alone = alone();
-    let region = |n: u64| unsafe { RamRegion::new(0x2000_0000_0000 + n * 4 * PAGE, n * 4 * PAGE, PAGE) };
+    let region =
+        |n: u64| unsafe { RamRegion::new(0x2000_0000_0000 + n * 4 * PAGE, n * 4 * PAGE, PAGE) };
     let regions: Vec<_> = (0..300).map(region).collect();
     let relay = Relay::builder(RamMap::new(&regions).unwrap()).start().unwrap();
     let handle = relay.handle();
@@ -376,7 +392,10 @@ fn the_vmms_own_bad_memory_is_not_taken_for_the_guests() {
     // The marker is not inherited on all kernels; the process itself, then.
     let to = unsafe { std::slice::from_raw_parts_mut(own.as_ptr(), 64) };
     let read = unsafe { guard::read(hva(&memory, 3) as *const u8, to) };
-    assert!(read.is_ok(), "{read:?}: good guest memory is called bad, and nobody says whose page it was");
+    assert!(
+        read.is_ok(),
+        "{read:?}: good guest memory is called bad, and nobody says whose page it was"
+    );
 }
 
 /// A child that drops what it has inherited, while a thread of its parent reads the table.
@@ -463,7 +482,8 @@ fn huge() -> (Memory, u64) {
     let file = vm_memory::GuestMemoryRegion::file_offset(region).unwrap().file();
     let other = unsafe {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        libc::mmap(std::ptr::null_mut(), HUGE as usize, prot, libc::MAP_SHARED, file.as_raw_fd(), 0) as u64
+        libc::mmap(std::ptr::null_mut(), HUGE as usize, prot, libc::MAP_SHARED, file.as_raw_fd(), 0)
+            as u64
     };
     marker.poison(other + 7 * PAGE, PAGE).unwrap();
     let views = devices(&memory, 0);
@@ -472,7 +492,10 @@ fn huge() -> (Memory, u64) {
     (memory, other)
 }
 
-fn rescuer(memory: &Memory, other: u64) -> (Relay, std::sync::mpsc::Receiver<()>, std::sync::mpsc::Sender<()>) {
+fn rescuer(
+    memory: &Memory,
+    other: u64,
+) -> (Relay, std::sync::mpsc::Receiver<()>, std::sync::mpsc::Sender<()>) {
     let (entered, begun) = channel();
     let (go, leave) = channel();
     let file = File::open("/proc/self/mem").unwrap();
@@ -501,8 +524,10 @@ fn what_a_device_touched_during_a_rescue_does_not_unmark_what_is_gone() {
     std::thread::sleep(Duration::from_millis(2500));
     let bad: Vec<u64> = handle.pages().iter().map(|page| (page.gpa - GPA) / PAGE).collect();
     let read = validated(&memory, 7);
-    println!("ledger {bad:?}; a device reads {read:?} of the page that is gone; is_bad {}",
-        handle.is_bad(at(7).0..at(7).0 + 1));
+    println!(
+        "ledger {bad:?}; a device reads {read:?} of the page that is gone; is_bad {}",
+        handle.is_bad(at(7).0..at(7).0 + 1)
+    );
     let refused = (0..512).filter(|page| validated(&memory, *page).is_err()).count();
     println!("refused: {refused}");
     assert!(read.is_err(), "zeros of a page that is gone got out");
@@ -542,8 +567,12 @@ fn a_rescue_gives_no_moment_in_which_what_is_gone_reads_as_zeros() {
         if round > 0 {
             let then = validated(&memory, 7).map_err(|_| ());
             std::thread::sleep(Duration::from_millis(1500));
-            let pages: Vec<_> = handle.pages().iter().map(|p| ((p.gpa - GPA) / PAGE, p.found_by)).collect();
-            println!("{round} reads of zeros; then {then:?}, later {:?}; ledger {pages:?}", validated(&memory, 7).map_err(|_| ()));
+            let pages: Vec<_> =
+                handle.pages().iter().map(|p| ((p.gpa - GPA) / PAGE, p.found_by)).collect();
+            println!(
+                "{round} reads of zeros; then {then:?}, later {:?}; ledger {pages:?}",
+                validated(&memory, 7).map_err(|_| ())
+            );
         }
     }
     assert_eq!(out, 0, "validated reads of a page that is gone");
@@ -626,7 +655,9 @@ fn many_threads_on_one_page_leave_no_scratch_page_that_nobody_knows_of() {
         });
         let _ = Attempt::begin();
         let begun = Instant::now();
-        while memory.read_obj::<u64>(at(6)).is_err() && begun.elapsed() < Duration::from_millis(1500) {
+        while memory.read_obj::<u64>(at(6)).is_err()
+            && begun.elapsed() < Duration::from_millis(1500)
+        {
             std::thread::yield_now();
         }
         std::thread::sleep(Duration::from_millis(5));
@@ -636,7 +667,8 @@ fn many_threads_on_one_page_leave_no_scratch_page_that_nobody_knows_of() {
             // As a new boot would not: it has no mark.
             signal(view, 12);
             let begun = Instant::now();
-            while memory.read_obj::<u64>(at(6)).is_err() && begun.elapsed() < Duration::from_secs(2) {
+            while memory.read_obj::<u64>(at(6)).is_err() && begun.elapsed() < Duration::from_secs(2)
+            {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
@@ -648,7 +680,8 @@ fn many_threads_on_one_page_leave_no_scratch_page_that_nobody_knows_of() {
 #[test]
 fn a_range_over_a_hole_is_asked_to_its_end() {
     let _alone = alone();
-    let region = |n: u64| unsafe { RamRegion::new(0x2100_0000_0000 + n * 4 * PAGE, n * 4 * PAGE, PAGE) };
+    let region =
+        |n: u64| unsafe { RamRegion::new(0x2100_0000_0000 + n * 4 * PAGE, n * 4 * PAGE, PAGE) };
     let relay = Relay::builder(RamMap::new(&[region(1), region(2)]).unwrap()).start().unwrap();
     let handle = relay.handle();
     let bad = 8 * PAGE;
@@ -665,7 +698,9 @@ fn a_view_is_the_guests_memory() {
     let zero = File::options().read(true).write(true).open("/dev/zero").unwrap();
     let mapping = MmapRegion::<()>::from_file(FileOffset::new(zero, 0), 4096);
     let Ok(mapping) = mapping else { return println!("vm-memory refuses it") };
-    let memory = Memory::from_regions(vec![GuardedRegion::new(mapping, GuestAddress(GPA)).unwrap()]).unwrap();
+    let memory =
+        Memory::from_regions(vec![GuardedRegion::new(mapping, GuestAddress(GPA)).unwrap()])
+            .unwrap();
     memory.write_obj(7_u64, at(0)).unwrap();
     assert_eq!(guests(&memory, 0), 7);
 }
@@ -698,9 +733,13 @@ fn a_late_signal_does_not_take_the_marks_of_another_vm() {
         // The room of `shared_at` is longer than its memory: 3 MiB behind it are free.
         let (len, file) = (64 * PAGE as usize, memfd(64 * PAGE));
         let at = hva(&memory, 0) + 64 * PAGE;
-        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
         let mapping = unsafe {
-            assert_ne!(libc::mmap(at as *mut _, len, prot, flags, file.as_raw_fd(), 0), libc::MAP_FAILED);
+            assert_ne!(
+                libc::mmap(at as *mut _, len, prot, flags, file.as_raw_fd(), 0),
+                libc::MAP_FAILED
+            );
             vm_memory::mmap::MmapRegionBuilder::new(len).with_raw_mmap_pointer(at as *mut u8)
         };
         let mapping = mapping.with_mmap_prot(prot).with_mmap_flags(libc::MAP_SHARED);

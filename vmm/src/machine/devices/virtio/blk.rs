@@ -142,6 +142,6 @@ impl Device for Blk {
 }
 
 #[cfg(test)]
-mod tests;
-#[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,10 @@
 //! Disks that lie, and hosts that take things away.
-#![allow(clippy::cast_possible_truncation, clippy::unwrap_used, clippy::undocumented_unsafe_blocks, reason = "a test")]
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    clippy::undocumented_unsafe_blocks,
+    reason = "a test"
+)]
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -288,15 +293,21 @@ fn requests_are_bounded_in_time() {
     for at in 0..16 {
         disk.discard(at << 30, 1 << 30).unwrap();
     }
-    println!("16 x 1 GiB: zeroes {zeroed:?}, discard {:?}, file {} KiB", start.elapsed(),
-        std::fs::metadata(&path).unwrap().len() >> 10);
+    println!(
+        "16 x 1 GiB: zeroes {zeroed:?}, discard {:?}, file {} KiB",
+        start.elapsed(),
+        std::fs::metadata(&path).unwrap().len() >> 10
+    );
     let mut unaligned = std::time::Duration::ZERO;
     for at in 0..4 {
         let start = std::time::Instant::now();
         disk.write_zeroes((at << 30) + 512, (1 << 30) - 512, false).unwrap();
         unaligned = unaligned.max(start.elapsed());
     }
-    println!("unaligned: {unaligned:?}, file {} KiB", std::fs::metadata(&path).unwrap().len() >> 10);
+    println!(
+        "unaligned: {unaligned:?}, file {} KiB",
+        std::fs::metadata(&path).unwrap().len() >> 10
+    );
 }
 
 /// A file system without FALLOC_FL_ZERO_RANGE (tmpfs): zeros are written, of which one request can ask for 1 GiB.
@@ -310,7 +321,10 @@ fn zeros_on_tmpfs_take_a_moment() {
     let took = start.elapsed();
     std::fs::remove_file(path).unwrap();
     println!("1 GiB of zeros: {took:?} {done:?}; a full queue of 256: {:?}", took * 256);
-    assert!(took * 256 < std::time::Duration::from_secs(1), "a reset, a pause and an end wait for a whole turn");
+    assert!(
+        took * 256 < std::time::Duration::from_secs(1),
+        "a reset, a pause and an end wait for a whole turn"
+    );
 }
 
 /// qcow2 by direct I/O, and an image whose writes fail.
@@ -352,7 +366,8 @@ fn a_qcow2_image_works_by_direct_io() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     create(&path, 8 * MIB);
-    let mut disk = Disk::open(&DiskConfig { direct: true, ..config(&path, ImageType::Qcow2) }).unwrap();
+    let mut disk =
+        Disk::open(&DiskConfig { direct: true, ..config(&path, ImageType::Qcow2) }).unwrap();
     let some: Vec<u8> = (0..512).map(|at| at as u8).collect();
     for at in [512, 70_000 / 512 * 512, 8 * MIB - 512] {
         disk.write(at, &some).unwrap();
