@@ -665,7 +665,7 @@ fn many_threads_on_one_page_leave_no_scratch_page_that_nobody_knows_of() {
             wrong += 1;
             first = first.or(Some(rounds));
             // As a new boot would not: it has no mark.
-            signal(view, 12);
+            let _ = signal(view, 12);
             let begun = Instant::now();
             while memory.read_obj::<u64>(at(6)).is_err() && begun.elapsed() < Duration::from_secs(2)
             {
