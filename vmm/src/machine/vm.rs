@@ -106,7 +106,7 @@ impl Vm {
         }
         let bus = Arc::new(PortBus::new(ports));
         let devices = build(&config.devices, &lines, &control)?;
-        let mmio = MmioBus::new(devices, &fd, ram.memory(), &control, &hooks.filters())?;
+        let mmio = MmioBus::new(devices, &fd, ram.devices(), &control, &hooks.filters())?;
         let mmio = Arc::new(mmio);
 
         let leaves = cpuid::guest_leaves(

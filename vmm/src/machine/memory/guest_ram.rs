@@ -15,8 +15,7 @@ use mce_relay::internals::access as read;
 use mce_relay::internals::scan::Scanner;
 use mce_relay::{AccessError, RamMap, RamRegion};
 use procfs::Current;
-use vm_memory::mmap::MmapRegion;
-use vm_memory::{GuestAddress, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::config::MemoryZone;
 use crate::host::page_frames::PageFlags;
@@ -30,7 +29,9 @@ use crate::machine::memory::error::MemoryError;
 /// All RAM of one guest.
 #[derive(Debug)]
 pub struct GuestRam {
-    pub(super) memory: DeviceMemory,
+    /// Host addresses of the guest's own mapping.
+    pub(super) memory: GuestMemoryMmap,
+    pub(super) devices: DeviceMemory,
     pub(super) blocks: Vec<RamBlock>,
     pub(super) map: RamMap,
     /// What each block is made of, in the same order.
@@ -60,7 +61,7 @@ impl GuestRam {
         check_size(&sizes, host)?;
         opened.iter().zip(zones).try_for_each(|(opened, zone)| opened.size(zone))?;
 
-        let mut regions = Vec::new();
+        let (mut regions, mut guarded) = (Vec::new(), Vec::new());
         let mut blocks = Vec::new();
         let mut backings = Vec::new();
         for Piece { zone, offset, gpa, len } in split(&sizes) {
@@ -75,22 +76,26 @@ impl GuestRam {
                 shared: backing.is_shared(),
                 page_size: opened.page_size,
             };
-            regions.push(backing.region().and_then(|region: MmapRegion| {
-                let region = GuestRegionMmap::new(region, GuestAddress(gpa));
-                GuardedRegion::over(region.ok_or(MemoryError::Layout { gpa })?).map_err(|source| {
-                    MemoryError::Map { bytes: len, page: opened.page_size, source }
-                })
-            })?);
+            let region = || {
+                let region = GuestRegionMmap::new(backing.region()?, GuestAddress(gpa));
+                region.ok_or(MemoryError::Layout { gpa })
+            };
+            regions.push(region()?);
+            let map_error =
+                |source| MemoryError::Map { bytes: len, page: opened.page_size, source };
+            guarded.push(GuardedRegion::over(region()?).map_err(map_error)?);
             blocks.push(block);
             backings.push(backing);
         }
-        let memory = DeviceMemory::from_regions(regions)
-            .map_err(|_| MemoryError::Layout { gpa: HOLE_END })?;
+        let layout = |_| MemoryError::Layout { gpa: HOLE_END };
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(layout)?;
+        let devices = DeviceMemory::from_regions(guarded).map_err(layout)?;
         let map = RamMap::new(&blocks.iter().map(region).collect::<Vec<_>>())?;
         let (removed, pagemap) = (Mutex::default(), File::open(block::PAGEMAP));
         let flags = PageFlags::open().ok();
         let stand_ins = Mutex::default();
-        let ram = Self { memory, blocks, map, backings, removed, stand_ins, flags, pagemap };
+        let ram =
+            Self { memory, devices, blocks, map, backings, removed, stand_ins, flags, pagemap };
         ram.prefault()?;
         Ok(ram)
     }
@@ -115,8 +120,14 @@ impl GuestRam {
     /// The memory as vm-memory sees it. For whole files that the kernel copies there by itself
     /// (read(2) answers EFAULT where a page is bad); everything else is written by [`Self::write`].
     #[must_use]
-    pub fn memory(&self) -> &DeviceMemory {
+    pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+
+    /// The memory as devices use it.
+    #[must_use]
+    pub fn devices(&self) -> &DeviceMemory {
+        &self.devices
     }
 
     /// The pieces, by guest-physical address.

@@ -144,7 +144,7 @@ fn a_read_into_memory_that_was_taken_out_fails() {
     let disk = Disk::open(&config(&image, ImageType::Raw)).unwrap();
     let status = child(|| {
         let segment = Segment { addr: GuestAddress(gone), len: 512 };
-        i32::from(disk.read_into(0, ram.memory(), &[segment], 512).is_ok())
+        i32::from(disk.read_into(0, ram.devices(), &[segment], 512).is_ok())
     });
     assert_eq!(status, 0, "wait status: signal {}", status & 0x7f);
 }
