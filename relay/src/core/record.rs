@@ -66,7 +66,12 @@ impl Shared {
             // The guest has not touched it.
             SignalledThread::Other | SignalledThread::Caller => (None, FailureKind::ActionOptional),
         };
-        if touched && !is_poisoned(hva & !(PAGE_SIZE - 1)) && self.ram().gpas(hva).len() > 0 {
+        if touched && self.ram().gpas(hva).len() == 0 {
+            // Of another VM's memory, whatever of ours lies in the same huge page's worth of addresses.
+            inner.strays.push(caught);
+            return false;
+        }
+        if touched && !is_poisoned(hva & !(PAGE_SIZE - 1)) {
             // The handler was late: there is good memory by now. Or there never was any, and nothing has gone bad. What it
             // has marked is not.
             log::debug!("the page at HVA {hva:#x} that a thread has touched is not bad");
@@ -160,10 +165,10 @@ impl Shared {
                 continue;
             }
             let new = inner.ledger.enter(gpa, page_hva, lsb, kind, found_by, now);
+            if found_by != FoundBy::Forged {
+                bad.push(page_hva..page_hva + PAGE_SIZE);
+            }
             if new {
-                if found_by != FoundBy::Forged {
-                    bad.push(page_hva..page_hva + PAGE_SIZE);
-                }
                 news += 1;
                 if named || first.is_none() {
                     first = Some((gpa, page_hva, kind));

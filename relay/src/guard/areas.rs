@@ -16,6 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::attempt;
 use super::bits::Bits;
+use super::doubt;
 use super::view::{self, View};
 use crate::types::{PAGE_SHIFT, PAGE_SIZE};
 
@@ -62,6 +63,8 @@ pub(super) struct Area {
     /// How many pages are marked.
     marked: AtomicU64,
     bad: AtomicPtr<Bits>,
+    /// Which of the marked ones a relay has looked at: a handler marks whole pages of the host, of which some may be good.
+    known: AtomicPtr<Bits>,
     /// Where the guest has other memory than the file: a stand-in for a huge page.
     elsewhere: AtomicPtr<Bits>,
 }
@@ -83,6 +86,7 @@ impl Area {
             clearing: AtomicBool::new(false),
             marked: AtomicU64::new(0),
             bad: AtomicPtr::new(null_mut()),
+            known: AtomicPtr::new(null_mut()),
             elsewhere: AtomicPtr::new(null_mut()),
         }
     }
@@ -119,6 +123,11 @@ impl Area {
         unsafe { self.bad.load(Ordering::Acquire).as_ref() }
     }
 
+    fn known(&self) -> Option<&Bits> {
+        // SAFETY: as in `bits`.
+        unsafe { self.known.load(Ordering::Acquire).as_ref() }
+    }
+
     fn elsewhere(&self) -> Option<&Bits> {
         // SAFETY: as in `bits`.
         unsafe { self.elsewhere.load(Ordering::Acquire).as_ref() }
@@ -131,7 +140,45 @@ impl Area {
         MARKED.fetch_add(new, Ordering::AcqRel);
     }
 
+    /// A relay has looked at them, and they are bad.
+    fn mark_known(&self, pages: Pages) {
+        if let Some(known) = self.known() {
+            known.set(pages.clone());
+        }
+        self.mark(pages);
+    }
+
+    /// Whether some of `pages` are marked, and none of those is known to be bad.
+    fn is_in_doubt(&self, pages: Pages) -> bool {
+        self.bits().is_some_and(|bits| bits.any(pages.clone()))
+            && !self.known().is_some_and(|known| known.any(pages))
+    }
+
+    /// As [`Self::is_bad`], but where it is in doubt that is waited for.
+    #[cfg(feature = "vm-memory")]
+    #[inline]
+    pub(super) fn refuses(&self, offset: u64, len: u64) -> bool {
+        self.is_bad(offset, len) && self.is_bad_for_sure(offset, len)
+    }
+
+    #[cfg(feature = "vm-memory")]
+    #[cold]
+    fn is_bad_for_sure(&self, offset: u64, len: u64) -> bool {
+        let end = number(offset.saturating_add(len).div_ceil(PAGE_SIZE) << PAGE_SHIFT);
+        let pages = number(offset)..end;
+        doubt::wait_while(|| self.is_in_doubt(pages.clone()));
+        // Whoever waited in vain does not wait again.
+        let left = self.bits().map_or_else(Vec::new, |bits| bits.runs(pages));
+        for run in &left {
+            self.known().map(|known| known.set(run.clone()));
+        }
+        !left.is_empty()
+    }
+
     fn unmark(&self, pages: Pages) {
+        if let Some(known) = self.known() {
+            known.clear(pages.clone());
+        }
         let gone = self.bits().map_or(0, |bits| bits.clear(pages));
         self.marked.fetch_sub(gone, Ordering::AcqRel);
         MARKED.fetch_sub(gone, Ordering::AcqRel);
@@ -162,8 +209,10 @@ impl Area {
         let len = ((pages.end - pages.start) as u64) << PAGE_SHIFT;
         let [hva, view, offset] =
             [&self.hva, &self.view, &self.offset].map(|of| of.load(Ordering::Relaxed) + at);
-        // The file is what the guest has there only if nothing has taken its place.
-        let is_file = !self.elsewhere().is_some_and(|bits| bits.any(pages));
+        // Only of huge pages of hugetlb the file has to do, which cannot be mapped again by their address: and it is what
+        // the guest has there only if nothing has taken its place.
+        let is_file = self.shift.load(Ordering::Relaxed) > PAGE_SHIFT
+            && !self.elsewhere().is_some_and(|bits| bits.any(pages));
         let file = is_file.then(|| (self.fd.load(Ordering::Relaxed), offset));
         view::restore(hva, view, len, file)
             .inspect_err(|error| {
@@ -242,7 +291,7 @@ fn areas() -> impl Iterator<Item = Reading> {
 pub(crate) struct Registered {
     area: &'static Area,
     /// The area points to it.
-    _bits: [Box<Bits>; 2],
+    _bits: [Box<Bits>; 3],
     view: Option<View>,
     /// The process that made it: in a child there are no readers to be waited for.
     pid: u32,
@@ -299,7 +348,7 @@ fn enter(hvas: &Range<u64>, shift: u8, view: Option<View>) -> io::Result<Registe
     let len = hvas.end - hvas.start;
     let count = number(len.next_multiple_of(PAGE_SIZE));
     let bits = || Bits::new(count).map(Box::new).ok_or(io::ErrorKind::OutOfMemory);
-    let (bits, elsewhere) = (bits()?, bits()?);
+    let (bits, known, elsewhere) = (bits()?, bits()?, bits()?);
     let _change = change();
     let is_free = |area: &&Area| area.state.load(Ordering::Acquire) == FREE;
     let index = TABLE.iter().position(|area| is_free(&area)).ok_or_else(|| {
@@ -317,22 +366,22 @@ fn enter(hvas: &Range<u64>, shift: u8, view: Option<View>) -> io::Result<Registe
     area.offset.store(of_view.2, Ordering::Relaxed);
     area.marked.store(0, Ordering::Relaxed);
     area.bad.store((&raw const *bits).cast_mut(), Ordering::Release);
+    area.known.store((&raw const *known).cast_mut(), Ordering::Release);
     area.elsewhere.store((&raw const *elsewhere).cast_mut(), Ordering::Release);
     // What is known of the same memory by another name.
     for other in areas() {
-        let (Some(theirs), Some(of)) = (other.pages_of(hvas), other.bits()) else { continue };
+        let Some(theirs) = other.pages_of(hvas) else { continue };
         let start = other.hva.load(Ordering::Relaxed);
-        for run in of.runs(theirs) {
-            let at = |page: usize| start + ((page as u64) << PAGE_SHIFT);
-            if let Some(own) = area.pages_of(&(at(run.start)..at(run.end))) {
-                area.mark(own);
-            }
-        }
+        let at = |page: usize| start + ((page as u64) << PAGE_SHIFT);
+        let runs = |of: Option<&Bits>| of.map_or_else(Vec::new, |of| of.runs(theirs.clone()));
+        let own = |run: Pages| area.pages_of(&(at(run.start)..at(run.end)));
+        runs(other.bits()).into_iter().filter_map(own).for_each(|own| area.mark(own));
+        runs(other.known()).into_iter().filter_map(own).for_each(|own| area.mark_known(own));
     }
     END.fetch_max(index + 1, Ordering::AcqRel);
     area.state.store(USED, Ordering::SeqCst);
     let (pid, hvas) = (std::process::id(), hvas.clone());
-    Ok(Registered { area, _bits: [bits, elsewhere], view, pid, hvas })
+    Ok(Registered { area, _bits: [bits, known, elsewhere], view, pid, hvas })
 }
 
 fn wait_for_readers(area: &Area) {
@@ -353,6 +402,7 @@ impl Drop for Registered {
         wait_for_readers(self.area);
         MARKED.fetch_sub(self.area.marked.load(Ordering::Relaxed), Ordering::AcqRel);
         self.area.bad.store(null_mut(), Ordering::Release);
+        self.area.known.store(null_mut(), Ordering::Release);
         self.area.elsewhere.store(null_mut(), Ordering::Release);
         self.area.state.store(FREE, Ordering::SeqCst);
     }
@@ -364,10 +414,11 @@ pub(crate) fn mark(all: impl IntoIterator<Item = Range<u64>>) {
     for hvas in all {
         for area in areas() {
             if let Some(pages) = area.pages_of(&hvas) {
-                area.mark(pages);
+                area.mark_known(pages);
             }
         }
     }
+    doubt::settled();
 }
 
 /// The marked stretches of the memory at `hvas`, some of them perhaps more than once.
@@ -398,6 +449,7 @@ pub(crate) fn clear(hvas: &Range<u64>) {
             area.while_no_handler_is_at_work(|| area.clear(pages));
         }
     }
+    doubt::settled();
 }
 
 /// Of the memory at `hvas` only the pages at `bad`, ascending, are bad.
@@ -427,7 +479,7 @@ pub(crate) fn replaced(hvas: &Range<u64>, bad: &[Range<u64>]) {
                 elsewhere.set(pages.clone());
             }
             // What is bad is never unmarked: in the view it would be a page of zeros.
-            area.mark(pages.clone());
+            area.mark_known(pages.clone());
             if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages) {
                 for good in gaps(hvas, bad) {
                     area.pages_of(&good).into_iter().for_each(|pages| area.unmark(pages));
@@ -435,6 +487,7 @@ pub(crate) fn replaced(hvas: &Range<u64>, bad: &[Range<u64>]) {
             }
         });
     }
+    doubt::settled();
 }
 
 /// The memory at `hvas` is good but for the pages at `bad`, and may be other memory than before: that of a guest that
@@ -461,9 +514,10 @@ pub(crate) fn all_new(hvas: &Range<u64>, shift: u8, bad: &[Range<u64>]) {
             view::forget(view + from, to - from);
         }
         for pages in bad.iter().filter_map(|bad| area.pages_of(bad)) {
-            area.mark(pages);
+            area.mark_known(pages);
         }
     }
+    doubt::settled();
 }
 
 /// Whether any page of this process's guest RAM is known to be bad.
@@ -486,6 +540,21 @@ fn is_any_bad(hva: u64, len: u64) -> bool {
     areas().any(|area| {
         area.pages_of(&hvas).is_some_and(|pages| area.bits().is_some_and(|bits| bits.any(pages)))
     })
+}
+
+/// As [`is_bad`], but what a handler has marked and no relay has looked at yet is waited for.
+#[inline]
+pub(super) fn refuses(hva: u64, len: u64) -> bool {
+    is_bad(hva, len) && is_bad_for_sure(hva, len)
+}
+
+#[cold]
+fn is_bad_for_sure(hva: u64, len: u64) -> bool {
+    let hvas = hva & !(PAGE_SIZE - 1)..hva.saturating_add(len);
+    let in_doubt =
+        |area: Reading| area.pages_of(&hvas).is_some_and(|pages| area.is_in_doubt(pages));
+    doubt::wait_while(|| areas().any(in_doubt));
+    is_any_bad(hva, len)
 }
 
 /// An address of guest RAM.

@@ -18,15 +18,13 @@ pub(crate) fn set_wake(wake: fn()) {
     WAKE.get_or_init(|| wake);
 }
 
-/// The relays look at once at what the handler has stored.
-pub(super) fn wake() {
-    if let Some(wake) = WAKE.get() {
-        wake();
-    }
+/// The relays look at once at what the handler has stored. False where there has been none yet.
+pub(super) fn wake() -> bool {
+    WAKE.get().inspect(|wake| wake()).is_some()
 }
 
-/// One piece of a device's work, a request say, in a view of guest memory: begun before the first access, and asked before
-/// anything of it is let out or counts as done. Costs two relaxed loads.
+/// One piece of a device's work, a request say, in a view of guest memory: begun before the first `get_slice()` (a slice is
+/// not checked again), and asked before anything of it is let out or counts as done. Costs two relaxed loads.
 ///
 /// ```
 /// # fn read_request() -> u32 { 7 }
@@ -46,7 +44,7 @@ pub(super) fn wake() {
 pub struct Attempt(u64);
 
 impl Attempt {
-    /// Before the first access.
+    /// Before the first slice of guest memory is got, and so before the first access.
     pub fn begin() -> Self {
         // Acquire: whoever sees this number sees the marks that were made before it.
         Self(GENERATION.load(Ordering::Acquire))

@@ -3,7 +3,8 @@
 //! They are a few lines of assembly between two labels. A fault in there, at whatever instruction, leaves the number of bytes
 //! still to be copied in RDX (of `rep movsb`: in RCX), and the SIGBUS handler moves RIP to a third label, which returns it.
 //! (OpenVMM's `trycopy` is the model of the idea.) The registers are those of the C calling convention: RDI where to, RSI
-//! where from, RDX how many bytes; RAX returns how many were not copied.
+//! where from, RDX how many bytes, R8 and R9 which of the two is the guest's; RAX returns how many were not copied. Only a fault at
+//! the guest's memory ends so: the other operand is the VMM's own.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::global_asm;
@@ -184,18 +185,82 @@ unsafe extern "C" {
     fn mce_relay_guard_end();
     fn mce_relay_guard_failed();
     fn mce_relay_guard_rep_failed();
-    fn mce_relay_guard_copy(to: *mut u8, from: *const u8, len: usize) -> usize;
-    fn mce_relay_guard_move1(to: *mut u8, from: *const u8, len: usize) -> usize;
-    fn mce_relay_guard_move2(to: *mut u8, from: *const u8, len: usize) -> usize;
-    fn mce_relay_guard_move4(to: *mut u8, from: *const u8, len: usize) -> usize;
-    fn mce_relay_guard_move8(to: *mut u8, from: *const u8, len: usize) -> usize;
-    fn mce_relay_guard_swap1(at: *mut u8, current: *mut u8, len: usize, new: u64) -> usize;
-    fn mce_relay_guard_swap2(at: *mut u8, current: *mut u8, len: usize, new: u64) -> usize;
-    fn mce_relay_guard_swap4(at: *mut u8, current: *mut u8, len: usize, new: u64) -> usize;
-    fn mce_relay_guard_swap8(at: *mut u8, current: *mut u8, len: usize, new: u64) -> usize;
+    fn mce_relay_guard_copy(
+        to: *mut u8,
+        from: *const u8,
+        len: usize,
+        _: u64,
+        guest: *const u8,
+        guest_len: usize,
+    ) -> usize;
+    fn mce_relay_guard_move1(
+        to: *mut u8,
+        from: *const u8,
+        len: usize,
+        _: u64,
+        guest: *const u8,
+        guest_len: usize,
+    ) -> usize;
+    fn mce_relay_guard_move2(
+        to: *mut u8,
+        from: *const u8,
+        len: usize,
+        _: u64,
+        guest: *const u8,
+        guest_len: usize,
+    ) -> usize;
+    fn mce_relay_guard_move4(
+        to: *mut u8,
+        from: *const u8,
+        len: usize,
+        _: u64,
+        guest: *const u8,
+        guest_len: usize,
+    ) -> usize;
+    fn mce_relay_guard_move8(
+        to: *mut u8,
+        from: *const u8,
+        len: usize,
+        _: u64,
+        guest: *const u8,
+        guest_len: usize,
+    ) -> usize;
+    fn mce_relay_guard_swap1(
+        at: *mut u8,
+        current: *mut u8,
+        len: usize,
+        new: u64,
+        guest: *const u8,
+        guest_len: usize,
+    ) -> usize;
+    fn mce_relay_guard_swap2(
+        at: *mut u8,
+        current: *mut u8,
+        len: usize,
+        new: u64,
+        guest: *const u8,
+        guest_len: usize,
+    ) -> usize;
+    fn mce_relay_guard_swap4(
+        at: *mut u8,
+        current: *mut u8,
+        len: usize,
+        new: u64,
+        guest: *const u8,
+        guest_len: usize,
+    ) -> usize;
+    fn mce_relay_guard_swap8(
+        at: *mut u8,
+        current: *mut u8,
+        len: usize,
+        new: u64,
+        guest: *const u8,
+        guest_len: usize,
+    ) -> usize;
 }
 
-/// Where a thread goes on that a fault stopped at `rip`; `None` where that is not in a copy. Async-signal-safe.
+/// Where a thread goes on that a fault stopped at `rip`; `None` where that is not in a copy. What is the guest's of its two
+/// operands begins at R8 and has R9 bytes. Async-signal-safe.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn recovery(rip: usize) -> Option<usize> {
     let begin = mce_relay_guard_begin as *const () as usize;
@@ -212,15 +277,14 @@ pub(super) fn recovery(rip: usize) -> Option<usize> {
 /// How many bytes were not copied.
 #[cfg(target_arch = "x86_64")]
 #[inline]
-unsafe fn copy(to: *mut u8, from: *const u8, len: usize) -> usize {
-    // SAFETY: as the caller says; a fault at guest memory ends the copy, and one at memory of this process's own is not
-    // possible.
-    unsafe { mce_relay_guard_copy(to, from, len) }
+unsafe fn copy(to: *mut u8, from: *const u8, len: usize, guest: *const u8) -> usize {
+    // SAFETY: as the caller says; a fault at guest memory ends the copy.
+    unsafe { mce_relay_guard_copy(to, from, len, 0, guest, len) }
 }
 
 /// How many bytes were not copied. The kernel does it, a page at a time.
 #[cfg(not(target_arch = "x86_64"))]
-unsafe fn copy(to: *mut u8, from: *const u8, len: usize) -> usize {
+unsafe fn copy(to: *mut u8, from: *const u8, len: usize, _: *const u8) -> usize {
     let local = libc::iovec { iov_base: from.cast_mut().cast(), iov_len: len };
     let remote = libc::iovec { iov_base: to.cast(), iov_len: len };
     // SAFETY: the kernel checks both addresses itself.
@@ -245,17 +309,17 @@ fn failed(len: usize, left: usize) -> BadMemory {
 /// Copies `to.len()` bytes of guest memory at `from` to `to`. The guest may change them meanwhile.
 ///
 /// # Errors
-/// A page is bad, or there is no memory behind it. The bytes before are copied, others may be.
+/// A page is bad, or the file that is mapped has no memory there any more. The bytes before are copied, others may be.
 ///
 /// # Safety
-/// `from..from + to.len()` is guest memory: mapped, or an address range at which nothing will be.
+/// `from..from + to.len()` is guest memory, and mapped. (Where nothing is mapped an access is SIGSEGV, and the process ends.)
 #[inline]
 pub unsafe fn read(from: *const u8, to: &mut [u8]) -> Result<(), BadMemory> {
-    if areas::is_bad(from.addr() as u64, to.len() as u64) {
+    if areas::refuses(from.addr() as u64, to.len() as u64) {
         return Err(BadMemory { done: 0 });
     }
     // SAFETY: `to` is borrowed mutably, and `from` is guest memory by this function's contract.
-    done(to.len(), unsafe { copy(to.as_mut_ptr(), from, to.len()) })
+    done(to.len(), unsafe { copy(to.as_mut_ptr(), from, to.len(), from) })
 }
 
 /// Copies `from` to guest memory at `to`.
@@ -264,15 +328,14 @@ pub unsafe fn read(from: *const u8, to: &mut [u8]) -> Result<(), BadMemory> {
 /// As of [`read()`].
 ///
 /// # Safety
-/// `to..to + from.len()` is guest memory, to which no Rust reference leads: mapped, or an address range at which nothing
-/// will be.
+/// `to..to + from.len()` is guest memory, mapped, to which no Rust reference leads.
 #[inline]
 pub unsafe fn write(to: *mut u8, from: &[u8]) -> Result<(), BadMemory> {
-    if areas::is_bad(to.addr() as u64, from.len() as u64) {
+    if areas::refuses(to.addr() as u64, from.len() as u64) {
         return Err(BadMemory { done: 0 });
     }
     // SAFETY: as of `read`, the other way round.
-    done(from.len(), unsafe { copy(to, from.as_ptr(), from.len()) })
+    done(from.len(), unsafe { copy(to, from.as_ptr(), from.len(), to) })
 }
 
 mod sealed {
@@ -302,25 +365,28 @@ macro_rules! word {
         impl sealed::Access for $word {
             #[cfg(target_arch = "x86_64")]
             unsafe fn load(at: *const Self) -> Result<Self, BadMemory> {
-                let mut value = 0;
+                let (mut value, size) = (0, size_of::<Self>());
                 // SAFETY: one access to `at`, guest memory by the caller's contract, and one to a local.
-                let left = unsafe { $mov((&raw mut value).cast(), at.cast(), size_of::<Self>()) };
-                done(size_of::<Self>(), left).map(|()| value)
+                let left =
+                    unsafe { $mov((&raw mut value).cast(), at.cast(), size, 0, at.cast(), size) };
+                done(size, left).map(|()| value)
             }
 
             #[cfg(target_arch = "x86_64")]
             unsafe fn store(at: *mut Self, value: Self) -> Result<(), BadMemory> {
+                let size = size_of::<Self>();
                 // SAFETY: as above.
-                let left = unsafe { $mov(at.cast(), (&raw const value).cast(), size_of::<Self>()) };
-                done(size_of::<Self>(), left)
+                let left =
+                    unsafe { $mov(at.cast(), (&raw const value).cast(), size, 0, at.cast(), size) };
+                done(size, left)
             }
 
             #[cfg(target_arch = "x86_64")]
             unsafe fn swap(at: *mut Self, mut current: Self, new: Self) -> Result<Self, BadMemory> {
-                let was = (&raw mut current).cast();
+                let (was, size) = ((&raw mut current).cast(), size_of::<Self>());
                 // SAFETY: as above.
-                let left = unsafe { $swap(at.cast(), was, size_of::<Self>(), new.into()) };
-                done(size_of::<Self>(), left).map(|()| current)
+                let left = unsafe { $swap(at.cast(), was, size, new.into(), at.cast(), size) };
+                done(size, left).map(|()| current)
             }
 
             #[cfg(not(target_arch = "x86_64"))]
@@ -367,7 +433,7 @@ word!(u64, std::sync::atomic::AtomicU64, mce_relay_guard_move8, mce_relay_guard_
 /// `at` is guest memory, as for [`read()`], and aligned.
 #[inline]
 pub unsafe fn load<T: Word>(at: *const T) -> Result<T, BadMemory> {
-    if areas::is_bad(at.addr() as u64, size_of::<T>() as u64) {
+    if areas::refuses(at.addr() as u64, size_of::<T>() as u64) {
         return Err(BadMemory { done: 0 });
     }
     // SAFETY: this function's contract.
@@ -383,7 +449,7 @@ pub unsafe fn load<T: Word>(at: *const T) -> Result<T, BadMemory> {
 /// `at` is guest memory, as for [`write()`], and aligned.
 #[inline]
 pub unsafe fn store<T: Word>(at: *mut T, value: T) -> Result<(), BadMemory> {
-    if areas::is_bad(at.addr() as u64, size_of::<T>() as u64) {
+    if areas::refuses(at.addr() as u64, size_of::<T>() as u64) {
         return Err(BadMemory { done: 0 });
     }
     // SAFETY: this function's contract.
@@ -399,7 +465,7 @@ pub unsafe fn store<T: Word>(at: *mut T, value: T) -> Result<(), BadMemory> {
 /// As of [`store()`].
 #[inline]
 pub unsafe fn compare_exchange<T: Word>(at: *mut T, current: T, new: T) -> Result<T, BadMemory> {
-    if areas::is_bad(at.addr() as u64, size_of::<T>() as u64) {
+    if areas::refuses(at.addr() as u64, size_of::<T>() as u64) {
         return Err(BadMemory { done: 0 });
     }
     // SAFETY: this function's contract.

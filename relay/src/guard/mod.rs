@@ -27,6 +27,7 @@ pub(crate) mod areas;
 mod attempt;
 mod bits;
 mod copy;
+mod doubt;
 #[cfg(feature = "vm-memory")]
 mod region;
 mod taken;

@@ -42,6 +42,9 @@ type Result<T> = std::result::Result<T, GuestMemoryError>;
 /// [`Attempt::is_clean`](super::Attempt::is_clean) before anything that it read is let out. Of private memory there is no
 /// view: a page that nobody knows of is a SIGBUS yet, and only known pages are kept away from.
 ///
+/// Where a page of a huge page has gone bad under a device's hands, the others may be good, and the relay finds out. An
+/// access to one of them waits for that, for half a second at most.
+///
 /// [`get_host_address`](GuestMemoryRegion::get_host_address) is that of the guest's own mapping, for KVM's memory slots, for
 /// [`RamRegion`](crate::RamRegion) and for system calls, which answer with EFAULT where a page is bad.
 #[derive(Debug)]
@@ -143,7 +146,7 @@ impl<B: Bitmap> GuestMemoryRegion for GuardedRegion<B> {
     ) -> Result<VolatileSlice<'_, BS<'_, B>>> {
         let at = usize::try_from(offset.raw_value()).unwrap_or(usize::MAX);
         let is_within = at <= self.len && count <= self.len - at;
-        if !is_within || self.registered.area().is_bad(at as u64, count as u64) {
+        if !is_within || self.registered.area().refuses(at as u64, count as u64) {
             return Err(refusal(is_within));
         }
         let start = std::ptr::with_exposed_provenance_mut::<u8>(self.devices);

@@ -3,6 +3,8 @@
 use super::areas;
 #[cfg(target_arch = "x86_64")]
 use super::copy;
+#[cfg(target_arch = "x86_64")]
+use crate::types::PAGE_SHIFT;
 
 /// What became of a fault.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,7 +25,7 @@ pub(crate) fn guest_ram(addr: u64) -> Option<u64> {
 /// A fault of the calling thread at `addr`; `lsb` says how much memory is bad, and `context` is the handler's third argument, where there is one. Async-signal-safe: atomic accesses, and one mmap(2).
 pub(crate) fn recover(addr: u64, lsb: u8, context: *mut libc::c_void) -> Touched {
     let found = areas::find_at_rest(addr);
-    if goes_on_behind_copy(context) {
+    if goes_on_behind_copy(addr, lsb, context) {
         if let Some(found) = &found {
             found.mark();
         }
@@ -35,17 +37,26 @@ pub(crate) fn recover(addr: u64, lsb: u8, context: *mut libc::c_void) -> Touched
     }
 }
 
-/// Whether the thread was in a copy of ours; it goes on where that returns an error.
+/// Whether the thread was in a copy of ours, and what is bad at `addr` is the guest's part of it; it goes on where that
+/// returns an error.
 #[cfg(target_arch = "x86_64")]
-fn goes_on_behind_copy(context: *mut libc::c_void) -> bool {
+fn goes_on_behind_copy(addr: u64, lsb: u8, context: *mut libc::c_void) -> bool {
     // SAFETY: null, or what the kernel passed to the handler on this thread.
     let Some(context) = (unsafe { context.cast::<libc::ucontext_t>().as_mut() }) else {
         return false;
     };
-    let Some(rip) = context.uc_mcontext.gregs.get_mut(libc::REG_RIP as usize) else {
-        return false;
-    };
+    let registers = &mut context.uc_mcontext.gregs;
     // An address is its bits.
+    let value = |at: libc::c_int| registers[at as usize].cast_unsigned();
+    let (start, len) = (value(libc::REG_R8), value(libc::REG_R9));
+    // The kernel says where the page is, and not always which byte was touched.
+    let size = 1_u64 << lsb.clamp(PAGE_SHIFT, 63);
+    let first = addr & !(size - 1);
+    let is_guests = start < first.saturating_add(size) && first < start.saturating_add(len);
+    let rip = &mut registers[libc::REG_RIP as usize];
+    if !is_guests {
+        return false;
+    }
     match usize::try_from(rip.cast_unsigned()).ok().and_then(copy::recovery) {
         Some(at) => {
             *rip = (at as u64).cast_signed();
@@ -56,6 +67,6 @@ fn goes_on_behind_copy(context: *mut libc::c_void) -> bool {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn goes_on_behind_copy(_: *mut libc::c_void) -> bool {
+fn goes_on_behind_copy(_: u64, _: u8, _: *mut libc::c_void) -> bool {
     false
 }

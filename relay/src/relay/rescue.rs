@@ -7,6 +7,7 @@ use std::os::fd::BorrowedFd;
 use super::error::StartError;
 use crate::core::host::call_host;
 use crate::core::shared::Shared;
+use crate::guard;
 use crate::memory::headroom::Headroom;
 use crate::memory::stand_in::{Filled, Sharing, StandIn, plug};
 use crate::memory::uffd::Uffd;
@@ -124,6 +125,7 @@ struct Store {
     /// For the next page of 2 MiB, so that no vCPU waits until there is memory.
     spare: Option<StandIn>,
     headroom: Headroom,
+    /// Of both.
     sharing: Sharing,
 }
 
@@ -132,6 +134,27 @@ impl Store {
     fn prepare_spare(&mut self) {
         if self.spare.is_none() && self.headroom.bytes() > 2 * SPARE {
             self.spare = StandIn::new(SPARE, self.sharing).ok();
+        }
+    }
+
+    /// Devices have got a view since: what can be mapped only once is exchanged for what can be mapped again.
+    fn share(&mut self) {
+        if self.sharing == Sharing::Views {
+            return;
+        }
+        self.sharing = Sharing::Views;
+        self.spare = None;
+        // The memory goes back first: there may not be as much a second time.
+        let bytes = self.reserve.take().map_or(0, |reserve| reserve.len());
+        if bytes == 0 {
+            return;
+        }
+        match StandIn::new(bytes, self.sharing) {
+            Ok(reserve) => self.reserve = Some(reserve),
+            Err(error) => log::warn!(
+                "the reserve of {bytes} bytes for huge pages is lost: devices need memory that can be mapped twice, and \
+                 there is none: {error}"
+            ),
         }
     }
 
@@ -205,6 +228,9 @@ impl Rescuer {
             errno: error.raw_os_error().unwrap_or(0),
         })?;
         let page = HugePage { hva, len };
+        if guard::has_view(hvas) {
+            self.store.share();
+        }
         let (file, offset) = self.owner.release(page)?;
         let replaced = match self.store.memory(len) {
             Ok(mut stand_in) => {
@@ -273,4 +299,24 @@ const SPARE: u64 = 2 << 20;
 
 fn at(step: RescueStep) -> impl Fn(io::Error) -> RescueRefusal {
     move |error| RescueRefusal::System { step, errno: error.raw_os_error().unwrap_or(0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_set_aside_before_devices_had_a_view_is_exchanged() {
+        let private = || Some(StandIn::new(SPARE, Sharing::Private).unwrap());
+        let (reserve, spare, headroom) = (private(), private(), Headroom::new());
+        let mut store = Store { reserve, spare, headroom, sharing: Sharing::Private };
+        store.share();
+        let reserve = store.reserve.as_ref().unwrap();
+        assert_eq!(reserve.len(), SPARE);
+        let shared = format!("{:x}-", reserve.hva());
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let line = maps.lines().find(|line| line.starts_with(&shared)).unwrap();
+        assert!(line.contains("rw-s"), "{line}");
+        assert!(store.spare.is_none());
+    }
 }
