@@ -11,7 +11,7 @@
 //!    turns out to be bad that nobody knew of (x86-64; the SIGBUS handler goes on behind the copy). That costs nothing
 //!    while memory is whole, and makes no system call.
 //! 3. **Code that is not ours** (vm-memory's volatile accesses, virtio-queue) works in a second mapping of shared guest
-//!    memory, the *view* (`GuardedRegion::with_view`). In the view the handler puts a scratch page in the place of the
+//!    memory, the *view* (`GuardedRegion` has one of shared memory). In the view the handler puts a scratch page in the place of the
 //!    bad one: a load gives zeros, a store is lost. So nothing that was read may be let out (to a disk, a wire, or the
 //!    guest), and nothing counts as written, before [`Attempt::is_clean`] has said that no scratch page came into use
 //!    meanwhile. KVM's mapping is another one, and keeps its poison.
