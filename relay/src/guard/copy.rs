@@ -366,18 +366,17 @@ macro_rules! word {
             #[cfg(target_arch = "x86_64")]
             unsafe fn load(at: *const Self) -> Result<Self, BadMemory> {
                 let (mut value, size) = (0, size_of::<Self>());
+                let into = (&raw mut value).cast();
                 // SAFETY: one access to `at`, guest memory by the caller's contract, and one to a local.
-                let left =
-                    unsafe { $mov((&raw mut value).cast(), at.cast(), size, 0, at.cast(), size) };
+                let left = unsafe { $mov(into, at.cast(), size, 0, at.cast(), size) };
                 done(size, left).map(|()| value)
             }
 
             #[cfg(target_arch = "x86_64")]
             unsafe fn store(at: *mut Self, value: Self) -> Result<(), BadMemory> {
-                let size = size_of::<Self>();
+                let (from, size) = ((&raw const value).cast(), size_of::<Self>());
                 // SAFETY: as above.
-                let left =
-                    unsafe { $mov(at.cast(), (&raw const value).cast(), size, 0, at.cast(), size) };
+                let left = unsafe { $mov(at.cast(), from, size, 0, at.cast(), size) };
                 done(size, left)
             }
 
