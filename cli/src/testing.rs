@@ -27,5 +27,6 @@ pub(crate) fn an_info() -> VmInfo {
         relay_alive: true,
         kernel: Extent { gpa: 0x100_0000, len: 0x200_0000 },
         memory: Vec::new(),
+        devices: Vec::new(),
     }
 }

@@ -13,6 +13,7 @@ use mce_relay::{
 };
 use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
+use mce_relay_vmm::api::types::device::{DeviceInfo, DriverState, QueueInfo};
 use mce_relay_vmm::api::types::pause::{Panic, PauseReason, Undeliverable};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
 use mce_relay_vmm::api::types::vm::{Extent, MemoryBlock, Status, VmInfo};
@@ -221,6 +222,7 @@ fn infos() -> Vec<VmInfo> {
         relay_alive: true,
         kernel: Extent { gpa: 0x100_0000, len: 0x200_0000 },
         memory: vec![block, of_a_file],
+        devices: Vec::new(),
     };
     let mut all = vec![info.clone(), VmInfo { name: Some("x".into()), ..info.clone() }];
     all.push(VmInfo { relay_alive: false, ..info.clone() });
@@ -229,6 +231,19 @@ fn infos() -> Vec<VmInfo> {
     }
     for reason in pause_reasons() {
         all.push(VmInfo { paused: true, pause_reason: Some(reason), ..info.clone() });
+    }
+    for driver in [
+        DriverState::Absent,
+        DriverState::Working,
+        DriverState::NeedsReset,
+        DriverState::Failed,
+        DriverState::Resetting,
+    ] {
+        let (descriptors, avail, used) = (0x10_0000, 0x10_1000, 0x10_2000);
+        let queue = QueueInfo { index: 0, size: 256, descriptors, avail, used };
+        let device =
+            |queues| DeviceInfo { name: "virtio-blk".into(), gpa: 0xd000_0000, driver, queues };
+        all.push(VmInfo { devices: vec![device(vec![queue]), device(vec![])], ..info.clone() });
     }
     for panic in [Panic::Panicked, Panic::CrashLoaded] {
         all.push(VmInfo { panic: Some(panic), ..info.clone() });

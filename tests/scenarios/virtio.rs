@@ -3,10 +3,11 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use mce_relay_tests::agent::PATIENCE;
+use mce_relay_tests::agent::{PATIENCE, hex};
 use mce_relay_tests::guest::{Guest, Options};
+use mce_relay_vmm::api::types::device::DriverState;
 
 /// A line of the guest's to the host.
 struct Line {
@@ -28,13 +29,13 @@ impl Line {
 
     /// Waits until `wanted` has come, and returns what came up to its end.
     fn wait_for(&mut self, wanted: &str) -> String {
-        let end = std::time::Instant::now() + PATIENCE;
+        let end = Instant::now() + PATIENCE;
         loop {
             if let Some(at) = self.text.find(wanted) {
                 let rest = self.text.split_off(at + wanted.len());
                 return std::mem::replace(&mut self.text, rest);
             }
-            assert!(std::time::Instant::now() < end, "no {wanted:?} in {:?}", self.text);
+            assert!(Instant::now() < end, "no {wanted:?} in {:?}", self.text);
             let mut bytes = [0; 4096];
             match self.stream.read(&mut bytes) {
                 Ok(0) => panic!("the line was closed after {:?}", self.text),
@@ -94,6 +95,64 @@ pub fn random_bytes_and_a_console() {
             guest.up_again();
         }
     }
+    guest.power_off();
+}
+
+/// A page goes bad that the console's rings are in, and the device is the first to touch it: it asks for a reset, the VM
+/// lives, the guest is told of the page, and after a reset of the guest the device has good memory.
+pub fn rings_that_go_bad() {
+    let options = Options { virtio: true, reboot: true, ..Options::amd(2).late() };
+    let mut guest = Guest::boot(&options);
+    let mut shell = Line::at(&guest.path("shell"));
+    let mut console = Line::at(&guest.path("hvc"));
+    let mut lost = Vec::new();
+    for (boot, part) in (1_u64..).zip(["descriptors", "used ring", "nothing"]) {
+        shell.wait_for("a shell");
+        shell.run("stty -F /dev/hvc0 raw -echo");
+        console.write("still here\n");
+        let got = shell.run("head -n 1 /dev/hvc0");
+        assert!(got.contains("still here"), "{got}");
+        let of =
+            || guest.info().devices.into_iter().find(|it| it.name == "virtio-console").unwrap();
+        let before = of();
+        assert_eq!(before.driver, DriverState::Working, "boot {boot}");
+        // What comes from the host goes through the first queue, which waits until then.
+        let queue = before.queues.iter().find(|queue| queue.index == 0).unwrap();
+        let at = match part {
+            "descriptors" => queue.descriptors,
+            "used ring" => queue.used,
+            _ => break,
+        };
+        let gpa = at & !4095;
+        guest.poison(gpa, "hwpoison-inject");
+        console.write("and one more\n");
+        let start = Instant::now();
+        while of().driver != DriverState::NeedsReset {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{part}: the device does not ask for a reset: {:?}",
+                of()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let entry = loop {
+            let entry = guest.pages().into_iter().find(|page| hex(&page["gpa"]) == gpa);
+            if let Some(entry) = entry.filter(|page| page["state"] == "injected") {
+                break entry;
+            }
+            assert!(start.elapsed() < PATIENCE, "{part}: {:?}", guest.pages());
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        assert_eq!(entry["found_by"], "access", "{entry}");
+        assert!(shell.run("echo lives").contains("lives"), "the guest goes on");
+        println!("    boot {boot}, {part} at {gpa:#x}: the device asks for a reset; {entry}");
+        lost.push(gpa);
+        guest.put("vm.reset");
+        guest.event_where("booting", "the next boot", |event| event["boot"] == boot + 1);
+        guest.up_again();
+    }
+    assert_eq!(lost.len(), 2);
+    assert!(guest.pages().is_empty(), "after a reset all memory is good: {:?}", guest.pages());
     guest.power_off();
 }
 

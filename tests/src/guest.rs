@@ -395,6 +395,11 @@ impl Vmm {
         requests::get(&self.at("api"), "vm.info").unwrap()
     }
 
+    /// The same; `None` between two boots.
+    pub fn try_info(&self) -> Option<VmInfo> {
+        requests::get(&self.at("api"), "vm.info").ok()
+    }
+
     /// `PUT /api/v1/<what>`.
     pub fn put(&self, what: &str) {
         requests::put(&self.at("api"), what).unwrap();
@@ -420,13 +425,30 @@ impl Vmm {
 
     /// Poisons the host's page behind `gpa`; the command's account of it.
     pub fn poison(&self, gpa: u64, via: &str) -> Value {
+        let (done, error) = self.try_to_poison(gpa, via);
+        assert!(error.is_none(), "{}", error.unwrap_or_default());
+        done
+    }
+
+    /// The same of a page with which a device is at work: the kernel marks it, and takes it out of the page tables, but says
+    /// EBUSY where a system call of the device's has it at that moment. It is bad all the same.
+    pub fn poison_in_use(&self, gpa: u64) {
+        let (_, error) = self.try_to_poison(gpa, "hwpoison-inject");
+        let is_marked = |error: &String| {
+            error.contains("is marked as poisoned") && error.contains("Device or resource busy")
+        };
+        assert!(error.as_ref().is_none_or(is_marked), "{}", error.unwrap_or_default());
+    }
+
+    /// The command's account of it, and its words if it failed.
+    fn try_to_poison(&self, gpa: u64, via: &str) -> (Value, Option<String>) {
         let out = self.command("poison", &["--gpa", &format!("{gpa:#x}"), "--via", via, "--json"]);
-        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-        let done: Value = serde_json::from_slice(&out.stdout).unwrap();
+        let words = String::from_utf8_lossy(&out.stderr).into_owned();
+        let done: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
         if !done["pfn"].is_null() {
             self.poisoned.borrow_mut().push(hex(&done["pfn"]));
         }
-        done
+        (done, (!out.status.success()).then_some(words))
     }
 
     /// Poisons the host's pages behind `gpas` as fast as the kernel takes them, and sees that it is

@@ -6,6 +6,7 @@ use mce_relay::Handle;
 
 use crate::api::types::vm::VmInfo;
 use crate::machine::devices::power_button::PowerButton;
+use crate::machine::devices::virtio::registers::Registers;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::memory::guest_ram::GuestRam;
 use crate::relaying::manual_mce::injector::Injector;
@@ -21,6 +22,8 @@ pub struct Running {
     pub control: VmControl,
     /// Its memory.
     pub ram: Arc<GuestRam>,
+    /// Its virtio devices.
+    pub devices: Vec<Arc<Registers>>,
     /// Gives its vCPUs machine checks that a user asked for.
     pub injector: Injector,
     /// Its power button.
@@ -35,7 +38,8 @@ impl Running {
         let (paused, relay_alive) = (pause_reason.is_some(), self.relay.is_alive());
         // Ordinary memory may have taken the place of huge pages.
         let memory = self.ram.pieces().iter().map(Into::into).collect();
-        VmInfo { paused, pause_reason, panic, relay_alive, memory, ..self.info.clone() }
+        let devices = self.devices.iter().map(|device| device.info()).collect();
+        VmInfo { paused, pause_reason, panic, relay_alive, memory, devices, ..self.info.clone() }
     }
 }
 

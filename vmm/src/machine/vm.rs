@@ -23,6 +23,7 @@ use crate::machine::devices::serial::SerialLine;
 use crate::machine::devices::serial::port::SerialPort;
 use crate::machine::devices::virtio::build::build;
 use crate::machine::devices::virtio::bus::MmioBus;
+use crate::machine::devices::virtio::registers::Registers;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::lifecycle::reasons::ExitReason;
 use crate::machine::memory::block::RamBlock;
@@ -43,6 +44,7 @@ pub struct Vm {
     _bus: Arc<PortBus>,
     /// The same for the virtio devices, whose threads use the memory below.
     _mmio: Arc<MmioBus>,
+    devices: Vec<Arc<Registers>>,
     /// The same for the console's line, which its device's thread may not close.
     _console: Option<Arc<SerialLine>>,
     fd: Arc<VmFd>,
@@ -107,6 +109,7 @@ impl Vm {
         let bus = Arc::new(PortBus::new(ports));
         let devices = build(&config.devices, &lines, &control)?;
         let mmio = MmioBus::new(devices, &fd, ram.devices(), &control, &hooks.filters())?;
+        let devices = mmio.registers().collect();
         let mmio = Arc::new(mmio);
 
         let leaves = cpuid::guest_leaves(
@@ -141,6 +144,7 @@ impl Vm {
             vcpus,
             _bus: bus,
             _mmio: mmio,
+            devices,
             _console: lines.console,
             fd,
             ram,
@@ -154,6 +158,12 @@ impl Vm {
     #[must_use]
     pub fn control(&self) -> &VmControl {
         &self.control
+    }
+
+    /// Its virtio devices.
+    #[must_use]
+    pub fn devices(&self) -> &[Arc<Registers>] {
+        &self.devices
     }
 
     /// The guest's RAM.

@@ -102,10 +102,12 @@ impl Machine<'_> {
                 panic: None,
                 relay_alive: true,
                 kernel: vm.kernel().into(),
+                devices: vm.devices().iter().map(|device| device.info()).collect(),
             },
             relay: relay.clone(),
             control: vm.control().clone(),
             ram: Arc::clone(&self.ram),
+            devices: vm.devices().to_vec(),
             injector: made.injector.clone(),
             button: made.button.clone(),
         }));

@@ -2,6 +2,7 @@
 //!
 //! They know neither the server nor the client. The VMM's process and the commands share them.
 
+pub mod device;
 pub mod limits;
 pub mod manual_mce;
 pub mod mca_bits;

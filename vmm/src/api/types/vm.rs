@@ -4,6 +4,7 @@ use mce_relay::mca::Vendor;
 use mce_relay::{AoChannel, KillPolicy, Pace, Page, Predicted, Rescued};
 use serde::{Deserialize, Serialize};
 
+use crate::api::types::device::DeviceInfo;
 use crate::api::types::pause::{Panic, PauseReason};
 use crate::api::types::policy::{Notify, OnUndeliverable};
 
@@ -86,6 +87,9 @@ pub struct VmInfo {
     pub kernel: Extent,
     /// Guest RAM, by guest-physical address.
     pub memory: Vec<MemoryBlock>,
+    /// Its virtio devices, in the order of their registers.
+    #[serde(default)]
+    pub devices: Vec<DeviceInfo>,
 }
 
 impl VmInfo {
@@ -166,5 +170,6 @@ pub(crate) fn an_info() -> VmInfo {
         relay_alive: true,
         kernel: Extent { gpa: 0x100_0000, len: 0x200_0000 },
         memory: Vec::new(),
+        devices: Vec::new(),
     }
 }

@@ -2,7 +2,7 @@
 //! interrupts.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
@@ -10,6 +10,7 @@ use virtio_bindings::virtio_mmio::VIRTIO_MMIO_QUEUE_NOTIFY;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::Device;
+use super::registers::Registers;
 use super::transport::{Action, Transport};
 use super::worker::Worker;
 use crate::machine::boot::layout::{VIRTIO_START, VIRTIO_WINDOW};
@@ -46,7 +47,7 @@ pub enum BusError {
 /// One device in its window.
 #[derive(Debug)]
 pub struct Window {
-    transport: Mutex<Transport>,
+    registers: Arc<Registers>,
     worker: Worker,
     pub(super) kicks: Vec<Arc<EventFd>>,
     memory: DeviceMemory,
@@ -54,12 +55,13 @@ pub struct Window {
 }
 
 impl Window {
-    /// Puts `device` behind a window, without KVM: its interrupt is a write to [`Self::line`].
+    /// Puts `device` behind a window at guest-physical address `gpa`, without KVM: its interrupt is a write to [`Self::line`].
     ///
     /// # Errors
     /// There are no more threads or file descriptors.
     pub fn new(
         device: Box<dyn Device>,
+        gpa: u64,
         memory: &DeviceMemory,
         control: &VmControl,
         filters: &Filters,
@@ -68,9 +70,10 @@ impl Window {
         let line = eventfd()?;
         let kicks = device.queue_sizes().iter().map(|_| eventfd());
         let kicks = kicks.collect::<io::Result<Vec<_>>>()?;
-        let transport = Mutex::new(Transport::new(device.as_ref(), Arc::clone(&line)));
+        let transport = Transport::new(device.as_ref(), Arc::clone(&line));
+        let registers = Arc::new(Registers::new(device.name(), gpa, transport));
         let worker = Worker::start(device, kicks.clone(), memory.clone(), control, filters)?;
-        Ok(Self { transport, worker, kicks, memory: memory.clone(), line })
+        Ok(Self { registers, worker, kicks, memory: memory.clone(), line })
     }
 
     /// What is written to for each interrupt.
@@ -81,13 +84,13 @@ impl Window {
 
     /// The guest reads `data.len()` bytes at `offset`.
     pub fn read(&self, offset: u64, data: &mut [u8]) {
-        self.transport.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+        self.registers.lock().read(offset, data);
     }
 
     /// The guest writes `data` at `offset`.
     pub fn write(&self, offset: u64, data: &[u8]) {
         // Held until the device has stopped: whoever comes next finds it so.
-        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut transport = self.registers.lock();
         match transport.write(offset, data, &self.memory) {
             Action::None => {}
             Action::Activate(activation) => self.worker.begin(activation),
@@ -136,7 +139,8 @@ impl MmioBus {
         let mut bus = Self::default();
         for (index, device) in (0..).zip(devices) {
             let name = device.name();
-            let window = Window::new(device, memory, control, filters)
+            let gpa = VIRTIO_START + u64::from(index) * VIRTIO_WINDOW;
+            let window = Window::new(device, gpa, memory, control, filters)
                 .map_err(|source| BusError::Start { device: name, source })?;
             window.connect(vm, index).map_err(|(what, source)| BusError::Kvm {
                 device: name,
@@ -147,6 +151,11 @@ impl MmioBus {
             bus.len += VIRTIO_WINDOW;
         }
         Ok(bus)
+    }
+
+    /// Its devices' registers, in the order of their addresses.
+    pub fn registers(&self) -> impl Iterator<Item = Arc<Registers>> {
+        self.windows.iter().map(|window| Arc::clone(&window.registers))
     }
 
     /// The window at guest-physical address `gpa`, and the offset in it.

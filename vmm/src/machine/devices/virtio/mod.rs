@@ -80,6 +80,7 @@ pub mod interrupt;
 mod panics;
 pub mod queue;
 mod queue_registers;
+pub mod registers;
 pub mod rng;
 pub mod transport;
 pub mod worker;

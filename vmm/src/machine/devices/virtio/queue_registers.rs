@@ -5,6 +5,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::queue::MAX_QUEUE_SIZE;
+use crate::api::types::device::QueueInfo;
 use crate::machine::memory::DeviceMemory;
 
 /// Length of a descriptor in bytes (virtio 1.2, 2.7.5).
@@ -63,6 +64,13 @@ impl QueueRegisters {
 
     pub(super) fn is_ready(&self) -> bool {
         self.ready.is_some()
+    }
+
+    /// It as number `index`, if it is ready.
+    pub(super) fn info(&self, index: usize) -> Option<QueueInfo> {
+        let Setup { size, descriptors, avail, used } = self.ready?;
+        let [descriptors, avail, used] = [descriptors, avail, used].map(|at| at.0);
+        Some(QueueInfo { index, size, descriptors, avail, used })
     }
 
     pub(super) fn unready(&mut self) {

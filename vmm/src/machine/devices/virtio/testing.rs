@@ -82,7 +82,7 @@ impl Driver {
     pub(crate) fn new(device: Box<dyn Device>) -> Self {
         let (memory, control) = (ram(), VmControl::new(0).unwrap());
         let filters = Filters::new(Mode::On).unwrap();
-        let window = Window::new(device, &memory, &control, &filters).unwrap();
+        let window = Window::new(device, 0, &memory, &control, &filters).unwrap();
         Self { window, memory, control, added: [0; 8] }
     }
 

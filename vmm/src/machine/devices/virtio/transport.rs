@@ -31,6 +31,7 @@ use super::device::{Active, Device};
 use super::interrupt::Interrupt;
 use super::queue::ActiveQueue;
 use super::queue_registers::QueueRegisters;
+use crate::api::types::device::{DriverState, QueueInfo};
 use crate::machine::memory::DeviceMemory;
 
 /// What the first register reads.
@@ -163,6 +164,24 @@ impl Transport {
             VIRTIO_MMIO_CONFIG_GENERATION => self.config.generation(),
             _ => 0,
         }
+    }
+
+    /// How far the driver has come.
+    #[must_use]
+    pub fn driver(&self) -> DriverState {
+        match self.status {
+            status if status & VIRTIO_CONFIG_S_FAILED != 0 => DriverState::Failed,
+            _ if self.interrupt.needs_reset() => DriverState::NeedsReset,
+            status if status & VIRTIO_CONFIG_S_DRIVER_OK != 0 => DriverState::Working,
+            _ => DriverState::Absent,
+        }
+    }
+
+    /// The queues that it has made ready.
+    #[must_use]
+    pub fn queues(&self) -> Vec<QueueInfo> {
+        let queues = self.queues.iter().enumerate();
+        queues.filter_map(|(index, queue)| queue.info(index)).collect()
     }
 
     fn selected(&self) -> Option<&QueueRegisters> {

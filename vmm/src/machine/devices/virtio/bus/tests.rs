@@ -23,7 +23,7 @@ fn addresses_outside_the_windows_are_nobodys() {
     let control = VmControl::new(0).unwrap();
     let window = || {
         let rng = Rng::open("/dev/urandom".as_ref()).unwrap();
-        Window::new(Box::new(rng), &ram(), &control, &Filters::default()).unwrap()
+        Window::new(Box::new(rng), 0, &ram(), &control, &Filters::default()).unwrap()
     };
     let bus = MmioBus { windows: vec![window(), window()], len: 2 * VIRTIO_WINDOW };
     let end = VIRTIO_START + 2 * VIRTIO_WINDOW;
