@@ -20,8 +20,8 @@ const SECTOR: u64 = 512;
 pub(super) const SEGMENT_MAX: u32 = 128 << 10;
 /// The most data of a request, in bytes.
 const DATA_MAX: u64 = 32 << 20;
-/// The most sectors that are discarded or zeroed at once: 1 GiB.
-pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// The most sectors that are discarded or zeroed at once: 32 MiB, as where the host has no better way zeros are written.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 16;
 
 /// Why a request fails, as the driver is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
