@@ -22,6 +22,7 @@ use crate::sandbox::role::Role;
 
 pub mod buffer;
 pub mod disk;
+mod lock;
 mod request;
 
 /// The size of the one queue.

@@ -11,6 +11,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::lock::{self, Locked};
 use crate::config::{DiskConfig, ImageType};
 use crate::machine::devices::virtio::queue::Segment;
 use crate::machine::memory::DeviceMemory;
@@ -42,8 +43,8 @@ pub enum DiskError {
     },
     /// Somebody has it already.
     #[error(
-        "the disk {} is in use: another process (or another --disk of this VM) has it open for writing, or for \
-         reading while this VM wants to write; readonly=on lets several read it",
+        "the disk {} is in use: another process (QEMU and qemu-img count) or another --disk of this VM has it open for \
+         writing, or for reading while this VM wants to write; readonly=on lets several read it",
         path.display()
     )]
     Locked {
@@ -311,23 +312,11 @@ fn is_unsupported(error: &io::Error) -> bool {
         || error.kind() == io::ErrorKind::Unsupported
 }
 
-/// A lock of the open file (fcntl(2), F_OFD_SETLK): it goes when the process does, however it ends.
 fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError> {
-    // SAFETY: flock is plain data, all zero is the whole file from its beginning.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
-    // Both constants are 0 or 1.
-    lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
-    // SAFETY: reads one flock.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
-        return Ok(());
-    }
-    match io::Error::last_os_error() {
-        error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            Err(DiskError::Locked { path: path.into() })
-        }
-        // A file system without locks.
-        error => {
+    match lock::take(file, readonly) {
+        Locked::Yes => Ok(()),
+        Locked::InUse => Err(DiskError::Locked { path: path.into() }),
+        Locked::Impossible(error) => {
             log::warn!("the disk {} is not locked against others: {error}", path.display());
             Ok(())
         }
