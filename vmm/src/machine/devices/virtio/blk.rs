@@ -23,6 +23,7 @@ use crate::sandbox::role::Role;
 pub mod buffer;
 pub mod disk;
 mod lock;
+pub mod qcow2;
 mod request;
 
 /// The size of the one queue.
@@ -152,6 +153,10 @@ impl Device for Blk {
 
     fn stop(&mut self) {
         self.work = Work::default();
+        // A guest that ends without a flush has written all the same.
+        if let Err(error) = lock(&self.disk).settle() {
+            log::warn!("virtio-blk: what was written last may be missing on the disk: {error}");
+        }
     }
 }
 
