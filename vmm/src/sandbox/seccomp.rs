@@ -322,8 +322,14 @@ const BLK_OWN: &[Call] = &[
     Call::new(libc::SYS_fallocate, "fallocate", "discard, write zeroes"),
     Call::new(libc::SYS_madvise, "madvise", "which page of a read was bad")
         .given(2, libc::MADV_POPULATE_READ as i64),
-    Call::new(libc::SYS_lseek, "lseek", "an image that grows"),
-    Call::new(libc::SYS_ftruncate, "ftruncate", "the same"),
+    Call::new(libc::SYS_lseek, "lseek", "an image that grows, or was cut short"),
+    Call::new(libc::SYS_ftruncate, "ftruncate", "an image that grows"),
+    Call::new(
+        libc::SYS_clock_gettime,
+        "clock_gettime",
+        "how long a turn has taken, without a vDSO",
+    )
+    .given(0, libc::CLOCK_MONOTONIC as i64),
 ];
 
 /// Calls with any arguments, by their `SYS_…`.

@@ -5,6 +5,7 @@
 //! the addresses that the guest's own mapping has, and answers EFAULT where a page is bad.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
@@ -21,12 +22,17 @@ use crate::sandbox::role::Role;
 
 pub mod buffer;
 pub mod disk;
+mod lock;
+pub mod qcow2;
 mod request;
 
 /// The size of the one queue.
 const QUEUE_SIZE: u16 = 256;
 /// The most segments of a request: what the queue takes beside the header and the status.
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+
+/// After this long a turn ends with the request that is being worked on: a reset, a pause and an end wait for no more.
+const TURN: Duration = Duration::from_millis(10);
 
 /// A disk that outlives the boots of a guest.
 pub type SharedDisk = Arc<Mutex<Disk>>;
@@ -131,13 +137,26 @@ impl Device for Blk {
         let writes_through = !active.has_feature(VIRTIO_BLK_F_FLUSH);
         let mut disk = lock(&self.disk);
         let work = &mut self.work;
-        active.serve(index, |memory, request| {
-            Ok(Served::Done(work.serve(&mut disk, memory, request, writes_through)))
-        })
+        let begun = Instant::now();
+        let (mut is_over, mut is_cut) = (false, false);
+        let turn = active.serve(index, |memory, request| {
+            if is_over {
+                is_cut = true;
+                return Ok(Served::Later);
+            }
+            let written = work.serve(&mut disk, memory, request, writes_through);
+            is_over = begun.elapsed() >= TURN;
+            Ok(Served::Done(written))
+        })?;
+        Ok(if is_cut { Turn::Again } else { turn })
     }
 
     fn stop(&mut self) {
         self.work = Work::default();
+        // A guest that ends without a flush has written all the same.
+        if let Err(error) = lock(&self.disk).settle() {
+            log::warn!("virtio-blk: what was written last may be missing on the disk: {error}");
+        }
     }
 }
 

@@ -3,22 +3,21 @@
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use imago::qcow2::Qcow2;
-use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
 use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::buffer::Buffer;
+use super::lock::{self, Locked};
+use super::qcow2;
 use crate::config::{DiskConfig, ImageType};
 use crate::machine::devices::virtio::queue::Segment;
 use crate::machine::memory::DeviceMemory;
 
 /// Bytes in a sector of the protocol.
 const SECTOR: u64 = 512;
-/// What a qcow2 image begins with.
-const QCOW_MAGIC: [u8; 4] = *b"QFI\xfb";
 
 /// Why a disk cannot be had.
 #[derive(Debug, Error)]
@@ -42,8 +41,8 @@ pub enum DiskError {
     },
     /// Somebody has it already.
     #[error(
-        "the disk {} is in use: another process (or another --disk of this VM) has it open for writing, or for \
-         reading while this VM wants to write; readonly=on lets several read it",
+        "the disk {} is in use: another process (QEMU and qemu-img count) or another --disk of this VM has it open for \
+         writing, or for reading while this VM wants to write; readonly=on lets several read it",
         path.display()
     )]
     Locked {
@@ -61,17 +60,12 @@ pub enum DiskError {
         path: PathBuf,
     },
     /// It is not a qcow2 image that can be used.
-    #[error(
-        "cannot use the disk {} as a qcow2 image (one with a backing file or an external data file is not opened; \
-         `qemu-img convert` makes one without)",
-        path.display()
-    )]
+    #[error("cannot use the disk {} as a qcow2 image: {fault}{}", path.display(), way_out(fault, path))]
     Qcow2 {
         /// Its path.
         path: PathBuf,
-        /// The cause.
-        #[source]
-        source: io::Error,
+        /// What is wrong with it.
+        fault: qcow2::Fault,
     },
     /// There is nothing on it.
     #[error("the disk {} has {len} bytes; expected 512 at least", path.display())]
@@ -87,11 +81,29 @@ fn advice(readonly: bool) -> &'static str {
     if readonly { "" } else { " for writing (readonly=on opens it for reading)" }
 }
 
+/// What to do about a fault.
+fn way_out(fault: &qcow2::Fault, path: &Path) -> String {
+    let path = path.display();
+    match fault {
+        qcow2::Fault::Unsound { .. } => format!(
+            "; `qemu-img check -r all {path}` repairs what can be repaired, a backup has what was cut off"
+        ),
+        qcow2::Fault::Unsupported { .. } => {
+            format!("; `qemu-img convert -O qcow2 {path} NEW` makes a disk without")
+        }
+        qcow2::Fault::Read { .. } | qcow2::Fault::Open(_) => String::new(),
+    }
+}
+
 /// Where the bytes are.
 enum Image {
-    Raw(File),
+    Raw {
+        file: File,
+        /// The same by way of the page cache, for direct I/O that is not aligned.
+        unaligned: Option<File>,
+    },
     Qcow2 {
-        image: Box<FormatAccess<imago::file::File>>,
+        image: Box<qcow2::Image>,
         /// Its lock is held as long as this is open.
         _lock: File,
     },
@@ -99,6 +111,7 @@ enum Image {
 
 /// A disk.
 pub struct Disk {
+    path: PathBuf,
     image: Image,
     /// In bytes.
     len: u64,
@@ -107,6 +120,8 @@ pub struct Disk {
     is_device: bool,
     id: String,
     block_size: u32,
+    /// What was written before may be lost, although a later flush would succeed.
+    lost: bool,
 }
 
 impl std::fmt::Debug for Disk {
@@ -134,19 +149,24 @@ impl Disk {
         };
         let file = open(if *direct { libc::O_DIRECT } else { 0 })?;
         lock(&file, path, *readonly)?;
-        let is_qcow2 = begins_as_qcow2(&open(0)?);
+        let buffered = open(0)?;
+        if !is_same(&file, &buffered).map_err(error)? {
+            return Err(error(io::Error::other("it was replaced meanwhile")));
+        }
+        let is_qcow2 = begins_as_qcow2(&buffered);
         let id = config.id.clone().unwrap_or_default();
         let block_size = if *direct { direct_alignment(&file) } else { 512 };
         let (image, len) = match config.image_type {
             None if is_qcow2 => return Err(DiskError::Ambiguous { path: path.clone() }),
             None | Some(ImageType::Raw) => {
                 let len = (&file).seek(SeekFrom::End(0)).map_err(error)?;
-                (Image::Raw(file), len)
+                (Image::Raw { file, unaligned: direct.then_some(buffered) }, len)
             }
             Some(ImageType::Qcow2) => {
-                let image = qcow2(file.try_clone().map_err(error)?, *readonly);
+                let own = file.try_clone().map_err(error)?;
+                let image = qcow2::Image::open(own, &buffered, *readonly);
                 let image =
-                    image.map_err(|source| DiskError::Qcow2 { path: path.clone(), source })?;
+                    image.map_err(|fault| DiskError::Qcow2 { path: path.clone(), fault })?;
                 let len = image.size();
                 (Image::Qcow2 { image: Box::new(image), _lock: file }, len)
             }
@@ -155,7 +175,14 @@ impl Disk {
             return Err(DiskError::Small { path: path.clone(), len });
         }
         let (readonly, direct, is_device) = (*readonly, *direct, kind.is_block_device());
-        Ok(Self { image, len, readonly, direct, is_device, id, block_size })
+        let path = path.clone();
+        Ok(Self { path, image, len, readonly, direct, is_device, id, block_size, lost: false })
+    }
+
+    /// What it is in.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Its length in sectors of 512 bytes; what is left over at its end the guest does not have.
@@ -186,7 +213,7 @@ impl Disk {
     /// writes to the pages that were there when the read began, and a huge page may be replaced meanwhile.
     #[must_use]
     pub fn copies_into_place(&self) -> bool {
-        matches!(self.image, Image::Raw(_)) && !self.direct
+        matches!(self.image, Image::Raw { .. }) && !self.direct
     }
 
     /// Reads what is at `at` into the first `len` bytes of `segments`.
@@ -200,7 +227,9 @@ impl Disk {
         segments: &[Segment],
         len: u64,
     ) -> io::Result<()> {
-        let Image::Raw(file) = &self.image else { return Err(io::ErrorKind::Unsupported.into()) };
+        let Image::Raw { file, .. } = &self.image else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
         let places = host_places(memory, segments, len)?;
         read_all(file, at, &places).inspect_err(|error| {
             if error.raw_os_error() == Some(libc::EFAULT) {
@@ -215,8 +244,8 @@ impl Disk {
     /// The disk's.
     pub fn read(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
         match &self.image {
-            Image::Raw(file) => file.read_exact_at(bytes, at),
-            Image::Qcow2 { image, .. } => image.read(bytes, at),
+            Image::Raw { .. } => self.raw_for(at, bytes)?.read_exact_at(bytes, at),
+            Image::Qcow2 { image, .. } => image.read(at, bytes),
         }
     }
 
@@ -227,23 +256,52 @@ impl Disk {
     pub fn write(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
         self.check_writable()?;
         match &self.image {
-            Image::Raw(file) => file.write_all_at(bytes, at),
-            Image::Qcow2 { image, .. } => image.write(bytes, at),
+            Image::Raw { .. } => self.raw_for(at, bytes)?.write_all_at(bytes, at),
+            Image::Qcow2 { image, .. } => image.write(at, bytes),
         }
+    }
+
+    /// The open file of a raw image to move `bytes` at `at` with.
+    fn raw_for(&self, at: u64, bytes: &[u8]) -> io::Result<&File> {
+        let Image::Raw { file, unaligned } = &self.image else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let block = u64::from(self.block_size);
+        let is_aligned = at.is_multiple_of(block) && (bytes.len() as u64).is_multiple_of(block);
+        // The kernel keeps the two in step: what is in the page cache is written before a direct read, and dropped by a
+        // direct write.
+        Ok(unaligned.as_ref().filter(|_| !is_aligned).unwrap_or(file))
     }
 
     /// Has what was written stay, also when the host loses power.
     ///
     /// # Errors
-    /// The disk's.
+    /// The disk's. Once it has failed it fails from then on: the kernel tells of a lost write once, and a later flush
+    /// that succeeds would say that it is there.
     pub fn flush(&mut self) -> io::Result<()> {
         if self.readonly {
             return Ok(());
         }
+        if self.lost {
+            return Err(io::Error::other("an earlier flush has failed"));
+        }
+        let synced = match &self.image {
+            Image::Raw { file, .. } => file.sync_data(),
+            // First what imago keeps of its tables, which it still has if that fails, then all of it.
+            Image::Qcow2 { image, .. } => image.write_tables().map(|()| image.sync())?,
+        };
+        self.lost = synced.is_err();
+        synced
+    }
+
+    /// Leaves nothing of what was written in this process alone, where it would end with the process.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn settle(&self) -> io::Result<()> {
         match &self.image {
-            Image::Raw(file) => file.sync_data(),
-            // First what imago keeps of its tables, then all of it.
-            Image::Qcow2 { image, .. } => image.flush().and_then(|()| image.sync()),
+            Image::Qcow2 { image, .. } if !self.readonly => image.write_tables(),
+            _ => Ok(()),
         }
     }
 
@@ -254,8 +312,8 @@ impl Disk {
     pub fn discard(&mut self, at: u64, len: u64) -> io::Result<()> {
         self.check_writable()?;
         let done = match &mut self.image {
-            Image::Raw(file) => punch(file, at, len),
-            Image::Qcow2 { image, .. } => image.discard_to_any(at, len),
+            Image::Raw { file, .. } => punch(file, at, len),
+            Image::Qcow2 { image, .. } => image.discard(at, len),
         };
         match done {
             // It is a hint.
@@ -272,8 +330,8 @@ impl Disk {
         self.check_writable()?;
         let done = match &mut self.image {
             // Of a block device that does not promise zeros afterwards the kernel refuses it.
-            Image::Raw(file) if unmaps => punch(file, at, len),
-            Image::Raw(file) => fallocate(file, libc::FALLOC_FL_ZERO_RANGE, at, len),
+            Image::Raw { file, .. } if unmaps => punch(file, at, len),
+            Image::Raw { file, .. } => fallocate(file, libc::FALLOC_FL_ZERO_RANGE, at, len),
             Image::Qcow2 { image, .. } => image.write_zeroes(at, len),
         };
         match done {
@@ -296,6 +354,18 @@ impl Disk {
         if self.readonly { Err(io::ErrorKind::ReadOnlyFilesystem.into()) } else { Ok(()) }
     }
 
+    /// As if the host's disk had blocks of this size.
+    #[cfg(test)]
+    pub(super) fn tests_only_need_blocks_of(&mut self, size: u32) {
+        self.block_size = size;
+    }
+
+    /// From now on it is in `file`.
+    #[cfg(test)]
+    pub(super) fn tests_only_become(&mut self, file: File) {
+        self.image = Image::Raw { file, unaligned: None };
+    }
+
     /// Whether it is a block device of the host's.
     #[must_use]
     pub fn is_device(&self) -> bool {
@@ -311,42 +381,29 @@ fn is_unsupported(error: &io::Error) -> bool {
         || error.kind() == io::ErrorKind::Unsupported
 }
 
-/// A lock of the open file (fcntl(2), F_OFD_SETLK): it goes when the process does, however it ends.
 fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError> {
-    // SAFETY: flock is plain data, all zero is the whole file from its beginning.
-    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
-    // Both constants are 0 or 1.
-    lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
-    // SAFETY: reads one flock.
-    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
-        return Ok(());
-    }
-    match io::Error::last_os_error() {
-        error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
-            Err(DiskError::Locked { path: path.into() })
-        }
-        // A file system without locks.
-        error => {
+    match lock::take(file, readonly) {
+        Locked::Yes => Ok(()),
+        Locked::InUse => Err(DiskError::Locked { path: path.into() }),
+        Locked::Impossible(error) => {
             log::warn!("the disk {} is not locked against others: {error}", path.display());
             Ok(())
         }
     }
 }
 
+fn is_same(one: &File, other: &File) -> io::Result<bool> {
+    let (one, other) = (one.metadata()?, other.metadata()?);
+    Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
+}
+
 fn begins_as_qcow2(file: &File) -> bool {
-    let mut magic = [0; QCOW_MAGIC.len()];
-    file.read_exact_at(&mut magic, 0).is_ok() && magic == QCOW_MAGIC
+    let mut magic = [0; qcow2::MAGIC.len()];
+    file.read_exact_at(&mut magic, 0).is_ok() && magic == qcow2::MAGIC
 }
 
-fn qcow2(file: File, readonly: bool) -> io::Result<FormatAccess<imago::file::File>> {
-    let image = Qcow2::<imago::file::File>::builder(imago::file::File::try_from(file)?)
-        .write(!readonly)
-        .open(DenyImplicitOpenGate::default())?;
-    Ok(FormatAccess::new(image))
-}
-
-/// What direct I/O on `file` is aligned to, 512 to 4096 bytes (statx(2), STATX_DIOALIGN of Linux 6.1).
+/// What direct I/O on `file` is aligned to, 512 to 4096 bytes (statx(2), STATX_DIOALIGN of Linux 6.1; an older kernel and
+/// some file systems do not say it, and then it is tried).
 fn direct_alignment(file: &File) -> u32 {
     const STATX_DIOALIGN: libc::c_uint = 0x2000;
     // SAFETY: statx is plain data, which the call fills; the path is a C string.
@@ -358,16 +415,31 @@ fn direct_alignment(file: &File) -> u32 {
     };
     match statx.stx_dio_offset_align {
         align @ 512..=4096 if done == 0 && align.is_power_of_two() => align,
-        _ => 512,
+        _ => tried_alignment(file),
     }
+}
+
+fn tried_alignment(file: &File) -> u32 {
+    let mut buffer = Buffer::default();
+    let works = |align: &u32| {
+        let read = file.read_at(buffer.of(*align as usize), 0);
+        !read.is_err_and(|error| error.raw_os_error() == Some(libc::EINVAL))
+    };
+    [512, 1024, 2048].into_iter().find(works).unwrap_or(4096)
 }
 
 fn fallocate(file: &File, mode: libc::c_int, at: u64, len: u64) -> io::Result<()> {
     let to_offset = |value| libc::off_t::try_from(value).map_err(io::Error::other);
-    // SAFETY: takes numbers only.
-    match unsafe { libc::fallocate(file.as_raw_fd(), mode, to_offset(at)?, to_offset(len)?) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+    let (at, len) = (to_offset(at)?, to_offset(len)?);
+    loop {
+        // SAFETY: takes numbers only.
+        if unsafe { libc::fallocate(file.as_raw_fd(), mode, at, len) } == 0 {
+            return Ok(());
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
     }
 }
 
@@ -442,8 +514,12 @@ fn read_all(file: &File, mut at: u64, places: &[libc::iovec]) -> io::Result<()> 
 
 /// The image at `path`, whoever has it open.
 #[cfg(test)]
-pub(super) fn tests_only_open(path: &Path) -> FormatAccess<imago::file::File> {
-    qcow2(File::options().read(true).write(true).open(path).unwrap(), false).unwrap()
+pub(super) fn tests_only_open(path: &Path) -> imago::FormatAccess<imago::file::File> {
+    use imago::FormatDriverBuilder;
+    let file = File::options().read(true).write(true).open(path).unwrap();
+    let file = imago::file::File::try_from(file).unwrap();
+    let builder = imago::qcow2::Qcow2::<imago::file::File>::builder(file).write(true);
+    imago::FormatAccess::new(builder.open(imago::DenyImplicitOpenGate::default()).unwrap())
 }
 
 /// Whether the page may be read at all, be it bad: a stretch that was taken out of guest memory may not.

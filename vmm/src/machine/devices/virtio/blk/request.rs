@@ -20,14 +20,16 @@ const SECTOR: u64 = 512;
 pub(super) const SEGMENT_MAX: u32 = 128 << 10;
 /// The most data of a request, in bytes.
 const DATA_MAX: u64 = 32 << 20;
-/// The most sectors that are discarded or zeroed at once: 1 GiB.
-pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 21;
+/// The most sectors that are discarded or zeroed at once: 32 MiB, as where the host has no better way zeros are written.
+pub(super) const MAX_DISCARD_SECTORS: u32 = 1 << 16;
 
-/// Why a request fails, as the driver is told.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Why a request fails.
+#[derive(Debug)]
 enum Failed {
-    /// The host's error, memory of the guest's that is bad or absent, or nonsense.
+    /// Memory of the guest's that is bad or absent, or nonsense.
     Io,
+    /// The host's error.
+    Host(io::Error),
     /// There is no such request.
     Unsupported,
 }
@@ -35,16 +37,22 @@ enum Failed {
 impl From<io::Error> for Failed {
     fn from(error: io::Error) -> Self {
         match error.kind() {
-            io::ErrorKind::Unsupported => Self::Unsupported,
-            _ => Self::Io,
+            // What the guest asked for is the reason.
+            io::ErrorKind::ReadOnlyFilesystem => Self::Io,
+            _ if error.raw_os_error() == Some(libc::EFAULT) => Self::Io,
+            _ => Self::Host(error),
         }
     }
 }
+
+/// How many failures of the host's are told between a reset and the next: a guest can cause as many as it likes.
+const MOST_WARNINGS: u32 = 8;
 
 /// What requests are worked on with.
 #[derive(Debug, Default)]
 pub(super) struct Work {
     buffer: Buffer,
+    warnings: u32,
 }
 
 /// `struct virtio_blk_outhdr`.
@@ -68,8 +76,12 @@ impl Work {
         self.buffer.shrink();
         let (status, written) = match done {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
-            Err(Failed::Io) => (VIRTIO_BLK_S_IOERR, 0),
             Err(Failed::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
+            Err(Failed::Io) => (VIRTIO_BLK_S_IOERR, 0),
+            Err(Failed::Host(error)) => {
+                self.warn(disk, &error);
+                (VIRTIO_BLK_S_IOERR, 0)
+            }
         };
         // A status is one byte.
         let status = [status.to_le_bytes()[0]];
@@ -77,6 +89,21 @@ impl Work {
             Ok(1) => u32::try_from(written + 1).unwrap_or(u32::MAX),
             // Who cannot be told that a request is done takes it for failed.
             _ => 0,
+        }
+    }
+
+    fn warn(&mut self, disk: &Disk, error: &io::Error) {
+        self.warnings = self.warnings.saturating_add(1);
+        let path = disk.path().display();
+        match self.warnings {
+            ..MOST_WARNINGS => {
+                log::warn!("a request of the guest's to the disk {path} fails: {error}")
+            }
+            MOST_WARNINGS => log::warn!(
+                "a request of the guest's to the disk {path} fails: {error}; this is not told again before the guest \
+                 resets the disk"
+            ),
+            _ => {}
         }
     }
 

@@ -328,6 +328,7 @@ fn bad_rings_ask_for_a_reset_and_good_memory_brings_the_disk_back() {
 
 #[test]
 fn one_disk_is_written_by_one_vm() {
+    let _apart = hostile::apart();
     let it = Setup::new(KINDS[0], false).unwrap();
     let again = |readonly| Disk::open(&DiskConfig { readonly, ..it.config.clone() });
     for readonly in [false, true] {
@@ -343,6 +344,7 @@ fn one_disk_is_written_by_one_vm() {
 
 #[test]
 fn what_cannot_be_a_disk_is_said() {
+    let _apart = hostile::apart();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     let config = DiskConfig {
