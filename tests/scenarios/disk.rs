@@ -81,7 +81,9 @@ pub fn rings_that_go_bad() {
     for what in ["disk-write", "disk-verify"] {
         let request = format!("{what} /dev/vda 0 {LEN} {SEED}");
         guest.agent.tell(&request);
-        let done = guest.agent.reply(&request, Instant::now() + PATIENCE).unwrap();
+        let done = guest.agent.reply(&request, Instant::now() + PATIENCE);
+        let done =
+            done.unwrap_or_else(|error| panic!("{what}: {error}: {:#?}", guest.info().devices));
         assert_eq!(done["ok"], true, "{done}");
     }
     guest.power_off();

@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::{RwLock, RwLockReadGuard};
 
 use imago::{FormatCreateBuilder, Storage, StorageCreateOptions};
@@ -153,22 +154,45 @@ fn qemu_sees_who_writes() {
     }
 }
 
-/// A child has every open file of this process, and so its locks, for a moment.
-static CHILDREN: RwLock<()> = RwLock::new(());
+/// Set in the process of one test alone.
+const ALONE: &str = "MCE_RELAY_TEST_ALONE";
 
-/// For a test that closes a disk and opens it again: no child has it meanwhile.
+/// A new process has every open file of this one, and so its locks, until it runs its own program.
+static SPAWNING: RwLock<()> = RwLock::new(());
+
+/// For a test that closes a disk and opens it again: nobody else has it meanwhile.
 pub(super) fn apart() -> RwLockReadGuard<'static, ()> {
-    CHILDREN.read().unwrap_or_else(PoisonError::into_inner)
+    SPAWNING.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// In a child, which may die of it and has no open files of this process; how it ended.
+/// Runs `test` of this file in a process of its own, as it forks: a child has the open files of all other tests, and so
+/// their locks and sockets. True when that is done; false in that process.
+fn runs_elsewhere(test: &str) -> bool {
+    if std::env::var_os(ALONE).is_some() {
+        return false;
+    }
+    let (_, module) = module_path!().split_once("::").unwrap();
+    let program = std::env::current_exe().unwrap();
+    let mut command = Command::new(program);
+    command.args([&format!("{module}::{test}"), "--exact", "--nocapture"]).env(ALONE, "1");
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let spawning = SPAWNING.write().unwrap_or_else(PoisonError::into_inner);
+    // It returns when the new process runs its program.
+    let child = command.spawn().unwrap();
+    drop(spawning);
+    let done = child.wait_with_output().unwrap();
+    let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+    println!("{out}");
+    assert!(done.status.success() && out.contains("1 passed"), "{out}\n{err}");
+    true
+}
+
+/// In a child, which may die of it; how it ended.
 fn child(work: impl FnOnce() -> i32) -> i32 {
-    let _alone = CHILDREN.write().unwrap_or_else(PoisonError::into_inner);
+    assert!(std::env::var_os(ALONE).is_some(), "see `runs_elsewhere`");
     unsafe {
         let pid = libc::fork();
         if pid == 0 {
-            // Other tests' files, which they may lock and close meanwhile.
-            libc::close_range(3, libc::c_uint::MAX, 0);
             let limit = libc::rlimit { rlim_cur: 3 << 30, rlim_max: 3 << 30 };
             libc::setrlimit(libc::RLIMIT_AS, &raw const limit);
             libc::alarm(10);
@@ -184,6 +208,9 @@ fn child(work: impl FnOnce() -> i32) -> i32 {
 /// The guest names an address that was taken out of its memory when it started over.
 #[test]
 fn a_read_into_memory_that_was_taken_out_fails() {
+    if runs_elsewhere("a_read_into_memory_that_was_taken_out_fails") {
+        return;
+    }
     set_up(Signals::Install).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let (path, image) = (dir.path().join("ram"), dir.path().join("disk"));
@@ -305,6 +332,9 @@ fn spoil_for_children(rounds: u32, work: impl Fn(&Path, &[u8])) {
 /// Headers and tables with random and extreme values.
 #[test]
 fn no_qcow2_image_ends_the_process() {
+    if runs_elsewhere("no_qcow2_image_ends_the_process") {
+        return;
+    }
     spoil_for_children(1500, |path, image| {
         std::fs::write(path, image).unwrap();
         if let Ok(mut disk) = Disk::open(&config(path, ImageType::Qcow2)) {
@@ -316,6 +346,9 @@ fn no_qcow2_image_ends_the_process() {
 /// The same, once it is open.
 #[test]
 fn no_qcow2_image_that_changes_ends_the_process() {
+    if runs_elsewhere("no_qcow2_image_that_changes_ends_the_process") {
+        return;
+    }
     spoil_for_children(500, |path, image| {
         let mut disk = Disk::open(&config(path, ImageType::Qcow2)).unwrap();
         File::options().write(true).open(path).unwrap().write_all_at(image, 0).unwrap();
@@ -409,9 +442,11 @@ fn a_qcow2_image_that_is_cut_short_is_not_opened() {
 /// Images that qemu-img makes are sound, and sound for qemu-img after they were used.
 #[test]
 fn images_of_qemu_are_used() {
-    let _apart = apart();
+    if runs_elsewhere("images_of_qemu_are_used") {
+        return;
+    }
     let qemu = |program: &str, arguments: &[&str]| {
-        let run = std::process::Command::new(program).args(arguments).output();
+        let run = Command::new(program).args(arguments).output();
         let is_good = run.as_ref().is_ok_and(|run| run.status.success());
         assert!(is_good || run.is_err(), "{program} {arguments:?}: {run:?}");
         is_good
@@ -472,6 +507,9 @@ fn images_of_qemu_are_used() {
 /// The table of reference counts lies far behind the end.
 #[test]
 fn a_table_of_reference_counts_that_is_not_there_is_an_error() {
+    if runs_elsewhere("a_table_of_reference_counts_that_is_not_there_is_an_error") {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     create(&path, 8 * MIB);
@@ -578,6 +616,9 @@ fn add_zeros(driver: &mut Driver, len: u64) -> u16 {
 /// qcow2 by direct I/O, and an image whose writes fail.
 #[test]
 fn a_full_file_system_is_told() {
+    if runs_elsewhere("a_full_file_system_is_told") {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     create(&path, 64 * MIB);
@@ -632,8 +673,9 @@ fn a_qcow2_image_works_by_direct_io() {
 /// image qemu-io lets others write what it reads.
 #[test]
 fn qemu_and_this_program_keep_out_of_each_others_way() {
-    use std::process::{Command, Stdio};
-    let _apart = apart();
+    if runs_elsewhere("qemu_and_this_program_keep_out_of_each_others_way") {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     for image_type in [ImageType::Raw, ImageType::Qcow2] {
