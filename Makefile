@@ -64,7 +64,7 @@ run: build guest-image lab-image
 	MCE_RELAY_VENDOR=$(or $(VENDOR),intel) tests/lab/run.sh target/release/hold target/release/show
 endif
 
-# What reads dumps; not having it fails nothing.
+# What reads dumps and images of disks; not having it fails nothing.
 judges: setup
 	@tests/judges/setup.sh
 
