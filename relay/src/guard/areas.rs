@@ -7,6 +7,7 @@
 
 use std::io;
 use std::ops::Range;
+#[cfg(feature = "vm-memory")]
 use std::os::fd::RawFd;
 use std::ptr::null_mut;
 use std::sync::atomic::{
@@ -104,11 +105,13 @@ impl Area {
     }
 
     /// Whether any page of `len` bytes at `offset` is marked. The caller has the area registered, or reads it.
+    #[cfg(any(test, feature = "vm-memory"))]
     #[inline]
     pub(super) fn is_bad(&self, offset: u64, len: u64) -> bool {
         self.marked.load(Ordering::Relaxed) != 0 && len > 0 && self.any_marked(offset, len)
     }
 
+    #[cfg(any(test, feature = "vm-memory"))]
     #[cold]
     fn any_marked(&self, offset: u64, len: u64) -> bool {
         let end = offset.saturating_add(len);

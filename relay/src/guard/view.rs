@@ -39,6 +39,7 @@ impl View {
     ///
     /// # Errors
     /// The kernel does not do it.
+    #[cfg(feature = "vm-memory")]
     pub(super) fn new(fd: RawFd, offset: u64, len: u64) -> io::Result<Self> {
         let hva = map(0, len, libc::MAP_SHARED | libc::MAP_NORESERVE, fd, offset);
         let hva = hva.map_err(io::Error::from_raw_os_error)?;
