@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use mce_relay_tests::agent::{PATIENCE, hex};
 use mce_relay_tests::guest::{DiskImage, Guest, Options};
+use mce_relay_tests::lab;
 use mce_relay_vmm::api::types::device::{DeviceInfo, DriverState};
 use mce_relay_vmm::api::types::vm::VmInfo;
 use serde_json::Value;
@@ -82,11 +83,29 @@ pub fn rings_that_go_bad() {
         let request = format!("{what} /dev/vda 0 {LEN} {SEED}");
         guest.agent.tell(&request);
         let done = guest.agent.reply(&request, Instant::now() + PATIENCE);
-        let done =
-            done.unwrap_or_else(|error| panic!("{what}: {error}: {:#?}", guest.info().devices));
+        let done = done.unwrap_or_else(|error| panic!("{what}: {error}: {}", rings(&guest)));
         assert_eq!(done["ok"], true, "{done}");
     }
     guest.power_off();
+}
+
+/// What is in the rings of the disk, for a failure's account.
+fn rings(guest: &Guest) -> String {
+    let info = guest.info();
+    let device = info.devices.iter().find(|it| it.name == "virtio-blk").unwrap();
+    let queue = device.queues.first().unwrap();
+    let word = |gpa: u64| {
+        let byte = |at| {
+            let block = info.block(at).unwrap();
+            lab::read_memory(info.pid, block.hva + (at - block.gpa)).unwrap()
+        };
+        u16::from_le_bytes([byte(gpa), byte(gpa + 1)])
+    };
+    // virtio 1.2, 2.7.6 and 2.7.8
+    let size = u64::from(queue.size);
+    let avail = [0, 2, 4 + 2 * size].map(|at| word(queue.avail + at));
+    let used = [0, 2, 4 + 8 * size].map(|at| word(queue.used + at));
+    format!("{device:?}; flags, idx, event: avail {avail:?}, used {used:?}")
 }
 
 fn loses_buffers(options: &Options) {
