@@ -31,6 +31,28 @@ pub enum ConsoleMode {
     Line(SerialMode),
 }
 
+/// Which tap a network device is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TapSource {
+    /// The network interface of that name; at most 15 bytes.
+    Name(String),
+    /// A descriptor of a tap that this process was started with.
+    Fd(i32),
+}
+
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Where its frames go.
+    pub tap: TapSource,
+    /// The guest's address.
+    pub mac: [u8; 6],
+    /// The MTU that the guest is told, in bytes, 68 and more; `None`: that of the interface, where it has a name.
+    pub mtu: Option<u16>,
+    /// Whether the host's kernel moves the frames (vhost-net).
+    pub vhost: bool,
+}
+
 /// The largest number of virtio devices: each has an interrupt of its own.
 pub const MAX_DEVICES: usize = 8;
 
@@ -44,6 +66,8 @@ pub enum DeviceConfig {
     },
     /// A console; a VM has at most one.
     Console(ConsoleMode),
+    /// A network device.
+    Net(NetConfig),
 }
 
 /// The vendor of the processor that the guest sees.
@@ -171,6 +195,9 @@ pub enum ConfigError {
         /// What was asked for.
         asked: usize,
     },
+    /// Two network devices on one tap.
+    #[error("several network devices asked for on one tap; each needs one of its own")]
+    Taps,
     /// More than one console.
     #[error("several virtio consoles asked for, but a VM has at most one")]
     Consoles,
@@ -194,8 +221,8 @@ impl VmConfig {
     /// Checks what can be checked without a host.
     ///
     /// # Errors
-    /// A number of vCPUs outside 1 to [`MAX_CPUS`], more than one line on the terminal, too many devices, or
-    /// several consoles.
+    /// A number of vCPUs outside 1 to [`MAX_CPUS`], more than one line on the terminal, too many devices, several
+    /// consoles, or two network devices on one tap.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.cpus == 0 || self.cpus > MAX_CPUS {
             return Err(ConfigError::Cpus { asked: self.cpus, max: MAX_CPUS });
@@ -208,6 +235,15 @@ impl VmConfig {
         }
         if self.devices.iter().filter(|one| matches!(one, DeviceConfig::Console(_))).count() > 1 {
             return Err(ConfigError::Consoles);
+        }
+        let taps = || {
+            self.devices.iter().filter_map(|device| match device {
+                DeviceConfig::Net(net) => Some(&net.tap),
+                _ => None,
+            })
+        };
+        if taps().enumerate().any(|(nth, tap)| taps().take(nth).any(|other| other == tap)) {
+            return Err(ConfigError::Taps);
         }
         Ok(())
     }
@@ -252,6 +288,18 @@ mod tests {
         let bad = VmConfig { devices, ..config() };
         assert_eq!(bad.validate(), Err(ConfigError::Consoles));
     }
+
+    #[test]
+    fn a_tap_for_each_network_device() {
+        let net = |tap: &str| {
+            let tap = TapSource::Name(tap.into());
+            DeviceConfig::Net(NetConfig { tap, mac: [2; 6], mtu: None, vhost: false })
+        };
+        let with = |devices| VmConfig { devices, ..config() }.validate();
+        assert_eq!(with(vec![net("a"), net("b")]), Ok(()));
+        assert_eq!(with(vec![net("a"), net("b"), net("a")]), Err(ConfigError::Taps));
+    }
+
     #[test]
     fn no_more_devices_than_interrupts() {
         let with = |count| {

@@ -105,7 +105,7 @@ impl Vm {
             *port = line.as_ref().map(|line| Arc::new(SerialPort::on(line, &control, irq)));
         }
         let bus = Arc::new(PortBus::new(ports));
-        let devices = build(&config.devices, &lines, &control)?;
+        let devices = build(&config.devices, &lines, &control, ram.memory())?;
         let mmio = MmioBus::new(devices, &fd, ram.memory(), &control, &hooks.filters())?;
         let mmio = Arc::new(mmio);
 

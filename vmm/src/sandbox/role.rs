@@ -19,10 +19,14 @@ pub enum Role {
     VirtioRng,
     /// The virtio console.
     VirtioConsole,
+    /// A virtio network device, in this process.
+    VirtioNet,
+    /// The same, in the host's kernel.
+    VirtioVhostNet,
 }
 
 impl Role {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 10] = [
         Self::Main,
         Self::Vcpu,
         Self::Relay,
@@ -31,5 +35,7 @@ impl Role {
         Self::Events,
         Self::VirtioRng,
         Self::VirtioConsole,
+        Self::VirtioNet,
+        Self::VirtioVhostNet,
     ];
 }

@@ -44,7 +44,8 @@ fn calls(role: Role) -> Vec<Call> {
         Role::Api => &[THREAD, END, KICK, HANDLE, API_OWN],
         Role::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
         Role::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
-        Role::VirtioRng | Role::VirtioConsole => &[THREAD, END, HAND_ON, VIRTIO],
+        Role::VirtioRng | Role::VirtioConsole | Role::VirtioNet => &[THREAD, END, HAND_ON, VIRTIO],
+        Role::VirtioVhostNet => &[THREAD, END, HAND_ON, VIRTIO, VHOST],
     };
     lists.concat()
 }
@@ -307,8 +308,26 @@ const EVENTS_OWN: &[Call] = &[
 /// Any virtio device; its interrupts are eventfds that are written to, as is what a vCPU waits for.
 const VIRTIO: &[Call] = &[
     Call::new(libc::SYS_poll, "poll", "kicks, orders, and what the device waits for"),
-    Call::new(libc::SYS_read, "read", "an eventfd; random bytes"),
+    Call::new(libc::SYS_read, "read", "an eventfd; random bytes; a frame"),
     Call::new(libc::SYS_close, "close", "the end of the device"),
+];
+
+// include/uapi/linux/vhost.h
+const VHOST_VIRTIO: u32 = 0xaf;
+
+/// A device that vhost runs, which it has opened before. Types with the sizes of vhost_memory, vhost_vring_state and
+/// vhost_vring_file (1 word), and of vhost_vring_addr (5).
+const VHOST: &[Call] = &[
+    ioctl(_IOW::<u64>(VHOST_VIRTIO, 0x00), "VHOST_SET_FEATURES: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x03), "VHOST_SET_MEM_TABLE: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x10), "VHOST_SET_VRING_NUM: a driver begins"),
+    ioctl(_IOW::<Words<5>>(VHOST_VIRTIO, 0x11), "VHOST_SET_VRING_ADDR: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x12), "VHOST_SET_VRING_BASE: the VM goes on"),
+    ioctl(_IOWR::<Words<1>>(VHOST_VIRTIO, 0x12), "VHOST_GET_VRING_BASE: the VM is paused"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x20), "VHOST_SET_VRING_KICK: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x21), "VHOST_SET_VRING_CALL: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x22), "VHOST_SET_VRING_ERR: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x30), "VHOST_NET_SET_BACKEND: begin and end"),
 ];
 
 /// Calls with any arguments, by their `SYS_…`.

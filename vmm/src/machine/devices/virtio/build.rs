@@ -4,10 +4,12 @@ use thiserror::Error;
 
 use super::console::Console;
 use super::device::Device;
+use super::net::{Net, Tap, TapError, VhostError, VhostNet};
 use super::rng::{Rng, RngError};
 use crate::config::DeviceConfig;
 use crate::machine::devices::serial::SerialLines;
 use crate::machine::lifecycle::VmControl;
+use crate::machine::memory::DeviceMemory;
 
 /// Why a device cannot be made.
 #[derive(Debug, Error)]
@@ -18,9 +20,15 @@ pub enum BuildError {
     /// The console.
     #[error("virtio-console: out of file descriptors")]
     Console(#[source] std::io::Error),
+    /// A network device's tap.
+    #[error("virtio-net")]
+    Tap(#[from] TapError),
+    /// A network device in the host's kernel.
+    #[error("virtio-net")]
+    Vhost(#[from] VhostError),
 }
 
-/// Makes the devices, for one boot of the VM of `control`; the console is on its line of `lines`.
+/// Makes the devices, for one boot of the VM of `control` with this memory; the console is on its line of `lines`.
 ///
 /// # Errors
 /// See [`BuildError`].
@@ -28,11 +36,19 @@ pub fn build(
     devices: &[DeviceConfig],
     lines: &SerialLines,
     control: &VmControl,
+    memory: &DeviceMemory,
 ) -> Result<Vec<Box<dyn Device>>, BuildError> {
     let mut built: Vec<Box<dyn Device>> = Vec::new();
     for device in devices {
         built.push(match device {
             DeviceConfig::Rng { src } => Box::new(Rng::open(src)?),
+            DeviceConfig::Net(net) => {
+                let tap = Tap::open(&net.tap)?;
+                match net.vhost {
+                    true => Box::new(VhostNet::open(tap, net, memory)?),
+                    false => Box::new(Net::new(tap, net)),
+                }
+            }
             // Without a line it is the null console.
             DeviceConfig::Console(_) => {
                 let line = lines.console.as_ref();

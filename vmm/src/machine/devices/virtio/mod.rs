@@ -76,6 +76,7 @@ pub mod config_space;
 pub mod console;
 pub mod device;
 pub mod interrupt;
+pub mod net;
 mod panics;
 pub mod queue;
 mod queue_registers;
