@@ -103,11 +103,6 @@ pub trait Device: Send {
         Ok(())
     }
 
-    /// Whether its thread is to wait for kicks; not if somebody else does (vhost), who is given [`ActiveQueue::kick`].
-    fn takes_kicks(&self) -> bool {
-        true
-    }
-
     /// There may be requests in queue `index`, which the driver has set up. It does at most about as much as the queue
     /// has entries; see [`Active::serve`].
     ///

@@ -258,7 +258,7 @@ impl Runner {
         let mut kicks = Vec::new();
         if let Some(active) = works {
             for (index, kick) in self.kicks.iter().enumerate() {
-                if has_queue(active, index) && self.device.takes_kicks() {
+                if has_queue(active, index) {
                     waits.push(Wait { fd: kick.as_raw_fd(), events: libc::POLLIN });
                     kicks.push(index);
                 }

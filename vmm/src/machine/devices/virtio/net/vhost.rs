@@ -28,6 +28,7 @@ use super::tap::Tap;
 use crate::config::NetConfig;
 use crate::machine::devices::virtio::config_space::ConfigSpace;
 use crate::machine::devices::virtio::device::{Active, Device, DeviceError, Turn, Wait};
+use crate::machine::devices::virtio::queue::ActiveQueue;
 use crate::machine::memory::DeviceMemory;
 use crate::sandbox::role::Role;
 
@@ -68,6 +69,18 @@ pub enum VhostError {
     Eventfd(#[source] io::Error),
 }
 
+/// A queue that the kernel serves, or served when the VM was paused.
+#[derive(Debug)]
+struct Running {
+    index: usize,
+    queue: ActiveQueue,
+    /// The index of the next request, while the kernel does not know it.
+    next: Option<u16>,
+}
+
+/// What was tried, and the cause.
+type Failure = (&'static str, ::vhost::Error);
+
 /// The device.
 pub struct VhostNet {
     backend: Backend<Arc<DeviceMemory>>,
@@ -79,8 +92,8 @@ pub struct VhostNet {
     used: EventFd,
     /// The kernel cannot go on with a queue.
     failed: EventFd,
-    /// The queues that the kernel serves, or served when the VM was paused: the next requests' indices.
-    running: Vec<(usize, Option<u16>)>,
+    /// The queues that the kernel serves.
+    running: Vec<Running>,
 }
 
 impl VhostNet {
@@ -110,7 +123,7 @@ impl VhostNet {
         })
     }
 
-    fn set_up(&mut self, active: &Active) -> Result<(), (&'static str, ::vhost::Error)> {
+    fn set_up(&mut self, active: &mut Active) -> Result<(), Failure> {
         let backend = &self.backend;
         // What of the last driver's is left.
         let _ = (self.used.read(), self.failed.read());
@@ -120,8 +133,9 @@ impl VhostNet {
         backend.set_features(features).map_err(at("set its features"))?;
         let regions = memory_table(&active.memory).map_err(at("say where guest memory is"))?;
         backend.set_mem_table(&regions).map_err(at("say where guest memory is"))?;
-        for (index, queue) in active.queues.iter().enumerate() {
-            let Some(queue) = queue else { continue };
+        for (index, queue) in active.queues.iter_mut().enumerate() {
+            // The kernel takes its kicks.
+            let Some(queue) = queue.take() else { continue };
             backend
                 .set_vring_num(index, queue.entries())
                 .and_then(|()| backend.set_vring_addr(index, &addresses(queue.queue())))
@@ -129,30 +143,29 @@ impl VhostNet {
                 .and_then(|()| backend.set_vring_err(index, &self.failed))
                 .and_then(|()| backend.set_vring_kick(index, queue.kick()))
                 .map_err(at("set up a queue"))?;
-            self.running.push((index, Some(queue.queue().next_avail())));
+            let next = Some(queue.queue().next_avail());
+            self.running.push(Running { index, queue, next });
         }
-        self.start(active)
+        self.start()
     }
 
     /// Has the kernel serve the queues, each from where it is.
-    fn start(&mut self, active: &Active) -> Result<(), (&'static str, ::vhost::Error)> {
-        for (index, next) in &mut self.running {
+    fn start(&mut self) -> Result<(), Failure> {
+        for Running { index, queue, next } in &mut self.running {
             if let Some(next) = next.take() {
                 self.backend.set_vring_base(*index, next).map_err(at("set up a queue"))?;
             }
             let tap = Some(self.tap.file());
             self.backend.set_backend(*index, tap).map_err(at("serve a queue"))?;
-            // For what was added before it looked.
-            if let Some(Some(queue)) = active.queues.get(*index) {
-                let _ = queue.kick().write(1);
-            }
+            // For what was added before it looked. It fails only when the counter is full, and then it has looked.
+            let _ = queue.kick().write(1);
         }
         Ok(())
     }
 
     /// Has the kernel serve no queue any more. When this returns it does not touch guest memory.
-    fn halt(&mut self) -> Result<(), (&'static str, ::vhost::Error)> {
-        for (index, next) in &mut self.running {
+    fn halt(&mut self) -> Result<(), Failure> {
+        for Running { index, next, .. } in &mut self.running {
             self.backend.set_backend(*index, None).map_err(at("stop a queue"))?;
             let base = self.backend.get_vring_base(*index).map_err(at("ask where it is"))?;
             *next = u16::try_from(base).ok();
@@ -190,11 +203,11 @@ fn addresses(queue: &Queue) -> VringConfigData {
     }
 }
 
-fn at(what: &'static str) -> impl FnOnce(::vhost::Error) -> (&'static str, ::vhost::Error) {
+fn at(what: &'static str) -> impl FnOnce(::vhost::Error) -> Failure {
     move |source| (what, source)
 }
 
-fn device_error((what, source): (&'static str, ::vhost::Error)) -> DeviceError {
+fn device_error((what, source): Failure) -> DeviceError {
     DeviceError::Host { what, source: io::Error::other(source) }
 }
 
@@ -227,10 +240,6 @@ impl Device for VhostNet {
         self.offer.space()
     }
 
-    fn takes_kicks(&self) -> bool {
-        false
-    }
-
     fn activate(&mut self, active: &mut Active) -> Result<(), DeviceError> {
         self.set_up(active).map_err(device_error)
     }
@@ -259,8 +268,8 @@ impl Device for VhostNet {
         self.halt().map_err(device_error)
     }
 
-    fn resume(&mut self, active: &mut Active) -> Result<(), DeviceError> {
-        self.start(active).map_err(device_error)
+    fn resume(&mut self, _: &mut Active) -> Result<(), DeviceError> {
+        self.start().map_err(device_error)
     }
 
     fn stop(&mut self) {
