@@ -13,6 +13,7 @@ mod kinds;
 mod mce_test;
 mod means;
 mod memory;
+mod net;
 mod not_ours;
 mod offline;
 mod placement;
@@ -62,6 +63,10 @@ fn may_inject_into_the_host() -> Result<(), String> {
     may_poison()?;
     mce_relay_cli::poison::host::host_mce_injector::check_processor()
         .map_err(|error| error.to_string())
+}
+
+fn may_use_vhost() -> Result<(), String> {
+    may_poison().and_then(|()| net::has_vhost())
 }
 
 fn main() -> ExitCode {
@@ -138,6 +143,8 @@ fn main() -> ExitCode {
         rescue::many needs may_poison,
         not_ours::a_page_of_the_vmm needs may_poison_the_vmm,
         virtio::random_bytes_and_a_console needs may_poison,
+        net::tcp_both_ways needs may_poison,
+        net::tcp_both_ways_by_vhost needs may_use_vhost,
         watch::a_relay_in_an_event_loop needs may_poison,
         watch::a_cache_loses_one_entry needs may_poison,
         watch::the_guest_of_another_vmm_lives needs may_poison,

@@ -74,6 +74,8 @@ pub struct Options {
     /// Give it a virtio console and a source of random bytes, and a shell on its first serial port: sockets `hvc` and
     /// `shell` in the VMM's directory.
     pub virtio: bool,
+    /// `--net`; not given when empty.
+    pub net: &'static str,
     /// Start the guest again when it resets itself (without `--no-reboot`).
     pub reboot: bool,
     /// More words for the guest kernel's command line.
@@ -108,6 +110,7 @@ impl Options {
             merge: false,
             user: None,
             virtio: false,
+            net: "",
             reboot: false,
             cmdline: "",
             quiet: false,
@@ -246,6 +249,7 @@ impl Vmm {
         }
         for (option, value) in [
             ("--memory", Some(options.memory).filter(|memory| !memory.is_empty())),
+            ("--net", Some(options.net).filter(|net| !net.is_empty())),
             ("--on-undeliverable", options.on_undeliverable),
             ("--ao-pace", options.pace),
             ("--rescue", options.rescue),

@@ -133,7 +133,8 @@ fn exchange(driver: &mut Driver, wire: &Wire, seed: u8) {
         let len = driver.used_entry(RECEIVE, before).1 as usize;
         let mut bytes = vec![0; len];
         driver.memory.read_slice(&mut bytes, GuestAddress(0xa000)).unwrap();
-        assert_eq!(bytes[..HEADER], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        // Behind it the number of buffers, which the host's kernel says from Linux 6.14 on.
+        assert_eq!(bytes[..10], [0; 10]);
         if bytes[HEADER..] == expected {
             return;
         }
