@@ -49,7 +49,7 @@ if has counted; then
 fi
 if has criterion; then
     say 'inside a process'
-    cargo bench --locked --quiet -p mce-relay-bench --bench translation --bench delivery -- --noplot >&2
+    cargo bench --locked --quiet -p mce-relay-bench --bench translation --bench delivery --bench guard -- --noplot >&2
     rm -rf $raw/criterion
     cp -r target/criterion $raw/criterion
 fi

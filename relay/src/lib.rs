@@ -103,6 +103,8 @@ mod acpi;
 mod core;
 mod decide;
 mod event;
+#[allow(unsafe_code, reason = "it is where guest memory is touched")]
+pub mod guard;
 #[cfg(feature = "internals")]
 #[doc(hidden)]
 pub mod internals;

@@ -4,7 +4,7 @@
 //! [`THREAD`] is what Rust's standard library and the C library (glibc) do on any thread; [`RELAY`] is the
 //! relay's own thread once it is set up, [`VCPU`] what the relay adds to a vCPU thread, [`HANDLE`] what it
 //! adds to a thread that uses a [`Handle`](crate::Handle), and [`START`] what a thread needs that starts a relay and
-//! drops it, [`POLLED`] for event loops, [`RESCUE`] for huge pages, and [`KICK`] for a kick by pthread_kill(3), on each
+//! drops it, [`POLLED`] for event loops, [`RESCUE`] for huge pages, [`GUARD`] and [`VIEWS`] for devices, and [`KICK`] for a kick by pthread_kill(3), on each
 //! thread that makes it.
 //!
 //! Filters are inherited: a thread has the filter of the thread that started it, beside any that it installs later. So
@@ -287,6 +287,34 @@ pub const RESCUE: &[Call] = &[
     uffd(crate::memory::uffd::UFFDIO_UNREGISTER, "UFFDIO_UNREGISTER: the same"),
     Call::new(libc::SYS_mremap, "mremap", "good memory comes to the place of the huge page")
         .given(3, (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as i64),
+    Call::new(libc::SYS_mmap, "mmap", "what a refused mremap has unmapped")
+        .given(2, libc::PROT_NONE as i64)
+        .given(3, ANONYMOUS | (libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE) as i64),
+];
+
+/// What a thread needs that uses views of guest memory ([`guard`](crate::guard)), a device's say, beside [`THREAD`].
+pub const GUARD: &[Call] = &[
+    Call::new(
+        libc::SYS_mmap,
+        "mmap",
+        "a scratch page takes a bad one's place, within the SIGBUS handler",
+    )
+    .given(2, READ_WRITE)
+    .given(3, ANONYMOUS | (libc::MAP_NORESERVE | libc::MAP_FIXED) as i64),
+    WAKE,
+];
+
+/// What views of guest memory add to the threads that make them good again: the one that does the relay's work, beside
+/// [`RELAY`], and those that use a [`Handle`](crate::Handle), beside [`HANDLE`].
+pub const VIEWS: &[Call] = &[
+    Call::new(libc::SYS_mremap, "mremap", "devices have good memory again")
+        .given(3, (libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED) as i64),
+    Call::new(libc::SYS_mmap, "mmap", "the same, of huge pages")
+        .given(2, READ_WRITE)
+        .given(3, (libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED) as i64),
+    Call::new(libc::SYS_mmap, "mmap", "memory for what is left of a huge page that devices use")
+        .given(2, READ_WRITE)
+        .given(3, (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as i64),
 ];
 
 const fn uffd(request: libc::Ioctl, why: &'static str) -> Call {
@@ -305,7 +333,7 @@ pub const POLLED: &[Call] = &[
 ];
 
 /// All lists, each with its name: for tables and files.
-pub const LISTS: [(&str, &[Call]); 8] = [
+pub const LISTS: [(&str, &[Call]); 10] = [
     ("any thread", THREAD),
     ("relay", RELAY),
     ("vcpu", VCPU),
@@ -314,6 +342,8 @@ pub const LISTS: [(&str, &[Call]); 8] = [
     ("kick", KICK),
     ("polled", POLLED),
     ("rescue", RESCUE),
+    ("guard", GUARD),
+    ("views", VIEWS),
 ];
 
 #[cfg(feature = "seccompiler")]

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -57,8 +58,16 @@ impl Memory {
 
     fn owner(&self) -> Owner {
         let file = File::open("/proc/self/mem").unwrap();
-        let (refuses, told) = (None, Arc::default());
-        Owner { hva: self.hva, at: self.file, file, refuses, delay: Duration::ZERO, told }
+        Owner {
+            hva: self.hva,
+            at: self.file,
+            file,
+            refuses: None,
+            delay: Duration::ZERO,
+            told: Arc::default(),
+            kept: Arc::default(),
+            begun: Arc::default(),
+        }
     }
 
     /// The host address of the page `page` of the second huge page.
@@ -101,11 +110,14 @@ struct Owner {
     /// How long it takes it to let a page go.
     delay: Duration,
     told: Arc<Mutex<Vec<Rescued>>>,
+    kept: Arc<Mutex<Vec<RescueRefusal>>>,
+    begun: Arc<AtomicBool>,
 }
 
 impl MemoryOwner for Owner {
     fn release(&mut self, page: HugePage) -> Result<(BorrowedFd<'_>, u64), RescueRefusal> {
         assert_eq!(page, HugePage { hva: self.hva + HUGE, len: HUGE });
+        self.begun.store(true, Ordering::SeqCst);
         std::thread::sleep(self.delay);
         match self.refuses {
             Some(why) => Err(why),
@@ -115,6 +127,11 @@ impl MemoryOwner for Owner {
 
     fn replaced(&mut self, rescued: &Rescued) {
         self.told.lock().unwrap().push(*rescued);
+    }
+
+    fn kept(&mut self, page: HugePage, why: &RescueRefusal) {
+        assert_eq!(page, HugePage { hva: self.hva + HUGE, len: HUGE });
+        self.kept.lock().unwrap().push(*why);
     }
 }
 
@@ -266,6 +283,7 @@ fn forge_elsewhere(hva: u64, lsb: i16) {
 fn what_must_stay_is_lost_as_a_whole() {
     let Some(memory) = Memory::new(&[7]) else { return };
     let owner = Owner { refuses: Some(RescueRefusal::Shared), ..memory.owner() };
+    let kept = Arc::clone(&owner.kept);
     let (relay, events) = start(&memory, owner);
     let handle = relay.handle();
     assert!(number(&handle, GPA + HUGE).is_err());
@@ -276,17 +294,21 @@ fn what_must_stay_is_lost_as_a_whole() {
         events.try_iter().filter(|event| matches!(event, Event::NotRescued { .. })).collect();
     let (gpa, hva, why) = (GPA + HUGE, memory.hva + HUGE, RescueRefusal::Shared);
     assert_eq!(refused, [Event::NotRescued { gpa, hva, extent: HUGE, why }], "once");
+    assert_eq!(*kept.lock().unwrap(), [], "it was not let go");
 }
 
 #[test]
 fn a_file_that_gives_nothing_is_no_rescue() {
     let all: Vec<u64> = (0..512).collect();
     let Some(memory) = Memory::new(&all) else { return };
-    let (relay, events) = start(&memory, memory.owner());
+    let owner = memory.owner();
+    let kept = Arc::clone(&owner.kept);
+    let (relay, events) = start(&memory, owner);
     let handle = relay.handle();
     assert!(number(&handle, GPA + HUGE + 4096).is_err());
     assert_eq!(bad_pages(&handle), all);
     drop(relay);
+    assert_eq!(*kept.lock().unwrap(), [RescueRefusal::NothingLeft]);
     let why = events.try_iter().find_map(|event| match event {
         Event::NotRescued { why, .. } => Some(why),
         _ => None,
@@ -472,6 +494,21 @@ fn what_is_still_mapped_is_not_replaced() {
         }
     }
     assert!(relay.handle().inspect(|ledger| ledger.rescued().is_empty()));
+}
+
+#[test]
+fn who_asks_for_the_whole_parts_waits_for_a_rescue() {
+    let Some(memory) = Memory::new(&[7]) else { return };
+    let owner = Owner { delay: millis(50), ..memory.owner() };
+    let begun = Arc::clone(&owner.begun);
+    let (relay, _events) = start(&memory, owner);
+    forge_elsewhere(memory.page(7), 21);
+    while !begun.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+    let bad = GPA + HUGE + 7 * 4096;
+    let (first, second) = (GPA..bad, bad + 4096..GPA + 2 * HUGE);
+    assert_eq!(relay.handle().whole_parts(GPA..GPA + 2 * HUGE), [first, second]);
 }
 
 #[test]

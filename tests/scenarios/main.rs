@@ -6,6 +6,7 @@ mod ao;
 mod ar;
 mod burst;
 mod delivery;
+mod disk;
 mod firmware;
 mod first_hour;
 mod hardware;
@@ -124,6 +125,9 @@ fn main() -> ExitCode {
         offline::the_boot_processor_of_an_intel_guest needs may_poison,
         offline::left_behind_by_an_intel_guests_crash needs may_crash,
         offline::left_behind_by_an_amd_guests_crash needs may_crash_and_soak,
+        disk::raw_amd needs may_poison,
+        disk::qcow2_intel needs may_poison,
+        disk::touched_first_by_the_device needs may_poison,
         memory::anonymous needs may_poison,
         memory::thp needs may_poison,
         memory::file needs may_poison,

@@ -357,8 +357,9 @@ pub fn within_a_memory_cgroup() {
             assert_eq!(why["reason"], "no-memory", "{why}");
             println!("    {why}");
         }
-        settled(&guest);
+        // What is told now, 512 pages of it, takes memory of its own.
         std::fs::write(&limit, "max").unwrap();
+        settled(&guest);
         guest.power_off();
     }
     lab::set_pool("2048kB", 0);

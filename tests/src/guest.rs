@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use imago::qcow2::Qcow2;
+use imago::{FormatCreateBuilder, FormatDriverBuilder, Storage, StorageCreateOptions};
 use mce_relay_cli::client::requests;
 use mce_relay_cli::poison::host::hwpoison_inject;
 use mce_relay_vmm::api::types::vm::VmInfo;
@@ -76,6 +78,8 @@ pub struct Options {
     pub virtio: bool,
     /// `--net`; not given when empty.
     pub net: &'static str,
+    /// Give it a disk, in the file `disk` in the VMM's directory.
+    pub disk: Option<DiskImage>,
     /// Start the guest again when it resets itself (without `--no-reboot`).
     pub reboot: bool,
     /// More words for the guest kernel's command line.
@@ -111,6 +115,7 @@ impl Options {
             user: None,
             virtio: false,
             net: "",
+            disk: None,
             reboot: false,
             cmdline: "",
             quiet: false,
@@ -150,6 +155,52 @@ impl Options {
         let quiet = if self.quiet { QUIET } else { "" };
         let shell = if self.virtio { "mce_relay.shell" } else { "" };
         format!("{CMDLINE} {quiet} {shell} {}", self.cmdline)
+    }
+}
+
+/// What is in the file of a guest's disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskImage {
+    /// Its bytes.
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+}
+
+/// Length of such a disk, in bytes.
+const DISK_LEN: u64 = 64 << 20;
+
+impl DiskImage {
+    fn words(self) -> &'static str {
+        match self {
+            Self::Raw => "image_type=raw",
+            Self::Qcow2 => "image_type=qcow2",
+        }
+    }
+
+    fn create(self, path: &Path) {
+        match self {
+            Self::Raw => std::fs::File::create(path).unwrap().set_len(DISK_LEN).unwrap(),
+            Self::Qcow2 => {
+                let options = StorageCreateOptions::new().filename(path);
+                let file = imago::file::File::create_open(options).unwrap();
+                Qcow2::<_>::create_builder(file).size(DISK_LEN).create().unwrap();
+            }
+        }
+    }
+
+    /// Reads such an image that nobody writes to any more.
+    pub fn reader(self, file: std::fs::File) -> Box<dyn Fn(&mut [u8], u64)> {
+        match self {
+            Self::Raw => Box::new(move |to, at| file.read_exact_at(to, at).unwrap()),
+            Self::Qcow2 => {
+                let file = imago::file::File::try_from(file).unwrap();
+                let image = Qcow2::<imago::file::File>::builder(file);
+                let image = image.open(imago::DenyImplicitOpenGate::default()).unwrap();
+                let image = imago::FormatAccess::new(image);
+                Box::new(move |to, at| image.read(to, at).unwrap())
+            }
+        }
     }
 }
 
@@ -243,6 +294,10 @@ impl Vmm {
             command.args(["--console", &argument("socket", "hvc"), "--rng", "src=/dev/urandom"]);
         } else {
             command.args(["--serial", &argument("file", "console")]);
+        }
+        if let Some(disk) = options.disk {
+            disk.create(&at("disk"));
+            command.args(["--disk", &format!("{},{}", argument("path", "disk"), disk.words())]);
         }
         if !options.reboot {
             command.arg("--no-reboot");

@@ -56,9 +56,35 @@ pub struct NetConfig {
 /// The largest number of virtio devices: each has an interrupt of its own.
 pub const MAX_DEVICES: usize = 8;
 
+/// What is in the file of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageType {
+    /// The disk's bytes.
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// A regular file or a block device.
+    pub path: PathBuf,
+    /// The guest may not write to it.
+    pub readonly: bool,
+    /// Without the host's page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// `None`: raw, unless it begins as an image of another kind.
+    pub image_type: Option<ImageType>,
+    /// What the guest sees as its serial number, at most 20 bytes.
+    pub id: Option<String>,
+}
+
 /// One virtio device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceConfig {
+    /// A disk.
+    Disk(DiskConfig),
     /// A source of random bytes.
     Rng {
         /// The character device or FIFO that they are read from.
@@ -121,6 +147,9 @@ pub struct MemoryZone {
     pub prefault: bool,
     /// A file to be the memory, at least as long as it.
     pub file: Option<PathBuf>,
+    /// Whether devices are to have a mapping of their own, in which a page that goes bad under their hands does not end the
+    /// VMM. It takes a file: without one it is a memfd then.
+    pub viewed: bool,
     /// Whether it may be a file of which the host loses bad pages without a signal: a shared one on a disk.
     pub lossy: bool,
 }
@@ -136,6 +165,7 @@ impl MemoryZone {
             thp: true,
             prefault: false,
             file: None,
+            viewed: false,
             lossy: false,
         }
     }

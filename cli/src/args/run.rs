@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
 use mce_relay_vmm::config::{
-    ConsoleMode, CpuVendor, DeviceConfig, MemoryZone, NetConfig, PageSize, RescuePolicy,
-    SerialMode, TapSource, VmConfig,
+    ConsoleMode, CpuVendor, DeviceConfig, DiskConfig, ImageType, MemoryZone, NetConfig, PageSize,
+    RescuePolicy, SerialMode, TapSource, VmConfig,
 };
 use mce_relay_vmm::sandbox::seccomp::Mode;
 use mce_relay_vmm::session::config::RunConfig;
@@ -64,6 +64,14 @@ pub struct RunArgs {
     /// what the guest writes; else as for --serial, and without an exit to the VMM for each byte.
     #[arg(long, default_value = "off", value_name = "MODE")]
     pub console: Console,
+    /// Give the guest a virtio disk: path=PATH, a regular file or a block device; given once for each disk.
+    ///
+    /// readonly=on: the guest may not write to it. direct=on: without the host's page cache (O_DIRECT).
+    /// image_type=raw|qcow2: what is in the file (raw, unless it begins as qcow2: then it has to be said).
+    /// id=NAME: what the guest sees as its serial number, at most 20 bytes. The guest's first disk is
+    /// /dev/vda. The file is locked against other VMs that would write to it.
+    #[arg(long, value_name = "path=PATH")]
+    pub disk: Vec<Disk>,
     /// Give the guest a virtio source of random bytes, read from this character device or FIFO: src=/dev/urandom.
     #[arg(long, value_name = "src=PATH")]
     pub rng: Option<RngArg>,
@@ -305,18 +313,31 @@ impl RunArgs {
     fn devices(&self) -> Vec<DeviceConfig> {
         let rng = self.rng.iter().map(|rng| DeviceConfig::Rng { src: rng.0.clone() });
         let net = self.net.iter().map(|net| DeviceConfig::Net(net.0.clone()));
-        rng.chain(self.console.0.clone().map(DeviceConfig::Console)).chain(net).collect()
+        let disks = self.disk.iter().map(|disk| DeviceConfig::Disk(disk.0.clone()));
+        let console = self.console.0.clone().map(DeviceConfig::Console);
+        disks.chain(rng).chain(console).chain(net).collect()
     }
 
     /// The zones of guest RAM.
     #[must_use]
     pub fn zones(&self) -> Vec<MemoryZone> {
-        match (&self.memory, self.memory_zone.as_slice()) {
+        let mut zones = match (&self.memory, self.memory_zone.as_slice()) {
             // Cloud Hypervisor users write --memory size=0 beside zones.
             (_, [_, ..]) => self.memory_zone.iter().map(|zone| zone.0.clone()).collect(),
             (Some(memory), []) => vec![memory.0.clone()],
             (None, []) => vec![MemoryZone::new(DEFAULT_RAM)],
-        }
+        };
+        let has_devices = !self.devices().is_empty();
+        zones.iter_mut().for_each(|zone| zone.viewed = has_devices);
+        zones
+    }
+}
+
+fn on_or_off(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{key} is {value:?}; expected on or off")),
     }
 }
 
@@ -338,11 +359,7 @@ impl FromStr for Memory {
         let mut given: Vec<&str> = Vec::new();
         for part in text.split(',') {
             let (key, value) = part.split_once('=').unwrap_or((part, ""));
-            let switch = || match value {
-                "on" => Ok(true),
-                "off" => Ok(false),
-                _ => Err(format!("{key} is {value:?}; expected on or off")),
-            };
+            let switch = || on_or_off(key, value);
             match key {
                 "size" => zone.size = parse_number(value)?,
                 "shared" => zone.shared = switch()?,
@@ -436,6 +453,56 @@ impl FromStr for Console {
             // Its words, and the one form more.
             Err(error) => Err(error.replace(" or off", ", null or off")),
         }
+    }
+}
+
+/// `path=PATH` and more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk(pub DiskConfig);
+
+impl FromStr for Disk {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const KEYS: &str =
+            "path=PATH, readonly=on|off, direct=on|off, image_type=raw|qcow2, id=NAME";
+        /// Bytes of a serial number (VIRTIO_BLK_ID_BYTES).
+        const ID: usize = 20;
+        let (path, image_type) = (PathBuf::new(), None);
+        let mut disk = DiskConfig { path, readonly: false, direct: false, image_type, id: None };
+        let mut given: Vec<&str> = Vec::new();
+        for part in text.split(',') {
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| format!("{part:?} is not understood; expected {KEYS}"))?;
+            if given.contains(&key) {
+                return Err(format!("{key} is given twice"));
+            }
+            given.push(key);
+            match key {
+                "path" => disk.path = value.into(),
+                "readonly" => disk.readonly = on_or_off(key, value)?,
+                "direct" => disk.direct = on_or_off(key, value)?,
+                "image_type" => {
+                    disk.image_type = Some(match value {
+                        "raw" => ImageType::Raw,
+                        "qcow2" => ImageType::Qcow2,
+                        _ => {
+                            return Err(format!("image_type is {value:?}; expected raw or qcow2"));
+                        }
+                    });
+                }
+                "id" if value.is_empty() || value.len() > ID || !value.is_ascii() => {
+                    return Err(format!("id is {value:?}; expected 1 to {ID} ASCII characters"));
+                }
+                "id" => disk.id = Some(value.to_owned()),
+                _ => return Err(format!("{key:?} is not understood; expected {KEYS}")),
+            }
+        }
+        if disk.path.as_os_str().is_empty() {
+            return Err(format!("no path is given; expected {KEYS}"));
+        }
+        Ok(Self(disk))
     }
 }
 

@@ -1,15 +1,20 @@
 //! A failure enters: translation, ledger, and the queue of the vCPU that has to be told.
 
 use std::mem;
+use std::ops::Range;
 use std::time::SystemTime;
 
 use super::inner::{Inner, RETRY_FIRST};
 use super::shared::Shared;
 use crate::event::{Event, SignalledThread};
+use crate::guard;
 use crate::memory::map::RamMap;
-use crate::memory::scan::can_be_mapped;
+use crate::memory::scan::{can_be_mapped, is_poisoned};
 use crate::signal::{self, ThreadSlot};
 use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE};
+
+/// `log2` of the largest page of a host, 1 GiB.
+const MAX_SHIFT: u8 = 30;
 
 impl Shared {
     /// Takes the signals of the calling thread, which is `thread`: those that are forged for it are
@@ -53,14 +58,36 @@ impl Shared {
     pub(crate) fn enter(&self, inner: &mut Inner, caught: Caught, thread: SignalledThread) -> bool {
         let Caught { kind, hva, lsb } = caught;
         let forged = inner.forgery.knows(caught);
-        inner.emit(Event::Caught { kind, hva, lsb, thread, forged });
+        let touched = thread == SignalledThread::Other && kind == FailureKind::ActionRequired;
         let (vcpu, kind) = match thread {
             SignalledThread::Vcpu(vcpu) => (Some(vcpu), kind),
-            SignalledThread::Relay | SignalledThread::Other => (None, kind),
-            SignalledThread::Caller => (None, FailureKind::ActionOptional),
+            SignalledThread::Relay => (None, kind),
+            // The guest has not touched it.
+            SignalledThread::Other | SignalledThread::Caller => (None, FailureKind::ActionOptional),
         };
-        let found_by = if forged { FoundBy::Forged } else { FoundBy::Signal };
+        if touched && !is_poisoned(hva & !(PAGE_SIZE - 1)) && self.ram().gpas(hva).len() > 0 {
+            // The handler was late: there is good memory by now. Or there never was any, and nothing has gone bad. What it
+            // has marked is not.
+            log::debug!("the page at HVA {hva:#x} that a thread has touched is not bad");
+            guard::mark_only(&self.extent_of(hva, lsb), &[]);
+            return true;
+        }
+        inner.emit(Event::Caught { kind: caught.kind, hva, lsb, thread, forged });
+        let found_by = match (forged, touched) {
+            (true, _) => FoundBy::Forged,
+            (false, true) => FoundBy::Access,
+            (false, false) => FoundBy::Signal,
+        };
         let known = self.enter_pages(inner, Caught { kind, hva, lsb }, found_by, vcpu);
+        if touched && !inner.rescues.has(hva) {
+            // The handler marks whole pages of the host. Some of one may be good: the kernel has split it.
+            let extent = self.extent_of(hva, lsb);
+            let ram = self.ram();
+            let lost = |page: &u64| ram.gpas(*page).any(|gpa| inner.ledger.contains(gpa));
+            let bad = extent.clone().step_by(1 << PAGE_SHIFT).filter(lost);
+            let bad: Vec<_> = bad.map(|page| page..page + PAGE_SIZE).collect();
+            guard::mark_only(&extent, &bad);
+        }
         if !known && kind == FailureKind::ActionOptional {
             // The kernel tells one thread of a process; with two VMs in it that may be the other's.
             inner.strays.push(caught);
@@ -72,6 +99,13 @@ impl Shared {
             self.wake();
         }
         known
+    }
+
+    /// The host addresses of what the handler has marked.
+    fn extent_of(&self, hva: u64, lsb: u8) -> Range<u64> {
+        let size = 1_u64 << self.ram().page_shift(hva).max(lsb).min(MAX_SHIFT);
+        let start = hva & !(size - 1);
+        start..start + size
     }
 
     /// All pages that are lost with the one at `caught.hva`, of which `vcpu` has touched that one if
@@ -96,7 +130,7 @@ impl Shared {
             inner.delivery.next_alias(&gpas)
         });
         // One event for an extent: a page of 1 GiB has 262,144 pages.
-        let (mut news, mut first) = (0, None);
+        let (mut news, mut first, mut bad) = (0, None, Vec::new());
         for &(page_hva, gpa) in &pages {
             // Of a larger extent only the page that the signal named stops a vCPU.
             let named = page_hva <= hva && hva - page_hva < PAGE_SIZE;
@@ -109,6 +143,9 @@ impl Shared {
             }
             let new = inner.ledger.enter(gpa, page_hva, lsb, kind, found_by, now);
             if new {
+                if found_by != FoundBy::Forged {
+                    bad.push(page_hva..page_hva + PAGE_SIZE);
+                }
                 news += 1;
                 if named || first.is_none() {
                     first = Some((gpa, page_hva, kind));
@@ -127,6 +164,7 @@ impl Shared {
                 _ => {}
             }
         }
+        guard::mark(bad);
         if let Some((gpa, hva, kind)) = first {
             let (extent, pages) = (1 << lsb, news);
             inner.emit(Event::Seen { gpa, hva, kind, found_by, extent, pages });

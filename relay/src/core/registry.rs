@@ -12,6 +12,12 @@ pub(crate) fn relays() -> MutexGuard<'static, Vec<Weak<Shared>>> {
     RELAYS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Has all relays of this process look at what was signalled.
+pub(crate) fn wake_all() {
+    let all = relays().iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
+    all.iter().for_each(|relay| relay.wake());
+}
+
 /// The relays of this process but `own`.
 pub(crate) fn others(own: &Shared) -> Vec<Arc<Shared>> {
     let all = relays().iter().filter_map(Weak::upgrade).collect::<Vec<_>>();

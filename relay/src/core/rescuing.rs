@@ -7,6 +7,7 @@ use super::inner::Inner;
 use super::rescue::Report;
 use super::shared::Shared;
 use crate::event::Event;
+use crate::guard;
 use crate::memory::map::RamMap;
 use crate::memory::scan::is_poisoned;
 use crate::types::{Caught, FailureKind, FoundBy, PAGE_SHIFT, PAGE_SIZE, RescueRefusal, Rescued};
@@ -64,6 +65,8 @@ impl Shared {
         let mut inner = self.lock();
         let open = inner.rescues.close(hvas)?;
         self.change_ram(|ram| Ok(ram.with_stand_in(hvas.clone()))).ok()?;
+        // Devices have it before the pages that are gone are marked.
+        guard::replaced(hvas);
         let extent = hvas.end - hvas.start;
         let micros = |since: Instant| since.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
         let rescued = Rescued {
@@ -119,6 +122,15 @@ impl Shared {
             None => FailureKind::ActionOptional,
         };
         self.enter_pages(inner, Caught { kind, hva, lsb: PAGE_SHIFT }, found_by, vcpu);
+    }
+
+    /// Waits until nothing is being rescued any more, for `patience` at most.
+    pub(crate) fn wait_for_rescues(&self, patience: Duration) {
+        let mut inner = self.lock();
+        let since = Instant::now();
+        while inner.rescues.next().is_some() && since.elapsed() < patience && self.is_working() {
+            inner = inner.wait(&self.gathered, Duration::from_millis(10));
+        }
     }
 
     /// Waits until nothing of the page at `hva` is being rescued any more, for `patience` at most.

@@ -1,5 +1,6 @@
 //! What the relay's thread, the vCPUs' threads and the handles of one relay share.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::ThreadId;
@@ -8,9 +9,12 @@ use std::time::{Duration, Instant};
 use super::inner::Inner;
 use super::locked::Locked;
 use super::outbox::Outbox;
+use crate::guard::{self, Registered};
+use crate::ledger::Page;
 use crate::memory::map::{RamError, RamMap};
 use crate::memory::scan::Mapped;
 use crate::signal::Wake;
+use crate::types::{PAGE_SHIFT, PAGE_SIZE, State};
 
 /// How often the relay's thread looks for AOs that reached a thread outside the relay.
 pub(crate) const IDLE_TICK: Duration = Duration::from_secs(1);
@@ -40,6 +44,8 @@ pub(crate) struct Shared {
     pub(crate) mapped: Mapped,
     /// Earlier maps, as long as somebody has them.
     pub(crate) older: Mutex<Vec<Weak<RamMap>>>,
+    /// Guest RAM in the table that devices and the handler read.
+    pub(crate) areas: Mutex<Vec<Registered>>,
     /// The thread that does the relay's work.
     pub(crate) worker: OnceLock<ThreadId>,
 }
@@ -74,6 +80,44 @@ impl Shared {
         older.retain(|map| map.strong_count() > 0);
         older.push(Arc::downgrade(&old));
         Ok(())
+    }
+
+    /// Has guest RAM as it is now in the table that devices and the handler read. Of the memory at `new` nothing but what
+    /// the ledger has is bad.
+    pub(crate) fn enter_areas(&self, inner: &Inner, new: impl IntoIterator<Item = Range<u64>>) {
+        if self.stop.load(Ordering::Acquire) {
+            return;
+        }
+        let ram = self.ram();
+        let mut hvas: Vec<Range<u64>> = Vec::new();
+        for next in ram.hvas() {
+            match hvas.last_mut() {
+                Some(last) if last.end == next.start => last.end = next.end,
+                _ => hvas.push(next),
+            }
+        }
+        let register = |hvas: &Range<u64>| {
+            let area = guard::register(hvas, PAGE_SHIFT);
+            area.inspect_err(|error| log::warn!("guest memory is not guarded: {error}")).ok()
+        };
+        let areas: Vec<Registered> = hvas.iter().filter_map(register).collect();
+        let before = std::mem::replace(
+            &mut *self.areas.lock().unwrap_or_else(PoisonError::into_inner),
+            areas,
+        );
+        // The new ones have taken their marks over.
+        drop(before);
+        let bad = |page: &Page| {
+            !page.is_forged() && !matches!(page.state, State::Healed | State::Removed)
+        };
+        let pages = inner.ledger.pages().filter(bad).filter_map(|page| ram.hva(page.gpa));
+        let bad: Vec<Range<u64>> = pages.map(|hva| hva..hva + PAGE_SIZE).collect();
+        new.into_iter().for_each(|hvas| guard::all_new(&hvas, &bad));
+    }
+
+    /// Takes them out again: the memory may go.
+    pub(crate) fn forget_areas(&self) {
+        self.areas.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// The maps before the present one that somebody still looks at, or copies by.

@@ -330,7 +330,11 @@ mod tests {
             Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
         };
         let now = SystemTime::UNIX_EPOCH;
-        let memory = crate::memory::stand_in::StandIn::new(2 << 20).unwrap();
+        let memory = crate::memory::stand_in::StandIn::new(
+            2 << 20,
+            crate::memory::stand_in::Sharing::Private,
+        )
+        .unwrap();
         let hva = memory.hva();
         crate::memory::access::write(hva + 0x9000, b"old").unwrap();
         marker.poison(hva + 0x5000, 4096).unwrap();

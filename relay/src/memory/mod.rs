@@ -9,7 +9,7 @@ pub mod map;
 mod mapping;
 #[cfg(feature = "vm-memory")]
 #[allow(unsafe_code, reason = "it is where the system is asked")]
-mod page_size;
+pub(crate) mod page_size;
 #[allow(unsafe_code, reason = "it is where the system is asked")]
 pub mod scan;
 #[allow(unsafe_code, reason = "it is where the system is asked")]

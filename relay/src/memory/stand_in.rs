@@ -22,6 +22,15 @@ const CHUNK: u64 = 1 << 30;
 /// A mapping that begins at a multiple of this can be in the host's transparent huge pages.
 const ALIGNMENT: u64 = 2 << 20;
 
+/// Whether it can be mapped more than once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// It cannot.
+    Private,
+    /// Devices have views of guest memory, and are to have one of it, too.
+    Views,
+}
+
 /// Ordinary memory of this process's own. It goes when this is dropped.
 #[derive(Debug)]
 pub(crate) struct StandIn {
@@ -42,8 +51,8 @@ impl StandIn {
     ///
     /// # Errors
     /// There is no memory to be had.
-    pub(crate) fn new(len: u64) -> io::Result<Self> {
-        let stand_in = Self::map(len)?;
+    pub(crate) fn new(len: u64, sharing: Sharing) -> io::Result<Self> {
+        let stand_in = Self::map(len, sharing)?;
         let joined = if len > ALIGNMENT { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
         // A kernel without huge pages needs no advice.
         let _ = advise(stand_in.hva, len, joined);
@@ -58,11 +67,15 @@ impl StandIn {
     }
 
     /// The addresses.
-    fn map(len: u64) -> io::Result<Self> {
+    fn map(len: u64, sharing: Sharing) -> io::Result<Self> {
         let room = len.checked_add(ALIGNMENT).ok_or(libc::ENOMEM);
         let room = room.map_err(io::Error::from_raw_os_error)?;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let flags = libc::MAP_ANONYMOUS
+            | match sharing {
+                Sharing::Private => libc::MAP_PRIVATE,
+                Sharing::Views => libc::MAP_SHARED,
+            };
         // SAFETY: a new mapping at an address of the kernel's choice.
         let at = unsafe { libc::mmap(ptr::null_mut(), size(room)?, prot, flags, -1, 0) };
         if at == libc::MAP_FAILED {
@@ -123,11 +136,42 @@ impl StandIn {
         gone.iter().try_for_each(|at| marker.poison(self.hva + at, PAGE_SIZE))
     }
 
+    /// Takes the marks away again: there is memory at `gone`.
+    ///
+    /// # Errors
+    /// There is none to be had.
+    pub(crate) fn unmark(&self, gone: &[u64]) -> io::Result<()> {
+        gone.iter().try_for_each(|at| {
+            advise(self.hva + at, PAGE_SIZE, libc::MADV_DONTNEED)?;
+            advise(self.hva + at, PAGE_SIZE, libc::MADV_POPULATE_WRITE)
+        })
+    }
+
+    /// Gives it back to the host.
+    pub(crate) fn give_up(&mut self) {
+        drop(Self { hva: self.hva, len: std::mem::take(&mut self.len) });
+    }
+
+    /// Length in bytes.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Takes `part` back, which [`Self::take`] parted from it last; gives it back where it does not lie right before.
+    pub(crate) fn rejoin(&mut self, mut part: Self) -> Result<(), Self> {
+        if part.hva + part.len != self.hva {
+            return Err(part);
+        }
+        self.hva = part.hva;
+        self.len += std::mem::take(&mut part.len);
+        Ok(())
+    }
+
     /// Moves it to `hva`, where whatever was mapped is no longer: in one step for all who look.
     ///
     /// # Errors
-    /// The kernel does not do it; what was there may be no longer mapped then.
-    pub(crate) fn move_to(mut self, hva: u64) -> io::Result<()> {
+    /// The kernel does not do it; what was there may be no longer mapped then (see [`plug`]).
+    pub(crate) fn move_to(&mut self, hva: u64) -> io::Result<()> {
         let (len, flags) = (size(self.len)?, libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED);
         // SAFETY: moves memory of our own, to which no reference leads, over guest memory, to which none leads either
         // (the contract of `RamRegion`).
@@ -137,6 +181,28 @@ impl StandIn {
         }
         self.len = 0;
         Ok(())
+    }
+}
+
+/// Maps memory at `hva` where nothing is mapped, each page of it marked as bad: the kernel would map something else there
+/// sooner or later, and the guest would have it. False where something is mapped.
+///
+/// # Errors
+/// The kernel does not mark it; nobody can touch it then.
+pub(crate) fn plug(hva: u64, len: u64, marker: &Uffd) -> io::Result<bool> {
+    let flags =
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED_NOREPLACE;
+    // SAFETY: a new mapping, where there is none.
+    let at = unsafe { libc::mmap(address(hva)?, size(len)?, libc::PROT_NONE, flags, -1, 0) };
+    if at == libc::MAP_FAILED {
+        let error = io::Error::last_os_error();
+        return if error.raw_os_error() == Some(libc::EEXIST) { Ok(false) } else { Err(error) };
+    }
+    marker.poison(hva, len)?;
+    // SAFETY: the mapping that was just made, of which no byte is used.
+    match unsafe { libc::mprotect(at, size(len)?, libc::PROT_READ | libc::PROT_WRITE) } {
+        0 => Ok(true),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 
@@ -204,8 +270,47 @@ mod tests {
     const OFFSET: u64 = 16 << 20;
     const FIRST: u64 = OFFSET / PAGE_SIZE;
 
+    #[test]
+    fn a_hole_is_plugged_and_nothing_else_is() {
+        let marker = match Uffd::open() {
+            Ok(marker) => marker,
+            Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
+        };
+        let place = StandIn::new(2 * LEN, Sharing::Private).unwrap();
+        crate::memory::access::write(place.hva, &[7]).unwrap();
+        assert!(!plug(place.hva, place.len, &marker).unwrap(), "it is no hole");
+        let mut byte = [0];
+        crate::memory::access::read(place.hva, &mut byte).unwrap();
+        assert_eq!(byte, [7]);
+        // SAFETY: the upper half of this test's own mapping, to which no reference leads.
+        assert_eq!(0, unsafe { libc::munmap(address(place.hva + LEN).unwrap(), 4 << 20) });
+        assert!(plug(place.hva + LEN, LEN, &marker).unwrap());
+        for at in (0..LEN).step_by(4096) {
+            assert!(is_poisoned(place.hva + LEN + at), "{at:#x}");
+        }
+    }
+
+    #[test]
+    fn marks_are_taken_away_and_a_part_is_given_back() {
+        let marker = match Uffd::open() {
+            Ok(marker) => marker,
+            Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
+        };
+        let mut reserve = StandIn::new(2 * LEN, Sharing::Private).unwrap();
+        let part = reserve.take(LEN).unwrap();
+        let (hva, gone) = (part.hva, [0x3000, LEN - 4096]);
+        part.mark(&marker, &gone).unwrap();
+        assert!(is_poisoned(hva + 0x3000));
+        part.unmark(&gone).unwrap();
+        crate::memory::access::write(hva + 0x3000, &[1]).unwrap();
+        reserve.rejoin(part).unwrap();
+        assert_eq!((reserve.hva, reserve.len), (hva, 2 * LEN));
+        let elsewhere = StandIn::new(LEN, Sharing::Private).unwrap();
+        assert!(reserve.rejoin(elsewhere).is_err());
+    }
+
     fn filled(bad: &[u64]) -> (StandIn, Vec<u64>) {
-        let stand_in = StandIn::new(LEN).unwrap();
+        let stand_in = StandIn::new(LEN, Sharing::Private).unwrap();
         let bad: Vec<u64> = bad.iter().map(|page| FIRST + page).collect();
         let filled = stand_in.fill(&Model { bad, end: 1 << 30 }, OFFSET).unwrap();
         (stand_in, filled.gone.iter().map(|at| at / PAGE_SIZE).collect())
@@ -222,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_file_that_ends_is_an_error() {
-        let stand_in = StandIn::new(LEN).unwrap();
+        let stand_in = StandIn::new(LEN, Sharing::Private).unwrap();
         let short = Model { bad: Vec::new(), end: OFFSET + LEN / 2 };
         let error = stand_in.fill(&short, OFFSET).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
@@ -234,9 +339,9 @@ mod tests {
             Ok(marker) => marker,
             Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
         };
-        let place = StandIn::new(3 * LEN).unwrap();
+        let place = StandIn::new(3 * LEN, Sharing::Private).unwrap();
         advise(place.hva, place.len, libc::MADV_NOHUGEPAGE).unwrap();
-        let (stand_in, gone) = filled(&[0, 5, 1023]);
+        let (mut stand_in, gone) = filled(&[0, 5, 1023]);
         let gone: Vec<u64> = gone.iter().map(|page| page * PAGE_SIZE).collect();
         stand_in.mark(&marker, &gone).unwrap();
         let hva = place.hva + LEN;
@@ -269,7 +374,7 @@ mod tests {
         };
         // Into memory that nobody has used yet, as any copy of it would be.
         let plain = best(&|| {
-            let to = StandIn::map(HUGE).unwrap();
+            let to = StandIn::map(HUGE, Sharing::Private).unwrap();
             let start = std::time::Instant::now();
             // SAFETY: both have 2 MiB, and nobody else has `to`.
             unsafe {
@@ -277,9 +382,9 @@ mod tests {
             };
             start.elapsed()
         });
-        let place = StandIn::new(HUGE).unwrap();
+        let place = StandIn::new(HUGE, Sharing::Private).unwrap();
         let rescue = best(&|| {
-            let stand_in = StandIn::new(HUGE).unwrap();
+            let mut stand_in = StandIn::new(HUGE, Sharing::Private).unwrap();
             let start = std::time::Instant::now();
             stand_in.fill(&file.as_fd(), 0).unwrap();
             stand_in.mark(&marker, &[0x5000]).unwrap();
@@ -293,7 +398,7 @@ mod tests {
 
     #[test]
     fn a_reserve_is_used_up() {
-        let mut reserve = StandIn::new(3 * ALIGNMENT).unwrap();
+        let mut reserve = StandIn::new(3 * ALIGNMENT, Sharing::Private).unwrap();
         let first = reserve.take(ALIGNMENT).unwrap();
         assert_eq!((first.hva + ALIGNMENT, reserve.len), (reserve.hva, 2 * ALIGNMENT));
         assert!(reserve.take(3 * ALIGNMENT).is_none());

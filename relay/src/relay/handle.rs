@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use crate::core::inner::Inner;
 use crate::core::shared::Shared;
 use crate::event::Event;
+use crate::guard;
 use crate::ledger::{Ledger, Page, Predicted, Untold};
 use crate::memory::access::{self, AccessError};
 use crate::memory::map::{RamError, RamRegion};
@@ -141,8 +142,12 @@ impl Handle {
 
     /// The parts of `gpas` (guest-physical addresses) without a page that is known to be bad, ascending. For a snapshot
     /// that writes guest memory to a file by write(2), which stops at a bad page. A page may still go bad between this
-    /// call and the write: the write then fails with EFAULT or is short, and the next call leaves the page out.
+    /// call and the write: the write then fails with EFAULT or is short, and the next call leaves the page out. While a
+    /// huge page is being rescued it waits: nothing of it can be read until then.
     pub fn whole_parts(&self, gpas: Range<u64>) -> Vec<Range<u64>> {
+        if !self.0.is_worker() {
+            self.0.wait_for_rescues(RESCUE);
+        }
         let inner = self.0.lock();
         let mut from = gpas.start;
         let mut parts = Vec::new();
@@ -161,6 +166,26 @@ impl Handle {
             parts.push(from..gpas.end);
         }
         parts
+    }
+
+    /// Whether a page of `gpas` (guest-physical addresses) is known to be bad. While no page of any guest of this process is,
+    /// that is one relaxed load. For devices; [`guard::is_bad`](crate::guard::is_bad) is the same by host addresses, without
+    /// a look at the map of guest RAM.
+    pub fn is_bad(&self, gpas: Range<u64>) -> bool {
+        if !guard::is_any_marked() {
+            return false;
+        }
+        let ram = self.0.ram();
+        let mut at = gpas.start;
+        while at < gpas.end {
+            let Some(region) = ram.region(at) else { return false };
+            let end = gpas.end.min(region.gpa() + region.len());
+            if guard::is_bad(region.hva() + (at - region.gpa()), end - at) {
+                return true;
+            }
+            at = end;
+        }
+        false
     }
 
     /// Whether the relay's thread runs. Before the relay is dropped it ends only by a defect of its own, which it logs;
@@ -183,6 +208,7 @@ impl Handle {
             // A page that the guest was never told of stays bad: new memory in its place would be a silent loss.
             let _: Result<bool, Untold> = inner.ledger.replace(gpa, now);
         }
+        self.0.enter_areas(&inner, Some(region.hva()..region.hva() + region.len()));
         drop(inner);
         self.0.hint();
         Ok(())
@@ -223,6 +249,7 @@ impl Handle {
         })?;
         let region = gone.ok_or(RamError::NoRegion { gpa })?;
         inner.rescues.forget(&(region.hva()..region.hva() + region.len()));
+        self.0.enter_areas(&inner, None);
         let (start, len) = (region.gpa(), region.len());
         inner.delivery.gone(&|gpa| gpa >= start && gpa - start < len);
         for gpa in Self::known_within(&inner, region) {
@@ -240,6 +267,9 @@ impl Handle {
         let known: Vec<u64> =
             inner.ledger.within(gpa..gpa.saturating_add(len)).map(|page| page.gpa).collect();
         for gpa in known {
+            if let Some(hva) = self.0.ram().hva(gpa) {
+                guard::clear(&(hva..hva + PAGE_SIZE));
+            }
             let forged = inner.ledger.get(gpa).is_some_and(|page| page.is_forged());
             if inner.ledger.heal(gpa, now) {
                 inner.emit(Event::Healed { gpa, forged });

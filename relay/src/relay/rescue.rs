@@ -8,7 +8,7 @@ use super::error::StartError;
 use crate::core::host::call_host;
 use crate::core::shared::Shared;
 use crate::memory::headroom::Headroom;
-use crate::memory::stand_in::{Filled, StandIn};
+use crate::memory::stand_in::{Filled, Sharing, StandIn, plug};
 use crate::memory::uffd::Uffd;
 use crate::types::{PAGE_SIZE, RescueRefusal, RescueStep, Rescued};
 
@@ -33,7 +33,7 @@ pub trait MemoryOwner: Send {
     /// themselves.
     ///
     /// It must not call [`Handle::remove_ram`](crate::Handle::remove_ram), which waits until the rescue is over. If
-    /// that fails later on, [`Event::NotRescued`](crate::Event::NotRescued) says so.
+    /// that fails later on, [`Self::kept`] is called.
     ///
     /// # Errors
     /// It must stay: it is lost as a whole then.
@@ -45,6 +45,13 @@ pub trait MemoryOwner: Send {
     /// asked for again; devices may have the memory.
     fn replaced(&mut self, rescued: &Rescued) {
         let _ = rescued;
+    }
+
+    /// `page`, which was released, is not replaced, because of `why`: all of it is lost, and whoever let it go may have it
+    /// back as it is. Where `why` is a refused [`RescueStep::Move`](crate::RescueStep::Move) its mapping may be another,
+    /// of which each page is marked as bad.
+    fn kept(&mut self, page: HugePage, why: &RescueRefusal) {
+        let _ = (page, why);
     }
 }
 
@@ -69,14 +76,14 @@ impl Rescue {
     }
 
     /// Takes what is needed before a thread may open nothing.
-    pub(super) fn prepare(self) -> Result<Rescuer, StartError> {
+    pub(super) fn prepare(self, sharing: Sharing) -> Result<Rescuer, StartError> {
         let headroom = Headroom::new();
         let reserve = match self.reserve {
             0 => None,
             bytes => {
                 let rounded = bytes.checked_next_multiple_of(2 << 20);
                 let stand_in = match rounded.filter(|rounded| *rounded <= headroom.bytes()) {
-                    Some(rounded) => StandIn::new(rounded),
+                    Some(rounded) => StandIn::new(rounded, sharing),
                     None => Err(io::ErrorKind::OutOfMemory.into()),
                 };
                 Some(stand_in.map_err(|source| StartError::Reserve { bytes, source })?)
@@ -89,7 +96,7 @@ impl Rescue {
                  UFFDIO_POISON of Linux 6.6): {error}"
             );
         }
-        let mut store = Store { reserve, spare: None, headroom };
+        let mut store = Store { reserve, spare: None, headroom, sharing };
         if marker.is_ok() {
             store.prepare_spare();
         }
@@ -117,13 +124,24 @@ struct Store {
     /// For the next page of 2 MiB, so that no vCPU waits until there is memory.
     spare: Option<StandIn>,
     headroom: Headroom,
+    sharing: Sharing,
 }
 
 impl Store {
     /// Has memory for one more, if there is enough of it.
     fn prepare_spare(&mut self) {
         if self.spare.is_none() && self.headroom.bytes() > 2 * SPARE {
-            self.spare = StandIn::new(SPARE).ok();
+            self.spare = StandIn::new(SPARE, self.sharing).ok();
+        }
+    }
+
+    /// Takes memory back that was not used.
+    fn give_back(&mut self, unused: StandIn) {
+        if unused.len() == SPARE && self.spare.is_none() {
+            self.spare = Some(unused);
+        } else if let Some(reserve) = &mut self.reserve {
+            // What is not of the reserve goes back to the host.
+            let _ = reserve.rejoin(unused);
         }
     }
 
@@ -141,7 +159,7 @@ impl Store {
         if free < needed {
             return Err(RescueRefusal::NoMemory { needed, free });
         }
-        StandIn::new(len).map_err(at(RescueStep::Allocate))
+        StandIn::new(len, self.sharing).map_err(at(RescueStep::Allocate))
     }
 }
 
@@ -182,20 +200,67 @@ impl Rescuer {
         let marker = self.marker.as_ref().map_err(|error| RescueRefusal::NoMarker {
             errno: error.raw_os_error().unwrap_or(0),
         })?;
-        let (file, offset) = self.owner.release(HugePage { hva, len })?;
-        let stand_in = self.store.memory(len)?;
-        let Filled { gone } = stand_in.fill(&file, offset).map_err(at(RescueStep::Read))?;
-        match gone.len() as u64 {
-            0 => return Err(RescueRefusal::NoneBad),
-            all if all == len / PAGE_SIZE => return Err(RescueRefusal::NothingLeft),
-            _ => {}
+        let page = HugePage { hva, len };
+        let (file, offset) = self.owner.release(page)?;
+        let replaced = match self.store.memory(len) {
+            Ok(mut stand_in) => {
+                let replaced = replace(shared, hvas, &mut stand_in, (&file, offset), marker);
+                if replaced.is_err() && stand_in.len() > 0 {
+                    self.store.give_back(stand_in);
+                }
+                replaced
+            }
+            Err(why) => Err(why),
+        };
+        if let Err(why) = &replaced {
+            self.owner.kept(page, why);
         }
-        stand_in.mark(marker, &gone).map_err(at(RescueStep::Mark))?;
-        if shared.is_any_present(hvas) {
-            return Err(RescueRefusal::Mapped);
+        replaced
+    }
+}
+
+/// Puts what `file` has from `offset` on in the place of the huge page at `hvas`; the host addresses of the pages that are
+/// gone. After an error `stand_in` can be used again, if it has a length.
+fn replace(
+    shared: &Shared,
+    hvas: &Range<u64>,
+    stand_in: &mut StandIn,
+    (file, offset): (&BorrowedFd<'_>, u64),
+    marker: &Uffd,
+) -> Result<Vec<u64>, RescueRefusal> {
+    let (hva, len) = (hvas.start, hvas.end - hvas.start);
+    let Filled { gone } = stand_in.fill(file, offset).map_err(at(RescueStep::Read))?;
+    match gone.len() as u64 {
+        0 => return Err(RescueRefusal::NoneBad),
+        all if all == len / PAGE_SIZE => return Err(RescueRefusal::NothingLeft),
+        _ => {}
+    }
+    let marked = stand_in.mark(marker, &gone).map_err(at(RescueStep::Mark));
+    let done = marked.and_then(|()| match shared.is_any_present(hvas) {
+        true => Err(RescueRefusal::Mapped),
+        false => stand_in.move_to(hva).map_err(at(RescueStep::Move)),
+    });
+    match done {
+        Ok(()) => Ok(gone.iter().map(|at| hva + at).collect()),
+        Err(why) => {
+            if matches!(why, RescueRefusal::System { step: RescueStep::Move, .. }) {
+                fill_hole(hvas, marker);
+            }
+            if let Err(error) = stand_in.unmark(&gone) {
+                log::debug!("memory for a rescue has lost some pages: {error}");
+                stand_in.give_up();
+            }
+            Err(why)
         }
-        stand_in.move_to(hva).map_err(at(RescueStep::Move))?;
-        Ok(gone.iter().map(|at| hva + at).collect())
+    }
+}
+
+/// What the kernel unmaps before it finds that it cannot move memory there.
+fn fill_hole(hvas: &Range<u64>, marker: &Uffd) {
+    match plug(hvas.start, hvas.end - hvas.start, marker) {
+        Ok(true) => log::warn!("nothing was mapped any more at HVA {:#x}", hvas.start),
+        Ok(false) => {}
+        Err(error) => log::error!("nothing can be mapped at HVA {:#x}: {error}", hvas.start),
     }
 }
 

@@ -13,20 +13,21 @@ use super::error::{AttachError, StartError};
 use super::error_source::Source;
 use super::handle::Handle;
 use super::polled::Polled;
-use super::rescue::Rescue;
 use super::search::Search;
 use super::thread::{EndOfThread, Own, Work, relay_thread};
 use super::vcpu_port::VcpuPort;
 use crate::core::forgery::Forgery;
 use crate::core::inner::{Inner, RETRY_FIRST};
 use crate::core::outbox::Outbox;
-use crate::core::registry::relays;
+use crate::core::registry::{relays, wake_all};
 use crate::core::rescue::Rescues;
 use crate::core::shared::Shared;
 use crate::decide::machine_check::Delivery;
+use crate::guard;
 use crate::ledger::Page;
 use crate::memory::map::RamMap;
 use crate::memory::scan::Mapped;
+use crate::memory::stand_in::Sharing;
 use crate::signal::{self, ExitByte, KillPolicy, Poll, Wake};
 use crate::types::PAGE_SIZE;
 
@@ -68,7 +69,11 @@ impl Relay {
             // Pages that the guest has not been told of, as of a guest that is restored or continues after migration.
             config.ledger.untold().for_each(|page| delivery.push_ao(page.gpa));
         }
-        let rescuer = config.rescue.map(Rescue::prepare).transpose()?;
+        let sharing = match config.ram.hvas().any(|hvas| guard::has_view(&hvas)) {
+            true => Sharing::Views,
+            false => Sharing::Private,
+        };
+        let rescuer = config.rescue.map(|rescue| rescue.prepare(sharing)).transpose()?;
         let shared = Arc::new(Shared {
             inner: Mutex::new(Inner {
                 delivery,
@@ -100,8 +105,11 @@ impl Relay {
             alive: AtomicBool::new(true),
             mapped: Mapped::new(),
             older: Mutex::default(),
+            areas: Mutex::default(),
             worker: OnceLock::new(),
         });
+        guard::set_wake(wake_all);
+        shared.enter_areas(&shared.lock(), shared.ram().hvas());
         let own = Own {
             policy: config.policy,
             source,
@@ -222,6 +230,8 @@ impl Drop for Relay {
         {
             warn!("the relay's thread had panicked");
         }
+        // A handle may stay, and the memory go.
+        self.shared.forget_areas();
         // All events are delivered before the return: the caller may destroy what the observer uses.
         self.shared.outbox.flush();
     }

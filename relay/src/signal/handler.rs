@@ -12,7 +12,8 @@ use super::code::{BUS_MCEERR_AO, BUS_MCEERR_AR, code_of};
 use super::last_words::{self, Next, Origin};
 use super::slot::Orphans;
 use super::thread_slot::{self, own_slot, request_exit};
-use crate::types::{Caught, FailureKind};
+use crate::guard::{self, Touched};
+use crate::types::{Caught, FailureKind, PAGE_SHIFT};
 
 thread_local! {
     // As in `thread_slot`: the handler reads it.
@@ -52,15 +53,27 @@ pub enum Handled {
 /// other thread nothing could be done about it. If it turns out not to be of guest RAM, the signal is sent to the
 /// thread again, and this returns `NotOurs` for it then. It returns `NotOurs`, too, for an AR that repeats without a
 /// call of [`VcpuPort::before_run`](crate::VcpuPort::before_run) in between: the thread's own code loads from the bad
-/// page.
+/// page. [`handle_in`] can do more for such code.
 pub fn handle(info: &siginfo_t) -> Handled {
+    // SAFETY: no registers are given.
+    unsafe { handle_in(info, ptr::null_mut()) }
+}
+
+/// As [`handle`], with the handler's third argument, the interrupted thread's registers, so that a copy of
+/// [`guard`](crate::guard) that comes to a bad page ends as an error. A touch of a bad page in a view of guest memory is
+/// handled, too, and is the one case that takes a system call, mmap(2).
+///
+/// # Safety
+/// `context` is what the kernel passed to the calling handler for this signal, or null.
+pub unsafe fn handle_in(info: &siginfo_t, context: *mut c_void) -> Handled {
     // SAFETY: a siginfo of SIGBUS begins as MceInfo does (include/uapi/asm-generic/siginfo.h), and is
     // larger.
     let mce = unsafe { &*ptr::from_ref(info).cast::<MceInfo>() };
-    if store(mce) { Handled::Handled } else { Handled::NotOurs }
+    if store(mce, context) { Handled::Handled } else { Handled::NotOurs }
 }
 
-/// Takes an AO that was signalled to a thread outside the relay.
+/// Takes a memory failure that was signalled to a thread outside the relay: an AO, or the AR of a touch that was made good,
+/// with the host address at which the guest has the page.
 pub(crate) fn take_orphan() -> Option<Caught> {
     PROCESS.get().and_then(|process| process.orphans.take())
 }
@@ -160,16 +173,20 @@ struct MceInfo {
 
 extern "C" fn on_sigbus(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel passes a valid siginfo with SA_SIGINFO.
-    if handle(unsafe { &*info }) == Handled::NotOurs {
+    if unsafe { handle_in(&*info, context) } == Handled::NotOurs {
         hand_on(signal, info, context);
     }
 }
 
-/// Stores the signal. Returns true when it is a memory failure that the relay will take care of.
-fn store(mce: &MceInfo) -> bool {
+/// Stores the signal. Returns true when it is a memory failure that the relay will take care of, or the thread goes on.
+fn store(mce: &MceInfo, context: *mut c_void) -> bool {
+    let addr = mce.addr as u64;
     let kind = match mce.code {
         BUS_MCEERR_AR => FailureKind::ActionRequired,
         BUS_MCEERR_AO => FailureKind::ActionOptional,
+        // There is no memory behind the address: a file was cut short, or a pool of huge pages is empty. (A kernel
+        // without memory failure says it of marked pages, too.) The relay finds out.
+        libc::BUS_ADRERR | libc::BUS_OBJERR => return recover(addr, PAGE_SHIFT, context),
         _ => return false,
     };
     if NOT_OURS.with(|not_ours| not_ours.swap(false, Ordering::Relaxed)) {
@@ -177,7 +194,10 @@ fn store(mce: &MceInfo) -> bool {
     }
     // An lsb is at most 63; a nonsensical one is kept to its low byte.
     let lsb = mce.addr_lsb.to_le_bytes()[0];
-    let caught = Caught { kind, hva: mce.addr as u64, lsb };
+    let caught = Caught { kind, hva: addr, lsb };
+    if kind == FailureKind::ActionRequired && recover(addr, lsb, context) {
+        return true;
+    }
     // SAFETY: the pointer is that of this thread's own `ThreadSlot`, which resets it before the slot
     // can be freed; that is not before this handler has returned.
     if let Some(slot) = unsafe { own_slot().as_ref() } {
@@ -194,6 +214,15 @@ fn store(mce: &MceInfo) -> bool {
         }
         _ => false,
     }
+}
+
+/// Whether the calling thread, which has touched `addr`, goes on all the same: see [`guard`]. A relay looks at the page.
+fn recover(addr: u64, lsb: u8, context: *mut c_void) -> bool {
+    let Touched::GoesOn(hva) = guard::recover(addr, lsb, context) else { return false };
+    if let (Some(hva), Some(process)) = (hva, PROCESS.get()) {
+        process.orphans.store(Caught { kind: FailureKind::ActionRequired, hva, lsb });
+    }
+    true
 }
 
 /// Hands the signal on to the previous handler or the default action, after a line on stderr.
@@ -282,7 +311,8 @@ unsafe fn origin(info: *const siginfo_t) -> Origin {
             false => {
                 let mce = &*info.cast::<MceInfo>();
                 let lsb = mce.addr_lsb.to_le_bytes()[0];
-                Origin::Fault { addr: mce.addr.addr() as u64, lsb }
+                let addr = mce.addr.addr() as u64;
+                Origin::Fault { addr, lsb, guest: guard::guest_ram(addr).is_some() }
             }
         }
     }
@@ -333,6 +363,7 @@ mod tests {
     use super::super::thread_slot::{ExitByte, ThreadSlot};
     use super::*;
 
+    const NONE: *mut c_void = ptr::null_mut();
     const AO: MceInfo = MceInfo {
         signo: libc::SIGBUS,
         errno: 0,
@@ -348,7 +379,7 @@ mod tests {
         let exit = &raw mut exit;
         // SAFETY: the byte outlives the slot.
         let slot = ThreadSlot::attach(unsafe { ExitByte::new(exit) }).unwrap();
-        assert!(store(&AO));
+        assert!(store(&AO, NONE));
         assert!(slot.attention());
         // SAFETY: a local of this function.
         assert_eq!(unsafe { exit.read_volatile() }, 1);
@@ -368,11 +399,11 @@ mod tests {
         let slot = ThreadSlot::attach(ExitByte::NONE).unwrap();
         let ar = MceInfo { code: BUS_MCEERR_AR, ..AO };
         while slot.take_overrun() == 0 {
-            assert!(store(&AO));
+            assert!(store(&AO, NONE));
         }
-        assert!(!store(&ar), "an AR that would loop for ever");
+        assert!(!store(&ar, NONE), "an AR that would loop for ever");
         assert!(slot.take().is_some());
-        assert!(store(&ar), "room again");
+        assert!(store(&ar, NONE), "room again");
     }
 
     #[test]
@@ -381,7 +412,7 @@ mod tests {
         let slot = ThreadSlot::attach(ExitByte::NONE).unwrap();
         let codes = [libc::SI_USER, libc::SI_QUEUE, libc::SI_TKILL, libc::BUS_ADRERR, 0x80];
         for code in codes.into_iter().chain([-BUS_MCEERR_AO, BUS_MCEERR_AO + 1, i32::MIN]) {
-            assert!(!store(&MceInfo { code, ..AO }), "si_code {code}");
+            assert!(!store(&MceInfo { code, ..AO }, NONE), "si_code {code}");
         }
         assert_eq!(slot.take(), None);
     }
@@ -391,14 +422,14 @@ mod tests {
         install().unwrap();
         let mut stored = 0;
         let dropped = loop {
-            assert!(store(&AO));
+            assert!(store(&AO, NONE));
             stored += 1;
             match take_orphan_overrun() {
                 0 => {}
                 dropped => break dropped,
             }
         };
-        assert!(!store(&MceInfo { code: BUS_MCEERR_AR, ..AO }));
+        assert!(!store(&MceInfo { code: BUS_MCEERR_AR, ..AO }, NONE));
         let caught = Caught { kind: FailureKind::ActionOptional, hva: 0x1000, lsb: 12 };
         let taken: Vec<_> = std::iter::from_fn(take_orphan).collect();
         assert_eq!((dropped, taken), (1, vec![caught; stored - 1]));

@@ -13,8 +13,8 @@ const LEN: usize = 320;
 /// Where a SIGBUS came from.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Origin {
-    /// The kernel: an access at `addr` failed. `lsb` means something for memory failures only.
-    Fault { addr: u64, lsb: u8 },
+    /// The kernel: an access at `addr` failed. `lsb` means something for memory failures only. `guest`: that is guest RAM.
+    Fault { addr: u64, lsb: u8, guest: bool },
     /// A process sent it.
     Sender { pid: pid_t, uid: uid_t },
 }
@@ -101,7 +101,7 @@ fn line(code: c_int, from: Origin, thread: pid_t, next: Next) -> Line {
         line.signed(code.into());
     }
     match from {
-        Origin::Fault { addr, lsb } => {
+        Origin::Fault { addr, lsb, .. } => {
             line.add(" at 0x");
             line.number(addr, 16);
             if code == BUS_MCEERR_AR || code == BUS_MCEERR_AO {
@@ -116,7 +116,12 @@ fn line(code: c_int, from: Origin, thread: pid_t, next: Next) -> Line {
             line.number(uid.into(), 10);
         }
     }
-    line.add(": not an error of guest memory that the guest can be told of; ");
+    line.add(match from {
+        Origin::Fault { guest: true, .. } => {
+            ": guest memory, touched by code of the VMM's that cannot go on without it; "
+        }
+        _ => ": not an error of guest memory that the guest can be told of; ",
+    });
     line.add(match next {
         Next::Handler => "the handler before ours has it\n",
         Next::Default => "the default action follows\n",
@@ -148,20 +153,24 @@ mod tests {
 
     #[test]
     fn lines_name_what_people_look_for() {
-        let ar = Origin::Fault { addr: 0x7f12_3456_7890, lsb: 12 };
+        let ar = Origin::Fault { addr: 0x7f12_3456_7890, lsb: 12, guest: false };
         assert_eq!(
             text(BUS_MCEERR_AR, ar, Next::Handler),
             "mce-relay: SIGBUS on thread 4321, action required memory failure (BUS_MCEERR_AR) at \
              0x7f1234567890, lsb 12: not an error of guest memory that the guest can be told of; \
              the handler before ours has it\n"
         );
-        let error = text(libc::BUS_ADRERR, Origin::Fault { addr: 0, lsb: 9 }, Next::Default);
+        let error =
+            text(libc::BUS_ADRERR, Origin::Fault { addr: 0, lsb: 9, guest: false }, Next::Default);
         assert!(error.contains("(BUS_ADRERR) at 0x0: "), "{error}");
         let sent = text(libc::SI_TKILL, Origin::Sender { pid: 17, uid: u32::MAX }, Next::Ignored);
         assert!(sent.contains("sent, si_code -6 by process 17 of user 4294967295: "), "{sent}");
-        let odd = text(99, Origin::Fault { addr: u64::MAX, lsb: 255 }, Next::Default);
+        let own =
+            text(BUS_MCEERR_AR, Origin::Fault { addr: 0, lsb: 12, guest: true }, Next::Default);
+        assert!(own.contains("lsb 12: guest memory, touched by code of the VMM's"), "{own}");
+        let odd = text(99, Origin::Fault { addr: u64::MAX, lsb: 255, guest: false }, Next::Default);
         assert!(odd.contains("si_code 99 at 0xffffffffffffffff: "), "{odd}");
-        for line in [error, sent, odd] {
+        for line in [error, sent, own, odd] {
             assert!(line.len() < LEN && line.ends_with('\n'), "not cut: {line}");
         }
     }

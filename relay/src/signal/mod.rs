@@ -1,6 +1,7 @@
 //! The SIGBUS handler, and how a signal that is not a memory failure of the guest's is handed on.
 //!
-//! The handler of a memory failure does plain atomic stores and returns. Each thread that takes
+//! The handler of a memory failure does plain atomic stores and returns; for a touch by the VMM's own code that
+//! [`guard`](crate::guard) takes care of it moves RIP behind the copy, or puts a scratch page in place. Each thread that takes
 //! part has a slot; the handler finds it by a const-initialised thread-local pointer, copies
 //! (code, address, lsb) into it, sets the thread's `immediate_exit` byte so that a KVM_RUN that is
 //! about to start ends at once, and is done.
@@ -24,8 +25,8 @@ mod wake;
 
 pub use crate::types::Caught;
 pub use code::{BUS_MCEERR_AO, BUS_MCEERR_AR};
-pub use handler::{Handled, Signals, handle};
-pub(crate) use handler::{give_up, send_failure, set_up, take_orphan, take_orphan_overrun};
+pub use handler::{Handled, Signals, handle, handle_in, set_up};
+pub(crate) use handler::{give_up, send_failure, take_orphan, take_orphan_overrun};
 pub use policy::KillPolicy;
 pub(crate) use poll::{Poll, is_blocked};
 pub(crate) use slot::Slot;

@@ -62,6 +62,7 @@ extern "C" fn on_sigsys(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
         Some(Role::Relay) => b"the relay's thread",
         Some(Role::Api) => b"the API's thread",
         Some(Role::Serial) => b"a serial port's thread",
+        Some(Role::VirtioBlk) => b"the thread of virtio-blk",
         Some(Role::VirtioRng) => b"the thread of virtio-rng",
         Some(Role::VirtioConsole) => b"the thread of virtio-console",
         Some(Role::VirtioNet | Role::VirtioVhostNet) => b"the thread of virtio-net",

@@ -17,6 +17,8 @@ pub enum Role {
     Events,
     /// The virtio source of random bytes.
     VirtioRng,
+    /// A virtio-blk device's.
+    VirtioBlk,
     /// The virtio console.
     VirtioConsole,
     /// A virtio network device, in this process.
@@ -26,7 +28,7 @@ pub enum Role {
 }
 
 impl Role {
-    pub(super) const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Main,
         Self::Vcpu,
         Self::Relay,
@@ -34,6 +36,7 @@ impl Role {
         Self::Serial,
         Self::Events,
         Self::VirtioRng,
+        Self::VirtioBlk,
         Self::VirtioConsole,
         Self::VirtioNet,
         Self::VirtioVhostNet,

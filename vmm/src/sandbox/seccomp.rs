@@ -16,7 +16,7 @@ use kvm_bindings::{
 };
 use libc::{_IO, _IOR, _IOW, _IOWR, Ioctl};
 use mce_relay::syscalls;
-use mce_relay::syscalls::{Call, HAND_ON, HANDLE, Is, RELAY, RESCUE, THREAD, VCPU};
+use mce_relay::syscalls::{Call, GUARD, HAND_ON, HANDLE, Is, RELAY, RESCUE, THREAD, VCPU, VIEWS};
 use seccompiler::{BackendError, BpfProgram, SeccompAction, apply_filter};
 
 use crate::sandbox::refused;
@@ -40,12 +40,15 @@ fn calls(role: Role) -> Vec<Call> {
     let lists: &[&[Call]] = match role {
         Role::Main => return everything(),
         Role::Vcpu => &[THREAD, END, KICK, VCPU, VCPU_OWN],
-        Role::Relay => &[THREAD, END, KICK, RELAY, RESCUE, RELAY_OWN],
-        Role::Api => &[THREAD, END, KICK, HANDLE, API_OWN],
+        Role::Relay => &[THREAD, END, KICK, RELAY, RESCUE, VIEWS, RELAY_OWN],
+        Role::Api => &[THREAD, END, KICK, HANDLE, VIEWS, API_OWN],
         Role::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
         Role::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
-        Role::VirtioRng | Role::VirtioConsole | Role::VirtioNet => &[THREAD, END, HAND_ON, VIRTIO],
-        Role::VirtioVhostNet => &[THREAD, END, HAND_ON, VIRTIO, VHOST],
+        Role::VirtioBlk => &[THREAD, END, HAND_ON, GUARD, VIRTIO, BLK_OWN],
+        Role::VirtioVhostNet => &[THREAD, END, HAND_ON, GUARD, VIRTIO, VHOST],
+        Role::VirtioRng | Role::VirtioConsole | Role::VirtioNet => {
+            &[THREAD, END, HAND_ON, GUARD, VIRTIO]
+        }
     };
     lists.concat()
 }
@@ -328,6 +331,18 @@ const VHOST: &[Call] = &[
     ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x21), "VHOST_SET_VRING_CALL: a driver begins"),
     ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x22), "VHOST_SET_VRING_ERR: a driver begins"),
     ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x30), "VHOST_NET_SET_BACKEND: begin and end"),
+];
+
+const BLK_OWN: &[Call] = &[
+    Call::new(libc::SYS_preadv, "preadv", "what the guest reads, into its memory"),
+    Call::new(libc::SYS_pread64, "pread64", "the same, of other images"),
+    Call::new(libc::SYS_pwrite64, "pwrite64", "what the guest writes"),
+    Call::new(libc::SYS_pwritev, "pwritev", "the same, of other images"),
+    Call::new(libc::SYS_fdatasync, "fdatasync", "a flush"),
+    Call::new(libc::SYS_fsync, "fsync", "the same, of other images"),
+    Call::new(libc::SYS_fallocate, "fallocate", "discard, write zeroes"),
+    Call::new(libc::SYS_lseek, "lseek", "an image that grows"),
+    Call::new(libc::SYS_ftruncate, "ftruncate", "the same"),
 ];
 
 /// Calls with any arguments, by their `SYS_…`.

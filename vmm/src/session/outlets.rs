@@ -6,6 +6,7 @@ use crate::api::current::Current;
 use crate::config::VmConfig;
 use crate::events::monitor::Monitor;
 use crate::machine::devices::serial::{self, SerialLines};
+use crate::machine::devices::virtio::blk::open_disks;
 use crate::machine::vcpu::hooks::HookError;
 use crate::outlets::files::Appended;
 use crate::sandbox::seccomp::Filters;
@@ -53,7 +54,8 @@ impl Outlets {
         let lines = match &self.lines {
             Some(lines) => lines.clone(),
             None => {
-                let lines = serial::open_lines(config, session.filters)?;
+                let mut lines = serial::open_lines(config, session.filters)?;
+                lines.disks = open_disks(&config.devices)?;
                 match (self.monitor_file.take(), &session.config.event_monitor) {
                     (Some(file), _) => session.monitor.write_on("file", file)?,
                     (None, Some(path)) => session.monitor.write_to(path)?,

@@ -18,6 +18,7 @@ use crate::machine::devices::serial::endpoint::Endpoint;
 use crate::machine::devices::serial::error::SerialError;
 use crate::machine::devices::serial::link::Link;
 use crate::machine::devices::serial::mover::Mover;
+use crate::machine::devices::virtio::blk::SharedDisk;
 use crate::outlets::sockets::BoundPath;
 use crate::sandbox::role;
 use crate::sandbox::seccomp::Filters;
@@ -152,6 +153,8 @@ pub struct SerialLines {
     pub ports: [Option<Arc<SerialLine>>; 2],
     /// Of the virtio console.
     pub console: Option<Arc<SerialLine>>,
+    /// The disks, in the order of the devices that have them.
+    pub disks: Vec<SharedDisk>,
 }
 
 impl SerialLines {

@@ -6,7 +6,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::Arc;
 use std::{io, ptr};
 
-use vm_memory::mmap::MmapRegion;
+use vm_memory::FileOffset;
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 
 use super::block::PAGE_SIZE;
 use super::error::MemoryError;
@@ -34,7 +35,7 @@ pub(super) fn open(zone: &MemoryZone) -> Result<Opened, MemoryError> {
     let page_size = zone.page_size.bytes();
     let Some(path) = &zone.file else {
         // Of huge pages, too, so that the good part of one that goes bad can be read: `relaying::rescue`.
-        let memfd_backed = zone.shared || page_size > PAGE_SIZE;
+        let memfd_backed = zone.shared || zone.viewed || page_size > PAGE_SIZE;
         let file = if memfd_backed { Some(Arc::new(memfd(zone.page_size)?)) } else { None };
         return Ok(Opened { file, page_size, memfd: memfd_backed });
     };
@@ -348,8 +349,16 @@ impl Backing {
         let flags = if self.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE };
         // SAFETY: a live mapping of that length, which `GuestRam` drops after what it makes of this
         // (field order).
-        unsafe { MmapRegion::build_raw(self.at(0).cast(), len, prot, flags) }
-            .map_err(|e| error(e.to_string()))
+        let builder =
+            unsafe { MmapRegionBuilder::new(len).with_raw_mmap_pointer(self.at(0).cast()) };
+        let builder = builder.with_mmap_prot(prot).with_mmap_flags(flags);
+        let builder = match &self.file {
+            Some((file, offset)) => {
+                builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), *offset))
+            }
+            None => builder,
+        };
+        builder.build().map_err(|e| error(e.to_string()))
     }
 
     /// Where it is in this process.

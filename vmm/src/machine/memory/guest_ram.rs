@@ -10,15 +10,17 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use mce_relay::guard::GuardedRegion;
 use mce_relay::internals::access as read;
 use mce_relay::internals::scan::Scanner;
 use mce_relay::{AccessError, RamMap, RamRegion};
 use procfs::Current;
 use vm_memory::mmap::MmapRegion;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestRegionMmap};
 
 use crate::config::MemoryZone;
 use crate::host::page_frames::PageFlags;
+use crate::machine::memory::DeviceMemory;
 use crate::machine::memory::backing::{self, Backing};
 use crate::machine::memory::block::{
     self, HOLE_END, HOLE_START, MIN_RAM, Piece, RamBlock, region, split,
@@ -28,7 +30,7 @@ use crate::machine::memory::error::MemoryError;
 /// All RAM of one guest.
 #[derive(Debug)]
 pub struct GuestRam {
-    pub(super) memory: GuestMemoryMmap,
+    pub(super) memory: DeviceMemory,
     pub(super) blocks: Vec<RamBlock>,
     pub(super) map: RamMap,
     /// What each block is made of, in the same order.
@@ -74,12 +76,15 @@ impl GuestRam {
                 page_size: opened.page_size,
             };
             regions.push(backing.region().and_then(|region: MmapRegion| {
-                GuestRegionMmap::new(region, GuestAddress(gpa)).ok_or(MemoryError::Layout { gpa })
+                let region = GuestRegionMmap::new(region, GuestAddress(gpa));
+                GuardedRegion::over(region.ok_or(MemoryError::Layout { gpa })?).map_err(|source| {
+                    MemoryError::Map { bytes: len, page: opened.page_size, source }
+                })
             })?);
             blocks.push(block);
             backings.push(backing);
         }
-        let memory = GuestMemoryMmap::from_regions(regions)
+        let memory = DeviceMemory::from_regions(regions)
             .map_err(|_| MemoryError::Layout { gpa: HOLE_END })?;
         let map = RamMap::new(&blocks.iter().map(region).collect::<Vec<_>>())?;
         let (removed, pagemap) = (Mutex::default(), File::open(block::PAGEMAP));
@@ -110,7 +115,7 @@ impl GuestRam {
     /// The memory as vm-memory sees it. For whole files that the kernel copies there by itself
     /// (read(2) answers EFAULT where a page is bad); everything else is written by [`Self::write`].
     #[must_use]
-    pub fn memory(&self) -> &GuestMemoryMmap {
+    pub fn memory(&self) -> &DeviceMemory {
         &self.memory
     }
 

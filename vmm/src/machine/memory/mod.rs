@@ -9,5 +9,6 @@ pub mod heal;
 pub mod pool;
 pub mod stand_ins;
 
-/// Guest memory as devices use it.
-pub type DeviceMemory = vm_memory::GuestMemoryMmap;
+/// Guest memory as devices use it: a page that is known to be bad is an error, and one that nobody knew of becomes a scratch
+/// page of the devices', so that what they do is validated by [`Attempt`](mce_relay::guard::Attempt).
+pub type DeviceMemory = vm_memory::GuestRegionCollection<mce_relay::guard::GuardedRegion>;

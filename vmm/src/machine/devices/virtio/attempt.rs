@@ -1,22 +1,28 @@
 //! Whether guest memory was whole while a device used it.
 
-/// A stretch of work with guest memory, from [`Attempt::begin`] on.
+use std::io;
+
+pub use mce_relay::guard::Attempt;
+use vm_memory::GuestMemoryError;
+
+/// So many pages of others go bad at most while one piece of work is done.
+pub(super) const MAX_ATTEMPTS: u32 = 64;
+
+/// Does `work`, which reads or writes guest memory, until no page has turned out to be bad meanwhile: that may have been one
+/// that another device has touched. A page of the work's own is not given out a second time, so that this ends with an
+/// error then.
 ///
-/// A device uses what it has read in an attempt, and counts as written what it has written in it, only if the attempt
-/// is clean at the end.
-#[derive(Debug)]
-#[must_use]
-pub struct Attempt(());
-
-impl Attempt {
-    /// Begins one.
-    pub fn begin() -> Self {
-        Self(())
+/// # Errors
+/// The work's.
+pub fn checked<T>(
+    mut work: impl FnMut() -> Result<T, GuestMemoryError>,
+) -> Result<T, GuestMemoryError> {
+    for _ in 0..MAX_ATTEMPTS {
+        let attempt = Attempt::begin();
+        let done = work();
+        if attempt.is_clean() {
+            return done;
+        }
     }
-
-    /// Whether no page that this thread touched since the beginning was bad.
-    #[must_use]
-    pub fn is_clean(&self) -> bool {
-        true
-    }
+    Err(GuestMemoryError::IOError(io::Error::from_raw_os_error(libc::EHWPOISON)))
 }

@@ -2,6 +2,7 @@
 
 use thiserror::Error;
 
+use super::blk::Blk;
 use super::console::Console;
 use super::device::Device;
 use super::net::{Net, Tap, TapError, VhostError, VhostNet};
@@ -17,6 +18,9 @@ pub enum BuildError {
     /// The source of random bytes.
     #[error("virtio-rng")]
     Rng(#[from] RngError),
+    /// A disk that was not opened before.
+    #[error("virtio-blk: a disk was not opened")]
+    NoDisk,
     /// The console.
     #[error("virtio-console: out of file descriptors")]
     Console(#[source] std::io::Error),
@@ -39,8 +43,10 @@ pub fn build(
     memory: &DeviceMemory,
 ) -> Result<Vec<Box<dyn Device>>, BuildError> {
     let mut built: Vec<Box<dyn Device>> = Vec::new();
+    let mut disks = lines.disks.iter();
     for device in devices {
         built.push(match device {
+            DeviceConfig::Disk(_) => Box::new(Blk::new(disks.next().ok_or(BuildError::NoDisk)?)),
             DeviceConfig::Rng { src } => Box::new(Rng::open(src)?),
             DeviceConfig::Net(net) => {
                 let tap = Tap::open(&net.tap)?;

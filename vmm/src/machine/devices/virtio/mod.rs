@@ -70,6 +70,7 @@
 //! Then [`crate::config::DeviceConfig`] and [`build`] learn of it, and the command line.
 
 pub mod attempt;
+pub mod blk;
 pub mod build;
 pub mod bus;
 pub mod config_space;

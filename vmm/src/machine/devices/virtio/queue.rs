@@ -12,7 +12,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::attempt::Attempt;
+use super::attempt::{Attempt, MAX_ATTEMPTS};
 use crate::machine::memory::DeviceMemory;
 
 /// The most entries of a queue that a driver may ask for.
@@ -188,9 +188,26 @@ impl ActiveQueue {
     /// # Errors
     /// See [`QueueError`].
     pub fn pop(&mut self, memory: &DeviceMemory) -> Result<Option<Request>, QueueError> {
-        let attempt = Attempt::begin();
-        let request = self.take(memory);
-        if attempt.is_clean() { request } else { Err(QueueError::BadPage) }
+        self.in_good_memory(|queue| queue.take(memory))
+    }
+
+    /// Does `work` on the rings, again if a page has turned out to be bad meanwhile: it may have been another device's. One
+    /// of the rings is not given out a second time, so that this ends with an error.
+    fn in_good_memory<T>(
+        &mut self,
+        mut work: impl FnMut(&mut Self) -> Result<T, QueueError>,
+    ) -> Result<T, QueueError> {
+        let (avail, used) = (self.queue.next_avail(), self.queue.next_used());
+        for _ in 0..MAX_ATTEMPTS {
+            let attempt = Attempt::begin();
+            let result = work(self);
+            if attempt.is_clean() {
+                return result;
+            }
+            self.queue.set_next_avail(avail);
+            self.queue.set_next_used(used);
+        }
+        Err(QueueError::BadPage)
     }
 
     fn take(&mut self, memory: &DeviceMemory) -> Result<Option<Request>, QueueError> {
@@ -240,9 +257,7 @@ impl ActiveQueue {
         request: &Request,
         written: u32,
     ) -> Result<(), QueueError> {
-        let attempt = Attempt::begin();
-        self.queue.add_used(memory, request.head, written)?;
-        if attempt.is_clean() { Ok(()) } else { Err(QueueError::BadPage) }
+        self.in_good_memory(|queue| Ok(queue.queue.add_used(memory, request.head, written)?))
     }
 
     /// Whether the driver is to be interrupted for what has been pushed.
@@ -258,7 +273,8 @@ impl ActiveQueue {
                 .map_err(virtio_queue::Error::GuestMemory)?;
             needed = u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0;
         }
-        if attempt.is_clean() { Ok(needed) } else { Err(QueueError::BadPage) }
+        // One interrupt too many does no harm.
+        Ok(needed || !attempt.is_clean())
     }
 
     /// The driver need not kick from now on.
@@ -266,9 +282,7 @@ impl ActiveQueue {
     /// # Errors
     /// See [`QueueError`].
     pub fn disable_kicks(&mut self, memory: &DeviceMemory) -> Result<(), QueueError> {
-        let attempt = Attempt::begin();
-        self.queue.disable_notification(memory)?;
-        if attempt.is_clean() { Ok(()) } else { Err(QueueError::BadPage) }
+        self.in_good_memory(|queue| Ok(queue.queue.disable_notification(memory)?))
     }
 
     /// The driver is to kick when it adds a request. Returns whether there is one already.
@@ -276,8 +290,6 @@ impl ActiveQueue {
     /// # Errors
     /// See [`QueueError`].
     pub fn enable_kicks(&mut self, memory: &DeviceMemory) -> Result<bool, QueueError> {
-        let attempt = Attempt::begin();
-        let more = self.queue.enable_notification(memory)?;
-        if attempt.is_clean() { Ok(more) } else { Err(QueueError::BadPage) }
+        self.in_good_memory(|queue| Ok(queue.queue.enable_notification(memory)?))
     }
 }

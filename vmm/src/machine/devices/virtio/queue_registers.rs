@@ -143,8 +143,7 @@ mod tests {
     use super::*;
 
     fn memory() -> DeviceMemory {
-        DeviceMemory::from_ranges(&[(GuestAddress(0), 0x10000), (GuestAddress(0x20000), 0x1000)])
-            .unwrap()
+        crate::machine::devices::virtio::testing::memory(&[(0, 0x10000), (0x20000, 0x1000)])
     }
 
     fn registers(size: u32, descriptors: u64, avail: u64, used: u64) -> QueueRegisters {

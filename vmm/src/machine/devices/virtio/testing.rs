@@ -1,8 +1,11 @@
 //! A driver for tests: it sets a device up by its registers and fills its rings, as a guest does.
 #![allow(clippy::cast_possible_truncation, reason = "the numbers are small")]
 
+use std::fs::File;
+use std::os::fd::FromRawFd;
 use std::time::{Duration, Instant};
 
+use mce_relay::guard::GuardedRegion;
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -15,7 +18,7 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
 };
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, FileOffset, GuestAddress, MmapRegion};
 
 use super::bus::Window;
 use super::device::Device;
@@ -38,7 +41,21 @@ pub(crate) const SIZE: u16 = 16;
 pub(crate) type Buffer = (u64, u32, bool);
 
 pub(crate) fn ram() -> DeviceMemory {
-    DeviceMemory::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap()
+    memory(&[(0, RAM)])
+}
+
+/// Shared memory at these addresses and of these lengths, as devices use it.
+pub(crate) fn memory(ranges: &[(u64, u64)]) -> DeviceMemory {
+    let region = |(start, len): &(u64, u64)| {
+        // SAFETY: takes a string; the descriptor is checked by the next call, and owned by nobody else.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"ram".as_ptr(), 0)) };
+        file.set_len(*len).unwrap();
+        let mapping = MmapRegion::from_file(FileOffset::new(file, 0), *len as usize).unwrap();
+        let region = GuardedRegion::new(mapping, GuestAddress(*start)).unwrap();
+        assert!(region.has_view());
+        region
+    };
+    DeviceMemory::from_regions(ranges.iter().map(region).collect()).unwrap()
 }
 
 /// Waits for a condition.

@@ -1,0 +1,517 @@
+//! Stretches of this process's memory that are guest RAM, and which of their pages are bad, in a table that the SIGBUS
+//! handler and devices read.
+//!
+//! Whoever reads counts itself among an area's readers first, and whoever takes an area out of the table waits until there
+//! are none: no lock, and nothing that a handler could wait for. Areas may overlap: a region of vm-memory and the relay's
+//! own region of the same memory are two.
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::RawFd;
+use std::ptr::null_mut;
+use std::sync::atomic::{
+    AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::attempt;
+use super::bits::Bits;
+use super::view::{self, View};
+use crate::types::{PAGE_SHIFT, PAGE_SIZE};
+
+/// How many areas a process may have.
+const AREAS: usize = 512;
+/// Nobody has it.
+const FREE: u8 = 0;
+/// It is in the table.
+const USED: u8 = 1;
+/// It is coming or going.
+const CHANGING: u8 = 2;
+
+/// `log2` of the largest page of a host, 1 GiB.
+const MAX_SHIFT: u8 = 30;
+
+static TABLE: [Area; AREAS] = [const { Area::new() }; AREAS];
+/// Areas behind this one have never been used.
+static END: AtomicUsize = AtomicUsize::new(0);
+/// How many pages of all areas are marked.
+static MARKED: AtomicU64 = AtomicU64::new(0);
+/// One at a time changes the table, or the marks from outside a handler.
+static CHANGE: Mutex<()> = Mutex::new(());
+
+fn change() -> MutexGuard<'static, ()> {
+    // It protects no data that could be half changed.
+    CHANGE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One stretch. Its fields change while nobody reads it.
+pub(super) struct Area {
+    state: AtomicU8,
+    readers: AtomicU32,
+    hva: AtomicU64,
+    len: AtomicU64,
+    /// `log2` of the size of the pages that the host loses as a whole.
+    shift: AtomicU8,
+    /// Host address of the view; 0 where there is none.
+    view: AtomicU64,
+    /// What the view is a mapping of.
+    fd: AtomicI32,
+    offset: AtomicU64,
+    /// How many pages are marked.
+    marked: AtomicU64,
+    bad: AtomicPtr<Bits>,
+}
+
+/// A part of an area by page numbers, from the area's first.
+type Pages = Range<usize>;
+
+impl Area {
+    const fn new() -> Self {
+        Self {
+            state: AtomicU8::new(FREE),
+            readers: AtomicU32::new(0),
+            hva: AtomicU64::new(0),
+            len: AtomicU64::new(0),
+            shift: AtomicU8::new(PAGE_SHIFT),
+            view: AtomicU64::new(0),
+            fd: AtomicI32::new(-1),
+            offset: AtomicU64::new(0),
+            marked: AtomicU64::new(0),
+            bad: AtomicPtr::new(null_mut()),
+        }
+    }
+
+    /// The area, if it is in use; it stays so until what is returned is dropped. Async-signal-safe.
+    fn read(&'static self) -> Option<Reading> {
+        // A look first, as most places of the table are free. Then the count, then the state again: an area that goes
+        // changes its state before it looks at the count.
+        if self.state.load(Ordering::Relaxed) == FREE {
+            return None;
+        }
+        self.readers.fetch_add(1, Ordering::SeqCst);
+        let reading = Reading(self);
+        (self.state.load(Ordering::SeqCst) == USED).then_some(reading)
+    }
+
+    /// Whether any page of `len` bytes at `offset` is marked. The caller has the area registered, or reads it.
+    #[inline]
+    pub(super) fn is_bad(&self, offset: u64, len: u64) -> bool {
+        self.marked.load(Ordering::Relaxed) != 0 && len > 0 && self.any_marked(offset, len)
+    }
+
+    #[cold]
+    fn any_marked(&self, offset: u64, len: u64) -> bool {
+        let end = offset.saturating_add(len);
+        self.bits().is_some_and(|bits| {
+            bits.any(number(offset)..number(end.div_ceil(PAGE_SIZE) << PAGE_SHIFT))
+        })
+    }
+
+    fn bits(&self) -> Option<&Bits> {
+        // SAFETY: set while the area is registered, from a box that the registration keeps; it waits for all readers
+        // before it lets that go.
+        unsafe { self.bad.load(Ordering::Acquire).as_ref() }
+    }
+
+    /// Async-signal-safe.
+    fn mark(&self, pages: Pages) {
+        let new = self.bits().map_or(0, |bits| bits.set(pages));
+        self.marked.fetch_add(new, Ordering::AcqRel);
+        MARKED.fetch_add(new, Ordering::AcqRel);
+    }
+
+    fn unmark(&self, pages: Pages) {
+        let gone = self.bits().map_or(0, |bits| bits.clear(pages));
+        self.marked.fetch_sub(gone, Ordering::AcqRel);
+        MARKED.fetch_sub(gone, Ordering::AcqRel);
+    }
+
+    /// The pages of the area within `hvas`; `None` where there are none.
+    fn pages_of(&self, hvas: &Range<u64>) -> Option<Pages> {
+        let (start, len) = (self.hva.load(Ordering::Relaxed), self.len.load(Ordering::Relaxed));
+        let from = hvas.start.max(start);
+        let to = hvas.end.min(start.saturating_add(len));
+        (from < to).then(|| number(from - start)..number((to - start).next_multiple_of(PAGE_SIZE)))
+    }
+
+    /// The view has guest memory at `pages` again. False, after a word about it, where the kernel does not do it: the pages
+    /// stay marked, and no device uses them.
+    fn restore(&self, pages: Pages) -> bool {
+        let at = (pages.start as u64) << PAGE_SHIFT;
+        let len = ((pages.end - pages.start) as u64) << PAGE_SHIFT;
+        let [hva, view, offset] =
+            [&self.hva, &self.view, &self.offset].map(|of| of.load(Ordering::Relaxed) + at);
+        let restored = view::restore(hva, view, len, self.fd.load(Ordering::Relaxed), offset);
+        restored
+            .inspect_err(|error| {
+                log::warn!("devices cannot use guest memory at HVA {hva:#x} again: {error}");
+            })
+            .is_ok()
+    }
+
+    /// Makes the pages of `pages` that are marked good: the view has guest memory there again.
+    fn clear(&self, pages: Pages) {
+        let view = self.view.load(Ordering::Relaxed);
+        let runs = self.bits().map_or_else(Vec::new, |bits| bits.runs(pages));
+        for run in runs {
+            if view != 0 {
+                // Whole pages of the host.
+                let shift = u32::from(self.shift.load(Ordering::Relaxed) - PAGE_SHIFT);
+                let (first, last) =
+                    (run.start >> shift << shift, run.end.next_multiple_of(1 << shift));
+                if !self.restore(first..last) {
+                    continue;
+                }
+            }
+            self.unmark(run);
+        }
+    }
+}
+
+/// The page that `offset` is in, from the area's first.
+fn number(offset: u64) -> usize {
+    usize::try_from(offset >> PAGE_SHIFT).unwrap_or(usize::MAX)
+}
+
+/// An area that stays in the table meanwhile.
+struct Reading(&'static Area);
+
+impl std::ops::Deref for Reading {
+    type Target = Area;
+
+    fn deref(&self) -> &Area {
+        self.0
+    }
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.readers.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// All areas, each as long as it is looked at. Async-signal-safe.
+fn areas() -> impl Iterator<Item = Reading> {
+    TABLE.iter().take(END.load(Ordering::Acquire)).filter_map(Area::read)
+}
+
+/// An area of the caller's. It goes when this is dropped.
+pub(crate) struct Registered {
+    area: &'static Area,
+    /// The area points to it.
+    bits: Box<Bits>,
+    view: Option<View>,
+}
+
+impl std::fmt::Debug for Registered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Registered").field("bits", &self.bits).field("view", &self.view).finish()
+    }
+}
+
+impl Registered {
+    pub(super) fn area(&self) -> &'static Area {
+        self.area
+    }
+
+    /// Host address of the view.
+    #[cfg(feature = "vm-memory")]
+    pub(super) fn view(&self) -> Option<u64> {
+        self.view.as_ref().map(|view| view.hva)
+    }
+}
+
+/// Puts the memory at `hvas` into the table, in pages of `1 << shift` bytes.
+///
+/// # Errors
+/// There are as many areas as there can be, or there is no memory.
+pub(crate) fn register(hvas: &Range<u64>, shift: u8) -> io::Result<Registered> {
+    enter(hvas, shift, None)
+}
+
+/// As [`register`], with a view: `fd` is the file that is mapped at `hvas`, from `offset` on, and stays open as long.
+#[cfg(feature = "vm-memory")]
+pub(super) fn register_with_view(
+    hvas: &Range<u64>,
+    shift: u8,
+    fd: RawFd,
+    offset: u64,
+) -> io::Result<Registered> {
+    enter(hvas, shift, Some(View::new(fd, offset, hvas.end - hvas.start)?))
+}
+
+fn enter(hvas: &Range<u64>, shift: u8, view: Option<View>) -> io::Result<Registered> {
+    let len = hvas.end - hvas.start;
+    let bits =
+        Bits::new(number(len.next_multiple_of(PAGE_SIZE))).ok_or(io::ErrorKind::OutOfMemory)?;
+    let bits = Box::new(bits);
+    let _change = change();
+    let is_free = |area: &&Area| area.state.load(Ordering::Acquire) == FREE;
+    let index = TABLE.iter().position(|area| is_free(&area)).ok_or_else(|| {
+        io::Error::other(format!("a process may have {AREAS} stretches of guest memory"))
+    })?;
+    let area = &TABLE[index];
+    area.state.store(CHANGING, Ordering::SeqCst);
+    wait_for_readers(area);
+    area.hva.store(hvas.start, Ordering::Relaxed);
+    area.len.store(len, Ordering::Relaxed);
+    area.shift.store(shift.max(PAGE_SHIFT), Ordering::Relaxed);
+    let of_view = view.as_ref().map_or((0, -1, 0), |view| (view.hva, view.fd, view.offset));
+    area.view.store(of_view.0, Ordering::Relaxed);
+    area.fd.store(of_view.1, Ordering::Relaxed);
+    area.offset.store(of_view.2, Ordering::Relaxed);
+    area.marked.store(0, Ordering::Relaxed);
+    area.bad.store((&raw const *bits).cast_mut(), Ordering::Release);
+    // What is known of the same memory by another name.
+    for other in areas() {
+        let (Some(theirs), Some(of)) = (other.pages_of(hvas), other.bits()) else { continue };
+        let start = other.hva.load(Ordering::Relaxed);
+        for run in of.runs(theirs) {
+            let at = |page: usize| start + ((page as u64) << PAGE_SHIFT);
+            if let Some(own) = area.pages_of(&(at(run.start)..at(run.end))) {
+                area.mark(own);
+            }
+        }
+    }
+    END.fetch_max(index + 1, Ordering::AcqRel);
+    area.state.store(USED, Ordering::SeqCst);
+    Ok(Registered { area, bits, view })
+}
+
+fn wait_for_readers(area: &Area) {
+    // A reader does a few loads and stores.
+    while area.readers.load(Ordering::SeqCst) != 0 {
+        std::thread::yield_now();
+    }
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        let _change = change();
+        self.area.state.store(CHANGING, Ordering::SeqCst);
+        wait_for_readers(self.area);
+        MARKED.fetch_sub(self.area.marked.load(Ordering::Relaxed), Ordering::AcqRel);
+        self.area.bad.store(null_mut(), Ordering::Release);
+        self.area.state.store(FREE, Ordering::SeqCst);
+    }
+}
+
+/// The memory at each of `all`, guest RAM as the guest has it, is bad.
+pub(crate) fn mark(all: impl IntoIterator<Item = Range<u64>>) {
+    let _change = change();
+    for hvas in all {
+        for area in areas() {
+            if let Some(pages) = area.pages_of(&hvas) {
+                area.mark(pages);
+            }
+        }
+    }
+}
+
+/// Whether devices have a view of any of the memory at `hvas`.
+pub(crate) fn has_view(hvas: &Range<u64>) -> bool {
+    areas().any(|area| area.view.load(Ordering::Relaxed) != 0 && area.pages_of(hvas).is_some())
+}
+
+/// The memory at `hvas` is good, whatever was known of it.
+pub(crate) fn clear(hvas: &Range<u64>) {
+    if MARKED.load(Ordering::Relaxed) == 0 {
+        return;
+    }
+    let _change = change();
+    for area in areas() {
+        if let Some(pages) = area.pages_of(hvas) {
+            area.clear(pages);
+        }
+    }
+}
+
+/// Of the memory at `hvas` only the pages at `bad`, ascending, are bad.
+pub(crate) fn mark_only(hvas: &Range<u64>, bad: &[Range<u64>]) {
+    let mut at = hvas.start;
+    for gap in bad.iter().chain([&(hvas.end..hvas.end)]) {
+        if at < gap.start {
+            clear(&(at..gap.start));
+        }
+        at = gap.end;
+    }
+}
+
+/// Other memory, which is good, lies at `hvas`.
+pub(crate) fn replaced(hvas: &Range<u64>) {
+    let _change = change();
+    for area in areas() {
+        let Some(pages) = area.pages_of(hvas) else { continue };
+        if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages.clone()) {
+            area.unmark(pages);
+        } else {
+            area.mark(pages);
+        }
+    }
+}
+
+/// The memory at `hvas` is good but for the pages at `bad`, and may be other memory than before: that of a guest that
+/// starts over.
+pub(crate) fn all_new(hvas: &Range<u64>, bad: &[Range<u64>]) {
+    let _change = change();
+    for area in areas() {
+        let Some(pages) = area.pages_of(hvas) else { continue };
+        area.clear(pages);
+        // A page that nobody knew of was exchanged, too, and the view's page tables still call it bad.
+        let view = area.view.load(Ordering::Relaxed);
+        let start = area.hva.load(Ordering::Relaxed);
+        if view != 0 {
+            let from = hvas.start.max(start) - start;
+            let to = hvas.end.min(start + area.len.load(Ordering::Relaxed)) - start;
+            view::forget(view + from, to - from);
+        }
+        for pages in bad.iter().filter_map(|bad| area.pages_of(bad)) {
+            area.mark(pages);
+        }
+    }
+}
+
+/// Whether any page of this process's guest RAM is known to be bad.
+#[inline]
+pub(crate) fn is_any_marked() -> bool {
+    MARKED.load(Ordering::Relaxed) != 0
+}
+
+/// Whether a page of the `len` bytes of guest RAM at host address `hva` is known to be bad. While none is in this process,
+/// that is one relaxed load; it takes no lock.
+#[must_use]
+#[inline]
+pub fn is_bad(hva: u64, len: u64) -> bool {
+    MARKED.load(Ordering::Relaxed) != 0 && len > 0 && is_any_bad(hva, len)
+}
+
+#[cold]
+fn is_any_bad(hva: u64, len: u64) -> bool {
+    let hvas = hva & !(PAGE_SIZE - 1)..hva.saturating_add(len);
+    areas().any(|area| {
+        area.pages_of(&hvas).is_some_and(|pages| area.bits().is_some_and(|bits| bits.any(pages)))
+    })
+}
+
+/// An address of guest RAM.
+pub(super) struct Found {
+    area: Reading,
+    /// Bytes from the area's first.
+    at: u64,
+    /// It is the view's address, and not the guest's.
+    pub(super) in_view: bool,
+}
+
+/// Whose memory `addr` is in. Async-signal-safe.
+pub(super) fn find(addr: u64) -> Option<Found> {
+    let within = |start: u64, area: &Reading| {
+        let at = addr.checked_sub(start)?;
+        (start != 0 && at < area.len.load(Ordering::Relaxed)).then_some(at)
+    };
+    areas().find_map(|area| {
+        let by_view = within(area.view.load(Ordering::Relaxed), &area).map(|at| (at, true));
+        let found = by_view
+            .or_else(|| within(area.hva.load(Ordering::Relaxed), &area).map(|at| (at, false)));
+        found.map(|(at, in_view)| Found { area, at, in_view })
+    })
+}
+
+impl Found {
+    /// The host address at which the guest has it. Async-signal-safe.
+    pub(super) fn hva(&self) -> u64 {
+        self.area.hva.load(Ordering::Relaxed) + self.at
+    }
+
+    /// Marks the page of 4 KiB. Async-signal-safe.
+    pub(super) fn mark(&self) {
+        let page = number(self.at);
+        self.area.mark(page..page + 1);
+    }
+
+    /// Puts zeros in the place of the host's page, for devices: `1 << lsb` bytes at least. False where the kernel does not
+    /// do it. Async-signal-safe.
+    pub(super) fn scratch(&self, lsb: u8) -> bool {
+        let shift = self.area.shift.load(Ordering::Relaxed).max(lsb).min(MAX_SHIFT);
+        let size = 1_u64 << shift;
+        // In pages of the file, which the mapping is aligned to.
+        let start = self.at & !(size - 1);
+        let end = (start + size).min(self.area.len.load(Ordering::Relaxed));
+        // First the mark, then the number, then the page: see `Attempt`.
+        self.area.mark(number(start)..number(end.next_multiple_of(PAGE_SIZE)));
+        attempt::trip();
+        view::scratch(self.area.view.load(Ordering::Relaxed) + start, end - start)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Addresses at which nothing is mapped.
+    const HVA: u64 = 0x1000_0000_0000;
+    const PAGE: u64 = PAGE_SIZE;
+
+    #[test]
+    fn a_page_is_bad_by_all_its_names_until_it_is_good() {
+        let (hva, len) = (HVA, 300 * PAGE);
+        let area = register(&(hva..hva + len), 12).unwrap();
+        mark(Some(hva + 5 * PAGE..hva + 6 * PAGE));
+        // Half of it again, and more.
+        let half = register(&(hva + 5 * PAGE..hva + 2 * len), 12).unwrap();
+        assert!(!is_bad(hva + 5 * PAGE, 0) && !area.area().is_bad(5 * PAGE, 0));
+        assert!(is_bad(hva + 5 * PAGE + 4095, 1) && is_bad(hva, len) && !is_bad(hva, 5 * PAGE));
+        assert!(half.area().is_bad(0, 1) && !half.area().is_bad(PAGE, len));
+        mark(Some(hva + 299 * PAGE..hva + 301 * PAGE));
+        assert!(area.area().is_bad(299 * PAGE, 1) && half.area().is_bad(295 * PAGE, 1));
+        drop(area);
+        assert!(is_bad(hva + 300 * PAGE, 1), "of the other");
+        clear(&(hva..hva + 300 * PAGE));
+        assert!(!is_bad(hva, 300 * PAGE) && is_bad(hva + 300 * PAGE, PAGE));
+        all_new(&(hva..hva + 2 * len), std::slice::from_ref(&(hva + 7 * PAGE..hva + 8 * PAGE)));
+        assert!(is_bad(hva + 7 * PAGE, 1) && !is_bad(hva + 8 * PAGE, len));
+        drop(half);
+        assert!(!is_bad(hva, 2 * len));
+    }
+
+    #[test]
+    fn an_address_is_found_in_one_area_alone() {
+        let hva = HVA << 1;
+        let area = register(&(hva..hva + 2 * PAGE), 12).unwrap();
+        for (addr, found) in
+            [(hva - 1, false), (hva, true), (hva + 8191, true), (hva + 8192, false)]
+        {
+            assert_eq!(find(addr).is_some(), found, "{addr:#x}");
+        }
+        let found = find(hva + 5000).unwrap();
+        assert_eq!((found.hva(), found.in_view), (hva + 5000, false));
+        found.mark();
+        drop(found);
+        assert!(area.area().is_bad(4096, 1) && !area.area().is_bad(0, 4096));
+    }
+
+    #[test]
+    fn readers_meet_no_area_that_has_gone() {
+        let hva = HVA << 2;
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    while !stop.load(Ordering::Relaxed) {
+                        is_any_bad(hva, 64 * PAGE);
+                        if let Some(found) = find(hva + 3 * PAGE) {
+                            assert_eq!(found.hva(), hva + 3 * PAGE);
+                            found.mark();
+                        }
+                    }
+                });
+            }
+            for round in 0..2000 {
+                let area = register(&(hva..hva + (4 + round % 64) * PAGE), 12).unwrap();
+                mark(Some(hva..hva + PAGE));
+                assert!(area.area().is_bad(0, 1));
+            }
+            stop.store(true, Ordering::Relaxed);
+        });
+        assert!(!is_bad(hva, 1 << 20));
+    }
+}

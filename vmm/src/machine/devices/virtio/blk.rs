@@ -1,0 +1,145 @@
+//! virtio-blk (virtio 1.2, 5.2): a disk of the guest's in a file of the host's.
+//!
+//! What the guest writes is copied out of its memory first, all of it, and written only when that memory was good to the
+//! last byte: of a request with a bad page nothing reaches the disk. What it reads the kernel copies into its memory, to
+//! the addresses that the guest's own mapping has, and answers EFAULT where a page is bad.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use self::disk::{Disk, DiskError};
+use self::request::{MAX_DISCARD_SECTORS, SEGMENT_MAX, Work};
+use super::config_space::ConfigSpace;
+use super::device::{Active, Device, DeviceError, Served, Turn};
+use crate::config::DeviceConfig;
+use crate::sandbox::role::Role;
+
+pub mod buffer;
+pub mod disk;
+mod request;
+
+/// The size of the one queue.
+const QUEUE_SIZE: u16 = 256;
+/// The most segments of a request: what the queue takes beside the header and the status.
+const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
+
+/// A disk that outlives the boots of a guest.
+pub type SharedDisk = Arc<Mutex<Disk>>;
+
+/// Opens the disks among `devices`.
+///
+/// # Errors
+/// See [`DiskError`].
+pub fn open_disks(devices: &[DeviceConfig]) -> Result<Vec<SharedDisk>, DiskError> {
+    let disks = devices.iter().filter_map(|device| match device {
+        DeviceConfig::Disk(disk) => Some(disk),
+        _ => None,
+    });
+    disks.map(|disk| Ok(Arc::new(Mutex::new(Disk::open(disk)?)))).collect()
+}
+
+/// The device.
+#[derive(Debug)]
+pub struct Blk {
+    disk: SharedDisk,
+    features: u64,
+    config: Arc<ConfigSpace>,
+    work: Work,
+}
+
+impl Blk {
+    /// The device of `disk`.
+    #[must_use]
+    pub fn new(disk: &SharedDisk) -> Self {
+        let held = lock(disk);
+        let mut bits = vec![
+            VIRTIO_BLK_F_SIZE_MAX,
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_FLUSH,
+        ];
+        match held.is_read_only() {
+            true => bits.push(VIRTIO_BLK_F_RO),
+            false => bits.extend([VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES]),
+        }
+        let features = bits.into_iter().map(|bit| 1 << bit).sum();
+        let config = Arc::new(ConfigSpace::new(config(&held), 0..0));
+        drop(held);
+        Self { disk: Arc::clone(disk), features, config, work: Work::default() }
+    }
+}
+
+fn lock(disk: &SharedDisk) -> MutexGuard<'_, Disk> {
+    // A panic within a request leaves a disk that has or has not what the request wanted; it has failed.
+    disk.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// `struct virtio_blk_config` (virtio 1.2, 5.2.4) up to the limits of write zeroes.
+fn config(disk: &Disk) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    bytes.extend(disk.sectors().to_le_bytes());
+    bytes.extend(SEGMENT_MAX.to_le_bytes());
+    bytes.extend(SEGMENTS_MAX.to_le_bytes());
+    // Geometry, which nobody needs.
+    bytes.extend([0; 4]);
+    bytes.extend(disk.block_size().to_le_bytes());
+    // Topology (8 bytes), writeback, and a byte that is not used.
+    bytes.extend([0; 10]);
+    // One queue.
+    bytes.extend(1_u16.to_le_bytes());
+    // Discard: the most sectors, the most segments, their alignment in sectors.
+    let alignment = disk.block_size() / 512;
+    bytes.extend([MAX_DISCARD_SECTORS, 1, alignment].iter().flat_map(|value| value.to_le_bytes()));
+    // Write zeroes: the most sectors, the most segments, and that it may unmap.
+    bytes.extend([MAX_DISCARD_SECTORS, 1].iter().flat_map(|value| value.to_le_bytes()));
+    bytes.extend([1, 0, 0, 0]);
+    bytes
+}
+
+impl Device for Blk {
+    fn id(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn name(&self) -> &'static str {
+        "blk"
+    }
+
+    fn role(&self) -> Role {
+        Role::VirtioBlk
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn config(&self) -> Arc<ConfigSpace> {
+        Arc::clone(&self.config)
+    }
+
+    fn kicked(&mut self, index: usize, active: &mut Active) -> Result<Turn, DeviceError> {
+        // A driver that has not taken it expects each write to be on the disk when it is done.
+        let writes_through = !active.has_feature(VIRTIO_BLK_F_FLUSH);
+        let mut disk = lock(&self.disk);
+        let work = &mut self.work;
+        active.serve(index, |memory, request| {
+            Ok(Served::Done(work.serve(&mut disk, memory, request, writes_through)))
+        })
+    }
+
+    fn stop(&mut self) {
+        self.work = Work::default();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,462 @@
+//! The host's side of a disk: a raw file, a block device, or a qcow2 image.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use imago::qcow2::Qcow2;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder};
+use thiserror::Error;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::config::{DiskConfig, ImageType};
+use crate::machine::devices::virtio::queue::Segment;
+use crate::machine::memory::DeviceMemory;
+
+/// Bytes in a sector of the protocol.
+const SECTOR: u64 = 512;
+/// What a qcow2 image begins with.
+const QCOW_MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// Why a disk cannot be had.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// It cannot be opened.
+    #[error("cannot open the disk {}{}", path.display(), advice(*readonly))]
+    Open {
+        /// Its path.
+        path: PathBuf,
+        /// How.
+        readonly: bool,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// It is neither a file nor a block device.
+    #[error("the disk {} is neither a regular file nor a block device", path.display())]
+    Kind {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// Somebody has it already.
+    #[error(
+        "the disk {} is in use: another process (or another --disk of this VM) has it open for writing, or for \
+         reading while this VM wants to write; readonly=on lets several read it",
+        path.display()
+    )]
+    Locked {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// What it is was not said.
+    #[error(
+        "the disk {} begins as a qcow2 image does: image_type=qcow2 opens it as one, image_type=raw gives the guest \
+         the file as it is (a guest that wrote this itself must not choose what the host opens)",
+        path.display()
+    )]
+    Ambiguous {
+        /// Its path.
+        path: PathBuf,
+    },
+    /// It is not a qcow2 image that can be used.
+    #[error(
+        "cannot use the disk {} as a qcow2 image (one with a backing file or an external data file is not opened; \
+         `qemu-img convert` makes one without)",
+        path.display()
+    )]
+    Qcow2 {
+        /// Its path.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// There is nothing on it.
+    #[error("the disk {} has {len} bytes; expected 512 at least", path.display())]
+    Small {
+        /// Its path.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+    },
+}
+
+fn advice(readonly: bool) -> &'static str {
+    if readonly { "" } else { " for writing (readonly=on opens it for reading)" }
+}
+
+/// Where the bytes are.
+enum Image {
+    Raw(File),
+    Qcow2 {
+        image: Box<FormatAccess<imago::file::File>>,
+        /// Its lock is held as long as this is open.
+        _lock: File,
+    },
+}
+
+/// A disk.
+pub struct Disk {
+    image: Image,
+    /// In bytes.
+    len: u64,
+    readonly: bool,
+    direct: bool,
+    is_device: bool,
+    id: String,
+    block_size: u32,
+}
+
+impl std::fmt::Debug for Disk {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Disk").field("id", &self.id).field("len", &self.len).finish_non_exhaustive()
+    }
+}
+
+impl Disk {
+    /// Opens what `config` names, and locks it against others that would write.
+    ///
+    /// # Errors
+    /// See [`DiskError`].
+    pub fn open(config: &DiskConfig) -> Result<Self, DiskError> {
+        let DiskConfig { path, readonly, direct, .. } = config;
+        let error = |source| DiskError::Open { path: path.clone(), readonly: *readonly, source };
+        // Looked at before it is opened: opening a FIFO would wait for its other end.
+        let kind = std::fs::metadata(path).map_err(error)?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(DiskError::Kind { path: path.clone() });
+        }
+        let open = |flags| {
+            let mut options = File::options();
+            options.read(true).write(!readonly).custom_flags(flags).open(path).map_err(error)
+        };
+        let file = open(if *direct { libc::O_DIRECT } else { 0 })?;
+        lock(&file, path, *readonly)?;
+        let is_qcow2 = begins_as_qcow2(&open(0)?);
+        let id = config.id.clone().unwrap_or_default();
+        let block_size = if *direct { direct_alignment(&file) } else { 512 };
+        let (image, len) = match config.image_type {
+            None if is_qcow2 => return Err(DiskError::Ambiguous { path: path.clone() }),
+            None | Some(ImageType::Raw) => {
+                let len = (&file).seek(SeekFrom::End(0)).map_err(error)?;
+                (Image::Raw(file), len)
+            }
+            Some(ImageType::Qcow2) => {
+                let image = qcow2(file.try_clone().map_err(error)?, *readonly);
+                let image =
+                    image.map_err(|source| DiskError::Qcow2 { path: path.clone(), source })?;
+                let len = image.size();
+                (Image::Qcow2 { image: Box::new(image), _lock: file }, len)
+            }
+        };
+        if len < SECTOR {
+            return Err(DiskError::Small { path: path.clone(), len });
+        }
+        let (readonly, direct, is_device) = (*readonly, *direct, kind.is_block_device());
+        Ok(Self { image, len, readonly, direct, is_device, id, block_size })
+    }
+
+    /// Its length in sectors of 512 bytes; what is left over at its end the guest does not have.
+    #[must_use]
+    pub fn sectors(&self) -> u64 {
+        self.len / SECTOR
+    }
+
+    /// The unit of its I/O, in bytes.
+    #[must_use]
+    pub fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    /// Whether it is only read.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.readonly
+    }
+
+    /// What it is called, of which the guest sees 20 bytes.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Whether the kernel can put what is read into the guest's memory by itself ([`Self::read_into`]). Not by direct I/O: it
+    /// writes to the pages that were there when the read began, and a huge page may be replaced meanwhile.
+    #[must_use]
+    pub fn copies_into_place(&self) -> bool {
+        matches!(self.image, Image::Raw(_)) && !self.direct
+    }
+
+    /// Reads what is at `at` into the first `len` bytes of `segments`.
+    ///
+    /// # Errors
+    /// The disk's, EFAULT where a page is bad; some may have been read.
+    pub(super) fn read_into(
+        &self,
+        at: u64,
+        memory: &DeviceMemory,
+        segments: &[Segment],
+        len: u64,
+    ) -> io::Result<()> {
+        let Image::Raw(file) = &self.image else { return Err(io::ErrorKind::Unsupported.into()) };
+        let places = host_places(memory, segments, len)?;
+        read_all(file, at, &places).inspect_err(|error| {
+            if error.raw_os_error() == Some(libc::EFAULT) {
+                find_bad_page(&places);
+            }
+        })
+    }
+
+    /// Reads what is at `at` into `bytes`.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn read(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
+        match &self.image {
+            Image::Raw(file) => file.read_exact_at(bytes, at),
+            Image::Qcow2 { image, .. } => image.read(bytes, at),
+        }
+    }
+
+    /// Writes `bytes` at `at`.
+    ///
+    /// # Errors
+    /// The disk's; it is read-only.
+    pub fn write(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.check_writable()?;
+        match &self.image {
+            Image::Raw(file) => file.write_all_at(bytes, at),
+            Image::Qcow2 { image, .. } => image.write(bytes, at),
+        }
+    }
+
+    /// Has what was written stay, also when the host loses power.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn flush(&mut self) -> io::Result<()> {
+        if self.readonly {
+            return Ok(());
+        }
+        match &self.image {
+            Image::Raw(file) => file.sync_data(),
+            Image::Qcow2 { image, .. } => image.sync(),
+        }
+    }
+
+    /// The guest does not need what is at `at` any more.
+    ///
+    /// # Errors
+    /// The disk's; it is read-only.
+    pub fn discard(&mut self, at: u64, len: u64) -> io::Result<()> {
+        self.check_writable()?;
+        let done = match &mut self.image {
+            Image::Raw(file) => punch(file, at, len),
+            Image::Qcow2 { image, .. } => image.discard_to_any(at, len),
+        };
+        match done {
+            // It is a hint.
+            Err(error) if is_unsupported(&error) => Ok(()),
+            done => done,
+        }
+    }
+
+    /// Has zeros at `at`, which may be a hole then if `unmaps`.
+    ///
+    /// # Errors
+    /// The disk's; it is read-only.
+    pub fn write_zeroes(&mut self, at: u64, len: u64, unmaps: bool) -> io::Result<()> {
+        self.check_writable()?;
+        let done = match &mut self.image {
+            // Of a block device that does not promise zeros afterwards the kernel refuses it.
+            Image::Raw(file) if unmaps => punch(file, at, len),
+            Image::Raw(file) => fallocate(file, libc::FALLOC_FL_ZERO_RANGE, at, len),
+            Image::Qcow2 { image, .. } => image.write_zeroes(at, len),
+        };
+        match done {
+            Err(error) if is_unsupported(&error) => {
+                static ZEROS: AlignedZeros = AlignedZeros([0; 64 << 10]);
+                let mut done = 0;
+                while done < len {
+                    let some = (len - done).min(ZEROS.0.len() as u64);
+                    let zeros = usize::try_from(some).unwrap_or(0);
+                    self.write(at + done, &ZEROS.0[..zeros])?;
+                    done += some;
+                }
+                Ok(())
+            }
+            done => done,
+        }
+    }
+
+    fn check_writable(&self) -> io::Result<()> {
+        if self.readonly { Err(io::ErrorKind::ReadOnlyFilesystem.into()) } else { Ok(()) }
+    }
+
+    /// Whether it is a block device of the host's.
+    #[must_use]
+    pub fn is_device(&self) -> bool {
+        self.is_device
+    }
+}
+
+#[repr(C, align(4096))]
+struct AlignedZeros([u8; 64 << 10]);
+
+fn is_unsupported(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENODEV | libc::EINVAL))
+        || error.kind() == io::ErrorKind::Unsupported
+}
+
+/// A lock of the open file (fcntl(2), F_OFD_SETLK): it goes when the process does, however it ends.
+fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError> {
+    // SAFETY: flock is plain data, all zero is the whole file from its beginning.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
+    // Both constants are 0 or 1.
+    lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
+    // SAFETY: reads one flock.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) } == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        error if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            Err(DiskError::Locked { path: path.into() })
+        }
+        // A file system without locks.
+        error => {
+            log::warn!("the disk {} is not locked against others: {error}", path.display());
+            Ok(())
+        }
+    }
+}
+
+fn begins_as_qcow2(file: &File) -> bool {
+    let mut magic = [0; QCOW_MAGIC.len()];
+    file.read_exact_at(&mut magic, 0).is_ok() && magic == QCOW_MAGIC
+}
+
+fn qcow2(file: File, readonly: bool) -> io::Result<FormatAccess<imago::file::File>> {
+    let image = Qcow2::<imago::file::File>::builder(imago::file::File::try_from(file)?)
+        .write(!readonly)
+        .open(DenyImplicitOpenGate::default())?;
+    Ok(FormatAccess::new(image))
+}
+
+/// What direct I/O on `file` is aligned to, 512 to 4096 bytes (statx(2), STATX_DIOALIGN of Linux 6.1).
+fn direct_alignment(file: &File) -> u32 {
+    const STATX_DIOALIGN: libc::c_uint = 0x2000;
+    // SAFETY: statx is plain data, which the call fills; the path is a C string.
+    let (done, statx) = unsafe {
+        let mut statx: libc::statx = std::mem::zeroed();
+        let (fd, path) = (file.as_raw_fd(), c"".as_ptr());
+        let done = libc::statx(fd, path, libc::AT_EMPTY_PATH, STATX_DIOALIGN, &raw mut statx);
+        (done, statx)
+    };
+    match statx.stx_dio_offset_align {
+        align @ 512..=4096 if done == 0 && align.is_power_of_two() => align,
+        _ => 512,
+    }
+}
+
+fn fallocate(file: &File, mode: libc::c_int, at: u64, len: u64) -> io::Result<()> {
+    let to_offset = |value| libc::off_t::try_from(value).map_err(io::Error::other);
+    // SAFETY: takes numbers only.
+    match unsafe { libc::fallocate(file.as_raw_fd(), mode, to_offset(at)?, to_offset(len)?) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn punch(file: &File, at: u64, len: u64) -> io::Result<()> {
+    fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, at, len)
+}
+
+/// The host addresses at which the guest has the first `len` bytes of `segments`.
+fn host_places(
+    memory: &DeviceMemory,
+    segments: &[Segment],
+    len: u64,
+) -> io::Result<Vec<libc::iovec>> {
+    let (mut places, mut left) = (Vec::new(), len);
+    for segment in segments {
+        let (mut addr, mut rest) = (segment.addr.0, u64::from(segment.len).min(left));
+        left -= rest;
+        while rest > 0 {
+            let not_ram = || io::Error::from_raw_os_error(libc::EFAULT);
+            let (region, at) = memory.to_region_addr(GuestAddress(addr)).ok_or_else(not_ram)?;
+            let some = rest.min(region.len() - at.0);
+            let iov_base = region.get_host_address(at).map_err(io::Error::other)?.cast();
+            let iov_len = usize::try_from(some).map_err(io::Error::other)?;
+            places.push(libc::iovec { iov_base, iov_len });
+            addr += some;
+            rest -= some;
+        }
+    }
+    if left == 0 { Ok(places) } else { Err(io::ErrorKind::InvalidInput.into()) }
+}
+
+/// As many as preadv(2) takes.
+const IOV_MAX: usize = 1024;
+
+/// Reads from `at` on until all of `places` is full.
+fn read_all(file: &File, mut at: u64, places: &[libc::iovec]) -> io::Result<()> {
+    let mut places = places.to_vec();
+    let mut rest = places.as_mut_slice();
+    while let [first, ..] = rest {
+        if first.iov_len == 0 {
+            rest = &mut rest[1..];
+            continue;
+        }
+        let count = libc::c_int::try_from(rest.len().min(IOV_MAX)).unwrap_or(1);
+        let offset = libc::off_t::try_from(at).map_err(io::Error::other)?;
+        // SAFETY: the kernel writes to guest memory, as far as the places go, which no Rust reference leads to; it is
+        // mapped as long as the device has it.
+        let read = unsafe { libc::preadv(file.as_raw_fd(), rest.as_ptr(), count, offset) };
+        let mut read = match usize::try_from(read) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => read,
+            Err(_) => match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => continue,
+                error => return Err(error),
+            },
+        };
+        at += read as u64;
+        while let [first, ..] = rest
+            && read > 0
+        {
+            let some = first.iov_len.min(read);
+            first.iov_base = first.iov_base.wrapping_byte_add(some);
+            first.iov_len -= some;
+            read -= some;
+            if first.iov_len == 0 {
+                rest = &mut rest[1..];
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The image at `path`, whoever has it open.
+#[cfg(test)]
+pub(super) fn tests_only_open(path: &Path) -> FormatAccess<imago::file::File> {
+    qcow2(File::options().read(true).write(true).open(path).unwrap(), false).unwrap()
+}
+
+/// The kernel did not say which page it was, nor whom it told: each is touched, so that the relay learns of it.
+fn find_bad_page(places: &[libc::iovec]) {
+    const PAGE: usize = 4096;
+    for place in places {
+        let start: *const u8 = place.iov_base.cast();
+        let first = start.map_addr(|addr| addr & !(PAGE - 1));
+        for at in (0..place.iov_len + PAGE).step_by(PAGE) {
+            let page = first.wrapping_add(at);
+            if page.addr() < start.addr() + place.iov_len {
+                // SAFETY: a byte of guest memory, within the page that the place begins or goes on in.
+                let _ = unsafe { mce_relay::guard::read(page, &mut [0]) };
+            }
+        }
+    }
+}
