@@ -5,7 +5,7 @@ use std::io;
 use super::drops::{Drops, count};
 use super::tap::Tap;
 use super::{HEADER, HEADER_BUFFERS, MOST_FRAME};
-use crate::machine::devices::virtio::attempt::Attempt;
+use crate::machine::devices::virtio::attempt::checked;
 use crate::machine::devices::virtio::queue::Request;
 use crate::machine::memory::DeviceMemory;
 
@@ -85,9 +85,8 @@ impl Incoming {
 
     /// How many bytes count as written.
     fn give(&mut self, drops: &Drops, memory: &DeviceMemory, request: &Request) -> u32 {
-        let attempt = Attempt::begin();
-        let written = request.write(memory, 0, &self.bytes[..self.len]);
-        if attempt.is_clean() && written.is_ok_and(|written| written == self.len) {
+        let written = checked(|| request.write(memory, 0, &self.bytes[..self.len]));
+        if written.is_ok_and(|written| written == self.len) {
             let len = u32::try_from(self.len).unwrap_or(0);
             self.clear();
             return len;

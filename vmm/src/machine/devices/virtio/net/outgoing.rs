@@ -7,7 +7,7 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GS
 use super::drops::{Drops, count};
 use super::tap::Tap;
 use super::{HEADER, HEADER_FLAGS, HEADER_GSO_TYPE, LEAST_FRAME, MOST_FRAME};
-use crate::machine::devices::virtio::attempt::Attempt;
+use crate::machine::devices::virtio::attempt::checked;
 use crate::machine::devices::virtio::device::Served;
 use crate::machine::devices::virtio::queue::Request;
 use crate::machine::memory::DeviceMemory;
@@ -34,10 +34,9 @@ impl Outgoing {
             return Served::Done(0);
         }
         self.bytes.resize(len, 0);
-        let attempt = Attempt::begin();
-        let read = request.read(memory, 0, &mut self.bytes);
+        let read = checked(|| request.read(memory, 0, &mut self.bytes));
         // Nothing of it is looked at before.
-        if !attempt.is_clean() || !read.is_ok_and(|read| read == len) {
+        if !read.is_ok_and(|read| read == len) {
             if count(&drops.bad_memory) {
                 log::warn!("virtio-net: a frame of the guest's that is in bad memory is dropped");
             }

@@ -399,4 +399,5 @@ proptest! {
     }
 }
 
+mod bad_pages;
 mod on_a_tap;

@@ -16,7 +16,7 @@ use crate::machine::devices::virtio::device::Device;
 use crate::machine::devices::virtio::net::{
     HEADER, Net, RECEIVE, TRANSMIT, Tap, VhostError, VhostNet, tap,
 };
-use crate::machine::devices::virtio::testing::{Driver, eventually, ram};
+use crate::machine::devices::virtio::testing::{Driver, eventually, lose, ram, rings};
 use crate::words::with_causes;
 
 /// For local experiments (IEEE 802): nobody's but the test's.
@@ -293,5 +293,51 @@ fn in_the_hosts_kernel_with_rings_that_are_none() {
         driver.offer(TRANSMIT, u16::MAX);
         driver.kick(TRANSMIT as u32);
         eventually("a wish to be reset", || driver.needs_reset());
+    });
+}
+
+/// The kernel reads and writes the guest's own mapping, whose bad pages it does not survive there by itself.
+#[test]
+fn in_the_hosts_kernel_with_bad_pages() {
+    with_a_tap("", || {
+        let (config, memory) = (by_name("t0"), ram());
+        let Some(device) = vhost(&config, &memory) else { return };
+        let mut driver = Driver::with_memory(Box::new(device), memory);
+        let wire = Wire::new();
+        driver.set_up(2);
+        let start = 0x8_1000 - 0x100;
+        let bytes = [&[0; HEADER][..], &addressed(1000, 9)].concat();
+        driver.memory.write_slice(&bytes, GuestAddress(start)).unwrap();
+        if !lose(&driver.memory, 0x8_1000) {
+            return;
+        }
+        for times in 1..3 {
+            driver.add(TRANSMIT, 0, &[(start, 1012, false)]);
+            driver.wait_used(TRANSMIT, times);
+        }
+        // The next one on the wire is this one's.
+        exchange(&mut driver, &wire, 1);
+        assert!(!driver.needs_reset());
+        // Nothing is written to it, and the buffer stays with the kernel for the next frame.
+        driver.add(RECEIVE, 0, &[(start, 2000, true)]);
+        let before = driver.used(RECEIVE);
+        driver.kick(RECEIVE as u32);
+        wire.send(&addressed(1000, 10));
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(driver.used(RECEIVE), before, "no half of a frame");
+        for ring in [0x1000, 0x2000, 0] {
+            let memory = ram();
+            drop(driver);
+            let device = vhost(&config, &memory).unwrap();
+            driver = Driver::with_memory(Box::new(device), memory);
+            driver.set_up(2);
+            driver.descriptor(TRANSMIT, 0, (0x8000, 100, 0, 0));
+            lose(&driver.memory, rings(TRANSMIT) + ring);
+            if ring != 0x1000 {
+                driver.offer(TRANSMIT, 0);
+            }
+            driver.kick(TRANSMIT as u32);
+            eventually("a wish to be reset", || driver.needs_reset());
+        }
     });
 }
