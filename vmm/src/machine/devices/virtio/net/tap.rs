@@ -183,6 +183,17 @@ impl Tap {
         self.mtu
     }
 
+    /// Has vhost-net take each frame by itself, which it does on a tap whose send buffer has a limit. Of several at once it tries
+    /// one that is in a bad page again and again, without an end.
+    pub(super) fn one_at_a_time(&self) -> io::Result<()> {
+        let almost_none: c_int = c_int::MAX - 1;
+        // SAFETY: TUNSETSNDBUF reads an int, which the reference is to.
+        match unsafe { ioctl_with_ref(&self.file, libc::TUNSETSNDBUF, &almost_none) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Its file, for vhost-net.
     pub(super) fn file(&self) -> &File {
         &self.file

@@ -1,7 +1,8 @@
 //! The device in the host's kernel (`vhost=on`): vhost-net moves the frames, and this process sets it up and stops it.
 //!
 //! The kernel reads and writes guest memory by the guest's own mapping, and an access to a bad page fails there: a frame
-//! in it is dropped. A ring in it is an error of the queue, which the kernel tells by an eventfd; the device asks for a reset
+//! in it is dropped, and a buffer for a frame that is in it stays the first of its queue, so that nothing comes in before
+//! the driver resets the device. A ring in it is an error of the queue, which the kernel tells by an eventfd; the device asks for a reset
 //! then.
 
 use std::fmt;
@@ -64,6 +65,15 @@ pub enum VhostError {
         /// What it lacks.
         wanted: u64,
     },
+    /// The tap does not do what is asked of it.
+    #[error("cannot set the send buffer of {tap} (TUNSETSNDBUF)")]
+    Tap {
+        /// Its name.
+        tap: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// There are no more descriptors.
     #[error("out of file descriptors")]
     Eventfd(#[source] io::Error),
@@ -103,6 +113,8 @@ impl VhostNet {
     /// See [`VhostError`].
     pub fn open(tap: Tap, config: &NetConfig, memory: &DeviceMemory) -> Result<Self, VhostError> {
         let refused = |what| move |source| VhostError::Refused { what, source };
+        let name = || tap.to_string();
+        tap.one_at_a_time().map_err(|source| VhostError::Tap { tap: name(), source })?;
         let backend = Backend::new(Arc::new(memory.clone())).map_err(VhostError::Open)?;
         backend.set_owner().map_err(refused("begin to use it"))?;
         let found = backend.get_features().map_err(refused("ask for its features"))?;
