@@ -16,7 +16,7 @@ fn of_a_frame_from_a_bad_page_nothing_reaches_the_wire() {
         let mut setup = Setup::new();
         // Of the header there are the first six bytes before the bad page, if anything is.
         let start = if before == 0 { BAD - 6 } else { BAD - before };
-        setup.put(start, &vec![0; HEADER]);
+        setup.put(start, &[0; HEADER]);
         setup.put(start + HEADER as u64, &frame(len, 1));
         if !lose(&setup.driver.memory, BAD) {
             return;
