@@ -3,8 +3,8 @@
 use std::io;
 
 use super::drops::{Drops, count};
+use super::layout::{HEADER, HEADER_BUFFERS, MOST_FRAME};
 use super::tap::Tap;
-use super::{HEADER, HEADER_BUFFERS, MOST_FRAME};
 use crate::machine::devices::virtio::attempt::checked;
 use crate::machine::devices::virtio::queue::Request;
 use crate::machine::memory::DeviceMemory;

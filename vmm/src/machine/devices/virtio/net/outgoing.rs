@@ -5,8 +5,8 @@ use std::io;
 use virtio_bindings::virtio_net::{VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE};
 
 use super::drops::{Drops, count};
+use super::layout::{HEADER, HEADER_FLAGS, HEADER_GSO_TYPE, LEAST_FRAME, MOST_FRAME};
 use super::tap::Tap;
-use super::{HEADER, HEADER_FLAGS, HEADER_GSO_TYPE, LEAST_FRAME, MOST_FRAME};
 use crate::machine::devices::virtio::attempt::checked;
 use crate::machine::devices::virtio::device::Served;
 use crate::machine::devices::virtio::queue::Request;

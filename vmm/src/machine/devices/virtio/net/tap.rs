@@ -11,7 +11,7 @@ use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_UP, IFF_VNET_HDR, c_int, ifr
 use thiserror::Error;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
-use super::HEADER;
+use super::layout::HEADER;
 use crate::config::TapSource;
 
 /// Where taps come from.

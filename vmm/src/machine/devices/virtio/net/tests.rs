@@ -16,6 +16,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::layout::*;
 use super::*;
 use crate::config::{NetConfig, TapSource};
 use crate::machine::devices::virtio::device::{Active, Device, Turn, Wait};

@@ -23,8 +23,8 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::QUEUE_SIZES;
 use super::config::Offer;
+use super::layout::QUEUE_SIZES;
 use super::tap::Tap;
 use crate::config::NetConfig;
 use crate::machine::devices::virtio::config_space::ConfigSpace;

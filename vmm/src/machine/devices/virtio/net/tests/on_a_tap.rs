@@ -13,9 +13,8 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use super::{config, frame};
 use crate::config::{NetConfig, TapSource};
 use crate::machine::devices::virtio::device::Device;
-use crate::machine::devices::virtio::net::{
-    HEADER, Net, RECEIVE, TRANSMIT, Tap, VhostError, VhostNet, tap,
-};
+use crate::machine::devices::virtio::net::layout::{HEADER, RECEIVE, TRANSMIT};
+use crate::machine::devices::virtio::net::{Net, Tap, VhostError, VhostNet, tap};
 use crate::machine::devices::virtio::testing::{Driver, eventually, lose, ram, rings};
 use crate::words::with_causes;
 
