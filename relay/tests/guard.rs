@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -243,6 +244,46 @@ fn unknown() -> MmapRegion {
 
 fn lose_unknown(marker: &Uffd, memory: &MmapRegion, page: u64) {
     marker.poison(memory.as_ptr().expose_provenance() as u64 + page * PAGE, PAGE).unwrap();
+}
+
+/// A device reads a page that is lost in its view over and over, while a relay makes it good again each time.
+#[test]
+fn no_scratch_page_stays_without_a_mark() {
+    let Some(marker) = marker() else { return };
+    let memory = shared();
+    let (_relay, _events) = relay(&memory);
+    let devices: Vec<u64> = (0..PAGES).map(|page| devices(&memory, page)).collect();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    for page in 0..PAGES {
+                        let attempt = Attempt::begin();
+                        let read = memory.read_obj::<u64>(at(page));
+                        if let (Ok(number), true) = (read, attempt.is_clean()) {
+                            assert_eq!(number, page, "a byte of a scratch page got out");
+                        }
+                    }
+                }
+            });
+        }
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(3) {
+            for hva in &devices {
+                // Only in the view: the relay finds that the page is good. It may be on scratch just now.
+                let _ = marker.poison(*hva, PAGE);
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    for page in 0..PAGES {
+        until("devices have all of it again", || {
+            let attempt = Attempt::begin();
+            let read = memory.read_obj::<u64>(at(page));
+            attempt.is_clean() && read.is_ok_and(|number| number == page)
+        });
+    }
 }
 
 /// Every length, with the bad page at every place in it.

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 
 use arbitrary::Arbitrary;
+use mce_relay::guard::GuardedRegion;
 use mce_relay_vmm::machine::devices::virtio::device::{Active, Device, Turn, Wait};
 use mce_relay_vmm::machine::devices::virtio::transport::{Action, Transport};
 use mce_relay_vmm::machine::memory::DeviceMemory;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, MmapRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Guest RAM in bytes.
@@ -61,7 +62,9 @@ fn rings(second: bool) -> u64 {
 impl<D: Device> Machine<D> {
     pub fn new(device: D) -> Self {
         let eventfd = || Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-        let memory = DeviceMemory::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+        let mapping = MmapRegion::new(RAM as usize).unwrap();
+        let region = GuardedRegion::new(mapping, GuestAddress(0)).unwrap();
+        let memory = DeviceMemory::from_regions(vec![region]).unwrap();
         let transport = Transport::new(&device, eventfd());
         let kicks = device.queue_sizes().iter().map(|_| eventfd()).collect();
         Self { device, transport, memory, kicks, active: None, added: [0; 2] }

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 /// How much of the disk is written, in bytes.
 const LEN: u64 = 8 << 20;
-const BLOCK: u64 = 4096;
+const BLOCK: usize = 4096;
 const SEED: u64 = 20;
 /// How many of the buffers of the guest's program go bad.
 const BUFFERS: usize = 12;
@@ -90,12 +90,12 @@ fn loses_buffers(options: &Options) {
 /// Whether the image has each block as the guest was told last that it was written.
 fn is_what_the_guest_was_told(read: &dyn Fn(&mut [u8], u64), generations: &Value) {
     let generations = generations.as_array().expect("a generation for each block");
-    assert_eq!(generations.len() as u64, LEN / BLOCK);
+    assert_eq!(generations.len() as u64, LEN / BLOCK as u64);
     let mut count = 0;
     for (number, generation) in (0..).zip(generations) {
         let Some(generation) = generation.as_u64() else { continue };
-        let offset = number * BLOCK;
-        let mut block = [0; BLOCK as usize];
+        let offset = number * BLOCK as u64;
+        let mut block = [0; BLOCK];
         read(&mut block, offset);
         assert!(
             block == expected(offset, generation),
@@ -108,9 +108,9 @@ fn is_what_the_guest_was_told(read: &dyn Fn(&mut [u8], u64), generations: &Value
 }
 
 /// What the agent writes to a block (guest-image/agent/src/disk/mod.rs).
-fn expected(offset: u64, generation: u64) -> [u8; BLOCK as usize] {
+fn expected(offset: u64, generation: u64) -> [u8; BLOCK] {
     let key = mix(mix(mix(SEED) ^ offset) ^ generation);
-    let mut block = [0; BLOCK as usize];
+    let mut block = [0; BLOCK];
     let header = [u64::from_le_bytes(*b"mcerelay"), SEED, offset, generation];
     for (number, word) in (0..).zip(block.chunks_exact_mut(8)) {
         let value = header.get(number).copied().unwrap_or_else(|| mix(key ^ number as u64));

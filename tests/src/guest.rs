@@ -170,6 +170,9 @@ pub enum DiskImage {
 /// Length of such a disk, in bytes.
 const DISK_LEN: u64 = 64 << 20;
 
+/// Fills a buffer with what a disk has from an offset on.
+pub type DiskReader = Box<dyn Fn(&mut [u8], u64)>;
+
 impl DiskImage {
     fn words(self) -> &'static str {
         match self {
@@ -190,7 +193,7 @@ impl DiskImage {
     }
 
     /// Reads such an image that nobody writes to any more.
-    pub fn reader(self, file: std::fs::File) -> Box<dyn Fn(&mut [u8], u64)> {
+    pub fn reader(self, file: std::fs::File) -> DiskReader {
         match self {
             Self::Raw => Box::new(move |to, at| file.read_exact_at(to, at).unwrap()),
             Self::Qcow2 => {

@@ -1,5 +1,6 @@
 //! A failure enters: translation, ledger, and the queue of the vCPU that has to be told.
 
+use std::collections::BTreeSet;
 use std::mem;
 use std::ops::Range;
 use std::time::SystemTime;
@@ -99,6 +100,20 @@ impl Shared {
             self.wake();
         }
         known
+    }
+
+    /// Some of what the handler has said is lost: every page that is marked and not in the ledger is looked at.
+    pub(crate) fn look_at_marks(&self, inner: &mut Inner) {
+        let ram = self.ram();
+        let marked = ram.hvas().flat_map(|hvas| guard::marked(&hvas));
+        let pages = marked.flat_map(|run| run.step_by(1 << PAGE_SHIFT)).collect::<BTreeSet<u64>>();
+        for hva in pages {
+            if !ram.gpas(hva).any(|gpa| inner.ledger.contains(gpa)) {
+                let kind = FailureKind::ActionRequired;
+                let caught = Caught { kind, hva, lsb: PAGE_SHIFT };
+                self.enter(inner, caught, SignalledThread::Other);
+            }
+        }
     }
 
     /// The host addresses of what the handler has marked.

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::os::fd::RawFd;
 use std::ptr::null_mut;
 use std::sync::atomic::{
-    AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
+    AtomicBool, AtomicI32, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering,
 };
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -57,6 +57,8 @@ pub(super) struct Area {
     /// What the view is a mapping of.
     fd: AtomicI32,
     offset: AtomicU64,
+    /// Somebody makes pages good: no handler puts a scratch page in place meanwhile.
+    clearing: AtomicBool,
     /// How many pages are marked.
     marked: AtomicU64,
     bad: AtomicPtr<Bits>,
@@ -76,6 +78,7 @@ impl Area {
             view: AtomicU64::new(0),
             fd: AtomicI32::new(-1),
             offset: AtomicU64::new(0),
+            clearing: AtomicBool::new(false),
             marked: AtomicU64::new(0),
             bad: AtomicPtr::new(null_mut()),
         }
@@ -134,6 +137,16 @@ impl Area {
         (from < to).then(|| number(from - start)..number((to - start).next_multiple_of(PAGE_SIZE)))
     }
 
+    /// Does `work`, which makes pages good, while no handler marks one or puts a scratch page in place: such a page would
+    /// lose its mark and stay. The caller has the lock, and does not read the area.
+    fn while_no_handler_is_at_work(&self, work: impl FnOnce()) {
+        // A handler counts itself in before it looks at this.
+        self.clearing.store(true, Ordering::SeqCst);
+        wait_for_readers(self);
+        work();
+        self.clearing.store(false, Ordering::SeqCst);
+    }
+
     /// The view has guest memory at `pages` again. False, after a word about it, where the kernel does not do it: the pages
     /// stay marked, and no device uses them.
     fn restore(&self, pages: Pages) -> bool {
@@ -188,6 +201,12 @@ impl Drop for Reading {
     fn drop(&mut self) {
         self.0.readers.fetch_sub(1, Ordering::SeqCst);
     }
+}
+
+/// All areas, for whoever has the lock, so that none comes or goes.
+fn areas_under_lock() -> impl Iterator<Item = &'static Area> {
+    let is_used = |area: &&Area| area.state.load(Ordering::Relaxed) == USED;
+    TABLE.iter().take(END.load(Ordering::Acquire)).filter(is_used)
 }
 
 /// All areas, each as long as it is looked at. Async-signal-safe.
@@ -308,6 +327,18 @@ pub(crate) fn mark(all: impl IntoIterator<Item = Range<u64>>) {
     }
 }
 
+/// The marked stretches of the memory at `hvas`, some of them perhaps more than once.
+pub(crate) fn marked(hvas: &Range<u64>) -> Vec<Range<u64>> {
+    let _change = change();
+    let mut all = Vec::new();
+    for area in areas_under_lock() {
+        let (Some(pages), Some(bits)) = (area.pages_of(hvas), area.bits()) else { continue };
+        let at = |page: usize| area.hva.load(Ordering::Relaxed) + ((page as u64) << PAGE_SHIFT);
+        all.extend(bits.runs(pages).into_iter().map(|run| at(run.start)..at(run.end)));
+    }
+    all
+}
+
 /// Whether devices have a view of any of the memory at `hvas`.
 pub(crate) fn has_view(hvas: &Range<u64>) -> bool {
     areas().any(|area| area.view.load(Ordering::Relaxed) != 0 && area.pages_of(hvas).is_some())
@@ -319,9 +350,9 @@ pub(crate) fn clear(hvas: &Range<u64>) {
         return;
     }
     let _change = change();
-    for area in areas() {
+    for area in areas_under_lock() {
         if let Some(pages) = area.pages_of(hvas) {
-            area.clear(pages);
+            area.while_no_handler_is_at_work(|| area.clear(pages));
         }
     }
 }
@@ -340,13 +371,15 @@ pub(crate) fn mark_only(hvas: &Range<u64>, bad: &[Range<u64>]) {
 /// Other memory, which is good, lies at `hvas`.
 pub(crate) fn replaced(hvas: &Range<u64>) {
     let _change = change();
-    for area in areas() {
+    for area in areas_under_lock() {
         let Some(pages) = area.pages_of(hvas) else { continue };
-        if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages.clone()) {
-            area.unmark(pages);
-        } else {
-            area.mark(pages);
-        }
+        area.while_no_handler_is_at_work(|| {
+            if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages.clone()) {
+                area.unmark(pages);
+            } else {
+                area.mark(pages);
+            }
+        });
     }
 }
 
@@ -354,9 +387,9 @@ pub(crate) fn replaced(hvas: &Range<u64>) {
 /// starts over.
 pub(crate) fn all_new(hvas: &Range<u64>, bad: &[Range<u64>]) {
     let _change = change();
-    for area in areas() {
+    for area in areas_under_lock() {
         let Some(pages) = area.pages_of(hvas) else { continue };
-        area.clear(pages);
+        area.while_no_handler_is_at_work(|| area.clear(pages));
         // A page that nobody knew of was exchanged, too, and the view's page tables still call it bad.
         let view = area.view.load(Ordering::Relaxed);
         let start = area.hva.load(Ordering::Relaxed);
@@ -400,6 +433,19 @@ pub(super) struct Found {
     at: u64,
     /// It is the view's address, and not the guest's.
     pub(super) in_view: bool,
+}
+
+/// As [`find`], when nobody makes pages of that area good. Async-signal-safe: whoever does waits for no handler that waits
+/// here, and touches no view.
+pub(super) fn find_at_rest(addr: u64) -> Option<Found> {
+    loop {
+        let found = find(addr)?;
+        if !found.area.clearing.load(Ordering::SeqCst) {
+            return Some(found);
+        }
+        drop(found);
+        std::hint::spin_loop();
+    }
 }
 
 /// Whose memory `addr` is in. Async-signal-safe.
@@ -492,7 +538,7 @@ mod tests {
     #[test]
     fn readers_meet_no_area_that_has_gone() {
         let hva = HVA << 2;
-        let stop = std::sync::atomic::AtomicBool::new(false);
+        let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| {

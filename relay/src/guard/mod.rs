@@ -7,7 +7,7 @@
 //!    [`is_bad`], [`Handle::is_bad`](crate::Handle::is_bad). With feature `vm-memory`, `GuardedRegion` is a region for
 //!    vm-memory of which `get_slice()` is an error where a page is marked, and with it everything that vm-memory and
 //!    virtio-queue do. While no page is marked, that is one relaxed load.
-//! 2. **Code that copies by [`read`], [`write`], [`load`], [`store()`] and [`compare_exchange`]** gets an error where a page
+//! 2. **Code that copies by [`read`], [`write()`], [`load`], [`store()`] and [`compare_exchange`]** gets an error where a page
 //!    turns out to be bad that nobody knew of (x86-64; the SIGBUS handler goes on behind the copy). That costs nothing
 //!    while memory is whole, and makes no system call.
 //! 3. **Code that is not ours** (vm-memory's volatile accesses, virtio-queue) works in a second mapping of shared guest
@@ -34,7 +34,8 @@ mod view;
 
 pub use areas::is_bad;
 pub(crate) use areas::{
-    Registered, all_new, clear, has_view, is_any_marked, mark, mark_only, register, replaced,
+    Registered, all_new, clear, has_view, is_any_marked, mark, mark_only, marked, register,
+    replaced,
 };
 pub use attempt::Attempt;
 pub(crate) use attempt::set_wake;

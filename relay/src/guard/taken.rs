@@ -22,7 +22,7 @@ pub(crate) fn guest_ram(addr: u64) -> Option<u64> {
 
 /// A fault of the calling thread at `addr`; `lsb` says how much memory is bad, and `context` is the handler's third argument, where there is one. Async-signal-safe: atomic accesses, and one mmap(2).
 pub(crate) fn recover(addr: u64, lsb: u8, context: *mut libc::c_void) -> Touched {
-    let found = areas::find(addr);
+    let found = areas::find_at_rest(addr);
     if goes_on_behind_copy(context) {
         if let Some(found) = &found {
             found.mark();

@@ -137,6 +137,7 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     if signals > 0 {
         any = true;
         inner.emit(Event::Overrun { signals });
+        shared.look_at_marks(&mut inner);
     }
     let strays = std::mem::take(&mut inner.strays);
     drop(inner);

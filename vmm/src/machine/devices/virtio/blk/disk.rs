@@ -182,7 +182,7 @@ impl Disk {
         &self.id
     }
 
-    /// Whether the kernel can put what is read into the guest's memory by itself ([`Self::read_into`]). Not by direct I/O: it
+    /// Whether the kernel can put what is read into the guest's memory by itself. Not by direct I/O: it
     /// writes to the pages that were there when the read began, and a huge page may be replaced meanwhile.
     #[must_use]
     pub fn copies_into_place(&self) -> bool {
