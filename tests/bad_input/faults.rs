@@ -54,8 +54,10 @@ const MADV_DONTNEED: &str = "madvise 0x4";
 const MADV_POPULATE_WRITE: &str = "madvise 0x17";
 
 /// The calls that the VMM does without, each with what becomes of it. Any other ends it.
-const DOES_WITHOUT: [(&str, &str); 11] = [
+const DOES_WITHOUT: [(&str, &str); 13] = [
     ("madvise 0xe", "MADV_HUGEPAGE: advice"),
+    ("madvise 0x10", "MADV_DONTDUMP: advice about the devices' mapping"),
+    ("madvise 0x4", "MADV_DONTNEED: the devices' page tables are as the guest's memory was before"),
     (
         "madvise 0x16",
         "MADV_POPULATE_READ: bad pages that no signal names are looked for without it",

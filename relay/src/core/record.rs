@@ -70,7 +70,7 @@ impl Shared {
             // The handler was late: there is good memory by now. Or there never was any, and nothing has gone bad. What it
             // has marked is not.
             log::debug!("the page at HVA {hva:#x} that a thread has touched is not bad");
-            guard::mark_only(&self.extent_of(hva, lsb), &[]);
+            self.mark_only_what_is_known(inner, hva, lsb);
             return true;
         }
         inner.emit(Event::Caught { kind: caught.kind, hva, lsb, thread, forged });
@@ -80,14 +80,8 @@ impl Shared {
             (false, false) => FoundBy::Signal,
         };
         let known = self.enter_pages(inner, Caught { kind, hva, lsb }, found_by, vcpu);
-        if touched && !inner.rescues.has(hva) {
-            // The handler marks whole pages of the host. Some of one may be good: the kernel has split it.
-            let extent = self.extent_of(hva, lsb);
-            let ram = self.ram();
-            let lost = |page: &u64| ram.gpas(*page).any(|gpa| inner.ledger.contains(gpa));
-            let bad = extent.clone().step_by(1 << PAGE_SHIFT).filter(lost);
-            let bad: Vec<_> = bad.map(|page| page..page + PAGE_SIZE).collect();
-            guard::mark_only(&extent, &bad);
+        if touched && known && !inner.rescues.has(hva) {
+            self.mark_only_what_is_known(inner, hva, lsb);
         }
         if !known && kind == FailureKind::ActionOptional {
             // The kernel tells one thread of a process; with two VMs in it that may be the other's.
@@ -116,11 +110,20 @@ impl Shared {
         }
     }
 
-    /// The host addresses of what the handler has marked.
-    fn extent_of(&self, hva: u64, lsb: u8) -> Range<u64> {
-        let size = 1_u64 << self.ram().page_shift(hva).max(lsb).min(MAX_SHIFT);
+    /// The handler marks whole pages of the host. Some of one may be good: the kernel has split it, or all of it is. Of what
+    /// it has marked only what the ledger has stays so, and memory of other relays stays as it is.
+    fn mark_only_what_is_known(&self, inner: &Inner, hva: u64, lsb: u8) {
+        let ram = self.ram();
+        let size = 1_u64 << ram.page_shift(hva).max(lsb).min(MAX_SHIFT);
         let start = hva & !(size - 1);
-        start..start + size
+        let end = start.saturating_add(size);
+        let within = |part: Range<u64>| part.start.max(start)..part.end.min(end);
+        let lost = |page: &u64| ram.gpas(*page).any(|gpa| inner.ledger.contains(gpa));
+        for part in ram.hvas().map(within).filter(|part| !part.is_empty()) {
+            let bad = part.clone().step_by(1 << PAGE_SHIFT).filter(lost);
+            let bad: Vec<_> = bad.map(|page| page..page + PAGE_SIZE).collect();
+            guard::mark_only(&part, &bad);
+        }
     }
 
     /// All pages that are lost with the one at `caught.hva`, of which `vcpu` has touched that one if

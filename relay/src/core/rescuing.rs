@@ -65,8 +65,8 @@ impl Shared {
         let mut inner = self.lock();
         let open = inner.rescues.close(hvas)?;
         self.change_ram(|ram| Ok(ram.with_stand_in(hvas.clone()))).ok()?;
-        // Devices have it before the pages that are gone are marked.
-        guard::replaced(hvas);
+        let bad: Vec<Range<u64>> = gone.iter().map(|page| *page..page + PAGE_SIZE).collect();
+        guard::replaced(hvas, &bad);
         let extent = hvas.end - hvas.start;
         let micros = |since: Instant| since.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
         let rescued = Rescued {

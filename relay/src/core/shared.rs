@@ -96,23 +96,33 @@ impl Shared {
                 _ => hvas.push(next),
             }
         }
-        let register = |hvas: &Range<u64>| {
-            let area = guard::register(hvas, PAGE_SHIFT);
-            area.inspect_err(|error| log::warn!("guest memory is not guarded: {error}")).ok()
-        };
-        let areas: Vec<Registered> = hvas.iter().filter_map(register).collect();
-        let before = std::mem::replace(
-            &mut *self.areas.lock().unwrap_or_else(PoisonError::into_inner),
-            areas,
-        );
+        let mut areas = self.areas.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut before = std::mem::take(&mut *areas);
+        for hvas in &hvas {
+            if let Some(at) = before.iter().position(|area| area.hvas() == hvas) {
+                areas.push(before.swap_remove(at));
+                continue;
+            }
+            match guard::register(hvas, PAGE_SHIFT) {
+                Ok(area) => areas.push(area),
+                Err(error) => log::warn!("guest memory is not guarded: {error}"),
+            }
+        }
         // The new ones have taken their marks over.
         drop(before);
+        drop(areas);
         let bad = |page: &Page| {
             !page.is_forged() && !matches!(page.state, State::Healed | State::Removed)
         };
         let pages = inner.ledger.pages().filter(bad).filter_map(|page| ram.hva(page.gpa));
         let bad: Vec<Range<u64>> = pages.map(|hva| hva..hva + PAGE_SIZE).collect();
-        new.into_iter().for_each(|hvas| guard::all_new(&hvas, &bad));
+        for hvas in new {
+            // A region may have pages of several sizes.
+            let within = |part: Range<u64>| part.start.max(hvas.start)..part.end.min(hvas.end);
+            for part in ram.hvas().map(within).filter(|part| !part.is_empty()) {
+                guard::all_new(&part, ram.page_shift(part.start), &bad);
+            }
+        }
     }
 
     /// Takes them out again: the memory may go.

@@ -62,6 +62,8 @@ pub(super) struct Area {
     /// How many pages are marked.
     marked: AtomicU64,
     bad: AtomicPtr<Bits>,
+    /// Where the guest has other memory than the file: a stand-in for a huge page.
+    elsewhere: AtomicPtr<Bits>,
 }
 
 /// A part of an area by page numbers, from the area's first.
@@ -81,6 +83,7 @@ impl Area {
             clearing: AtomicBool::new(false),
             marked: AtomicU64::new(0),
             bad: AtomicPtr::new(null_mut()),
+            elsewhere: AtomicPtr::new(null_mut()),
         }
     }
 
@@ -114,6 +117,11 @@ impl Area {
         // SAFETY: set while the area is registered, from a box that the registration keeps; it waits for all readers
         // before it lets that go.
         unsafe { self.bad.load(Ordering::Acquire).as_ref() }
+    }
+
+    fn elsewhere(&self) -> Option<&Bits> {
+        // SAFETY: as in `bits`.
+        unsafe { self.elsewhere.load(Ordering::Acquire).as_ref() }
     }
 
     /// Async-signal-safe.
@@ -154,8 +162,10 @@ impl Area {
         let len = ((pages.end - pages.start) as u64) << PAGE_SHIFT;
         let [hva, view, offset] =
             [&self.hva, &self.view, &self.offset].map(|of| of.load(Ordering::Relaxed) + at);
-        let restored = view::restore(hva, view, len, self.fd.load(Ordering::Relaxed), offset);
-        restored
+        // The file is what the guest has there only if nothing has taken its place.
+        let is_file = !self.elsewhere().is_some_and(|bits| bits.any(pages));
+        let file = is_file.then(|| (self.fd.load(Ordering::Relaxed), offset));
+        view::restore(hva, view, len, file)
             .inspect_err(|error| {
                 log::warn!("devices cannot use guest memory at HVA {hva:#x} again: {error}");
             })
@@ -167,17 +177,31 @@ impl Area {
         let view = self.view.load(Ordering::Relaxed);
         let runs = self.bits().map_or_else(Vec::new, |bits| bits.runs(pages));
         for run in runs {
-            if view != 0 {
-                // Whole pages of the host.
-                let shift = u32::from(self.shift.load(Ordering::Relaxed) - PAGE_SHIFT);
-                let (first, last) =
-                    (run.start >> shift << shift, run.end.next_multiple_of(1 << shift));
-                if !self.restore(first..last) {
-                    continue;
-                }
+            if view == 0 {
+                self.unmark(run);
+                continue;
             }
-            self.unmark(run);
+            // One page of the host's after the other: two of them may be of different mappings.
+            let mut at = run.start;
+            while at < run.end {
+                let whole = self.host_page(at);
+                let end = whole.end.min(run.end);
+                if self.restore(whole) {
+                    self.unmark(at..end);
+                }
+                at = end;
+            }
         }
+    }
+
+    /// The pages that the host loses together with page `at`.
+    fn host_page(&self, at: usize) -> Pages {
+        let is_small = self.elsewhere().is_some_and(|bits| bits.any(at..at + 1));
+        let shift = if is_small { PAGE_SHIFT } else { self.shift.load(Ordering::Relaxed) };
+        let count = 1 << (shift - PAGE_SHIFT);
+        let end = number(self.len.load(Ordering::Relaxed).next_multiple_of(PAGE_SIZE));
+        let first = at / count * count;
+        first..(first + count).min(end)
     }
 }
 
@@ -218,17 +242,29 @@ fn areas() -> impl Iterator<Item = Reading> {
 pub(crate) struct Registered {
     area: &'static Area,
     /// The area points to it.
-    bits: Box<Bits>,
+    _bits: [Box<Bits>; 2],
     view: Option<View>,
+    /// The process that made it: in a child there are no readers to be waited for.
+    pid: u32,
+    hvas: Range<u64>,
 }
 
 impl std::fmt::Debug for Registered {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Registered").field("bits", &self.bits).field("view", &self.view).finish()
+        f.debug_struct("Registered")
+            .field("hvas", &self.hvas)
+            .field("view", &self.view)
+            .finish_non_exhaustive()
     }
 }
 
 impl Registered {
+    /// The memory.
+    pub(crate) fn hvas(&self) -> &Range<u64> {
+        &self.hvas
+    }
+
+    #[cfg(any(test, feature = "vm-memory"))]
     pub(super) fn area(&self) -> &'static Area {
         self.area
     }
@@ -261,9 +297,9 @@ pub(super) fn register_with_view(
 
 fn enter(hvas: &Range<u64>, shift: u8, view: Option<View>) -> io::Result<Registered> {
     let len = hvas.end - hvas.start;
-    let bits =
-        Bits::new(number(len.next_multiple_of(PAGE_SIZE))).ok_or(io::ErrorKind::OutOfMemory)?;
-    let bits = Box::new(bits);
+    let count = number(len.next_multiple_of(PAGE_SIZE));
+    let bits = || Bits::new(count).map(Box::new).ok_or(io::ErrorKind::OutOfMemory);
+    let (bits, elsewhere) = (bits()?, bits()?);
     let _change = change();
     let is_free = |area: &&Area| area.state.load(Ordering::Acquire) == FREE;
     let index = TABLE.iter().position(|area| is_free(&area)).ok_or_else(|| {
@@ -281,6 +317,7 @@ fn enter(hvas: &Range<u64>, shift: u8, view: Option<View>) -> io::Result<Registe
     area.offset.store(of_view.2, Ordering::Relaxed);
     area.marked.store(0, Ordering::Relaxed);
     area.bad.store((&raw const *bits).cast_mut(), Ordering::Release);
+    area.elsewhere.store((&raw const *elsewhere).cast_mut(), Ordering::Release);
     // What is known of the same memory by another name.
     for other in areas() {
         let (Some(theirs), Some(of)) = (other.pages_of(hvas), other.bits()) else { continue };
@@ -294,7 +331,8 @@ fn enter(hvas: &Range<u64>, shift: u8, view: Option<View>) -> io::Result<Registe
     }
     END.fetch_max(index + 1, Ordering::AcqRel);
     area.state.store(USED, Ordering::SeqCst);
-    Ok(Registered { area, bits, view })
+    let (pid, hvas) = (std::process::id(), hvas.clone());
+    Ok(Registered { area, _bits: [bits, elsewhere], view, pid, hvas })
 }
 
 fn wait_for_readers(area: &Area) {
@@ -306,11 +344,16 @@ fn wait_for_readers(area: &Area) {
 
 impl Drop for Registered {
     fn drop(&mut self) {
+        if self.pid != std::process::id() {
+            // The lock may be held, and readers be counted, by threads that are not here.
+            return;
+        }
         let _change = change();
         self.area.state.store(CHANGING, Ordering::SeqCst);
         wait_for_readers(self.area);
         MARKED.fetch_sub(self.area.marked.load(Ordering::Relaxed), Ordering::AcqRel);
         self.area.bad.store(null_mut(), Ordering::Release);
+        self.area.elsewhere.store(null_mut(), Ordering::Release);
         self.area.state.store(FREE, Ordering::SeqCst);
     }
 }
@@ -359,37 +402,56 @@ pub(crate) fn clear(hvas: &Range<u64>) {
 
 /// Of the memory at `hvas` only the pages at `bad`, ascending, are bad.
 pub(crate) fn mark_only(hvas: &Range<u64>, bad: &[Range<u64>]) {
-    let mut at = hvas.start;
-    for gap in bad.iter().chain([&(hvas.end..hvas.end)]) {
-        if at < gap.start {
-            clear(&(at..gap.start));
-        }
-        at = gap.end;
-    }
+    gaps(hvas, bad).iter().for_each(clear);
 }
 
-/// Other memory, which is good, lies at `hvas`.
-pub(crate) fn replaced(hvas: &Range<u64>) {
+/// What is between the stretches of `bad`, ascending, within `hvas`.
+fn gaps(hvas: &Range<u64>, bad: &[Range<u64>]) -> Vec<Range<u64>> {
+    let (mut at, mut gaps) = (hvas.start, Vec::new());
+    for next in bad.iter().chain([&(hvas.end..hvas.end)]) {
+        if at < next.start {
+            gaps.push(at..next.start);
+        }
+        at = next.end;
+    }
+    gaps
+}
+
+/// Other memory than the file lies at `hvas`, in small pages; all of it is good but the pages at `bad`, ascending.
+pub(crate) fn replaced(hvas: &Range<u64>, bad: &[Range<u64>]) {
     let _change = change();
     for area in areas_under_lock() {
         let Some(pages) = area.pages_of(hvas) else { continue };
         area.while_no_handler_is_at_work(|| {
-            if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages.clone()) {
-                area.unmark(pages);
-            } else {
-                area.mark(pages);
+            if let Some(elsewhere) = area.elsewhere() {
+                elsewhere.set(pages.clone());
+            }
+            // What is bad is never unmarked: in the view it would be a page of zeros.
+            area.mark(pages.clone());
+            if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages) {
+                for good in gaps(hvas, bad) {
+                    area.pages_of(&good).into_iter().for_each(|pages| area.unmark(pages));
+                }
             }
         });
     }
 }
 
 /// The memory at `hvas` is good but for the pages at `bad`, and may be other memory than before: that of a guest that
-/// starts over.
-pub(crate) fn all_new(hvas: &Range<u64>, bad: &[Range<u64>]) {
+/// starts over. It comes in pages of `1 << shift` bytes: a stand-in of an earlier boot in smaller ones than the file's.
+pub(crate) fn all_new(hvas: &Range<u64>, shift: u8, bad: &[Range<u64>]) {
     let _change = change();
     for area in areas_under_lock() {
         let Some(pages) = area.pages_of(hvas) else { continue };
-        area.while_no_handler_is_at_work(|| area.clear(pages));
+        area.while_no_handler_is_at_work(|| {
+            if let Some(elsewhere) = area.elsewhere() {
+                match shift < area.shift.load(Ordering::Relaxed) {
+                    true => elsewhere.set(pages.clone()),
+                    false => elsewhere.clear(pages.clone()),
+                };
+            }
+            area.clear(pages);
+        });
         // A page that nobody knew of was exchanged, too, and the view's page tables still call it bad.
         let view = area.view.load(Ordering::Relaxed);
         let start = area.hva.load(Ordering::Relaxed);
@@ -479,9 +541,11 @@ impl Found {
     pub(super) fn scratch(&self, lsb: u8) -> bool {
         let shift = self.area.shift.load(Ordering::Relaxed).max(lsb).min(MAX_SHIFT);
         let size = 1_u64 << shift;
-        // In pages of the file, which the mapping is aligned to.
-        let start = self.at & !(size - 1);
-        let end = (start + size).min(self.area.len.load(Ordering::Relaxed));
+        // As the guest's mapping is aligned, which the relay goes by.
+        let hva = self.area.hva.load(Ordering::Relaxed);
+        let first = (hva + self.at) & !(size - 1);
+        let start = first.saturating_sub(hva);
+        let end = (first.saturating_add(size) - hva).min(self.area.len.load(Ordering::Relaxed));
         // First the mark, then the number, then the page: see `Attempt`.
         self.area.mark(number(start)..number(end.next_multiple_of(PAGE_SIZE)));
         attempt::trip();
@@ -513,7 +577,7 @@ mod tests {
         assert!(is_bad(hva + 300 * PAGE, 1), "of the other");
         clear(&(hva..hva + 300 * PAGE));
         assert!(!is_bad(hva, 300 * PAGE) && is_bad(hva + 300 * PAGE, PAGE));
-        all_new(&(hva..hva + 2 * len), std::slice::from_ref(&(hva + 7 * PAGE..hva + 8 * PAGE)));
+        all_new(&(hva..hva + 2 * len), 12, std::slice::from_ref(&(hva + 7 * PAGE..hva + 8 * PAGE)));
         assert!(is_bad(hva + 7 * PAGE, 1) && !is_bad(hva + 8 * PAGE, len));
         drop(half);
         assert!(!is_bad(hva, 2 * len));

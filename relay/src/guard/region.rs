@@ -76,7 +76,9 @@ impl<B: Bitmap + vm_memory::bitmap::NewBitmap> GuardedRegion<B> {
         let registered = match GuestMemoryRegion::file_offset(&inner) {
             Some(of) => {
                 let shift = page_shift(of.file());
-                match shared && inner.prot() & libc::PROT_WRITE != 0 {
+                // Of a device (/dev/zero, say) two mappings need not be the same memory.
+                let is_file = of.file().metadata()?.is_file();
+                match shared && is_file && inner.prot() & libc::PROT_WRITE != 0 {
                     true => {
                         let fd = of.file().as_raw_fd();
                         areas::register_with_view(&hvas, shift, fd, of.start())?

@@ -64,12 +64,12 @@ pub(super) fn scratch(hva: u64, len: u64) -> bool {
     map(hva, len, flags, -1, 0).is_ok()
 }
 
-/// Puts what the guest has at `hva` to `view`, and drops whatever the process's page tables say there. `fd` and `offset`
-/// are the file that it was mapped from at first.
+/// Puts what the guest has at `hva` to `view`, and drops whatever the process's page tables say there. `file` is the file,
+/// and the offset in it, that the guest's mapping is of, if it still is.
 ///
 /// # Errors
 /// The kernel does not do it; what was there stays, or nothing is mapped there.
-pub(super) fn restore(hva: u64, view: u64, len: u64, fd: RawFd, offset: u64) -> io::Result<()> {
+pub(super) fn restore(hva: u64, view: u64, len: u64, file: Option<(RawFd, u64)>) -> io::Result<()> {
     let size = usize::try_from(len).map_err(io::Error::other)?;
     let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
     // SAFETY: an old size of 0 maps the same shared memory once more (mremap(2)), over a stretch of a view, to which no
@@ -78,7 +78,9 @@ pub(super) fn restore(hva: u64, view: u64, len: u64, fd: RawFd, offset: u64) -> 
     if mapped != libc::MAP_FAILED {
         return Ok(());
     }
-    // hugetlb memory cannot be mapped so, nor can what is more than one mapping.
+    let error = io::Error::last_os_error();
+    // hugetlb memory cannot be mapped so.
+    let Some((fd, offset)) = file else { return Err(error) };
     let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
     map(view, len, flags, fd, offset).map(drop).map_err(io::Error::from_raw_os_error)
 }

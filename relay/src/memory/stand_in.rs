@@ -270,12 +270,17 @@ mod tests {
     const OFFSET: u64 = 16 << 20;
     const FIRST: u64 = OFFSET / PAGE_SIZE;
 
+    /// `None`, after a word, where the kernel has none.
+    fn marker() -> Option<Uffd> {
+        let marker = Uffd::open();
+        marker
+            .inspect_err(|error| println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"))
+            .ok()
+    }
+
     #[test]
     fn a_hole_is_plugged_and_nothing_else_is() {
-        let marker = match Uffd::open() {
-            Ok(marker) => marker,
-            Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
-        };
+        let Some(marker) = marker() else { return };
         let place = StandIn::new(2 * LEN, Sharing::Private).unwrap();
         crate::memory::access::write(place.hva, &[7]).unwrap();
         assert!(!plug(place.hva, place.len, &marker).unwrap(), "it is no hole");
@@ -292,10 +297,7 @@ mod tests {
 
     #[test]
     fn marks_are_taken_away_and_a_part_is_given_back() {
-        let marker = match Uffd::open() {
-            Ok(marker) => marker,
-            Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
-        };
+        let Some(marker) = marker() else { return };
         let mut reserve = StandIn::new(2 * LEN, Sharing::Private).unwrap();
         let part = reserve.take(LEN).unwrap();
         let (hva, gone) = (part.hva, [0x3000, LEN - 4096]);
@@ -335,10 +337,7 @@ mod tests {
 
     #[test]
     fn it_takes_the_place_of_what_was_there_and_what_is_gone_stays_gone() {
-        let marker = match Uffd::open() {
-            Ok(marker) => marker,
-            Err(error) => return println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}"),
-        };
+        let Some(marker) = marker() else { return };
         let place = StandIn::new(3 * LEN, Sharing::Private).unwrap();
         advise(place.hva, place.len, libc::MADV_NOHUGEPAGE).unwrap();
         let (mut stand_in, gone) = filled(&[0, 5, 1023]);
@@ -364,7 +363,7 @@ mod tests {
     #[test]
     fn it_takes_not_much_more_than_a_plain_copy() {
         const HUGE: u64 = 2 << 20;
-        let Ok(marker) = Uffd::open() else { return println!("SKIPPED: needs UFFDIO_POISON") };
+        let Some(marker) = marker() else { return };
         // SAFETY: takes a string; the descriptor is nobody else's.
         let file = unsafe { std::fs::File::from_raw_fd(libc::memfd_create(c"huge".as_ptr(), 0)) };
         let from = vec![7_u8; 2 << 20];

@@ -1,7 +1,8 @@
 //! Poison by userfaultfd: a page of this process's own memory that the kernel takes for bad (UFFDIO_POISON, Linux 6.6).
 //!
 //! It needs no privileges and no CONFIG_MEMORY_FAILURE. Nothing is signalled until somebody touches the page; then the
-//! kernel raises the same AR as for memory that really went bad.
+//! kernel raises the same AR as for memory that really went bad. A kernel without CONFIG_MEMORY_FAILURE raises a SIGBUS
+//! with BUS_ADRERR there; system calls answer EFAULT or EHWPOISON in either case.
 
 use std::io;
 use std::ops::Range;

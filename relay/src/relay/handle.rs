@@ -178,7 +178,13 @@ impl Handle {
         let ram = self.0.ram();
         let mut at = gpas.start;
         while at < gpas.end {
-            let Some(region) = ram.region(at) else { return false };
+            let Some(region) = ram.region(at) else {
+                // What is no RAM is not bad.
+                let next = ram.regions().iter().map(RamRegion::gpa).find(|gpa| *gpa > at);
+                let Some(next) = next else { return false };
+                at = next;
+                continue;
+            };
             let end = gpas.end.min(region.gpa() + region.len());
             if guard::is_bad(region.hva() + (at - region.gpa()), end - at) {
                 return true;

@@ -137,11 +137,15 @@ impl Store {
 
     /// Takes memory back that was not used.
     fn give_back(&mut self, unused: StandIn) {
-        if unused.len() == SPARE && self.spare.is_none() {
-            self.spare = Some(unused);
-        } else if let Some(reserve) = &mut self.reserve {
-            // What is not of the reserve goes back to the host.
-            let _ = reserve.rejoin(unused);
+        let unused = match &mut self.reserve {
+            Some(reserve) => reserve.rejoin(unused),
+            None => Err(unused),
+        };
+        // What is not of the reserve is the next spare, or goes back to the host.
+        if let Err(unused) = unused
+            && unused.len() == SPARE
+        {
+            self.spare.get_or_insert(unused);
         }
     }
 

@@ -341,6 +341,8 @@ const BLK_OWN: &[Call] = &[
     Call::new(libc::SYS_fdatasync, "fdatasync", "a flush"),
     Call::new(libc::SYS_fsync, "fsync", "the same, of other images"),
     Call::new(libc::SYS_fallocate, "fallocate", "discard, write zeroes"),
+    Call::new(libc::SYS_madvise, "madvise", "which page of a read was bad")
+        .given(2, libc::MADV_POPULATE_READ as i64),
     Call::new(libc::SYS_lseek, "lseek", "an image that grows"),
     Call::new(libc::SYS_ftruncate, "ftruncate", "the same"),
 ];

@@ -329,6 +329,17 @@ impl Backing {
         }
     }
 
+    /// Empties the whole of this process's own file, which other pieces of the same zone are in, too: all of them start
+    /// over.
+    pub(super) fn empty(&self) -> io::Result<()> {
+        let Some((file, _)) = self.file.as_ref().filter(|_| self.memfd) else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let len = file.metadata()?.len();
+        file.set_len(0)?;
+        file.set_len(len)
+    }
+
     /// Gives a part of it memory, if that was asked for.
     pub(super) fn prefault(&self, start: u64, len: u64) -> io::Result<()> {
         match self.prefault {

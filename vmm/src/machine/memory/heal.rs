@@ -174,8 +174,10 @@ impl GuestRam {
 /// Gives ordinary memory back as a whole. Where that does not work the known bad pages are exchanged
 /// one by one all the same.
 fn discard(backing: &Backing) {
-    if let Err(error) = backing.punch(0, backing.len()) {
-        debug!("cannot empty the file of guest memory: {error}");
+    if let Err(error) = backing.punch(0, backing.len())
+        && let Err(again) = backing.empty()
+    {
+        debug!("cannot empty the file of guest memory: {error}; {again}");
     }
     if let Err(error) = backing.advise(0, backing.len(), libc::MADV_DONTNEED) {
         debug!("cannot give guest memory back: {error}");

@@ -142,4 +142,6 @@ impl Device for Blk {
 }
 
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod tests;

@@ -242,7 +242,8 @@ impl Disk {
         }
         match &self.image {
             Image::Raw(file) => file.sync_data(),
-            Image::Qcow2 { image, .. } => image.sync(),
+            // First what imago keeps of its tables, then all of it.
+            Image::Qcow2 { image, .. } => image.flush().and_then(|()| image.sync()),
         }
     }
 
@@ -445,6 +446,13 @@ pub(super) fn tests_only_open(path: &Path) -> FormatAccess<imago::file::File> {
     qcow2(File::options().read(true).write(true).open(path).unwrap(), false).unwrap()
 }
 
+/// Whether the page may be read at all, be it bad: a stretch that was taken out of guest memory may not.
+fn is_mapped(page: *const u8) -> bool {
+    // SAFETY: advice on a page of guest memory, which changes nothing.
+    let asked = unsafe { libc::madvise(page.cast_mut().cast(), 1, libc::MADV_POPULATE_READ) };
+    asked == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EHWPOISON)
+}
+
 /// The kernel did not say which page it was, nor whom it told: each is touched, so that the relay learns of it.
 fn find_bad_page(places: &[libc::iovec]) {
     const PAGE: usize = 4096;
@@ -453,8 +461,8 @@ fn find_bad_page(places: &[libc::iovec]) {
         let first = start.map_addr(|addr| addr & !(PAGE - 1));
         for at in (0..place.iov_len + PAGE).step_by(PAGE) {
             let page = first.wrapping_add(at);
-            if page.addr() < start.addr() + place.iov_len {
-                // SAFETY: a byte of guest memory, within the page that the place begins or goes on in.
+            if page.addr() < start.addr() + place.iov_len && is_mapped(page) {
+                // SAFETY: a byte of guest memory, within the page that the place begins or goes on in; it may be read.
                 let _ = unsafe { mce_relay::guard::read(page, &mut [0]) };
             }
         }
