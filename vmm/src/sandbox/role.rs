@@ -19,10 +19,12 @@ pub enum Role {
     VirtioRng,
     /// The virtio console.
     VirtioConsole,
+    /// The virtio stream sockets.
+    VirtioVsock,
 }
 
 impl Role {
-    pub(super) const ALL: [Self; 8] = [
+    pub(super) const ALL: [Self; 9] = [
         Self::Main,
         Self::Vcpu,
         Self::Relay,
@@ -31,5 +33,6 @@ impl Role {
         Self::Events,
         Self::VirtioRng,
         Self::VirtioConsole,
+        Self::VirtioVsock,
     ];
 }

@@ -45,6 +45,7 @@ fn calls(role: Role) -> Vec<Call> {
         Role::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
         Role::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
         Role::VirtioRng | Role::VirtioConsole => &[THREAD, END, HAND_ON, VIRTIO],
+        Role::VirtioVsock => &[THREAD, END, HAND_ON, VIRTIO, VSOCK_OWN],
     };
     lists.concat()
 }
@@ -311,6 +312,20 @@ const VIRTIO: &[Call] = &[
     Call::new(libc::SYS_close, "close", "the end of the device"),
 ];
 
+/// Only unix sockets are made, so connect reaches nothing but these.
+const VSOCK_OWN: &[Call] = &[
+    Call::new(libc::SYS_accept4, "accept4", "a program of the host's comes"),
+    ioctl(0x5421, "FIONBIO: the same"),
+    Call::new(libc::SYS_socket, "socket", "a program of the guest's wants one of the host's")
+        .given(0, libc::AF_UNIX as i64)
+        .given(1, (libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC) as i64),
+    Call::new(libc::SYS_connect, "connect", "the same"),
+    Call::new(libc::SYS_recvfrom, "recvfrom", "data for the guest"),
+    Call::new(libc::SYS_sendto, "sendto", "data of the guest"),
+    Call::new(libc::SYS_shutdown, "shutdown", "one direction ends"),
+    Call::new(libc::SYS_timerfd_settime, "timerfd_settime", "what is due next"),
+];
+
 /// Calls with any arguments, by their `SYS_…`.
 macro_rules! any {
     ($($number:ident),* $(,)?) => {
@@ -350,6 +365,7 @@ const MAIN_OWN: &[Call] = &any![
     SYS_epoll_create1,
     SYS_socket,
     SYS_socketpair,
+    SYS_timerfd_create,
     SYS_bind,
     SYS_listen,
     SYS_getsockname,

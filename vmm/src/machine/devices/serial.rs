@@ -18,6 +18,7 @@ use crate::machine::devices::serial::endpoint::Endpoint;
 use crate::machine::devices::serial::error::SerialError;
 use crate::machine::devices::serial::link::Link;
 use crate::machine::devices::serial::mover::Mover;
+use crate::machine::devices::virtio::vsock::host::VsockLine;
 use crate::outlets::sockets::BoundPath;
 use crate::sandbox::role;
 use crate::sandbox::seccomp::Filters;
@@ -152,10 +153,12 @@ pub struct SerialLines {
     pub ports: [Option<Arc<SerialLine>>; 2],
     /// Of the virtio console.
     pub console: Option<Arc<SerialLine>>,
+    /// Of virtio-vsock: no serial one, and opened and kept as those are.
+    pub vsock: Option<Arc<VsockLine>>,
 }
 
 impl SerialLines {
-    /// Those that there are.
+    /// Those of the serial ports and of the console.
     pub fn iter(&self) -> impl Iterator<Item = &SerialLine> {
         self.ports.iter().chain([&self.console]).flatten().map(AsRef::as_ref)
     }
@@ -172,6 +175,9 @@ pub fn open_lines(config: &VmConfig, filters: &Filters) -> Result<SerialLines, S
     }
     if let Some(mode) = config.console_line() {
         lines.console = SerialLine::open_console(mode, filters)?.map(Arc::new);
+    }
+    if let Some((_, path)) = config.vsocks().next() {
+        lines.vsock = Some(Arc::new(VsockLine::open(path)?));
     }
     Ok(lines)
 }

@@ -5,6 +5,7 @@ use thiserror::Error;
 use super::console::Console;
 use super::device::Device;
 use super::rng::{Rng, RngError};
+use super::vsock::Vsock;
 use crate::config::DeviceConfig;
 use crate::machine::devices::serial::SerialLines;
 use crate::machine::lifecycle::VmControl;
@@ -18,9 +19,15 @@ pub enum BuildError {
     /// The console.
     #[error("virtio-console: out of file descriptors")]
     Console(#[source] std::io::Error),
+    /// The sockets' device.
+    #[error("virtio-vsock: out of file descriptors")]
+    Vsock(#[source] std::io::Error),
+    /// The same.
+    #[error("virtio-vsock: its socket was not opened")]
+    NoVsockLine,
 }
 
-/// Makes the devices, for one boot of the VM of `control`; the console is on its line of `lines`.
+/// Makes the devices, for one boot of the VM of `control`; the console and vsock are on their lines of `lines`.
 ///
 /// # Errors
 /// See [`BuildError`].
@@ -37,6 +44,10 @@ pub fn build(
             DeviceConfig::Console(_) => {
                 let line = lines.console.as_ref();
                 Box::new(Console::new(line, control).map_err(BuildError::Console)?)
+            }
+            DeviceConfig::Vsock { cid, .. } => {
+                let line = lines.vsock.clone().ok_or(BuildError::NoVsockLine)?;
+                Box::new(Vsock::new(*cid, line).map_err(BuildError::Vsock)?)
             }
         });
     }
