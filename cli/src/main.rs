@@ -72,6 +72,8 @@ fn start_log(verbose: u8) {
     };
     env_logger::Builder::new()
         .filter_level(level)
+        // It logs as errors what a guest can cause as often as it likes; the devices tell of it within limits.
+        .filter_module("virtio_queue", LevelFilter::Off)
         .parse_default_env()
         .write_style(if coloured { WriteStyle::Always } else { WriteStyle::Never })
         // Given the standard error as its target, env_logger would use anstream, which asks with each line whether that

@@ -34,6 +34,32 @@ pub fn memory_that_is_not_a_size() {
     refused(&run(&["--kernel", "x", "--memory", "size=lots"]), 2, &["lots", "512M"]);
 }
 
+pub fn devices_that_cannot_be() {
+    let rng = |text: &str| run(&["--kernel", "x", "--rng", text]);
+    refused(&rng("/dev/urandom"), 2, &["/dev/urandom", "src=PATH"]);
+    refused(&rng("src=/dev/urandom,speed=9"), 2, &["speed=9", "src=PATH"]);
+    refused(&run(&["--kernel", "x", "--console", "pty"]), 2, &["pty", "null or off"]);
+}
+
+pub fn sources_of_random_bytes_that_are_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    std::fs::write(&path, elf(&[0xeb, 0xfe])).unwrap();
+    let path = path.display().to_string();
+    let rng = |src: &str| run(&["--kernel", &path, "--memory", "64M", "--rng", src]);
+    refused(&rng("src=/nowhere/random"), 1, &["/nowhere/random", "No such file"]);
+    refused(
+        &rng(&format!("src={path}")),
+        1,
+        &[&path, "the same bytes at each boot", "/dev/urandom"],
+    );
+}
+
+pub fn two_on_one_terminal() {
+    let both = ["run", "--kernel", "x", "--serial", "tty", "--console", "tty"];
+    refused(&mce_relay(&both), 1, &["the terminal", "off, file=PATH or socket=PATH"]);
+}
+
 pub fn memory_of_kinds_that_do_not_go_together() {
     let memory = |text: &str| mce_relay(&["run", "--kernel", "x", "--memory", text]);
     refused(&memory("size=1G,hugepages=maybe"), 2, &["maybe", "on or off"]);

@@ -71,6 +71,9 @@ pub struct Options {
     pub merge: bool,
     /// Run the VMM as this user.
     pub user: Option<Nobody>,
+    /// Give it a virtio console and a source of random bytes, and a shell on its first serial port: sockets `hvc` and
+    /// `shell` in the VMM's directory.
+    pub virtio: bool,
     /// Start the guest again when it resets itself (without `--no-reboot`).
     pub reboot: bool,
     /// More words for the guest kernel's command line.
@@ -104,6 +107,7 @@ impl Options {
             cgroup: None,
             merge: false,
             user: None,
+            virtio: false,
             reboot: false,
             cmdline: "",
             quiet: false,
@@ -141,7 +145,8 @@ impl Options {
 
     fn kernel_words(&self) -> String {
         let quiet = if self.quiet { QUIET } else { "" };
-        format!("{CMDLINE} {quiet} {}", self.cmdline)
+        let shell = if self.virtio { "mce_relay.shell" } else { "" };
+        format!("{CMDLINE} {quiet} {shell} {}", self.cmdline)
     }
 }
 
@@ -227,10 +232,15 @@ impl Vmm {
             .args(options.zones.iter().flat_map(|zone| ["--memory-zone", zone]))
             .args(["--cpu-vendor", options.vendor, "--lmce", options.lmce])
             .args(["--mce-kill", options.kill, "--ao-channel", options.ao_channel])
-            .args(["--serial", &argument("file", "console")])
             .args(["--serial2", &argument("socket", "agent")])
             .args(["--api-socket", &argument("path", "api")])
             .args(["--event-monitor", &argument("path", "events")]);
+        if options.virtio {
+            command.args(["--serial", &argument("socket", "shell")]);
+            command.args(["--console", &argument("socket", "hvc"), "--rng", "src=/dev/urandom"]);
+        } else {
+            command.args(["--serial", &argument("file", "console")]);
+        }
         if !options.reboot {
             command.arg("--no-reboot");
         }

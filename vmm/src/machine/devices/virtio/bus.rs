@@ -48,7 +48,7 @@ pub enum BusError {
 pub struct Window {
     transport: Mutex<Transport>,
     worker: Worker,
-    kicks: Vec<Arc<EventFd>>,
+    pub(super) kicks: Vec<Arc<EventFd>>,
     memory: DeviceMemory,
     line: Arc<EventFd>,
 }

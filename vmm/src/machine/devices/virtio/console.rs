@@ -82,6 +82,12 @@ impl Console {
         Ok(Self { input, line, output: Vec::new() })
     }
 
+    /// Has input for the guest, as from a line; returns how much of it there was room for. The device is ready then.
+    #[must_use]
+    pub fn offer(&self, bytes: &[u8]) -> usize {
+        self.input.take(bytes)
+    }
+
     /// Puts input into the guest's buffers.
     fn receive(&mut self, active: &mut Active) -> Result<Turn, DeviceError> {
         let input = &self.input;

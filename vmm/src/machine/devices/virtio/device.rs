@@ -5,6 +5,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use thiserror::Error;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::config_space::ConfigSpace;
 use super::interrupt::Interrupt;
@@ -79,10 +80,14 @@ pub trait Device: Send {
     /// The role of its thread, which says what that may call.
     fn role(&self) -> Role;
 
-    /// The features of its own that it offers, as bits. `VIRTIO_F_VERSION_1`, `VIRTIO_RING_F_INDIRECT_DESC` and
-    /// `VIRTIO_RING_F_EVENT_IDX` are added.
+    /// The features of its own that it offers, as bits. `VIRTIO_F_VERSION_1` is added, and the next ones are.
     fn features(&self) -> u64 {
         0
+    }
+
+    /// The features of its rings that it offers, as bits: by default those that [`ActiveQueue`] has.
+    fn ring_features(&self) -> u64 {
+        1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX
     }
 
     /// The largest size of each of its queues: powers of two up to [`MAX_QUEUE_SIZE`](super::queue::MAX_QUEUE_SIZE).
@@ -150,7 +155,8 @@ pub struct Active {
     pub features: u64,
     /// How the driver is told.
     pub interrupt: Arc<Interrupt>,
-    /// The queues; `None` for one that the driver does not use.
+    /// The queues; `None` for one that the driver does not use, or that the device has taken out to hand it to
+    /// somebody else. For such a one the device is not called.
     pub queues: Vec<Option<ActiveQueue>>,
 }
 

@@ -15,17 +15,40 @@
 //! [`Role`](crate::sandbox::role::Role) with a list of system calls in [`crate::sandbox::seccomp`], the sizes of its
 //! queues, and `kicked`. There it has [`device::Active::serve`] hand it one request after another:
 //!
-//! ```ignore
-//! fn kicked(&mut self, index: usize, active: &mut Active) -> Result<Turn, DeviceError> {
-//!     active.serve(index, |memory, request| {
-//!         let attempt = Attempt::begin();
-//!         let written = request.write(memory, 0, b"bytes");
-//!         // What is wrong with the buffers of a request fails this request, and nothing else.
-//!         Ok(Served::Done(match written {
-//!             Ok(written) if attempt.is_clean() => written as u32,
-//!             _ => 0,
-//!         }))
-//!     })
+//! ```
+//! use mce_relay_vmm::machine::devices::virtio::attempt::Attempt;
+//! use mce_relay_vmm::machine::devices::virtio::device::{Active, Device, DeviceError, Served, Turn};
+//! use mce_relay_vmm::sandbox::role::Role;
+//!
+//! /// Fills every buffer with eights.
+//! struct Eights;
+//!
+//! impl Device for Eights {
+//!     fn id(&self) -> u32 {
+//!         4 // VIRTIO_ID_RNG
+//!     }
+//!
+//!     fn name(&self) -> &'static str {
+//!         "eights"
+//!     }
+//!
+//!     fn role(&self) -> Role {
+//!         Role::VirtioRng
+//!     }
+//!
+//!     fn queue_sizes(&self) -> &[u16] {
+//!         &[64]
+//!     }
+//!
+//!     fn kicked(&mut self, index: usize, active: &mut Active) -> Result<Turn, DeviceError> {
+//!         active.serve(index, |memory, request| {
+//!             let attempt = Attempt::begin();
+//!             let written = request.write(memory, 0, &[8; 64]);
+//!             // What is wrong with the buffers of a request fails this request, and nothing else.
+//!             let written = written.ok().filter(|_| attempt.is_clean()).unwrap_or(0);
+//!             Ok(Served::Done(u32::try_from(written).unwrap_or(0)))
+//!         })
+//!     }
 //! }
 //! ```
 //!

@@ -175,8 +175,9 @@ impl ActiveQueue {
         self.queue.size()
     }
 
-    /// What the driver writes to when it has added requests. The runner reads it; a device that hands the queue to
-    /// somebody else (vhost) gives it along.
+    /// What the driver writes to when it has added requests, by way of KVM. The device's thread reads it, unless the
+    /// device has taken the queue out of [`Active::queues`](super::device::Active::queues) to hand it to somebody
+    /// else (vhost).
     #[must_use]
     pub fn kick(&self) -> &Arc<EventFd> {
         &self.kick

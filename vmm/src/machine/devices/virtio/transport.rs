@@ -22,13 +22,14 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_SHM_BASE_HIGH, VIRTIO_MMIO_SHM_BASE_LOW, VIRTIO_MMIO_SHM_LEN_HIGH,
     VIRTIO_MMIO_SHM_LEN_LOW, VIRTIO_MMIO_STATUS, VIRTIO_MMIO_VENDOR_ID, VIRTIO_MMIO_VERSION,
 };
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::config_space::ConfigSpace;
-use super::device::Device;
+use super::device::{Active, Device};
 use super::interrupt::Interrupt;
+use super::queue::ActiveQueue;
 use super::queue_registers::QueueRegisters;
 use crate::machine::memory::DeviceMemory;
 
@@ -77,6 +78,19 @@ pub struct Activation {
     pub queues: Vec<Option<Queue>>,
 }
 
+impl Activation {
+    /// What the device works with, in `memory` and with these kicks, one for each queue.
+    #[must_use]
+    pub fn into_active(self, memory: DeviceMemory, kicks: &[Arc<EventFd>]) -> Active {
+        let Self { features, interrupt, queues } = self;
+        let with = |(queue, kick): (Option<Queue>, &Arc<EventFd>)| {
+            queue.map(|queue| ActiveQueue::new(queue, Arc::clone(kick)))
+        };
+        let queues = queues.into_iter().zip(kicks).map(with).collect();
+        Active { memory, features, interrupt, queues }
+    }
+}
+
 /// The registers of one device.
 #[derive(Debug)]
 pub struct Transport {
@@ -97,12 +111,9 @@ impl Transport {
     /// The registers of `device`, whose interrupt is raised by writing to `line`.
     #[must_use]
     pub fn new(device: &dyn Device, line: Arc<EventFd>) -> Self {
-        let added = 1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
-            | 1 << VIRTIO_RING_F_EVENT_IDX;
         Self {
             id: device.id(),
-            offered: device.features() | added,
+            offered: device.features() | device.ring_features() | 1 << VIRTIO_F_VERSION_1,
             config: device.config(),
             interrupt: Arc::new(Interrupt::new(line)),
             status: 0,

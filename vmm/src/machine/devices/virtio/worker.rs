@@ -14,7 +14,6 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Active, Device, DeviceError, Turn, Wait};
 use super::panics;
-use super::queue::ActiveQueue;
 use super::transport::Activation;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::lifecycle::seat::Seat;
@@ -205,16 +204,7 @@ impl Runner {
     }
 
     fn begin_with(&mut self, activation: Activation) {
-        let Activation { features, interrupt, queues } = activation;
-        let queues = queues.into_iter().zip(&self.kicks);
-        self.active = Some(Active {
-            memory: self.memory.clone(),
-            features,
-            interrupt,
-            queues: queues
-                .map(|(queue, kick)| queue.map(|queue| ActiveQueue::new(queue, Arc::clone(kick))))
-                .collect(),
-        });
+        self.active = Some(activation.into_active(self.memory.clone(), &self.kicks));
         // The driver may have kicked before.
         self.pending.fill(true);
         self.guarded(|device, active| device.activate(active));

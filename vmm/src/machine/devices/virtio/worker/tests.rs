@@ -21,6 +21,8 @@ struct Told {
     resumes: AtomicU32,
     panics: AtomicBool,
     fails: AtomicBool,
+    /// It takes its first queue for itself.
+    takes: AtomicBool,
     /// It is within a call.
     works: AtomicBool,
 }
@@ -43,6 +45,13 @@ impl Device for Counting {
 
     fn queue_sizes(&self) -> &[u16] {
         &[SIZE, SIZE]
+    }
+
+    fn activate(&mut self, active: &mut Active) -> Result<(), DeviceError> {
+        if self.0.takes.load(Ordering::SeqCst) {
+            active.queues[0] = None;
+        }
+        Ok(())
     }
 
     fn kicked(&mut self, index: usize, active: &mut Active) -> Result<Turn, DeviceError> {
@@ -189,6 +198,22 @@ fn a_driver_that_never_stops_adding_does_not_keep_a_reset_waiting() {
         adding.store(false, Ordering::SeqCst);
     });
     assert_eq!(driver.status(), 0);
+}
+
+#[test]
+fn the_kicks_of_a_queue_that_the_device_took_are_not_taken_from_it() {
+    let told = Arc::new(Told::default());
+    told.takes.store(true, Ordering::SeqCst);
+    let mut driver = Driver::ready(Box::new(Counting(Arc::clone(&told))), 2);
+    // The second queue shows that the thread has looked.
+    for nth in 0..10 {
+        driver.add(0, 0, &BUFFER);
+        driver.kick(0);
+        driver.add(1, 0, &BUFFER);
+        driver.wait_used(1, nth + 1);
+    }
+    assert_eq!((told.served.load(Ordering::SeqCst), driver.used(0)), (10, 0));
+    assert_eq!(driver.window.kicks[0].read().unwrap(), 10);
 }
 
 #[test]

@@ -1,0 +1,97 @@
+//! virtio devices: the drivers of a guest's own kernel find them and use them, and do so again after a reset.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use mce_relay_tests::agent::PATIENCE;
+use mce_relay_tests::guest::{Guest, Options};
+
+/// A line of the guest's to the host.
+struct Line {
+    stream: UnixStream,
+    /// What came and was not asked for yet.
+    text: String,
+}
+
+impl Line {
+    fn at(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        Self { stream, text: String::new() }
+    }
+
+    fn write(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).unwrap();
+    }
+
+    /// Waits until `wanted` has come, and returns what came up to its end.
+    fn wait_for(&mut self, wanted: &str) -> String {
+        let end = std::time::Instant::now() + PATIENCE;
+        loop {
+            if let Some(at) = self.text.find(wanted) {
+                let rest = self.text.split_off(at + wanted.len());
+                return std::mem::replace(&mut self.text, rest);
+            }
+            assert!(std::time::Instant::now() < end, "no {wanted:?} in {:?}", self.text);
+            let mut bytes = [0; 4096];
+            match self.stream.read(&mut bytes) {
+                Ok(0) => panic!("the line was closed after {:?}", self.text),
+                Ok(len) => self.text.push_str(&String::from_utf8_lossy(&bytes[..len])),
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// Has the shell on this line run `command`, and returns what it printed.
+    fn run(&mut self, command: &str) -> String {
+        // The echo of the command does not have the words that stand for its end.
+        self.write(&format!("{command}; echo the\\ end=$?=\n"));
+        self.wait_for("the end=0=")
+    }
+}
+
+/// The guest reads random bytes and writes lines to its console and reads them, before and after it
+/// resets itself; and again after its driver was taken away and came back.
+pub fn random_bytes_and_a_console() {
+    let mut guest = Guest::boot(&Options { virtio: true, reboot: true, ..Options::amd(2) });
+    let mut shell = Line::at(&guest.path("shell"));
+    let mut console = Line::at(&guest.path("hvc"));
+    for boot in 1..=2 {
+        shell.wait_for("a shell");
+        let source = shell.run("cat /sys/class/misc/hw_random/rng_current");
+        assert!(source.contains("virtio_rng"), "{source}");
+        let read = "head -c 1000 /dev/hwrng | md5sum";
+        let (one, two) = (shell.run(read), shell.run(read));
+        println!(
+            "    boot {boot}: {}",
+            two.lines().find(|line| line.contains("  -")).unwrap_or(&two)
+        );
+        assert_ne!(one, two, "random bytes");
+
+        shell.run("stty -F /dev/hvc0 raw -echo");
+        shell.run(&format!("echo \"from the guest, boot {boot}\" >/dev/hvc0"));
+        console.wait_for(&format!("from the guest, boot {boot}"));
+        // Longer than a queue of single bytes.
+        shell.run("yes 0123456789abcdef | head -n 512 >/dev/hvc0; echo that\\ is all >/dev/hvc0");
+        let long = console.wait_for("that is all");
+        assert_eq!(long.matches("0123456789abcdef").count(), 512);
+        console.write(&format!("from the host, boot {boot}\n"));
+        let got = shell.run("head -n 1 /dev/hvc0");
+        assert!(got.contains(&format!("from the host, boot {boot}")), "{got}");
+
+        let driver = "/sys/bus/virtio/drivers/virtio_rng";
+        let again = format!(
+            "cd {driver}; d=$(echo virtio*); echo $d >unbind; echo $d >bind; cd /; head -c 100 /dev/hwrng | wc -c"
+        );
+        assert!(shell.run(&again).contains("100"), "the driver comes back");
+
+        if boot == 1 {
+            shell.write("reboot -f\n");
+            guest.event_where("booting", "the next boot", |event| event["boot"] == 2);
+            guest.up_again();
+        }
+    }
+    guest.power_off();
+}
