@@ -17,7 +17,9 @@ need xz xz-utils
 need zstd zstd
 need flock util-linux
 need setpriv util-linux
-[ -z "${NEED:-}" ] || need "$NEED" "$NEED" # what one command alone wants
+for one in ${NEED:-}; do # what one command alone wants: COMMAND, or COMMAND:PACKAGE
+    need "${one%%:*}" "${one##*:}"
+done
 # For the fuzzer of the API, which lives in an environment of its own below target/.
 if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
     missing+=(python3 python3-venv)

@@ -2,10 +2,11 @@
 //!
 //! Runs as root in the guest, owns pages whose guest-physical addresses it tells, touches them
 //! when asked to, survives the SIGBUS of those that are poisoned, and reports every signal and
-//! every line of the kernel's log. `agent PORT [log=off]`: PORT is a serial port, or `-` for
+//! every line of the kernel's log. `agent PORT [log=off]`: PORT is a serial port, `vsock:NUMBER`, or `-` for
 //! stdin and stdout. See `proto` for the language.
 
 mod claim;
+mod disk;
 mod failures;
 mod kexec;
 mod kmsg;
@@ -14,6 +15,7 @@ mod port;
 mod process;
 mod proto;
 mod touch;
+mod vsock;
 
 use std::fs;
 use std::io;
@@ -42,11 +44,17 @@ fn main() -> ExitCode {
         [path] => (path, true),
         [path, "log=off"] => (path, false),
         _ => {
-            eprintln!("agent: got {words:?}, expected PORT [log=off], PORT a serial port or -");
+            eprintln!(
+                "agent: got {words:?}, expected PORT [log=off], PORT a serial port, vsock:NUMBER or -"
+            );
             return ExitCode::from(2);
         }
     };
-    match port::open(path).and_then(|(lines, port)| run(lines, Arc::new(port), log)) {
+    let done = match path.strip_prefix("vsock:") {
+        Some(number) => vsock::serve(number, log),
+        None => port::open(path).and_then(|(lines, port)| run(lines, Arc::new(port), log)),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("agent: {error}");
@@ -86,7 +94,7 @@ fn run(mut lines: Lines, port: Arc<Port>, log: bool) -> Result<(), String> {
                     agent.answer(&line).map_err(lost)?;
                 }
             }
-            None if agent.port.serial => thread::sleep(Duration::from_millis(100)),
+            None if agent.port.is_endless() => thread::sleep(Duration::from_millis(100)),
             None => return Ok(()),
         }
     }
@@ -260,7 +268,7 @@ impl Agent {
         self.report_signals()?;
         let request = proto::parse(line);
         let end = match request {
-            _ if !self.port.serial => None,
+            _ if !self.port.is_machine() => None,
             Ok(Request::Reboot) => Some(End::Reboot(libc::LINUX_REBOOT_CMD_RESTART)),
             Ok(Request::Poweroff) => Some(End::Reboot(libc::LINUX_REBOOT_CMD_POWER_OFF)),
             Ok(Request::Panic) => Some(End::Panic),
@@ -310,12 +318,14 @@ impl Agent {
             Request::Dmesg { pattern } => dmesg(&pattern),
             Request::Early { on } => early(on).map(|on| Body::Switch { on }),
             Request::Cpu { cpu } => pin(cpu),
-            Request::Online { cpu, on } if self.port.serial => online(cpu, on),
+            Request::Online { cpu, on } if self.port.is_machine() => online(cpu, on),
             Request::Process { which, max } => {
                 process::pages(&which, max, &|va| self.pages.owns(va))
             }
-            Request::Claim { frames } if self.port.serial => claim::claim(&frames, usize::MAX),
-            Request::Kexec if self.port.serial => kexec::load().map(|()| Body::None {}),
+            Request::Claim { frames } if self.port.is_machine() => {
+                claim::claim(&frames, usize::MAX)
+            }
+            Request::Kexec if self.port.is_machine() => kexec::load().map(|()| Body::None {}),
             Request::Meminfo => {
                 Ok(Body::Meminfo { hardware_corrupted_kb: pages::meminfo("HardwareCorrupted")? })
             }
@@ -323,15 +333,27 @@ impl Agent {
                 let micros = kmsg::clock().map_err(|e| format!("/dev/kmsg: {e}"))?;
                 Ok(Body::Clock { time: micros as f64 / 1e6 })
             }
+            Request::Disk(request) => self.disk(&request),
             Request::Claim { .. }
             | Request::Kexec
             | Request::Online { .. }
             | Request::Reboot
             | Request::Poweroff
             | Request::Panic => {
-                Err("refused: only over a serial port, because - may be your own machine".into())
+                Err("refused: only over a serial port or vsock, because - may be your own machine"
+                    .into())
             }
         }
+    }
+}
+
+impl Agent {
+    fn disk(&self, request: &disk::Request) -> Result<Body, String> {
+        let announce = |write, read| {
+            // A port that is gone shows by the reply.
+            let _ = self.port.send(&Event::DiskLoad { write, read });
+        };
+        disk::perform(request, self.port.is_machine(), announce).map(Body::Disk)
     }
 }
 
@@ -386,7 +408,7 @@ mod tests {
         touch::install(2).unwrap();
         let (mut from, to) = io::pipe().unwrap();
         let mut agent = Agent {
-            port: Arc::new(Port::new(File::from(OwnedFd::from(to)), false)),
+            port: Arc::new(Port::new(File::from(OwnedFd::from(to)), port::Kind::Stdio)),
             pages: Pages::default(),
             log: Err("no log".into()),
             log_on: Arc::default(),

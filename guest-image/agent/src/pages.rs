@@ -103,13 +103,17 @@ pub fn meminfo(field: &str) -> Result<u64, String> {
 }
 
 /// Address space of three times a page: a guard, the page, a guard.
-struct Mapping {
+pub struct Mapping {
     base: usize,
     bytes: usize,
 }
 
 impl Mapping {
-    fn reserve(bytes: usize) -> io::Result<Self> {
+    /// Reserves it; nothing is mapped yet.
+    ///
+    /// # Errors
+    /// What mmap(2) refused.
+    pub fn reserve(bytes: usize) -> io::Result<Self> {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice changes nothing that exists.
         let base = unsafe { libc::mmap(ptr::null_mut(), 3 * bytes, libc::PROT_NONE, flags, -1, 0) };
@@ -121,11 +125,15 @@ impl Mapping {
     }
 
     /// Start of the page, aligned to its size and never the start of the reservation.
-    fn va(&self) -> usize {
+    pub fn va(&self) -> usize {
         (self.base / self.bytes + 1) * self.bytes
     }
 
-    fn map(&self, flags: i32, fd: i32) -> io::Result<()> {
+    /// Maps the page, with the flags of mmap(2).
+    ///
+    /// # Errors
+    /// What mmap(2) refused.
+    pub fn map(&self, flags: i32, fd: i32) -> io::Result<()> {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         let place = ptr::with_exposed_provenance_mut(self.va());
         // SAFETY: MAP_FIXED replaces a part of our own reservation, which holds nothing yet.
@@ -421,7 +429,8 @@ fn copy_by_kernel(
     }))
 }
 
-fn errno_name(negative: isize) -> String {
+/// What a system call that returned `negative` failed with, by name where a test looks for it.
+pub fn errno_name(negative: isize) -> String {
     let number = i32::try_from(-negative).unwrap_or(0);
     match number {
         libc::EFAULT => "EFAULT".into(),

@@ -1,4 +1,4 @@
-//! The line to the outside: a serial port, or stdin and stdout.
+//! The line to the outside: a serial port, a socket, or stdin and stdout.
 //!
 //! Behind an emulated UART every byte costs an exit from the virtual machine, so the kernel's
 //! log can keep the port busy for seconds. Replies and events therefore go first: the log waits
@@ -15,10 +15,26 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+/// The word for stdin and stdout that are a connection from outside, which `vsock` gives to the agent that
+/// it starts for each.
+pub const SOCKET: &str = "socket";
+/// How long what was written to a socket is given to leave: kernels before 6.11 do not say of vsock when it has.
+const LEAVING: Duration = Duration::from_millis(200);
 /// Longest request; a longer line is noise and is dropped.
 const MAX_LINE: usize = 16 << 10;
 /// Most bytes of log that may wait in the driver, so that a reply is never far behind.
 const LOG_AHEAD: i32 = 512;
+
+/// What a line is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A serial port, so a machine of its own.
+    Serial,
+    /// A connection from outside this machine, which is then one of its own, too.
+    Socket,
+    /// Stdin and stdout, perhaps of your own machine.
+    Stdio,
+}
 
 /// The outgoing half; lines are written whole, from any thread.
 pub struct Port {
@@ -26,22 +42,27 @@ pub struct Port {
     fd: i32,
     /// Replies and events that wait for `out`.
     urgent: AtomicUsize,
-    /// Whether this is a serial port, so a machine of its own.
-    pub serial: bool,
+    kind: Kind,
 }
 
-/// Opens `path`, or stdin and stdout for `-`, and returns both halves.
+/// Opens `path`, or stdin and stdout for `-` (and for [`SOCKET`], where they are one), and returns both
+/// halves.
 ///
 /// # Errors
 /// The path, what was tried and what the kernel said.
 pub fn open(path: &str) -> Result<(Lines, Port), String> {
-    if path == "-" {
+    let kind = match path {
+        "-" => Kind::Stdio,
+        SOCKET => Kind::Socket,
+        _ => Kind::Serial,
+    };
+    if kind != Kind::Serial {
         let duplicate = |fd: io::Result<OwnedFd>| {
             fd.map(File::from).map_err(|e| format!("stdin or stdout: {e}"))
         };
         let input = duplicate(io::stdin().as_fd().try_clone_to_owned())?;
         let output = duplicate(io::stdout().as_fd().try_clone_to_owned())?;
-        return Ok((Lines::new(input), Port::new(output, false)));
+        return Ok((Lines::new(input), Port::new(output, kind)));
     }
     // Without O_NONBLOCK the open would wait for a carrier that an emulated port may not show.
     let file = File::options()
@@ -52,7 +73,7 @@ pub fn open(path: &str) -> Result<(Lines, Port), String> {
         .map_err(|e| format!("{path}: cannot be opened for reading and writing: {e}"))?;
     raw(&file).map_err(|e| format!("{path}: expected a serial port: {e}"))?;
     let input = file.try_clone().map_err(|e| format!("{path}: {e}"))?;
-    Ok((Lines::new(input), Port::new(file, true)))
+    Ok((Lines::new(input), Port::new(file, kind)))
 }
 
 fn raw(file: &File) -> io::Result<()> {
@@ -83,8 +104,18 @@ fn raw(file: &File) -> io::Result<()> {
 
 impl Port {
     /// Makes `out` the outgoing half.
-    pub fn new(out: File, serial: bool) -> Self {
-        Self { fd: out.as_raw_fd(), out: Mutex::new(out), urgent: AtomicUsize::new(0), serial }
+    pub fn new(out: File, kind: Kind) -> Self {
+        Self { fd: out.as_raw_fd(), out: Mutex::new(out), urgent: AtomicUsize::new(0), kind }
+    }
+
+    /// Whether the agent is in a machine of its own, with which it may do anything.
+    pub fn is_machine(&self) -> bool {
+        self.kind != Kind::Stdio
+    }
+
+    /// Whether it goes on where the other side stops: a port has no end.
+    pub fn is_endless(&self) -> bool {
+        self.kind == Kind::Serial
     }
 
     /// The descriptor that lines go to; open as long as the port is.
@@ -123,7 +154,8 @@ impl Port {
 
     fn queued(&self) -> i32 {
         let mut bytes = 0i32;
-        if self.serial {
+        if self.is_machine() {
+            // A socket that does not say how much waits (EOPNOTSUPP) blocks when it is too much.
             // SAFETY: TIOCOUTQ writes one int; the descriptor lives as long as `self`.
             unsafe { libc::ioctl(self.fd, libc::TIOCOUTQ, &raw mut bytes) };
         }
@@ -132,6 +164,9 @@ impl Port {
 
     /// Waits until everything written has left the machine.
     pub fn drain(&self) {
+        if self.kind == Kind::Socket {
+            return sleep(LEAVING);
+        }
         // SAFETY: the descriptor lives as long as `self`.
         unsafe { libc::tcdrain(self.fd) };
     }

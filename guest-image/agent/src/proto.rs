@@ -9,6 +9,8 @@ use std::ops::RangeInclusive;
 
 use serde::{Serialize, Serializer};
 
+use crate::disk;
+
 /// Most pages that one `alloc` may ask for: more would make a reply that blocks the port.
 pub const MAX_ALLOC: u32 = 4096;
 /// Most pages that one `process` may ask for, for the same reason.
@@ -113,6 +115,7 @@ pub enum Request {
     Claim { frames: Vec<RangeInclusive<u32>> },
     Meminfo,
     Clock,
+    Disk(disk::Request),
     Kexec,
     Reboot,
     Poweroff,
@@ -120,8 +123,8 @@ pub enum Request {
 }
 
 const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
-                     early, cpu, online, free, process, claim, meminfo, clock, kexec, reboot, poweroff or \
-                     panic";
+                     early, cpu, online, free, process, claim, meminfo, clock, disk-write, disk-verify, \
+                     disk-load, kexec, reboot, poweroff or panic";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -250,7 +253,10 @@ pub fn parse(line: &str) -> Result<Request, String> {
         "reboot" => Request::Reboot,
         "poweroff" => Request::Poweroff,
         "panic" => Request::Panic,
-        other => return Err(wrong(other, VERBS)),
+        other => match disk::parse(other, &mut words) {
+            Some(request) => Request::Disk(request?),
+            None => return Err(wrong(other, VERBS)),
+        },
     };
     match words.next() {
         None => Ok(request),
@@ -258,7 +264,8 @@ pub fn parse(line: &str) -> Result<Request, String> {
     }
 }
 
-fn wrong(got: &str, expected: &str) -> String {
+/// That `got` is not what was expected.
+pub fn wrong(got: &str, expected: &str) -> String {
     let got: String = got.chars().take(32).collect();
     format!("got {got:?}, expected {expected}")
 }
@@ -275,7 +282,11 @@ fn on_off(word: Option<&str>, usage: &str) -> Result<bool, String> {
     choice(word, &[("on", true), ("off", false)], usage)
 }
 
-fn number(word: Option<&str>, usage: &str) -> Result<usize, String> {
+/// A number, decimal or after `0x`.
+///
+/// # Errors
+/// It is none.
+pub fn number(word: Option<&str>, usage: &str) -> Result<usize, String> {
     let word = word.unwrap_or("nothing");
     match word.strip_prefix("0x") {
         Some(hex) => usize::from_str_radix(hex, 16),
@@ -304,7 +315,11 @@ fn offset(word: Option<&str>, usage: &str) -> Result<usize, String> {
     Ok(optional(word, |w| number(Some(w), usage))?.unwrap_or(0))
 }
 
-fn optional<'w, T>(
+/// What `read` makes of a word, if there is one.
+///
+/// # Errors
+/// Those of `read`.
+pub fn optional<'w, T>(
     word: Option<&'w str>,
     read: impl FnOnce(&'w str) -> Result<T, String>,
 ) -> Result<Option<T>, String> {
@@ -529,6 +544,7 @@ pub enum Body {
     Meminfo {
         hardware_corrupted_kb: u64,
     },
+    Disk(disk::Reply),
 }
 
 /// The one line that answers a request.
@@ -584,6 +600,11 @@ pub enum Event {
     },
     /// Records that the kernel overwrote before they were read.
     KmsgLost {},
+    /// Where the buffers are that a `disk-load` under way transfers from and to.
+    DiskLoad {
+        write: disk::Place,
+        read: disk::Place,
+    },
     Error {
         error: String,
     },

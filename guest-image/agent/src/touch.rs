@@ -22,7 +22,7 @@ core::arch::global_asm!(
     ".pushsection .text.agent_touch, \"ax\", @progbits",
     ".globl agent_touch_begin, agent_touch_end, agent_touch_recover",
     ".globl agent_touch_read, agent_touch_write, agent_touch_spin, agent_touch_copy",
-    ".globl agent_touch_syswrite",
+    ".globl agent_touch_syscall",
     "agent_touch_begin:",
     "agent_touch_read:",
     "mov rax, [rdi]",
@@ -41,8 +41,12 @@ core::arch::global_asm!(
     "ret",
     // A signal that the kernel raises while it copies arrives with the instruction after
     // `syscall`; that has to be inside the symbols too, so libc's wrapper will not do.
-    "agent_touch_syswrite:", // rdi fd, rsi from, rdx bytes
-    "mov eax, 1",            // __NR_write
+    "agent_touch_syscall:", // edi its number, esi fd, rdx buffer, rcx bytes, r8 offset
+    "mov eax, edi",
+    "mov edi, esi",
+    "mov rsi, rdx",
+    "mov rdx, rcx",
+    "mov r10, r8",
     "syscall",
     "nop",
     "ret",
@@ -61,7 +65,7 @@ unsafe extern "C" {
     fn agent_touch_write(addr: usize, value: u64);
     fn agent_touch_spin(addr: usize, times: u64);
     fn agent_touch_copy(to: usize, from: usize, words: usize);
-    fn agent_touch_syswrite(fd: i32, from: usize, bytes: usize) -> isize;
+    fn agent_touch_syscall(call: i32, fd: i32, buffer: usize, bytes: usize, offset: u64) -> isize;
 }
 
 /// The start of Linux' `siginfo_t` for SIGBUS; libc does not show `si_addr_lsb`.
@@ -351,9 +355,29 @@ pub unsafe fn copy(to: usize, from: usize, words: usize) -> Result<(), Fault> {
 /// # Errors
 /// The SIGBUS that the call raised, on kernels that signal as well as fail.
 pub unsafe fn kernel_copy(fd: i32, from: usize, bytes: usize) -> Result<isize, Fault> {
+    // SAFETY: the caller's promise; write(2) changes no memory.
+    unsafe { transfer(libc::SYS_write, fd, from, bytes, 0) }
+}
+
+/// Has the kernel transfer `bytes` bytes by pread64(2), pwrite64(2) or a call with the same or fewer
+/// arguments, and returns what that returned: a count, or a negative errno.
+///
+/// # Safety
+/// Where the call writes to the buffer, nothing in Rust may refer to it. Else as for [`kernel_copy`].
+///
+/// # Errors
+/// The SIGBUS that the call raised, on kernels that signal as well as fail.
+pub unsafe fn transfer(
+    call: libc::c_long,
+    fd: i32,
+    buffer: usize,
+    bytes: usize,
+    offset: u64,
+) -> Result<isize, Fault> {
+    let call = i32::try_from(call).unwrap_or(-1); // which the kernel answers with ENOSYS
     let _one = begin();
-    // SAFETY: the kernel validates all three arguments.
-    end(unsafe { agent_touch_syswrite(fd, from, bytes) })
+    // SAFETY: the kernel validates all arguments; the caller's promise covers what it writes.
+    end(unsafe { agent_touch_syscall(call, fd, buffer, bytes, offset) })
 }
 
 #[cfg(test)]
