@@ -21,6 +21,7 @@ mod rescue;
 mod undeliverable;
 mod unprivileged;
 mod virtio;
+mod vsock;
 mod watch;
 mod wrong_page;
 
@@ -138,6 +139,7 @@ fn main() -> ExitCode {
         rescue::many needs may_poison,
         not_ours::a_page_of_the_vmm needs may_poison_the_vmm,
         virtio::random_bytes_and_a_console needs may_poison,
+        vsock::the_agent_and_some_mib needs may_poison,
         watch::a_relay_in_an_event_loop needs may_poison,
         watch::a_cache_loses_one_entry needs may_poison,
         watch::the_guest_of_another_vmm_lives needs may_poison,

@@ -74,6 +74,8 @@ pub struct Options {
     /// Give it a virtio console and a source of random bytes, and a shell on its first serial port: sockets `hvc` and
     /// `shell` in the VMM's directory.
     pub virtio: bool,
+    /// Give it virtio sockets, whose host side is the socket `vsock` in the VMM's directory.
+    pub vsock: bool,
     /// Start the guest again when it resets itself (without `--no-reboot`).
     pub reboot: bool,
     /// More words for the guest kernel's command line.
@@ -108,6 +110,7 @@ impl Options {
             merge: false,
             user: None,
             virtio: false,
+            vsock: false,
             reboot: false,
             cmdline: "",
             quiet: false,
@@ -255,6 +258,9 @@ impl Vmm {
         }
         if let Some(cgroup) = &options.cgroup {
             lab::start_in(&mut command, cgroup);
+        }
+        if options.vsock {
+            command.args(["--vsock", &format!("cid=3,{}", argument("socket", "vsock"))]);
         }
         if options.merge {
             lab::start_merging(&mut command);
