@@ -140,6 +140,16 @@ impl Connection {
         self.deadline.is_some_and(|deadline| deadline <= now)
     }
 
+    /// What becomes of it when it cannot go on.
+    #[must_use]
+    pub fn broken(&self) -> Fate {
+        match self.greets {
+            // The guest has not heard of it yet.
+            Some(REQUEST) => Fate::Gone,
+            _ => Fate::Reset,
+        }
+    }
+
     /// Its socket, and what to wait for there.
     #[must_use]
     pub fn waits_for(&self) -> Option<(RawFd, i16)> {
@@ -168,7 +178,7 @@ impl Connection {
         if events & (libc::POLLHUP | libc::POLLERR) != 0 && has_hung_up(&self.stream) {
             self.hung_up = true;
             if !self.is_open {
-                return Fate::Reset;
+                return self.broken();
             }
             self.deafen();
         }

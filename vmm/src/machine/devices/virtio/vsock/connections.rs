@@ -88,9 +88,9 @@ impl Connections {
     pub fn expire(&mut self, now: Instant) {
         self.draining.retain(|_, connection| !connection.expired(now));
         let late = self.all.values().filter(|connection| connection.expired(now));
-        let late: Vec<Ports> = late.map(Connection::ports).collect();
-        for ports in late {
-            self.settle(ports, Fate::Reset);
+        let late: Vec<_> = late.map(|late| (late.ports(), late.broken())).collect();
+        for (ports, fate) in late {
+            self.settle(ports, fate);
         }
     }
 
@@ -158,6 +158,10 @@ impl Connections {
         }
         let Some(connection) = self.all.remove(&ports) else { return };
         self.by_fd.remove(&connection.fd());
+        if connection.in_turn {
+            // Else the guest could have as many left behind as it likes.
+            self.turns.retain(|other| *other != ports);
+        }
         if fate == Fate::Reset {
             let header = connection.header(Say::op(RST));
             self.resets.push_back(self.addressed(header));
@@ -281,6 +285,7 @@ impl Connections {
                 if let Some(connection) = self.all.get_mut(ports) {
                     connection.said(*say, now);
                 }
+                // It was the first one, and gets another turn after all others.
                 self.turns.rotate_left(1);
             }
             Packet::Of(ports, Say { op: RW, .. }, _) => {
@@ -289,5 +294,51 @@ impl Connections {
             }
             Packet::Reset(_) | Packet::Of(..) => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::super::connection::HANDSHAKE;
+    use super::*;
+
+    /// A guest that takes nothing has only so much kept for it, whatever it and the host's programs do.
+    #[test]
+    fn what_waits_for_the_guest_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let line = Arc::new(VsockLine::open(&dir.path().join("v")).unwrap());
+        let listener = std::os::unix::net::UnixListener::bind(dir.path().join("v_5")).unwrap();
+        let mut connections = Connections::new(3);
+        let packet = |op: u16| Header {
+            src_cid: 3.into(),
+            dst_cid: HOST_CID.into(),
+            dst_port: 5.into(),
+            kind: STREAM.into(),
+            op: op.into(),
+            ..Header::default()
+        };
+        let now = Instant::now();
+        for _ in 0..1000 {
+            connections.guest_sent(&packet(REQUEST), Some(&[]), &line, now);
+            connections.guest_sent(&packet(RST), Some(&[]), &line, now);
+            drop(listener.accept().unwrap());
+        }
+        for round in 0..1000 {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            connections.ask(ours, 1, now);
+            let fd = *connections.by_fd.keys().next().unwrap();
+            if round % 2 == 0 {
+                drop(theirs);
+                connections.host_did(fd, libc::POLLHUP, now);
+            } else {
+                connections.expire(now + HANDSHAKE + Duration::from_secs(1));
+            }
+        }
+        assert!(connections.all.is_empty() && connections.by_fd.is_empty());
+        assert_eq!((connections.turns.len(), connections.resets.len()), (0, 0));
     }
 }

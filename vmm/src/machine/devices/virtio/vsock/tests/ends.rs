@@ -140,6 +140,7 @@ fn a_program_that_leaves_before_the_guest_has_answered() {
     let ports = ports_of(&guest.expect(REQUEST));
     drop(client);
     guest.expect_reset(ports);
+    // Its late answer is one to nothing.
     guest.say(RESPONSE, ports);
     guest.expect_reset(ports);
 }
