@@ -39,6 +39,10 @@ pub fn devices_that_cannot_be() {
     refused(&rng("/dev/urandom"), 2, &["/dev/urandom", "src=PATH"]);
     refused(&rng("src=/dev/urandom,speed=9"), 2, &["speed=9", "src=PATH"]);
     refused(&run(&["--kernel", "x", "--console", "pty"]), 2, &["pty", "null or off"]);
+    let vsock = |text: &str| run(&["--kernel", "x", "--vsock", text]);
+    refused(&vsock("/v"), 2, &["/v", "cid=N and socket=PATH"]);
+    refused(&vsock("cid=3"), 2, &["socket is missing", "socket=PATH"]);
+    refused(&vsock("cid=2,socket=/v"), 2, &["cid is \"2\"", "3 to 4294967294"]);
 }
 
 pub fn sources_of_random_bytes_that_are_none() {

@@ -181,8 +181,9 @@ impl Connection {
                 return self.broken();
             }
             self.deafen();
+            self.readable = true;
         }
-        if events & (libc::POLLIN | libc::POLLHUP) != 0 {
+        if events & libc::POLLIN != 0 {
             self.readable = true;
         }
         if events & libc::POLLOUT != 0 {

@@ -143,3 +143,51 @@ impl Greeting {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn one_that_says_nothing_goes_in_time_and_as_many_wait_as_may() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("v");
+        let mut greetings = Greetings::at(Arc::new(VsockLine::open(&path).unwrap()));
+        let listener = greetings.line.listener().as_raw_fd();
+        let accepts = |greetings: &Greetings| {
+            let mut waits = Vec::new();
+            greetings.waits_for(&mut waits);
+            waits.iter().any(|wait| wait.fd == listener)
+        };
+        let start = Instant::now();
+        let mut clients = Vec::new();
+        for at in 0..MOST {
+            assert!(accepts(&greetings));
+            clients.push(UnixStream::connect(&path).unwrap());
+            let later = start + Duration::from_millis(at as u64);
+            assert!(greetings.ready(listener, later).is_none());
+        }
+        assert!(!accepts(&greetings));
+        assert_eq!(greetings.deadline(), Some(start + PATIENCE));
+        // Half of what has to be said does not count.
+        clients[0].write_all(b"CONN").unwrap();
+        let fds: Vec<RawFd> = greetings.waiting.keys().copied().collect();
+        assert!(fds.into_iter().all(|fd| greetings.ready(fd, start).is_none()));
+        greetings.expire(start + PATIENCE);
+        assert_eq!(clients[0].read(&mut [0]).unwrap(), 0);
+        assert_eq!(greetings.waiting.len(), MOST - 1);
+        assert!(accepts(&greetings));
+        clients[1].write_all(b"CONNECT 7\n").unwrap();
+        let fds: Vec<RawFd> = greetings.waiting.keys().copied().collect();
+        let said: Vec<u32> = fds
+            .into_iter()
+            .filter_map(|fd| greetings.ready(fd, start))
+            .map(|(_, port)| port)
+            .collect();
+        assert_eq!(said, [7]);
+        greetings.expire(start + PATIENCE * 2);
+        assert!(greetings.waiting.is_empty() && greetings.deadline().is_none());
+    }
+}

@@ -69,6 +69,22 @@ fn a_guest_that_takes_no_answers_is_heard_no_more_until_it_does() {
     }
 }
 
+/// As long as it may take.
+#[test]
+fn a_guest_that_never_answers_is_not_waited_for() {
+    let mut guest = Guest::new();
+    let mut client = guest.client();
+    let start = Instant::now();
+    client.write_all(b"CONNECT 1\n").unwrap();
+    let ports = ports_of(&guest.expect(REQUEST));
+    // Others come and go meanwhile.
+    let (mut other, others) = guest.connected(2);
+    assert!(is_over(&mut client));
+    assert!(start.elapsed() >= HANDSHAKE);
+    guest.expect_reset(ports);
+    guest.talk(&mut other, others);
+}
+
 fn pair() -> (UnixStream, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
