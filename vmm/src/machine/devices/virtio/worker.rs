@@ -253,19 +253,25 @@ impl Runner {
 
     /// Waits for something to do, and takes note of the kicks.
     fn wait(&mut self) {
-        let works = self.active.as_ref().filter(|_| !self.parked);
         let mut waits = vec![Wait { fd: self.desk.wake.as_raw_fd(), events: libc::POLLIN }];
         let mut kicks = Vec::new();
-        if let Some(active) = works {
-            for (index, kick) in self.kicks.iter().enumerate() {
-                if has_queue(active, index) {
-                    waits.push(Wait { fd: kick.as_raw_fd(), events: libc::POLLIN });
-                    kicks.push(index);
+        if !self.parked {
+            let own = self.guarded(|device, _| {
+                let mut own = Vec::new();
+                device.waits_for(&mut own);
+                Ok(own)
+            });
+            if let Some(active) = &self.active {
+                for (index, kick) in self.kicks.iter().enumerate() {
+                    if has_queue(active, index) {
+                        waits.push(Wait { fd: kick.as_raw_fd(), events: libc::POLLIN });
+                        kicks.push(index);
+                    }
                 }
+                waits.extend(own.unwrap_or_default());
             }
-            self.device.waits_for(&mut waits);
         }
-        let at_once = works.is_some() && self.pending.contains(&true);
+        let at_once = !self.parked && self.active.is_some() && self.pending.contains(&true);
         let Some(ready) = poll(&waits, at_once) else { return };
         if ready.first().is_some_and(|wait| wait.events != 0) {
             let _ = self.desk.wake.read();
