@@ -153,6 +153,7 @@ impl Run {
                 .args(["--api-socket", &format!("path={}", at("api").display())])
                 .args(["--event-monitor", &format!("path={}", at("events").display())])
                 .args(["--rng", "src=/dev/urandom", "--console", "null"])
+                .args(["--vsock", &format!("cid=3,socket={}", at("vsock").display())])
                 .args(more)
                 .stderr(stderr)
                 // It could silence the errors that are looked for.

@@ -43,6 +43,10 @@ pub fn devices_that_cannot_be() {
     refused(&net("tap=a,mac=01:00:00:00:00:01"), 2, &["01:00:00:00:00:01", "even first byte"]);
     refused(&net("tap=a,vhost=yes"), 2, &["yes", "on or off"]);
     refused(&run(&["--kernel", "x", "--console", "pty"]), 2, &["pty", "null or off"]);
+    let vsock = |text: &str| run(&["--kernel", "x", "--vsock", text]);
+    refused(&vsock("/v"), 2, &["/v", "cid=N and socket=PATH"]);
+    refused(&vsock("cid=3"), 2, &["socket is missing", "socket=PATH"]);
+    refused(&vsock("cid=2,socket=/v"), 2, &["cid is \"2\"", "3 to 4294967294"]);
 }
 
 pub fn sources_of_random_bytes_that_are_none() {

@@ -23,6 +23,7 @@ mod rescue;
 mod undeliverable;
 mod unprivileged;
 mod virtio;
+mod vsock;
 mod watch;
 mod wrong_page;
 
@@ -149,6 +150,7 @@ fn main() -> ExitCode {
         virtio::random_bytes_and_a_console needs may_poison,
         net::tcp_both_ways needs may_poison,
         net::tcp_both_ways_by_vhost needs may_use_vhost,
+        vsock::the_agent_and_some_mib needs may_poison,
         watch::a_relay_in_an_event_loop needs may_poison,
         watch::a_cache_loses_one_entry needs may_poison,
         watch::the_guest_of_another_vmm_lives needs may_poison,

@@ -80,6 +80,8 @@ pub struct Options {
     pub net: &'static str,
     /// Give it a disk, in the file `disk` in the VMM's directory.
     pub disk: Option<DiskImage>,
+    /// Give it virtio sockets, whose host side is the socket `vsock` in the VMM's directory.
+    pub vsock: bool,
     /// Start the guest again when it resets itself (without `--no-reboot`).
     pub reboot: bool,
     /// More words for the guest kernel's command line.
@@ -116,6 +118,7 @@ impl Options {
             virtio: false,
             net: "",
             disk: None,
+            vsock: false,
             reboot: false,
             cmdline: "",
             quiet: false,
@@ -317,6 +320,9 @@ impl Vmm {
         }
         if let Some(cgroup) = &options.cgroup {
             lab::start_in(&mut command, cgroup);
+        }
+        if options.vsock {
+            command.args(["--vsock", &format!("cid=3,{}", argument("socket", "vsock"))]);
         }
         if options.merge {
             lab::start_merging(&mut command);

@@ -1,6 +1,7 @@
 //! What a VM is made of, as plain data, and the checks that need nothing but the data.
 
-use std::path::PathBuf;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -80,6 +81,9 @@ pub struct DiskConfig {
     pub id: Option<String>,
 }
 
+/// The vsock addresses that a guest may have: 2 is the host's, smaller ones are reserved, and all ones stand for any.
+pub const GUEST_CIDS: RangeInclusive<u32> = 3..=u32::MAX - 1;
+
 /// One virtio device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceConfig {
@@ -94,6 +98,14 @@ pub enum DeviceConfig {
     Console(ConsoleMode),
     /// A network device.
     Net(NetConfig),
+    /// Stream sockets between host and guest; a VM has at most one such device.
+    Vsock {
+        /// The guest's address, 3 to 4294967294.
+        cid: u32,
+        /// The unix socket at which the host's programs ask for a port of the guest's. The guest's connections to port P
+        /// of the host go to the socket that is at this path with `_P` behind it.
+        socket: PathBuf,
+    },
 }
 
 /// The vendor of the processor that the guest sees.
@@ -220,7 +232,10 @@ pub enum ConfigError {
     )]
     TwoTerminals,
     /// More devices than there are interrupts for them.
-    #[error("{asked} virtio devices asked for, but a VM has at most {MAX_DEVICES}")]
+    #[error(
+        "{asked} virtio devices asked for, but a VM has at most {MAX_DEVICES}: disks, network devices, console, source \
+         of random bytes and vsock together"
+    )]
     Devices {
         /// What was asked for.
         asked: usize,
@@ -231,6 +246,15 @@ pub enum ConfigError {
     /// More than one console.
     #[error("several virtio consoles asked for, but a VM has at most one")]
     Consoles,
+    /// More than one vsock device.
+    #[error("several virtio-vsock devices asked for, but a VM has at most one")]
+    Vsocks,
+    /// An address that no guest has.
+    #[error("the vsock address (cid) is {asked}; expected 3 to 4294967294")]
+    Cid {
+        /// What was asked for.
+        asked: u32,
+    },
 }
 
 impl VmConfig {
@@ -248,11 +272,19 @@ impl VmConfig {
         self.serial.iter().chain(self.console_line())
     }
 
+    /// The guest's address and the host's socket of each vsock device.
+    pub fn vsocks(&self) -> impl Iterator<Item = (u32, &Path)> {
+        self.devices.iter().filter_map(|device| match device {
+            DeviceConfig::Vsock { cid, socket } => Some((*cid, &**socket)),
+            _ => None,
+        })
+    }
+
     /// Checks what can be checked without a host.
     ///
     /// # Errors
     /// A number of vCPUs outside 1 to [`MAX_CPUS`], more than one line on the terminal, too many devices, several
-    /// consoles, or two network devices on one tap.
+    /// consoles or vsock devices, an address that no guest has, or two network devices on one tap.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.cpus == 0 || self.cpus > MAX_CPUS {
             return Err(ConfigError::Cpus { asked: self.cpus, max: MAX_CPUS });
@@ -274,6 +306,13 @@ impl VmConfig {
         };
         if taps().enumerate().any(|(nth, tap)| taps().take(nth).any(|other| other == tap)) {
             return Err(ConfigError::Taps);
+        }
+        let cids: Vec<u32> = self.vsocks().map(|(cid, _)| cid).collect();
+        if cids.len() > 1 {
+            return Err(ConfigError::Vsocks);
+        }
+        if let Some(asked) = cids.into_iter().find(|cid| !GUEST_CIDS.contains(cid)) {
+            return Err(ConfigError::Cid { asked });
         }
         Ok(())
     }
@@ -338,5 +377,20 @@ mod tests {
         };
         assert_eq!(with(MAX_DEVICES), Ok(()));
         assert_eq!(with(9), Err(ConfigError::Devices { asked: 9 }));
+    }
+
+    #[test]
+    fn one_vsock_device_with_an_address_of_a_guest() {
+        let with = |cids: &[u32]| {
+            let vsock = |cid: &u32| DeviceConfig::Vsock { cid: *cid, socket: "v".into() };
+            let devices = cids.iter().map(vsock).collect();
+            VmConfig { devices, ..config() }.validate()
+        };
+        assert_eq!(with(&[3]), Ok(()));
+        assert_eq!(with(&[u32::MAX - 1]), Ok(()));
+        for asked in [0, 2, u32::MAX] {
+            assert_eq!(with(&[asked]), Err(ConfigError::Cid { asked }));
+        }
+        assert_eq!(with(&[3, 4]), Err(ConfigError::Vsocks));
     }
 }

@@ -8,8 +8,8 @@ use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
 use mce_relay_vmm::config::{
-    ConsoleMode, CpuVendor, DeviceConfig, DiskConfig, ImageType, MemoryZone, NetConfig, PageSize,
-    RescuePolicy, SerialMode, TapSource, VmConfig,
+    ConsoleMode, CpuVendor, DeviceConfig, DiskConfig, GUEST_CIDS, ImageType, MemoryZone, NetConfig,
+    PageSize, RescuePolicy, SerialMode, TapSource, VmConfig,
 };
 use mce_relay_vmm::sandbox::seccomp::Mode;
 use mce_relay_vmm::session::config::RunConfig;
@@ -86,6 +86,13 @@ pub struct RunArgs {
     /// id=NAME is only for you. A frame in a bad page is dropped, as by a wire.
     #[arg(long, value_name = "tap=NAME,...")]
     pub net: Vec<NetArg>,
+    /// Give the guest virtio sockets: cid=N (its address, from 3) and socket=PATH.
+    ///
+    /// A program of the host's connects to the unix socket PATH (mode 0600), writes a line "CONNECT PORT", reads a line
+    /// "OK PORT" and is connected to the guest's program at that port. A program of the guest's that connects to
+    /// port P of the host (address 2) reaches the unix socket PATH_P, which a program of the host's has made.
+    #[arg(long, value_name = "cid=N,socket=PATH")]
+    pub vsock: Option<VsockArg>,
     /// Call the VM so, and make its API socket where the other commands look for that name: in
     /// $XDG_RUNTIME_DIR/mce-relay, or where that is not set in /run/mce-relay for root and
     /// mce-relay-UID in the directory for temporary files for others. Its events and its last ledger stay
@@ -315,7 +322,11 @@ impl RunArgs {
         let net = self.net.iter().map(|net| DeviceConfig::Net(net.0.clone()));
         let disks = self.disk.iter().map(|disk| DeviceConfig::Disk(disk.0.clone()));
         let console = self.console.0.clone().map(DeviceConfig::Console);
-        disks.chain(rng).chain(console).chain(net).collect()
+        let vsock = self.vsock.iter().map(|VsockArg { cid, socket }| DeviceConfig::Vsock {
+            cid: *cid,
+            socket: socket.clone(),
+        });
+        disks.chain(rng).chain(console).chain(net).chain(vsock).collect()
     }
 
     /// The zones of guest RAM.
@@ -619,6 +630,48 @@ fn any_mac() -> [u8; 6] {
     mac
 }
 
+/// `cid=N,socket=PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VsockArg {
+    /// The guest's address.
+    pub cid: u32,
+    /// The host's socket.
+    pub socket: PathBuf,
+}
+
+impl FromStr for VsockArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const KEYS: &str = "cid=N and socket=PATH, with a comma between";
+        let (mut cid, mut socket) = (None, None);
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            let twice = match key {
+                "cid" => cid.replace(guest_cid(value)?).is_some(),
+                "socket" if !value.is_empty() => socket.replace(value.into()).is_some(),
+                // Cloud Hypervisor's name of the device, which has none here.
+                "id" if !value.is_empty() => false,
+                _ => return Err(format!("{part:?} is not understood; expected {KEYS}")),
+            };
+            if twice {
+                return Err(format!("{key} is given twice"));
+            }
+        }
+        let cid = cid.ok_or_else(|| format!("cid is missing; expected {KEYS}"))?;
+        let socket = socket.ok_or_else(|| format!("socket is missing; expected {KEYS}"))?;
+        Ok(Self { cid, socket })
+    }
+}
+
+fn guest_cid(text: &str) -> Result<u32, String> {
+    let cid = text.parse().ok().filter(|cid| GUEST_CIDS.contains(cid));
+    cid.ok_or_else(|| {
+        let (first, last) = (GUEST_CIDS.start(), GUEST_CIDS.end());
+        format!("cid is {text:?}; expected {first} to {last} (2 is the host's)")
+    })
+}
+
 /// `burst=N`, `rate=N`, or both with a comma between.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AoPace(pub Pace);
@@ -863,6 +916,32 @@ mod tests {
         let vhosts =
             both.iter().map(|device| matches!(device, DeviceConfig::Net(net) if net.vhost));
         assert_eq!(vhosts.collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn vsock_forms() {
+        let good = VsockArg { cid: 3, socket: "/v=1".into() };
+        assert_eq!("cid=3,socket=/v=1".parse(), Ok(good.clone()));
+        assert_eq!("socket=/v=1,id=_vsock0,cid=3".parse(), Ok(good));
+        for (bad, named) in [
+            ("", "\"\" is not understood; expected cid=N and socket=PATH"),
+            ("cid=3", "socket is missing"),
+            ("socket=/v", "cid is missing"),
+            ("cid=3,socket=", "\"socket=\" is not understood"),
+            ("cid=3,socket", "\"socket\" is not understood"),
+            ("cid=2,socket=/v", "cid is \"2\"; expected 3 to 4294967294"),
+            ("cid=4294967295,socket=/v", "expected 3 to 4294967294"),
+            ("cid=-1,socket=/v", "cid is \"-1\""),
+            ("cid=,socket=/v", "cid is \"\""),
+            ("cid=3,cid=4,socket=/v", "cid is given twice"),
+            ("cid=3,socket=/v,socket=/w", "socket is given twice"),
+            ("cid=3,socket=/v,iommu=on", "\"iommu=on\" is not understood"),
+        ] {
+            let error = bad.parse::<VsockArg>().unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+        let devices = parse(&["--vsock", "cid=3,socket=/v"]).unwrap().config().vm.devices;
+        assert_eq!(devices, [DeviceConfig::Vsock { cid: 3, socket: "/v".into() }]);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::machine::devices::serial::SerialLine;
 use crate::machine::devices::serial::port::SerialPort;
 use crate::machine::devices::virtio::build::build;
 use crate::machine::devices::virtio::bus::MmioBus;
+use crate::machine::devices::virtio::vsock::host::VsockLine;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::lifecycle::reasons::ExitReason;
 use crate::machine::memory::block::RamBlock;
@@ -45,6 +46,8 @@ pub struct Vm {
     _mmio: Arc<MmioBus>,
     /// The same for the console's line, which its device's thread may not close.
     _console: Option<Arc<SerialLine>>,
+    /// The same for vsock's socket.
+    _vsock: Option<Arc<VsockLine>>,
     fd: Arc<VmFd>,
     ram: Arc<GuestRam>,
     control: VmControl,
@@ -142,6 +145,7 @@ impl Vm {
             _bus: bus,
             _mmio: mmio,
             _console: lines.console,
+            _vsock: lines.vsock,
             fd,
             ram,
             control,

@@ -25,10 +25,12 @@ pub enum Role {
     VirtioNet,
     /// The same, in the host's kernel.
     VirtioVhostNet,
+    /// The virtio stream sockets.
+    VirtioVsock,
 }
 
 impl Role {
-    pub(super) const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::Main,
         Self::Vcpu,
         Self::Relay,
@@ -40,5 +42,6 @@ impl Role {
         Self::VirtioConsole,
         Self::VirtioNet,
         Self::VirtioVhostNet,
+        Self::VirtioVsock,
     ];
 }

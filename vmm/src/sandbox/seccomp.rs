@@ -49,6 +49,7 @@ fn calls(role: Role) -> Vec<Call> {
         Role::VirtioRng | Role::VirtioConsole | Role::VirtioNet => {
             &[THREAD, END, HAND_ON, GUARD, VIRTIO]
         }
+        Role::VirtioVsock => &[THREAD, END, HAND_ON, GUARD, VIRTIO, VSOCK_OWN],
     };
     lists.concat()
 }
@@ -347,6 +348,20 @@ const BLK_OWN: &[Call] = &[
     Call::new(libc::SYS_ftruncate, "ftruncate", "the same"),
 ];
 
+/// Only unix sockets are made, so connect reaches nothing but these.
+const VSOCK_OWN: &[Call] = &[
+    Call::new(libc::SYS_accept4, "accept4", "a program of the host's comes"),
+    ioctl(0x5421, "FIONBIO: the same"),
+    Call::new(libc::SYS_socket, "socket", "a program of the guest's wants one of the host's")
+        .given(0, libc::AF_UNIX as i64)
+        .given(1, (libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC) as i64),
+    Call::new(libc::SYS_connect, "connect", "the same"),
+    Call::new(libc::SYS_recvfrom, "recvfrom", "data for the guest"),
+    Call::new(libc::SYS_sendto, "sendto", "data of the guest"),
+    Call::new(libc::SYS_shutdown, "shutdown", "one direction ends"),
+    Call::new(libc::SYS_timerfd_settime, "timerfd_settime", "what is due next"),
+];
+
 /// Calls with any arguments, by their `SYS_…`.
 macro_rules! any {
     ($($number:ident),* $(,)?) => {
@@ -386,6 +401,7 @@ const MAIN_OWN: &[Call] = &any![
     SYS_epoll_create1,
     SYS_socket,
     SYS_socketpair,
+    SYS_timerfd_create,
     SYS_bind,
     SYS_listen,
     SYS_getsockname,

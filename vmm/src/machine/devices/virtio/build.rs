@@ -7,8 +7,9 @@ use super::console::Console;
 use super::device::Device;
 use super::net::{Net, Tap, TapError, VhostError, VhostNet};
 use super::rng::{Rng, RngError};
+use super::vsock::Vsock;
 use crate::config::DeviceConfig;
-use crate::machine::devices::serial::SerialLines;
+use crate::machine::devices::serial::HostSides;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::memory::DeviceMemory;
 
@@ -30,20 +31,27 @@ pub enum BuildError {
     /// A network device in the host's kernel.
     #[error("virtio-net")]
     Vhost(#[from] VhostError),
+    /// The sockets' device.
+    #[error("virtio-vsock: out of file descriptors")]
+    Vsock(#[source] std::io::Error),
+    /// The same.
+    #[error("virtio-vsock: its socket was not opened")]
+    NoVsockLine,
 }
 
-/// Makes the devices, for one boot of the VM of `control` with this memory; the console is on its line of `lines`.
+/// Makes the devices, for one boot of the VM of `control` with this memory; disks, console and vsock have theirs of
+/// `host`.
 ///
 /// # Errors
 /// See [`BuildError`].
 pub fn build(
     devices: &[DeviceConfig],
-    lines: &SerialLines,
+    host: &HostSides,
     control: &VmControl,
     memory: &DeviceMemory,
 ) -> Result<Vec<Box<dyn Device>>, BuildError> {
     let mut built: Vec<Box<dyn Device>> = Vec::new();
-    let mut disks = lines.disks.iter();
+    let mut disks = host.disks.iter();
     for device in devices {
         built.push(match device {
             DeviceConfig::Disk(_) => Box::new(Blk::new(disks.next().ok_or(BuildError::NoDisk)?)),
@@ -57,8 +65,12 @@ pub fn build(
             }
             // Without a line it is the null console.
             DeviceConfig::Console(_) => {
-                let line = lines.console.as_ref();
+                let line = host.console.as_ref();
                 Box::new(Console::new(line, control).map_err(BuildError::Console)?)
+            }
+            DeviceConfig::Vsock { cid, .. } => {
+                let line = host.vsock.clone().ok_or(BuildError::NoVsockLine)?;
+                Box::new(Vsock::new(*cid, line).map_err(BuildError::Vsock)?)
             }
         });
     }

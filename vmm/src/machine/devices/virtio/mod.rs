@@ -83,6 +83,7 @@ pub mod queue;
 mod queue_registers;
 pub mod rng;
 pub mod transport;
+pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]
