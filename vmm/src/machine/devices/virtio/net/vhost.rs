@@ -1,9 +1,9 @@
 //! The device in the host's kernel (`vhost=on`): vhost-net moves the frames, and this process sets it up and stops it.
 //!
-//! The kernel reads and writes guest memory by the guest's own mapping, and an access to a bad page fails there: a frame
-//! in it is dropped, and a buffer for a frame that is in it stays the first of its queue, so that nothing comes in before
-//! the driver resets the device. A ring in it is an error of the queue, which the kernel tells by an eventfd; the device asks for a reset
-//! then.
+//! The kernel reads and writes guest memory by the guest's own mapping, and an access to a bad page fails there. A frame of
+//! the guest's in it is dropped. Of a frame for the guest the kernel does not look whether it could be written (tun_put_user):
+//! the guest has a buffer that is said to be full, and meets the bad page itself. A ring in it, or the header before a
+//! frame for the guest, is an error of the queue, which the kernel tells by an eventfd; the device asks for a reset then.
 
 use std::fmt;
 use std::io;
