@@ -3,6 +3,8 @@
 #![cfg(all(feature = "internals", feature = "vm-memory", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test says what it saw by panicking")]
 
+mod forge;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
@@ -202,6 +204,26 @@ fn a_guest_that_starts_over_has_good_memory_and_so_have_devices() {
     }
     assert_eq!(memory.read_obj::<u64>(at(12)).unwrap(), 12);
     assert!(attempt.is_clean() && !next.handle().is_bad(GPA..GPA + PAGES * PAGE));
+}
+
+/// The kernel signals a page once for each mapping, and may know of no other than that of devices.
+#[test]
+fn a_page_that_is_signalled_by_the_devices_mapping_is_the_guests() {
+    let memory = shared();
+    let (relay, events) = relay(&memory);
+    forge::forge(forge::BUS_MCEERR_AO, devices(&memory, 5), 12);
+    let seen = loop {
+        match events.recv_timeout(Duration::from_secs(20)).unwrap() {
+            Event::Seen { gpa, hva, .. } => break (gpa, hva),
+            Event::Outside { hva, .. } => panic!("{hva:#x} is the guest's, by another name"),
+            _ => {}
+        }
+    };
+    assert_eq!(seen, (GPA + 5 * PAGE, hva(&memory, 5)));
+    forge::forge(forge::BUS_MCEERR_AO, hva(&memory, 5), 12);
+    until("the other signal", || relay.pages().iter().any(|page| page.signals == 2));
+    assert_eq!(relay.pages().len(), 1);
+    assert!(is_refused(memory.read_obj(at(5))));
 }
 
 /// As where a handler was held up for so long that the page was exchanged meanwhile.

@@ -74,6 +74,8 @@ impl Shared {
             return true;
         }
         inner.emit(Event::Caught { kind: caught.kind, hva, lsb, thread, forged });
+        // The kernel signals a page once for each of its mappings, and one of them may be that of devices.
+        let hva = guard::as_the_guest_has_it(hva);
         let found_by = match (forged, touched) {
             (true, _) => FoundBy::Forged,
             (false, true) => FoundBy::Access,
@@ -85,7 +87,7 @@ impl Shared {
         }
         if !known && kind == FailureKind::ActionOptional {
             // The kernel tells one thread of a process; with two VMs in it that may be the other's.
-            inner.strays.push(caught);
+            inner.strays.push(Caught { hva, ..caught });
         } else if !known {
             inner.emit(Event::Outside { kind, hva, lsb });
         }

@@ -524,6 +524,11 @@ pub(super) fn find(addr: u64) -> Option<Found> {
     })
 }
 
+/// Where the guest has the memory that devices have at `hva`; `hva` itself where that is no view.
+pub(crate) fn as_the_guest_has_it(hva: u64) -> u64 {
+    find(hva).filter(|found| found.in_view).map_or(hva, |found| found.hva())
+}
+
 impl Found {
     /// The host address at which the guest has it. Async-signal-safe.
     pub(super) fn hva(&self) -> u64 {

@@ -34,8 +34,8 @@ mod view;
 
 pub use areas::is_bad;
 pub(crate) use areas::{
-    Registered, all_new, clear, has_view, is_any_marked, mark, mark_only, marked, register,
-    replaced,
+    Registered, all_new, as_the_guest_has_it, clear, has_view, is_any_marked, mark, mark_only,
+    marked, register, replaced,
 };
 pub use attempt::Attempt;
 pub(crate) use attempt::set_wake;
