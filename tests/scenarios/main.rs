@@ -4,6 +4,7 @@
 
 mod ao;
 mod ar;
+mod bad_queues;
 mod burst;
 mod delivery;
 mod disk;
@@ -151,6 +152,11 @@ fn main() -> ExitCode {
         net::tcp_both_ways needs may_poison,
         net::tcp_both_ways_by_vhost needs may_use_vhost,
         vsock::the_agent_and_some_mib needs may_poison,
+        bad_queues::net needs may_poison,
+        bad_queues::net_touched_first_by_the_device needs may_poison,
+        bad_queues::net_by_vhost needs may_use_vhost,
+        bad_queues::vsock needs may_poison,
+        bad_queues::vsock_touched_first_by_the_device needs may_poison,
         watch::a_relay_in_an_event_loop needs may_poison,
         watch::a_cache_loses_one_entry needs may_poison,
         watch::the_guest_of_another_vmm_lives needs may_poison,

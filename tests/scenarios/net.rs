@@ -13,8 +13,8 @@ use mce_relay_tests::guest::{Guest, Options};
 use crate::virtio::Line;
 
 /// Of the host and of the guest, which nobody has (RFC 5737).
-const HOST: &str = "192.0.2.1";
-const GUEST: &str = "192.0.2.2";
+pub(crate) const HOST: &str = "192.0.2.1";
+pub(crate) const GUEST: &str = "192.0.2.2";
 /// What is sent each way, in MiB.
 const MIB: usize = 4;
 
@@ -38,7 +38,7 @@ pub fn has_vhost() -> Result<(), String> {
 
 /// Runs `body` on a thread with a network of its own, in which there is nothing but the tap `t0`. What is started there
 /// has that network, too.
-fn in_a_network(body: fn()) {
+pub(crate) fn in_a_network(body: fn()) {
     let run = move || {
         // SAFETY: without pointers.
         let done = unsafe { libc::unshare(libc::CLONE_NEWNET) };
@@ -47,6 +47,8 @@ fn in_a_network(body: fn()) {
         busybox("ip link set lo up");
         busybox(&format!("ip addr add {HOST}/24 dev t0"));
         busybox("ip link set t0 up");
+        // No frames but those of the test.
+        std::fs::write("/proc/sys/net/ipv6/conf/t0/disable_ipv6", "1").unwrap();
         body();
     };
     if let Err(panic) = std::thread::spawn(run).join() {
@@ -65,11 +67,9 @@ fn talk(net: &'static str) {
     let mut guest = Guest::boot(&options);
     let mut shell = Line::at(&guest.path("shell"));
     for boot in 1..=2 {
-        shell.wait_for("a shell");
-        shell.run("ip link set eth0 up");
+        up(&mut shell);
         let mac = shell.run("cat /sys/class/net/eth0/address");
         assert!(mac.contains("02:00:00:00:00:02"), "{mac}");
-        shell.run(&format!("ip addr add {GUEST}/24 dev eth0"));
         to_the_host(&guest, &mut shell);
         to_the_guest(&guest, &mut shell);
         if boot == 1 {
@@ -81,8 +81,15 @@ fn talk(net: &'static str) {
     guest.power_off();
 }
 
+/// Waits for the guest's shell, and gives the guest its address.
+pub(crate) fn up(shell: &mut Line) {
+    shell.wait_for("a shell");
+    shell.run("ip link set eth0 up");
+    shell.run(&format!("ip addr add {GUEST}/24 dev eth0"));
+}
+
 /// The guest sends, and the host compares.
-fn to_the_host(guest: &Guest, shell: &mut Line) {
+pub(crate) fn to_the_host(guest: &Guest, shell: &mut Line) {
     let listener = TcpListener::bind((HOST, 7000)).unwrap();
     shell.run(&format!("head -c {MIB}m /dev/urandom >/tmp/out"));
     let sent = sum_in(&shell.run("sha256sum /tmp/out"));
@@ -106,7 +113,21 @@ fn to_the_host(guest: &Guest, shell: &mut Line) {
 }
 
 /// The host sends, and the guest says what came.
-fn to_the_guest(guest: &Guest, shell: &mut Line) {
+pub(crate) fn to_the_guest(guest: &Guest, shell: &mut Line) {
+    let pause = || {
+        guest.put("vm.pause");
+        std::thread::sleep(Duration::from_millis(50));
+        guest.put("vm.resume");
+    };
+    assert!(to_the_guest_with(shell, pause, || false));
+}
+
+/// The same, with something that happens in the middle of it. False if the guest has `ended` before all was there.
+pub(crate) fn to_the_guest_with(
+    shell: &mut Line,
+    happens: impl FnOnce(),
+    ended: impl FnMut() -> bool,
+) -> bool {
     shell.write("nc -l -p 7001 </dev/null >/tmp/in; echo it\\ has come=$?=\n");
     let mut bytes = vec![0; MIB << 20];
     File::open("/dev/urandom").unwrap().read_exact(&mut bytes).unwrap();
@@ -121,15 +142,17 @@ fn to_the_guest(guest: &Guest, shell: &mut Line) {
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     let begun = Instant::now();
     stream.write_all(&bytes[..MIB << 19]).unwrap();
-    guest.put("vm.pause");
-    std::thread::sleep(Duration::from_millis(50));
-    guest.put("vm.resume");
-    stream.write_all(&bytes[MIB << 19..]).unwrap();
+    happens();
+    let sent = stream.write_all(&bytes[MIB << 19..]);
     drop(stream);
-    shell.wait_for("it has come=0=");
+    if shell.wait_unless("it has come=0=", ended).is_none() {
+        return false;
+    }
+    sent.unwrap();
     println!("    {MIB} MiB to the guest in {:.1} s", begun.elapsed().as_secs_f64());
     let came = sum_in(&shell.run("sha256sum /tmp/in; rm /tmp/in"));
     assert_eq!(came, sum_of(&bytes), "what came is what was sent");
+    true
 }
 
 /// The checksum in what sha256sum printed, somewhere in `text`.

@@ -28,11 +28,23 @@ impl Line {
 
     /// Waits until `wanted` has come, and returns what came up to its end.
     pub(crate) fn wait_for(&mut self, wanted: &str) -> String {
+        self.wait_unless(wanted, || false).unwrap_or_default()
+    }
+
+    /// The same, as long as it has not `ended`.
+    pub(crate) fn wait_unless(
+        &mut self,
+        wanted: &str,
+        mut ended: impl FnMut() -> bool,
+    ) -> Option<String> {
         let end = std::time::Instant::now() + PATIENCE;
         loop {
             if let Some(at) = self.text.find(wanted) {
                 let rest = self.text.split_off(at + wanted.len());
-                return std::mem::replace(&mut self.text, rest);
+                return Some(std::mem::replace(&mut self.text, rest));
+            }
+            if ended() {
+                return None;
             }
             assert!(std::time::Instant::now() < end, "no {wanted:?} in {:?}", self.text);
             let mut bytes = [0; 4096];

@@ -9,7 +9,7 @@ use std::time::Instant;
 use mce_relay_tests::agent::{Agent, PATIENCE};
 use mce_relay_tests::guest::{Guest, Options};
 
-const AGENT: u32 = 1024;
+pub(crate) const AGENT: u32 = 1024;
 const ECHO: u32 = 5000;
 /// As many bytes in each direction.
 const BYTES: usize = 8 << 20;
@@ -53,7 +53,7 @@ fn nobody_is_at_another_port(socket: &Path) {
 }
 
 /// Has the agent come to `listener` and send back all that it gets.
-fn echo(agent: &mut Agent, listener: &UnixListener) {
+pub(crate) fn echo(agent: &mut Agent, listener: &UnixListener) {
     agent.tell(&format!("echo {ECHO}"));
     let (stream, _) = listener.accept().unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();

@@ -295,6 +295,10 @@ impl Vmm {
             .args(["--serial2", &argument("socket", "agent")])
             .args(["--api-socket", &argument("path", "api")])
             .args(["--event-monitor", &argument("path", "events")]);
+        if options.vsock || !options.net.is_empty() {
+            // Where the rings are is for those who want to see them go bad.
+            command.env("RUST_LOG", "info,mce_relay_vmm::machine::devices::virtio::worker=debug");
+        }
         if options.virtio {
             command.args(["--serial", &argument("socket", "shell")]);
             command.args(["--console", &argument("socket", "hvc"), "--rng", "src=/dev/urandom"]);
@@ -548,6 +552,24 @@ impl Vmm {
                 None => std::thread::sleep(Duration::from_millis(50)),
             }
         }
+    }
+
+    /// Where queue `index` of the virtio device `name` was when its driver began last: its descriptors, the driver's ring
+    /// and the device's. Known where there is a `net` or `vsock`.
+    pub fn rings(&self, name: &str, index: usize) -> [u64; 3] {
+        let log = std::fs::read_to_string(self.at("log")).unwrap();
+        let begin = format!("virtio-{name}: queue {index} has ");
+        let line = log.lines().rev().find(|line| line.contains(&begin));
+        let line = line.unwrap_or_else(|| panic!("{begin:?} is not in {log}"));
+        let words = line.split(|one: char| one.is_whitespace() || one == ',');
+        let numbers = words.filter_map(|word| word.strip_prefix("0x"));
+        let at: Vec<u64> = numbers.map(|hex| u64::from_str_radix(hex, 16).unwrap()).collect();
+        at.try_into().unwrap_or_else(|at| panic!("{at:x?} in {line}"))
+    }
+
+    /// What the VMM and the relay have said so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.at("log")).unwrap()
     }
 
     /// Waits for the VMM's end; its exit status.
