@@ -267,6 +267,39 @@ pub fn a_client_stays_connected_over_reboots() {
     assert!(!place.path("port").exists());
 }
 
+/// Whoever comes to the socket of virtio-vsock while the guest has no driver waits, also over reboots; a VM that was killed
+/// leaves it in nobody's way.
+pub fn the_vsock_socket_stays_over_reboots() {
+    let place = Place::new(&[&WAIT[..], &RESET].concat());
+    let (socket, path) = (place.argument("socket", "v"), place.path("v"));
+    let (vsock, api) = (format!("cid=3,{socket}"), place.argument("path", "api"));
+    let options = ["--serial", "off", "--vsock", &vsock, "--api-socket", &api];
+    let killed = place.start("api", &options);
+    killed.signal(libc::SIGKILL);
+    killed.ended();
+    assert!(path.exists());
+
+    let mut vm = place.start("api", &options);
+    assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let other = ["--serial", "off", "--vsock", &vsock];
+    refused(&place.run(&other).output().unwrap(), 1, &["/v", "listens there already"]);
+    let mut client = UnixStream::connect(&path).unwrap();
+    client.write_all(b"CONNECT 1\n").unwrap();
+    client.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+    for boot in 2..6 {
+        vm.next_boot(boot);
+        let waits = client.read(&mut [0]).unwrap_err();
+        assert_eq!(waits.kind(), std::io::ErrorKind::WouldBlock, "boot {boot}");
+        UnixStream::connect(&path).unwrap();
+    }
+    vm.shut_down();
+    assert!(!path.exists());
+
+    let long = format!("cid=3,{socket}{}", "x".repeat(100));
+    let long = ["--serial", "off", "--vsock", &long];
+    refused(&place.run(&long).output().unwrap(), 1, &["at most 96", "PATH_PORT"]);
+}
+
 /// What a VM that was killed has left behind is in the way of nobody, whatever it was for; what somebody else
 /// has put there is.
 pub fn sockets_that_were_left_behind() {

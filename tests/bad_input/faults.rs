@@ -82,8 +82,9 @@ const REBOOTS_WITHOUT: [(&str, &str); 3] = [
     (MADV_POPULATE_WRITE, "prefault=on: the guest gets memory as it uses it, and a warning"),
 ];
 
-/// Of a VM with them all guest RAM is a file, and none of it anonymous.
-const DEVICES: [&str; 4] = ["--rng", "src=/dev/urandom", "--console", "null"];
+/// With DIR for the run's directory. Of a VM with them all guest RAM is a file, and none of it anonymous.
+const DEVICES: [&str; 6] =
+    ["--rng", "src=/dev/urandom", "--console", "null", "--vsock", "cid=3,socket=DIR/vsock"];
 
 /// In the lab, where a run takes its time: the first call that is made to fail, and the distance to
 /// the next.
@@ -156,7 +157,9 @@ impl Run {
                 .arg(at("kernel"))
                 .args(["--api-socket", &format!("path={}", at("api").display())])
                 .args(["--event-monitor", &format!("path={}", at("events").display())])
-                .args(more)
+                .args(
+                    more.iter().map(|word| word.replace("DIR", &dir.path().display().to_string())),
+                )
                 .stderr(stderr)
                 // It could silence the errors that are looked for.
                 .env_remove("RUST_LOG")

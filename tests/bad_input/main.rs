@@ -165,6 +165,7 @@ fn main() -> ExitCode {
         ends::those_that_have_ended_are_listed needs has_kvm,
         ends::what_a_failed_boot_left_among_temporary_files_stays needs as_root_with_kvm,
         ends::a_client_stays_connected_over_reboots needs has_kvm,
+        ends::the_vsock_socket_stays_over_reboots needs has_kvm,
         ends::sockets_that_were_left_behind needs has_kvm,
         ends::of_ten_that_start_at_once_one_runs needs has_kvm,
         faults::every_call_that_can_fail needs has_kvm_and_preload,

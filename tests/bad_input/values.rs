@@ -38,7 +38,15 @@ pub fn devices_that_cannot_be() {
     let rng = |text: &str| run(&["--kernel", "x", "--rng", text]);
     refused(&rng("/dev/urandom"), 2, &["/dev/urandom", "src=PATH"]);
     refused(&rng("src=/dev/urandom,speed=9"), 2, &["speed=9", "src=PATH"]);
+    let net = |text: &str| run(&["--kernel", "x", "--net", text]);
+    refused(&net("tap0"), 2, &["tap0", "tap=NAME or fd=N"]);
+    refused(&net("tap=a,mac=01:00:00:00:00:01"), 2, &["01:00:00:00:00:01", "even first byte"]);
+    refused(&net("tap=a,vhost=yes"), 2, &["yes", "on or off"]);
     refused(&run(&["--kernel", "x", "--console", "pty"]), 2, &["pty", "null or off"]);
+    let vsock = |text: &str| run(&["--kernel", "x", "--vsock", text]);
+    refused(&vsock("/v"), 2, &["/v", "cid=N and socket=PATH"]);
+    refused(&vsock("cid=3"), 2, &["socket is missing", "socket=PATH"]);
+    refused(&vsock("cid=2,socket=/v"), 2, &["cid is \"2\"", "3 to 4294967294"]);
 }
 
 pub fn sources_of_random_bytes_that_are_none() {
@@ -48,6 +56,9 @@ pub fn sources_of_random_bytes_that_are_none() {
     let path = path.display().to_string();
     let rng = |src: &str| run(&["--kernel", &path, "--memory", "64M", "--rng", src]);
     refused(&rng("src=/nowhere/random"), 1, &["/nowhere/random", "No such file"]);
+    let net = |text: &str| run(&["--kernel", &path, "--memory", "64M", "--net", text]);
+    refused(&net("tap=no-such-tap"), 1, &["no-such-tap", "ip tuntap add dev no-such-tap"]);
+    refused(&net("fd=1"), 1, &["file descriptor 1 ", "is not a tap"]);
     refused(
         &rng(&format!("src={path}")),
         1,

@@ -14,7 +14,7 @@ out=$top/target/lab
 PATH=$PATH:/usr/sbin:/sbin # depmod and modprobe, off an ordinary user's path
 
 # What the lab's root file system, its channels and the tests need; modprobe adds what these need.
-wanted=(virtio_pci virtio_console 9pnet_virtio 9p kvm-amd hwpoison-inject mce-inject)
+wanted=(virtio_pci virtio_console 9pnet_virtio 9p kvm-amd hwpoison-inject mce-inject tun vhost_net)
 
 say() { printf '%s: %s\n' "$me" "$*" >&2; }
 die() { say "error: $*"; exit 1; }

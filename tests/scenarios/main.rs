@@ -4,6 +4,7 @@
 
 mod ao;
 mod ar;
+mod bad_queues;
 mod burst;
 mod delivery;
 mod disk;
@@ -14,6 +15,7 @@ mod kinds;
 mod mce_test;
 mod means;
 mod memory;
+mod net;
 mod not_ours;
 mod offline;
 mod placement;
@@ -22,6 +24,7 @@ mod rescue;
 mod undeliverable;
 mod unprivileged;
 mod virtio;
+mod vsock;
 mod watch;
 mod wrong_page;
 
@@ -63,6 +66,10 @@ fn may_inject_into_the_host() -> Result<(), String> {
     may_poison()?;
     mce_relay_cli::poison::host::host_mce_injector::check_processor()
         .map_err(|error| error.to_string())
+}
+
+fn may_use_vhost() -> Result<(), String> {
+    may_poison().and_then(|()| net::has_vhost())
 }
 
 fn main() -> ExitCode {
@@ -144,6 +151,14 @@ fn main() -> ExitCode {
         virtio::random_bytes_and_a_console needs may_poison,
         virtio::rings_that_go_bad needs may_poison,
         disk::rings_that_go_bad needs may_poison,
+        net::tcp_both_ways needs may_poison,
+        net::tcp_both_ways_by_vhost needs may_use_vhost,
+        vsock::the_agent_and_some_mib needs may_poison,
+        bad_queues::net needs may_poison,
+        bad_queues::net_touched_first_by_the_device needs may_poison,
+        bad_queues::net_by_vhost needs may_use_vhost,
+        bad_queues::vsock needs may_poison,
+        bad_queues::vsock_touched_first_by_the_device needs may_poison,
         watch::a_relay_in_an_event_loop needs may_poison,
         watch::a_cache_loses_one_entry needs may_poison,
         watch::the_guest_of_another_vmm_lives needs may_poison,

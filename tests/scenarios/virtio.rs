@@ -10,30 +10,42 @@ use mce_relay_tests::guest::{Guest, Options};
 use mce_relay_vmm::api::types::device::DriverState;
 
 /// A line of the guest's to the host.
-struct Line {
+pub(crate) struct Line {
     stream: UnixStream,
     /// What came and was not asked for yet.
     text: String,
 }
 
 impl Line {
-    fn at(socket: &Path) -> Self {
+    pub(crate) fn at(socket: &Path) -> Self {
         let stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         Self { stream, text: String::new() }
     }
 
-    fn write(&mut self, text: &str) {
+    pub(crate) fn write(&mut self, text: &str) {
         self.stream.write_all(text.as_bytes()).unwrap();
     }
 
     /// Waits until `wanted` has come, and returns what came up to its end.
-    fn wait_for(&mut self, wanted: &str) -> String {
+    pub(crate) fn wait_for(&mut self, wanted: &str) -> String {
+        self.wait_unless(wanted, || false).unwrap_or_default()
+    }
+
+    /// The same, as long as it has not `ended`.
+    pub(crate) fn wait_unless(
+        &mut self,
+        wanted: &str,
+        mut ended: impl FnMut() -> bool,
+    ) -> Option<String> {
         let end = Instant::now() + PATIENCE;
         loop {
             if let Some(at) = self.text.find(wanted) {
                 let rest = self.text.split_off(at + wanted.len());
-                return std::mem::replace(&mut self.text, rest);
+                return Some(std::mem::replace(&mut self.text, rest));
+            }
+            if ended() {
+                return None;
             }
             assert!(Instant::now() < end, "no {wanted:?} in {:?}", self.text);
             let mut bytes = [0; 4096];
@@ -46,7 +58,7 @@ impl Line {
     }
 
     /// Has the shell on this line run `command`, and returns what it printed.
-    fn run(&mut self, command: &str) -> String {
+    pub(crate) fn run(&mut self, command: &str) -> String {
         // The echo of the command does not have the words that stand for its end.
         self.write(&format!("{command}; echo the\\ end=$?=\n"));
         self.wait_for("the end=0=")

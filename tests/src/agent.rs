@@ -71,6 +71,34 @@ impl Agent {
         Ok(agent)
     }
 
+    /// Has the VMM's vsock socket connect to an agent at the guest's `port`, as soon as there is one.
+    pub fn over_vsock(socket: &Path, port: u32) -> Result<Self, String> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut agent = Self::at(socket, false)?;
+            agent.tell(&format!("CONNECT {port}"));
+            match agent.text(deadline) {
+                Ok(line) if line.starts_with("OK ") => {
+                    agent.up(false)?;
+                    return Ok(agent);
+                }
+                Ok(line) => return Err(format!("{line:?} in place of OK")),
+                // Nobody listens there yet.
+                Err(_) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Waits until the other side has closed the connection.
+    pub fn is_hung_up(&mut self) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        while self.text(deadline).is_ok() {}
+        Instant::now() < deadline
+    }
+
     fn at(socket: &Path, echo: bool) -> Result<Self, String> {
         let start = Instant::now();
         let out = loop {

@@ -76,8 +76,12 @@ pub struct Options {
     /// Give it a virtio console and a source of random bytes, and a shell on its first serial port: sockets `hvc` and
     /// `shell` in the VMM's directory.
     pub virtio: bool,
+    /// `--net`; not given when empty.
+    pub net: &'static str,
     /// Give it a disk, in the file `disk` in the VMM's directory.
     pub disk: Option<DiskImage>,
+    /// Give it virtio sockets, whose host side is the socket `vsock` in the VMM's directory.
+    pub vsock: bool,
     /// Start the guest again when it resets itself (without `--no-reboot`).
     pub reboot: bool,
     /// More words for the guest kernel's command line.
@@ -112,7 +116,9 @@ impl Options {
             merge: false,
             user: None,
             virtio: false,
+            net: "",
             disk: None,
+            vsock: false,
             reboot: false,
             cmdline: "",
             quiet: false,
@@ -289,6 +295,10 @@ impl Vmm {
             .args(["--serial2", &argument("socket", "agent")])
             .args(["--api-socket", &argument("path", "api")])
             .args(["--event-monitor", &argument("path", "events")]);
+        if options.vsock || !options.net.is_empty() {
+            // Where the rings are is for those who want to see them go bad.
+            command.env("RUST_LOG", "info,mce_relay_vmm::machine::devices::virtio::worker=debug");
+        }
         if options.virtio {
             command.args(["--serial", &argument("socket", "shell")]);
             command.args(["--console", &argument("socket", "hvc"), "--rng", "src=/dev/urandom"]);
@@ -304,6 +314,7 @@ impl Vmm {
         }
         for (option, value) in [
             ("--memory", Some(options.memory).filter(|memory| !memory.is_empty())),
+            ("--net", Some(options.net).filter(|net| !net.is_empty())),
             ("--on-undeliverable", options.on_undeliverable),
             ("--ao-pace", options.pace),
             ("--rescue", options.rescue),
@@ -313,6 +324,9 @@ impl Vmm {
         }
         if let Some(cgroup) = &options.cgroup {
             lab::start_in(&mut command, cgroup);
+        }
+        if options.vsock {
+            command.args(["--vsock", &format!("cid=3,{}", argument("socket", "vsock"))]);
         }
         if options.merge {
             lab::start_merging(&mut command);
@@ -560,6 +574,24 @@ impl Vmm {
                 None => std::thread::sleep(Duration::from_millis(50)),
             }
         }
+    }
+
+    /// Where queue `index` of the virtio device `name` was when its driver began last: its descriptors, the driver's ring
+    /// and the device's. Known where there is a `net` or `vsock`.
+    pub fn rings(&self, name: &str, index: usize) -> [u64; 3] {
+        let log = std::fs::read_to_string(self.at("log")).unwrap();
+        let begin = format!("virtio-{name}: queue {index} has ");
+        let line = log.lines().rev().find(|line| line.contains(&begin));
+        let line = line.unwrap_or_else(|| panic!("{begin:?} is not in {log}"));
+        let words = line.split(|one: char| one.is_whitespace() || one == ',');
+        let numbers = words.filter_map(|word| word.strip_prefix("0x"));
+        let at: Vec<u64> = numbers.map(|hex| u64::from_str_radix(hex, 16).unwrap()).collect();
+        at.try_into().unwrap_or_else(|at| panic!("{at:x?} in {line}"))
+    }
+
+    /// What the VMM and the relay have said so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.at("log")).unwrap()
     }
 
     /// Waits for the VMM's end; its exit status.

@@ -1,6 +1,7 @@
 //! What a VM is made of, as plain data, and the checks that need nothing but the data.
 
-use std::path::PathBuf;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
@@ -31,6 +32,28 @@ pub enum ConsoleMode {
     Line(SerialMode),
 }
 
+/// Which tap a network device is on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TapSource {
+    /// The network interface of that name; at most 15 bytes.
+    Name(String),
+    /// A descriptor of a tap that this process was started with.
+    Fd(i32),
+}
+
+/// A network device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetConfig {
+    /// Where its frames go.
+    pub tap: TapSource,
+    /// The guest's address.
+    pub mac: [u8; 6],
+    /// The MTU that the guest is told, in bytes, 68 and more; `None`: that of the interface, where it has a name.
+    pub mtu: Option<u16>,
+    /// Whether the host's kernel moves the frames (vhost-net).
+    pub vhost: bool,
+}
+
 /// The largest number of virtio devices: each has an interrupt of its own.
 pub const MAX_DEVICES: usize = 8;
 
@@ -58,6 +81,9 @@ pub struct DiskConfig {
     pub id: Option<String>,
 }
 
+/// The vsock addresses that a guest may have: 2 is the host's, smaller ones are reserved, and all ones stand for any.
+pub const GUEST_CIDS: RangeInclusive<u32> = 3..=u32::MAX - 1;
+
 /// One virtio device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DeviceConfig {
@@ -70,6 +96,16 @@ pub enum DeviceConfig {
     },
     /// A console; a VM has at most one.
     Console(ConsoleMode),
+    /// A network device.
+    Net(NetConfig),
+    /// Stream sockets between host and guest; a VM has at most one such device.
+    Vsock {
+        /// The guest's address, 3 to 4294967294.
+        cid: u32,
+        /// The unix socket at which the host's programs ask for a port of the guest's. The guest's connections to port P
+        /// of the host go to the socket that is at this path with `_P` behind it.
+        socket: PathBuf,
+    },
 }
 
 /// The vendor of the processor that the guest sees.
@@ -196,14 +232,29 @@ pub enum ConfigError {
     )]
     TwoTerminals,
     /// More devices than there are interrupts for them.
-    #[error("{asked} virtio devices asked for, but a VM has at most {MAX_DEVICES}")]
+    #[error(
+        "{asked} virtio devices asked for, but a VM has at most {MAX_DEVICES}: disks, network devices, console, source \
+         of random bytes and vsock together"
+    )]
     Devices {
         /// What was asked for.
         asked: usize,
     },
+    /// Two network devices on one tap.
+    #[error("several network devices asked for on one tap; each needs one of its own")]
+    Taps,
     /// More than one console.
     #[error("several virtio consoles asked for, but a VM has at most one")]
     Consoles,
+    /// More than one vsock device.
+    #[error("several virtio-vsock devices asked for, but a VM has at most one")]
+    Vsocks,
+    /// An address that no guest has.
+    #[error("the vsock address (cid) is {asked}; expected 3 to 4294967294")]
+    Cid {
+        /// What was asked for.
+        asked: u32,
+    },
 }
 
 impl VmConfig {
@@ -221,11 +272,19 @@ impl VmConfig {
         self.serial.iter().chain(self.console_line())
     }
 
+    /// The guest's address and the host's socket of each vsock device.
+    pub fn vsocks(&self) -> impl Iterator<Item = (u32, &Path)> {
+        self.devices.iter().filter_map(|device| match device {
+            DeviceConfig::Vsock { cid, socket } => Some((*cid, &**socket)),
+            _ => None,
+        })
+    }
+
     /// Checks what can be checked without a host.
     ///
     /// # Errors
-    /// A number of vCPUs outside 1 to [`MAX_CPUS`], more than one line on the terminal, too many devices, or
-    /// several consoles.
+    /// A number of vCPUs outside 1 to [`MAX_CPUS`], more than one line on the terminal, too many devices, several
+    /// consoles or vsock devices, an address that no guest has, or two network devices on one tap.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.cpus == 0 || self.cpus > MAX_CPUS {
             return Err(ConfigError::Cpus { asked: self.cpus, max: MAX_CPUS });
@@ -238,6 +297,22 @@ impl VmConfig {
         }
         if self.devices.iter().filter(|one| matches!(one, DeviceConfig::Console(_))).count() > 1 {
             return Err(ConfigError::Consoles);
+        }
+        let taps = || {
+            self.devices.iter().filter_map(|device| match device {
+                DeviceConfig::Net(net) => Some(&net.tap),
+                _ => None,
+            })
+        };
+        if taps().enumerate().any(|(nth, tap)| taps().take(nth).any(|other| other == tap)) {
+            return Err(ConfigError::Taps);
+        }
+        let cids: Vec<u32> = self.vsocks().map(|(cid, _)| cid).collect();
+        if cids.len() > 1 {
+            return Err(ConfigError::Vsocks);
+        }
+        if let Some(asked) = cids.into_iter().find(|cid| !GUEST_CIDS.contains(cid)) {
+            return Err(ConfigError::Cid { asked });
         }
         Ok(())
     }
@@ -282,6 +357,18 @@ mod tests {
         let bad = VmConfig { devices, ..config() };
         assert_eq!(bad.validate(), Err(ConfigError::Consoles));
     }
+
+    #[test]
+    fn a_tap_for_each_network_device() {
+        let net = |tap: &str| {
+            let tap = TapSource::Name(tap.into());
+            DeviceConfig::Net(NetConfig { tap, mac: [2; 6], mtu: None, vhost: false })
+        };
+        let with = |devices| VmConfig { devices, ..config() }.validate();
+        assert_eq!(with(vec![net("a"), net("b")]), Ok(()));
+        assert_eq!(with(vec![net("a"), net("b"), net("a")]), Err(ConfigError::Taps));
+    }
+
     #[test]
     fn no_more_devices_than_interrupts() {
         let with = |count| {
@@ -290,5 +377,20 @@ mod tests {
         };
         assert_eq!(with(MAX_DEVICES), Ok(()));
         assert_eq!(with(9), Err(ConfigError::Devices { asked: 9 }));
+    }
+
+    #[test]
+    fn one_vsock_device_with_an_address_of_a_guest() {
+        let with = |cids: &[u32]| {
+            let vsock = |cid: &u32| DeviceConfig::Vsock { cid: *cid, socket: "v".into() };
+            let devices = cids.iter().map(vsock).collect();
+            VmConfig { devices, ..config() }.validate()
+        };
+        assert_eq!(with(&[3]), Ok(()));
+        assert_eq!(with(&[u32::MAX - 1]), Ok(()));
+        for asked in [0, 2, u32::MAX] {
+            assert_eq!(with(&[asked]), Err(ConfigError::Cid { asked }));
+        }
+        assert_eq!(with(&[3, 4]), Err(ConfigError::Vsocks));
     }
 }

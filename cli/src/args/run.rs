@@ -1,5 +1,6 @@
 //! `mce-relay run`: what to boot, and how.
 
+use std::hash::{BuildHasher, Hasher};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -7,8 +8,8 @@ use clap::{Args, ValueEnum};
 use mce_relay::{AoChannel, Pace};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
 use mce_relay_vmm::config::{
-    ConsoleMode, CpuVendor, DeviceConfig, DiskConfig, ImageType, MemoryZone, PageSize,
-    RescuePolicy, SerialMode, VmConfig,
+    ConsoleMode, CpuVendor, DeviceConfig, DiskConfig, GUEST_CIDS, ImageType, MemoryZone, NetConfig,
+    PageSize, RescuePolicy, SerialMode, TapSource, VmConfig,
 };
 use mce_relay_vmm::sandbox::seccomp::Mode;
 use mce_relay_vmm::session::config::RunConfig;
@@ -74,6 +75,24 @@ pub struct RunArgs {
     /// Give the guest a virtio source of random bytes, read from this character device or FIFO: src=/dev/urandom.
     #[arg(long, value_name = "src=PATH")]
     pub rng: Option<RngArg>,
+    /// Give the guest a virtio network device on a tap of the host: tap=NAME, and more after commas; given once for
+    /// each.
+    ///
+    /// tap=NAME: the interface, which has to be there and be this user's (`ip tuntap add dev NAME mode tap user
+    /// USER`, `ip link set NAME up`). fd=N instead: a descriptor of a tap that is handed to this process, without
+    /// packet information (IFF_NO_PI). mac=XX:XX:XX:XX:XX:XX: the guest's address; without it one is chosen at
+    /// random, and kept when the guest starts over. mtu=N: the MTU that the guest is told, 68 to 65535; without it
+    /// that of the interface. vhost=on: the host's kernel moves the frames (/dev/vhost-net), not this process.
+    /// id=NAME is only for you. A frame in a bad page is dropped, as by a wire.
+    #[arg(long, value_name = "tap=NAME,...")]
+    pub net: Vec<NetArg>,
+    /// Give the guest virtio sockets: cid=N (its address, from 3) and socket=PATH.
+    ///
+    /// A program of the host's connects to the unix socket PATH (mode 0600), writes a line "CONNECT PORT", reads a line
+    /// "OK PORT" and is connected to the guest's program at that port. A program of the guest's that connects to
+    /// port P of the host (address 2) reaches the unix socket PATH_P, which a program of the host's has made.
+    #[arg(long, value_name = "cid=N,socket=PATH")]
+    pub vsock: Option<VsockArg>,
     /// Call the VM so, and make its API socket where the other commands look for that name: in
     /// $XDG_RUNTIME_DIR/mce-relay, or where that is not set in /run/mce-relay for root and
     /// mce-relay-UID in the directory for temporary files for others. Its events and its last ledger stay
@@ -300,8 +319,14 @@ impl RunArgs {
     /// The virtio devices, in the order of their windows.
     fn devices(&self) -> Vec<DeviceConfig> {
         let rng = self.rng.iter().map(|rng| DeviceConfig::Rng { src: rng.0.clone() });
+        let net = self.net.iter().map(|net| DeviceConfig::Net(net.0.clone()));
         let disks = self.disk.iter().map(|disk| DeviceConfig::Disk(disk.0.clone()));
-        disks.chain(rng).chain(self.console.0.clone().map(DeviceConfig::Console)).collect()
+        let console = self.console.0.clone().map(DeviceConfig::Console);
+        let vsock = self.vsock.iter().map(|VsockArg { cid, socket }| DeviceConfig::Vsock {
+            cid: *cid,
+            socket: socket.clone(),
+        });
+        disks.chain(rng).chain(console).chain(net).chain(vsock).collect()
     }
 
     /// The zones of guest RAM.
@@ -514,6 +539,139 @@ impl FromStr for RngArg {
     }
 }
 
+/// `tap=NAME` or `fd=N`, and more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetArg(pub NetConfig);
+
+impl FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const KEYS: &str = "tap=NAME or fd=N, mac=XX:XX:XX:XX:XX:XX, mtu=N, vhost=on|off, id=NAME";
+        let (mut tap, mut mac, mut mtu, mut vhost) = (None, None, None, false);
+        let mut given: Vec<&str> = Vec::new();
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            if given.contains(&key) {
+                return Err(format!("{key} is given twice"));
+            }
+            match key {
+                "tap" | "fd" if tap.is_some() => {
+                    return Err("tap and fd exclude each other: a device is on one tap".to_owned());
+                }
+                "tap" => tap = Some(TapSource::Name(interface(value)?)),
+                "fd" => tap = Some(TapSource::Fd(descriptor(value)?)),
+                "mac" => mac = Some(unicast(value)?),
+                "mtu" => mtu = Some(parse_mtu(value)?),
+                "vhost" => {
+                    vhost = match value {
+                        "on" => true,
+                        "off" => false,
+                        _ => return Err(format!("vhost is {value:?}; expected on or off")),
+                    }
+                }
+                "id" if !value.is_empty() => {}
+                _ => return Err(format!("{part:?} is not understood; expected {KEYS}")),
+            }
+            given.push(key);
+        }
+        let tap = tap.ok_or_else(|| format!("tap is missing; expected {KEYS}"))?;
+        Ok(Self(NetConfig { tap, mac: mac.unwrap_or_else(any_mac), mtu, vhost }))
+    }
+}
+
+/// A name that a network interface can have (dev_valid_name of the kernel, IFNAMSIZ).
+fn interface(name: &str) -> Result<String, String> {
+    let has_bad = name.contains(|one: char| one.is_whitespace() || "/:%".contains(one));
+    match name {
+        "" | "." | ".." => {
+            Err(format!("tap is {name:?}; expected the name of a network interface"))
+        }
+        _ if name.len() > 15 || has_bad => Err(format!(
+            "tap is {name:?}; expected the name of a network interface: 1 to 15 bytes without spaces, / : and %"
+        )),
+        _ => Ok(name.to_owned()),
+    }
+}
+
+fn descriptor(text: &str) -> Result<i32, String> {
+    let fd = text.parse().ok().filter(|fd| *fd >= 0);
+    fd.ok_or_else(|| format!("fd is {text:?}; expected the number of one file descriptor"))
+}
+
+fn parse_mtu(text: &str) -> Result<u16, String> {
+    let mtu = text.parse().ok().filter(|mtu| *mtu >= 68);
+    mtu.ok_or_else(|| format!("mtu is {text:?}; expected 68 to 65535"))
+}
+
+/// The address of one network card.
+fn unicast(text: &str) -> Result<[u8; 6], String> {
+    let hex = |part: &str| {
+        let is_hex = part.len() == 2 && part.bytes().all(|byte| byte.is_ascii_hexdigit());
+        u8::from_str_radix(part, 16).ok().filter(|_| is_hex)
+    };
+    let bytes: Option<Vec<u8>> = text.split(':').map(hex).collect();
+    match bytes.and_then(|bytes| <[u8; 6]>::try_from(bytes).ok()) {
+        Some(mac) if mac[0] & 1 == 0 && mac != [0; 6] => Ok(mac),
+        Some(_) => Err(format!(
+            "mac is {text:?}, which no network card has; expected an even first byte, and not all zeros"
+        )),
+        None => Err(format!("mac is {text:?}; expected six bytes, as in 02:00:00:00:00:01")),
+    }
+}
+
+/// One that nobody else is likely to have, of those that anybody may use.
+fn any_mac() -> [u8; 6] {
+    // Its keys are random.
+    let random = std::hash::RandomState::new().build_hasher().finish().to_le_bytes();
+    let mut mac = [0; 6];
+    mac.copy_from_slice(&random[..6]);
+    mac[0] = mac[0] & !1 | 2;
+    mac
+}
+
+/// `cid=N,socket=PATH`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VsockArg {
+    /// The guest's address.
+    pub cid: u32,
+    /// The host's socket.
+    pub socket: PathBuf,
+}
+
+impl FromStr for VsockArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        const KEYS: &str = "cid=N and socket=PATH, with a comma between";
+        let (mut cid, mut socket) = (None, None);
+        for part in text.split(',') {
+            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+            let twice = match key {
+                "cid" => cid.replace(guest_cid(value)?).is_some(),
+                "socket" if !value.is_empty() => socket.replace(value.into()).is_some(),
+                // Cloud Hypervisor's name of the device, which has none here.
+                "id" if !value.is_empty() => false,
+                _ => return Err(format!("{part:?} is not understood; expected {KEYS}")),
+            };
+            if twice {
+                return Err(format!("{key} is given twice"));
+            }
+        }
+        let cid = cid.ok_or_else(|| format!("cid is missing; expected {KEYS}"))?;
+        let socket = socket.ok_or_else(|| format!("socket is missing; expected {KEYS}"))?;
+        Ok(Self { cid, socket })
+    }
+}
+
+fn guest_cid(text: &str) -> Result<u32, String> {
+    let cid = text.parse().ok().filter(|cid| GUEST_CIDS.contains(cid));
+    cid.ok_or_else(|| {
+        let (first, last) = (GUEST_CIDS.start(), GUEST_CIDS.end());
+        format!("cid is {text:?}; expected {first} to {last} (2 is the host's)")
+    })
+}
+
 /// `burst=N`, `rate=N`, or both with a comma between.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct AoPace(pub Pace);
@@ -711,6 +869,79 @@ mod tests {
         assert_eq!(devices(&[]), []);
         let rng = DeviceConfig::Rng { src: "/dev/urandom".into() };
         assert_eq!(devices(&["--rng", "src=/dev/urandom"]), [rng]);
+    }
+
+    #[test]
+    fn net_forms() {
+        let parse_net = |text: &str| text.parse::<NetArg>().map(|net| net.0);
+        let tap = TapSource::Name("tap0".into());
+        let net = NetConfig { tap, mac: [2, 0, 0, 0, 0xab, 1], mtu: None, vhost: false };
+        assert_eq!(parse_net("tap=tap0,mac=02:00:00:00:AB:01"), Ok(net.clone()));
+        let more = NetConfig { mtu: Some(9000), vhost: true, ..net.clone() };
+        let text = "id=x,mtu=9000,vhost=on,mac=02:00:00:00:ab:01,tap=tap0";
+        assert_eq!(parse_net(text), Ok(more));
+        let by_fd = NetConfig { tap: TapSource::Fd(5), ..net };
+        assert_eq!(parse_net("fd=5,mac=02:00:00:00:ab:01,vhost=off"), Ok(by_fd));
+        let (one, two) = (parse_net("tap=tap0").unwrap(), parse_net("tap=tap0").unwrap());
+        assert_ne!(one.mac, two.mac, "at random");
+        assert_eq!((one.mac[0] & 3, two.mac[0] & 3), (2, 2), "for one card, and anybody's");
+        for (bad, named) in [
+            ("", "\"\" is not understood"),
+            ("mac=02:00:00:00:00:01", "tap is missing"),
+            ("tap=", "tap is \"\""),
+            ("tap", "tap is \"\""),
+            ("tap0", "\"tap0\" is not understood"),
+            ("tap=0123456789abcdef", "1 to 15 bytes"),
+            ("tap=a/b", "1 to 15 bytes"),
+            ("tap=tap%d", "1 to 15 bytes"),
+            ("tap=a,tap=b", "tap is given twice"),
+            ("tap=a,fd=3", "exclude each other"),
+            ("fd=-1", "fd is \"-1\""),
+            ("fd=[3,4]", "fd is \"[3\""),
+            ("tap=a,mac=02:00:00:00:00", "six bytes"),
+            ("tap=a,mac=2:0:0:0:0:1", "six bytes"),
+            ("tap=a,mac=+2:00:00:00:00:01", "six bytes"),
+            ("tap=a,mac=01:00:00:00:00:01", "even first byte"),
+            ("tap=a,mac=00:00:00:00:00:00", "not all zeros"),
+            ("tap=a,mtu=67", "68 to 65535"),
+            ("tap=a,mtu=65536", "68 to 65535"),
+            ("tap=a,vhost=yes", "vhost is \"yes\"; expected on or off"),
+            ("tap=a,ip=192.0.2.1", "\"ip=192.0.2.1\" is not understood"),
+        ] {
+            let error = parse_net(bad).unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+        let devices = |more: &[&str]| parse(more).unwrap().config().vm.devices;
+        let both = devices(&["--net", "tap=a", "--net", "tap=b,vhost=on"]);
+        let vhosts =
+            both.iter().map(|device| matches!(device, DeviceConfig::Net(net) if net.vhost));
+        assert_eq!(vhosts.collect::<Vec<_>>(), [false, true]);
+    }
+
+    #[test]
+    fn vsock_forms() {
+        let good = VsockArg { cid: 3, socket: "/v=1".into() };
+        assert_eq!("cid=3,socket=/v=1".parse(), Ok(good.clone()));
+        assert_eq!("socket=/v=1,id=_vsock0,cid=3".parse(), Ok(good));
+        for (bad, named) in [
+            ("", "\"\" is not understood; expected cid=N and socket=PATH"),
+            ("cid=3", "socket is missing"),
+            ("socket=/v", "cid is missing"),
+            ("cid=3,socket=", "\"socket=\" is not understood"),
+            ("cid=3,socket", "\"socket\" is not understood"),
+            ("cid=2,socket=/v", "cid is \"2\"; expected 3 to 4294967294"),
+            ("cid=4294967295,socket=/v", "expected 3 to 4294967294"),
+            ("cid=-1,socket=/v", "cid is \"-1\""),
+            ("cid=,socket=/v", "cid is \"\""),
+            ("cid=3,cid=4,socket=/v", "cid is given twice"),
+            ("cid=3,socket=/v,socket=/w", "socket is given twice"),
+            ("cid=3,socket=/v,iommu=on", "\"iommu=on\" is not understood"),
+        ] {
+            let error = bad.parse::<VsockArg>().unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+        let devices = parse(&["--vsock", "cid=3,socket=/v"]).unwrap().config().vm.devices;
+        assert_eq!(devices, [DeviceConfig::Vsock { cid: 3, socket: "/v".into() }]);
     }
 
     #[test]

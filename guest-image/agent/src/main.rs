@@ -334,7 +334,11 @@ impl Agent {
                 Ok(Body::Clock { time: micros as f64 / 1e6 })
             }
             Request::Disk(request) => self.disk(&request),
+            Request::Echo { port } if self.port.is_machine() => {
+                vsock::echo(port).map(|bytes| Body::Echo { bytes })
+            }
             Request::Claim { .. }
+            | Request::Echo { .. }
             | Request::Kexec
             | Request::Online { .. }
             | Request::Reboot

@@ -116,6 +116,7 @@ pub enum Request {
     Meminfo,
     Clock,
     Disk(disk::Request),
+    Echo { port: u32 },
     Kexec,
     Reboot,
     Poweroff,
@@ -124,7 +125,7 @@ pub enum Request {
 
 const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
                      early, cpu, online, free, process, claim, meminfo, clock, disk-write, disk-verify, \
-                     disk-load, kexec, reboot, poweroff or panic";
+                     disk-load, echo, kexec, reboot, poweroff or panic";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -249,6 +250,9 @@ pub fn parse(line: &str) -> Result<Request, String> {
         }
         "meminfo" => Request::Meminfo,
         "clock" => Request::Clock,
+        "echo" => {
+            Request::Echo { port: page(words.next(), "echo PORT, a vsock port of the host's")? }
+        }
         "kexec" => Request::Kexec,
         "reboot" => Request::Reboot,
         "poweroff" => Request::Poweroff,
@@ -545,6 +549,10 @@ pub enum Body {
         hardware_corrupted_kb: u64,
     },
     Disk(disk::Reply),
+    Echo {
+        /// Bytes that came and went back.
+        bytes: u64,
+    },
 }
 
 /// The one line that answers a request.
@@ -652,6 +660,7 @@ mod tests {
             ("claim 7 0x10-0x1f", Request::Claim { frames: vec![7..=7, 16..=31] }),
             ("meminfo", Request::Meminfo),
             ("clock", Request::Clock),
+            ("echo 5000", Request::Echo { port: 5000 }),
             ("kexec", Request::Kexec),
             ("reboot", Request::Reboot),
             ("poweroff", Request::Poweroff),
@@ -684,6 +693,7 @@ mod tests {
             ("touch 0 lick", "\"lick\"", "read|write|kernel-copy"),
             ("touch 0 read here", "\"here\"", "OFFSET"),
             ("check 3", "\"3\"", "except PAGE"),
+            ("echo", "\"nothing\"", "echo PORT"),
             ("check except", "\"nothing\"", "except PAGE"),
             ("check except 1-", "\"\"", "FIRST-LAST"),
             ("check except 7-3", "\"7-3\"", "FIRST-LAST"),

@@ -4,7 +4,7 @@
 //! begins with nothing, its pages go with it, and if a bad page ends its agent the next client finds another.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::process::{Command, Stdio};
@@ -40,20 +40,58 @@ pub fn serve(number: &str, log: bool) -> Result<(), String> {
     }
 }
 
-fn listen(port: u32) -> io::Result<File> {
-    // SAFETY: no pointers; the descriptor is fresh and given to nobody else.
-    let listener = unsafe {
-        let fd = libc::socket(FAMILY.into(), libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
+/// Connects to `port` of the host and sends back what comes from there until it ends; how many bytes that were.
+///
+/// # Errors
+/// Nobody is there, or what the kernel said.
+pub fn echo(port: u32) -> Result<u64, String> {
+    let named = |e: io::Error| format!("port {port} of the host: {e}");
+    let mut host = dial(port).map_err(named)?;
+    let mut buffer = vec![0; 64 << 10];
+    let mut bytes = 0;
+    loop {
+        match host.read(&mut buffer) {
+            Ok(0) => return Ok(bytes),
+            Ok(count) => {
+                host.write_all(&buffer[..count]).map_err(named)?;
+                bytes += count as u64;
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(named(e)),
         }
-        File::from_raw_fd(fd)
-    };
+    }
+}
+
+fn dial(port: u32) -> io::Result<File> {
+    let (socket, address) = (socket()?, address(libc::VMADDR_CID_HOST, port));
+    // SAFETY: the address is a local of that size, and the descriptor is open.
+    match unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), ADDRESS_BYTES) } {
+        0 => Ok(socket),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn socket() -> io::Result<File> {
+    // SAFETY: no pointers; the descriptor is fresh and given to nobody else.
+    unsafe {
+        match libc::socket(FAMILY.into(), libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) {
+            fd if fd < 0 => Err(io::Error::last_os_error()),
+            fd => Ok(File::from_raw_fd(fd)),
+        }
+    }
+}
+
+fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
     // SAFETY: all-zero is a valid sockaddr_vm.
     let mut address: libc::sockaddr_vm = unsafe { mem::zeroed() };
     address.svm_family = FAMILY;
-    address.svm_cid = libc::VMADDR_CID_ANY;
+    address.svm_cid = cid;
     address.svm_port = port;
+    address
+}
+
+fn listen(port: u32) -> io::Result<File> {
+    let (listener, address) = (socket()?, address(libc::VMADDR_CID_ANY, port));
     // SAFETY: the address is a local of that size, and the descriptor is open.
     let failed = unsafe {
         libc::bind(listener.as_raw_fd(), (&raw const address).cast(), ADDRESS_BYTES) < 0

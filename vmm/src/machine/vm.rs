@@ -24,6 +24,7 @@ use crate::machine::devices::serial::port::SerialPort;
 use crate::machine::devices::virtio::build::build;
 use crate::machine::devices::virtio::bus::MmioBus;
 use crate::machine::devices::virtio::registers::Registers;
+use crate::machine::devices::virtio::vsock::host::VsockLine;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::lifecycle::reasons::ExitReason;
 use crate::machine::memory::block::RamBlock;
@@ -47,6 +48,8 @@ pub struct Vm {
     devices: Vec<Arc<Registers>>,
     /// The same for the console's line, which its device's thread may not close.
     _console: Option<Arc<SerialLine>>,
+    /// The same for vsock's socket.
+    _vsock: Option<Arc<VsockLine>>,
     fd: Arc<VmFd>,
     ram: Arc<GuestRam>,
     control: VmControl,
@@ -107,7 +110,7 @@ impl Vm {
             *port = line.as_ref().map(|line| Arc::new(SerialPort::on(line, &control, irq)));
         }
         let bus = Arc::new(PortBus::new(ports));
-        let devices = build(&config.devices, &lines, &control)?;
+        let devices = build(&config.devices, &lines, &control, ram.devices())?;
         let mmio = MmioBus::new(devices, &fd, ram.devices(), &control, &hooks.filters())?;
         let devices = mmio.registers().collect();
         let mmio = Arc::new(mmio);
@@ -146,6 +149,7 @@ impl Vm {
             _mmio: mmio,
             devices,
             _console: lines.console,
+            _vsock: lines.vsock,
             fd,
             ram,
             control,

@@ -18,7 +18,7 @@ use crate::config::{RescuePolicy, VmConfig};
 use crate::events::monitor::Monitor;
 use crate::machine::acpi::Table;
 use crate::machine::devices::power_button::PowerButton;
-use crate::machine::devices::serial::SerialLines;
+use crate::machine::devices::serial::HostSides;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::lifecycle::reasons::{Change, ExitReason};
 use crate::machine::memory::block::PAGE_SIZE;
@@ -83,7 +83,7 @@ pub(crate) fn way_on_from_panic(socket: Option<&Path>) -> String {
 }
 
 /// Opens the serial lines of a configuration.
-pub(crate) type OpenLines<'a> = dyn FnMut(&VmConfig) -> Result<SerialLines, HookError> + 'a;
+pub(crate) type OpenLines<'a> = dyn FnMut(&VmConfig) -> Result<HostSides, HookError> + 'a;
 
 /// What building a VM with a relay needs.
 pub(crate) struct RelayHooks<'a> {
@@ -168,7 +168,7 @@ impl VmHooks for RelayHooks<'_> {
         Ok(self.config.ghes.map(error_source::table).transpose()?.into_iter().collect())
     }
 
-    fn serial_lines(&mut self, config: &VmConfig) -> Result<SerialLines, HookError> {
+    fn serial_lines(&mut self, config: &VmConfig) -> Result<HostSides, HookError> {
         (self.lines)(config)
     }
 

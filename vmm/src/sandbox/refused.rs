@@ -65,6 +65,8 @@ extern "C" fn on_sigsys(_: c_int, info: *mut siginfo_t, _: *mut c_void) {
         Some(Role::VirtioBlk) => b"the thread of virtio-blk",
         Some(Role::VirtioRng) => b"the thread of virtio-rng",
         Some(Role::VirtioConsole) => b"the thread of virtio-console",
+        Some(Role::VirtioNet | Role::VirtioVhostNet) => b"the thread of virtio-net",
+        Some(Role::VirtioVsock) => b"the thread of virtio-vsock",
         Some(Role::Events) => b"the events' thread",
         Some(Role::Main) | None => b"the main thread",
     });

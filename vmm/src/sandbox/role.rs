@@ -21,10 +21,16 @@ pub enum Role {
     VirtioBlk,
     /// The virtio console.
     VirtioConsole,
+    /// A virtio network device, in this process.
+    VirtioNet,
+    /// The same, in the host's kernel.
+    VirtioVhostNet,
+    /// The virtio stream sockets.
+    VirtioVsock,
 }
 
 impl Role {
-    pub(super) const ALL: [Self; 9] = [
+    pub(super) const ALL: [Self; 12] = [
         Self::Main,
         Self::Vcpu,
         Self::Relay,
@@ -34,5 +40,8 @@ impl Role {
         Self::VirtioRng,
         Self::VirtioBlk,
         Self::VirtioConsole,
+        Self::VirtioNet,
+        Self::VirtioVhostNet,
+        Self::VirtioVsock,
     ];
 }

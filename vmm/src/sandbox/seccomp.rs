@@ -45,7 +45,11 @@ fn calls(role: Role) -> Vec<Call> {
         Role::Serial => &[THREAD, END, KICK, HAND_ON, SERIAL_OWN],
         Role::Events => &[THREAD, END, HAND_ON, EVENTS_OWN],
         Role::VirtioBlk => &[THREAD, END, HAND_ON, GUARD, VIRTIO, BLK_OWN],
-        Role::VirtioRng | Role::VirtioConsole => &[THREAD, END, HAND_ON, GUARD, VIRTIO],
+        Role::VirtioVhostNet => &[THREAD, END, HAND_ON, GUARD, VIRTIO, VHOST],
+        Role::VirtioRng | Role::VirtioConsole | Role::VirtioNet => {
+            &[THREAD, END, HAND_ON, GUARD, VIRTIO]
+        }
+        Role::VirtioVsock => &[THREAD, END, HAND_ON, GUARD, VIRTIO, VSOCK_OWN],
     };
     lists.concat()
 }
@@ -308,8 +312,26 @@ const EVENTS_OWN: &[Call] = &[
 /// Any virtio device; its interrupts are eventfds that are written to, as is what a vCPU waits for.
 const VIRTIO: &[Call] = &[
     Call::new(libc::SYS_poll, "poll", "kicks, orders, and what the device waits for"),
-    Call::new(libc::SYS_read, "read", "an eventfd; random bytes"),
+    Call::new(libc::SYS_read, "read", "an eventfd; random bytes; a frame"),
     Call::new(libc::SYS_close, "close", "the end of the device"),
+];
+
+// include/uapi/linux/vhost.h
+const VHOST_VIRTIO: u32 = 0xaf;
+
+/// A device that vhost runs, which it has opened before. Types with the sizes of vhost_memory, vhost_vring_state and
+/// vhost_vring_file (1 word), and of vhost_vring_addr (5).
+const VHOST: &[Call] = &[
+    ioctl(_IOW::<u64>(VHOST_VIRTIO, 0x00), "VHOST_SET_FEATURES: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x03), "VHOST_SET_MEM_TABLE: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x10), "VHOST_SET_VRING_NUM: a driver begins"),
+    ioctl(_IOW::<Words<5>>(VHOST_VIRTIO, 0x11), "VHOST_SET_VRING_ADDR: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x12), "VHOST_SET_VRING_BASE: the VM goes on"),
+    ioctl(_IOWR::<Words<1>>(VHOST_VIRTIO, 0x12), "VHOST_GET_VRING_BASE: the VM is paused"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x20), "VHOST_SET_VRING_KICK: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x21), "VHOST_SET_VRING_CALL: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x22), "VHOST_SET_VRING_ERR: a driver begins"),
+    ioctl(_IOW::<Words<1>>(VHOST_VIRTIO, 0x30), "VHOST_NET_SET_BACKEND: begin and end"),
 ];
 
 const BLK_OWN: &[Call] = &[
@@ -330,6 +352,20 @@ const BLK_OWN: &[Call] = &[
         "how long a turn has taken, without a vDSO",
     )
     .given(0, libc::CLOCK_MONOTONIC as i64),
+];
+
+/// Only unix sockets are made, so connect reaches nothing but these.
+const VSOCK_OWN: &[Call] = &[
+    Call::new(libc::SYS_accept4, "accept4", "a program of the host's comes"),
+    ioctl(0x5421, "FIONBIO: the same"),
+    Call::new(libc::SYS_socket, "socket", "a program of the guest's wants one of the host's")
+        .given(0, libc::AF_UNIX as i64)
+        .given(1, (libc::SOCK_STREAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC) as i64),
+    Call::new(libc::SYS_connect, "connect", "the same"),
+    Call::new(libc::SYS_recvfrom, "recvfrom", "data for the guest"),
+    Call::new(libc::SYS_sendto, "sendto", "data of the guest"),
+    Call::new(libc::SYS_shutdown, "shutdown", "one direction ends"),
+    Call::new(libc::SYS_timerfd_settime, "timerfd_settime", "what is due next"),
 ];
 
 /// Calls with any arguments, by their `SYS_…`.
@@ -371,6 +407,7 @@ const MAIN_OWN: &[Call] = &any![
     SYS_epoll_create1,
     SYS_socket,
     SYS_socketpair,
+    SYS_timerfd_create,
     SYS_bind,
     SYS_listen,
     SYS_getsockname,

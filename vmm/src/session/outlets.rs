@@ -5,7 +5,7 @@ use log::warn;
 use crate::api::current::Current;
 use crate::config::VmConfig;
 use crate::events::monitor::Monitor;
-use crate::machine::devices::serial::{self, SerialLines};
+use crate::machine::devices::serial::{self, HostSides};
 use crate::machine::devices::virtio::blk::open_disks;
 use crate::machine::vcpu::hooks::HookError;
 use crate::outlets::files::Appended;
@@ -38,7 +38,7 @@ impl Session<'_> {
 /// The outputs of this process: opened when the first VM is almost built, and then kept.
 #[derive(Default)]
 pub(crate) struct Outlets {
-    pub(super) lines: Option<SerialLines>,
+    pub(super) lines: Option<HostSides>,
     /// The event monitor's file, if it had to be opened before.
     pub(super) monitor_file: Option<Appended>,
     pub(super) boot: u32,
@@ -50,7 +50,7 @@ impl Outlets {
         &mut self,
         config: &VmConfig,
         session: &Session<'_>,
-    ) -> Result<SerialLines, HookError> {
+    ) -> Result<HostSides, HookError> {
         let lines = match &self.lines {
             Some(lines) => lines.clone(),
             None => {

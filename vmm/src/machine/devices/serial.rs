@@ -19,6 +19,7 @@ use crate::machine::devices::serial::error::SerialError;
 use crate::machine::devices::serial::link::Link;
 use crate::machine::devices::serial::mover::Mover;
 use crate::machine::devices::virtio::blk::SharedDisk;
+use crate::machine::devices::virtio::vsock::host::VsockLine;
 use crate::outlets::sockets::BoundPath;
 use crate::sandbox::role;
 use crate::sandbox::seccomp::Filters;
@@ -146,19 +147,21 @@ impl Drop for SerialLine {
     }
 }
 
-/// The lines of a VM.
+/// What the devices of a VM have on the host, which lives as long as the process and is handed to each boot.
 #[derive(Clone, Debug, Default)]
-pub struct SerialLines {
+pub struct HostSides {
     /// Of both serial ports, COM1 first.
     pub ports: [Option<Arc<SerialLine>>; 2],
     /// Of the virtio console.
     pub console: Option<Arc<SerialLine>>,
     /// The disks, in the order of the devices that have them.
     pub disks: Vec<SharedDisk>,
+    /// The socket of virtio-vsock.
+    pub vsock: Option<Arc<VsockLine>>,
 }
 
-impl SerialLines {
-    /// Those that there are.
+impl HostSides {
+    /// Those of the serial ports and of the console.
     pub fn iter(&self) -> impl Iterator<Item = &SerialLine> {
         self.ports.iter().chain([&self.console]).flatten().map(AsRef::as_ref)
     }
@@ -168,13 +171,16 @@ impl SerialLines {
 ///
 /// # Errors
 /// See [`SerialError`].
-pub fn open_lines(config: &VmConfig, filters: &Filters) -> Result<SerialLines, SerialError> {
-    let mut lines = SerialLines::default();
+pub fn open_lines(config: &VmConfig, filters: &Filters) -> Result<HostSides, SerialError> {
+    let mut lines = HostSides::default();
     for ((number, mode), line) in (0..).zip(&config.serial).zip(&mut lines.ports) {
         *line = SerialLine::open(number, mode, filters)?.map(Arc::new);
     }
     if let Some(mode) = config.console_line() {
         lines.console = SerialLine::open_console(mode, filters)?.map(Arc::new);
+    }
+    if let Some((_, path)) = config.vsocks().next() {
+        lines.vsock = Some(Arc::new(VsockLine::open(path)?));
     }
     Ok(lines)
 }

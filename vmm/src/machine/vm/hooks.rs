@@ -7,7 +7,7 @@ use kvm_ioctls::{Kvm, VmFd};
 use crate::config::VmConfig;
 use crate::machine::acpi::Table;
 use crate::machine::cpu::cpuid::Vendor;
-use crate::machine::devices::serial::{self, SerialLines};
+use crate::machine::devices::serial::{self, HostSides};
 use crate::machine::lifecycle::VmControl;
 use crate::machine::memory::guest_ram::GuestRam;
 use crate::machine::vcpu::hooks::{HookError, NoHook, Ready, VcpuSetup};
@@ -58,7 +58,7 @@ pub trait VmHooks {
     ///
     /// # Errors
     /// They cannot be opened.
-    fn serial_lines(&mut self, config: &VmConfig) -> Result<SerialLines, HookError> {
+    fn serial_lines(&mut self, config: &VmConfig) -> Result<HostSides, HookError> {
         Ok(serial::open_lines(config, &self.filters())?)
     }
 

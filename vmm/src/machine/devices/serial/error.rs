@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::machine::devices::virtio::vsock::host::HostError;
 use crate::outlets::sockets::BindError;
 
 /// Why a serial port cannot be opened.
@@ -37,6 +38,9 @@ pub enum SerialError {
         #[source]
         source: BindError,
     },
+    /// The socket of virtio-vsock could not be made.
+    #[error(transparent)]
+    Vsock(#[from] HostError),
     /// The thread could not be started.
     #[error("cannot start the thread of a serial port")]
     Thread(#[source] io::Error),

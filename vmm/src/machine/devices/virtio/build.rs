@@ -5,10 +5,13 @@ use thiserror::Error;
 use super::blk::Blk;
 use super::console::Console;
 use super::device::Device;
+use super::net::{Net, Tap, TapError, VhostError, VhostNet};
 use super::rng::{Rng, RngError};
+use super::vsock::Vsock;
 use crate::config::DeviceConfig;
-use crate::machine::devices::serial::SerialLines;
+use crate::machine::devices::serial::HostSides;
 use crate::machine::lifecycle::VmControl;
+use crate::machine::memory::DeviceMemory;
 
 /// Why a device cannot be made.
 #[derive(Debug, Error)]
@@ -22,27 +25,52 @@ pub enum BuildError {
     /// The console.
     #[error("virtio-console: out of file descriptors")]
     Console(#[source] std::io::Error),
+    /// A network device's tap.
+    #[error("virtio-net")]
+    Tap(#[from] TapError),
+    /// A network device in the host's kernel.
+    #[error("virtio-net")]
+    Vhost(#[from] VhostError),
+    /// The sockets' device.
+    #[error("virtio-vsock: out of file descriptors")]
+    Vsock(#[source] std::io::Error),
+    /// The same.
+    #[error("virtio-vsock: its socket was not opened")]
+    NoVsockLine,
 }
 
-/// Makes the devices, for one boot of the VM of `control`; the console is on its line of `lines`.
+/// Makes the devices, for one boot of the VM of `control` with this memory; disks, console and vsock have theirs of
+/// `host`.
 ///
 /// # Errors
 /// See [`BuildError`].
 pub fn build(
     devices: &[DeviceConfig],
-    lines: &SerialLines,
+    host: &HostSides,
     control: &VmControl,
+    memory: &DeviceMemory,
 ) -> Result<Vec<Box<dyn Device>>, BuildError> {
     let mut built: Vec<Box<dyn Device>> = Vec::new();
-    let mut disks = lines.disks.iter();
+    let mut disks = host.disks.iter();
     for device in devices {
         built.push(match device {
             DeviceConfig::Disk(_) => Box::new(Blk::new(disks.next().ok_or(BuildError::NoDisk)?)),
             DeviceConfig::Rng { src } => Box::new(Rng::open(src)?),
+            DeviceConfig::Net(net) => {
+                let tap = Tap::open(&net.tap)?;
+                match net.vhost {
+                    true => Box::new(VhostNet::open(tap, net, memory)?),
+                    false => Box::new(Net::new(tap, net)),
+                }
+            }
             // Without a line it is the null console.
             DeviceConfig::Console(_) => {
-                let line = lines.console.as_ref();
+                let line = host.console.as_ref();
                 Box::new(Console::new(line, control).map_err(BuildError::Console)?)
+            }
+            DeviceConfig::Vsock { cid, .. } => {
+                let line = host.vsock.clone().ok_or(BuildError::NoVsockLine)?;
+                Box::new(Vsock::new(*cid, line).map_err(BuildError::Vsock)?)
             }
         });
     }

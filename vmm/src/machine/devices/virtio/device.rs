@@ -19,6 +19,9 @@ pub enum DeviceError {
     /// A queue.
     #[error(transparent)]
     Queue(#[from] QueueError),
+    /// A request, of which too little is known to fail it alone.
+    #[error("{0}")]
+    Request(&'static str),
     /// The host's side.
     #[error("cannot {what}")]
     Host {

@@ -77,12 +77,14 @@ pub mod config_space;
 pub mod console;
 pub mod device;
 pub mod interrupt;
+pub mod net;
 mod panics;
 pub mod queue;
 mod queue_registers;
 pub mod registers;
 pub mod rng;
 pub mod transport;
+pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]

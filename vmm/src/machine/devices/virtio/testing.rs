@@ -6,6 +6,8 @@ use std::os::fd::FromRawFd;
 use std::time::{Duration, Instant};
 
 use mce_relay::guard::GuardedRegion;
+use mce_relay::internals::uffd::Uffd;
+use mce_relay::signal::{Signals, set_up};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -18,7 +20,7 @@ use virtio_bindings::virtio_mmio::{
     VIRTIO_MMIO_QUEUE_USED_HIGH, VIRTIO_MMIO_QUEUE_USED_LOW, VIRTIO_MMIO_STATUS,
 };
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
-use vm_memory::{Bytes, FileOffset, GuestAddress, MmapRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, MmapRegion};
 
 use super::bus::Window;
 use super::device::Device;
@@ -58,6 +60,24 @@ pub(crate) fn memory(ranges: &[(u64, u64)]) -> DeviceMemory {
     DeviceMemory::from_regions(ranges.iter().map(region).collect()).unwrap()
 }
 
+/// The page at guest-physical `at` is lost, to the guest and to devices. False, after a word, where that cannot be done.
+pub(crate) fn lose(memory: &DeviceMemory, at: u64) -> bool {
+    set_up(Signals::Install).unwrap();
+    let marker = match Uffd::open() {
+        Ok(marker) => marker,
+        Err(error) => {
+            println!("SKIPPED: needs UFFDIO_POISON (Linux 6.6): {error}");
+            return false;
+        }
+    };
+    let devices = memory.get_slice(GuestAddress(at), 1).unwrap().ptr_guard().as_ptr();
+    let guests = memory.get_host_address(GuestAddress(at)).unwrap();
+    for hva in [devices, guests.cast_const()] {
+        marker.poison(hva.expose_provenance() as u64, 4096).unwrap();
+    }
+    true
+}
+
 /// Waits for a condition.
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(20);
@@ -65,6 +85,14 @@ pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(Instant::now() < end, "{what} did not happen");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// A VMM has one arena for all threads. Where there are more, as in tests, glibc opens a file before it gives memory of
+/// theirs back, which the filters of devices' threads do not have.
+fn keep_what_is_freed() {
+    // SAFETY: it changes a setting of the allocator only.
+    #[cfg(target_env = "gnu")]
+    let _ = unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 30) };
 }
 
 /// A driver and its device.
@@ -80,7 +108,13 @@ pub(crate) struct Driver {
 impl Driver {
     /// A device that was not touched yet, with its thread under its filter.
     pub(crate) fn new(device: Box<dyn Device>) -> Self {
-        let (memory, control) = (ram(), VmControl::new(0).unwrap());
+        Self::with_memory(device, ram())
+    }
+
+    /// The same, for a device that knows its guest's memory already.
+    pub(crate) fn with_memory(device: Box<dyn Device>, memory: DeviceMemory) -> Self {
+        keep_what_is_freed();
+        let control = VmControl::new(0).unwrap();
         let filters = Filters::new(Mode::On).unwrap();
         let window = Window::new(device, 0, &memory, &control, &filters).unwrap();
         Self { window, memory, control, added: [0; 8] }

@@ -10,6 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{Active, Device, DeviceError, Turn, Wait};
@@ -204,7 +205,19 @@ impl Runner {
     }
 
     fn begin_with(&mut self, activation: Activation) {
-        self.active = Some(activation.into_active(self.memory.clone(), &self.kicks));
+        let active = activation.into_active(self.memory.clone(), &self.kicks);
+        for (index, queue) in active.queues.iter().enumerate() {
+            let Some(queue) = queue.as_ref().map(|queue| queue.queue()) else { continue };
+            log::debug!(
+                "virtio-{}: queue {index} has {} descriptors at {:#x}, its driver's ring at {:#x}, the device's at {:#x}",
+                self.device.name(),
+                queue.size(),
+                queue.desc_table(),
+                queue.avail_ring(),
+                queue.used_ring()
+            );
+        }
+        self.active = Some(active);
         // The driver may have kicked before.
         self.pending.fill(true);
         self.guarded(|device, active| device.activate(active));
