@@ -6,7 +6,7 @@ SAY = @printf '\n==== %s\n' >&2
 
 help:
 	@echo 'make run            boot a guest in the lab, poison a page of it, watch the relay'
-	@echo '                    VENDOR=intel|amd; NATIVE=1 uses this host, and says what that does'
+	@echo '                    VENDOR=intel|amd; GUEST=debian boots Debian; NATIVE=1 uses this host, and says what that does'
 	@echo 'make test           all three tiers of tests'
 	@echo 'make lab            a shell in the lab;  make lab CMD="…"  runs a command there'
 	@echo 'make soak           hours: large bursts, random poison and touches (SOAK_MINUTES, 10; SOAK_SEED), then'
@@ -56,12 +56,20 @@ ifeq ($(filter intel amd,$(or $(VENDOR),intel)),)
 $(error VENDOR=$(VENDOR) is not a vendor; expected intel or amd)
 endif
 endif
+ifneq ($(filter run,$(MAKECMDGOALS)),)
+ifeq ($(filter small debian,$(or $(GUEST),small)),)
+$(error GUEST=$(GUEST) is not a guest; expected small or debian)
+endif
+endif
+ifeq ($(GUEST),debian)
+run: guest-image-debian
+endif
 ifeq ($(NATIVE),1)
 run: build guest-image
-	MCE_RELAY_NATIVE=1 MCE_RELAY_VENDOR=$(or $(VENDOR),intel) target/release/show
+	MCE_RELAY_NATIVE=1 MCE_RELAY_VENDOR=$(or $(VENDOR),intel) MCE_RELAY_GUEST=$(or $(GUEST),small) target/release/show
 else
 run: build guest-image lab-image
-	MCE_RELAY_VENDOR=$(or $(VENDOR),intel) tests/lab/run.sh target/release/hold target/release/show
+	MCE_RELAY_VENDOR=$(or $(VENDOR),intel) MCE_RELAY_GUEST=$(or $(GUEST),small) tests/lab/run.sh target/release/hold target/release/show
 endif
 
 # What reads dumps and images of disks; not having it fails nothing.

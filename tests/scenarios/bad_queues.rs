@@ -306,14 +306,9 @@ fn buffers_for_packets(setup: &Setup, agent: &mut Agent, listener: &UnixListener
         }
     };
     assert!(!bad.is_empty());
-    let is_seen = |gpa: &u64| {
-        setup
-            .guest
-            .events()
-            .iter()
-            .any(|event| event["event"] == "seen" && hex(&event["properties"]["gpa"]) == *gpa)
-    };
-    assert!(bad.iter().any(is_seen), "one of them was touched, and is in the ledger");
+    // The guest may panic of one before the device comes to the others.
+    let is_one = |event: &Value| bad.contains(&hex(&event["gpa"]));
+    setup.guest.event_where("seen", "one of the buffers", is_one);
     println!(
         "    {} pages of buffers to fill: {got} bytes as they were sent, then {end}",
         bad.len()

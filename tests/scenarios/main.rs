@@ -6,6 +6,7 @@ mod ao;
 mod ar;
 mod bad_queues;
 mod burst;
+mod debian;
 mod delivery;
 mod disk;
 mod firmware;
@@ -68,6 +69,10 @@ fn may_inject_into_the_host() -> Result<(), String> {
         .map_err(|error| error.to_string())
 }
 
+fn may_boot_debian() -> Result<(), String> {
+    may_poison().and_then(|()| mce_relay_tests::guest::has_debian())
+}
+
 fn may_use_vhost() -> Result<(), String> {
     may_poison().and_then(|()| net::has_vhost())
 }
@@ -127,6 +132,7 @@ fn main() -> ExitCode {
         offline::the_boot_processor_of_an_intel_guest needs may_poison,
         offline::left_behind_by_an_intel_guests_crash needs may_crash,
         offline::left_behind_by_an_amd_guests_crash needs may_crash_and_soak,
+        debian::rasdaemon_records_it needs may_boot_debian,
         disk::raw_amd needs may_poison,
         disk::qcow2_intel needs may_poison,
         disk::touched_first_by_the_device needs may_poison,

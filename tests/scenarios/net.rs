@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use mce_relay_tests::agent::PATIENCE;
 use mce_relay_tests::guest::{Guest, Options};
+use mce_relay_tests::network;
 
 use crate::virtio::Line;
 
@@ -36,29 +37,9 @@ pub fn has_vhost() -> Result<(), String> {
     }
 }
 
-/// Runs `body` on a thread with a network of its own, in which there is nothing but the tap `t0`. What is started there
-/// has that network, too.
+/// In a network where there is nothing but the tap `t0`.
 pub(crate) fn in_a_network(body: fn()) {
-    let run = move || {
-        // SAFETY: without pointers.
-        let done = unsafe { libc::unshare(libc::CLONE_NEWNET) };
-        assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
-        busybox("tunctl -t t0");
-        busybox("ip link set lo up");
-        busybox(&format!("ip addr add {HOST}/24 dev t0"));
-        busybox("ip link set t0 up");
-        // No frames but those of the test.
-        std::fs::write("/proc/sys/net/ipv6/conf/t0/disable_ipv6", "1").unwrap();
-        body();
-    };
-    if let Err(panic) = std::thread::spawn(run).join() {
-        std::panic::resume_unwind(panic);
-    }
-}
-
-fn busybox(words: &str) {
-    let out = Command::new("busybox").args(words.split(' ')).output().unwrap();
-    assert!(out.status.success(), "{words}: {}", String::from_utf8_lossy(&out.stderr));
+    network::with_a_tap(&format!("{HOST}/24"), body);
 }
 
 /// Transfers before and after the guest resets itself.

@@ -39,6 +39,9 @@ const IMAGE: &str = "guest-image";
 /// The same with the newest kernel; tests/soak.sh has it built.
 pub const NEWEST: &str = "guest-image-newest";
 
+/// Where guest-image/debian.sh puts the Debian guest.
+pub const DEBIAN: &str = "guest-image/debian";
+
 /// The [`Options::initramfs`] of a guest that has a crash kernel.
 pub const WITH_CRASH_KERNEL: &str = "initramfs-crash.cpio";
 
@@ -168,6 +171,8 @@ pub enum DiskImage {
     Raw,
     /// A qcow2 image.
     Qcow2,
+    /// The Debian guest's own, a copy of it.
+    Debian,
 }
 
 /// Length of such a disk, in bytes.
@@ -179,7 +184,7 @@ pub type DiskReader = Box<dyn Fn(&mut [u8], u64)>;
 impl DiskImage {
     fn words(self) -> &'static str {
         match self {
-            Self::Raw => "image_type=raw",
+            Self::Raw | Self::Debian => "image_type=raw",
             Self::Qcow2 => "image_type=qcow2",
         }
     }
@@ -187,6 +192,13 @@ impl DiskImage {
     fn create(self, path: &Path) {
         match self {
             Self::Raw => std::fs::File::create(path).unwrap().set_len(DISK_LEN).unwrap(),
+            Self::Debian => {
+                let image = below_target(DEBIAN).join("disk.img");
+                // Half of it is holes, and where it goes is memory.
+                let copy = Command::new("cp").arg("--sparse=always").arg(image).arg(path).output();
+                let copy = copy.unwrap();
+                assert!(copy.status.success(), "{}", String::from_utf8_lossy(&copy.stderr));
+            }
             Self::Qcow2 => {
                 let options = StorageCreateOptions::new().filename(path);
                 let file = imago::file::File::create_open(options).unwrap();
@@ -198,7 +210,7 @@ impl DiskImage {
     /// Reads such an image that nobody writes to any more.
     pub fn reader(self, file: std::fs::File) -> DiskReader {
         match self {
-            Self::Raw => Box::new(move |to, at| file.read_exact_at(to, at).unwrap()),
+            Self::Raw | Self::Debian => Box::new(move |to, at| file.read_exact_at(to, at).unwrap()),
             Self::Qcow2 => {
                 let file = imago::file::File::try_from(file).unwrap();
                 let image = Qcow2::<imago::file::File>::builder(file);
@@ -234,6 +246,14 @@ pub fn has_newest() -> Result<(), String> {
     match below_target(NEWEST).join("initramfs.cpio").is_file() {
         true => Ok(()),
         false => Err(format!("there is no target/{NEWEST}; make soak builds it")),
+    }
+}
+
+/// Whether the Debian guest is there.
+pub fn has_debian() -> Result<(), String> {
+    match below_target(DEBIAN).join("disk.img").is_file() {
+        true => Ok(()),
+        false => Err(format!("there is no target/{DEBIAN}; make guest-image-debian builds it")),
     }
 }
 

@@ -10,6 +10,7 @@ pub struct Embedding;
 
 pub mod agent;
 pub mod burst;
+pub mod debian;
 pub mod documents;
 pub mod guest;
 pub mod history;
@@ -17,7 +18,9 @@ pub mod hooked;
 pub mod judges;
 pub mod lab;
 pub mod left;
+pub mod line;
 pub mod memory;
+pub mod network;
 pub mod pty;
 pub mod qemu;
 pub mod ready;
