@@ -171,7 +171,7 @@ fn buffers_for_frames(setup: &Setup, shell: &mut Line) -> bool {
         let offered = setup.offered("net", RECEIVE);
         // Not those that the device may have in its hands. Of the 32 KiB that Linux cuts buffers from the first page has
         // no end of a buffer that begins elsewhere: such a buffer may be filled, and the driver writes to its end.
-        let begins = |page: &u64| page % 0x8000 == 0;
+        let begins = |page: &u64| page.is_multiple_of(0x8000);
         bad = setup.lose(offered.into_iter().skip(16).filter(begins).take(4));
     };
     let has_arrived = net::to_the_guest_with(shell, lose, || setup.has_ended());
