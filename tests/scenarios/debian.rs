@@ -4,6 +4,21 @@ use mce_relay_tests::debian::{Debian, HOST};
 use mce_relay_tests::guest::Options;
 use mce_relay_tests::network;
 
+/// The same for an AMD guest, of a page that is told firmware-first: Linux makes a machine check's record of that.
+pub fn rasdaemon_records_a_firmware_first_record() {
+    network::with_a_tap(HOST, || {
+        let mut debian = Debian::boot(Options::amd(2).ghes());
+        let pages = debian.over_vsock.alloc("anon", 8);
+        debian.guest.poison(pages[3].gpa, "hwpoison-inject");
+        debian.over_vsock.sigbus_ao(pages[3]);
+        debian.guest.event("acknowledged", pages[3]);
+        println!("    AO: {}", debian.recorded(pages[3]));
+        debian.over_vsock.others_intact(&pages, &[pages[3]]);
+        println!("    {}", debian.services());
+        debian.shut_down();
+    });
+}
+
 /// A page of a program goes bad that nobody touches, and one that is touched: the guest's kernel tells its program,
 /// rasdaemon records the machine check, and all goes on.
 pub fn rasdaemon_records_it() {

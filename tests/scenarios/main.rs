@@ -133,6 +133,7 @@ fn main() -> ExitCode {
         offline::left_behind_by_an_intel_guests_crash needs may_crash,
         offline::left_behind_by_an_amd_guests_crash needs may_crash_and_soak,
         debian::rasdaemon_records_it needs may_boot_debian,
+        debian::rasdaemon_records_a_firmware_first_record needs may_boot_debian,
         disk::raw_amd needs may_poison,
         disk::qcow2_intel needs may_poison,
         disk::touched_first_by_the_device needs may_poison,

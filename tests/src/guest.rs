@@ -151,9 +151,9 @@ impl Options {
         Self { quiet: true, ..self }
     }
 
-    /// MCE_RELAY_GUEST_IMAGE has every scenario boot another guest.
+    /// MCE_RELAY_GUEST_IMAGE has every scenario boot another guest, but for those about Debian.
     fn file(&self, name: &str) -> PathBuf {
-        let other = std::env::var("MCE_RELAY_GUEST_IMAGE");
+        let other = std::env::var("MCE_RELAY_GUEST_IMAGE").ok().filter(|_| self.image != DEBIAN);
         below_target(other.as_deref().unwrap_or(self.image)).join(name)
     }
 

@@ -163,7 +163,7 @@ fn debian(options: Options) -> ExitCode {
         debian.recorded(bad);
         print!("{}", indented(&debian.run("ras-mc-ctl --errors")));
         println!("== The guest's kernel (dmesg):");
-        print!("{}", indented(&debian.run("dmesg | grep -iE 'mce|hardware error|memory failure'")));
+        print!("{}", indented(&debian.run("dmesg | grep -E 'Hardware Error|Memory failure'")));
         println!("== The journal of rasdaemon (journalctl -u rasdaemon):");
         print!(
             "{}",
