@@ -6,13 +6,14 @@
 #   api        deliveries while clients ask, on this machine's KVM
 #   slowed     the component built without optimisation, which has to show
 #   boot touch burst              whole guests in the lab, beside QEMU
+#   disks      a Debian guest's reads in the lab, beside devices without the guard and QEMU's
 # What was measured before and is not now stays in the report.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=target/bench raw=target/bench/raw
 mkdir -p $raw
 bin=target/release
-all='counted criterion slowed delivery exits scan ledger api boot touch burst'
+all='counted criterion slowed delivery exits scan ledger api boot touch burst disks'
 figures=${FIGURES:-$all}
 for figure in $figures; do
     case " $all " in
@@ -84,5 +85,13 @@ if [ ${#beside[@]} != 0 ]; then
         LAB_TIMEOUT=${LAB_TIMEOUT:-1800} tests/lab/run.sh $bin/hold $bin/peer "$qemu" amd 512
         cp target/lab/out/peer.json $raw/
     fi
+fi
+if has disks; then
+    say 'what a Debian guest reads from its disk'
+    guest-image/debian.sh
+    RUSTFLAGS='--cfg mce_relay_unguarded' cargo build --release --locked --quiet --target-dir target/unguarded --bin mce-relay
+    qemu=$(tests/peer/qemu.sh)
+    LAB_TIMEOUT=${LAB_TIMEOUT:-1800} tests/lab/run.sh $bin/hold $bin/disks "$qemu" target/unguarded/release/mce-relay
+    cp target/lab/out/disks.json $raw/
 fi
 $bin/report $out

@@ -14,6 +14,7 @@ minutes=${SOAK_MINUTES:-10} rounds=${SOAK_ROUNDS:-10}
 export MCE_RELAY_SOAK=1 MCE_RELAY_SOAK_MINUTES=$minutes
 [ -z "$SOAK_SEED" ] || export MCE_RELAY_SOAK_SEED=$SOAK_SEED
 
+guest-image/debian.sh || exit 1
 KERNEL=newest GUEST_IMAGE_DIR=$PWD/target/guest-image-newest guest-image/build.sh || exit 1
 
 executable() { # test target

@@ -1,22 +1,24 @@
 //! A guest's disk while the memory goes bad that its requests are in: the VMM lives, a request with a bad page fails and is
 //! said to have failed, and no byte is wrong, neither in what the guest reads nor in what is on the disk afterwards.
 
-use std::fs::File;
 use std::time::{Duration, Instant};
 
-use mce_relay_tests::agent::{PATIENCE, hex};
+use fastrand::Rng;
+use mce_relay_tests::agent::PATIENCE;
+use mce_relay_tests::disk_load::{BLOCK, LEN, Plan, SEED, lose_buffers};
 use mce_relay_tests::guest::{DiskImage, Guest, Options};
 use mce_relay_tests::lab;
 use mce_relay_vmm::api::types::device::{DeviceInfo, DriverState};
 use mce_relay_vmm::api::types::vm::VmInfo;
 use serde_json::Value;
 
-/// How much of the disk is written, in bytes.
-const LEN: u64 = 8 << 20;
-const BLOCK: usize = 4096;
-const SEED: u64 = 20;
 /// How many of the buffers of the guest's program go bad.
 const BUFFERS: usize = 12;
+
+fn loses_buffers(options: &Options) {
+    let plan = Plan { seconds: 15, buffers: BUFFERS, pause: (200, Rng::with_seed(SEED)) };
+    lose_buffers(options, plan);
+}
 
 /// Raw, AMD.
 pub fn raw_amd() {
@@ -106,101 +108,4 @@ fn rings(guest: &Guest) -> String {
     let avail = [0, 2, 4 + 2 * size].map(|at| word(queue.avail + at));
     let used = [0, 2, 4 + 8 * size].map(|at| word(queue.used + at));
     format!("{device:?}; flags, idx, event: avail {avail:?}, used {used:?}")
-}
-
-fn loses_buffers(options: &Options) {
-    let mut guest = Guest::boot(options);
-    let request = format!("disk-load /dev/vda {LEN} {SEED} 15");
-    guest.agent.tell(&request);
-    let mut bad = Vec::new();
-    let mut at_work = Vec::new();
-    while bad.len() < BUFFERS {
-        let is_new = |event: &Value| event["event"] == "disk-load";
-        let event = guest.agent.event(is_new).unwrap_or_else(|error| panic!("{error}"));
-        // The one that has been lost last is another one now.
-        let buffers = [&event["write"]["gpa"], &event["read"]["gpa"]].map(hex);
-        let fresh: Vec<u64> = buffers.into_iter().filter(|gpa| !at_work.contains(gpa)).collect();
-        at_work.extend(&fresh);
-        // One of the two at a time, and each in turn.
-        let Some(gpa) =
-            buffers.into_iter().cycle().skip(bad.len() % 2).find(|gpa| !bad.contains(gpa))
-        else {
-            break;
-        };
-        std::thread::sleep(Duration::from_millis(100));
-        guest.poison_in_use(gpa);
-        bad.push(gpa);
-    }
-    let sum = guest.agent.reply(&request, Instant::now() + PATIENCE).unwrap();
-    println!("    {} buffers went bad: {sum}", bad.len());
-    assert_eq!(sum["ok"], true, "{sum}");
-    assert_eq!(
-        (&sum["wrong"], &sum["differences"]),
-        (&0.into(), &Value::Array(Vec::new())),
-        "{sum}"
-    );
-    assert_eq!(sum["written_though_failed"], 0, "{sum}");
-    assert!(sum["buffers_lost"].as_u64() >= Some(BUFFERS as u64 / 2), "{sum}");
-    assert!(
-        sum["writes"]["ok"].as_u64() > Some(100) && sum["reads"]["ok"].as_u64() > Some(100),
-        "{sum}"
-    );
-
-    // The ledger has what was poisoned, and nothing else.
-    let known = |guest: &Guest| {
-        let status = guest.status();
-        status["pages"].as_array().unwrap().iter().map(|page| hex(&page["gpa"])).collect::<Vec<_>>()
-    };
-    let start = Instant::now();
-    bad.sort_unstable();
-    while known(&guest) != bad {
-        assert!(start.elapsed() < PATIENCE, "{:x?} {bad:x?}", known(&guest));
-        std::thread::sleep(Duration::from_millis(50));
-    }
-
-    // It is read when the VMM has gone, and with it its name.
-    let path = guest.path("disk");
-    let image = File::options().read(true).write(true).open(path).unwrap();
-    guest.power_off();
-    is_what_the_guest_was_told(&options.disk.unwrap().reader(image), &sum["generations"]);
-}
-
-/// Whether the image has each block as the guest was told last that it was written.
-fn is_what_the_guest_was_told(read: &dyn Fn(&mut [u8], u64), generations: &Value) {
-    let generations = generations.as_array().expect("a generation for each block");
-    assert_eq!(generations.len() as u64, LEN / BLOCK as u64);
-    let mut count = 0;
-    for (number, generation) in (0..).zip(generations) {
-        let Some(generation) = generation.as_u64() else { continue };
-        let offset = number * BLOCK as u64;
-        let mut block = [0; BLOCK];
-        read(&mut block, offset);
-        assert!(
-            block == expected(offset, generation),
-            "block {number} is not generation {generation}"
-        );
-        count += 1;
-    }
-    println!("    {count} blocks of the image are what the guest was told");
-    assert!(count > 50);
-}
-
-/// What the agent writes to a block (guest-image/agent/src/disk/mod.rs).
-fn expected(offset: u64, generation: u64) -> [u8; BLOCK] {
-    let key = mix(mix(mix(SEED) ^ offset) ^ generation);
-    let mut block = [0; BLOCK];
-    let header = [u64::from_le_bytes(*b"mcerelay"), SEED, offset, generation];
-    for (number, word) in (0..).zip(block.chunks_exact_mut(8)) {
-        let value = header.get(number).copied().unwrap_or_else(|| mix(key ^ number as u64));
-        word.copy_from_slice(&value.to_le_bytes());
-    }
-    block
-}
-
-/// splitmix64.
-fn mix(word: u64) -> u64 {
-    let word = word.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    word ^ word >> 31
 }

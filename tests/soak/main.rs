@@ -3,17 +3,22 @@
 
 mod burst;
 mod channels;
+mod disk;
 mod memory;
 mod soak;
 
 use std::process::ExitCode;
 
-use mce_relay_tests::guest::has_newest;
+use mce_relay_tests::guest::{has_debian, has_newest};
 use mce_relay_tests::lab::may_poison;
 use mce_relay_tests::suite;
 
 fn with_newest_kernel() -> Result<(), String> {
     may_poison().and_then(|()| has_newest())
+}
+
+fn with_debian() -> Result<(), String> {
+    may_poison().and_then(|()| has_debian())
 }
 
 fn main() -> ExitCode {
@@ -29,6 +34,8 @@ fn main() -> ExitCode {
         channels::machine_checks_amd needs may_poison,
         channels::machine_checks_intel needs may_poison,
         channels::machine_checks_newest_kernel needs with_newest_kernel,
+        disk::buffers needs may_poison,
+        disk::fio_in_debian needs with_debian,
         memory::shared needs may_poison,
         memory::prefaulted needs may_poison,
         memory::private_file needs may_poison,

@@ -232,7 +232,8 @@ pub fn binary() -> PathBuf {
     near.take(3).find(|path| path.is_file()).expect("target/release/mce-relay; run `make build`")
 }
 
-fn below_target(dir: &str) -> PathBuf {
+/// The directory `dir` of what was built.
+pub fn below_target(dir: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target").join(dir)
 }
 

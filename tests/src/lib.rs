@@ -11,6 +11,7 @@ pub struct Embedding;
 pub mod agent;
 pub mod burst;
 pub mod debian;
+pub mod disk_load;
 pub mod documents;
 pub mod guest;
 pub mod history;

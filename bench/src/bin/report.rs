@@ -53,7 +53,7 @@ fn report(dir: &Path) -> Result<(), Box<dyn Error>> {
     let mut figures = counted(&raw);
     figures.extend(criterion(&raw));
     figures.extend(slowed(&raw));
-    for file in ["here.json", "under_load.json", "beside.json"] {
+    for file in ["here.json", "under_load.json", "beside.json", "disks.json"] {
         if let Ok(text) = fs::read_to_string(raw.join(file)) {
             figures.extend(serde_json::from_str::<Vec<Figure>>(&text)?);
         }

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+#[cfg(not(mce_relay_unguarded))]
 use mce_relay::guard::GuardedRegion;
 use mce_relay::internals::access as read;
 use mce_relay::internals::scan::Scanner;
@@ -81,9 +82,13 @@ impl GuestRam {
                 region.ok_or(MemoryError::Layout { gpa })
             };
             regions.push(region()?);
+            #[cfg(not(mce_relay_unguarded))]
             let map_error =
                 |source| MemoryError::Map { bytes: len, page: opened.page_size, source };
+            #[cfg(not(mce_relay_unguarded))]
             guarded.push(GuardedRegion::over(region()?).map_err(map_error)?);
+            #[cfg(mce_relay_unguarded)]
+            guarded.push(region()?);
             blocks.push(block);
             backings.push(backing);
         }
