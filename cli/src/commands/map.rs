@@ -21,6 +21,8 @@ const PAGE_SIZE: u64 = 4096;
 const WIDTH: u64 = 64;
 /// Approximate number of rows of all blocks together.
 const ROWS: u64 = 32;
+/// Columns of an address and what is behind it.
+const ADDRESS: usize = 16;
 
 /// What a cell shows: the worst state in it; from harmless to worst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -210,11 +212,16 @@ impl Map {
         Self { bytes_per_cell, blocks, pages }
     }
 
-    /// Draws it.
+    /// Draws it for a screen of so many `columns`.
     ///
     /// # Errors
     /// Those of `out`.
-    pub fn write(&self, out: &mut dyn Write, colour: bool) -> io::Result<()> {
+    pub fn write(&self, out: &mut dyn Write, colour: bool, columns: usize) -> io::Result<()> {
+        // Half as many beside each address, or a quarter, where a terminal would break the line.
+        let mut width = usize::try_from(WIDTH).unwrap_or(1);
+        while width > 8 && ADDRESS + width > columns {
+            width /= 2;
+        }
         let show = |mark: Mark| match colour {
             true => mark.style().apply_to(mark.char()).to_string(),
             false => mark.char().to_string(),
@@ -225,8 +232,7 @@ impl Map {
             if first.gpa > end {
                 writeln!(out, "{:>14}  no RAM for {} KiB", "", (first.gpa - end) >> 10)?;
             }
-            // WIDTH is small.
-            for row in block.chunks(usize::try_from(WIDTH).unwrap_or(1)) {
+            for row in block.chunks(width) {
                 let cells: String = row.iter().map(|cell| show(cell.mark)).collect();
                 writeln!(out, "{:>#14x}  {cells}", row[0].gpa)?;
             }
@@ -251,8 +257,9 @@ impl Map {
 
 /// Prints a map of guest RAM.
 pub fn print_map(map: &Map, json: bool) -> ExitCode {
-    let colour = screen::stdout().colour;
-    output(|out| if json { write_json(out, map) } else { map.write(out, colour) })
+    let screen = screen::stdout();
+    let columns = if screen.terminal { usize::from(screen::columns()) } else { usize::MAX };
+    output(|out| if json { write_json(out, map) } else { map.write(out, screen.colour, columns) })
 }
 
 #[cfg(test)]
@@ -304,7 +311,7 @@ mod tests {
         assert_eq!((cell.mark, cell.bad), (Mark::Forged, 0), "whole");
 
         let mut text = Vec::new();
-        map.write(&mut text, false).unwrap();
+        map.write(&mut text, false, 80).unwrap();
         let text = String::from_utf8(text).unwrap();
         assert!(
             text.starts_with("           0x0  w#....") && text.contains("no RAM for"),
@@ -314,7 +321,7 @@ mod tests {
         assert!(text.contains("f  FORGED and whole: 1 page"), "{text}");
         assert!(!text.contains('\u{1b}'));
         let mut text = Vec::new();
-        map.write(&mut text, true).unwrap();
+        map.write(&mut text, true, 80).unwrap();
         assert!(text.contains(&0x1b));
     }
 
@@ -325,7 +332,7 @@ mod tests {
             let all = [Extent { gpa: 0, len: 3 << 30 }, Extent { gpa: 4 << 30, len: gib << 30 }];
             let map = Map::new(&vm, &all, std::iter::empty());
             let mut text = Vec::new();
-            map.write(&mut text, false).unwrap();
+            map.write(&mut text, false, 80).unwrap();
             let lines = text.split(|byte| *byte == b'\n').count();
             assert!(lines < 50, "{gib} GiB: {lines} lines");
             assert!(map.blocks.iter().flatten().all(|cell| cell.mark == Mark::Whole));

@@ -2,7 +2,7 @@
 //!
 //! On a terminal that is too narrow text wraps between words, never within one, as an address or a name in two parts
 //! can neither be read nor copied. Where even that does not fit, neighbouring columns are folded into one, with one
-//! value below the other.
+//! value below the other; on a screen that has no room for one column in its frame there is no frame.
 
 use std::fmt::{self};
 
@@ -119,6 +119,9 @@ impl Sheet {
         while room(&hard_widths(&rows)) > columns && fold(&mut rows) {
             style = full;
         }
+        if room(&hard_widths(&rows)) > columns {
+            return unframed(rows, screen.colour, columns);
+        }
         let widths = share(&full_widths(&rows), &hard_widths(&rows), columns);
         let mut table = table(rows, style, screen.colour);
         table.set_content_arrangement(ContentArrangement::Dynamic);
@@ -129,6 +132,25 @@ impl Sheet {
         }));
         thin(table.lines().collect())
     }
+}
+
+/// The rows, of one column, one below the other with an empty line between: a frame would be broken by the terminal.
+fn unframed(rows: Vec<Vec<Cell>>, colour: bool, columns: usize) -> Vec<String> {
+    // A word that is wider than the screen stays whole.
+    let width = hard_widths(&rows).into_iter().max().unwrap_or_default().max(columns);
+    let mut lines = Vec::new();
+    for row in rows {
+        let mut row = table(vec![row], presets::NOTHING, colour);
+        row.set_content_arrangement(ContentArrangement::Dynamic);
+        row.set_width(u16::try_from(width).unwrap_or(u16::MAX));
+        row.column_iter_mut().for_each(|column| {
+            column.set_padding((0, 0));
+        });
+        lines.extend(row.lines().map(|line| line.trim_end().to_owned()));
+        lines.push(String::new());
+    }
+    lines.pop();
+    lines
 }
 
 /// Removes the rules between rows of one line each, which need none.
@@ -278,6 +300,26 @@ mod tests {
             assert!(widest <= Some(usize::from(columns)), "{columns}:\n{}", lines.join("\n"));
         }
         assert_eq!(status(400, PLAIN).len(), 6, "one line each");
+    }
+
+    #[test]
+    fn a_word_as_wide_as_the_screen_has_no_frame() {
+        let word = "events/ras/memory_failure_event_of_this_host";
+        for screen in [PLAIN, Screen { colour: true, ..PLAIN }] {
+            let mut sheet = Sheet::new(&["", "what"], screen, 45);
+            sheet.add_row([Cell::new("missing").fg(Color::Red), Cell::new(word)]);
+            sheet.add_row([
+                Cell::new("ok"),
+                Cell::new("debugfs, as root: mount -t debugfs none /sys/kernel/debug"),
+            ]);
+            let lines = sheet.into_lines();
+            let text = lines.join("\n");
+            assert!(lines.iter().all(|line| measure_text_width(line) <= 45), "{text}");
+            assert!(
+                text.contains(word) && text.contains("debugfs") && !text.contains('│'),
+                "{text}"
+            );
+        }
     }
 
     #[test]
