@@ -73,6 +73,19 @@ impl<B: Bitmap + vm_memory::bitmap::NewBitmap> GuardedRegion<B> {
     /// # Errors
     /// The process has too many regions (512), or the second mapping cannot be had.
     pub fn over(inner: GuestRegionMmap<B>) -> io::Result<Self> {
+        Self::guard(inner, true)
+    }
+
+    /// Guards `inner` without a view, for a guest without devices: of a page that it has mapped twice the kernel sends a
+    /// process two signals, and what a rescue puts in the place of a huge page has to be memory that can be mapped twice.
+    ///
+    /// # Errors
+    /// The process has too many regions (512).
+    pub fn without_view(inner: GuestRegionMmap<B>) -> io::Result<Self> {
+        Self::guard(inner, false)
+    }
+
+    fn guard(inner: GuestRegionMmap<B>, with_view: bool) -> io::Result<Self> {
         let start = inner.as_ptr().expose_provenance() as u64;
         let hvas = start..start + GuestMemoryRegion::len(&inner);
         let shared = inner.flags() & libc::MAP_SHARED != 0;
@@ -81,7 +94,7 @@ impl<B: Bitmap + vm_memory::bitmap::NewBitmap> GuardedRegion<B> {
                 let shift = page_shift(of.file());
                 // Of a device (/dev/zero, say) two mappings need not be the same memory.
                 let is_file = of.file().metadata()?.is_file();
-                match shared && is_file && inner.prot() & libc::PROT_WRITE != 0 {
+                match with_view && shared && is_file && inner.prot() & libc::PROT_WRITE != 0 {
                     true => {
                         let fd = of.file().as_raw_fd();
                         areas::register_with_view(&hvas, shift, fd, of.start())?

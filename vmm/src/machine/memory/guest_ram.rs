@@ -86,7 +86,13 @@ impl GuestRam {
             let map_error =
                 |source| MemoryError::Map { bytes: len, page: opened.page_size, source };
             #[cfg(not(mce_relay_unguarded))]
-            guarded.push(GuardedRegion::over(region()?).map_err(map_error)?);
+            guarded.push(
+                match zone.viewed {
+                    true => GuardedRegion::over(region()?),
+                    false => GuardedRegion::without_view(region()?),
+                }
+                .map_err(map_error)?,
+            );
             #[cfg(mce_relay_unguarded)]
             guarded.push(region()?);
             blocks.push(block);

@@ -156,7 +156,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("v");
         let line = VsockLine::open(&path).unwrap();
-        let _listener = UnixListener::bind(dir.path().join("v_7")).unwrap();
+        let listener = UnixListener::bind(dir.path().join("v_7")).unwrap();
+        // Else as many wait as the host lets, which may be more than this process may open.
+        // SAFETY: the listener's own descriptor.
+        assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 8) }, 0);
         let mut made = Vec::new();
         let error = loop {
             match line.dial(7) {
