@@ -510,3 +510,59 @@ fn a_rescue_refuses_good_pages_no_moment() {
     println!("the one before: {caller:?}");
     assert_eq!(ring, Ok(109), "a good page was refused at once");
 }
+
+/// The calling thread's calls of mmap(2) for a scratch page wait for whoever has what is returned.
+fn hold_scratch_of_this_thread() -> OwnedFd {
+    const SCRATCH: i32 =
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+    let mut filter = [
+        op(0x20, 0, 0, 0),
+        op(0x15, 0, 3, libc::SYS_mmap as u32),
+        op(0x20, 0, 0, 16 + 3 * 8),
+        op(0x15, 0, 1, SCRATCH as u32),
+        op(0x06, 0, 0, 0x7fc0_0000),
+        op(0x06, 0, 0, 0x7fff_0000),
+    ];
+    let program = libc::sock_fprog { len: 6, filter: filter.as_mut_ptr() };
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let fd = libc::syscall(libc::SYS_seccomp, 1, 1 << 3, &raw const program);
+        assert!(fd >= 0, "{}", io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd as i32)
+    }
+}
+
+/// A handler has marked a huge page, and is held up for 50 ms before it says so to the relay (mmap(2) waits for a lock that a
+/// rescue has, say). Whoever waits has called the relay by then, which found nothing; nobody calls it again within the half
+/// second, and a good page is refused, though all is known after 50 ms.
+#[test]
+fn what_a_slow_handler_says_late_is_looked_at_while_somebody_waits() {
+    let _alone = alone();
+    let memory = shared(512);
+    let _relay = relay(&memory);
+    let view = devices(&memory, 5);
+    let (tx, rx) = channel();
+    let (done, end): (Sender<()>, Receiver<()>) = channel();
+    let slow = std::thread::spawn(move || {
+        tx.send(hold_scratch_of_this_thread()).unwrap();
+        assert_eq!(signal(view, 21), Handled::Handled);
+        // Its own work goes on for a while before it asks whether its attempt was clean.
+        let _ = end.recv();
+    });
+    let held = rx.recv().unwrap();
+    let id = next(&held).unwrap();
+    let ring = std::thread::spawn({
+        let memory = memory.clone();
+        move || {
+            let since = Instant::now();
+            (memory.read_obj::<u64>(at(9)).map_err(|error| error.to_string()), since.elapsed())
+        }
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    go_on(&held, id);
+    let (ring, took) = ring.join().unwrap();
+    drop(done);
+    slow.join().unwrap();
+    assert_eq!(ring, Ok(109), "a good page was refused after {took:?}");
+}
