@@ -261,10 +261,12 @@ fn the_relays_own_thread_does_not_wait_for_itself() {
     let (memory, other) = huge();
     let took = Arc::new(Mutex::new(None));
     let (of, guests) = (Arc::clone(&took), memory.clone());
+    let view = devices(&memory, 5);
     let release = Box::new(move || {
+        // A device's thread meets it, too, at the latest now.
+        std::thread::spawn(move || signal(view, 21)).join().unwrap();
         *of.lock().unwrap() = Some(request(&guests, 20..24).0);
     });
-    let view = devices(&memory, 5);
     let relay = rescuer(&memory, other, release, || Ok(()));
     assert_eq!(signal(view, 21), Handled::Handled);
     let _ = memory.read_obj::<u64>(at(5));
