@@ -13,6 +13,8 @@ use crate::config::SerialMode;
 use crate::machine::devices::virtio::testing::{Driver, RAM, SIZE, eventually};
 use crate::sandbox::seccomp::Filters;
 
+mod hostile;
+
 fn line(mode: &SerialMode) -> Arc<SerialLine> {
     Arc::new(SerialLine::open_console(mode, &Filters::default()).unwrap().unwrap())
 }

@@ -297,3 +297,6 @@ impl fmt::Debug for VhostNet {
         f.debug_struct("VhostNet").field("tap", &self.tap).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod hostile;

@@ -336,6 +336,12 @@ impl Connection {
         !self.outgoing.is_empty()
     }
 
+    /// Bytes of memory that it keeps for data.
+    #[cfg(test)]
+    pub(super) fn kept(&self) -> usize {
+        self.outgoing.capacity()
+    }
+
     /// What it has to tell the guest next, with at most `most` bytes of data, which are put into `data`. Data has been taken
     /// from the socket then; the rest changes only by [`Self::said`].
     pub fn next(&mut self, most: usize, data: &mut [u8; MOST_DATA]) -> Option<Say> {

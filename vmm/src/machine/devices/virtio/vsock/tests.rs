@@ -21,6 +21,7 @@ mod bad_pages;
 mod ends;
 mod flow;
 mod hostile;
+mod hostile2;
 mod limits;
 mod meeting;
 

@@ -12,6 +12,8 @@ use crate::machine::devices::virtio::testing::{Driver, SIZE, eventually};
 use crate::machine::lifecycle::reasons::{ExitReason, Parked};
 use crate::sandbox::role::Role;
 
+mod hostile;
+
 /// What a test sees of its device, and what the device is to do.
 #[derive(Debug, Default)]
 struct Told {
