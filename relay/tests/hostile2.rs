@@ -264,7 +264,7 @@ fn the_relays_own_thread_does_not_wait_for_itself() {
     let view = devices(&memory, 5);
     let release = Box::new(move || {
         // A device's thread meets it, too, at the latest now.
-        std::thread::spawn(move || signal(view, 21)).join().unwrap();
+        let _ = std::thread::spawn(move || signal(view, 21)).join().unwrap();
         *of.lock().unwrap() = Some(request(&guests, 20..24).0);
     });
     let relay = rescuer(&memory, other, release, || Ok(()));

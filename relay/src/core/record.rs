@@ -109,7 +109,8 @@ impl Shared {
         let marked = ram.hvas().flat_map(|hvas| guard::marked(&hvas));
         let pages = marked.flat_map(|run| run.step_by(1 << PAGE_SHIFT)).collect::<BTreeSet<u64>>();
         for hva in pages {
-            if !ram.gpas(hva).any(|gpa| inner.ledger.contains(gpa)) {
+            // A look at one page finds out about all of its huge page.
+            if guard::is_bad(hva, 1) && !ram.gpas(hva).any(|gpa| inner.ledger.contains(gpa)) {
                 let kind = FailureKind::ActionRequired;
                 let caught = Caught { kind, hva, lsb: PAGE_SHIFT };
                 self.enter(inner, caught, SignalledThread::Other);

@@ -12,10 +12,11 @@ pub(crate) fn relays() -> MutexGuard<'static, Vec<Weak<Shared>>> {
     RELAYS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Has all relays of this process look at what was signalled.
-pub(crate) fn wake_all() {
+/// Has all relays of this process look at what was signalled; whether one of them does so on another thread than this.
+pub(crate) fn wake_all() -> bool {
     let all = relays().iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
     all.iter().for_each(|relay| relay.wake());
+    all.iter().any(|relay| relay.is_working() && !relay.is_worker())
 }
 
 /// The relays of this process but `own`.

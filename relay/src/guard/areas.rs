@@ -170,12 +170,7 @@ impl Area {
         let end = number(offset.saturating_add(len).div_ceil(PAGE_SIZE) << PAGE_SHIFT);
         let pages = number(offset)..end;
         doubt::wait_while(|| self.is_in_doubt(pages.clone()));
-        // Whoever waited in vain does not wait again.
-        let left = self.bits().map_or_else(Vec::new, |bits| bits.runs(pages));
-        for run in &left {
-            self.known().map(|known| known.set(run.clone()));
-        }
-        !left.is_empty()
+        self.bits().is_some_and(|bits| bits.any(pages))
     }
 
     fn unmark(&self, pages: Pages) {
@@ -193,6 +188,24 @@ impl Area {
         let from = hvas.start.max(start);
         let to = hvas.end.min(start.saturating_add(len));
         (from < to).then(|| number(from - start)..number((to - start).next_multiple_of(PAGE_SIZE)))
+    }
+
+    /// The pages of the view within `range`.
+    fn pages_of_view(&self, range: &Range<u64>) -> Option<Pages> {
+        let (view, start) = (self.view.load(Ordering::Relaxed), self.hva.load(Ordering::Relaxed));
+        if view == 0 {
+            return None;
+        }
+        let as_guests = |at: u64| at.saturating_sub(view).saturating_add(start);
+        let len = self.len.load(Ordering::Relaxed);
+        (range.start < view.saturating_add(len) && range.end > view)
+            .then(|| self.pages_of(&(as_guests(range.start)..as_guests(range.end))))
+            .flatten()
+    }
+
+    /// The pages that are at `range`, in the guest's mapping or in the view.
+    fn pages_at(&self, range: &Range<u64>) -> [Option<Pages>; 2] {
+        [self.pages_of(range), self.pages_of_view(range)]
     }
 
     /// Does `work`, which makes pages good, while no handler marks one or puts a scratch page in place: such a page would
@@ -481,12 +494,15 @@ pub(crate) fn replaced(hvas: &Range<u64>, bad: &[Range<u64>]) {
             if let Some(elsewhere) = area.elsewhere() {
                 elsewhere.set(pages.clone());
             }
-            // What is bad is never unmarked: in the view it would be a page of zeros.
-            area.mark_known(pages.clone());
-            if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages) {
+            // What is bad is never unmarked: in the view it would be a page of zeros. What is good is waited for.
+            area.mark(pages.clone());
+            bad.iter().filter_map(|bad| area.pages_of(bad)).for_each(|bad| area.mark_known(bad));
+            if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages.clone()) {
                 for good in gaps(hvas, bad) {
                     area.pages_of(&good).into_iter().for_each(|pages| area.unmark(pages));
                 }
+            } else {
+                area.mark_known(pages);
             }
         });
     }
@@ -541,7 +557,8 @@ pub fn is_bad(hva: u64, len: u64) -> bool {
 fn is_any_bad(hva: u64, len: u64) -> bool {
     let hvas = hva & !(PAGE_SIZE - 1)..hva.saturating_add(len);
     areas().any(|area| {
-        area.pages_of(&hvas).is_some_and(|pages| area.bits().is_some_and(|bits| bits.any(pages)))
+        let is_marked = |pages| area.bits().is_some_and(|bits| bits.any(pages));
+        area.pages_at(&hvas).into_iter().flatten().any(is_marked)
     })
 }
 
@@ -554,8 +571,9 @@ pub(super) fn refuses(hva: u64, len: u64) -> bool {
 #[cold]
 fn is_bad_for_sure(hva: u64, len: u64) -> bool {
     let hvas = hva & !(PAGE_SIZE - 1)..hva.saturating_add(len);
-    let in_doubt =
-        |area: Reading| area.pages_of(&hvas).is_some_and(|pages| area.is_in_doubt(pages));
+    let in_doubt = |area: Reading| {
+        area.pages_at(&hvas).into_iter().flatten().any(|pages| area.is_in_doubt(pages))
+    };
     doubt::wait_while(|| areas().any(in_doubt));
     is_any_bad(hva, len)
 }
@@ -616,7 +634,10 @@ impl Found {
     /// Puts zeros in the place of the host's page, for devices: `1 << lsb` bytes at least. False where the kernel does not
     /// do it. Async-signal-safe.
     pub(super) fn scratch(&self, lsb: u8) -> bool {
-        let shift = self.area.shift.load(Ordering::Relaxed).max(lsb).min(MAX_SHIFT);
+        let page = number(self.at);
+        let is_small = self.area.elsewhere().is_some_and(|bits| bits.any(page..page + 1));
+        let least = if is_small { PAGE_SHIFT } else { self.area.shift.load(Ordering::Relaxed) };
+        let shift = least.max(lsb).min(MAX_SHIFT);
         let size = 1_u64 << shift;
         // As the guest's mapping is aligned, which the relay goes by.
         let hva = self.area.hva.load(Ordering::Relaxed);

@@ -6,21 +6,27 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 /// How many times scratch pages came into use in this process.
 static GENERATION: AtomicU64 = AtomicU64::new(0);
 /// Has the relays of this process look at what was touched.
-static WAKE: OnceLock<fn()> = OnceLock::new();
+static WAKE: OnceLock<fn() -> bool> = OnceLock::new();
 
 /// Called before the scratch page is in place, after the bad one is marked. Async-signal-safe.
 pub(super) fn trip() {
     GENERATION.fetch_add(1, Ordering::AcqRel);
 }
 
-/// `wake` has the relays of this process look at what the handler has stored.
-pub(crate) fn set_wake(wake: fn()) {
+/// `wake` has the relays of this process look at what the handler has stored, and says whether one of them will, on another
+/// thread than the calling one.
+pub(crate) fn set_wake(wake: fn() -> bool) {
     WAKE.get_or_init(|| wake);
 }
 
-/// The relays look at once at what the handler has stored. False where there has been none yet.
+/// The relays look at once at what the handler has stored. False where there is none, or none but the calling thread's.
 pub(super) fn wake() -> bool {
-    WAKE.get().inspect(|wake| wake()).is_some()
+    WAKE.get().is_some_and(|wake| wake())
+}
+
+/// How many scratch pages have come into use.
+pub(super) fn generation() -> u64 {
+    GENERATION.load(Ordering::Acquire)
 }
 
 /// One piece of a device's work, a request say, in a view of guest memory: begun before the first `get_slice()` (a slice is

@@ -4,6 +4,7 @@
 //! within milliseconds, or within seconds where it rescues 1 GiB. A device whose ring lies beside the bad page waits
 //! meanwhile, as a vCPU does, and need not ask for a reset.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,20 +12,34 @@ use super::attempt;
 
 /// For so long at most: whoever waits has its own orders to obey.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// The relay is called again after this: the handler may not have said what it has marked.
+const AGAIN: Duration = Duration::from_millis(10);
 
 static WAITING: Mutex<()> = Mutex::new(());
 static SETTLED: Condvar = Condvar::new();
+/// The number of the scratch page until which it was waited in vain: nobody waits before the next one, so that the waits of
+/// one request do not add up.
+static IN_VAIN: AtomicU64 = AtomicU64::new(u64::MAX);
 
-/// Waits while it is `in_doubt`; not at all in a process that has never had a relay.
+/// Waits while it is `in_doubt`; not at all where no relay can find out: there is none, or it is the calling thread's.
 pub(super) fn wait_while(in_doubt: impl Fn() -> bool) {
-    if !in_doubt() || !attempt::wake() {
+    let generation = attempt::generation();
+    if IN_VAIN.load(Ordering::Relaxed) == generation || !in_doubt() || !attempt::wake() {
         return;
     }
     let since = Instant::now();
     let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
     while in_doubt() {
-        let Some(left) = PATIENCE.checked_sub(since.elapsed()) else { return };
-        waiting = SETTLED.wait_timeout(waiting, left).unwrap_or_else(PoisonError::into_inner).0;
+        if since.elapsed() > PATIENCE {
+            IN_VAIN.store(generation, Ordering::Relaxed);
+            return;
+        }
+        let (again, waited) =
+            SETTLED.wait_timeout(waiting, AGAIN).unwrap_or_else(PoisonError::into_inner);
+        waiting = again;
+        if waited.timed_out() && !attempt::wake() {
+            return;
+        }
     }
 }
 

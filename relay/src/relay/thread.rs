@@ -12,8 +12,10 @@ use crate::core::inner::RETRY_FIRST;
 use crate::core::registry::others;
 use crate::core::shared::{IDLE_TICK, Shared};
 use crate::event::{Event, SignalledThread};
+use crate::guard;
+use crate::memory::scan::is_poisoned;
 use crate::signal::{self, ExitByte, KillPolicy, ThreadSlot};
-use crate::types::Caught;
+use crate::types::{Caught, FailureKind, PAGE_SHIFT, PAGE_SIZE};
 
 /// Longest pause before a vCPU that could not be told is called again. A guest may take minutes (an AMD guest polls its
 /// banks every five).
@@ -191,6 +193,13 @@ impl Shared {
                 other.enter(&mut other.lock(), caught, SignalledThread::Other);
             }
             if theirs.is_empty() {
+                // What the handler has marked is nobody's; if it is good it is not to stay so.
+                let page = hva & !(PAGE_SIZE - 1);
+                if kind == FailureKind::ActionRequired && !is_poisoned(page) {
+                    let size = 1_u64 << lsb.clamp(PAGE_SHIFT, 30);
+                    let start = page & !(size - 1);
+                    guard::clear(&(start..start.saturating_add(size)));
+                }
                 self.lock().emit(Event::Outside { kind, hva, lsb });
             }
         }

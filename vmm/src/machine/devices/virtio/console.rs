@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::attempt::Attempt;
+use super::attempt::checked;
 use super::config_space::ConfigSpace;
 use super::device::{Active, Device, DeviceError, Served, Turn, Wait};
 use super::queue::Request;
@@ -115,9 +115,7 @@ fn give(input: &Input, memory: &DeviceMemory, request: &Request) -> Served {
     if waiting.is_empty() {
         return Served::Later;
     }
-    let attempt = Attempt::begin();
-    let written = request.write(memory, 0, waiting.make_contiguous());
-    let written = written.ok().filter(|_| attempt.is_clean()).unwrap_or(0);
+    let written = checked(|| request.write(memory, 0, waiting.make_contiguous())).unwrap_or(0);
     waiting.drain(..written);
     Served::Done(u32::try_from(written).unwrap_or(0))
 }
@@ -126,11 +124,8 @@ fn give(input: &Input, memory: &DeviceMemory, request: &Request) -> Served {
 fn put(line: &Attached, output: &mut Vec<u8>, memory: &DeviceMemory, request: &Request) {
     let len = usize::try_from(request.readable_len()).unwrap_or(MOST_OUTPUT).min(MOST_OUTPUT);
     output.resize(len, 0);
-    let attempt = Attempt::begin();
-    let read = request.read(memory, 0, output);
-    match read {
-        Ok(len) if attempt.is_clean() => line.push(&output[..len]),
-        Ok(_) => log::debug!("virtio-console: output in a bad page is dropped"),
+    match checked(|| request.read(memory, 0, output)) {
+        Ok(len) => line.push(&output[..len]),
         Err(error) => log::debug!("virtio-console: output is dropped: {error}"),
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 
-use super::attempt::Attempt;
+use super::attempt::checked;
 use super::device::{Active, Device, DeviceError, Served, Turn, Wait};
 use super::queue::Request;
 use crate::machine::memory::DeviceMemory;
@@ -85,10 +85,8 @@ impl Rng {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Ok(Served::Later),
             Err(error) => return Err(ended(error)),
         };
-        let attempt = Attempt::begin();
-        let written = request.write(memory, 0, &bytes[..len]);
         // A request whose buffer is no good memory gets no bytes.
-        let written = written.ok().filter(|_| attempt.is_clean()).unwrap_or(0);
+        let written = checked(|| request.write(memory, 0, &bytes[..len])).unwrap_or(0);
         Ok(Served::Done(u32::try_from(written).unwrap_or(0)))
     }
 }

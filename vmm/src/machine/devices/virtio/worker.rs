@@ -264,6 +264,12 @@ impl Runner {
         }
     }
 
+    /// Whether there is an order that does not wait.
+    fn is_asked(&self) -> bool {
+        let orders = self.desk.orders();
+        orders.stop || orders.end || !self.seat.may_work()
+    }
+
     /// Waits for something to do, and takes note of the kicks.
     fn wait(&mut self) {
         let mut waits = vec![Wait { fd: self.desk.wake.as_raw_fd(), events: libc::POLLIN }];
@@ -294,6 +300,10 @@ impl Runner {
             self.pending[*index] = true;
         }
         for wait in ready.into_iter().skip(1 + kicks.len()).filter(|wait| wait.events != 0) {
+            // An order waits for one call. What else is ready is so the next time.
+            if self.is_asked() {
+                break;
+            }
             if self.guarded(|device, active| device.ready(wait, active)) == Some(Turn::Again) {
                 self.pending.fill(true);
             }

@@ -20,7 +20,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::config::Offer;
@@ -148,9 +148,11 @@ impl VhostNet {
         for (index, queue) in active.queues.iter_mut().enumerate() {
             // The kernel takes its kicks.
             let Some(queue) = queue.take() else { continue };
+            let addresses =
+                addresses(&active.memory, queue.queue()).map_err(at("set up a queue"))?;
             backend
                 .set_vring_num(index, queue.entries())
-                .and_then(|()| backend.set_vring_addr(index, &addresses(queue.queue())))
+                .and_then(|()| backend.set_vring_addr(index, &addresses))
                 .and_then(|()| backend.set_vring_call(index, &self.used))
                 .and_then(|()| backend.set_vring_err(index, &self.failed))
                 .and_then(|()| backend.set_vring_kick(index, queue.kick()))
@@ -177,12 +179,18 @@ impl VhostNet {
 
     /// Has the kernel serve no queue any more. When this returns it does not touch guest memory.
     fn halt(&mut self) -> Result<(), Failure> {
+        let mut halted = Ok(());
         for Running { index, next, .. } in &mut self.running {
-            self.backend.set_backend(*index, None).map_err(at("stop a queue"))?;
-            let base = self.backend.get_vring_base(*index).map_err(at("ask where it is"))?;
-            *next = u16::try_from(base).ok();
+            let stopped = self.backend.set_backend(*index, None).map_err(at("stop a queue"));
+            let base = stopped
+                .and_then(|()| self.backend.get_vring_base(*index).map_err(at("ask where it is")));
+            // One that cannot be stopped keeps none of the others going.
+            match base {
+                Ok(base) => *next = u16::try_from(base).ok(),
+                Err(failure) => halted = Err(failure),
+            }
         }
-        Ok(())
+        halted
     }
 }
 
@@ -203,8 +211,24 @@ fn memory_table(memory: &DeviceMemory) -> ::vhost::Result<Vec<VhostUserMemoryReg
     memory.iter().map(one).collect()
 }
 
-fn addresses(queue: &Queue) -> VringConfigData {
-    VringConfigData {
+/// Where its rings are. The kernel is told one host address for each, and goes on from there: each has to be in one mapping.
+fn addresses(memory: &DeviceMemory, queue: &Queue) -> ::vhost::Result<VringConfigData> {
+    // virtio 1.2, 2.7: with the field for event indices.
+    let size = u64::from(queue.size());
+    let rings = [
+        (queue.desc_table(), 16 * size),
+        (queue.avail_ring(), 6 + 2 * size),
+        (queue.used_ring(), 6 + 8 * size),
+    ];
+    for (start, len) in rings {
+        let within = memory
+            .find_region(GuestAddress(start))
+            .is_some_and(|region| len <= region.len() - (start - region.start_addr().0));
+        if !within {
+            return Err(::vhost::Error::DescriptorTableAddress);
+        }
+    }
+    Ok(VringConfigData {
         queue_max_size: queue.max_size(),
         queue_size: queue.size(),
         flags: 0,
@@ -212,7 +236,7 @@ fn addresses(queue: &Queue) -> VringConfigData {
         used_ring_addr: queue.used_ring(),
         avail_ring_addr: queue.avail_ring(),
         log_addr: None,
-    }
+    })
 }
 
 fn at(what: &'static str) -> impl FnOnce(::vhost::Error) -> Failure {

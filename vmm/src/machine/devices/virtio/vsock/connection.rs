@@ -240,6 +240,8 @@ impl Connection {
         }
         // Not an else: the write may have found that the program takes nothing any more.
         if self.host_shut & NO_RECEIVE == 0 {
+            // No more than it takes: by itself a queue takes up to twice that.
+            self.outgoing.reserve_exact(data.len());
             self.outgoing.extend(data);
         } else {
             self.has_taken(data.len());

@@ -46,7 +46,9 @@ fn no_ring_leads_the_kernel_out_of_a_zone() {
         queue.set_ready(true);
         assert!(queue.is_valid(&memory), "as the transport takes it");
         // What `set_up` does with a queue before the kernel serves it.
-        match backend.set_vring_addr(0, &addresses(&queue)) {
+        let set_up =
+            addresses(&memory, &queue).and_then(|addresses| backend.set_vring_addr(0, &addresses));
+        match set_up {
             Err(::vhost::Error::IoctlError(_)) => let_through.push(what),
             Err(_) => {}
             Ok(()) => unreachable!("/dev/null has no such request"),
