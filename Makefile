@@ -111,6 +111,8 @@ check:
 	$(CARGO) fmt --all --check
 	rustfmt --edition 2024 --check tests/fuzz/targets/*.rs
 	$(CARGO) clippy --release --locked --workspace --all-targets --all-features -- -D warnings
+	# As those have it who take none of its features.
+	$(CARGO) clippy --release --locked -p mce-relay -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --release --locked --workspace --no-deps
 	# They compile; the path, which is never linked, spares the build of the C++ runtime.
 	CUSTOM_LIBFUZZER_PATH=/none/libfuzzer.a CARGO_TARGET_DIR=target/fuzz $(CARGO) check --locked --manifest-path tests/fuzz/Cargo.toml
