@@ -66,13 +66,20 @@ fn spent() -> Duration {
     Duration::from_nanos(nanos.sum())
 }
 
+/// In one of several moments: on a slow machine what went before may not be over in the first. A loop is busy in all of them.
 fn idles(what: &str) {
-    std::thread::sleep(Duration::from_millis(50));
-    let before = spent();
-    std::thread::sleep(Duration::from_millis(500));
-    let spent = spent().saturating_sub(before);
-    println!("{what}: {spent:?} of 500 ms");
-    assert!(spent < Duration::from_millis(100), "{what}: the device's thread is busy: {spent:?}");
+    let mut least = Duration::MAX;
+    for _ in 0..10 {
+        std::thread::sleep(Duration::from_millis(50));
+        let before = spent();
+        std::thread::sleep(Duration::from_millis(500));
+        least = least.min(spent().saturating_sub(before));
+        if least < Duration::from_millis(100) {
+            break;
+        }
+    }
+    println!("{what}: {least:?} of 500 ms");
+    assert!(least < Duration::from_millis(100), "{what}: the device's thread is busy: {least:?}");
 }
 
 /// As [`Guest::connected`], whatever comes for others meanwhile.
