@@ -83,7 +83,9 @@ fn main() -> ExitCode {
             };
             let mut guest = Guest::boot(command, &socket);
             for (load, values) in LOADS.iter().zip(&mut values) {
-                values[which].push(guest.fio(load));
+                let value = guest.fio(load);
+                progress(&format!("{value:.0} {}", load.unit));
+                values[which].push(value);
             }
         }
     }
@@ -207,8 +209,10 @@ impl Guest {
              --output-format=terse --terse-version=3 | cut -d';' -f{field} | sed 's/^/value /'",
             load.arguments
         ));
-        let value = said.lines().find_map(|line| line.trim().strip_prefix("value "));
-        value.and_then(|value| value.parse::<f64>().ok()).unwrap_or_else(|| panic!("{said}")) / unit
+        // A shell on a terminal puts sequences before what a command prints.
+        let value = said.lines().filter_map(|line| line.rsplit_once("value "));
+        let value = value.filter_map(|(_, value)| value.trim().parse::<f64>().ok()).last();
+        value.unwrap_or_else(|| panic!("{said}")) / unit
     }
 }
 
