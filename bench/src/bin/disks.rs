@@ -211,7 +211,7 @@ impl Guest {
         ));
         // A shell on a terminal puts sequences before what a command prints.
         let value = said.lines().filter_map(|line| line.rsplit_once("value "));
-        let value = value.filter_map(|(_, value)| value.trim().parse::<f64>().ok()).last();
+        let value = value.filter_map(|(_, value)| value.trim().parse::<f64>().ok()).next_back();
         value.unwrap_or_else(|| panic!("{said}")) / unit
     }
 }
