@@ -124,6 +124,18 @@ pub trait Device: Send {
         Ok(Turn::Done)
     }
 
+    /// Adds what to wait for after an error or a panic, until the driver resets the device: its host's side may have
+    /// programs that come and would wait for ever.
+    fn waits_for_when_failed(&self, _waits: &mut Vec<Wait>) {}
+
+    /// Something of [`Self::waits_for_when_failed`] has come.
+    ///
+    /// # Errors
+    /// It is not waited for any more until the reset.
+    fn ready_when_failed(&mut self, _wait: Wait) -> io::Result<()> {
+        Ok(())
+    }
+
     /// The VM is being paused. For a device that has work under way elsewhere (a kernel thread, asynchronous I/O):
     /// that is at rest when this returns.
     ///

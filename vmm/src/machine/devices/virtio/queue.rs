@@ -237,7 +237,7 @@ impl ActiveQueue {
             goes_on = descriptor.has_next();
         }
         if goes_on {
-            return Err(bad("does not end"));
+            return Err(bad("does not end, or cannot be read to its end"));
         }
         Ok(Some(request))
     }

@@ -2,7 +2,8 @@
 //! sockets for them, as with Firecracker and Cloud Hypervisor.
 //!
 //! - A program of the host's connects to PATH, writes `CONNECT <port>\n`, reads `OK <its own port>\n`, and is connected to
-//!   the guest's program at that port. Where there is none, or it does not answer, its connection is closed.
+//!   the guest's program at that port. Where there is none, or it does not answer, its connection is closed. So it is at once
+//!   while the device waits for a reset.
 //! - A program of the guest's that connects to the host (address 2) at port P is connected to the unix socket PATH_P.
 //!
 //! All of it is on the device's one thread, and no side waits for another: each connection has room for some data of the
@@ -15,6 +16,8 @@
 //!
 //! A program of the host's sees the end of a connection that was broken as any other end: unix sockets have no better word.
 
+use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -62,7 +65,7 @@ impl Vsock {
     ///
     /// # Errors
     /// There are no more file descriptors.
-    pub fn new(cid: u32, line: Arc<VsockLine>) -> std::io::Result<Self> {
+    pub fn new(cid: u32, line: Arc<VsockLine>) -> io::Result<Self> {
         // struct virtio_vsock_config.
         let config = Arc::new(ConfigSpace::new(u64::from(cid).to_le_bytes().to_vec(), 0..0));
         let (greetings, connections) = (Greetings::at(line), Connections::new(cid));
@@ -178,6 +181,18 @@ impl Device for Vsock {
             self.connections.host_did(wait.fd, wait.events, now);
         }
         self.turn(active)
+    }
+
+    fn waits_for_when_failed(&self, waits: &mut Vec<Wait>) {
+        waits.push(Wait { fd: self.greetings.line().listener().as_raw_fd(), events: libc::POLLIN });
+    }
+
+    fn ready_when_failed(&mut self, _: Wait) -> io::Result<()> {
+        match self.greetings.line().listener().accept() {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
+            // Its end of the connection is closed here.
+            _ => Ok(()),
+        }
     }
 
     fn resume(&mut self, _: &mut Active) -> Result<(), DeviceError> {

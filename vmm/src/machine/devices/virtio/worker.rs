@@ -91,6 +91,7 @@ impl Worker {
             parked: false,
             begin: None,
             active: None,
+            failed: false,
             warnings: 0,
         };
         let thread = Some(filters.spawn(role, name, move || runner.run())?);
@@ -135,6 +136,8 @@ struct Runner {
     /// What to begin with when the VM is not paused.
     begin: Option<Activation>,
     active: Option<Active>,
+    /// It waits for a reset, and may have something to do meanwhile.
+    failed: bool,
     /// The queues that may have requests.
     pending: Vec<bool>,
     warnings: u32,
@@ -239,11 +242,13 @@ impl Runner {
         active.interrupt.ask_for_reset();
         self.warn(&error);
         self.stop();
+        self.failed = true;
         None
     }
 
     fn stop(&mut self) {
         self.active = None;
+        self.failed = false;
         self.pending.fill(false);
         let device = &mut self.device;
         if catch_unwind(AssertUnwindSafe(|| device.stop())).is_err() {
@@ -270,16 +275,49 @@ impl Runner {
         orders.stop || orders.end || !self.seat.may_work()
     }
 
+    /// The same for a device that waits for a reset. After an error or a panic it has nothing to do any more.
+    fn after_failure<T>(
+        &mut self,
+        call: impl FnOnce(&mut dyn Device) -> io::Result<T>,
+    ) -> Option<T> {
+        let device = &mut self.device;
+        let done = catch_unwind(AssertUnwindSafe(|| call(device.as_mut())));
+        let error = match done {
+            Ok(Ok(value)) => return Some(value),
+            Ok(Err(error)) => error,
+            Err(panic) => io::Error::other(format!("it panicked: {}", words_of(panic.as_ref()))),
+        };
+        log::debug!(
+            "virtio-{} does nothing more until the guest resets it: {error}",
+            self.device.name()
+        );
+        self.failed = false;
+        None
+    }
+
+    /// What the device waits for beside its kicks.
+    fn own_waits(&mut self) -> Vec<Wait> {
+        let mut own = Vec::new();
+        self.guarded(|device, _| {
+            device.waits_for(&mut own);
+            Ok(())
+        });
+        if self.failed {
+            own.clear();
+            self.after_failure(|device| {
+                device.waits_for_when_failed(&mut own);
+                Ok(())
+            });
+        }
+        own
+    }
+
     /// Waits for something to do, and takes note of the kicks.
     fn wait(&mut self) {
         let mut waits = vec![Wait { fd: self.desk.wake.as_raw_fd(), events: libc::POLLIN }];
         let mut kicks = Vec::new();
         if !self.parked {
-            let own = self.guarded(|device, _| {
-                let mut own = Vec::new();
-                device.waits_for(&mut own);
-                Ok(own)
-            });
+            let own = self.own_waits();
             if let Some(active) = &self.active {
                 for (index, kick) in self.kicks.iter().enumerate() {
                     if has_queue(active, index) {
@@ -287,8 +325,8 @@ impl Runner {
                         kicks.push(index);
                     }
                 }
-                waits.extend(own.unwrap_or_default());
             }
+            waits.extend(own);
         }
         let at_once = !self.parked && self.active.is_some() && self.pending.contains(&true);
         let Some(ready) = poll(&waits, at_once) else { return };
@@ -304,7 +342,10 @@ impl Runner {
             if self.is_asked() {
                 break;
             }
-            if self.guarded(|device, active| device.ready(wait, active)) == Some(Turn::Again) {
+            if self.failed {
+                self.after_failure(|device| device.ready_when_failed(wait));
+            } else if self.guarded(|device, active| device.ready(wait, active)) == Some(Turn::Again)
+            {
                 self.pending.fill(true);
             }
         }
