@@ -119,8 +119,10 @@ check:
 	tests/portable.sh
 	tests/layers.py relay vmm cli
 	$(CARGO) package --quiet --locked --allow-dirty -p mce-relay
+	# It looks at the crates of all platforms, of which a build fetches only its own.
 	@PATH="$$PWD/target/tools/bin:$$PATH"; \
 	if $(CARGO) deny --version >/dev/null 2>&1; then \
+		$(CARGO) fetch --locked --quiet; \
 		$(CARGO) deny --offline check bans licenses sources; \
 	else \
 		echo 'SKIPPED licences and duplicate crates: cargo-deny is not installed (make tools)'; \
