@@ -276,7 +276,7 @@ fn read_line(stream: &mut UnixStream) -> String {
 fn is_over(stream: &mut UnixStream) -> bool {
     match stream.read(&mut [0]) {
         Ok(len) => len == 0,
-        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+        Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
     }
 }
 
