@@ -8,6 +8,7 @@ use mce_relay_tests::agent::PATIENCE;
 use mce_relay_tests::disk_load::{BLOCK, LEN, Plan, SEED, lose_buffers};
 use mce_relay_tests::guest::{DiskImage, Guest, Options};
 use mce_relay_tests::lab;
+use mce_relay_tests::memory::{HUGE, RAM};
 use mce_relay_vmm::api::types::device::{DeviceInfo, DriverState};
 use mce_relay_vmm::api::types::vm::VmInfo;
 use serde_json::Value;
@@ -33,6 +34,13 @@ pub fn qcow2_intel() {
 /// Nobody is told of a page before somebody touches it: now and then the device is the first.
 pub fn touched_first_by_the_device() {
     loses_buffers(&Options { disk: Some(DiskImage::Raw), ..Options::amd(2).late() });
+}
+
+/// The buffers are in huge pages, of which the guest keeps all but the bad 4 KiB: the disk finds the rest where it was.
+pub fn in_huge_pages() {
+    lab::set_pool("2048kB", RAM / HUGE + BUFFERS as u64);
+    let memory = "size=256M,hugepages=on";
+    loses_buffers(&Options { disk: Some(DiskImage::Raw), memory, ..Options::amd(2) });
 }
 
 /// A page of the disk's rings goes bad under load. Whoever touches it first, the guest's driver or the device, the VM lives:

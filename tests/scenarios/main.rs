@@ -137,6 +137,7 @@ fn main() -> ExitCode {
         disk::raw_amd needs may_poison,
         disk::qcow2_intel needs may_poison,
         disk::touched_first_by_the_device needs may_poison,
+        disk::in_huge_pages needs may_poison,
         memory::anonymous needs may_poison,
         memory::thp needs may_poison,
         memory::file needs may_poison,

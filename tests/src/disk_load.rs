@@ -78,6 +78,11 @@ pub fn lose_buffers(options: &Options, mut plan: Plan) -> usize {
         std::thread::sleep(Duration::from_millis(50));
     }
 
+    let is_rescue = |event: &&Value| event["event"] == "rescued";
+    let rescues = guest.events().iter().filter(is_rescue).count();
+    println!("    {rescues} huge pages were rescued");
+    assert_eq!(rescues > 0, options.memory.contains("hugepages=on"));
+
     // It is read when the VMM has gone, and with it its name.
     let path = guest.path("disk");
     let image = File::options().read(true).write(true).open(path).unwrap();
