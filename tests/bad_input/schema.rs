@@ -241,8 +241,10 @@ fn infos() -> Vec<VmInfo> {
     ] {
         let (descriptors, avail, used) = (0x10_0000, 0x10_1000, 0x10_2000);
         let queue = QueueInfo { index: 0, size: 256, descriptors, avail, used };
-        let device =
-            |queues| DeviceInfo { name: "virtio-blk".into(), gpa: 0xd000_0000, driver, queues };
+        let device = |queues: Vec<QueueInfo>| {
+            let (name, gpa) = ("virtio-blk".into(), 0xd000_0000);
+            DeviceInfo { name, gpa, driver, interrupt_pending: queues.is_empty(), queues }
+        };
         all.push(VmInfo { devices: vec![device(vec![queue]), device(vec![])], ..info.clone() });
     }
     for panic in [Panic::Panicked, Panic::CrashLoaded] {

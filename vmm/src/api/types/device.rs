@@ -47,6 +47,9 @@ pub struct DeviceInfo {
     pub gpa: u64,
     /// What its driver does.
     pub driver: DriverState,
+    /// Whether the device has raised its interrupt and the driver not acknowledged it (InterruptStatus; virtio 1.2, 4.2.2):
+    /// for long only if the guest has not seen it.
+    pub interrupt_pending: bool,
     /// The queues that the driver has made ready.
     pub queues: Vec<QueueInfo>,
 }

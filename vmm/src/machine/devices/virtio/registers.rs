@@ -29,12 +29,15 @@ impl Registers {
     /// until the device has stopped.
     #[must_use]
     pub fn info(&self) -> DeviceInfo {
-        let of = |transport: &Transport| (transport.driver(), transport.queues());
-        let (driver, queues) = match self.transport.try_lock() {
+        let of = |transport: &Transport| {
+            (transport.driver(), transport.interrupt_pending(), transport.queues())
+        };
+        let (driver, interrupt_pending, queues) = match self.transport.try_lock() {
             Ok(transport) => of(&transport),
             Err(TryLockError::Poisoned(held)) => of(&held.into_inner()),
-            Err(TryLockError::WouldBlock) => (DriverState::Resetting, Vec::new()),
+            Err(TryLockError::WouldBlock) => (DriverState::Resetting, false, Vec::new()),
         };
-        DeviceInfo { name: format!("virtio-{}", self.name), gpa: self.gpa, driver, queues }
+        let name = format!("virtio-{}", self.name);
+        DeviceInfo { name, gpa: self.gpa, driver, interrupt_pending, queues }
     }
 }

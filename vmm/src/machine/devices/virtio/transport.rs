@@ -177,6 +177,12 @@ impl Transport {
         }
     }
 
+    /// Whether there is a cause of the interrupt that the driver has not acknowledged.
+    #[must_use]
+    pub fn interrupt_pending(&self) -> bool {
+        self.interrupt.causes() != 0
+    }
+
     /// The queues that it has made ready.
     #[must_use]
     pub fn queues(&self) -> Vec<QueueInfo> {
