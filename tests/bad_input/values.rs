@@ -49,6 +49,38 @@ pub fn devices_that_cannot_be() {
     refused(&vsock("cid=2,socket=/v"), 2, &["cid is \"2\"", "3 to 4294967294"]);
 }
 
+/// What is behind a comma may be meant as the rest of a path.
+pub fn commas_in_paths_and_keys_twice() {
+    let twice = "a comma in a value is written twice";
+    for [option, value, named] in [
+        ["--disk", "path=/a,b", "\"b\" is not understood"],
+        ["--vsock", "cid=3,socket=/a,b", "\"b\" is not understood"],
+        ["--rng", "src=/a,b", "\"b\" is not understood"],
+        ["--memory", "size=1G,file=/a,b", "\"b\" is not understood"],
+        ["--serial2", "file=/a,b", "\"b\" is not understood"],
+        ["--console", "socket=/a,b", "\"b\" is not understood"],
+        ["--event-monitor", "path=/a,b", "\"b\" is not understood"],
+        ["--api-socket", "path=/a,b", "\"b\" is not understood"],
+        ["--disk", "path=/a,id=x,id=y", "id is given twice"],
+        ["--vsock", "cid=3,socket=/a,id=3,id=4", "id is given twice"],
+        ["--net", "tap=a,id=x,id=y", "id is given twice"],
+        ["--rng", "src=/a,src=/b", "src is given twice"],
+        ["--memory-zone", "size=1G,id=x,id=y", "id is given twice"],
+        ["--serial2", "file=/a,file=/b", "file is given twice"],
+        ["--console", "file=/a,max-size=1,max-size=2", "max-size is given twice"],
+        ["--event-monitor", "path=/a,path=/b", "path is given twice"],
+        ["--api-socket", "path=/a,path=/b", "path is given twice"],
+        ["--ao-pace", "burst=1,burst=2", "burst is given twice"],
+    ] {
+        refused(&run(&["--kernel", "x", option, value]), 2, &[option, named, twice]);
+    }
+    for [option, value] in
+        [["--serial2", "file=/nowhere/a,,b"], ["--event-monitor", "path=/nowhere/a,,b"]]
+    {
+        refused(&run(&["--kernel", "x", option, value]), 1, &["/nowhere/a,b"]);
+    }
+}
+
 pub fn sources_of_random_bytes_that_are_none() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("kernel");
