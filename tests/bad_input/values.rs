@@ -49,6 +49,29 @@ pub fn devices_that_cannot_be() {
     refused(&vsock("cid=2,socket=/v"), 2, &["cid is \"2\"", "3 to 4294967294"]);
 }
 
+/// What is missing is named, and not only what could not be made in it.
+pub fn directories_that_are_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, elf(&[0xeb, 0xfe])).unwrap();
+    let kernel = kernel.display().to_string();
+    let missing = "the directory /nowhere/at/all is not there; make it (mkdir -p)";
+    for [option, value] in [
+        ["--vsock", "cid=3,socket=/nowhere/at/all/x"],
+        ["--serial2", "socket=/nowhere/at/all/x"],
+        ["--serial2", "file=/nowhere/at/all/x"],
+        ["--console", "socket=/nowhere/at/all/x"],
+        ["--api-socket", "/nowhere/at/all/x"],
+        ["--event-monitor", "path=/nowhere/at/all/x"],
+    ] {
+        let out = run(&["--kernel", &kernel, "--memory", "64M", option, value]);
+        refused(&out, 1, &["/nowhere/at/all/x", missing]);
+    }
+    let file = format!("{kernel}/x");
+    let out = run(&["--kernel", &kernel, "--memory", "64M", "--api-socket", &file]);
+    refused(&out, 1, &[&file, &format!("{kernel} is no directory")]);
+}
+
 /// What is behind a comma may be meant as the rest of a path.
 pub fn commas_in_paths_and_keys_twice() {
     let twice = "a comma in a value is written twice";
