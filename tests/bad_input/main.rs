@@ -240,6 +240,7 @@ fn main() -> ExitCode {
         values::devices_that_cannot_be needs anywhere,
         values::commas_in_paths_and_keys_twice needs anywhere,
         values::directories_that_are_not_there needs has_kvm,
+        values::disks_that_end_within_a_sector needs has_kvm,
         values::sources_of_random_bytes_that_are_none needs has_kvm,
         values::two_on_one_terminal needs anywhere,
         values::memory_of_zero needs has_kvm,

@@ -72,6 +72,31 @@ pub fn directories_that_are_not_there() {
     refused(&out, 1, &[&file, &format!("{kernel} is no directory")]);
 }
 
+/// The guest has whole sectors only.
+pub fn disks_that_end_within_a_sector() {
+    let dir = tempfile::tempdir().unwrap();
+    let (kernel, disk) = (dir.path().join("kernel"), dir.path().join("disk"));
+    std::fs::write(&kernel, elf(&[0xeb, 0xfe])).unwrap();
+    let (kernel, disk) = (kernel.display().to_string(), disk.display().to_string());
+    let path = format!("path={disk}");
+    // What is refused behind it ends the VM before it runs.
+    let second = ["--disk", "path=/nowhere/disk"];
+    let with = |bytes: usize| {
+        std::fs::write(&disk, vec![1; bytes]).unwrap();
+        let args = [&["--kernel", &kernel, "--memory", "64M", "--disk", &path], &second[..]];
+        run(&args.concat())
+    };
+    for bytes in [0, 511] {
+        let said = format!("{bytes} bytes; expected 512 at least");
+        refused(&with(bytes), 1, &[&disk, &said, "truncate -s SIZE"]);
+    }
+    let way_out = format!("truncate -s 1024 {disk}");
+    refused(&with(1000), 1, &[&disk, "1000 bytes", "the last 488", &way_out, "/nowhere/disk"]);
+    let whole = with(1024);
+    refused(&whole, 1, &["/nowhere/disk"]);
+    assert!(!String::from_utf8_lossy(&whole.stderr).contains("sectors"), "{whole:?}");
+}
+
 /// What is behind a comma may be meant as the rest of a path.
 pub fn commas_in_paths_and_keys_twice() {
     let twice = "a comma in a value is written twice";

@@ -70,7 +70,8 @@ pub struct RunArgs {
     /// readonly=on: the guest may not write to it. direct=on: without the host's page cache (O_DIRECT).
     /// image_type=raw|qcow2: what is in the file (raw, unless it begins as qcow2: then it has to be said).
     /// id=NAME: what the guest sees as its serial number, at most 20 bytes. The guest's first disk is
-    /// /dev/vda. The file is locked against other VMs that would write to it.
+    /// /dev/vda. The file is locked against other VMs that would write to it. It has whole sectors of 512 bytes: of a
+    /// longer file the guest does not have the rest, which is said.
     #[arg(long, value_name = "path=PATH")]
     pub disk: Vec<Disk>,
     /// Give the guest a virtio source of random bytes, read from this character device or FIFO: src=/dev/urandom.
