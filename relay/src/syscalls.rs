@@ -312,6 +312,9 @@ pub const VIEWS: &[Call] = &[
     Call::new(libc::SYS_mmap, "mmap", "the same, of huge pages")
         .given(2, READ_WRITE)
         .given(3, (libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED) as i64),
+    Call::new(libc::SYS_mmap, "mmap", "zeros where devices cannot have good memory again")
+        .given(2, READ_WRITE)
+        .given(3, ANONYMOUS | (libc::MAP_NORESERVE | libc::MAP_FIXED) as i64),
     Call::new(libc::SYS_mmap, "mmap", "memory for what is left of a huge page that devices use")
         .given(2, READ_WRITE)
         .given(3, (libc::MAP_SHARED | libc::MAP_ANONYMOUS) as i64),

@@ -28,7 +28,7 @@ pub fn places_that_are_none() {
     std::fs::write(at("mine"), "mine").unwrap();
     std::fs::write(at("image.json"), "mine").unwrap();
     for (args, named) in [
-        (&["/nowhere/core"][..], &["/nowhere/core", "No such file"][..]),
+        (&["/nowhere/core"][..], &["/nowhere/core", "the directory /nowhere is not there"][..]),
         (&[&at("")], &["is a directory"]),
         (&[&at("mine")], &["mine exists", "left as it is"]),
         (&["--raw", &at("image")], &["image.json exists", "left as it is"]),

@@ -49,6 +49,86 @@ pub fn devices_that_cannot_be() {
     refused(&vsock("cid=2,socket=/v"), 2, &["cid is \"2\"", "3 to 4294967294"]);
 }
 
+/// What is missing is named, and not only what could not be made in it.
+pub fn directories_that_are_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    std::fs::write(&kernel, elf(&[0xeb, 0xfe])).unwrap();
+    let kernel = kernel.display().to_string();
+    let missing = "the directory /nowhere/at/all is not there; make it (mkdir -p)";
+    for [option, value] in [
+        ["--vsock", "cid=3,socket=/nowhere/at/all/x"],
+        ["--serial2", "socket=/nowhere/at/all/x"],
+        ["--serial2", "file=/nowhere/at/all/x"],
+        ["--console", "socket=/nowhere/at/all/x"],
+        ["--api-socket", "/nowhere/at/all/x"],
+        ["--event-monitor", "path=/nowhere/at/all/x"],
+    ] {
+        let out = run(&["--kernel", &kernel, "--memory", "64M", option, value]);
+        refused(&out, 1, &["/nowhere/at/all/x", missing]);
+    }
+    let file = format!("{kernel}/x");
+    let out = run(&["--kernel", &kernel, "--memory", "64M", "--api-socket", &file]);
+    refused(&out, 1, &[&file, &format!("{kernel} is no directory")]);
+}
+
+/// The guest has whole sectors only.
+pub fn disks_that_end_within_a_sector() {
+    let dir = tempfile::tempdir().unwrap();
+    let (kernel, disk) = (dir.path().join("kernel"), dir.path().join("disk"));
+    std::fs::write(&kernel, elf(&[0xeb, 0xfe])).unwrap();
+    let (kernel, disk) = (kernel.display().to_string(), disk.display().to_string());
+    let path = format!("path={disk}");
+    // What is refused behind it ends the VM before it runs.
+    let second = ["--disk", "path=/nowhere/disk"];
+    let with = |bytes: usize| {
+        std::fs::write(&disk, vec![1; bytes]).unwrap();
+        let args = [&["--kernel", &kernel, "--memory", "64M", "--disk", &path], &second[..]];
+        run(&args.concat())
+    };
+    for bytes in [0, 511] {
+        let said = format!("{bytes} bytes; expected 512 at least");
+        refused(&with(bytes), 1, &[&disk, &said, "truncate -s SIZE"]);
+    }
+    let way_out = format!("truncate -s 1024 {disk}");
+    refused(&with(1000), 1, &[&disk, "1000 bytes", "the last 488", &way_out, "/nowhere/disk"]);
+    let whole = with(1024);
+    refused(&whole, 1, &["/nowhere/disk"]);
+    assert!(!String::from_utf8_lossy(&whole.stderr).contains("sectors"), "{whole:?}");
+}
+
+/// What is behind a comma may be meant as the rest of a path.
+pub fn commas_in_paths_and_keys_twice() {
+    let twice = "a comma in a value is written twice";
+    for [option, value, named] in [
+        ["--disk", "path=/a,b", "\"b\" is not understood"],
+        ["--vsock", "cid=3,socket=/a,b", "\"b\" is not understood"],
+        ["--rng", "src=/a,b", "\"b\" is not understood"],
+        ["--memory", "size=1G,file=/a,b", "\"b\" is not understood"],
+        ["--serial2", "file=/a,b", "\"b\" is not understood"],
+        ["--console", "socket=/a,b", "\"b\" is not understood"],
+        ["--event-monitor", "path=/a,b", "\"b\" is not understood"],
+        ["--api-socket", "path=/a,b", "\"b\" is not understood"],
+        ["--disk", "path=/a,id=x,id=y", "id is given twice"],
+        ["--vsock", "cid=3,socket=/a,id=3,id=4", "id is given twice"],
+        ["--net", "tap=a,id=x,id=y", "id is given twice"],
+        ["--rng", "src=/a,src=/b", "src is given twice"],
+        ["--memory-zone", "size=1G,id=x,id=y", "id is given twice"],
+        ["--serial2", "file=/a,file=/b", "file is given twice"],
+        ["--console", "file=/a,max-size=1,max-size=2", "max-size is given twice"],
+        ["--event-monitor", "path=/a,path=/b", "path is given twice"],
+        ["--api-socket", "path=/a,path=/b", "path is given twice"],
+        ["--ao-pace", "burst=1,burst=2", "burst is given twice"],
+    ] {
+        refused(&run(&["--kernel", "x", option, value]), 2, &[option, named, twice]);
+    }
+    for [option, value] in
+        [["--serial2", "file=/nowhere/a,,b"], ["--event-monitor", "path=/nowhere/a,,b"]]
+    {
+        refused(&run(&["--kernel", "x", option, value]), 1, &["/nowhere/a,b"]);
+    }
+}
+
 pub fn sources_of_random_bytes_that_are_none() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("kernel");

@@ -115,6 +115,9 @@ pub enum Command {
     /// A guest that resets itself, or dies of a triple fault, is started again in the same process,
     /// with good memory in place of what went bad.
     ///
+    /// Options of the form key=value,key=value take each key once, and a comma in a value is written twice: --disk
+    /// path=/a,,b is the file /a,b.
+    ///
     /// Exit status: 0 the guest powered off, or the API ended it; 1 it could not be started, or this
     /// program failed; 2 the command line is wrong; 3 the guest reset itself, or was reset (with --no-reboot);
     /// 4 triple fault (with --no-reboot, or three in a row right after the start); 5 KVM failed;

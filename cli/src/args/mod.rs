@@ -4,6 +4,7 @@ pub mod commands;
 pub mod inject;
 pub mod mca_status;
 pub mod memory;
+mod parts;
 pub mod poison;
 pub mod run;
 pub mod values;

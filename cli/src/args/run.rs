@@ -15,6 +15,7 @@ use mce_relay_vmm::sandbox::seccomp::Mode;
 use mce_relay_vmm::session::config::RunConfig;
 use mce_relay_vmm::session::names::VmName;
 
+use super::parts::parts;
 use super::values::{ApiPath, LogPath, log_file, parse_number};
 
 /// What to boot, and how.
@@ -69,7 +70,8 @@ pub struct RunArgs {
     /// readonly=on: the guest may not write to it. direct=on: without the host's page cache (O_DIRECT).
     /// image_type=raw|qcow2: what is in the file (raw, unless it begins as qcow2: then it has to be said).
     /// id=NAME: what the guest sees as its serial number, at most 20 bytes. The guest's first disk is
-    /// /dev/vda. The file is locked against other VMs that would write to it.
+    /// /dev/vda. The file is locked against other VMs that would write to it. It has whole sectors of 512 bytes: of a
+    /// longer file the guest does not have the rest, which is said.
     #[arg(long, value_name = "path=PATH")]
     pub disk: Vec<Disk>,
     /// Give the guest a virtio source of random bytes, read from this character device or FIFO: src=/dev/urandom.
@@ -367,9 +369,9 @@ impl FromStr for Memory {
         }
         let mut zone = MemoryZone::new(0);
         let (mut hugepages, mut hugepage_size) = (false, None);
-        let mut given: Vec<&str> = Vec::new();
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        let parts = parts(text)?;
+        for part in &parts {
+            let (key, value) = (part.key(), part.value());
             let switch = || on_or_off(key, value);
             match key {
                 "size" => zone.size = parse_number(value)?,
@@ -387,14 +389,11 @@ impl FromStr for Memory {
                 }
                 "file" if !value.is_empty() => zone.file = Some(value.into()),
                 "id" if !value.is_empty() => {}
-                _ => return Err(format!("{part:?} is not understood; expected {KEYS}")),
+                _ => return Err(part.not_understood(KEYS)),
             }
-            if given.contains(&key) {
-                return Err(format!("{key} is given twice"));
-            }
-            given.push(key);
         }
-        if !given.contains(&"size") {
+        let is_given = |key| parts.iter().any(|part| part.key() == key);
+        if !is_given("size") {
             return Err(format!("size is missing; expected size=SIZE and, if wanted, of {KEYS}"));
         }
         match (hugepages, hugepage_size) {
@@ -408,7 +407,7 @@ impl FromStr for Memory {
                         .to_owned(),
                 );
             }
-            (true, _) if given.contains(&"thp") && zone.thp => {
+            (true, _) if is_given("thp") && zone.thp => {
                 return Err(
                     "thp=on and hugepages=on exclude each other: hugetlb pages are huge already"
                         .to_owned(),
@@ -429,19 +428,19 @@ impl FromStr for Serial {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mode = match text.split_once('=') {
-            None if text == "tty" => SerialMode::Tty,
-            None if text == "off" => SerialMode::Off,
-            Some(("file", file)) if !file.is_empty() => {
-                SerialMode::File(log_file(file, "file=PATH or file=PATH,max-size=SIZE")?)
+        const FORMS: &str = "tty, file=PATH, file=PATH,max-size=SIZE, socket=PATH or off";
+        let parts = parts(text)?;
+        let mode = match parts.as_slice() {
+            _ if text == "tty" => SerialMode::Tty,
+            _ if text == "off" => SerialMode::Off,
+            [file, ..] if file.key() == "file" && !file.value().is_empty() => {
+                SerialMode::File(log_file(&parts, FORMS)?)
             }
-            Some(("socket", path)) if !path.is_empty() => SerialMode::Socket(path.into()),
-            _ => {
-                return Err(format!(
-                    "{text:?} is not understood; expected tty, file=PATH, file=PATH,max-size=SIZE, \
-                     socket=PATH or off"
-                ));
+            [socket] if socket.key() == "socket" && !socket.value().is_empty() => {
+                SerialMode::Socket(socket.value().into())
             }
+            [.., last] => return Err(last.not_understood(FORMS)),
+            [] => return Err(format!("expected {FORMS}")),
         };
         Ok(Self(mode))
     }
@@ -481,15 +480,8 @@ impl FromStr for Disk {
         const ID: usize = 20;
         let (path, image_type) = (PathBuf::new(), None);
         let mut disk = DiskConfig { path, readonly: false, direct: false, image_type, id: None };
-        let mut given: Vec<&str> = Vec::new();
-        for part in text.split(',') {
-            let (key, value) = part
-                .split_once('=')
-                .ok_or_else(|| format!("{part:?} is not understood; expected {KEYS}"))?;
-            if given.contains(&key) {
-                return Err(format!("{key} is given twice"));
-            }
-            given.push(key);
+        for part in parts(text)? {
+            let (key, value) = (part.key(), part.value());
             match key {
                 "path" => disk.path = value.into(),
                 "readonly" => disk.readonly = on_or_off(key, value)?,
@@ -507,7 +499,7 @@ impl FromStr for Disk {
                     return Err(format!("id is {value:?}; expected 1 to {ID} ASCII characters"));
                 }
                 "id" => disk.id = Some(value.to_owned()),
-                _ => return Err(format!("{key:?} is not understood; expected {KEYS}")),
+                _ => return Err(part.not_understood(KEYS)),
             }
         }
         if disk.path.as_os_str().is_empty() {
@@ -526,16 +518,13 @@ impl FromStr for RngArg {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let mut src = None;
-        for part in text.split(',') {
-            match part.split_once('=') {
-                Some(("src", path)) if !path.is_empty() && src.is_none() => src = Some(path),
-                Some(("src", path)) if !path.is_empty() => {
-                    return Err("src is given twice".to_owned());
-                }
-                _ => return Err(format!("{part:?} is not understood; expected src=PATH")),
+        for part in parts(text)? {
+            match (part.key(), part.value()) {
+                ("src", path) if !path.is_empty() => src = Some(path.into()),
+                _ => return Err(part.not_understood("src=PATH")),
             }
         }
-        src.map(|path| Self(path.into())).ok_or_else(|| "expected src=PATH".to_owned())
+        src.map(Self).ok_or_else(|| "expected src=PATH".to_owned())
     }
 }
 
@@ -549,12 +538,8 @@ impl FromStr for NetArg {
     fn from_str(text: &str) -> Result<Self, String> {
         const KEYS: &str = "tap=NAME or fd=N, mac=XX:XX:XX:XX:XX:XX, mtu=N, vhost=on|off, id=NAME";
         let (mut tap, mut mac, mut mtu, mut vhost) = (None, None, None, false);
-        let mut given: Vec<&str> = Vec::new();
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').unwrap_or((part, ""));
-            if given.contains(&key) {
-                return Err(format!("{key} is given twice"));
-            }
+        for part in parts(text)? {
+            let (key, value) = (part.key(), part.value());
             match key {
                 "tap" | "fd" if tap.is_some() => {
                     return Err("tap and fd exclude each other: a device is on one tap".to_owned());
@@ -563,17 +548,10 @@ impl FromStr for NetArg {
                 "fd" => tap = Some(TapSource::Fd(descriptor(value)?)),
                 "mac" => mac = Some(unicast(value)?),
                 "mtu" => mtu = Some(parse_mtu(value)?),
-                "vhost" => {
-                    vhost = match value {
-                        "on" => true,
-                        "off" => false,
-                        _ => return Err(format!("vhost is {value:?}; expected on or off")),
-                    }
-                }
+                "vhost" => vhost = on_or_off(key, value)?,
                 "id" if !value.is_empty() => {}
-                _ => return Err(format!("{part:?} is not understood; expected {KEYS}")),
+                _ => return Err(part.not_understood(KEYS)),
             }
-            given.push(key);
         }
         let tap = tap.ok_or_else(|| format!("tap is missing; expected {KEYS}"))?;
         Ok(Self(NetConfig { tap, mac: mac.unwrap_or_else(any_mac), mtu, vhost }))
@@ -645,17 +623,13 @@ impl FromStr for VsockArg {
     fn from_str(text: &str) -> Result<Self, String> {
         const KEYS: &str = "cid=N and socket=PATH, with a comma between";
         let (mut cid, mut socket) = (None, None);
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').unwrap_or((part, ""));
-            let twice = match key {
-                "cid" => cid.replace(guest_cid(value)?).is_some(),
-                "socket" if !value.is_empty() => socket.replace(value.into()).is_some(),
+        for part in parts(text)? {
+            match (part.key(), part.value()) {
+                ("cid", value) => cid = Some(guest_cid(value)?),
+                ("socket", value) if !value.is_empty() => socket = Some(value.into()),
                 // Cloud Hypervisor's name of the device, which has none here.
-                "id" if !value.is_empty() => false,
-                _ => return Err(format!("{part:?} is not understood; expected {KEYS}")),
-            };
-            if twice {
-                return Err(format!("{key} is given twice"));
+                ("id", value) if !value.is_empty() => {}
+                _ => return Err(part.not_understood(KEYS)),
             }
         }
         let cid = cid.ok_or_else(|| format!("cid is missing; expected {KEYS}"))?;
@@ -681,16 +655,12 @@ impl FromStr for AoPace {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (mut burst, mut rate) = (None, None);
-        for part in text.split(',') {
-            let (key, value) = part.split_once('=').unwrap_or((part, ""));
+        for part in parts(text)? {
+            let (key, value) = (part.key(), part.value());
             let number = match key {
                 "burst" => &mut burst,
                 "rate" => &mut rate,
-                _ => {
-                    return Err(format!(
-                        "{part:?} is not understood; expected burst=N, rate=N or burst=N,rate=N"
-                    ));
-                }
+                _ => return Err(part.not_understood("burst=N, rate=N or burst=N,rate=N")),
             };
             let parsed = value.parse().ok().filter(|number| *number > 0);
             let Some(parsed) = parsed else {
@@ -699,9 +669,7 @@ impl FromStr for AoPace {
                     u32::MAX
                 ));
             };
-            if number.replace(parsed).is_some() {
-                return Err(format!("{key} is given twice"));
-            }
+            *number = Some(parsed);
         }
         let default = Pace::default();
         Ok(Self(Pace { burst: burst.unwrap_or(default.burst), rate: rate.unwrap_or(default.rate) }))
@@ -763,8 +731,8 @@ mod tests {
         assert_eq!(parse("size=1G,hugepages=on"), Ok(huge));
         let huge = MemoryZone { page_size: PageSize::Size1G, prefault: true, ..zone.clone() };
         assert_eq!(parse("prefault=on,hugepage_size=1G,hugepages=on,size=1G"), Ok(huge));
-        let file = MemoryZone { file: Some("/a=b".into()), thp: false, ..zone };
-        assert_eq!(parse("id=x,size=1G,file=/a=b,thp=off"), Ok(file));
+        let file = MemoryZone { file: Some("/a=b,c".into()), thp: false, ..zone };
+        assert_eq!(parse("id=x,size=1G,file=/a=b,,c,thp=off"), Ok(file));
         for (bad, named) in [
             ("", "\"\" is not a number"),
             ("size=", "\"\" is not a number"),
@@ -776,6 +744,8 @@ mod tests {
             ("size=1G,hugepages=on,file=/x", "exclude each other"),
             ("size=1G,hugepages=on,thp=on", "exclude each other"),
             ("size=1G,size=2G", "size is given twice"),
+            ("size=1G,id=a,id=b", "id is given twice"),
+            ("size=1G,file=/a,b", "\"b\" is not understood"),
             ("size=1G,", "\"\" is not understood"),
             ("size=1G,file=", "file="),
             ("size=1G,mergeable=on", "mergeable=on"),
@@ -832,8 +802,48 @@ mod tests {
         let limited = LogFile { path: "/x".into(), max_size: Some(1 << 20) };
         assert_eq!("file=/x,max-size=1M".parse(), Ok(Serial(SerialMode::File(limited))));
         assert!("file=/x,max-size=big".parse::<Serial>().unwrap_err().contains("big"));
-        for bad in ["", "file", "file=", "pty"] {
+        assert_eq!("file=/x,,y".parse(), Ok(Serial(SerialMode::File("/x,y".into()))));
+        assert_eq!("socket=/x,,y".parse(), Ok(Serial(SerialMode::Socket("/x,y".into()))));
+        for bad in ["", "file", "file=", "pty", "socket=", "tty,off"] {
             assert!(bad.parse::<Serial>().unwrap_err().contains("expected tty"), "{bad}");
+        }
+        for (bad, named) in [
+            ("file=/x,y", "\"y\" is not understood"),
+            ("socket=/x,y", "a comma in a value is written twice"),
+            ("file=/x,file=/y", "file is given twice"),
+            ("socket=/x,socket=/y", "socket is given twice"),
+            ("file=/x,max-size=1,max-size=2", "max-size is given twice"),
+        ] {
+            let error = bad.parse::<Serial>().unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn disk_forms() {
+        let parse = |text: &str| text.parse::<Disk>().map(|disk| disk.0);
+        let disk = DiskConfig {
+            path: "/a,b".into(),
+            readonly: true,
+            direct: false,
+            image_type: Some(ImageType::Qcow2),
+            id: Some("x".to_owned()),
+        };
+        assert_eq!(parse("path=/a,,b,readonly=on,id=x,image_type=qcow2"), Ok(disk));
+        for (bad, named) in [
+            ("", "\"\" is not understood"),
+            ("readonly=on", "no path is given"),
+            ("path=", "no path is given"),
+            ("path=/a,b", "\"b\" is not understood"),
+            ("path=/a,b", "a comma in a value is written twice"),
+            ("path=/a,path=/b", "path is given twice"),
+            ("path=/a,id=x,id=y", "id is given twice"),
+            ("path=/a,id=", "1 to 20 ASCII characters"),
+            ("path=/a,readonly=1", "readonly is \"1\"; expected on or off"),
+            ("path=/a,image_type=vmdk", "expected raw or qcow2"),
+        ] {
+            let error = parse(bad).unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
         }
     }
 
@@ -861,6 +871,7 @@ mod tests {
             ("/dev/urandom", "expected src=PATH"),
             ("src=/x,iommu=on", "\"iommu=on\" is not understood"),
             ("src=/x,src=/y", "twice"),
+            ("src=/x,y", "a comma in a value is written twice"),
         ] {
             let error = bad.parse::<RngArg>().unwrap_err();
             assert!(error.contains(named), "{bad}: {error}");
@@ -895,6 +906,7 @@ mod tests {
             ("tap=a/b", "1 to 15 bytes"),
             ("tap=tap%d", "1 to 15 bytes"),
             ("tap=a,tap=b", "tap is given twice"),
+            ("tap=a,id=x,id=y", "id is given twice"),
             ("tap=a,fd=3", "exclude each other"),
             ("fd=-1", "fd is \"-1\""),
             ("fd=[3,4]", "fd is \"[3\""),
@@ -923,6 +935,8 @@ mod tests {
         let good = VsockArg { cid: 3, socket: "/v=1".into() };
         assert_eq!("cid=3,socket=/v=1".parse(), Ok(good.clone()));
         assert_eq!("socket=/v=1,id=_vsock0,cid=3".parse(), Ok(good));
+        let comma = VsockArg { cid: 3, socket: "/v,1".into() };
+        assert_eq!("cid=3,socket=/v,,1".parse(), Ok(comma));
         for (bad, named) in [
             ("", "\"\" is not understood; expected cid=N and socket=PATH"),
             ("cid=3", "socket is missing"),
@@ -935,6 +949,8 @@ mod tests {
             ("cid=,socket=/v", "cid is \"\""),
             ("cid=3,cid=4,socket=/v", "cid is given twice"),
             ("cid=3,socket=/v,socket=/w", "socket is given twice"),
+            ("cid=3,socket=/v,id=3,id=4", "id is given twice"),
+            ("cid=3,socket=/v,w", "\"w\" is not understood"),
             ("cid=3,socket=/v,iommu=on", "\"iommu=on\" is not understood"),
         ] {
             let error = bad.parse::<VsockArg>().unwrap_err();

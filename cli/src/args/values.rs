@@ -6,9 +6,10 @@ use std::str::FromStr;
 use mce_relay_vmm::number;
 use mce_relay_vmm::outlets::files::LogFile;
 
+use super::parts::{Part, parts};
 use crate::poison::target::PageRange;
 
-/// `path=PATH` or `PATH`.
+/// `path=PATH`, or `PATH`, which is taken as it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ApiPath(pub PathBuf);
 
@@ -16,7 +17,14 @@ impl FromStr for ApiPath {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        match text.strip_prefix("path=").unwrap_or(text) {
+        let parts = text.starts_with("path=").then(|| parts(text)).transpose()?;
+        let path = match parts.as_deref() {
+            None => text,
+            Some([path]) => path.value(),
+            Some([.., more]) => return Err(more.not_understood("path=PATH")),
+            Some([]) => "",
+        };
+        match path {
             "" => Err("the path is empty; expected path=PATH".to_owned()),
             path => Ok(Self(path.into())),
         }
@@ -31,25 +39,31 @@ impl FromStr for LogPath {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let text = text.strip_prefix("path=").unwrap_or(text);
-        log_file(text, "path=PATH or path=PATH,max-size=SIZE").map(Self)
+        let whole = match text.starts_with("path=") {
+            true => text.to_owned(),
+            false => format!("path={text}"),
+        };
+        log_file(&parts(&whole)?, "path=PATH or path=PATH,max-size=SIZE").map(Self)
     }
 }
 
-/// `PATH` or `PATH,max-size=SIZE`; a path may have commas. `expected` completes the text of an error.
-pub(super) fn log_file(text: &str, expected: &str) -> Result<LogFile, String> {
-    const MAX_SIZE: &str = ",max-size=";
-    let (path, max_size) = match text.rsplit_once(MAX_SIZE) {
-        None => (text, None),
-        Some((path, size)) => match parse_number(size)? {
-            0 => return Err("max-size is 0; expected a size of 1 or more, as in 64M".to_owned()),
-            size => (path, Some(size)),
-        },
-    };
-    match path {
-        "" => Err(format!("the path is empty; expected {expected}")),
-        path => Ok(LogFile { path: path.into(), max_size }),
+/// The value of the first part as a path, and `max-size=SIZE` behind it. `expected` completes the text of an error.
+pub(super) fn log_file(parts: &[Part], expected: &str) -> Result<LogFile, String> {
+    let path = parts.first().map_or("", Part::value);
+    if path.is_empty() {
+        return Err(format!("the path is empty; expected {expected}"));
     }
+    let mut file = LogFile::from(path);
+    for part in &parts[1..] {
+        if part.key() != "max-size" {
+            return Err(part.not_understood(expected));
+        }
+        file.max_size = match parse_number(part.value())? {
+            0 => return Err("max-size is 0; expected a size of 1 or more, as in 64M".to_owned()),
+            size => Some(size),
+        };
+    }
+    Ok(file)
 }
 
 impl FromStr for PageRange {
@@ -185,20 +199,33 @@ mod tests {
     #[test]
     fn paths() {
         assert_eq!("path=/a".parse(), Ok(ApiPath("/a".into())));
-        assert!("path=".parse::<ApiPath>().is_err());
+        assert_eq!("/a,b".parse(), Ok(ApiPath("/a,b".into())), "as it is");
+        assert_eq!("path=/a,,b".parse(), Ok(ApiPath("/a,b".into())));
+        for (bad, named) in [
+            ("", "the path is empty"),
+            ("path=", "the path is empty"),
+            ("path=/a,b", "\"b\" is not understood; expected path=PATH; a comma"),
+            ("path=/a,path=/b", "path is given twice"),
+        ] {
+            let error = bad.parse::<ApiPath>().unwrap_err();
+            assert!(error.contains(named), "{bad}: {error}");
+        }
     }
 
     #[test]
     fn files() {
         let file = |path: &str, max_size| Ok(LogPath(LogFile { path: path.into(), max_size }));
         assert_eq!("path=/a".parse(), file("/a", None));
-        assert_eq!("/a,b".parse(), file("/a,b", None));
+        assert_eq!("/a,,b".parse(), file("/a,b", None));
         assert_eq!("path=/a,max-size=64M".parse(), file("/a", Some(64 << 20)));
         for (bad, named) in [
             ("path=", "empty"),
             (",max-size=1", "empty"),
             ("/a,max-size=", "\"\" is not a number"),
             ("/a,max-size=0", "max-size is 0"),
+            ("/a,b", "\"b\" is not understood; expected path=PATH or"),
+            ("path=/a,path=/b", "path is given twice"),
+            ("path=/a,max-size=1,max-size=2", "max-size is given twice"),
         ] {
             let error = bad.parse::<LogPath>().unwrap_err();
             assert!(error.contains(named), "{bad}: {error}");

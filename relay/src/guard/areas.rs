@@ -218,8 +218,9 @@ impl Area {
         self.clearing.store(false, Ordering::SeqCst);
     }
 
-    /// The view has guest memory at `pages` again. False, after a word about it, where the kernel does not do it: the pages
-    /// stay marked, and no device uses them.
+    /// The view has guest memory at `pages` again. False, after a word about it, where the kernel does not do it: then all
+    /// of `pages` are marked, those that devices have used until now included, and no device uses them. Nothing of the
+    /// guest's is lost, who has its own mapping.
     fn restore(&self, pages: Pages) -> bool {
         let at = (pages.start as u64) << PAGE_SHIFT;
         let len = ((pages.end - pages.start) as u64) << PAGE_SHIFT;
@@ -228,13 +229,17 @@ impl Area {
         // Only of huge pages of hugetlb the file has to do, which cannot be mapped again by their address: and it is what
         // the guest has there only if nothing has taken its place.
         let is_file = self.shift.load(Ordering::Relaxed) > PAGE_SHIFT
-            && !self.elsewhere().is_some_and(|bits| bits.any(pages));
+            && !self.elsewhere().is_some_and(|bits| bits.any(pages.clone()));
         let file = is_file.then(|| (self.fd.load(Ordering::Relaxed), offset));
-        view::restore(hva, view, len, file)
-            .inspect_err(|error| {
-                log::warn!("devices cannot use guest memory at HVA {hva:#x} again: {error}");
-            })
-            .is_ok()
+        let Err(error) = view::restore(hva, view, len, file) else { return true };
+        log::warn!("devices cannot use guest memory at HVA {hva:#x} again: {error}");
+        self.mark_known(pages);
+        attempt::trip();
+        // What was mapped there may be gone, and a device may be in the middle of it.
+        if !view::scratch(view, len) {
+            log::error!("nothing can be mapped where devices have guest memory at HVA {hva:#x}");
+        }
+        false
     }
 
     /// Makes the pages of `pages` that are marked good: the view has guest memory there again.
@@ -497,12 +502,10 @@ pub(crate) fn replaced(hvas: &Range<u64>, bad: &[Range<u64>]) {
             // What is bad is never unmarked: in the view it would be a page of zeros. What is good is waited for.
             area.mark(pages.clone());
             bad.iter().filter_map(|bad| area.pages_of(bad)).for_each(|bad| area.mark_known(bad));
-            if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages.clone()) {
+            if area.view.load(Ordering::Relaxed) == 0 || area.restore(pages) {
                 for good in gaps(hvas, bad) {
                     area.pages_of(&good).into_iter().for_each(|pages| area.unmark(pages));
                 }
-            } else {
-                area.mark_known(pages);
             }
         });
     }
@@ -679,6 +682,40 @@ mod tests {
         assert!(is_bad(hva + 7 * PAGE, 1) && !is_bad(hva + 8 * PAGE, len));
         drop(half);
         assert!(!is_bad(hva, 2 * len));
+    }
+
+    /// The kernel unmaps what is in the way before it maps: what devices have beside the page that is to be good again is
+    /// gone, too.
+    #[test]
+    #[cfg(feature = "vm-memory")]
+    fn where_a_huge_page_cannot_be_restored_devices_have_zeros_and_none_of_it() {
+        use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+        const HUGE: u64 = 2 << 20;
+        // SAFETY: takes a string, and gives a new descriptor, which nobody else owns.
+        let file = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"ram".as_ptr(), 0)) };
+        // SAFETY: takes numbers only.
+        assert_eq!(unsafe { libc::ftruncate(file.as_raw_fd(), 4 << 20) }, 0);
+        let hva = HVA << 3;
+        let area = register_with_view(&(hva..hva + 2 * HUGE), 21, file.as_raw_fd(), 0).unwrap();
+        let view = usize::try_from(area.view().unwrap()).unwrap();
+        let at = |offset: usize| std::ptr::with_exposed_provenance_mut::<u8>(view + offset);
+        for offset in [0, 0x5000, 2 << 20] {
+            // SAFETY: of the view, which this test has alone.
+            unsafe { at(offset).write_volatile(7) };
+        }
+        mark(Some(hva + 5 * PAGE..hva + 6 * PAGE));
+        let attempt = attempt::Attempt::begin();
+        // As it is in the middle of a mapping that fails; and it does, as there is no file.
+        // SAFETY: the first half of the view, to which no reference leads.
+        assert_eq!(unsafe { libc::munmap(at(0).cast(), 2 << 20) }, 0);
+        area.area().fd.store(-1, Ordering::Relaxed);
+        clear(&(hva..hva + 2 * HUGE));
+        assert!(is_bad(hva, 1) && is_bad(hva + HUGE - 1, 1) && !is_bad(hva + HUGE, HUGE));
+        assert!(!attempt.is_clean(), "a device that is at work there learns of it");
+        for (offset, byte) in [(0, 0), (0x5000, 0), (2 << 20, 7)] {
+            // SAFETY: as above; it is mapped.
+            assert_eq!(unsafe { at(offset).read_volatile() }, byte, "{offset:#x}");
+        }
     }
 
     #[test]

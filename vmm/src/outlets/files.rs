@@ -16,6 +16,8 @@ use std::time::Duration;
 use log::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::outlets::directory;
+
 /// How long a writer waits before it retries after a failure (a full disk, say).
 pub const RETRY: Duration = Duration::from_secs(1);
 
@@ -44,13 +46,13 @@ impl LogFile {
             Ok(found) if found.is_dir() => Err(io::ErrorKind::IsADirectory.into()),
             Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let dir = self.path.parent().filter(|dir| !dir.as_os_str().is_empty());
-                match dir.unwrap_or(Path::new(".")).metadata()?.is_dir() {
+                let named = |error| directory::named(&self.path, error);
+                match directory::of(&self.path).metadata().map_err(named)?.is_dir() {
                     true => Ok(()),
-                    false => Err(io::ErrorKind::NotADirectory.into()),
+                    false => Err(named(io::ErrorKind::NotADirectory.into())),
                 }
             }
-            Err(error) => Err(error),
+            Err(error) => Err(directory::named(&self.path, error)),
         }
     }
 }
@@ -168,7 +170,9 @@ pub fn older(path: &Path) -> PathBuf {
 }
 
 fn open(path: &Path, flags: i32) -> io::Result<File> {
-    OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(flags).open(path)
+    let made =
+        OpenOptions::new().append(true).create(true).mode(0o600).custom_flags(flags).open(path);
+    made.map_err(|error| directory::named(path, error))
 }
 
 fn id(found: &Metadata) -> (u64, u64) {

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 
+use crate::outlets::directory;
 use crate::outlets::files;
 use crate::outlets::peer::{self, Holder, Peer};
 
@@ -81,7 +82,7 @@ pub fn bind(path: &Path) -> Result<(UnixListener, BoundPath), BindError> {
         unsafe { libc::umask(before) };
         listener.map_err(|error| match error.kind() {
             io::ErrorKind::AddrInUse => BindError::Exists,
-            _ => BindError::Os(error),
+            _ => BindError::Os(directory::named(path, error)),
         })?
     };
     let made = path.symlink_metadata()?;
@@ -116,9 +117,8 @@ fn own_uid() -> u32 {
 /// Locks the directory of `path` until this is dropped. `None` where it cannot be locked: then no socket is replaced,
 /// and making one at a free path needs no lock.
 fn lock(path: &Path) -> Option<File> {
-    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let mut options = File::options();
-    let dir = options.read(true).custom_flags(libc::O_DIRECTORY).open(dir).ok()?;
+    let dir = options.read(true).custom_flags(libc::O_DIRECTORY).open(directory::of(path)).ok()?;
     let start = Instant::now();
     loop {
         // SAFETY: flock takes no pointer.
@@ -169,6 +169,8 @@ mod tests {
         std::fs::write(&file, "precious").unwrap();
         assert!(matches!(bind(&file), Err(BindError::Exists)));
         assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+        let error = bind(&dir.path().join("none/s")).unwrap_err().to_string();
+        assert!(error.contains("/none is not there"), "{error}");
         let link = dir.path().join("link");
         std::os::unix::fs::symlink(&file, &link).unwrap();
         assert!(matches!(bind(&link), Err(BindError::Exists)));

@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use log::warn;
+use mce_relay_vmm::outlets::directory::named;
 
 use super::error::DumpError;
 use super::interrupt::Interrupt;
@@ -24,7 +25,7 @@ impl Unfinished {
         let made = File::options().write(true).create_new(true).mode(0o600).open(path);
         let file = made.map_err(|source| match source.kind() {
             io::ErrorKind::AlreadyExists => DumpError::Exists(path.to_owned()),
-            _ => DumpError::Create { path: path.to_owned(), source },
+            _ => DumpError::Create { path: path.to_owned(), source: named(path, source) },
         })?;
         self.0.push(path.to_owned());
         Ok(file)

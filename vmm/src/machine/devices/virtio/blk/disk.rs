@@ -68,8 +68,11 @@ pub enum DiskError {
         /// What is wrong with it.
         fault: qcow2::Fault,
     },
-    /// There is nothing on it.
-    #[error("the disk {} has {len} bytes; expected 512 at least", path.display())]
+    /// There is not one sector on it.
+    #[error(
+        "the disk {} has {len} bytes; expected 512 at least (`truncate -s SIZE FILE` makes a raw one as long as it is to be)",
+        path.display()
+    )]
     Small {
         /// Its path.
         path: PathBuf,
@@ -174,6 +177,9 @@ impl Disk {
         };
         if len < SECTOR {
             return Err(DiskError::Small { path: path.clone(), len });
+        }
+        if let Some(words) = warning_of_rest(path, len, config.image_type) {
+            log::warn!("{words}");
         }
         let (readonly, direct, is_device) = (*readonly, *direct, kind.is_block_device());
         let path = path.clone();
@@ -392,6 +398,24 @@ fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError> {
             Ok(())
         }
     }
+}
+
+/// What to say of a disk that ends within a sector. The guest does not have the rest: were the disk rounded up, as QEMU
+/// does it, a write to its end would change the length of the user's file.
+fn warning_of_rest(path: &Path, len: u64, image_type: Option<ImageType>) -> Option<String> {
+    let rest = len % SECTOR;
+    let longer = len.next_multiple_of(SECTOR);
+    let path = path.display();
+    let way_out = match image_type {
+        Some(ImageType::Qcow2) => format!("qemu-img resize -f qcow2 {path} {longer}"),
+        None | Some(ImageType::Raw) => format!("truncate -s {longer} {path}"),
+    };
+    (rest != 0).then(|| {
+        format!(
+            "the disk {path} has {len} bytes, which is no whole number of sectors of {SECTOR}: the guest does not have the \
+             last {rest}; with `{way_out}` it has them, and zeros behind them"
+        )
+    })
 }
 
 fn is_same(one: &File, other: &File) -> io::Result<bool> {

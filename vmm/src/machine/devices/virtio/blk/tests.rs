@@ -363,7 +363,9 @@ fn what_cannot_be_a_disk_is_said() {
     let error = || Disk::open(&config).unwrap_err().to_string();
     assert!(error().contains("cannot open the disk"), "{}", error());
     std::fs::write(&path, [0; 511]).unwrap();
-    assert!(error().contains("511 bytes"), "{}", error());
+    assert!(error().contains("511 bytes; expected 512 at least"), "{}", error());
+    std::fs::write(&path, []).unwrap();
+    assert!(error().contains("0 bytes; expected 512 at least"), "{}", error());
     std::fs::write(&path, [&b"QFI\xfb"[..], &[0; 1020]].concat()).unwrap();
     assert!(error().contains("image_type=qcow2"), "{}", error());
     let raw = DiskConfig { image_type: Some(ImageType::Raw), ..config.clone() };

@@ -65,6 +65,17 @@ pub enum VhostError {
         /// What it lacks.
         wanted: u64,
     },
+    /// Guest memory is in more pieces than it takes.
+    #[error(
+        "vhost-net takes guest memory in {most} pieces at most (parameter max_mem_regions of the kernel's module vhost), \
+         and this guest's has {asked}: each --memory-zone is one, and one at 3 GiB is two; vhost=off does without it"
+    )]
+    Pieces {
+        /// How many there are.
+        asked: usize,
+        /// How many it takes.
+        most: usize,
+    },
     /// The tap does not do what is asked of it.
     #[error("cannot set the send buffer of {tap} (TUNSETSNDBUF)")]
     Tap {
@@ -116,6 +127,7 @@ impl VhostNet {
         let name = || tap.to_string();
         tap.one_at_a_time().map_err(|source| VhostError::Tap { tap: name(), source })?;
         let backend = Backend::new(Arc::new(memory.clone())).map_err(VhostError::Open)?;
+        check_pieces(memory.num_regions(), most_pieces())?;
         backend.set_owner().map_err(refused("begin to use it"))?;
         let found = backend.get_features().map_err(refused("ask for its features"))?;
         let header = if tap.has_header() { 0 } else { 1 << VHOST_NET_F_VIRTIO_NET_HDR };
@@ -192,6 +204,19 @@ impl VhostNet {
         }
         halted
     }
+}
+
+/// In how many pieces the kernel takes guest memory; asked once it has loaded the module.
+fn most_pieces() -> usize {
+    /// drivers/vhost/vhost.c, where the module is part of a kernel that does not say it.
+    const DEFAULT: usize = 64;
+    let told = std::fs::read_to_string("/sys/module/vhost/parameters/max_mem_regions");
+    told.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(DEFAULT)
+}
+
+/// Said here, as it would otherwise be the guest's driver that fails when it starts the device.
+fn check_pieces(asked: usize, most: usize) -> Result<(), VhostError> {
+    if asked > most { Err(VhostError::Pieces { asked, most }) } else { Ok(()) }
 }
 
 /// Where guest memory is, by the guest's own mapping.

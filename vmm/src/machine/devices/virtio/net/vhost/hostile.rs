@@ -56,3 +56,13 @@ fn no_ring_leads_the_kernel_out_of_a_zone() {
     }
     assert!(let_through.is_empty(), "the kernel is given a ring over two zones: {let_through:?}");
 }
+
+#[test]
+fn more_zones_than_the_kernel_takes_are_refused_at_the_start() {
+    assert!(most_pieces() > 0);
+    check_pieces(64, 64).unwrap();
+    let error = check_pieces(65, 64).unwrap_err().to_string();
+    for part in ["64 pieces at most", "has 65", "max_mem_regions", "vhost=off"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+}
