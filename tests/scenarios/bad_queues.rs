@@ -180,6 +180,7 @@ fn buffers_for_frames(setup: &Setup, shell: &mut Line) -> bool {
                 break pages;
             }
             assert!(begun.elapsed() < PATIENCE, "no buffers to spare: {pages:x?}");
+            std::thread::sleep(Duration::from_millis(20));
         };
         bad = setup.lose(pages);
     };

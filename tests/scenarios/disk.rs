@@ -41,6 +41,7 @@ pub fn in_huge_pages() {
     lab::set_pool("2048kB", RAM / HUGE + BUFFERS as u64);
     let memory = "size=256M,hugepages=on";
     loses_buffers(&Options { disk: Some(DiskImage::Raw), memory, ..Options::amd(2) });
+    lab::set_pool("2048kB", 0);
 }
 
 /// A page of the disk's rings goes bad under load. Whoever touches it first, the guest's driver or the device, the VM lives:

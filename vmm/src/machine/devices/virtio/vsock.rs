@@ -2,8 +2,8 @@
 //! sockets for them, as with Firecracker and Cloud Hypervisor.
 //!
 //! - A program of the host's connects to PATH, writes `CONNECT <port>\n`, reads `OK <its own port>\n`, and is connected to
-//!   the guest's program at that port. Where there is none, or it does not answer, its connection is closed. So it is at once
-//!   while the device waits for a reset.
+//!   the guest's program at that port. Where there is none, or it does not answer, its connection is closed. So it is
+//!   where the device has failed and waits for a reset.
 //! - A program of the guest's that connects to the host (address 2) at port P is connected to the unix socket PATH_P.
 //!
 //! All of it is on the device's one thread, and no side waits for another: each connection has room for some data of the
@@ -17,7 +17,6 @@
 //! A program of the host's sees the end of a connection that was broken as any other end: unix sockets have no better word.
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -184,15 +183,17 @@ impl Device for Vsock {
     }
 
     fn waits_for_when_failed(&self, waits: &mut Vec<Wait>) {
-        waits.push(Wait { fd: self.greetings.line().listener().as_raw_fd(), events: libc::POLLIN });
+        waits.push(Wait { fd: self.timer.fd(), events: libc::POLLIN });
+        self.greetings.waits_for(waits);
     }
 
-    fn ready_when_failed(&mut self, _: Wait) -> io::Result<()> {
-        match self.greetings.line().listener().accept() {
-            Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-            // Its end of the connection is closed here.
-            _ => Ok(()),
+    fn ready_when_failed(&mut self, wait: Wait) -> io::Result<()> {
+        let now = Instant::now();
+        self.greetings.expire(now);
+        if wait.fd != self.timer.fd() {
+            self.greetings.turn_away(now);
         }
+        self.timer.set(self.greetings.deadline(), now)
     }
 
     fn resume(&mut self, _: &mut Active) -> Result<(), DeviceError> {

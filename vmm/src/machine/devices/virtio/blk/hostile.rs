@@ -723,7 +723,11 @@ fn qemu_and_this_program_keep_out_of_each_others_way() {
                 if other.try_wait().unwrap().is_some() {
                     other = qemu_io(&sleep).spawn().unwrap();
                 }
-                open(false).is_err()
+                let is_locked = || open(false).is_err();
+                is_locked() && {
+                    std::thread::sleep(Duration::from_millis(200));
+                    other.try_wait().unwrap().is_none() && is_locked()
+                }
             });
             for (readonly, may) in [(false, expected[0]), (true, expected[1])] {
                 let opened = open(readonly);

@@ -1,8 +1,8 @@
 //! Reads long stretches of a file into guest memory by two threads: the kernel's copy of one of them is what such a read
 //! takes, when the file is in the page cache.
 //!
-//! Whichever thread is free takes the next piece. So where the second one gets no processor, the first does all of it and
-//! has lost nothing but a wake.
+//! Whichever thread is free takes the next piece. So where the second one gets no processor, the first does what the second
+//! has not begun with. Both are at rest when the read is over, and so when the device stops or the VM is paused.
 
 use std::fs::File;
 use std::io;

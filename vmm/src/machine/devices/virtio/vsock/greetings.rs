@@ -92,20 +92,30 @@ impl Greetings {
         port.map(|port| (greeting.stream, port))
     }
 
+    /// Closes the connection of whoever has come.
+    pub fn turn_away(&mut self, now: Instant) {
+        drop(self.accepted(now));
+    }
+
     fn accept(&mut self, now: Instant) {
+        if let Some(stream) = self.accepted(now) {
+            let greeting = Greeting { said: Vec::new(), deadline: now + PATIENCE, stream };
+            self.waiting.insert(greeting.stream.as_raw_fd(), greeting);
+        }
+    }
+
+    fn accepted(&mut self, now: Instant) -> Option<UnixStream> {
         let accepted = self.line.listener().accept().and_then(|(stream, _)| {
             stream.set_nonblocking(true)?;
             Ok(stream)
         });
         match accepted {
-            Ok(stream) => {
-                let greeting = Greeting { said: Vec::new(), deadline: now + PATIENCE, stream };
-                self.waiting.insert(greeting.stream.as_raw_fd(), greeting);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Ok(stream) => Some(stream),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
             Err(error) => {
                 log::debug!("virtio-vsock: cannot accept a client: {error}");
                 self.pause = Some(now + PAUSE);
+                None
             }
         }
     }
