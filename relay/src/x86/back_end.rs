@@ -23,7 +23,8 @@ pub trait Mca {
     /// The hypervisor refuses the record.
     fn inject(&mut self, record: &Record) -> io::Result<()>;
 
-    /// Returns MCi_STATUS of `bank`, and MCG_STATUS, which show whether a record that was just injected is there. The
+    /// Returns MCi_STATUS of `bank`, and MCG_STATUS, which show whether a record that was just injected is there. Called
+    /// for the first record of each form on each vCPU, and after one that was not there. The
     /// default reads the whole state; a back end that reads these two registers alone is quicker.
     ///
     /// # Errors
