@@ -66,7 +66,7 @@ pub fn rings_that_go_bad() {
         guest.agent.tell(&format!("disk-load /dev/vda {LEN} {SEED} 30"));
         guest.agent.event(|event| event["event"] == "disk-load").unwrap();
         let gpa = at & !(BLOCK as u64 - 1);
-        guest.poison_in_use(gpa);
+        guest.poison(gpa, "hwpoison-inject");
         let start = Instant::now();
         let end = loop {
             assert!(start.elapsed() < PATIENCE, "{part}: {:#?}", guest.events());

@@ -64,7 +64,7 @@ pub fn fio_in_debian() {
                     let pages = process["pages"].as_array().cloned().unwrap_or_default();
                     if !pages.is_empty() {
                         let gpa = hex(&pages[random.usize(..pages.len())]["gpa"]);
-                        debian.guest.poison_in_use(gpa);
+                        debian.guest.poison(gpa, "hwpoison-inject");
                         lost += 1;
                     }
                 }

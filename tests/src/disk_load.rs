@@ -48,7 +48,7 @@ pub fn lose_buffers(options: &Options, mut plan: Plan) -> usize {
         };
         let (longest, random) = &mut plan.pause;
         std::thread::sleep(Duration::from_millis(random.u64(..=*longest)));
-        guest.poison_in_use(gpa);
+        guest.poison(gpa, "hwpoison-inject");
         bad.push(gpa);
     }
     let sum = guest.agent.reply(&request, Instant::now() + PATIENCE).unwrap();
