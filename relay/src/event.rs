@@ -187,7 +187,7 @@ pub enum Event {
         #[cfg_attr(feature = "serde", serde(default))]
         forged: bool,
     },
-    /// The record was written where the guest finds it, and read back.
+    /// The record was written where the guest finds it.
     Injected {
         /// Guest-physical address of the page.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]

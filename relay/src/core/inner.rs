@@ -61,8 +61,9 @@ pub(crate) struct Inner {
     pub(crate) events: Vec<Event>,
     /// The relay's thread is to be woken, when the lock is given back.
     pub(crate) wakes: bool,
-    /// On which vCPUs a record of which form was found where it had been put (none: a bystander's).
-    pub(crate) proven: HashSet<(usize, Option<Form>)>,
+    /// On which vCPUs, and in which of their banks, a record of which form was found where it had been put (none: a
+    /// bystander's).
+    pub(crate) proven: HashSet<(usize, u8, Option<Form>)>,
 }
 
 impl Collects for Inner {

@@ -48,7 +48,7 @@ impl Shared {
         }
         // Without delivering events: other vCPUs may be in their handlers already, and wait for this one for a short
         // time only.
-        let proof = (vcpu, error.map(|(_, form)| form));
+        let proof = (vcpu, record.bank, error.map(|(_, form)| form));
         let is_proven = inner.proven.contains(&proof);
         inner.give_back_quietly();
         let done = ask_host(BACK_END, || {
