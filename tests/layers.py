@@ -14,7 +14,7 @@ import sys
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # From the bottom: none may name one that comes after it.
-CRATES = [("relay", "mce_relay"), ("vmm", "mce_relay_vmm"), ("cli", "mce_relay_cli")]
+CRATES = [("guest-image/agent", "mce_relay_agent"), ("relay", "mce_relay"), ("vmm", "mce_relay_vmm"), ("cli", "mce_relay_cli")]
 NAME = r"[A-Za-z_]\w*"
 
 
@@ -169,6 +169,11 @@ def main(arguments):
             known.update(arguments.pop(0).split("="))
         else:
             chosen.append(argument)
+    for crate in chosen:
+        if crate not in (directory for directory, _ in CRATES):
+            names = ", ".join(directory for directory, _ in CRATES)
+            print(f"{crate} is no crate of this project; expected one of {names}")
+            return 2
     bad = 0
     for level, (directory, _) in enumerate(CRATES):
         if (chosen and directory not in chosen) or not os.path.isdir(os.path.join(TOP, directory, "src")):

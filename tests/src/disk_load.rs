@@ -113,7 +113,7 @@ fn is_what_the_guest_was_told(read: &dyn Fn(&mut [u8], u64), generations: &Value
     assert!(count > 50);
 }
 
-/// What the agent writes to a block (guest-image/agent/src/disk/mod.rs).
+/// What the agent writes to a block (guest-image/agent/src/disk/block.rs).
 fn expected(offset: u64, generation: u64) -> [u8; BLOCK] {
     let key = mix(mix(mix(SEED) ^ offset) ^ generation);
     let mut block = [0; BLOCK];

@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use crate::proto::{Body, Hex, Losses, Outcomes};
+use crate::proto::{Body, Losses, Outcomes};
+use crate::words::Hex;
 
 /// How `action_result` in Linux' mm/memory-failure.c says a page ended (`action_name`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

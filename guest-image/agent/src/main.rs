@@ -16,6 +16,7 @@ mod process;
 mod proto;
 mod touch;
 mod vsock;
+mod words;
 
 use std::fs;
 use std::io;
@@ -352,7 +353,7 @@ impl Agent {
 }
 
 impl Agent {
-    fn disk(&self, request: &disk::Request) -> Result<Body, String> {
+    fn disk(&self, request: &disk::words::Request) -> Result<Body, String> {
         let announce = |write, read| {
             // A port that is gone shows by the reply.
             let _ = self.port.send(&Event::DiskLoad { write, read });

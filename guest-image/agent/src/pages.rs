@@ -13,8 +13,9 @@ use std::ptr;
 use std::time::{Duration, Instant};
 
 use crate::failures::{self, Failures};
-use crate::proto::{Body, Hex, How, Kind, Outcome, PageInfo, State};
+use crate::proto::{Body, How, Kind, Outcome, PageInfo, State};
 use crate::touch::{self, Fault};
+use crate::words::Hex;
 
 /// Bytes of a page frame.
 pub const FRAME: usize = 4096;

@@ -4,7 +4,8 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use crate::proto::{Body, Hex, ProcessPage};
+use crate::proto::{Body, ProcessPage};
+use crate::words::Hex;
 
 const KPAGEFLAGS: &str = "/proc/kpageflags";
 const FRAME: u64 = 4096;

@@ -7,9 +7,11 @@
 
 use std::ops::RangeInclusive;
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
-use crate::disk;
+use crate::disk::reply as disk_reply;
+use crate::disk::words as disk_words;
+use crate::words::{Hex, number, optional, wrong};
 
 /// Most pages that one `alloc` may ask for: more would make a reply that blocks the port.
 pub const MAX_ALLOC: u32 = 4096;
@@ -17,16 +19,6 @@ pub const MAX_ALLOC: u32 = 4096;
 pub const MAX_PROCESS: usize = 4096;
 /// And how many it gives where none are asked for.
 const DEFAULT_PROCESS: usize = 64;
-
-/// An address or another number that JSON carries as `"0x…"`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hex(pub u64);
-
-impl Serialize for Hex {
-    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
-        to.collect_str(&format_args!("{:#x}", self.0))
-    }
-}
 
 /// What memory a page of the agent is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -115,7 +107,7 @@ pub enum Request {
     Claim { frames: Vec<RangeInclusive<u32>> },
     Meminfo,
     Clock,
-    Disk(disk::Request),
+    Disk(disk_words::Request),
     Echo { port: u32 },
     Kexec,
     Reboot,
@@ -257,7 +249,7 @@ pub fn parse(line: &str) -> Result<Request, String> {
         "reboot" => Request::Reboot,
         "poweroff" => Request::Poweroff,
         "panic" => Request::Panic,
-        other => match disk::parse(other, &mut words) {
+        other => match disk_words::parse(other, &mut words) {
             Some(request) => Request::Disk(request?),
             None => return Err(wrong(other, VERBS)),
         },
@@ -266,12 +258,6 @@ pub fn parse(line: &str) -> Result<Request, String> {
         None => Ok(request),
         Some(extra) => Err(format!("{extra:?} is one word too many for {verb}; leave it out")),
     }
-}
-
-/// That `got` is not what was expected.
-pub fn wrong(got: &str, expected: &str) -> String {
-    let got: String = got.chars().take(32).collect();
-    format!("got {got:?}, expected {expected}")
 }
 
 fn choice<T: Copy>(word: Option<&str>, from: &[(&str, T)], usage: &str) -> Result<T, String> {
@@ -284,19 +270,6 @@ fn choice<T: Copy>(word: Option<&str>, from: &[(&str, T)], usage: &str) -> Resul
 
 fn on_off(word: Option<&str>, usage: &str) -> Result<bool, String> {
     choice(word, &[("on", true), ("off", false)], usage)
-}
-
-/// A number, decimal or after `0x`.
-///
-/// # Errors
-/// It is none.
-pub fn number(word: Option<&str>, usage: &str) -> Result<usize, String> {
-    let word = word.unwrap_or("nothing");
-    match word.strip_prefix("0x") {
-        Some(hex) => usize::from_str_radix(hex, 16),
-        None => word.parse(),
-    }
-    .map_err(|_| wrong(word, usage))
 }
 
 fn page(word: Option<&str>, usage: &str) -> Result<u32, String> {
@@ -317,17 +290,6 @@ fn pages(word: &str, usage: &str) -> Result<RangeInclusive<u32>, String> {
 
 fn offset(word: Option<&str>, usage: &str) -> Result<usize, String> {
     Ok(optional(word, |w| number(Some(w), usage))?.unwrap_or(0))
-}
-
-/// What `read` makes of a word, if there is one.
-///
-/// # Errors
-/// Those of `read`.
-pub fn optional<'w, T>(
-    word: Option<&'w str>,
-    read: impl FnOnce(&'w str) -> Result<T, String>,
-) -> Result<Option<T>, String> {
-    word.map(read).transpose()
 }
 
 /// `si_code` of a SIGBUS: the two of memory errors by name, any other as its number.
@@ -548,7 +510,7 @@ pub enum Body {
     Meminfo {
         hardware_corrupted_kb: u64,
     },
-    Disk(disk::Reply),
+    Disk(disk_reply::Reply),
     Echo {
         /// Bytes that came and went back.
         bytes: u64,
@@ -610,8 +572,8 @@ pub enum Event {
     KmsgLost {},
     /// Where the buffers are that a `disk-load` under way transfers from and to.
     DiskLoad {
-        write: disk::Place,
-        read: disk::Place,
+        write: disk_reply::Place,
+        read: disk_reply::Place,
     },
     Error {
         error: String,

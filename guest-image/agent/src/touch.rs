@@ -11,7 +11,8 @@ use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::proto::{Code, Hex, Sigbus};
+use crate::proto::{Code, Sigbus};
+use crate::words::Hex;
 
 /// `si_code` of a memory error that the thread ran into (Linux, siginfo.h).
 pub const BUS_MCEERR_AR: i32 = 4;

@@ -5,10 +5,11 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
-use super::{BLOCK, Place, WORDS, Words};
+use super::block::{BLOCK, WORDS, Words};
+use super::reply::Place;
 use crate::pages::{FRAME, Mapping, errno_name, frames};
-use crate::proto::Hex;
 use crate::touch::{self, Fault};
+use crate::words::Hex;
 
 /// What a buffer holds before something is read into it, so that a transfer that is said to be
 /// made and is not is seen.

@@ -2,40 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
+use super::block::{BLOCK, Found, Label, mix};
 use super::device::{Buffer, Device};
-use super::{BLOCK, Count, Different, Found, Label, MAX_NAMED, Place, mix};
-use crate::proto::Hex;
+use super::reply::{Count, Different, MAX_NAMED, Place, Summary};
+use crate::words::Hex;
 
 /// Most blocks whose generations a reply has, each of them.
 const MAX_GENERATIONS: usize = 4096;
-
-/// What a load came to.
-#[derive(Debug, PartialEq, Eq, Serialize)]
-pub struct Summary {
-    /// Whether the page cache was left out, which not every file system allows.
-    direct: bool,
-    /// How many blocks there are.
-    blocks: usize,
-    writes: Count,
-    reads: Count,
-    /// Reads that gave something that was never written there, or not last: the disk lies.
-    wrong: u64,
-    /// The first of these.
-    differences: Vec<Different>,
-    /// Writes that failed and are on the disk all the same, whole.
-    written_though_failed: u64,
-    /// Buffers that were lost and replaced.
-    buffers_lost: u64,
-    /// What the flush at the end failed with.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    flush: Option<String>,
-    /// The generation that each block was last read with, after all else; none where it could not
-    /// be read or has not been written. Only of few blocks.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    generations: Option<Vec<Option<u64>>>,
-}
 
 /// What is known of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,3 +1,5 @@
+use super::block::*;
+use super::words::parse;
 use super::*;
 use std::fs;
 use std::os::unix::fs::FileExt;
