@@ -8,192 +8,30 @@
 )]
 #![allow(clippy::cast_possible_truncation, reason = "a test")]
 
+mod guarded;
+
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use mce_relay::guard::{self, Attempt, GuardedRegion};
-use mce_relay::internals::uffd::Uffd;
-use mce_relay::signal::{Handled, Signals, handle_in, set_up};
-use mce_relay::{HugePage, MemoryOwner, RamMap, RamRegion, Relay, Rescue, RescueRefusal};
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestRegionCollection,
-    MmapRegion,
+use guarded::{
+    GPA, Memory, PAGE, alone, at, devices, go_on, guests, held_rescuer,
+    hold_scratch_of_this_thread, huge, hva, mapped_at, marker, memfd, next, numbered, of_mapping,
+    relay, shared_at, signal, until, validated,
 };
+use mce_relay::guard::{self, Attempt};
+use mce_relay::signal::{Handled, Signals, set_up};
+use mce_relay::{RamMap, RamRegion, Relay};
+use vm_memory::{Bytes, FileOffset, MmapRegion};
 
-type Memory = GuestRegionCollection<GuardedRegion>;
-
-const PAGE: u64 = 4096;
-const GPA: u64 = 1 << 30;
-const HUGE: u64 = 2 << 20;
-
-/// One at a time: the table is the process's.
-fn alone() -> MutexGuard<'static, ()> {
-    static ONE: Mutex<()> = Mutex::new(());
-    ONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn marker() -> Uffd {
-    Uffd::open().unwrap()
-}
-
-fn memfd(len: u64) -> File {
-    let file = unsafe { File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), 0)) };
-    file.set_len(len).unwrap();
-    file
-}
-
-fn numbered(region: GuardedRegion, pages: u64) -> Memory {
-    let memory = Memory::from_regions(vec![region]).unwrap();
-    for page in 0..pages {
-        memory.write_obj(page + 100, at(page)).unwrap();
-    }
-    memory
-}
-
+/// Guest memory wherever the kernel puts it, each page of which begins with its number and 100.
 fn shared(pages: u64) -> Memory {
     let len = pages * PAGE;
-    let mapping = MmapRegion::from_file(FileOffset::new(memfd(len), 0), len as usize).unwrap();
-    numbered(GuardedRegion::new(mapping, GuestAddress(GPA)).unwrap(), pages)
+    let file = FileOffset::new(memfd(len, 0), 0);
+    numbered(of_mapping(MmapRegion::from_file(file, len as usize).unwrap()), pages)
 }
-
-/// Guest memory at `skew` bytes behind a multiple of 2 MiB.
-fn shared_at(pages: u64, skew: u64) -> Memory {
-    let (len, file) = ((pages * PAGE) as usize, memfd(pages * PAGE));
-    let at = unsafe {
-        let none = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let room = libc::mmap(std::ptr::null_mut(), len + 3 * HUGE as usize, 0, none, -1, 0);
-        let at = (room as u64).next_multiple_of(HUGE) + skew;
-        let (prot, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
-        assert_ne!(
-            libc::mmap(at as *mut _, len, prot, flags, file.as_raw_fd(), 0),
-            libc::MAP_FAILED
-        );
-        at
-    };
-    let builder = unsafe {
-        vm_memory::mmap::MmapRegionBuilder::new(len).with_raw_mmap_pointer(at as *mut u8)
-    };
-    let mapping = builder
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED)
-        .with_file_offset(FileOffset::new(file, 0))
-        .build()
-        .unwrap();
-    numbered(GuardedRegion::new(mapping, GuestAddress(GPA)).unwrap(), pages)
-}
-
-fn at(page: u64) -> GuestAddress {
-    GuestAddress(GPA + page * PAGE)
-}
-
-fn devices(memory: &Memory, page: u64) -> u64 {
-    memory.get_slice(at(page), 1).unwrap().ptr_guard().as_ptr().expose_provenance() as u64
-}
-
-fn hva(memory: &Memory, page: u64) -> u64 {
-    memory.get_host_address(at(page)).unwrap().expose_provenance() as u64
-}
-
-/// What the guest has there.
-fn guests(memory: &Memory, page: u64) -> u64 {
-    unsafe { (hva(memory, page) as *const u64).read_volatile() }
-}
-
-fn relay(memory: &Memory) -> Relay {
-    let regions = unsafe { RamRegion::all_of(memory) }.unwrap();
-    Relay::builder(RamMap::new(&regions).unwrap()).start().unwrap()
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// What a device reads at the page, validated by the rules.
-fn validated(memory: &Memory, page: u64) -> Result<u64, Option<GuestMemoryError>> {
-    let attempt = Attempt::begin();
-    let read = memory.read_obj::<u64>(at(page));
-    if attempt.is_clean() { read.map_err(Some) } else { Err(None) }
-}
-
-/// As the kernel's signal for an access of this thread at `addr`.
-fn signal(addr: u64, lsb: i16) -> Handled {
-    #[repr(C)]
-    struct Info {
-        signo: i32,
-        errno: i32,
-        code: i32,
-        addr: u64,
-        lsb: i16,
-        rest: [u8; 102],
-    }
-    let info = Info { signo: libc::SIGBUS, errno: 0, code: 4, addr, lsb, rest: [0; 102] };
-    unsafe { handle_in(&*(&raw const info).cast::<libc::siginfo_t>(), std::ptr::null_mut()) }
-}
-
-// --- seccomp: another thread decides when the calling thread's next mmap(2) with MAP_FIXED goes on ---
-
-#[repr(C)]
-struct Notification {
-    id: u64,
-    pid: u32,
-    flags: u32,
-    data: [u64; 8],
-}
-
-#[repr(C)]
-struct Answer {
-    id: u64,
-    val: i64,
-    error: i32,
-    flags: u32,
-}
-
-/// The calling thread's calls of mmap(2) with these flags wait for whoever has what is returned.
-fn hold_mmap_of_this_thread(flags: i32) -> OwnedFd {
-    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
-    let mut filter = [
-        op(0x20, 0, 0, 0),
-        op(0x15, 0, 3, libc::SYS_mmap as u32),
-        op(0x20, 0, 0, 16 + 3 * 8),
-        op(0x15, 0, 1, flags as u32),
-        op(0x06, 0, 0, 0x7fc0_0000),
-        op(0x06, 0, 0, 0x7fff_0000),
-    ];
-    let program = libc::sock_fprog { len: 6, filter: filter.as_mut_ptr() };
-    unsafe {
-        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-        let fd = libc::syscall(libc::SYS_seccomp, 1, 1 << 3, &raw const program);
-        assert!(fd >= 0, "{}", io::Error::last_os_error());
-        OwnedFd::from_raw_fd(fd as i32)
-    }
-}
-
-fn next(fd: &OwnedFd) -> u64 {
-    let mut got: Notification = unsafe { std::mem::zeroed() };
-    let request = libc::_IOWR::<Notification>(u32::from(b'!'), 0);
-    let done = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut got) };
-    assert_eq!(done, 0, "{}", io::Error::last_os_error());
-    got.id
-}
-
-fn go_on(fd: &OwnedFd, id: u64) {
-    let mut answer = Answer { id, val: 0, error: 0, flags: 1 };
-    let request = libc::_IOWR::<Answer>(u32::from(b'!'), 1);
-    assert_eq!(unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut answer) }, 0);
-}
-
-const SCRATCH: i32 =
-    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
 
 /// Two threads touch one page. One is held up between the number and the scratch page. The relay takes back the mark that
 /// the other has made (the page is good by now), and then the first one's scratch page comes: not marked, and for ever.
@@ -209,7 +47,7 @@ fn a_handler_that_is_held_up_leaves_no_scratch_page_that_nobody_knows_of() {
         let memory = memory.clone();
         std::thread::spawn(move || {
             let view = devices(&memory, 6);
-            tx.send(hold_mmap_of_this_thread(SCRATCH)).unwrap();
+            tx.send(hold_scratch_of_this_thread()).unwrap();
             let attempt = Attempt::begin();
             unsafe { (view as *const u64).read_volatile() };
             assert!(!attempt.is_clean(), "its own attempt is not clean");
@@ -217,7 +55,7 @@ fn a_handler_that_is_held_up_leaves_no_scratch_page_that_nobody_knows_of() {
     };
     let view = devices(&memory, 6);
     let held = rx.recv().unwrap();
-    let id = next(&held);
+    let id = next(&held).unwrap();
     // It is marked and counted, and the scratch page is not there yet. Another thread, which has its slice already.
     let attempt = Attempt::begin();
     unsafe { (view as *const u64).read_volatile() };
@@ -227,7 +65,7 @@ fn a_handler_that_is_held_up_leaves_no_scratch_page_that_nobody_knows_of() {
     while begun.elapsed() < Duration::from_secs(2) && memory.read_obj::<u64>(at(6)).is_err() {
         std::thread::sleep(Duration::from_millis(1));
     }
-    go_on(&held, id);
+    go_on(&held, id).unwrap();
     slow.join().unwrap();
     std::thread::sleep(Duration::from_millis(1500));
     let read = validated(&memory, 6);
@@ -461,59 +299,12 @@ fn a_child_that_drops_its_copy_ends() {
     assert_eq!(hung, 0, "children that never end");
 }
 
-struct Owner {
-    file: File,
-    offset: u64,
-    entered: std::sync::mpsc::Sender<()>,
-    leave: std::sync::mpsc::Receiver<()>,
-}
-
-impl MemoryOwner for Owner {
-    fn release(&mut self, _: HugePage) -> Result<(BorrowedFd<'_>, u64), RescueRefusal> {
-        let _ = self.entered.send(());
-        let _ = self.leave.recv_timeout(Duration::from_secs(20));
-        Ok((self.file.as_fd(), self.offset))
-    }
-}
-
-/// A huge page at the region's beginning that the host has lost, of which 7 is gone: see `tests/rescue.rs`. Its file is
-/// /proc/self/mem at another mapping.
-fn huge() -> (Memory, u64) {
-    let memory = shared_at(512, 0);
-    let marker = marker();
-    let region = memory.find_region(at(0)).unwrap();
-    let file = vm_memory::GuestMemoryRegion::file_offset(region).unwrap().file();
-    let other = unsafe {
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        libc::mmap(std::ptr::null_mut(), HUGE as usize, prot, libc::MAP_SHARED, file.as_raw_fd(), 0)
-            as u64
-    };
-    marker.poison(other + 7 * PAGE, PAGE).unwrap();
-    let views = devices(&memory, 0);
-    marker.poison(views, HUGE).unwrap();
-    marker.poison(hva(&memory, 0), HUGE).unwrap();
-    (memory, other)
-}
-
-fn rescuer(
-    memory: &Memory,
-    other: u64,
-) -> (Relay, std::sync::mpsc::Receiver<()>, std::sync::mpsc::Sender<()>) {
-    let (entered, begun) = channel();
-    let (go, leave) = channel();
-    let file = File::open("/proc/self/mem").unwrap();
-    let owner = Owner { file, offset: other, entered, leave };
-    let region = unsafe { RamRegion::new(hva(memory, 0), GPA, HUGE) }.in_pages_of(21);
-    let relay = Relay::builder(RamMap::new(&[region]).unwrap()).rescue(Rescue::new(owner));
-    (relay.start().unwrap(), begun, go)
-}
-
 /// A device touches a good part of the huge page while it is being rescued: its signal is looked at after that.
 #[test]
 fn what_a_device_touched_during_a_rescue_does_not_unmark_what_is_gone() {
     let _alone = alone();
     let (memory, other) = huge();
-    let (relay, begun, go) = rescuer(&memory, other);
+    let (relay, begun, go) = held_rescuer(&memory, other);
     let handle = relay.handle();
     let view = devices(&memory, 9);
     // A device finds that it is bad, as the kernel says it of hugetlb.
@@ -543,7 +334,7 @@ fn a_rescue_gives_no_moment_in_which_what_is_gone_reads_as_zeros() {
     let mut out = 0;
     for _ in 0..40 {
         let (memory, other) = huge();
-        let (relay, begun, go) = rescuer(&memory, other);
+        let (relay, begun, go) = held_rescuer(&memory, other);
         let handle = relay.handle();
         assert_eq!(signal(devices(&memory, 5), 21), Handled::Handled);
         begun.recv_timeout(Duration::from_secs(10)).unwrap();
@@ -586,7 +377,7 @@ fn a_rescue_gives_no_moment_in_which_what_is_gone_reads_as_zeros() {
 fn where_the_file_was_cut_short_is_an_error() {
     let _alone = alone();
     set_up(Signals::Install).unwrap();
-    let file = memfd(2 * PAGE);
+    let file = memfd(2 * PAGE, 0);
     let mapping =
         MmapRegion::<()>::from_file(FileOffset::new(file.try_clone().unwrap(), 0), 8192).unwrap();
     file.set_len(PAGE).unwrap();
@@ -685,9 +476,7 @@ fn a_view_is_the_guests_memory() {
     let zero = File::options().read(true).write(true).open("/dev/zero").unwrap();
     let mapping = MmapRegion::<()>::from_file(FileOffset::new(zero, 0), 4096);
     let Ok(mapping) = mapping else { return println!("vm-memory refuses it") };
-    let memory =
-        Memory::from_regions(vec![GuardedRegion::new(mapping, GuestAddress(GPA)).unwrap()])
-            .unwrap();
+    let memory = of_mapping(mapping);
     memory.write_obj(7_u64, at(0)).unwrap();
     assert_eq!(guests(&memory, 0), 7);
 }
@@ -716,23 +505,9 @@ fn a_late_signal_does_not_take_the_marks_of_another_vm() {
     let _alone = alone();
     let marker = marker();
     let memory = shared_at(64, 0);
-    let neighbours = {
-        // The room of `shared_at` is longer than its memory: 3 MiB behind it are free.
-        let (len, file) = (64 * PAGE as usize, memfd(64 * PAGE));
-        let at = hva(&memory, 0) + 64 * PAGE;
-        let (prot, flags) =
-            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
-        let mapping = unsafe {
-            assert_ne!(
-                libc::mmap(at as *mut _, len, prot, flags, file.as_raw_fd(), 0),
-                libc::MAP_FAILED
-            );
-            vm_memory::mmap::MmapRegionBuilder::new(len).with_raw_mmap_pointer(at as *mut u8)
-        };
-        let mapping = mapping.with_mmap_prot(prot).with_mmap_flags(libc::MAP_SHARED);
-        let mapping = mapping.with_file_offset(FileOffset::new(file, 0)).build().unwrap();
-        numbered(GuardedRegion::new(mapping, GuestAddress(GPA)).unwrap(), 64)
-    };
+    // The room of `shared_at` is longer than its memory: more than 4 MiB behind it are free.
+    let len = 64 * PAGE;
+    let neighbours = numbered(mapped_at(hva(&memory, 0) + len, memfd(len, 0), len), 64);
     let (_relay, theirs) = (relay(&memory), relay(&neighbours));
     let handle = theirs.handle();
     marker.poison(hva(&neighbours, 3), PAGE).unwrap();

@@ -8,128 +8,29 @@
 )]
 #![allow(clippy::cast_possible_truncation, reason = "a test")]
 
-use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+mod guarded;
+
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use mce_relay::guard::{self, Attempt, GuardedRegion};
-use mce_relay::internals::uffd::Uffd;
-use mce_relay::signal::{Handled, handle_in};
-use mce_relay::{HugePage, MemoryOwner, RamMap, RamRegion, Relay, Rescue, RescueRefusal};
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestRegionCollection,
+use guarded::{
+    GPA, HUGE, Memory, PAGE, alone, at, devices, go_on, guests, held_rescuer, hold_of_this_thread,
+    hold_scratch_of_this_thread, huge, hva, marker, memfd, next, of_file, relay, rescuer,
+    shared_at, signal, until, validated,
 };
+use mce_relay::guard::{self, Attempt};
+use mce_relay::signal::Handled;
+use mce_relay::{RamMap, RamRegion, Relay};
+use vm_memory::Bytes;
 
-type Memory = GuestRegionCollection<GuardedRegion>;
-
-const PAGE: u64 = 4096;
-const GPA: u64 = 1 << 30;
-const HUGE: u64 = 2 << 20;
 /// One wait for a relay.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// One at a time: the table is the process's.
-fn alone() -> MutexGuard<'static, ()> {
-    static ONE: Mutex<()> = Mutex::new(());
-    ONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn marker() -> Uffd {
-    Uffd::open().unwrap()
-}
-
-fn memfd(len: u64, flags: u32) -> File {
-    let file = unsafe { File::from_raw_fd(libc::memfd_create(c"guest".as_ptr(), flags)) };
-    file.set_len(len).unwrap();
-    file
-}
-
-/// Guest memory at a multiple of 2 MiB, of this file.
-fn of_file(file: File, len: u64) -> Memory {
-    let size = len as usize;
-    let at = unsafe {
-        let none = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let room = libc::mmap(std::ptr::null_mut(), size + 2 * HUGE as usize, 0, none, -1, 0);
-        let at = (room as u64).next_multiple_of(HUGE);
-        let (prot, flags) = (
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
-        );
-        let got = libc::mmap(at as *mut _, size, prot, flags, file.as_raw_fd(), 0);
-        assert_ne!(got, libc::MAP_FAILED, "{}", io::Error::last_os_error());
-        at
-    };
-    let builder = unsafe {
-        vm_memory::mmap::MmapRegionBuilder::new(size).with_raw_mmap_pointer(at as *mut u8)
-    };
-    let mapping = builder
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_SHARED)
-        .with_file_offset(FileOffset::new(file, 0))
-        .build()
-        .unwrap();
-    let region = GuardedRegion::new(mapping, GuestAddress(GPA)).unwrap();
-    assert!(region.has_view());
-    Memory::from_regions(vec![region]).unwrap()
-}
-
-/// Each page begins with its number and 100.
+/// Guest memory at a multiple of 2 MiB, each page of which begins with its number and 100.
 fn shared(pages: u64) -> Memory {
-    let memory = of_file(memfd(pages * PAGE, 0), pages * PAGE);
-    for page in 0..pages {
-        memory.write_obj(page + 100, at(page)).unwrap();
-    }
-    memory
-}
-
-fn at(page: u64) -> GuestAddress {
-    GuestAddress(GPA + page * PAGE)
-}
-
-fn devices(memory: &Memory, page: u64) -> u64 {
-    memory.get_slice(at(page), 1).unwrap().ptr_guard().as_ptr().expose_provenance() as u64
-}
-
-fn hva(memory: &Memory, page: u64) -> u64 {
-    memory.get_host_address(at(page)).unwrap().expose_provenance() as u64
-}
-
-fn relay(memory: &Memory) -> Relay {
-    let regions = unsafe { RamRegion::all_of(memory) }.unwrap();
-    Relay::builder(RamMap::new(&regions).unwrap()).start().unwrap()
-}
-
-fn until(what: &str, mut condition: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !condition() {
-        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// What a device reads at the page, validated by the rules.
-fn validated(memory: &Memory, page: u64) -> Result<u64, Option<GuestMemoryError>> {
-    let attempt = Attempt::begin();
-    let read = memory.read_obj::<u64>(at(page));
-    if attempt.is_clean() { read.map_err(Some) } else { Err(None) }
-}
-
-/// As the kernel's signal for an access of this thread at `addr`.
-fn signal(addr: u64, lsb: i16) -> Handled {
-    #[repr(C)]
-    struct Info {
-        signo: i32,
-        errno: i32,
-        code: i32,
-        addr: u64,
-        lsb: i16,
-        rest: [u8; 102],
-    }
-    let info = Info { signo: libc::SIGBUS, errno: 0, code: 4, addr, lsb, rest: [0; 102] };
-    unsafe { handle_in(&*(&raw const info).cast::<libc::siginfo_t>(), std::ptr::null_mut()) }
+    shared_at(pages, 0)
 }
 
 /// How long a request takes whose buffers are in these pages, each in another one.
@@ -139,65 +40,14 @@ fn request(memory: &Memory, pages: std::ops::Range<u64>) -> (Duration, Vec<bool>
     (since.elapsed(), read)
 }
 
-/// A huge page that the host has lost, of which 7 is gone: its file is /proc/self/mem at another mapping.
-fn huge() -> (Memory, u64) {
-    let memory = shared(512);
-    let marker = marker();
-    let region = memory.find_region(at(0)).unwrap();
-    let file = vm_memory::GuestMemoryRegion::file_offset(region).unwrap().file();
-    let other = unsafe {
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        libc::mmap(std::ptr::null_mut(), HUGE as usize, prot, libc::MAP_SHARED, file.as_raw_fd(), 0)
-            as u64
-    };
-    marker.poison(other + 7 * PAGE, PAGE).unwrap();
-    let view = devices(&memory, 0);
-    marker.poison(view, HUGE).unwrap();
-    marker.poison(hva(&memory, 0), HUGE).unwrap();
-    (memory, other)
-}
-
-type InRelease = Box<dyn FnMut() + Send>;
-
-struct Owner {
-    file: File,
-    offset: u64,
-    release: InRelease,
-}
-
-impl MemoryOwner for Owner {
-    fn release(&mut self, _: HugePage) -> Result<(BorrowedFd<'_>, u64), RescueRefusal> {
-        (self.release)();
-        Ok((self.file.as_fd(), self.offset))
-    }
-}
-
-fn rescuer(
-    memory: &Memory,
-    offset: u64,
-    release: InRelease,
-    on_thread: impl FnOnce() -> io::Result<()> + Send + 'static,
-) -> Relay {
-    let file = File::open("/proc/self/mem").unwrap();
-    let region = unsafe { RamRegion::new(hva(memory, 0), GPA, HUGE) }.in_pages_of(21);
-    let relay = Relay::builder(RamMap::new(&[region]).unwrap());
-    relay.rescue(Rescue::new(Owner { file, offset, release })).on_thread(on_thread).start().unwrap()
-}
-
 /// A device's thread has a request with many buffers in a huge page that is being rescued for seconds, as one of 1 GiB is.
 /// Each buffer waits for half a second of its own, and meanwhile the thread takes no order to stop or to pause.
 #[test]
 fn the_waits_of_one_request_do_not_add_up() {
     let _alone = alone();
     let (memory, other) = huge();
-    let (entered, begun) = channel();
-    let (go, leave): (Sender<()>, Receiver<()>) = channel();
-    let release = Box::new(move || {
-        let _ = entered.send(());
-        let _ = leave.recv_timeout(Duration::from_secs(30));
-    });
     let view = devices(&memory, 5);
-    let relay = rescuer(&memory, other, release, || Ok(()));
+    let (relay, begun, go) = held_rescuer(&memory, other);
     assert_eq!(signal(view, 21), Handled::Handled);
     assert!(!Attempt::begin().is_clean() || memory.read_obj::<u64>(at(5)).is_err());
     begun.recv_timeout(Duration::from_secs(10)).unwrap();
@@ -231,14 +81,8 @@ fn nobody_waits_for_a_relay_that_has_gone() {
 fn a_copy_does_not_wait_again_for_what_was_waited_for_in_vain() {
     let _alone = alone();
     let (memory, other) = huge();
-    let (entered, begun) = channel();
-    let (go, leave): (Sender<()>, Receiver<()>) = channel();
-    let release = Box::new(move || {
-        let _ = entered.send(());
-        let _ = leave.recv_timeout(Duration::from_secs(30));
-    });
     let view = devices(&memory, 5);
-    let relay = rescuer(&memory, other, release, || Ok(()));
+    let (relay, begun, go) = held_rescuer(&memory, other);
     assert_eq!(signal(view, 21), Handled::Handled);
     assert!(memory.read_obj::<u64>(at(5)).is_err());
     begun.recv_timeout(Duration::from_secs(10)).unwrap();
@@ -338,7 +182,7 @@ fn a_copy_from_the_view_gives_no_scratch_page_out() {
 fn pages_beside_a_bad_one_in_a_stand_in_come_back() {
     let _alone = alone();
     let marker = marker();
-    let memory = of_file(memfd(HUGE, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB), HUGE);
+    let memory = of_file(memfd(HUGE, libc::MFD_HUGETLB | libc::MFD_HUGE_2MB), HUGE, 0);
     let (start, view) = (hva(&memory, 0), devices(&memory, 0));
     unsafe {
         let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
@@ -386,8 +230,7 @@ fn a_good_page_that_is_no_relays_comes_back() {
     while validated(&others, 6).is_err() && since.elapsed() < Duration::from_secs(4) {
         std::thread::sleep(Duration::from_millis(10));
     }
-    let guests = unsafe { (hva(&others, 6) as *const u64).read_volatile() };
-    assert_eq!(validated(&others, 6).ok(), Some(guests));
+    assert_eq!(validated(&others, 6).ok(), Some(guests(&others, 6)));
 }
 
 /// More signals than there are places for, of a page of 1 GiB that is good. Each of its pages is looked at, and for each one
@@ -396,10 +239,7 @@ fn a_good_page_that_is_no_relays_comes_back() {
 fn what_an_overrun_costs_grows_with_the_pages_and_not_with_their_square() {
     const PAGES: u64 = 32768;
     let _alone = alone();
-    let memory = of_file(memfd(PAGES * PAGE, 0), PAGES * PAGE);
-    for page in 0..PAGES {
-        memory.write_obj(page + 100, at(page)).unwrap();
-    }
+    let memory = shared(PAGES);
     let region = unsafe { RamRegion::new(hva(&memory, 0), GPA, PAGES * PAGE) }.in_pages_of(30);
     let relay = Relay::builder(RamMap::new(&[region]).unwrap()).start().unwrap();
     let others = shared(1);
@@ -425,54 +265,10 @@ fn what_an_overrun_costs_grows_with_the_pages_and_not_with_their_square() {
     assert!(locked < Duration::from_secs(2), "the relay's lock was held for {locked:?}");
 }
 
-#[repr(C)]
-struct Notification {
-    id: u64,
-    pid: u32,
-    flags: u32,
-    data: [u64; 8],
-}
-
-#[repr(C)]
-struct Answer {
-    id: u64,
-    val: i64,
-    error: i32,
-    flags: u32,
-}
-
 /// The calling thread's calls of mremap(2) with an old size of 0, by which the view has memory again, wait for whoever has
 /// what is returned.
 fn hold_restores_of_this_thread() -> OwnedFd {
-    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
-    let mut filter = [
-        op(0x20, 0, 0, 0),
-        op(0x15, 0, 3, libc::SYS_mremap as u32),
-        op(0x20, 0, 0, 16 + 8),
-        op(0x15, 0, 1, 0),
-        op(0x06, 0, 0, 0x7fc0_0000),
-        op(0x06, 0, 0, 0x7fff_0000),
-    ];
-    let program = libc::sock_fprog { len: 6, filter: filter.as_mut_ptr() };
-    unsafe {
-        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-        let fd = libc::syscall(libc::SYS_seccomp, 1, 1 << 3, &raw const program);
-        assert!(fd >= 0, "{}", io::Error::last_os_error());
-        OwnedFd::from_raw_fd(fd as i32)
-    }
-}
-
-fn next(fd: &OwnedFd) -> Option<u64> {
-    let mut got: Notification = unsafe { std::mem::zeroed() };
-    let request = libc::_IOWR::<Notification>(u32::from(b'!'), 0);
-    let done = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut got) };
-    (done == 0).then_some(got.id)
-}
-
-fn go_on(fd: &OwnedFd, id: u64) {
-    let mut answer = Answer { id, val: 0, error: 0, flags: 1 };
-    let request = libc::_IOWR::<Answer>(u32::from(b'!'), 1);
-    let _ = unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut answer) };
+    hold_of_this_thread(libc::SYS_mremap, 1, 0)
 }
 
 /// A huge page is being rescued, and devices get their view of it back. A device that reads a good page of it in that moment
@@ -501,38 +297,16 @@ fn a_rescue_refuses_good_pages_no_moment() {
     });
     // Of half a second.
     std::thread::sleep(Duration::from_millis(60));
-    go_on(&held, id);
+    let _ = go_on(&held, id);
     std::thread::spawn(move || {
-        while let Some(id) = next(&held) {
-            go_on(&held, id);
+        while let Ok(id) = next(&held) {
+            let _ = go_on(&held, id);
         }
     });
     let (caller, ring) = (caller.join().unwrap(), ring.join().unwrap());
     until("the rescue", || !relay.pages().is_empty());
     println!("the one before: {caller:?}");
     assert_eq!(ring, Ok(109), "a good page was refused at once");
-}
-
-/// The calling thread's calls of mmap(2) for a scratch page wait for whoever has what is returned.
-fn hold_scratch_of_this_thread() -> OwnedFd {
-    const SCRATCH: i32 =
-        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
-    let mut filter = [
-        op(0x20, 0, 0, 0),
-        op(0x15, 0, 3, libc::SYS_mmap as u32),
-        op(0x20, 0, 0, 16 + 3 * 8),
-        op(0x15, 0, 1, SCRATCH as u32),
-        op(0x06, 0, 0, 0x7fc0_0000),
-        op(0x06, 0, 0, 0x7fff_0000),
-    ];
-    let program = libc::sock_fprog { len: 6, filter: filter.as_mut_ptr() };
-    unsafe {
-        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-        let fd = libc::syscall(libc::SYS_seccomp, 1, 1 << 3, &raw const program);
-        assert!(fd >= 0, "{}", io::Error::last_os_error());
-        OwnedFd::from_raw_fd(fd as i32)
-    }
 }
 
 /// A handler has marked a huge page, and is held up for 50 ms before it says so to the relay (mmap(2) waits for a lock that a
@@ -562,7 +336,7 @@ fn what_a_slow_handler_says_late_is_looked_at_while_somebody_waits() {
         }
     });
     std::thread::sleep(Duration::from_millis(50));
-    go_on(&held, id);
+    let _ = go_on(&held, id);
     let (ring, took) = ring.join().unwrap();
     drop(done);
     slow.join().unwrap();
