@@ -7,19 +7,20 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mce_relay::mca::Vendor;
 use mce_relay::{
-    AoChannel, Event, FailureKind, FallbackReason, Form, FoundBy, Injection, KillPolicy, Pace,
-    Page, Place, Predicted, Reach, RescueRefusal, RescueStep, Rescued, SignalledThread, State,
-    Times, UndeliverableReason, WaitReason,
+    AoChannel, Event, FailureKind, FallbackReason, Form, FoundBy, Injection, KillPolicy, Page,
+    Place, Predicted, Reach, RescueRefusal, RescueStep, Rescued, SignalledThread, State, Times,
+    UndeliverableReason, WaitReason,
 };
 use mce_relay_tests::schema::{Schema, document, resolved};
 use mce_relay_tests::spinning::Spinning;
 use mce_relay_vmm::api::types::device::{DeviceInfo, DriverState, QueueInfo};
 use mce_relay_vmm::api::types::pause::{Panic, PauseReason, Undeliverable};
 use mce_relay_vmm::api::types::policy::{Notify, OnUndeliverable};
-use mce_relay_vmm::api::types::vm::{Extent, MemoryBlock, Status, VmInfo};
+use mce_relay_vmm::api::types::vm::{MemoryBlock, Status, VmInfo};
 use mce_relay_vmm::api::types::vm_event::VmEvent;
 use mce_relay_vmm::events::entry::{Entry, Next, What};
 use mce_relay_vmm::events::lines::line_of;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 const GPA: u64 = 0x1_2345_6000;
@@ -191,40 +192,16 @@ fn vm_events() -> Vec<VmEvent> {
     all
 }
 
+/// The document's own example of a VM, as the types have it, and others that differ from it.
 fn infos() -> Vec<VmInfo> {
-    let block = MemoryBlock {
-        gpa: 0,
-        len: 1 << 30,
-        hva: 0x7f00_0000_0000,
-        fd: None,
-        fd_offset: 0,
-        shared: false,
-        page_size: 4096,
-    };
+    let example = &document()["components"]["schemas"]["VmInfo"]["examples"][0];
+    let info = VmInfo::deserialize(example).unwrap();
+    assert_eq!(&serde_json::to_value(&info).unwrap(), example);
+    let mut all = vec![info.clone()];
+    let block = info.memory[0];
     let of_a_file = MemoryBlock { gpa: 1 << 32, fd: Some(5), shared: true, ..block };
-    let info = VmInfo {
-        name: None,
-        version: "0.1.0".into(),
-        pid: 1,
-        boot: 1,
-        vcpus: 254,
-        vendor: Vendor::Amd,
-        mcg_cap: "0x10a".into(),
-        mce_kill: KillPolicy::Early,
-        rescue: true,
-        ao_channel: AoChannel::Auto,
-        ghes: None,
-        ao_pace: Pace::default(),
-        on_undeliverable: OnUndeliverable::Stop,
-        paused: false,
-        pause_reason: None,
-        panic: None,
-        relay_alive: true,
-        kernel: Extent { gpa: 0x100_0000, len: 0x200_0000 },
-        memory: vec![block, of_a_file],
-        devices: Vec::new(),
-    };
-    let mut all = vec![info.clone(), VmInfo { name: Some("x".into()), ..info.clone() }];
+    let info = VmInfo { vcpus: 254, memory: vec![block, of_a_file], ..info };
+    all.extend([info.clone(), VmInfo { name: Some("x".into()), ..info.clone() }]);
     all.push(VmInfo { relay_alive: false, ..info.clone() });
     for ghes in [Notify::Interrupt, Notify::Poll { millis: 1000 }] {
         all.push(VmInfo { ghes: Some(ghes), ..info.clone() });

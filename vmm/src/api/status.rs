@@ -154,9 +154,18 @@ impl Body for StatusPieces {
 mod tests {
     use mce_relay::mca::{Caps, Vendor};
     use mce_relay::{RamMap, RamRegion, Relay};
+    use serde::Deserialize;
 
     use super::*;
-    use crate::api::types::vm::{Status, an_info};
+    use crate::api::types::vm::Status;
+
+    /// The VM that is the example in the API's document.
+    fn an_info() -> VmInfo {
+        let document = include_str!("../../../docs/openapi.json");
+        let document: serde_json::Value = serde_json::from_str(document).unwrap();
+        let vm = &document["components"]["schemas"]["VmInfo"]["examples"][0];
+        VmInfo::deserialize(vm).unwrap()
+    }
 
     /// A page of 1 GiB is lost: 262,144 pages by one signal.
     #[test]

@@ -69,7 +69,7 @@ fn an_image_is_exact_and_its_holes_are_listed() {
     let list = fs::read(dir.path().join("image.raw.json")).unwrap();
     let list: serde_json::Value = serde_json::from_slice(&list).unwrap();
     let expected = json!({
-        "version": "", "pid": 1, "boot": 1, "paused": true,
+        "version": "0.1.0", "pid": 4711, "boot": 1, "paused": true,
         "memory": [{"gpa": "0x0", "len": 0x4000}, {"gpa": "0x8000", "len": 0x3000}],
         "poisoned": [{"gpa": "0x1000", "len": 0x1000}],
         "unreadable": [{"gpa": "0xa000", "len": 0x1000}],
