@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
 
 use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_UP, IFF_VNET_HDR, c_int, ifreq};
 use thiserror::Error;
@@ -81,6 +82,10 @@ fn why(error: &io::Error) -> &'static str {
     }
 }
 
+/// How long a tap may still be in use: by the device of the boot before, of which the kernel has a part left to end, or by a
+/// process that was forked from this one and does not run its own program yet.
+const LET_GO: Duration = Duration::from_secs(1);
+
 /// One queue of a tap. Closed when dropped; the interface stays if it was made to.
 #[derive(Debug)]
 pub struct Tap {
@@ -125,13 +130,22 @@ impl Tap {
                 _ => Err(error(io::Error::last_os_error())),
             }
         };
-        let file = match attach(0) {
-            // One with several queues wants to be told that this is known.
-            Err(TapError::Attach { source, .. }) if source.raw_os_error() == Some(libc::EINVAL) => {
-                attach(IFF_MULTI_QUEUE)
+        let failed_with = |result: &Result<File, TapError>, errno| match result {
+            Err(TapError::Attach { source, .. }) => source.raw_os_error() == Some(errno),
+            _ => false,
+        };
+        let begun = Instant::now();
+        let file = loop {
+            let mut result = attach(0);
+            if failed_with(&result, libc::EINVAL) {
+                // One with several queues wants to be told that this is known.
+                result = attach(IFF_MULTI_QUEUE);
             }
-            other => other,
-        }?;
+            if !failed_with(&result, libc::EBUSY) || begun.elapsed() > LET_GO {
+                break result?;
+            }
+            std::thread::sleep(LET_GO / 100);
+        };
         if !is_up {
             log::warn!(
                 "virtio-net: network interface {name} is down, and takes no frames before `ip link set {name} up`"

@@ -224,9 +224,16 @@ fn what_is_no_tap_is_named() {
         assert!(absent.contains("\"nosuch\"") && absent.contains("ip tuntap add"), "{absent}");
         let lo = of_name("lo");
         assert!(lo.contains("not a tap"), "{lo}");
-        let _held = Tap::open(&TapSource::Name("t0".into())).unwrap();
+        let first = Tap::open(&TapSource::Name("t0".into())).unwrap();
         let held = of_name("t0");
         assert!(held.contains("another process uses it"), "{held}");
+        // As the kernel may still have it when a guest starts over.
+        let closing = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(first);
+        });
+        let _held = Tap::open(&TapSource::Name("t0".into())).unwrap();
+        closing.join().unwrap();
         let (null, _pair) = std::os::unix::net::UnixDatagram::pair().unwrap();
         let socket = error(TapSource::Fd(null.as_raw_fd()));
         assert!(socket.contains("is not a tap"), "{socket}");
