@@ -284,10 +284,19 @@ pub fn by_a_touch() {
     lab::set_pool("2048kB", 0);
 }
 
-/// Has a frame of the host's go bad. Of a huge page that is bad already the kernel notes the frame and says EHWPOISON.
+/// Has a frame of the host's go bad. Of a huge page that is bad already the kernel notes the frame and says EHWPOISON. Where
+/// somebody has the page at that moment, as the rescue of another frame of it does, the kernel says EBUSY, and may or may not
+/// have taken note: it is asked again.
 fn corrupt(frame: u64) {
-    if let Err(error) = std::fs::write(hwpoison_inject::CORRUPT_PFN, format!("{frame:#x}")) {
-        assert_eq!(error.raw_os_error(), Some(libc::EHWPOISON), "{frame:#x}");
+    let begun = Instant::now();
+    while let Err(error) = std::fs::write(hwpoison_inject::CORRUPT_PFN, format!("{frame:#x}")) {
+        match error.raw_os_error() {
+            Some(libc::EHWPOISON) => return,
+            Some(libc::EBUSY) if begun.elapsed() < Duration::from_secs(5) => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            _ => panic!("{frame:#x}: {error}"),
+        }
     }
 }
 
