@@ -98,7 +98,7 @@ impl Shared {
         }
         inner.retry = RETRY_FIRST;
         if (inner.news || !known) && thread != SignalledThread::Relay {
-            inner.wake_relay();
+            self.wake();
         }
         known
     }

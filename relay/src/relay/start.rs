@@ -1,9 +1,8 @@
 //! The relay of one virtual machine: its start, its vCPUs, its end.
 
-use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, RwLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -17,7 +16,6 @@ use super::polled::Polled;
 use super::search::Search;
 use super::thread::{EndOfThread, Own, Work, relay_thread};
 use super::vcpu_port::VcpuPort;
-use crate::core::changed::Changed;
 use crate::core::forgery::Forgery;
 use crate::core::inner::{Inner, RETRY_FIRST};
 use crate::core::outbox::Outbox;
@@ -93,10 +91,8 @@ impl Relay {
                 to_call: Vec::new(),
                 kicks: Vec::new(),
                 events: Vec::new(),
-                wakes: false,
-                proven: HashSet::new(),
             }),
-            gathered: Changed::default(),
+            gathered: Condvar::new(),
             ram: RwLock::new(Arc::new(config.ram)),
             start: Instant::now(),
             outbox: Outbox::new(config.observer),
