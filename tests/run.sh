@@ -39,7 +39,7 @@ tier() { # here|lab name command...
         if [ "$where" = lab ] && [ -n "$key" ] && may_be_accidents "${bad[@]}" && passes_now "$key" "$test" "$log"; then
             p=$((p + 1))
         else
-            left+=("$name: $(readable "$key" "$test")")
+            left+=("$name: $(readable "$key" "$test")$(reason "$test" "$log")")
         fi
     done
     failures+=("${left[@]}")
@@ -54,6 +54,14 @@ readable() { # key test
     *' '*) [[ $2 == *' '* ]] && printf '%s %s' "${1#* }" "$2" || printf '%s' "$2" ;;
     *) printf '%s%s' "${1:+$(basename "$1" | sed 's/-[0-9a-f]*$//') }" "$2" ;;
     esac
+}
+
+# The first line of what a failed test said, and where it stands.
+reason() { # test log
+    awk -v test="$1" '
+        /^---- .* stdout ----$/ { on = $2 == test; next }
+        on && /panicked at / { sub(/.*panicked at /, ""); where = $0; getline; printf "; %s %s", where, substr($0, 1, 200); exit }
+    ' "$2"
 }
 
 # More than these that fail are no accident: tests, and those that gave no result since their lab had died.
@@ -82,7 +90,7 @@ passes_now() { # key test log
         cat "$evidence.again"
         return 1
     fi
-    flaky+=("$name: it failed once and passed when it was run once more; its output when it failed: $evidence")
+    flaky+=("$name$(reason "$2" "$evidence"); it passed when it was run once more; the first output: $evidence")
     printf 'FLAKY %s\n' "${flaky[-1]}"
     printf '  its last lines:\n'
     tail -n 25 "$evidence" | sed 's/^/  | /'
@@ -153,12 +161,14 @@ else
     tier lab 'tier 3: real poison, in the lab' in_labs "${scenarios[@]}"
 fi
 
-printf '\n%s' "$summary"
-[ ${#failures[@]} = 0 ] || printf 'failed: %s\n' "${failures[@]}"
-[ ${#flaky[@]} = 0 ] || printf 'FLAKY: %s\n' "${flaky[@]}"
 # Skipped tests by their reason, with their names.
 awk -F '\t' '$1 == "skip" && !seen[$2, $3]++ { n[$3]++; names[$3] = names[$3] (n[$3] > 1 ? ", " : "") $2 }
     END { for (why in n) printf "skipped: %s: %s\n", why, names[why] }' "$reports" | sort | fold -s -w 120
+# What is to be acted on comes last: some places show the end alone.
+printf '\n%s' "$summary"
+sed -n 's/^death\t/lab died: /p' "$reports"
+[ ${#flaky[@]} = 0 ] || printf 'FLAKY: %s\n' "${flaky[@]}"
+[ ${#failures[@]} = 0 ] || printf 'failed: %s\n' "${failures[@]}"
 echo "$(grep -c '^death' "$reports") labs died; $(grep -c '^again' "$reports") guests stood still in their boot" \
     "and were booted again; ${#flaky[@]} flaky tests"
 echo "the output is in $out/"
