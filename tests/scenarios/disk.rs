@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 use mce_relay_tests::agent::PATIENCE;
-use mce_relay_tests::disk_load::{BLOCK, LEN, Plan, SEED, lose_buffers};
+use mce_relay_tests::disk_load::{BLOCK, LEN, Plan, SEED, lose_buffers, rings};
 use mce_relay_tests::guest::{DiskImage, Guest, Options};
 use mce_relay_tests::lab;
 use mce_relay_tests::memory::{HUGE, RAM};
@@ -98,23 +98,4 @@ pub fn rings_that_go_bad() {
         assert_eq!(done["ok"], true, "{done}");
     }
     guest.power_off();
-}
-
-/// What is in the rings of the disk, for a failure's account.
-fn rings(guest: &Guest) -> String {
-    let info = guest.info();
-    let device = info.devices.iter().find(|it| it.name == "virtio-blk").unwrap();
-    let queue = device.queues.first().unwrap();
-    let word = |gpa: u64| {
-        let byte = |at| {
-            let block = info.block(at).unwrap();
-            lab::read_memory(info.pid, block.hva + (at - block.gpa)).unwrap()
-        };
-        u16::from_le_bytes([byte(gpa), byte(gpa + 1)])
-    };
-    // virtio 1.2, 2.7.6 and 2.7.8
-    let size = u64::from(queue.size);
-    let avail = [0, 2, 4 + 2 * size].map(|at| word(queue.avail + at));
-    let used = [0, 2, 4 + 8 * size].map(|at| word(queue.used + at));
-    format!("{device:?}; flags, idx, event: avail {avail:?}, used {used:?}")
 }

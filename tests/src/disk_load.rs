@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::agent::{PATIENCE, hex};
 use crate::guest::{Guest, Options};
+use crate::lab;
 
 /// How much of the disk is written, in bytes.
 pub const LEN: u64 = 8 << 20;
@@ -38,7 +39,8 @@ pub fn lose_buffers(options: &Options, mut plan: Plan) -> usize {
     // Some time before it ends, so that the last ones are met, too.
     while bad.len() < plan.buffers && end.saturating_duration_since(Instant::now()).as_secs() > 1 {
         let is_new = |event: &Value| event["event"] == "disk-load";
-        let event = guest.agent.event(is_new).unwrap_or_else(|error| panic!("{error}"));
+        let event = guest.agent.event(is_new);
+        let event = event.unwrap_or_else(|error| panic!("{}", silent(&mut guest, &error)));
         // The one that has been lost last is another one now. One of the two at a time, and each in turn.
         let buffers = [&event["write"]["gpa"], &event["read"]["gpa"]].map(hex);
         let Some(gpa) =
@@ -51,7 +53,8 @@ pub fn lose_buffers(options: &Options, mut plan: Plan) -> usize {
         guest.poison(gpa, "hwpoison-inject");
         bad.push(gpa);
     }
-    let sum = guest.agent.reply(&request, Instant::now() + PATIENCE).unwrap();
+    let sum = guest.agent.reply(&request, Instant::now() + PATIENCE);
+    let sum = sum.unwrap_or_else(|error| panic!("{}", silent(&mut guest, &error)));
     // Not with the thousands of generations.
     let counts = ["reads", "writes", "buffers_lost", "wrong"].map(|what| (what, &sum[what]));
     println!("    {} buffers went bad: {counts:?}", bad.len());
@@ -131,4 +134,34 @@ fn mix(word: u64) -> u64 {
     let word = (word ^ word >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let word = (word ^ word >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     word ^ word >> 31
+}
+
+/// Where the requests of a guest's disk are whose agent is silent, and whether it says more when its serial port has an
+/// interrupt.
+fn silent(guest: &mut Guest, error: &str) -> String {
+    let before = rings(guest);
+    guest.agent.tell("ping");
+    let next = guest.agent.event(|_| true);
+    format!("{error}; {before}; after a word to the agent it said {next:?}; {}", rings(guest))
+}
+
+/// What is in the rings of a guest's disk, for a failure's account.
+pub fn rings(guest: &Guest) -> String {
+    let info = guest.info();
+    let Some(device) = info.devices.iter().find(|it| it.name == "virtio-blk") else {
+        return "there is no disk".to_owned();
+    };
+    let Some(queue) = device.queues.first() else { return format!("{device:?}") };
+    let word = |gpa: u64| {
+        let byte = |at| {
+            let block = info.block(at)?;
+            lab::read_memory(info.pid, block.hva + (at - block.gpa)).ok()
+        };
+        Some(u16::from_le_bytes([byte(gpa)?, byte(gpa + 1)?]))
+    };
+    // virtio 1.2, 2.7.6 and 2.7.8
+    let size = u64::from(queue.size);
+    let avail = [0, 2, 4 + 2 * size].map(|at| word(queue.avail + at));
+    let used = [0, 2, 4 + 8 * size].map(|at| word(queue.used + at));
+    format!("{device:?}; flags, idx, event: avail {avail:?}, used {used:?}")
 }
