@@ -73,7 +73,7 @@ pub fn caps(lmce: bool) -> Caps {
     Caps { vendor: Vendor::Intel, mcg_cap, succor: false }
 }
 
-/// A vCPU that shows what it was given once, and whose guest has handled it when anybody looks again.
+/// A vCPU whose guest has handled what it was given when anybody looks at its state.
 #[derive(Debug, Clone)]
 pub struct Quick {
     state: McaState,
@@ -96,16 +96,15 @@ impl Quick {
 
 impl Mca for Quick {
     fn state(&mut self) -> io::Result<McaState> {
-        let mut state = self.state;
-        if let Some(record) = self.given.take() {
-            state.banks[usize::from(record.bank)].status = record.status;
-            state.mcg_status = record.mcg_status;
-        }
-        Ok(state)
+        Ok(self.state)
     }
 
     fn inject(&mut self, record: &Record) -> io::Result<()> {
         self.given = Some(*record);
         Ok(())
+    }
+
+    fn read_back(&mut self, _: u8) -> io::Result<(u64, u64)> {
+        Ok(self.given.take().map_or((0, 0), |record| (record.status, record.mcg_status)))
     }
 }

@@ -1,4 +1,4 @@
-//! What happened, as data. "Injected" is said only of what was injected and read back.
+//! What happened, as data. "Injected" is said only of what was injected: see [`Mca::read_back`](crate::Mca::read_back).
 
 use std::fmt;
 
@@ -71,7 +71,7 @@ impl fmt::Display for Reach {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "channel"))]
 pub enum Injection {
-    /// By a record in a bank; it was read back from there.
+    /// By a record in a bank; the first of each form on each vCPU was read back from there.
     Mce {
         /// The vCPU that was given it.
         vcpu: usize,
@@ -81,10 +81,10 @@ pub enum Injection {
         form: Form,
         /// How it reached the guest.
         reach: Reach,
-        /// MCi_STATUS as read back.
+        /// MCi_STATUS as it was set, or read back.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         status: u64,
-        /// MCG_STATUS as read back.
+        /// MCG_STATUS as it was set, or read back.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]
         mcg_status: u64,
     },
@@ -187,7 +187,7 @@ pub enum Event {
         #[cfg_attr(feature = "serde", serde(default))]
         forged: bool,
     },
-    /// The record was written where the guest finds it, and read back.
+    /// The record was written where the guest finds it.
     Injected {
         /// Guest-physical address of the page.
         #[cfg_attr(feature = "serde", serde(with = "hex"))]

@@ -130,6 +130,59 @@ fn an_ar_is_told_on_the_thread_that_met_it() {
     });
 }
 
+/// A hypervisor that drops the record of some call; it counts the times that a bank is read back.
+struct Drops {
+    model: Model,
+    calls: u32,
+    dropped: Vec<u32>,
+    read_back: u32,
+}
+
+impl Mca for Drops {
+    fn state(&mut self) -> io::Result<McaState> {
+        self.model.state()
+    }
+
+    fn inject(&mut self, record: &Record) -> io::Result<()> {
+        self.calls += 1;
+        match self.dropped.contains(&self.calls) {
+            true => Ok(()),
+            false => self.model.inject(record),
+        }
+    }
+
+    fn read_back(&mut self, bank: u8) -> io::Result<(u64, u64)> {
+        self.read_back += 1;
+        self.model.read_back(bank)
+    }
+}
+
+#[test]
+fn the_first_record_of_a_form_is_read_back_until_one_is_there() {
+    on_own_thread(|| {
+        let (relay, _events) = start(amd(), 1);
+        let model = Model::new();
+        let (calls, read_back, dropped) = (0, 0, vec![1, 2]);
+        let mut vcpu = Drops { model: model.clone(), calls, dropped, read_back };
+        let mut port = attach(&relay, 0);
+        for (page, expected) in (0_u32..).zip([1, 2, 3, 3, 3]) {
+            forge(BUS_MCEERR_AR, HVA + u64::from(page) * 0x1000, 12);
+            let is_told = port.before_run(&mut vcpu) == Verdict::Run;
+            assert_eq!((is_told, vcpu.read_back), (page > 1, expected), "page {page}");
+            let state = relay.pages()[page as usize].state;
+            assert_eq!(matches!(state, State::Injected { .. }), page > 1, "page {page}");
+            model.handle();
+            while port.before_run(&mut vcpu) != Verdict::Run {}
+        }
+        // What another vCPU behind this port does is not known.
+        drop(port);
+        let mut port = attach(&relay, 0);
+        forge(BUS_MCEERR_AR, HVA + 0x8000, 12);
+        assert_eq!(port.before_run(&mut vcpu), Verdict::Run);
+        assert_eq!((vcpu.read_back, vcpu.calls), (4, 6));
+    });
+}
+
 #[test]
 fn an_ao_waits_for_the_handler_and_is_told_then() {
     on_own_thread(|| {

@@ -1,5 +1,6 @@
 //! What is behind the relay's lock.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use crate::decide::machine_check::Delivery;
 use crate::event::Event;
 use crate::ledger::Ledger;
 use crate::signal::Slot;
-use crate::types::Caught;
+use crate::types::{Caught, Form};
 
 /// First pause before a vCPU that could not be told is looked at again.
 pub(crate) const RETRY_FIRST: Duration = Duration::from_millis(5);
@@ -58,6 +59,11 @@ pub(crate) struct Inner {
     pub(crate) kicks: Vec<Kick>,
     /// What the observer is told, when the lock is given back.
     pub(crate) events: Vec<Event>,
+    /// The relay's thread is to be woken, when the lock is given back.
+    pub(crate) wakes: bool,
+    /// On which vCPUs, and in which of their banks, a record of which form was found where it had been put (none: a
+    /// bystander's).
+    pub(crate) proven: HashSet<(usize, u8, Option<Form>)>,
 }
 
 impl Collects for Inner {
@@ -68,12 +74,21 @@ impl Collects for Inner {
     fn events(&mut self) -> &mut Vec<Event> {
         &mut self.events
     }
+
+    fn wakes(&mut self) -> &mut bool {
+        &mut self.wakes
+    }
 }
 
 impl Inner {
     /// The observer is told `event` when the lock is given back.
     pub(crate) fn emit(&mut self, event: Event) {
         self.events.push(event);
+    }
+
+    /// The relay's thread is woken when the lock is given back.
+    pub(crate) fn wake_relay(&mut self) {
+        self.wakes = true;
     }
 
     /// An AO for the page at `gpa`, which is new.

@@ -98,7 +98,7 @@ impl Shared {
         }
         inner.retry = RETRY_FIRST;
         if (inner.news || !known) && thread != SignalledThread::Relay {
-            self.wake();
+            inner.wake_relay();
         }
         known
     }

@@ -41,7 +41,7 @@ impl Shared {
             return false;
         }
         inner.rescues.take(hvas, Report { page, found_by, vcpu });
-        self.wake();
+        inner.wake_relay();
         true
     }
 
@@ -92,7 +92,7 @@ impl Shared {
                 self.enter_report(&mut inner, page, report.found_by, vcpu);
             }
         }
-        self.gathered.notify_all();
+        self.gathered.notify();
         Some(rescued)
     }
 
@@ -105,7 +105,7 @@ impl Shared {
         for report in &open.reports {
             self.enter_report(inner, report.page, report.found_by, report.vcpu);
         }
-        self.gathered.notify_all();
+        self.gathered.notify();
     }
 
     /// There is nobody any more who does it.

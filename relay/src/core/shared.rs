@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
+use super::changed::Changed;
 use super::inner::Inner;
 use super::locked::Locked;
 use super::outbox::Outbox;
@@ -22,7 +23,7 @@ pub(crate) const IDLE_TICK: Duration = Duration::from_secs(1);
 pub(crate) struct Shared {
     pub(crate) inner: Mutex<Inner>,
     /// Woken at every step of a [`Gathering`].
-    pub(crate) gathered: Condvar,
+    pub(crate) gathered: Changed,
     /// Looked up by threads, never by the handler.
     pub(crate) ram: RwLock<Arc<RamMap>>,
     /// What [`Delivery`] counts its times from.
@@ -52,7 +53,7 @@ pub(crate) struct Shared {
 
 impl Shared {
     pub(crate) fn lock(&self) -> Locked<'_, Inner> {
-        Locked::new(&self.inner, &self.outbox)
+        Locked::new(&self.inner, &self.outbox, &self.wake)
     }
 
     /// Whether this is a child of the process that made the relay. Its threads are not there, and its locks may be
@@ -168,6 +169,6 @@ impl Shared {
 
     /// The lock again, after [`Locked::give_back_quietly`].
     pub(crate) fn lock_again(&self) -> Locked<'_, Inner> {
-        Locked::again(&self.inner, &self.outbox)
+        Locked::again(&self.inner, &self.outbox, &self.wake)
     }
 }

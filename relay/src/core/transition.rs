@@ -50,7 +50,7 @@ impl Shared {
         if news {
             inner.emit(Event::Waiting { gpa, kind, wait, forged });
             // The relay's thread may be asleep, and it calls the vCPU again.
-            self.wake();
+            inner.wake_relay();
         }
     }
 
@@ -96,7 +96,7 @@ impl Shared {
         }
         inner.news = true;
         inner.retry = RETRY_FIRST;
-        self.wake();
+        inner.wake_relay();
     }
 
     pub(crate) fn acknowledged(&self, inner: &mut Inner, gpa: u64, place: Place) {
@@ -119,7 +119,7 @@ impl Shared {
         let Pending { gpa, kind } = error;
         if kind == FailureKind::ActionRequired {
             inner.goes_on(vcpu);
-            self.wake();
+            inner.wake_relay();
         }
         let Change { forged, .. } = self.set(inner, gpa, State::Undeliverable { why });
         inner.emit(Event::Undeliverable { gpa, kind, vcpu, why, rip, forged });

@@ -15,7 +15,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 /// The relay is called again after this: the handler may not have said what it has marked.
 const AGAIN: Duration = Duration::from_millis(10);
 
-static WAITING: Mutex<()> = Mutex::new(());
+/// How many threads wait.
+static WAITING: Mutex<usize> = Mutex::new(0);
 static SETTLED: Condvar = Condvar::new();
 /// The number of the scratch page until which it was waited in vain: nobody waits before the next one, so that the waits of
 /// one request do not add up.
@@ -29,22 +30,27 @@ pub(super) fn wait_while(in_doubt: impl Fn() -> bool) {
     }
     let since = Instant::now();
     let mut waiting = WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    *waiting += 1;
     while in_doubt() {
         if since.elapsed() > PATIENCE {
             IN_VAIN.store(generation, Ordering::Relaxed);
-            return;
+            break;
         }
         let (again, waited) =
             SETTLED.wait_timeout(waiting, AGAIN).unwrap_or_else(PoisonError::into_inner);
         waiting = again;
         if waited.timed_out() && !attempt::wake() {
-            return;
+            break;
         }
     }
+    *waiting -= 1;
 }
 
 /// A relay has found out about some pages.
 pub(super) fn settled() {
-    drop(WAITING.lock().unwrap_or_else(PoisonError::into_inner));
-    SETTLED.notify_all();
+    let waiting = *WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    // Without waiters it would be a system call for nothing.
+    if waiting != 0 {
+        SETTLED.notify_all();
+    }
 }

@@ -143,14 +143,17 @@ pub struct VcpuMca<'a> {
 impl Mca for VcpuMca<'_> {
     fn state(&mut self) -> io::Result<McaState> {
         let vcpu = &self.vcpu;
-        // First: KVM_GET_MP_STATE makes KVM apply a pending INIT, and registers that were read before it would be those
-        // of before the INIT. A vCPU that takes interrupts does not halt for good, so it need not be asked.
-        let mp_state = match ioctl::get_regs(vcpu)?.rflags & RFLAGS_IF != 0 {
-            true => None,
-            false => Some(ioctl::get_mp_state(vcpu)?),
-        };
+        // A vCPU that takes interrupts does not halt for good, so it need not be asked.
+        let mut regs = ioctl::get_regs(vcpu)?;
+        let mut mp_state = None;
+        if regs.rflags & RFLAGS_IF == 0 {
+            // Before all else: KVM_GET_MP_STATE makes KVM apply a pending INIT, and what was read before it would be
+            // that of before the INIT.
+            mp_state = Some(ioctl::get_mp_state(vcpu)?);
+            regs = ioctl::get_regs(vcpu)?;
+        }
         let msrs = ioctl::read_msrs(vcpu, &self.guest.state_msrs()).map_err(|(_, error)| error)?;
-        let (events, regs) = (ioctl::get_vcpu_events(vcpu)?, ioctl::get_regs(vcpu)?);
+        let events = ioctl::get_vcpu_events(vcpu)?;
         let cr4 = ioctl::get_sregs(vcpu)?.cr4;
         // INIT clears CR4 (SDM vol. 3, table 9-1), so a vCPU with CR4.MCE set does not wait for SIPI, and one call is
         // saved.

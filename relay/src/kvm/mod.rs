@@ -11,7 +11,8 @@
 //! * Linux guests from about 6.19 use the deferred-error registers of an AMD processor's scalable MCA whether the
 //!   processor has it or not, and panic without it. KVM does not have them, so the VMM answers for them, too.
 //! * `KVM_X86_SET_MCE` returns 0 for errors that it ignores and for errors that it turns into a triple fault. The relay
-//!   calls it only when the vCPU's state rules out both, and reads back afterwards.
+//!   calls it only when the vCPU's state rules out both, and reads the first
+//!   record of each form back.
 //!
 //! In this order: [`MceSetup::new`] before the relay is started, as it says what the guest will have
 //! ([`MceSetup::caps`]); [`show_in_cpuid`](MceSetup::show_in_cpuid) on each CPUID leaf; [`MceSetup::prepare_vm`] once,

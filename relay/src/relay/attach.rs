@@ -44,6 +44,7 @@ impl Handle {
         self.0.unplug(&mut inner, &[vcpu]);
         inner.gone.retain(|(gone, _)| *gone != vcpu);
         inner.delivery.attached(vcpu);
+        inner.proven.retain(|(proven, ..)| *proven != vcpu);
         // Errors may have arrived before the thread did.
         slot.shared().ask_attention();
         let kick = Arc::new(Mutex::new(Some(Box::new(kick) as Box<dyn Fn() + Send>)));

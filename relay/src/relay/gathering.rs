@@ -45,7 +45,7 @@ impl Shared {
         if let Some(attached) = inner.vcpus[vcpu].as_mut().filter(|attached| attached.late) {
             attached.late = false;
             inner.news = true;
-            self.wake();
+            inner.wake_relay();
         }
     }
 
@@ -83,7 +83,7 @@ impl Shared {
                 gathering.settle(Err(WaitReason::Paused { vcpu: index(vcpu) }));
             }
             self.leave(&mut inner, vcpu);
-            self.gathered.notify_all();
+            self.gathered.notify();
         }
     }
 
@@ -135,7 +135,7 @@ impl Shared {
             inner.call(*vcpu);
         }
         // One that is held for a rescue waits here.
-        self.gathered.notify_all();
+        self.gathered.notify();
         inner.gathering = Some(Gathering {
             number,
             leader,
@@ -163,7 +163,7 @@ impl Shared {
                 attached.late = true;
             }
         }
-        self.gathered.notify_all();
+        self.gathered.notify();
         true
     }
 
@@ -235,7 +235,7 @@ impl Shared {
             // Nothing is to be told here any more; errors that wait for other vCPUs are looked for.
             inner.news |= outcome.as_ref().is_ok_and(Vec::is_empty);
             gathering.settle(outcome);
-            self.gathered.notify_all();
+            self.gathered.notify();
         }
     }
 
@@ -244,7 +244,7 @@ impl Shared {
             gathering.leaving.retain(|vcpu| *vcpu != me);
             if gathering.leaving.is_empty() && gathering.outcome.is_some() {
                 inner.gathering = None;
-                self.gathered.notify_all();
+                self.gathered.notify();
             }
         }
     }
@@ -259,7 +259,7 @@ impl Shared {
             inner.gathering.as_mut().filter(waits).filter(|gathering| gathering.leader != me)
         {
             gathering.settle(Err(WaitReason::NotComing { vcpu: index(me) }));
-            self.gathered.notify_all();
+            self.gathered.notify();
         }
         self.absent(inner, me);
     }
@@ -273,7 +273,7 @@ impl Shared {
             self.leave(inner, me);
         } else if gathering.leader == me {
             inner.gathering = None;
-            self.gathered.notify_all();
+            self.gathered.notify();
         } else {
             gathering.asked.retain(|vcpu| *vcpu != me);
             self.decide(inner);

@@ -1,4 +1,4 @@
-//! One record goes into one vCPU, and is read back.
+//! One record goes into one vCPU; the first of its form is read back.
 
 use log::warn;
 
@@ -31,7 +31,8 @@ pub enum Verdict {
 }
 
 impl Shared {
-    /// Injects one record on the calling vCPU's thread, without the lock, and reads back what became of it.
+    /// Injects one record on the calling vCPU's thread, without the lock, and reads back what became of the first of its
+    /// form there.
     pub(crate) fn inject<'a>(
         &'a self,
         mut inner: Locked<'a, Inner>,
@@ -47,9 +48,17 @@ impl Shared {
         }
         // Without delivering events: other vCPUs may be in their handlers already, and wait for this one for a short
         // time only.
+        let proof = (vcpu, record.bank, error.map(|(_, form)| form));
+        let is_proven = inner.proven.contains(&proof);
         inner.give_back_quietly();
-        let done =
-            ask_host(BACK_END, || mca.inject(&record).and_then(|()| mca.read_back(record.bank)));
+        let done = ask_host(BACK_END, || {
+            mca.inject(&record)?;
+            match is_proven {
+                // What it depends on was read a moment ago, on this thread, and the hypervisor has kept its word before.
+                true => Ok((record.status, record.mcg_status)),
+                false => mca.read_back(record.bank),
+            }
+        });
         let bank = match done {
             Ok((held, mcg_status)) => {
                 // That KVM returns 0 does not mean that the guest was told; the bank's contents show it.
@@ -67,9 +76,13 @@ impl Shared {
             warn!("vCPU {vcpu}: was not given its part of a rendezvous");
         }
         let mut inner = self.lock_again();
-        if bank.is_none() {
-            inner.delivery.refused(told);
-        }
+        match bank {
+            Some(_) => inner.proven.insert(proof),
+            None => {
+                inner.delivery.refused(told);
+                inner.proven.remove(&proof)
+            }
+        };
         let Some((pending, form)) = error else { return (inner, Ok(())) };
         let Some((status, mcg_status)) = bank else {
             let (why, rip) = (UndeliverableReason::Refused, Some(rip));
@@ -84,7 +97,7 @@ impl Shared {
         };
         inner.retry = RETRY_FIRST;
         // The relay's thread may be asleep, and it looks for the acknowledgement.
-        self.wake();
+        inner.wake_relay();
         let place = Place::Mce { vcpu: index(vcpu), bank: record.bank, form };
         let Change { after_micros, forged, .. } =
             self.set(&mut inner, pending.gpa, State::Injected { place });

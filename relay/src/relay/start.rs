@@ -1,8 +1,9 @@
 //! The relay of one virtual machine: its start, its vCPUs, its end.
 
+use std::collections::HashSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, OnceLock, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,7 @@ use super::polled::Polled;
 use super::search::Search;
 use super::thread::{EndOfThread, Own, Work, relay_thread};
 use super::vcpu_port::VcpuPort;
+use crate::core::changed::Changed;
 use crate::core::forgery::Forgery;
 use crate::core::inner::{Inner, RETRY_FIRST};
 use crate::core::outbox::Outbox;
@@ -91,8 +93,10 @@ impl Relay {
                 to_call: Vec::new(),
                 kicks: Vec::new(),
                 events: Vec::new(),
+                wakes: false,
+                proven: HashSet::new(),
             }),
-            gathered: Condvar::new(),
+            gathered: Changed::default(),
             ram: RwLock::new(Arc::new(config.ram)),
             start: Instant::now(),
             outbox: Outbox::new(config.observer),

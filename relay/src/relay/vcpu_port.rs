@@ -226,7 +226,7 @@ impl VcpuPort {
             if inner.delivery.ao_vcpu() != ao_vcpu {
                 // AOs are told on another vCPU from here on.
                 inner.news = true;
-                shared.wake();
+                inner.wake_relay();
             }
             match step {
                 Some(Step::Idle) => return Verdict::Run,
@@ -279,7 +279,7 @@ impl VcpuPort {
                             // the page, it touches it again after the pause.
                             if matches!(wait, WaitReason::Paused { .. }) {
                                 inner.goes_on(me);
-                                shared.wake();
+                                inner.wake_relay();
                                 return Verdict::Run;
                             }
                             let since: Instant = *held_since.get_or_insert_with(Instant::now);

@@ -3,7 +3,7 @@
 use super::reason::{UndeliverableReason, WaitReason};
 
 /// The form of record by which a guest is told of an error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Form {
     /// Intel: software-recoverable, action optional, by machine check.

@@ -17,13 +17,16 @@ pub trait Mca {
     fn state(&mut self) -> io::Result<McaState>;
 
     /// Puts `record` into its bank, and raises the machine check unless its `mcg_status` is 0. Called only when `state`
-    /// has just shown that the guest can take it.
+    /// has just shown that the guest can take it. `Ok` means that it is there: of each form in each bank of a vCPU only the
+    /// first is looked for with [`Self::read_back`], so a back end whose hypervisor drops records for reasons that `state`
+    /// does not show has to look for each by itself.
     ///
     /// # Errors
     /// The hypervisor refuses the record.
     fn inject(&mut self, record: &Record) -> io::Result<()>;
 
-    /// Returns MCi_STATUS of `bank`, and MCG_STATUS, which show whether a record that was just injected is there. The
+    /// Returns MCi_STATUS of `bank`, and MCG_STATUS, which show whether a record that was just injected is there. Called
+    /// for the first record of each form in each bank of a vCPU, and after one that was not there. The
     /// default reads the whole state; a back end that reads these two registers alone is quicker.
     ///
     /// # Errors

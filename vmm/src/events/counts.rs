@@ -85,7 +85,7 @@ impl Default for Counts {
             ),
             injected: family(
                 "mce_relay_injections_total",
-                "Tellings that were read back from where the guest finds them, by channel and form.",
+                "Tellings that lie where the guest finds them, by channel and form.",
                 &["channel", "form"],
             ),
             acknowledged: family(
