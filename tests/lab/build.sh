@@ -20,7 +20,6 @@ say() { printf '%s: %s\n' "$me" "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
 "$here/setup.sh"
-"$here/emulator.sh" >/dev/null
 kernel=$("$top/guest-image/kernel.sh" "${LAB_KERNEL:-newest}")
 version=$(cat "$kernel/version")
 busybox=$(command -v busybox)

@@ -22,7 +22,7 @@ in_lab() { # what, command...
     printf '==== %s: %s: exit status %s\n' "${suite:-installed}" "$what" "$status" >&2
 }
 for suite in "${suites[@]}"; do
-    export LAB_QEMU=qemu-system-x86_64
+    export LAB_QEMU=
     if [ -n "$suite" ] && ! LAB_QEMU=$(tests/peer/qemu.sh "$suite"); then
         failed=$((failed + 1))
         continue

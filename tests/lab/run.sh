@@ -4,7 +4,7 @@
 #
 # usage: run.sh [COMMAND [ARGUMENT...]]       without a command: a shell on this terminal
 #
-# LAB_QEMU      the emulator: a path, or a name on PATH (what emulator.sh chooses)
+# LAB_QEMU      the emulator: a path, or a name on PATH (qemu-system-x86_64)
 # LAB_NPT       whether KVM in the lab uses nested paging, 0 or 1 (what suits the emulator, see below)
 # LAB_MEMORY    memory of the lab (5G)
 # LAB_TIMEOUT   seconds after which a run is ended (1500; a shell has no limit unless this is set)
@@ -36,14 +36,14 @@ fail() { say "error: $*"; exit 125; }
     fail "a shell in the lab needs a terminal; give a command to run instead"
 [[ ${LAB_NPT:=} =~ ^[01]?$ ]] || fail "LAB_NPT=$LAB_NPT is neither 0 nor 1"
 "$here/build.sh" || fail "the lab could not be built (see above)"
-emulator=$("$here/emulator.sh" 2>/dev/null) || fail "there is no emulator (see above)"
+emulator=${LAB_QEMU:-qemu-system-x86_64}
 command -v "$emulator" >/dev/null || fail "LAB_QEMU=$emulator is no command that can be run"
 version=$("$emulator" --version 2>&1 | sed -n 's/^QEMU emulator version \([0-9.]*\).*/\1/p')
 [ -n "$version" ] || fail "$emulator --version does not say which QEMU it is; LAB_QEMU names another"
 # Before 9 with nested paging the emulator goes on right behind the host's VMRUN with the guest's page tables in
 # force, now and then or (8.2) always, and takes guest or host with it. Since 10.0 without nested paging no guest
 # gets further than its first halt, and with it all do. DESIGN.md has what was tried.
-npt=1 untried= ticks=''
+npt=1 untried=
 case $version in
 6.2 | 6.2.* | 7.2 | 7.2.* | 8.2 | 8.2.*) npt=0 ;;
 10.[0-2] | 10.[0-2].* | 11.1 | 11.1.*) ;;
@@ -51,10 +51,6 @@ case $version in
 *) untried=1 ;;
 esac
 npt=${LAB_NPT:-$npt}
-# One that loses interrupts (see emulator.sh): an idle processor is woken by its next tick, instead of never.
-case $version in
-[0-9].* | 10.[01] | 10.[01].*) ticks=nohz=off ;;
-esac
 if [ "$npt" = 1 ]; then paging=on; else paging=off; fi
 export MCE_RELAY_LAB_EMULATOR="QEMU $version with nested paging $paging"
 say "emulator: $MCE_RELAY_LAB_EMULATOR"
@@ -123,6 +119,7 @@ start() { # one boot; QEMU runs in the background afterwards
     # panic=-1 and -no-reboot: QEMU ends when the lab's kernel dies. oops=panic: a kernel that
     # an emulator fault has hit must not go on and let a test fail for it. So must one of which a processor waits for
     # the other one for a minute (an interrupt between them is lost): its panic says in its log where it stands.
+    # nohz=off: an interrupt that the emulator has lost (DESIGN.md) comes with the next tick, also on an idle processor.
     # ioeventfd=off: QEMU has taken a write to a port before the writer goes on, so all output
     # is in the file when the status comes.
     local share=security_model=none,multidevs=remap out=${lab//,/,,} job=${job//,/,,} # QEMU's quoting
@@ -131,7 +128,7 @@ start() { # one boot; QEMU runs in the background afterwards
         -nodefaults -no-user-config -display none -no-reboot
         -accel "tcg,thread=multi" -cpu "EPYC,+svm,+npt" -smp 2 -m "$LAB_MEMORY"
         -kernel "$lab/vmlinux" -initrd "$lab/initramfs.cpio"
-        -append "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 watchdog_thresh=30 $ticks mitigations=off tsc=reliable audit=0 apparmor=0 LAB_NPT=$npt"
+        -append "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 watchdog_thresh=30 nohz=off mitigations=off tsc=reliable audit=0 apparmor=0 LAB_NPT=$npt"
         -chardev "file,id=console,path=$out/console.log" -serial chardev:console
         -virtfs "local,path=/,mount_tag=host,readonly=on,$share"
         -virtfs "local,path=$out/out,mount_tag=out,$share"
