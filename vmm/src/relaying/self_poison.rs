@@ -1,9 +1,9 @@
 //! Poisons pages in the ways that only the VMM itself can use, on request of the API.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use mce_relay::FailureKind;
+use mce_relay::{FailureKind, ForgeError, Handle};
 
 use super::uffd::Uffd;
 use crate::api::current::Running;
@@ -16,6 +16,9 @@ use crate::machine::memory::block::PAGE_SIZE;
 
 /// How long the vCPUs may take to leave the guest.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the thread of a vCPU may take to come, and how often it is looked for.
+const COMES: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_millis(5);
 
 /// Why no page was touched.
 #[derive(Debug, thiserror::Error)]
@@ -98,10 +101,10 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
                     last,
                 });
             }
+            let until = Instant::now() + COMES;
             Ok(each(&|place| {
                 let was_bad = Some(is_bad(place));
-                let forged = running.relay.forge(place.gpa, vcpu).map_err(|e| e.to_string());
-                (was_bad, forged)
+                (was_bad, forge(&running.relay, place.gpa, vcpu, until).map_err(|e| e.to_string()))
             }))
         }
         Means::Madvise => Ok(each(&|place| {
@@ -131,6 +134,18 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
             });
             drop(held);
             Ok(done)
+        }
+    }
+}
+
+/// Forges a failure. The API answers before the thread of each vCPU is there, which is waited for.
+fn forge(relay: &Handle, gpa: u64, vcpu: Option<usize>, until: Instant) -> Result<(), ForgeError> {
+    loop {
+        match relay.forge(gpa, vcpu) {
+            Err(ForgeError::NoVcpu { .. }) if Instant::now() < until => {
+                std::thread::park_timeout(LOOK);
+            }
+            done => return done,
         }
     }
 }
