@@ -262,7 +262,10 @@ fn what_an_overrun_costs_grows_with_the_pages_and_not_with_their_square() {
     let pages = relay.pages().len();
     let locked = since.elapsed();
     println!("good again after {marked:?}; the ledger ({pages}) could be read after {locked:?}");
-    assert!(locked < Duration::from_secs(2), "the relay's lock was held for {locked:?}");
+    // Some milliseconds on a real machine, and a thousand times that on an emulated one that shares its processors.
+    let limit =
+        Duration::from_secs(if std::env::var_os("MCE_RELAY_LAB").is_some() { 20 } else { 2 });
+    assert!(locked < limit, "the relay's lock was held for {locked:?}");
 }
 
 /// The calling thread's calls of mremap(2) with an old size of 0, by which the view has memory again, wait for whoever has
