@@ -118,7 +118,7 @@ start() { # one boot; QEMU runs in the background afterwards
     # tsc=reliable: the kernel patches its code when it takes the TSC for unstable, see tests/src/bin/hold.rs.
     # panic=-1 and -no-reboot: QEMU ends when the lab's kernel dies. oops=panic: a kernel that
     # an emulator fault has hit must not go on and let a test fail for it. So must one of which a processor waits for
-    # the other one for a minute (an interrupt between them is lost): its panic says in its log where it stands.
+    # the other one for a minute (an interrupt between them is lost): its log says then where both stand.
     # nohz=off: an interrupt that the emulator has lost (DESIGN.md) comes with the next tick, also on an idle processor.
     # ioeventfd=off: QEMU has taken a write to a port before the writer goes on, so all output
     # is in the file when the status comes.
@@ -128,7 +128,7 @@ start() { # one boot; QEMU runs in the background afterwards
         -nodefaults -no-user-config -display none -no-reboot
         -accel "tcg,thread=multi" -cpu "EPYC,+svm,+npt" -smp 2 -m "$LAB_MEMORY"
         -kernel "$lab/vmlinux" -initrd "$lab/initramfs.cpio"
-        -append "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 watchdog_thresh=30 nohz=off mitigations=off tsc=reliable audit=0 apparmor=0 LAB_NPT=$npt"
+        -append "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 softlockup_all_cpu_backtrace=1 watchdog_thresh=30 nohz=off mitigations=off tsc=reliable audit=0 apparmor=0 LAB_NPT=$npt"
         -chardev "file,id=console,path=$out/console.log" -serial chardev:console
         -virtfs "local,path=/,mount_tag=host,readonly=on,$share"
         -virtfs "local,path=$out/out,mount_tag=out,$share"
