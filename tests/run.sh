@@ -59,7 +59,7 @@ readable() { # key test
 # The first line of what a failed test said, and where it stands.
 reason() { # test log
     awk -v test="$1" '
-        /^---- .* stdout ----$/ { on = $2 == test; next }
+        /^---- .* stdout ----$/ || /^test / { on = $2 == test }
         on && /panicked at / { sub(/.*panicked at /, ""); where = $0; getline; printf "; %s %s", where, substr($0, 1, 200); exit }
     ' "$2"
 }

@@ -71,7 +71,7 @@ impl fmt::Display for Reach {
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[cfg_attr(feature = "serde", serde(rename_all = "kebab-case", tag = "channel"))]
 pub enum Injection {
-    /// By a record in a bank; the first of each form on each vCPU was read back from there.
+    /// By a record in a bank; the first of each form in each bank of a vCPU was read back from there.
     Mce {
         /// The vCPU that was given it.
         vcpu: usize,

@@ -25,9 +25,8 @@
 //! machine checks are in [`mca`].
 //!
 //! What is guaranteed: every page that the kernel reports as bad gets an outcome in the ledger; the guest is told of it
-//! once, in a form that it survives, when it can take it; "injected" is said only of a record that is
-//! there ([`Mca::inject`]). What
-//! the VMM owes is said at each call: above all, it calls [`VcpuPort::before_run`] before every KVM_RUN, and obeys the
+//! once, in a form that it survives, when it can take it; "injected" is said only of a record that is there
+//! ([`Mca::inject`]). What the VMM owes is said at each call: above all, it calls [`VcpuPort::before_run`] before every KVM_RUN, and obeys the
 //! verdict.
 //!
 //! Optional features: `kvm` (x86-64), `serde` (events and the ledger as data), `seccompiler` and `vm-memory` (their types
