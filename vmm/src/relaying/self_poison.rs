@@ -221,3 +221,51 @@ fn hold_vcpus(running: &Running) -> Result<Hold, InsideError> {
         Parked::Unpaused => Err(InsideError::Ended),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test")]
+mod tests {
+    use mce_relay::mca::{BANKS, Caps, Vendor, cap};
+    use mce_relay::{ExitByte, RamMap, RamRegion, Relay};
+
+    use super::*;
+
+    const GPA: u64 = 0x10_0000;
+
+    fn relay() -> Relay {
+        let mcg_cap = u64::from(BANKS) | cap::CTL_P | cap::SER_P;
+        let caps = Caps { vendor: Vendor::Intel, mcg_cap, succor: false };
+        // SAFETY: nothing is mapped there, so no reference of Rust's leads there.
+        let ram = unsafe { RamRegion::new(0x7f00_0000_0000, GPA, 0x10_0000) };
+        let map = RamMap::new(&[ram]).unwrap();
+        Relay::builder(map).vcpus(1).machine_checks(caps).start().unwrap()
+    }
+
+    #[test]
+    fn a_touch_is_forged_when_the_thread_of_the_vcpu_has_come() {
+        let relay = relay();
+        let handle = relay.handle();
+        let (begin, begun) = std::sync::mpsc::channel();
+        let poisons = std::thread::spawn(move || {
+            begin.send(()).unwrap();
+            let until = Instant::now() + Duration::from_secs(60);
+            (forge(&handle, GPA, Some(0), until), until)
+        });
+        begun.recv().unwrap();
+        std::thread::sleep(4 * LOOK);
+        let port = relay.attach(0, ExitByte::NONE, || {}).unwrap();
+        let (forged, until) = poisons.join().unwrap();
+        drop(port);
+        assert_eq!(forged, Ok(()));
+        assert!(Instant::now() < until);
+    }
+
+    #[test]
+    fn a_touch_by_a_vcpu_whose_thread_does_not_come_is_refused_in_the_end() {
+        let relay = relay();
+        let since = Instant::now();
+        let forged = forge(&relay.handle(), GPA, Some(0), since + 10 * LOOK);
+        assert!(matches!(forged, Err(ForgeError::NoVcpu { .. })), "{forged:?}");
+        assert!(since.elapsed() >= 10 * LOOK);
+    }
+}
