@@ -207,6 +207,32 @@ fn an_ao_waits_for_the_handler_and_is_told_then() {
     });
 }
 
+/// A guest with twenty pages in its queue, each of which counts for a second.
+#[test]
+fn a_guest_that_is_done_with_its_pages_is_told_of_the_next_at_once() {
+    on_own_thread(|| {
+        let (relay, _events) = start_paced(intel(), 1, Pace { burst: 1, rate: 1 });
+        let (kick, kicked) = channel();
+        let model = Model::new();
+        let kick = Mutex::new(kick);
+        let kick = move || kick.lock().unwrap().send(()).unwrap_or_default();
+        let mut port = relay.attach(0, ExitByte::NONE, kick).unwrap();
+        for page in 0..20 {
+            forge(BUS_MCEERR_AR, HVA + (page << 12), 12);
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+            model.handle();
+        }
+        forge(BUS_MCEERR_AO, HVA + (20 << 12), 12);
+        assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        assert!(matches!(relay.pages()[20].state, State::Waiting { wait: WaitReason::Pace }));
+        while kicked.try_recv().is_ok() {}
+        (0..20).for_each(|page| relay.handle().guest_finished(0x10_0000 + (page << 12) + 8));
+        kicked.recv_timeout(Duration::from_secs(10)).expect("it waits for the estimate");
+        assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+        assert!(matches!(relay.pages()[20].state, State::Injected { .. }), "{:?}", relay.pages());
+    });
+}
+
 #[test]
 fn a_page_signalled_again_is_not_a_new_page() {
     on_own_thread(|| {

@@ -26,6 +26,8 @@ fn main() -> ExitCode {
         burst::amd needs may_poison,
         burst::intel_by_rendezvous needs may_poison,
         burst::intel_by_lmce needs may_poison,
+        burst::amd_that_says_when_done needs may_poison,
+        burst::intel_that_says_when_done needs may_poison,
         burst::amd_newest_kernel needs with_newest_kernel,
         burst::intel_newest_kernel needs with_newest_kernel,
         channels::records_amd needs may_poison,

@@ -36,21 +36,37 @@ pub fn bursts(options: Options, bursts: &[usize]) {
     }
     guest.agent.ask("sigbus count");
     let good = guest.agent.alloc_many("anon", BYSTANDERS);
-    let mut all = Vec::new();
+    let (mut all, mut last) = (Vec::new(), Duration::ZERO);
     for count in bursts {
         if *count > TOLD_AT_ONCE {
             guest.agent.ask("early off");
         }
-        burst(&mut guest, *count, &mut all);
+        last = burst(&mut guest, *count, &mut all);
     }
     guest.agent.ask("ping");
+    if options.says_when_done {
+        says_when_done(&mut guest, bursts.last().copied().unwrap_or(1), last);
+    }
     let pages: Vec<Page> = good.iter().chain(&all).copied().collect();
     guest.agent.others_intact(&pages, &all);
     guest.power_off();
 }
 
-/// Poisons `count` new pages and adds them to `all`, the pages that are bad.
-fn burst(guest: &mut Guest, count: usize, all: &mut Vec<Page>) {
+/// How long the burst of `count` pages took, beside what the guest's kernel needs for so many alone.
+fn says_when_done(guest: &mut Guest, count: usize, last: Duration) {
+    let alone = guest.agent.ask(&format!("failing {count}"))["seconds"].as_f64().unwrap();
+    let last = last.as_secs_f64();
+    println!(
+        "    the guest's kernel alone takes {alone:.2} s for {count} pages: {:.2} x",
+        last / alone
+    );
+    // As fast as the pace alone would have it: nobody has heard the guest.
+    assert!(last < count as f64 / 15.0, "{last} s for {count} pages");
+}
+
+/// Poisons `count` new pages and adds them to `all`, the pages that are bad; how long it took until the guest's kernel had
+/// named the last.
+fn burst(guest: &mut Guest, count: usize, all: &mut Vec<Page>) -> Duration {
     let pages = guest.agent.alloc_many("anon", count);
     let gpas: Vec<u64> = pages.iter().map(|page| page.gpa).collect();
     all.extend(pages);
@@ -78,12 +94,14 @@ fn burst(guest: &mut Guest, count: usize, all: &mut Vec<Page>) {
         named.len(),
         guest.agent.ask("sigbus")["ao"],
     );
+    println!("    {account}");
     same_pages(all, &named, &ledger);
     nothing_lost(&account);
     if guest.ao_channel() != "mce" {
         let by = |page: &&Value| page["channel"] == "ghes";
         assert_eq!(ledger.iter().filter(by).count(), all.len(), "told by firmware-first records");
     }
+    last
 }
 
 /// Waits until the guest's kernel has named `count` page frames as failed since its boot; those it

@@ -24,7 +24,11 @@ use crate::spinning::Nobody;
 
 /// The guest kernel's command line. A slow console makes a machine check slow, so it says little.
 /// noxsave: the emulated host lets guests change XCR0 without KVM noticing.
-const CMDLINE: &str = "console=ttyS0,115200 loglevel=4 panic=-1 noxsave";
+const CMDLINE: &str = "loglevel=4 panic=-1 noxsave";
+/// Where the guest's kernel logs to.
+const SERIAL: &str = "console=ttyS0,115200";
+/// The same where a line is to cost the guest little.
+const HVC: &str = "console=hvc0";
 /// For bursts: each line on the console costs the guest milliseconds, and its log has to hold three
 /// lines a page. The last `loglevel` counts.
 const QUIET: &str = "loglevel=0 log_buf_len=4M";
@@ -92,6 +96,9 @@ pub struct Options {
     /// Nothing on the guest's console, a large log in it, and no line of that on the agent's port:
     /// for bursts.
     pub quiet: bool,
+    /// With `quiet`: what the guest's kernel has to say of bad pages it says on the virtio console, and so the VMM knows when
+    /// it is done with each.
+    pub says_when_done: bool,
     /// The directory of the guest's image below `target/` (`GUEST_IMAGE_DIR` of guest-image/build.sh).
     pub image: &'static str,
     /// Its initramfs there.
@@ -125,6 +132,7 @@ impl Options {
             reboot: false,
             cmdline: "",
             quiet: false,
+            says_when_done: false,
             image: IMAGE,
             initramfs: "initramfs.cpio",
             echo: false,
@@ -159,8 +167,13 @@ impl Options {
 
     fn kernel_words(&self) -> String {
         let quiet = if self.quiet { QUIET } else { "" };
+        // The last one counts.
+        let (console, says) = match self.says_when_done {
+            true => (HVC, "loglevel=4"),
+            false => (SERIAL, ""),
+        };
         let shell = if self.virtio { "mce_relay.shell" } else { "" };
-        format!("{CMDLINE} {quiet} {shell} {}", self.cmdline)
+        format!("{console} {CMDLINE} {quiet} {says} {shell} {}", self.cmdline)
     }
 }
 

@@ -7,6 +7,7 @@
 
 mod claim;
 mod disk;
+mod failing;
 mod failures;
 mod kexec;
 mod kmsg;
@@ -334,12 +335,14 @@ impl Agent {
                 let micros = kmsg::clock().map_err(|e| format!("/dev/kmsg: {e}"))?;
                 Ok(Body::Clock { time: micros as f64 / 1e6 })
             }
+            Request::Failing { count } if self.port.is_machine() => failing::pages(count),
             Request::Disk(request) => self.disk(&request),
             Request::Echo { port } if self.port.is_machine() => {
                 vsock::echo(port).map(|bytes| Body::Echo { bytes })
             }
             Request::Claim { .. }
             | Request::Echo { .. }
+            | Request::Failing { .. }
             | Request::Kexec
             | Request::Online { .. }
             | Request::Reboot

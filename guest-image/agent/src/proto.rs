@@ -107,6 +107,7 @@ pub enum Request {
     Claim { frames: Vec<RangeInclusive<u32>> },
     Meminfo,
     Clock,
+    Failing { count: u32 },
     Disk(disk_words::Request),
     Echo { port: u32 },
     Kexec,
@@ -116,8 +117,8 @@ pub enum Request {
 }
 
 const VERBS: &str = "ping, alloc, gpa, touch, check, interval, log, failures, sigbus, dmesg, \
-                     early, cpu, online, free, process, claim, meminfo, clock, disk-write, disk-verify, \
-                     disk-load, echo, kexec, reboot, poweroff or panic";
+                     early, cpu, online, free, process, claim, meminfo, clock, failing, disk-write, \
+                     disk-verify, disk-load, echo, kexec, reboot, poweroff or panic";
 
 /// The verb of a request line, for the reply; cut short, because a reply must stay short
 /// whatever noise the port delivers.
@@ -242,6 +243,13 @@ pub fn parse(line: &str) -> Result<Request, String> {
         }
         "meminfo" => Request::Meminfo,
         "clock" => Request::Clock,
+        "failing" => {
+            let usage = "failing COUNT, 1 to 4096 pages of the agent's own";
+            match page(words.next(), usage)? {
+                count @ 1..=MAX_ALLOC => Request::Failing { count },
+                count => return Err(wrong(&count.to_string(), usage)),
+            }
+        }
         "echo" => {
             Request::Echo { port: page(words.next(), "echo PORT, a vsock port of the host's")? }
         }
@@ -507,6 +515,10 @@ pub enum Body {
         /// Seconds, on the clock of the kernel's log.
         time: f64,
     },
+    Failing {
+        /// Seconds, from the first to the last page.
+        seconds: f64,
+    },
     Meminfo {
         hardware_corrupted_kb: u64,
     },
@@ -622,6 +634,7 @@ mod tests {
             ("claim 7 0x10-0x1f", Request::Claim { frames: vec![7..=7, 16..=31] }),
             ("meminfo", Request::Meminfo),
             ("clock", Request::Clock),
+            ("failing 512", Request::Failing { count: 512 }),
             ("echo 5000", Request::Echo { port: 5000 }),
             ("kexec", Request::Kexec),
             ("reboot", Request::Reboot),

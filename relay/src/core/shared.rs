@@ -20,6 +20,9 @@ use crate::types::{PAGE_SHIFT, PAGE_SIZE, State};
 /// How often the relay's thread looks for AOs that reached a thread outside the relay.
 pub(crate) const IDLE_TICK: Duration = Duration::from_secs(1);
 
+/// So many pages are kept that the relay's thread has not looked at: with more it makes no difference.
+const MOST_FINISHED: usize = 4096;
+
 pub(crate) struct Shared {
     pub(crate) inner: Mutex<Inner>,
     /// Woken at every step of a [`Gathering`].
@@ -36,6 +39,8 @@ pub(crate) struct Shared {
     /// There may be a failure here that nobody was signalled: another relay has heard of one, or memory has come
     /// that may have been bad before.
     pub(crate) hinted: AtomicBool,
+    /// The pages with which the guest is done, as far as somebody has said so.
+    pub(crate) finished: Mutex<Vec<u64>>,
     /// The process that made it.
     pub(crate) pid: u32,
     /// Guest-physical address of the error source's page.
@@ -150,6 +155,34 @@ impl Shared {
     pub(crate) fn hint(&self) {
         self.hinted.store(true, Ordering::Relaxed);
         self.wake();
+    }
+
+    /// Somebody says that the guest is done with the page at `gpa`. The relay's thread takes it from here: the caller may
+    /// be on a thread of a device, which kicks no vCPU.
+    pub(crate) fn finish(&self, gpa: u64) {
+        let mut finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = finished.is_empty();
+        if finished.len() < MOST_FINISHED {
+            finished.push(gpa);
+        }
+        drop(finished);
+        if is_first {
+            self.wake();
+        }
+    }
+
+    /// What somebody has said to be finished: there may be room for more.
+    pub(crate) fn take_finished(&self, inner: &mut Inner) {
+        let finished = {
+            let mut finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *finished)
+        };
+        let now = self.now();
+        for gpa in finished {
+            let is_room = inner.delivery.finished(gpa, now);
+            inner.news |= is_room;
+            inner.firmware_news |= is_room;
+        }
     }
 
     /// Whether the relay's thread is there.

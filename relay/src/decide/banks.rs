@@ -32,8 +32,8 @@ pub(crate) struct Emptied {
     pub(crate) taken: Vec<Taken>,
     /// The pages that have to be told again.
     pub(crate) again: Vec<u64>,
-    /// How many records do not lie in a bank any more.
-    pub(crate) count: usize,
+    /// The pages of the records that do not lie in a bank any more, each record's.
+    pub(crate) left: Vec<u64>,
 }
 
 impl Banks {
@@ -81,24 +81,27 @@ impl Banks {
         self.records.iter_mut().for_each(|record| record.gone |= is_gone(record.error.gpa));
     }
 
-    /// `vcpu` has no thread any more: how many records lay in its banks, and the pages among them that are the guest's.
-    pub(crate) fn leave(&mut self, vcpu: usize) -> (usize, Vec<u64>) {
-        let before = self.records.len();
-        let mut again = Vec::new();
+    /// `vcpu` has no thread any more: the pages of the records that lay in its banks, and those among them that are the
+    /// guest's.
+    pub(crate) fn leave(&mut self, vcpu: usize) -> (Vec<u64>, Vec<u64>) {
+        let (mut left, mut again) = (Vec::new(), Vec::new());
         self.records.retain(|record| {
             let stays = record.vcpu != vcpu;
+            if !stays {
+                left.push(record.error.gpa);
+            }
             if !stays && !record.gone {
                 again.push(record.error.gpa);
             }
             stays
         });
         self.bystanders.retain(|(of, _)| *of != vcpu);
-        (before - self.records.len(), again)
+        (left, again)
     }
 
     /// What `state` shows to have become of the records in `vcpu`'s banks.
     pub(crate) fn taken(&mut self, vcpu: usize, state: &McaState) -> Emptied {
-        let (before, closed) = (self.records.len(), state.is_closed());
+        let closed = state.is_closed();
         let mut emptied = Emptied::default();
         self.records.retain_mut(|record| {
             if record.vcpu != vcpu {
@@ -109,6 +112,7 @@ impl Banks {
                 return true;
             }
             let InBank { bank, form, error: Pending { gpa, .. }, .. } = *record;
+            emptied.left.push(gpa);
             match (record.gone, record.restarted) {
                 (true, _) => {}
                 (false, true) => {
@@ -122,7 +126,6 @@ impl Banks {
         self.bystanders.retain(|(of, bank)| {
             *of != vcpu || state.mcip() || state.banks[usize::from(*bank)].valid()
         });
-        emptied.count = before - self.records.len();
         emptied
     }
 
@@ -138,6 +141,17 @@ impl Banks {
         let will_take = |form: Form| if form.raises_mc() { interrupts_on } else { polls };
         let own = self.records.iter().filter(|record| record.vcpu == vcpu);
         own.filter(|record| !will_take(record.form)).map(|record| record.bank).collect()
+    }
+
+    /// Whether a record of the page at `gpa` lies in a bank.
+    pub(crate) fn hold_page(&self, gpa: u64) -> bool {
+        self.records.iter().any(|record| record.error.gpa == gpa)
+    }
+
+    /// The page of the record that lies in `bank` of `vcpu`.
+    pub(crate) fn page(&self, vcpu: usize, bank: u8) -> Option<u64> {
+        let record = self.records.iter().find(|one| (one.vcpu, one.bank) == (vcpu, bank));
+        record.map(|record| record.error.gpa)
     }
 
     /// `bank` of `vcpu` is empty: the page of the record that lay there, if it is the guest's.

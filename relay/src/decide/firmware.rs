@@ -217,6 +217,16 @@ impl Channel {
             && !self.withdraw
     }
 
+    /// Whether a page waits to be told of on this channel.
+    pub(crate) fn has_waiting(&self) -> bool {
+        !(self.lost.is_empty() && self.predicted.is_empty())
+    }
+
+    /// Whether the record in the block names the page at `gpa`.
+    pub(crate) fn names(&self, gpa: u64) -> bool {
+        self.current.as_ref().is_some_and(|current| current.publication.gpas.contains(&gpa))
+    }
+
     /// Pages in the block that the guest will queue once it takes the record.
     pub(crate) fn in_block(&self) -> usize {
         self.current.as_ref().map_or(0, |current| current.publication.gpas.len())

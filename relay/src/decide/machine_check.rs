@@ -128,15 +128,16 @@ impl Delivery {
         };
         let mut outcomes = channel.settle(sight, now);
         // A record that was not acknowledged may have been read all the same.
-        for _ in &outcomes {
-            self.queue.taken(now);
+        for Outcome::Taken { gpa, .. } | Outcome::Returned { gpa, .. } in &outcomes {
+            self.queue.taken(*gpa, now);
         }
         let on_their_way = self.aos_in_banks();
         let up_since = self.vcpus.iter().filter_map(|seen| seen.open_since).min();
         let Some(channel) = self.firmware.as_mut() else {
             return (outcomes, firmware::ChannelStep::Idle);
         };
-        let room = self.queue.room(on_their_way + channel.in_block(), firmware::QUEUE, now);
+        let in_flight = on_their_way + channel.in_block();
+        let room = self.queue.room_for_many(in_flight, firmware::QUEUE, now);
         let (more, step) = channel.step(sight, now, up_since, room);
         outcomes.extend(more);
         self.take_back(&outcomes);
@@ -218,7 +219,7 @@ impl Delivery {
         self.goes_on(vcpu);
         let (left, again) = self.banks.leave(vcpu);
         // Nobody saw whether they were read.
-        (0..left).for_each(|_| self.queue.taken(now));
+        left.into_iter().for_each(|gpa| self.queue.taken(gpa, now));
         self.tell_again(&again);
         again
     }
@@ -303,6 +304,17 @@ impl Delivery {
                     || self.banks.hold_any_of(*vcpu)
             })
             .collect()
+    }
+
+    /// The guest is done with the page at `gpa`; true if another one waits, and its turn may have come by that.
+    pub fn finished(&mut self, gpa: u64, now: Duration) -> bool {
+        let channel = self.firmware.as_ref();
+        let waits = !self.ao.is_empty() || channel.is_some_and(Channel::has_waiting);
+        if self.banks.hold_page(gpa) || channel.is_some_and(|channel| channel.names(gpa)) {
+            self.queue.finished_early(gpa, now);
+            return waits;
+        }
+        self.queue.finished(gpa, now) && waits
     }
 
     /// When the pace lets the next AO go, if one waits and only time is needed.
@@ -468,10 +480,10 @@ impl Delivery {
     /// What `state` shows to have become of the records in `vcpu`'s banks. Each is returned once.
     pub fn taken(&mut self, vcpu: usize, state: &McaState, now: Duration) -> Vec<Taken> {
         self.watch(vcpu, state, now);
-        let Emptied { taken, again, count } = self.banks.taken(vcpu, state);
+        let Emptied { taken, again, left } = self.banks.taken(vcpu, state);
         self.tell_again(&again);
         // A record that is lost may have been read all the same.
-        (0..count).for_each(|_| self.queue.taken(now));
+        left.into_iter().for_each(|gpa| self.queue.taken(gpa, now));
         taken
     }
 
@@ -500,8 +512,9 @@ impl Delivery {
             self.choose_ao_vcpu();
             // Of one that is empty nobody can say whether it was read, and there is nothing more to come.
             let empty = |bank: u8| !state.banks[usize::from(bank)].valid();
-            let read = left.iter().filter(|bank| empty(**bank)).count();
-            (0..read).for_each(|_| self.queue.taken(now));
+            let read = left.iter().filter(|bank| empty(**bank));
+            read.filter_map(|bank| self.banks.page(vcpu, *bank))
+                .for_each(|gpa| self.queue.taken(gpa, now));
             banks.extend(left);
         }
         banks

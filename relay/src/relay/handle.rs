@@ -194,6 +194,17 @@ impl Handle {
         false
     }
 
+    /// The guest is done with the bad page at guest-physical `gpa` of which it was told: the next one may be told. For a VMM
+    /// that can see it, such as by the line "Memory failure: 0x2928: recovery action for" that Linux writes on its
+    /// console (the page frame number, of 4 KiB pages). Without such calls each page counts for a fixed time
+    /// ([`Pace`](crate::Pace)). What is said of other pages has no effect, so whatever in the guest may write to its
+    /// console may be the source: a guest that lies is told faster than it can bear, and loses pages of its own.
+    ///
+    /// It takes no lock that is held for long, and makes at most one system call, a write(2) to an eventfd.
+    pub fn guest_finished(&self, gpa: u64) {
+        self.0.finish(gpa & !(PAGE_SIZE - 1));
+    }
+
     /// Whether the relay's thread runs. Before the relay is dropped it ends only by a defect of its own, which it logs;
     /// AOs are no longer taken then. For a VMM's health check.
     pub fn is_alive(&self) -> bool {

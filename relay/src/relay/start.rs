@@ -104,6 +104,7 @@ impl Relay {
             wake,
             scans: AtomicU64::new(0),
             hinted: AtomicBool::new(false),
+            finished: Mutex::default(),
             pid: std::process::id(),
             source_page,
             alive: AtomicBool::new(true),

@@ -80,7 +80,11 @@ impl Work {
         if let Some(rescuer) = self.rescuer.as_mut() {
             rescuer.look(shared);
         }
-        shared.unplug_gone_vcpus(&mut shared.lock());
+        {
+            let mut inner = shared.lock();
+            shared.unplug_gone_vcpus(&mut inner);
+            shared.take_finished(&mut inner);
+        }
         // Before the vCPUs are called: what does not go this way is theirs.
         let firmware = self.source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
         call_waiting_vcpus(shared, &mut self.call_at).min(firmware)

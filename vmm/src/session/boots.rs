@@ -111,9 +111,11 @@ impl Machine<'_> {
             injector: made.injector.clone(),
             button: made.button.clone(),
         }));
+        self.outlets.watch(Some(&relay));
         let begun = Instant::now();
         let reason = vm.run();
         let ran = begun.elapsed();
+        self.outlets.watch(None);
         current.set(None);
         // Ends the relay and its thread; the vCPU threads have ended already. Everything that the relay's thread
         // entered before is in the ledger.

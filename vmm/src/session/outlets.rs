@@ -1,10 +1,14 @@
 //! The outputs of this process (serial lines, events, API), from the first boot to the end.
 
+use std::sync::Arc;
+
 use log::warn;
+use mce_relay::Handle;
 
 use crate::api::current::Current;
 use crate::config::VmConfig;
 use crate::events::monitor::Monitor;
+use crate::machine::devices::serial::finished::Finished;
 use crate::machine::devices::serial::{self, HostSides};
 use crate::machine::devices::virtio::blk::open_disks;
 use crate::machine::vcpu::hooks::HookError;
@@ -67,5 +71,15 @@ impl Outlets {
         };
         lines.iter().for_each(|line| line.note_boot(self.boot));
         Ok(lines)
+    }
+
+    /// Has `relay`, if there is one, told with which pages the guest is done by what it puts out.
+    pub fn watch(&self, relay: Option<&Handle>) {
+        for line in self.lines.iter().flat_map(HostSides::iter) {
+            let relay = relay.cloned();
+            line.watch(
+                relay.map(|relay| -> Finished { Arc::new(move |gpa| relay.guest_finished(gpa)) }),
+            );
+        }
     }
 }

@@ -427,13 +427,36 @@ fn the_pace_counts_what_lies_in_banks_and_what_was_taken() {
     assert_eq!(delivery.taken(0, &state, LATER).len(), 3);
     assert_eq!(delivery.next(0, &state, LATER), paced(3 << 12));
     assert!(delivery.waiting_vcpus(LATER).is_empty());
-    let then = LATER + Duration::from_secs(1);
+    // The guest has to begin, and then takes a second for each.
+    let then = LATER + Duration::from_secs(2);
     assert_eq!(delivery.room_at(), Some(then));
     assert_eq!(delivery.waiting_vcpus(then), [0]);
     inject(&mut delivery, 0, &mut state, then);
 
     delivery.push_ar(0, 0x9000, true, Duration::ZERO);
     inject(&mut delivery, 0, &mut state, then);
+}
+
+#[test]
+fn a_page_that_the_guest_is_done_with_makes_room_wherever_its_record_was_last_seen() {
+    let mut delivery = Delivery::new(Some(amd()), 1, Pace { burst: 2, rate: 1 });
+    let mut state = ready();
+    delivery.next(0, &state, Duration::ZERO);
+    (0..4).for_each(|page| delivery.push_ao(page << 12));
+    inject(&mut delivery, 0, &mut state, LATER);
+    inject(&mut delivery, 0, &mut state, LATER);
+    // In a bank: there is no room before the bank is seen to be empty.
+    assert!(delivery.finished(0, LATER), "others wait");
+    assert!(!delivery.finished(3 << 12, LATER), "of this one it was not told");
+    assert!(matches!(delivery.next(0, &state, LATER), Step::Wait(_, WaitReason::Pace)));
+    state = ready();
+    assert_eq!(delivery.taken(0, &state, LATER).len(), 2);
+    inject(&mut delivery, 0, &mut state, LATER);
+    assert!(matches!(delivery.next(0, &state, LATER), Step::Wait(_, WaitReason::Pace)));
+    // In the guest's queue.
+    assert!(delivery.finished(1 << 12, LATER));
+    inject(&mut delivery, 0, &mut state, LATER);
+    assert!(!delivery.finished(1 << 12, LATER), "once");
 }
 
 #[test]

@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use crate::config::{SerialMode, VmConfig};
 use crate::machine::devices::serial::endpoint::Endpoint;
 use crate::machine::devices::serial::error::SerialError;
+use crate::machine::devices::serial::finished::Finished;
 use crate::machine::devices::serial::link::Link;
 use crate::machine::devices::serial::mover::Mover;
 use crate::machine::devices::virtio::blk::SharedDisk;
@@ -29,6 +30,7 @@ use crate::words::counted;
 pub(crate) mod attached;
 pub mod endpoint;
 pub mod error;
+pub mod finished;
 pub mod link;
 pub mod mover;
 pub mod port;
@@ -121,6 +123,12 @@ impl SerialLine {
             let now = Timestamp::now();
             self.link.push_line(&format!("--- mce-relay: boot {boot}, {now:.0} ---"));
         }
+    }
+
+    /// Has `finished` called for each page that the guest's output says it is done with, from now on and until it is
+    /// called again; on the threads of vCPUs and devices.
+    pub fn watch(&self, finished: Option<Finished>) {
+        self.link.watch(finished);
     }
 
     /// Bytes of output that were dropped because they were not read in time.

@@ -19,7 +19,7 @@ impl Attached {
 
     /// Puts out `bytes`, without waiting: the line drops and counts the oldest where it holds too many.
     pub(crate) fn push(&self, bytes: &[u8]) {
-        self.0.link.push(bytes);
+        self.0.link.push_guests(bytes);
     }
 
     /// The taker, which was full, has room again.

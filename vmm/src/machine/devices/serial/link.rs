@@ -9,6 +9,7 @@ use vm_superio::serial::SerialEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::machine::devices::serial::finished::{Finished, Lines};
 use crate::machine::lifecycle::VmControl;
 
 #[derive(Debug, Default)]
@@ -68,10 +69,23 @@ pub(super) struct Guest {
     pub(super) control: VmControl,
 }
 
+/// Who wants to know with which bad pages the guest is done.
+struct Watch {
+    lines: Lines,
+    finished: Finished,
+}
+
+impl std::fmt::Debug for Watch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Watch")
+    }
+}
+
 /// What the UART and the port's thread share.
 #[derive(Debug)]
 pub(super) struct Link {
     queue: Mutex<Queue>,
+    watch: Mutex<Option<Watch>>,
     guest: Mutex<Option<Guest>>,
     /// Number of guests so far.
     pub(super) guests: AtomicU64,
@@ -87,6 +101,7 @@ impl Link {
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             queue: Mutex::default(),
+            watch: Mutex::default(),
             guest: Mutex::default(),
             guests: AtomicU64::new(0),
             wake: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
@@ -126,7 +141,23 @@ impl Link {
         }
     }
 
-    pub(super) fn push(&self, bytes: &[u8]) {
+    /// See [`SerialLine::watch`](super::SerialLine::watch).
+    pub(super) fn watch(&self, finished: Option<Finished>) {
+        let watch = finished.map(|finished| Watch { lines: Lines::default(), finished });
+        *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = watch;
+    }
+
+    /// Puts out what the guest says.
+    pub(super) fn push_guests(&self, bytes: &[u8]) {
+        self.push(bytes);
+        if let Some(Watch { lines, finished }) =
+            self.watch.lock().unwrap_or_else(PoisonError::into_inner).as_mut()
+        {
+            lines.take(bytes, &**finished);
+        }
+    }
+
+    fn push(&self, bytes: &[u8]) {
         let mut queue = self.queue();
         let was_empty = queue.bytes.is_empty();
         queue.push(bytes);
@@ -170,7 +201,7 @@ pub(super) struct Output(pub(super) Arc<Link>);
 
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.push(bytes);
+        self.0.push_guests(bytes);
         Ok(bytes.len())
     }
 
