@@ -119,7 +119,8 @@ start() { # one boot; QEMU runs in the background afterwards
     # panic=-1 and -no-reboot: QEMU ends when the lab's kernel dies. oops=panic: a kernel that
     # an emulator fault has hit must not go on and let a test fail for it. So must one of which a processor waits for
     # the other one for a minute (an interrupt between them is lost): its log says then where both stand.
-    # nohz=off: an interrupt that the emulator has lost (DESIGN.md) comes with the next tick, also on an idle processor.
+    # nohz=off highres=off: an interrupt that the emulator has lost (DESIGN.md) comes with the next tick, also on an idle
+    # processor, and the tick itself goes on where one of its own was lost: the local APIC repeats it unasked.
     # ioeventfd=off: QEMU has taken a write to a port before the writer goes on, so all output
     # is in the file when the status comes.
     local share=security_model=none,multidevs=remap out=${lab//,/,,} job=${job//,/,,} # QEMU's quoting
@@ -128,7 +129,7 @@ start() { # one boot; QEMU runs in the background afterwards
         -nodefaults -no-user-config -display none -no-reboot
         -accel "tcg,thread=multi" -cpu "EPYC,+svm,+npt" -smp 2 -m "$LAB_MEMORY"
         -kernel "$lab/vmlinux" -initrd "$lab/initramfs.cpio"
-        -append "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 softlockup_all_cpu_backtrace=1 watchdog_thresh=30 nohz=off mitigations=off tsc=reliable audit=0 apparmor=0 LAB_NPT=$npt"
+        -append "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 softlockup_all_cpu_backtrace=1 watchdog_thresh=30 nohz=off highres=off mitigations=off tsc=reliable audit=0 apparmor=0 LAB_NPT=$npt"
         -chardev "file,id=console,path=$out/console.log" -serial chardev:console
         -virtfs "local,path=/,mount_tag=host,readonly=on,$share"
         -virtfs "local,path=$out/out,mount_tag=out,$share"
@@ -164,7 +165,7 @@ start() { # one boot; QEMU runs in the background afterwards
 # A command is started over once. A lab that dies before it is ready has run nothing yet.
 lost=
 for attempt in 1 2 3; do
-    ready='' still=''
+    ready='' still='' beat='' quiet=0
     begun=$SECONDS
     start
     while :; do
@@ -182,7 +183,11 @@ for attempt in 1 2 3; do
             exit "$status"
         fi
         [ -z "$over" ] || break
-        if [ -n "$ready" ] && [ $(($(date +%s) - $(stat -c %Y "$job/control"))) -gt 120 ]; then
+        # Looks are counted and not seconds: where this machine itself stands still, its clock goes on and the lab does not.
+        last=$beat
+        beat=$(stat -c %Y "$job/control")
+        if [ "$beat" = "$last" ]; then quiet=$((quiet + 1)); else quiet=0; fi
+        if [ -n "$ready" ] && [ "$quiet" -gt 1200 ]; then
             still="it stood still for two minutes"
             stop
             break
