@@ -321,6 +321,26 @@ fn records_keep_to_the_pace() {
 }
 
 #[test]
+fn a_guest_that_is_done_with_its_pages_gets_the_next_record_at_once() {
+    on_own_thread(|| {
+        let pace = Pace { burst: 16, rate: 1 };
+        let mut machine = Machine::with(amd(), AoChannel::Ghes, pace, PATIENT);
+        (1..=16).for_each(|page| machine.forge(BUS_MCEERR_AO, page));
+        let told = |machine: &Machine| machine.records().concat();
+        machine.run_until(|machine| told(machine).len() >= 16);
+        (17..=30).for_each(|page| machine.forge(BUS_MCEERR_AO, page));
+        machine.run_until(|machine| machine.relay.pages().len() == 30);
+        assert_eq!(told(&machine).len(), 16, "the estimate has the rest told in 16 s");
+        let since = Instant::now();
+        for gpa in told(&machine) {
+            machine.relay.handle().guest_finished(gpa);
+        }
+        machine.settle(30);
+        assert!(since.elapsed() < Duration::from_secs(10), "{:?}", since.elapsed());
+    });
+}
+
+#[test]
 fn a_record_whose_body_was_changed_does_not_count_as_taken() {
     on_own_thread(|| {
         let mut machine = Machine::new(amd(), AoChannel::Ghes);

@@ -10,6 +10,11 @@ pub fn amd() {
     bursts(Options::amd(2), SIZES);
 }
 
+/// The guest's console says when it is done with a page: the next ones are told then.
+pub fn of_a_guest_that_says_when_it_is_done() {
+    bursts(Options { virtio: true, says_when_done: true, ..Options::amd(2).ghes() }, &[8, 128]);
+}
+
 pub fn intel_by_rendezvous() {
     bursts(Options::intel(2, false), SIZES);
 }

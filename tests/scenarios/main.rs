@@ -95,6 +95,7 @@ fn main() -> ExitCode {
         ar::intel_kernel_copy needs may_soak,
         ar::while_the_ao_waits_to_be_polled needs may_poison,
         burst::amd needs may_poison,
+        burst::of_a_guest_that_says_when_it_is_done needs may_poison,
         burst::intel_by_rendezvous needs may_soak,
         burst::intel_by_lmce needs may_poison,
         delivery::while_the_handler_runs needs may_poison,

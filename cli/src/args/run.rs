@@ -144,9 +144,10 @@ pub struct RunArgs {
     /// How fast the guest is told of AOs: burst=N at once, then rate=N a second, or one of the two.
     ///
     /// Linux keeps the errors it is told of in a short queue until it has taken each page out of
-    /// use (6.1: about 32 records), and what does not fit there is lost without a word; nothing
-    /// tells the VMM how full it is. The default uses half of that, at a rate that a guest with a
-    /// slow console keeps up with. An AR never waits for this.
+    /// use (6.1: about 32 records), and what does not fit there is lost without a word. The
+    /// default uses half of that, at a rate that a guest with a slow console keeps up with; the first page
+    /// after a rest counts for a second more. Where the guest's console says that it is done with a page, the
+    /// next one is told at once. An AR never waits for this.
     #[arg(long, default_value_t, value_name = "burst=N,rate=N")]
     pub ao_pace: AoPace,
     /// Which system calls the VMM may make: true, those that each of its threads needs, and with any other

@@ -190,7 +190,10 @@ fn paced(pages: &[Page], pace: Pace) -> Option<String> {
     let count = pages.iter().filter(untold).count() as u64;
     let left = HumanDuration(Duration::from_secs(count / u64::from(pace.rate.max(1))));
     let pages = counted(count, "page");
-    Some(format!("{pages} still to be told at {} a second (--ao-pace): about {left}", pace.rate))
+    Some(format!(
+        "{pages} still to be told at {} a second (--ao-pace) or faster: at most about {left}",
+        pace.rate
+    ))
 }
 
 /// How many pages are in each state, and how they were found.
@@ -349,7 +352,7 @@ mod tests {
         assert!(!shown(pages.clone(), None, false)[2].contains("pace"), "told at once");
         pages[0].state = waits;
         pages[1].state = State::Acknowledged { place: mce_relay::Place::Ghes { record: 1 } };
-        let words = "1199 pages still to be told at 10 a second (--ao-pace): about 2 minutes";
+        let words = "1199 pages still to be told at 10 a second (--ao-pace) or faster: at most about 2 minutes";
         assert_eq!(shown(pages, None, false)[2], words);
     }
 

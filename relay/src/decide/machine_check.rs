@@ -158,6 +158,9 @@ impl Delivery {
 
     fn take_back(&mut self, outcomes: &[Outcome]) {
         for outcome in outcomes {
+            if let Outcome::Returned { gpa, .. } = *outcome {
+                self.queue.not_taken(gpa);
+            }
             if let Outcome::Returned { gpa, notice: Notice::Lost, .. } = *outcome {
                 self.ao.push_back(gpa);
             }
@@ -311,8 +314,7 @@ impl Delivery {
         let channel = self.firmware.as_ref();
         let waits = !self.ao.is_empty() || channel.is_some_and(Channel::has_waiting);
         if self.banks.hold_page(gpa) || channel.is_some_and(|channel| channel.names(gpa)) {
-            self.queue.finished_early(gpa, now);
-            return waits;
+            return self.queue.finished_early(gpa, now) && waits;
         }
         self.queue.finished(gpa, now) && waits
     }
@@ -443,6 +445,7 @@ impl Delivery {
     pub fn refused(&mut self, told: &Assignment) {
         self.banks.refused(told.vcpu, told.record.bank);
         if let Some((error, _)) = told.error {
+            self.queue.not_taken(error.gpa);
             let same = self.ar.iter_mut().flatten().filter(|touch| touch.gpa == error.gpa);
             same.for_each(|touch| touch.untold = true);
         }
@@ -532,6 +535,7 @@ impl Delivery {
     /// `bank` of `vcpu` has been emptied: the page of the record that lay there, which waits to be told elsewhere.
     pub fn taken_back(&mut self, vcpu: usize, bank: u8) -> Option<u64> {
         let gpa = self.banks.empty(vcpu, bank)?;
+        self.queue.not_taken(gpa);
         self.tell_again(&[gpa]);
         Some(gpa)
     }

@@ -3,9 +3,9 @@
 //! Linux keeps what its machine-check handler or its poll has found in a pool of its own, until a
 //! worker has taken each page out of use. The pool is short (6.1: 8 KiB, 32 records; 6.12: 80 records;
 //! `arch/x86/kernel/cpu/mce/genpool.c`). A record that does not fit is dropped, and nothing outside the guest shows it.
-//! Nor can a VMM see how far the worker is. So the relay keeps an estimate: each record that the guest has taken counts
-//! for a fixed time, or until somebody who knows says that the guest is done with the page, and no record is given
-//! that would make more than [`Pace::burst`] of them.
+//! Nor can the relay see how far the worker is. So it keeps an estimate: each record that the guest has taken counts
+//! for a fixed time, and the first one after a rest for a second more, or until somebody who knows says that the guest is
+//! done with the page. No record is given that would make more than [`Pace::burst`] of them.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -50,7 +50,9 @@ pub(crate) struct Queue {
     queued: VecDeque<(u64, Duration)>,
     /// The guest says with which pages it is done, and has done so of the last ones.
     speaks: bool,
-    /// Pages with which the guest is done, of records that it has not been seen to have taken. Each will be.
+    /// When something last left it: since when it is empty, if it is.
+    empty_since: Option<Duration>,
+    /// Pages with which the guest is done, of records that it has not been seen to have taken.
     early: Vec<u64>,
 }
 
@@ -61,53 +63,91 @@ impl Queue {
             each: Duration::from_secs(1) / pace.rate.max(1),
             queued: VecDeque::new(),
             speaks: false,
+            empty_since: None,
             early: Vec::new(),
         }
     }
 
     /// The guest has taken the record of the page at `gpa` out of a bank and into its queue.
     pub(crate) fn taken(&mut self, gpa: u64, now: Duration) {
-        if let Some(at) = self.early.iter().position(|early| *early == gpa) {
-            self.early.swap_remove(at);
-            return;
+        if self.is_not_early(gpa) {
+            self.expire(now);
+            if self.queued.len() >= MOST.max(self.burst as usize) {
+                self.queued.pop_front();
+            }
+            let last = match self.queued.back() {
+                Some((_, until)) => *until,
+                None => now.saturating_add(self.begins(now)),
+            };
+            self.queued.push_back((gpa, last.saturating_add(self.each)));
         }
-        let most = MOST.max(self.burst as usize);
-        while self.queued.len() >= most
-            || self.queued.front().is_some_and(|(_, until)| *until <= now)
-        {
-            self.queued.pop_front();
-            self.speaks = false;
-        }
-        let first = if self.speaks { HEARD } else { BEGINS };
-        let last = self.queued.back().map_or(now.saturating_add(first), |(_, until)| *until);
-        self.queued.push_back((gpa, last.saturating_add(self.each)));
     }
 
-    /// The guest is done with the page at `gpa`. What else is in its queue counts until the guest says so, too, or says
+    /// The record of the page at `gpa` will not be taken after all.
+    pub(crate) fn not_taken(&mut self, gpa: u64) {
+        self.is_not_early(gpa);
+    }
+
+    /// False, once, if the guest was done with the page at `gpa` before its record was seen to be taken.
+    fn is_not_early(&mut self, gpa: u64) -> bool {
+        let early = self.early.iter().position(|early| *early == gpa);
+        early.map(|at| self.early.swap_remove(at)).is_none()
+    }
+
+    /// How long the guest takes before it begins with the first page in its queue.
+    fn begins(&self, now: Duration) -> Duration {
+        let has_rested = |since| now.saturating_sub(since) >= BEGINS;
+        match self.empty_since {
+            _ if self.speaks => HEARD,
+            Some(since) if !has_rested(since) => Duration::ZERO,
+            _ => BEGINS,
+        }
+    }
+
+    /// Takes out what counts no more: the guest has not said that it was done.
+    fn expire(&mut self, now: Duration) {
+        while let Some((_, until)) = self.queued.front().copied()
+            && until <= now
+        {
+            self.queued.pop_front();
+            self.empty_since = Some(until);
+            self.speaks = false;
+        }
+    }
+
+    /// The guest is done with the page at `gpa`. What is behind it in the queue counts until the guest says so, too, or says
     /// nothing any more. True if its record was in the queue.
     pub(crate) fn finished(&mut self, gpa: u64, now: Duration) -> bool {
+        self.expire(now);
         let Some(at) = self.queued.iter().position(|(queued, _)| *queued == gpa) else {
             return false;
         };
         self.queued.remove(at);
-        self.heard(now);
+        self.empty_since = Some(now);
+        self.heard(at, now);
         true
     }
 
-    /// The guest is done with the page at `gpa`, whose record it has not been seen to have taken.
-    pub(crate) fn finished_early(&mut self, gpa: u64, now: Duration) {
-        if !self.early.contains(&gpa) {
-            self.early.push(gpa);
+    /// The guest is done with the page at `gpa`, whose record it has not been seen to have taken. False if it has said so
+    /// before.
+    pub(crate) fn finished_early(&mut self, gpa: u64, now: Duration) -> bool {
+        if self.early.contains(&gpa) {
+            return false;
         }
-        self.heard(now);
+        self.early.push(gpa);
+        self.expire(now);
+        self.heard(self.queued.len(), now);
+        true
     }
 
-    fn heard(&mut self, now: Duration) {
+    /// The guest has said something of the page before the one at `next`.
+    fn heard(&mut self, next: usize, now: Duration) {
         self.speaks = true;
-        let mut next = now.saturating_add(HEARD);
-        for (_, until) in &mut self.queued {
-            next = next.saturating_add(self.each);
-            *until = next;
+        let mut speaks_until = now.saturating_add(HEARD);
+        for (at, (_, until)) in self.queued.iter_mut().enumerate() {
+            speaks_until = speaks_until.saturating_add(self.each);
+            // Of what was before it the guest may say nothing ever, as of a page that was only predicted to fail.
+            *until = if at < next { speaks_until.min(*until) } else { speaks_until };
         }
     }
 
@@ -226,6 +266,60 @@ mod tests {
         (0..100).for_each(|page| assert!(!queue.finished(1 << 20 | page, SECOND)));
         queue.taken(1 << 20, SECOND);
         assert_eq!(queue.room(0, 16, SECOND), 0);
+    }
+
+    /// How long it takes until so many pages are told, by a relay that looks so often.
+    fn time_for(pace: Pace, pages: u64, look: Duration) -> Duration {
+        let mut queue = Queue::new(pace);
+        let mut now = SECOND;
+        for page in 0..pages {
+            while queue.room_at(0).unwrap() > now {
+                now += look;
+            }
+            queue.taken(page, now);
+        }
+        now - SECOND
+    }
+
+    #[test]
+    fn the_rate_is_kept_where_the_queue_is_empty_again_and_again() {
+        let took = time_for(Pace { burst: 1, rate: 10 }, 20, SECOND / 100);
+        assert!(took < 4 * SECOND, "{took:?}");
+        // Sixteen at each look.
+        let took = time_for(Pace { burst: 16, rate: 1000 }, 320, SECOND / 20);
+        assert!(took < 3 * SECOND, "{took:?}");
+        // A guest that has rested has to begin again.
+        let mut queue = Queue::new(Pace { burst: 1, rate: 10 });
+        for now in [SECOND, 10 * SECOND] {
+            queue.taken(PAGE, now);
+            assert_eq!(queue.room_at(0), Some(now + BEGINS + SECOND / 10));
+        }
+    }
+
+    #[test]
+    fn what_the_guest_never_speaks_of_counts_no_more_in_the_end() {
+        let mut queue = Queue::new(Pace::default());
+        let mut now = SECOND;
+        (0..16).for_each(|page| queue.taken(page, now));
+        for touch in 0..60 {
+            queue.taken(1000 + touch, now);
+            now += SECOND / 20;
+            queue.finished(1000 + touch, now);
+            now += SECOND;
+        }
+        assert_eq!(queue.room(0, 16, now), 16);
+        // Nor does it count again by what is said later.
+        assert!(queue.finished_early(99, now) && !queue.finished_early(99, now));
+        assert_eq!(queue.room(0, 16, now), 16);
+    }
+
+    #[test]
+    fn a_page_that_is_finished_but_not_taken_counts_when_it_is() {
+        let mut queue = Queue::new(Pace { burst: 2, rate: 1 });
+        queue.finished_early(7, SECOND);
+        queue.not_taken(7);
+        queue.taken(7, SECOND);
+        assert_eq!(queue.room(0, 16, SECOND), 1);
     }
 
     #[test]

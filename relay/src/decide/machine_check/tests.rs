@@ -447,6 +447,7 @@ fn a_page_that_the_guest_is_done_with_makes_room_wherever_its_record_was_last_se
     inject(&mut delivery, 0, &mut state, LATER);
     // In a bank: there is no room before the bank is seen to be empty.
     assert!(delivery.finished(0, LATER), "others wait");
+    assert!(!delivery.finished(0, LATER), "once");
     assert!(!delivery.finished(3 << 12, LATER), "of this one it was not told");
     assert!(matches!(delivery.next(0, &state, LATER), Step::Wait(_, WaitReason::Pace)));
     state = ready();

@@ -50,7 +50,8 @@ impl Lines {
     /// Takes what the guest has put out next; calls `finished` for each page that it is finished with.
     pub fn take(&mut self, bytes: &[u8], finished: &dyn Fn(u64)) {
         for byte in bytes {
-            if *byte == b'\n' {
+            // What draws over its line ends none, and the kernel's begins there.
+            if matches!(*byte, b'\n' | b'\r') {
                 match said(&self.line) {
                     Some(Said::Done(gpa)) => self.done(gpa, finished),
                     Some(Said::Written(gpa)) => self.written(gpa, finished),
@@ -66,6 +67,10 @@ impl Lines {
     fn done(&mut self, gpa: u64, finished: &dyn Fn(u64)) {
         if !self.writes_log || take_out(&mut self.written, gpa) {
             finished(gpa);
+            return;
+        }
+        // Some kernels say it twice of a page that is touched again.
+        if self.done.contains(&gpa) {
             return;
         }
         self.done.push_back(gpa);
@@ -142,6 +147,15 @@ mod tests {
         // As a UART has it.
         let bytes: Vec<&[u8]> = text.chunks(1).collect();
         assert_eq!(pages(&bytes), [0x0292_8000, 0x1fff_f000]);
+    }
+
+    #[test]
+    fn a_line_that_is_drawn_over_hides_no_other() {
+        let bar = "[ ***  ] A start job is running for Wait for Network to be Configured (12s / no limit)\r";
+        assert_eq!(
+            pages(&[&[bar.as_bytes(), bar.as_bytes(), &of(0x3081)].concat()]),
+            [0x0308_1000]
+        );
     }
 
     const LOGGED: &[u8] = b"[    9.231193] mce: [Hardware Error]: TSC 0 ADDR 3082000 MISC 8c \n";
