@@ -233,6 +233,42 @@ fn a_guest_that_is_done_with_its_pages_is_told_of_the_next_at_once() {
     });
 }
 
+/// The time that the estimate has for two pages (a second each, and one to begin) passes in a pause.
+#[test]
+fn a_guest_that_was_paused_is_told_no_more_than_it_was_told_before() {
+    on_own_thread(|| {
+        let (relay, _events) = start_paced(intel(), 1, Pace { burst: 2, rate: 1 });
+        let model = Model::new();
+        let mut port = attach(&relay, 0);
+        let is_told = |page: usize| relay.pages()[page].times.injected.is_some();
+        let mut run_until = |told: usize| {
+            for _ in 0..1000 {
+                assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+                model.handle();
+                if is_told(told) {
+                    // What was told is seen to be taken.
+                    assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            panic!("not told: {:?}", relay.pages());
+        };
+        (0..3).for_each(|page| forge(BUS_MCEERR_AO, HVA + (page << 12), 12));
+        run_until(0);
+        run_until(1);
+        assert!(!is_told(2), "{:?}", relay.pages());
+        port.park(|| std::thread::sleep(Duration::from_millis(3500)));
+        // Of a page that nobody knows: the relay's thread looks whose turn it is.
+        relay.handle().guest_finished(0);
+        for _ in 0..50 {
+            assert_eq!(port.before_run(&mut model.clone()), Verdict::Run);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert!(!is_told(2), "{:?}", relay.pages());
+    });
+}
+
 #[test]
 fn a_page_signalled_again_is_not_a_new_page() {
     on_own_thread(|| {

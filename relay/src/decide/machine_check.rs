@@ -309,6 +309,11 @@ impl Delivery {
             .collect()
     }
 
+    /// The guest does not run from now on, or runs again.
+    pub fn set_paused(&mut self, is_paused: bool, now: Duration) {
+        if is_paused { self.queue.pauses(now) } else { self.queue.goes_on(now) }
+    }
+
     /// The guest is done with the page at `gpa`; true if another one waits, and its turn may have come by that.
     pub fn finished(&mut self, gpa: u64, now: Duration) -> bool {
         let channel = self.firmware.as_ref();

@@ -54,6 +54,8 @@ pub(crate) struct Queue {
     empty_since: Option<Duration>,
     /// Pages with which the guest is done, of records that it has not been seen to have taken.
     early: Vec<u64>,
+    /// Since when the guest does not run.
+    paused_since: Option<Duration>,
 }
 
 impl Queue {
@@ -65,7 +67,27 @@ impl Queue {
             speaks: false,
             empty_since: None,
             early: Vec::new(),
+            paused_since: None,
         }
+    }
+
+    /// The guest does not run from now on, until [`goes_on`](Self::goes_on): no time passes for it.
+    pub(crate) fn pauses(&mut self, now: Duration) {
+        self.paused_since = Some(now);
+    }
+
+    /// The guest runs again.
+    pub(crate) fn goes_on(&mut self, now: Duration) {
+        if let Some(since) = self.paused_since.take() {
+            let paused = now.saturating_sub(since);
+            let counting = self.queued.iter_mut().filter(|(_, until)| *until > since);
+            counting.for_each(|(_, until)| *until = until.saturating_add(paused));
+        }
+    }
+
+    /// The time up to which the guest has run.
+    fn ran_until(&self, now: Duration) -> Duration {
+        self.paused_since.unwrap_or(now)
     }
 
     /// The guest has taken the record of the page at `gpa` out of a bank and into its queue.
@@ -106,6 +128,7 @@ impl Queue {
 
     /// Takes out what counts no more: the guest has not said that it was done.
     fn expire(&mut self, now: Duration) {
+        let now = self.ran_until(now);
         while let Some((_, until)) = self.queued.front().copied()
             && until <= now
         {
@@ -155,6 +178,7 @@ impl Queue {
     /// queue may hold no more than `limit`.
     pub(crate) fn room(&self, in_flight: usize, limit: u32, now: Duration) -> u32 {
         let in_flight = u32::try_from(in_flight).unwrap_or(u32::MAX);
+        let now = self.ran_until(now);
         let queued = self.queued.iter().filter(|(_, until)| *until > now).count();
         let queued = u32::try_from(queued).unwrap_or(u32::MAX);
         self.burst.min(limit).saturating_sub(in_flight).saturating_sub(queued)
@@ -163,7 +187,7 @@ impl Queue {
     /// The same where one record may name many pages: a guest that says with which pages it is done gets the next ones
     /// when it is done with all. Fifteen by one record cost it less than one by each of fifteen.
     pub(crate) fn room_for_many(&self, in_flight: usize, limit: u32, now: Duration) -> u32 {
-        let is_at_work = self.queued.iter().any(|(_, until)| *until > now);
+        let is_at_work = self.queued.iter().any(|(_, until)| *until > self.ran_until(now));
         if self.speaks && is_at_work { 0 } else { self.room(in_flight, limit, now) }
     }
 
@@ -311,6 +335,21 @@ mod tests {
         // Nor does it count again by what is said later.
         assert!(queue.finished_early(99, now) && !queue.finished_early(99, now));
         assert_eq!(queue.room(0, 16, now), 16);
+    }
+
+    #[test]
+    fn a_guest_that_is_paused_is_done_with_nothing() {
+        let mut queue = Queue::new(Pace { burst: 4, rate: 1 });
+        (0..2).for_each(|page| queue.taken(page, SECOND));
+        // Of these two the first one counts no more when the pause begins.
+        queue.pauses(3 * SECOND + SECOND / 2);
+        let later = 3600 * SECOND;
+        assert_eq!((queue.room(0, 16, later), queue.room_for_many(0, 16, later)), (3, 3));
+        queue.goes_on(later);
+        assert_eq!(queue.room(0, 16, later), 3);
+        assert_eq!(queue.room(0, 16, later + SECOND / 2), 4);
+        queue.goes_on(2 * later);
+        assert_eq!(queue.room(0, 16, later + SECOND / 2), 4);
     }
 
     #[test]

@@ -72,8 +72,13 @@ impl Shared {
     /// Says whether `vcpu` is held by a pause. A gathering that waits for it is put off.
     pub(crate) fn set_parked(&self, vcpu: usize, parked: bool) {
         let mut inner = self.lock();
+        let was_paused = inner.is_paused();
         if let Some(attached) = inner.vcpus[vcpu].as_mut() {
             attached.parked = parked;
+        }
+        let is_paused = inner.is_paused();
+        if is_paused != was_paused {
+            inner.delivery.set_paused(is_paused, self.now());
         }
         // A vCPU that has shown its state waits in the gathering, so it cannot come here.
         if parked
