@@ -18,6 +18,9 @@ use super::guest::{GuestStep, Took};
 /// acknowledgement.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// A guest that has had nothing to do for so long may take so long until it begins with a record.
+const BEGINS: Duration = Duration::from_secs(1);
+
 /// Linux has left its handler within this time of clearing MCG_STATUS.MCIP.
 const LEAVE: Duration = Duration::from_secs(1);
 
@@ -59,22 +62,34 @@ struct Handler {
 #[derive(Debug)]
 struct Backlog {
     each: Duration,
+    /// So long it takes until the first one is begun, after a rest as long as that.
+    begins: Duration,
     done_at: VecDeque<Duration>,
+    /// When the last one of those that are done was done.
+    rests_since: Option<Duration>,
 }
 
 impl Backlog {
-    fn new(pace: Pace) -> Self {
-        Self { each: Duration::from_secs(1) / pace.rate.max(1), done_at: VecDeque::new() }
+    fn new(pace: Pace, begins: Duration) -> Self {
+        let each = Duration::from_secs(1) / pace.rate.max(1);
+        Self { each, begins, done_at: VecDeque::new(), rests_since: None }
     }
 
     fn push(&mut self, now: Duration) {
-        let begin = self.done_at.back().map_or(now, |last| now.max(*last));
+        self.len(now);
+        let is_awake = self.rests_since.is_some_and(|since| now - since < self.begins);
+        let begin = match self.done_at.back() {
+            Some(last) => *last,
+            None if is_awake => now,
+            None => now + self.begins,
+        };
         self.done_at.push_back(begin + self.each);
     }
 
     fn len(&mut self, now: Duration) -> usize {
-        while self.done_at.front().is_some_and(|done| *done <= now) {
+        while let Some(done) = self.done_at.front().copied().filter(|done| *done <= now) {
             self.done_at.pop_front();
+            self.rests_since = Some(done);
         }
         self.done_at.len()
     }
@@ -127,8 +142,8 @@ impl Audit {
             handlers: (0..vcpus).map(|_| Handler::default()).collect(),
             paused: vec![false; vcpus],
             late: vec![false; vcpus],
-            guest_queue: Backlog::new(pace),
-            left_banks: Backlog::new(pace),
+            guest_queue: Backlog::new(pace, Duration::ZERO),
+            left_banks: Backlog::new(pace, BEGINS),
             counts: Counts::default(),
         }
     }
