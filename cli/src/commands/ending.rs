@@ -1,9 +1,10 @@
 //! `mce-relay shutdown` and `reset`: end a running guest, and wait for it.
 
+use std::fmt;
+use std::io::{self, ErrorKind};
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
-use std::{fmt, io};
 
 use mce_relay_vmm::api::types::vm::VmInfo;
 use serde::Serialize;
@@ -149,6 +150,9 @@ fn watch(socket: &Path, before: &VmInfo, patience: Duration) -> Result<Seen, Cli
                 return Ok(Seen::Ended);
             }
             Err(ClientError::Ended { .. }) => return Ok(Seen::Ended),
+            // It ends: its socket was closed with this connection waiting there.
+            Err(ClientError::Connect { source, .. })
+                if source.kind() == ErrorKind::ConnectionReset => {}
             // It runs on, is between two boots, or ends while it is asked.
             Ok(_) | Err(ClientError::Refused { .. } | ClientError::Talk { .. }) => {}
             Err(error) => return Err(error),
@@ -161,5 +165,5 @@ fn watch(socket: &Path, before: &VmInfo, patience: Duration) -> Result<Seen, Cli
 }
 
 fn nobody_listens(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
 }
