@@ -92,28 +92,29 @@ impl Queue {
 
     /// The guest has taken the record of the page at `gpa` out of a bank and into its queue.
     pub(crate) fn taken(&mut self, gpa: u64, now: Duration) {
-        if self.is_not_early(gpa) {
-            self.expire(now);
-            if self.queued.len() >= MOST.max(self.burst as usize) {
-                self.queued.pop_front();
-            }
-            let last = match self.queued.back() {
-                Some((_, until)) => *until,
-                None => now.saturating_add(self.begins(now)),
-            };
-            self.queued.push_back((gpa, last.saturating_add(self.each)));
+        if self.take_early(gpa) {
+            return;
         }
+        self.expire(now);
+        if self.queued.len() >= MOST.max(self.burst as usize) {
+            self.queued.pop_front();
+        }
+        let last = match self.queued.back() {
+            Some((_, until)) => *until,
+            None => now.saturating_add(self.begins(now)),
+        };
+        self.queued.push_back((gpa, last.saturating_add(self.each)));
     }
 
     /// The record of the page at `gpa` will not be taken after all.
     pub(crate) fn not_taken(&mut self, gpa: u64) {
-        self.is_not_early(gpa);
+        self.take_early(gpa);
     }
 
-    /// False, once, if the guest was done with the page at `gpa` before its record was seen to be taken.
-    fn is_not_early(&mut self, gpa: u64) -> bool {
+    /// Forgets that the guest was done with the page at `gpa` before its record was seen to be taken; true if it was.
+    fn take_early(&mut self, gpa: u64) -> bool {
         let early = self.early.iter().position(|early| *early == gpa);
-        early.map(|at| self.early.swap_remove(at)).is_none()
+        early.is_some_and(|at| self.early.swap_remove(at) == gpa)
     }
 
     /// How long the guest takes before it begins with the first page in its queue.
@@ -250,6 +251,13 @@ mod tests {
         assert_eq!(queue.room(0, 16, at), 1);
         assert_eq!(queue.room(0, 16, at - Duration::from_nanos(1)), 0);
         assert_eq!(queue.room(0, 16, 100 * SECOND), 16);
+    }
+
+    #[test]
+    fn nonsense_is_taken_for_the_least() {
+        let queue = Queue::new(Pace { burst: 0, rate: 0 });
+        assert_eq!(queue.room_at(0), Some(Duration::ZERO));
+        assert_eq!(queue.room_at(1), None);
     }
 
     #[test]
