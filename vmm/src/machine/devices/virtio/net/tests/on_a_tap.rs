@@ -114,8 +114,18 @@ fn addressed(len: usize, seed: u8) -> Vec<u8> {
     bytes
 }
 
+/// Waits until the kernel sends on `t0`. It begins some time after somebody opened the tap, by work of its own that waits
+/// for every other interface of the machine (net/core/link_watch.c), and until then it drops frames without an error.
+fn carries() {
+    eventually("the kernel sends on t0", || {
+        let out = Command::new("ip").args(["-o", "link", "show", "t0"]).output().unwrap();
+        String::from_utf8_lossy(&out.stdout).contains("state UP")
+    });
+}
+
 /// One frame each way. The kernel has its own to send, too, so the guest takes what comes until the right one is there.
 fn exchange(driver: &mut Driver, wire: &Wire, seed: u8) {
+    carries();
     let out = addressed(1514, seed);
     let bytes = [&[0; HEADER][..], &out].concat();
     driver.memory.write_slice(&bytes, GuestAddress(0x8000)).unwrap();
