@@ -119,6 +119,8 @@ start() { # one boot; QEMU runs in the background afterwards
     # panic=-1 and -no-reboot: QEMU ends when the lab's kernel dies. oops=panic: a kernel that
     # an emulator fault has hit must not go on and let a test fail for it. So must one of which a processor waits for
     # the other one for a minute (an interrupt between them is lost): its log says then where both stand.
+    # -smp 3 isolcpus=0: nothing but the kernel's own work runs on processor 0, so no guest does. The emulator lets every
+    # processor change flags of the first one, its global interrupt flag among them, without a lock (DESIGN.md).
     # nohz=off highres=off: an interrupt that the emulator has lost (DESIGN.md) comes with the next tick, also on an idle
     # processor, and the tick itself goes on where one of its own was lost: the local APIC repeats it unasked.
     # ioeventfd=off: QEMU has taken a write to a port before the writer goes on, so all output
@@ -127,9 +129,9 @@ start() { # one boot; QEMU runs in the background afterwards
     # shellcheck disable=SC2054 # the commas are QEMU's
     local args=(
         -nodefaults -no-user-config -display none -no-reboot
-        -accel "tcg,thread=multi" -cpu "EPYC,+svm,+npt" -smp 2 -m "$LAB_MEMORY"
+        -accel "tcg,thread=multi" -cpu "EPYC,+svm,+npt" -smp 3 -m "$LAB_MEMORY"
         -kernel "$lab/vmlinux" -initrd "$lab/initramfs.cpio"
-        -append "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 softlockup_all_cpu_backtrace=1 watchdog_thresh=30 nohz=off highres=off mitigations=off tsc=reliable audit=0 apparmor=0 LAB_NPT=$npt"
+        -append "console=ttyS0 quiet panic=-1 oops=panic softlockup_panic=1 softlockup_all_cpu_backtrace=1 watchdog_thresh=30 isolcpus=0 nohz=off highres=off mitigations=off tsc=reliable audit=0 apparmor=0 LAB_NPT=$npt"
         -chardev "file,id=console,path=$out/console.log" -serial chardev:console
         -virtfs "local,path=/,mount_tag=host,readonly=on,$share"
         -virtfs "local,path=$out/out,mount_tag=out,$share"
