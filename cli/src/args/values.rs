@@ -152,6 +152,15 @@ pub fn parse_number(text: &str) -> Result<u64, String> {
     number::with_unit(text)
 }
 
+/// The value of a key that is a switch.
+pub fn on_or_off(key: &str, value: &str) -> Result<bool, String> {
+    match value {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err(format!("{key} is {value:?}; expected on or off")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
