@@ -1,17 +1,18 @@
 //! Every poisoned page, and what became of it: the only state the relay keeps.
 
-use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::time::SystemTime;
 
+mod columns;
 mod page;
+mod past;
 mod table;
 
 use crate::memory::fresh;
 use crate::memory::map::RamMap;
-use crate::types::{FailureKind, UndeliverableReason};
-use crate::types::{FoundBy, Rescued, State};
+use crate::types::{FailureKind, FoundBy, PAGE_SHIFT, Rescued, State, UndeliverableReason};
 pub use page::{Page, Predicted, Times};
+use past::Past;
 use table::Table;
 
 /// How many pages that are no longer bad are kept: the latest. Earlier ones are only counted.
@@ -32,11 +33,9 @@ pub struct Untold {
 #[derive(Debug, Clone, Default)]
 pub struct Ledger {
     pages: Table,
-    /// Pages that are no longer bad, in the order in which they ceased to be.
-    past: VecDeque<Page>,
-    /// How many pages were dropped from the front of [`Self::past`].
-    past_dropped: u64,
-    predicted: BTreeMap<u64, Predicted>,
+    past: Past,
+    /// Each as a page of this memory.
+    predicted: Table,
     rescued: Vec<Rescued>,
 }
 
@@ -58,12 +57,14 @@ impl Ledger {
             Page { gpa, hva, lsb, kind, found_by, signals: 0, state: State::Seen, times }
         });
         if new
-            && let Some(predicted) = self.predicted.get_mut(&gpa)
+            && let Some(predicted) = self.predicted.get(gpa)
             && matches!(predicted.state, State::Seen | State::Waiting { .. })
         {
-            let before = predicted.state;
-            predicted.state = State::Undeliverable { why: UndeliverableReason::WentBad };
-            predicted.times.note(&before, &predicted.state, now);
+            self.set_predicted(
+                gpa,
+                State::Undeliverable { why: UndeliverableReason::WentBad },
+                now,
+            );
         }
         if page.is_forged() && found_by != FoundBy::Forged {
             // A page that was only forged before has really gone bad.
@@ -114,25 +115,35 @@ impl Ledger {
     /// Enters the page at `gpa` as predicted to fail. False when it is bad already, or when that the
     /// guest be told of it has been asked for and not been answered yet.
     pub fn predict(&mut self, gpa: u64, now: SystemTime) -> bool {
-        let open = |page: &Predicted| {
+        let open = |page: Page| {
             !matches!(page.state, State::Acknowledged { .. } | State::Undeliverable { .. })
         };
-        if self.pages.contains(gpa) || self.predicted.get(&gpa).is_some_and(open) {
+        if self.pages.contains(gpa) || self.predicted.get(gpa).is_some_and(open) {
             return false;
         }
-        let page = Predicted { gpa, state: State::Seen, times: Times::new(now) };
-        self.predicted.insert(gpa, page);
+        self.predicted.put(&Page {
+            gpa,
+            // One offset for all of them.
+            hva: gpa,
+            lsb: PAGE_SHIFT,
+            kind: FailureKind::ActionOptional,
+            found_by: FoundBy::Scan,
+            signals: 0,
+            state: State::Seen,
+            times: Times::new(now),
+        });
         true
     }
 
     /// Sets how far telling the guest has come that the page at `gpa` is predicted to fail. Returns true when that
     /// changes it.
     pub fn set_predicted(&mut self, gpa: u64, state: State, now: SystemTime) -> bool {
-        let Some(page) = self.predicted.get_mut(&gpa).filter(|page| page.state != state) else {
+        let Some(mut page) = self.predicted.get(gpa).filter(|page| page.state != state) else {
             return false;
         };
         page.times.note(&page.state, &state, now);
         page.state = state;
+        self.predicted.put(&page);
         true
     }
 
@@ -145,11 +156,7 @@ impl Ledger {
             page.times.note(&page.state, &State::Healed, now);
             page.state = State::Healed;
         }
-        if self.past.len() == PAST {
-            self.past.pop_front();
-            self.past_dropped += 1;
-        }
-        self.past.push_back(page);
+        self.past.push(&page, PAST);
         true
     }
 
@@ -193,23 +200,31 @@ impl Ledger {
 
     /// Drops all predictions: the guest starts over in other memory. Call it between two boots.
     pub fn forget_predictions(&mut self) {
-        self.predicted.clear();
+        self.predicted = Table::default();
     }
 
     /// Drops the predictions for `gpas`, which are no longer the guest's memory.
     pub(crate) fn unpredict(&mut self, gpas: Range<u64>) {
-        self.predicted.retain(|gpa, _| !gpas.contains(gpa));
+        let gone: Vec<u64> = self.predicted.range(gpas).map(|page| page.gpa).collect();
+        for gpa in gone {
+            self.predicted.remove(gpa);
+        }
     }
 
     /// The pages that were bad and no longer are, in the order in which they were healed, or removed and put back: the
     /// last 65,536 of them.
-    pub fn past(&self) -> impl ExactSizeIterator<Item = &Page> {
-        self.past.iter()
+    pub fn past(&self) -> impl ExactSizeIterator<Item = Page> {
+        self.past_behind(0)
+    }
+
+    /// As [`Self::past`], without the first `skipped`, which take no time.
+    pub fn past_behind(&self, skipped: usize) -> impl ExactSizeIterator<Item = Page> {
+        self.past.iter(skipped)
     }
 
     /// How many pages dropped out of [`Self::past`] because newer ones took their place.
     pub fn past_dropped(&self) -> u64 {
-        self.past_dropped
+        self.past.dropped()
     }
 
     /// The pages that the guest has not been told of, or whose record it has not taken, by guest-physical address.
@@ -225,13 +240,19 @@ impl Ledger {
     }
 
     /// The pages that were predicted to fail, by guest-physical address.
-    pub fn predicted(&self) -> impl ExactSizeIterator<Item = &Predicted> {
-        self.predicted.values()
+    pub fn predicted(&self) -> impl Iterator<Item = Predicted> {
+        self.predicted_within(0..u64::MAX)
+    }
+
+    /// How many pages were predicted to fail.
+    pub fn predicted_len(&self) -> usize {
+        self.predicted.len()
     }
 
     /// The predicted pages in `gpas`.
-    pub fn predicted_within(&self, gpas: Range<u64>) -> impl Iterator<Item = &Predicted> {
-        self.predicted.range(gpas).map(|(_, page)| page)
+    pub fn predicted_within(&self, gpas: Range<u64>) -> impl Iterator<Item = Predicted> {
+        let predicted = |Page { gpa, state, times, .. }| Predicted { gpa, state, times };
+        self.predicted.range(gpas).map(predicted)
     }
 
     /// The page at `gpa`, if it is known to be bad.

@@ -3,11 +3,11 @@
 //! What a page has in common with its neighbours is kept once a [`Block`], and a time is kept only where
 //! some page of the block has come to that state.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::time::{Duration, SystemTime};
 
-use super::page::{Page, Times};
+use super::columns::{NEVER, Nanos, Offsets, STATES, nanos, times};
+use super::page::Page;
 use crate::types::{FailureKind, FoundBy, PAGE_SHIFT, State};
 
 /// `log2` of the bytes of guest memory that one block covers, 64 MiB: few enough pages that one more is inserted within
@@ -30,9 +30,7 @@ struct Block {
     entries: Vec<Entry>,
     /// For each entry when it came to a state; a column is empty while no page has come to its state.
     times: [Vec<Nanos>; STATES],
-    /// Host address minus guest-physical address, by wrapping subtraction; each value once. There is one for each
-    /// region that pages of the block are or were in.
-    offsets: Vec<u64>,
+    offsets: Offsets,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -47,13 +45,6 @@ struct Entry {
     kind: FailureKind,
     found_by: FoundBy,
 }
-
-/// How many fields [`Times`] has.
-const STATES: usize = 7;
-
-/// Nanoseconds since 1970; 64 bits reach to the year 2554.
-type Nanos = u64;
-const NEVER: Nanos = u64::MAX;
 
 impl Table {
     pub(crate) fn len(&self) -> usize {
@@ -120,7 +111,7 @@ impl Block {
 
     fn page(&self, gpa: u64, at: usize) -> Page {
         let Entry { state, signals, offset, lsb, kind, found_by, page: _ } = self.entries[at];
-        let hva = gpa.wrapping_add(self.offsets[usize::from(offset)]);
+        let hva = gpa.wrapping_add(self.offsets.get(offset));
         let nanos = self.times.each_ref().map(|column| column.get(at).copied().unwrap_or(NEVER));
         Page { gpa, hva, lsb, kind, found_by, signals, state, times: times(nanos) }
     }
@@ -128,7 +119,8 @@ impl Block {
     /// Returns true when the page was not there.
     fn put(&mut self, it: &Page) -> bool {
         let Page { gpa, hva, lsb, kind, found_by, signals, state, times } = *it;
-        let offset = self.offset(hva.wrapping_sub(gpa));
+        let used = self.entries.iter_mut().map(|entry| &mut entry.offset);
+        let offset = self.offsets.index(hva.wrapping_sub(gpa), used);
         let entry = Entry { state, signals, page: page(gpa), offset, lsb, kind, found_by };
         let found = self.find(entry.page);
         match found {
@@ -159,31 +151,6 @@ impl Block {
             column.remove(at);
         }
     }
-
-    /// The index of `offset` in the list, to which it is added if it is new.
-    #[allow(clippy::cast_possible_truncation, reason = "a u16 numbers them all")]
-    fn offset(&mut self, offset: u64) -> u16 {
-        // The last one first: pages come in runs.
-        if let Some(at) = self.offsets.iter().rposition(|known| *known == offset) {
-            return at as u16;
-        }
-        if self.offsets.len() > usize::from(u16::MAX) {
-            self.forget_offsets();
-        }
-        self.offsets.push(offset);
-        (self.offsets.len() - 1) as u16
-    }
-
-    /// Drops the offsets that no page uses any more. The rest fits u16, as there are fewer pages than that.
-    #[allow(clippy::cast_possible_truncation, reason = "a u16 numbers them all")]
-    fn forget_offsets(&mut self) {
-        let used: BTreeSet<u16> = self.entries.iter().map(|entry| entry.offset).collect();
-        let kept: Vec<u16> = used.into_iter().collect();
-        for entry in &mut self.entries {
-            entry.offset = kept.partition_point(|at| *at < entry.offset) as u16;
-        }
-        self.offsets = kept.iter().map(|at| self.offsets[usize::from(*at)]).collect();
-    }
 }
 
 /// Inserts; the list grows by a thirty-second, where `Vec` itself doubles.
@@ -194,31 +161,12 @@ fn insert<T>(list: &mut Vec<T>, at: usize, value: T) {
     list.insert(at, value);
 }
 
-fn nanos(times: &Times) -> [Nanos; STATES] {
-    let Times { seen, waiting, injected, acknowledged, undeliverable, healed, removed } = *times;
-    [Some(seen), waiting, injected, acknowledged, undeliverable, healed, removed].map(|time| {
-        time.map_or(NEVER, |time| {
-            let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
-            u64::try_from(since.as_nanos()).unwrap_or(NEVER).min(NEVER - 1)
-        })
-    })
-}
-
-fn times(nanos: [Nanos; STATES]) -> Times {
-    let time =
-        |nanos| (nanos != NEVER).then(|| SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos));
-    let [seen, waiting, injected, acknowledged, undeliverable, healed, removed] = nanos.map(time);
-    // Each page has been seen.
-    let seen = seen.unwrap_or(SystemTime::UNIX_EPOCH);
-    Times { seen, waiting, injected, acknowledged, undeliverable, healed, removed }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::columns::testing::any_page;
     use super::*;
-    use crate::types::{Place, WaitReason};
 
     #[test]
     fn an_entry_is_small() {
@@ -236,39 +184,6 @@ mod tests {
             assert_eq!(table.get(page.gpa), Some(page.clone()));
         }
         assert!(table.blocks[&0].offsets.len() <= 1 << 16);
-    }
-
-    fn any_page(gpa: u64, seed: u64, signals: u32) -> Page {
-        let at = |bit: u64| {
-            let nanos = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> bit;
-            (seed >> bit & 1 != 0).then(|| SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos))
-        };
-        Page {
-            gpa,
-            hva: gpa.wrapping_add((seed % 3) << 30),
-            lsb: 12 + (seed % 2) as u8 * 9,
-            kind: if seed.is_multiple_of(5) {
-                FailureKind::ActionRequired
-            } else {
-                FailureKind::ActionOptional
-            },
-            found_by: if seed.is_multiple_of(7) { FoundBy::Scan } else { FoundBy::Signal },
-            signals,
-            state: match seed % 3 {
-                0 => State::Seen,
-                1 => State::Waiting { wait: WaitReason::Mcip { vcpu: 3 } },
-                _ => State::Acknowledged { place: Place::Ghes { record: signals } },
-            },
-            times: Times {
-                waiting: at(1),
-                injected: at(2),
-                acknowledged: at(3),
-                undeliverable: at(4),
-                healed: at(5),
-                removed: at(6),
-                ..Times::new(SystemTime::UNIX_EPOCH + Duration::from_nanos(seed))
-            },
-        }
     }
 
     proptest! {

@@ -52,7 +52,7 @@ impl Handle {
     /// The pages that were bad in earlier boots, or in memory that was unplugged, and no longer are: the last 65,536,
     /// in the order in which that ended.
     pub fn past(&self) -> Vec<Page> {
-        self.0.lock().ledger.past().cloned().collect()
+        self.0.lock().ledger.past().collect()
     }
 
     /// Returns what `look` makes of the ledger, without copying it. `look` is called under the relay's lock: it must be
@@ -301,7 +301,7 @@ impl Handle {
 
     /// The pages that were predicted to fail, by guest-physical address.
     pub fn predicted(&self) -> Vec<Predicted> {
-        self.0.lock().ledger.predicted().cloned().collect()
+        self.0.lock().ledger.predicted().collect()
     }
 
     /// Tells the guest that the 4 KiB page at guest-physical `gpa`, which is whole, is predicted to fail. Linux moves

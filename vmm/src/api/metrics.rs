@@ -95,7 +95,7 @@ struct Pages {
 impl Pages {
     /// Counts the pages from `gpa` on, at most [`AT_ONCE`]; returns where the next ones begin.
     fn count(&mut self, ledger: &Ledger, gpa: u64, now: SystemTime) -> Option<u64> {
-        (self.past, self.predicted) = (ledger.past().len(), ledger.predicted().len());
+        (self.past, self.predicted) = (ledger.past().len(), ledger.predicted_len());
         let mut left = AT_ONCE;
         for page in ledger.within(gpa..u64::MAX) {
             if left == 0 {

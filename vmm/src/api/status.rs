@@ -62,7 +62,7 @@ impl StatusPieces {
 
     /// Whether the status of `relay` is so long that it is sent in pieces.
     pub(super) fn are_many(relay: &Handle) -> bool {
-        let len = |ledger: &Ledger| ledger.len() + ledger.predicted().len() + ledger.past().len();
+        let len = |ledger: &Ledger| ledger.len() + ledger.predicted_len() + ledger.past().len();
         relay.inspect(len) > PAGES
     }
 
@@ -99,18 +99,17 @@ impl Iterator for StatusPieces {
                 last.is_none().then_some("],\"predicted\":[")
             }
             Part::Predicted(next) => {
-                let pages: Vec<_> = self.relay.inspect(|ledger| {
-                    ledger.predicted_within(from(next)).take(most).cloned().collect()
-                });
+                let pages: Vec<_> = self
+                    .relay
+                    .inspect(|ledger| ledger.predicted_within(from(next)).take(most).collect());
                 self.list(&pages);
                 let last = self.goes_on(pages.len()).then(|| pages.last()).flatten();
                 self.part = last.map_or(Part::Past(0), |page| Part::Predicted(page.gpa + 1));
                 last.is_none().then_some("],\"past\":[")
             }
             Part::Past(next) => {
-                let pages: Vec<_> = self
-                    .relay
-                    .inspect(|ledger| ledger.past().skip(next).take(most).cloned().collect());
+                let pages: Vec<_> =
+                    self.relay.inspect(|ledger| ledger.past_behind(next).take(most).collect());
                 self.list(&pages);
                 let goes_on = self.goes_on(pages.len());
                 self.part = if goes_on { Part::Past(next + PAGES) } else { Part::Rescued };

@@ -166,7 +166,7 @@ pub struct Counts {
 
 impl Counts {
     fn of(ledger: &Ledger) -> Self {
-        let (pages, predicted) = (ledger.len(), ledger.predicted().len());
+        let (pages, predicted) = (ledger.len(), ledger.predicted_len());
         Self { pages, predicted, past: ledger.past().len() }
     }
 }
