@@ -44,8 +44,8 @@ impl Offsets {
         self.0[usize::from(index)]
     }
 
-    /// The index of `offset`, which is added if it is new. `used` are the indexes that are in use, 65,536 different ones
-    /// at most; they are changed where those that are not make room.
+    /// The index of `offset`, which is added if it is new. `used` are the indexes that are in use, at most 65,535
+    /// different ones; they are changed where those that are not make room.
     #[allow(clippy::cast_possible_truncation, reason = "a u16 numbers them all")]
     pub(super) fn index<'a>(
         &mut self,

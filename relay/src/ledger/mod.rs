@@ -17,6 +17,7 @@ use table::Table;
 
 /// How many pages that are no longer bad are kept: the latest. Earlier ones are only counted.
 pub const PAST: usize = 65_536;
+const _: () = assert!(PAST <= 1 << 16, "each may have an offset of its own, which a u16 numbers");
 
 /// A bad page cannot be replaced by good memory yet: the guest has not been told of it, and would lose its contents
 /// without knowing.
@@ -206,7 +207,8 @@ impl Ledger {
     /// Drops the predictions for `gpas`, which are no longer the guest's memory.
     pub(crate) fn unpredict(&mut self, gpas: Range<u64>) {
         let gone: Vec<u64> = self.predicted.range(gpas).map(|page| page.gpa).collect();
-        for gpa in gone {
+        // From behind, where nothing has to move up.
+        for gpa in gone.into_iter().rev() {
             self.predicted.remove(gpa);
         }
     }

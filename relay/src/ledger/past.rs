@@ -51,8 +51,9 @@ impl Past {
         self.dropped
     }
 
-    /// One more. Where there are `most` already, the first is dropped.
+    /// One more. Where there are `most` already (65,536 at most), the first is dropped.
     pub(crate) fn push(&mut self, page: &Page, most: usize) {
+        // Before there is an offset for this one: there is room for it then.
         if self.entries.len() >= most {
             self.drop_first();
         }
