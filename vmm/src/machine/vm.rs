@@ -110,8 +110,9 @@ impl Vm {
             *port = line.as_ref().map(|line| Arc::new(SerialPort::on(line, &control, irq)));
         }
         let bus = Arc::new(PortBus::new(ports));
-        let devices = build(&config.devices, &lines, &control, ram.devices())?;
-        let mmio = MmioBus::new(devices, &fd, ram.devices(), &control, &hooks.filters())?;
+        let filters = hooks.filters();
+        let devices = build(&config.devices, &lines, &control, ram.devices(), &filters)?;
+        let mmio = MmioBus::new(devices, &fd, ram.devices(), &control, &filters)?;
         let devices = mmio.registers().collect();
         let mmio = Arc::new(mmio);
 

@@ -352,6 +352,8 @@ const BLK_OWN: &[Call] = &[
         "how long a turn has taken, without a vDSO",
     )
     .given(0, libc::CLOCK_MONOTONIC as i64),
+    Call::new(libc::SYS_futex, "futex", "the end of the second thread")
+        .given(1, (libc::FUTEX_WAIT_BITSET | libc::FUTEX_CLOCK_REALTIME) as i64),
 ];
 
 /// Only unix sockets are made, so connect reaches nothing but these.

@@ -4,6 +4,7 @@
 //! last byte: of a request with a bad page nothing reaches the disk. What it reads the kernel copies into its memory, to
 //! the addresses that the guest's own mapping has, and answers EFAULT where a page is bad.
 
+use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,16 +15,19 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use self::disk::{Disk, DiskError};
+use self::reader::Reader;
 use self::request::{MAX_DISCARD_SECTORS, SEGMENT_MAX, Work};
 use super::config_space::ConfigSpace;
 use super::device::{Active, Device, DeviceError, Served, Turn};
 use crate::config::DeviceConfig;
 use crate::sandbox::role::Role;
+use crate::sandbox::seccomp::Filters;
 
 pub mod buffer;
 pub mod disk;
 mod lock;
 pub mod qcow2;
+mod reader;
 mod request;
 
 /// The size of the one queue.
@@ -77,6 +81,17 @@ impl Blk {
         let config = Arc::new(ConfigSpace::new(config(&held), 0..0));
         drop(held);
         Self { disk: Arc::clone(disk), features, config, work: Work::default() }
+    }
+
+    /// Long reads are done by two threads, if the disk is one for which that serves.
+    ///
+    /// # Errors
+    /// There are no more threads.
+    pub fn with_a_second_thread(mut self, filters: &Filters) -> io::Result<Self> {
+        if lock(&self.disk).copies_into_place() {
+            self.work.set_reader(Reader::of_two(filters)?);
+        }
+        Ok(self)
     }
 }
 
@@ -152,7 +167,7 @@ impl Device for Blk {
     }
 
     fn stop(&mut self) {
-        self.work = Work::default();
+        self.work.reset();
         // A guest that ends without a flush has written all the same.
         if let Err(error) = lock(&self.disk).settle() {
             log::warn!("virtio-blk: what was written last may be missing on the disk: {error}");

@@ -12,6 +12,7 @@ use crate::config::DeviceConfig;
 use crate::machine::devices::serial::HostSides;
 use crate::machine::lifecycle::VmControl;
 use crate::machine::memory::DeviceMemory;
+use crate::sandbox::seccomp::Filters;
 
 /// Why a device cannot be made.
 #[derive(Debug, Error)]
@@ -22,6 +23,9 @@ pub enum BuildError {
     /// A disk that was not opened before.
     #[error("virtio-blk: a disk was not opened")]
     NoDisk,
+    /// A disk's second thread.
+    #[error("virtio-blk: cannot start a thread")]
+    Disk(#[source] std::io::Error),
     /// The console.
     #[error("virtio-console: out of file descriptors")]
     Console(#[source] std::io::Error),
@@ -40,7 +44,7 @@ pub enum BuildError {
 }
 
 /// Makes the devices, for one boot of the VM of `control` with this memory; disks, console and vsock have theirs of
-/// `host`.
+/// `host`, and what threads they need beside the one of each have the filters of their roles.
 ///
 /// # Errors
 /// See [`BuildError`].
@@ -49,12 +53,16 @@ pub fn build(
     host: &HostSides,
     control: &VmControl,
     memory: &DeviceMemory,
+    filters: &Filters,
 ) -> Result<Vec<Box<dyn Device>>, BuildError> {
     let mut built: Vec<Box<dyn Device>> = Vec::new();
     let mut disks = host.disks.iter();
     for device in devices {
         built.push(match device {
-            DeviceConfig::Disk(_) => Box::new(Blk::new(disks.next().ok_or(BuildError::NoDisk)?)),
+            DeviceConfig::Disk(_) => {
+                let disk = Blk::new(disks.next().ok_or(BuildError::NoDisk)?);
+                Box::new(disk.with_a_second_thread(filters).map_err(BuildError::Disk)?)
+            }
             DeviceConfig::Rng { src } => Box::new(Rng::open(src)?),
             DeviceConfig::Net(net) => {
                 let tap = Tap::open(&net.tap)?;

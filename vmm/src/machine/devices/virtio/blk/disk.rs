@@ -12,6 +12,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use super::buffer::Buffer;
 use super::lock::{self, Locked};
 use super::qcow2;
+use super::reader::Reader;
 use crate::config::{DiskConfig, ImageType};
 use crate::machine::devices::virtio::queue::Segment;
 use crate::machine::memory::DeviceMemory;
@@ -222,7 +223,7 @@ impl Disk {
         matches!(self.image, Image::Raw { .. }) && !self.direct
     }
 
-    /// Reads what is at `at` into the first `len` bytes of `segments`.
+    /// Has `reader` read what is at `at` into the first `len` bytes of `segments`.
     ///
     /// # Errors
     /// The disk's, EFAULT where a page is bad; some may have been read.
@@ -232,12 +233,13 @@ impl Disk {
         memory: &DeviceMemory,
         segments: &[Segment],
         len: u64,
+        reader: &mut Reader,
     ) -> io::Result<()> {
         let Image::Raw { file, .. } = &self.image else {
             return Err(io::ErrorKind::Unsupported.into());
         };
         let places = host_places(memory, segments, len)?;
-        read_all(file, at, &places).inspect_err(|error| {
+        reader.read(file, at, &places).inspect_err(|error| {
             if error.raw_os_error() == Some(libc::EFAULT) {
                 find_bad_page(&places);
             }
@@ -493,47 +495,6 @@ fn host_places(
         }
     }
     if left == 0 { Ok(places) } else { Err(io::ErrorKind::InvalidInput.into()) }
-}
-
-/// As many as preadv(2) takes.
-const IOV_MAX: usize = 1024;
-
-/// Reads from `at` on until all of `places` is full.
-fn read_all(file: &File, mut at: u64, places: &[libc::iovec]) -> io::Result<()> {
-    let mut places = places.to_vec();
-    let mut rest = places.as_mut_slice();
-    while let [first, ..] = rest {
-        if first.iov_len == 0 {
-            rest = &mut rest[1..];
-            continue;
-        }
-        let count = libc::c_int::try_from(rest.len().min(IOV_MAX)).unwrap_or(1);
-        let offset = libc::off_t::try_from(at).map_err(io::Error::other)?;
-        // SAFETY: the kernel writes to guest memory, as far as the places go, which no Rust reference leads to; it is
-        // mapped as long as the device has it.
-        let read = unsafe { libc::preadv(file.as_raw_fd(), rest.as_ptr(), count, offset) };
-        let mut read = match usize::try_from(read) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(read) => read,
-            Err(_) => match io::Error::last_os_error() {
-                error if error.kind() == io::ErrorKind::Interrupted => continue,
-                error => return Err(error),
-            },
-        };
-        at += read as u64;
-        while let [first, ..] = rest
-            && read > 0
-        {
-            let some = first.iov_len.min(read);
-            first.iov_base = first.iov_base.wrapping_byte_add(some);
-            first.iov_len -= some;
-            read -= some;
-            if first.iov_len == 0 {
-                rest = &mut rest[1..];
-            }
-        }
-    }
-    Ok(())
 }
 
 /// The image at `path`, whoever has it open.

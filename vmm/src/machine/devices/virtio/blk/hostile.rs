@@ -18,6 +18,7 @@ use mce_relay::signal::{Signals, set_up};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::tests::device_of;
 use super::*;
 use crate::config::{DiskConfig, ImageType, MemoryZone};
 use crate::machine::devices::virtio::queue::Segment;
@@ -231,7 +232,7 @@ fn a_read_into_memory_that_was_taken_out_fails() {
     let status = child(|| {
         let disk = Disk::open(&config(&image, ImageType::Raw)).unwrap();
         let segment = Segment { addr: GuestAddress(gone), len: 512 };
-        i32::from(disk.read_into(0, ram.devices(), &[segment], 512).is_ok())
+        i32::from(disk.read_into(0, ram.devices(), &[segment], 512, &mut Reader::default()).is_ok())
     });
     assert_eq!(status, 0, "wait status: signal {}", status & 0x7f);
 }
@@ -599,7 +600,7 @@ fn on_tmpfs() -> (tempfile::TempDir, PathBuf) {
 fn driver_of(config: &DiskConfig) -> Driver {
     set_up(Signals::Install).unwrap();
     let disk = Arc::new(Mutex::new(Disk::open(config).unwrap()));
-    Driver::ready(Box::new(Blk::new(&disk)), 1)
+    Driver::ready(device_of(&disk), 1)
 }
 
 /// Adds as many requests for zeros as the queue takes; how many these are.
@@ -814,7 +815,7 @@ fn a_new_qcow2_image_grows_under_the_filter() {
         create(&path, 1 << 40);
         let config = DiskConfig { direct, ..config(&path, ImageType::Qcow2) };
         let disk = Arc::new(Mutex::new(Disk::open(&config).unwrap()));
-        let mut driver = Driver::ready(Box::new(Blk::new(&disk)), 1);
+        let mut driver = Driver::ready(device_of(&disk), 1);
         let mut requests = 0;
         for n in 0..200_u64 {
             let kind = [1_u32, 1, 4, 13, 11, 0][(n % 6) as usize];

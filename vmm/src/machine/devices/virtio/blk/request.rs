@@ -10,6 +10,7 @@ use virtio_bindings::virtio_blk::{
 
 use super::buffer::Buffer;
 use super::disk::Disk;
+use super::reader::Reader;
 use crate::machine::devices::virtio::attempt::checked;
 use crate::machine::devices::virtio::queue::Request;
 use crate::machine::memory::DeviceMemory;
@@ -52,6 +53,7 @@ const MOST_WARNINGS: u32 = 8;
 #[derive(Debug, Default)]
 pub(super) struct Work {
     buffer: Buffer,
+    reader: Reader,
     warnings: u32,
 }
 
@@ -62,6 +64,16 @@ struct Header {
 }
 
 impl Work {
+    /// What reads from raw images.
+    pub(super) fn set_reader(&mut self, reader: Reader) {
+        self.reader = reader;
+    }
+
+    /// What was kept of the requests of before is given back.
+    pub(super) fn reset(&mut self) {
+        (self.buffer, self.warnings) = (Buffer::default(), 0);
+    }
+
     /// Does what `request` asks for, and tells the driver; how many bytes were written to its buffers.
     pub(super) fn serve(
         &mut self,
@@ -165,7 +177,7 @@ impl Work {
         len: u64,
     ) -> Result<(), Failed> {
         if disk.copies_into_place() {
-            return Ok(disk.read_into(at, memory, request.writable(), len)?);
+            return Ok(disk.read_into(at, memory, request.writable(), len, &mut self.reader)?);
         }
         let bytes = self.buffer.of(usize::try_from(len).map_err(|_| Failed::Io)?);
         disk.read(at, bytes)?;

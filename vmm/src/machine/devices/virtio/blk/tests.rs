@@ -12,6 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::*;
 use crate::config::{DiskConfig, ImageType};
 use crate::machine::devices::virtio::testing::{Buffer, Driver, eventually, rings};
+use crate::sandbox::seccomp::Mode;
 
 /// Length of the disks, in bytes.
 const LEN: u64 = 1 << 20;
@@ -25,6 +26,11 @@ const NONE: u8 = 0xee;
 /// The kinds of disks that there are.
 const KINDS: [(ImageType, bool); 3] =
     [(ImageType::Raw, false), (ImageType::Raw, true), (ImageType::Qcow2, false)];
+
+/// As in a VM.
+pub(super) fn device_of(disk: &SharedDisk) -> Box<Blk> {
+    Box::new(Blk::new(disk).with_a_second_thread(&Filters::new(Mode::On).unwrap()).unwrap())
+}
 
 struct Setup {
     dir: tempfile::TempDir,
@@ -69,7 +75,7 @@ impl Setup {
             }
             disk => Arc::new(Mutex::new(disk.unwrap())),
         };
-        let driver = Driver::ready(Box::new(Blk::new(&disk)), 1);
+        let driver = Driver::ready(device_of(&disk), 1);
         Some(Self { dir, driver, config, requests: 0 })
     }
 
