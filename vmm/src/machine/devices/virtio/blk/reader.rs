@@ -47,9 +47,11 @@ impl State {
     }
 
     fn note(&mut self, done: io::Result<()>) {
-        if let Err(error) = done {
-            self.pieces.clear();
-            self.error.get_or_insert(error);
+        let Err(error) = done else { return };
+        self.pieces.clear();
+        // A bad page is looked for, whatever else was wrong.
+        if self.error.is_none() || error.raw_os_error() == Some(libc::EFAULT) {
+            self.error = Some(error);
         }
     }
 }
@@ -65,6 +67,15 @@ impl Desk {
     fn state(&self) -> MutexGuard<'_, State> {
         // Each change is whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when nobody reads, with what went wrong; nobody has the file or guest memory in use any more.
+    fn at_rest(&self) -> Option<io::Error> {
+        let mut state = self.state();
+        state.pieces.clear();
+        let waits = |state: &mut State| state.busy;
+        state = self.done.wait_while(state, waits).unwrap_or_else(PoisonError::into_inner);
+        state.error.take()
     }
 
     fn second(&self) {
@@ -117,6 +128,7 @@ impl Reader {
         }
         // The first one is taken first.
         pieces.reverse();
+        let _reading = Reading(&self.desk);
         let mut state = self.desk.state();
         (state.file, state.pieces) = (file.as_raw_fd(), pieces);
         self.desk.work.notify_one();
@@ -126,10 +138,17 @@ impl Reader {
             state = self.desk.state();
             state.note(done);
         }
-        // Nobody has the file or guest memory in use when this returns.
-        let waits = |state: &mut State| state.busy;
-        state = self.desk.done.wait_while(state, waits).unwrap_or_else(PoisonError::into_inner);
-        state.error.take().map_or(Ok(()), Err)
+        drop(state);
+        self.desk.at_rest().map_or(Ok(()), Err)
+    }
+}
+
+/// Also a read that ends by a panic leaves nobody at it.
+struct Reading<'a>(&'a Desk);
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.at_rest();
     }
 }
 

@@ -283,6 +283,32 @@ fn a_read_into_a_bad_page_fails_and_the_next_one_works() {
     }
 }
 
+/// So long a read is done by two threads; either may be the one that meets the page.
+#[test]
+fn a_long_read_into_a_bad_page_fails_and_its_other_pages_can_be_read() {
+    const LONG: u64 = 0x8_0000;
+    const PART: u64 = 0x2_0000;
+    let parts: Vec<Buffer> = (0..4).map(|part| (LONG + part * PART, PART as u32, true)).collect();
+    for bad in [0, PART, 2 * PART + 0x1000, 4 * PART - 0x1000] {
+        let mut it = Setup::new(KINDS[0], false).unwrap();
+        let len = 4 * PART as usize;
+        assert_eq!(it.ask(VIRTIO_BLK_T_IN, 8, &parts), (OK, len as u32 + 1));
+        assert_eq!(it.bytes(LONG, len), filled(4096, 4 * PART));
+        if !it.lose(LONG + bad) {
+            return;
+        }
+        for _ in 0..2 {
+            assert_eq!(it.ask(VIRTIO_BLK_T_IN, 8, &parts).0, IOERR, "{bad:#x}");
+        }
+        let hva = it.driver.memory.get_host_address(GuestAddress(LONG + bad)).unwrap();
+        assert!(mce_relay::guard::is_bad(hva.expose_provenance() as u64, 1), "it is known by now");
+        let whole = |part: &&Buffer| !(part.0..part.0 + PART).contains(&(LONG + bad));
+        let whole: Vec<Buffer> = parts.iter().filter(whole).copied().collect();
+        assert_eq!(it.ask(VIRTIO_BLK_T_IN, 16, &whole), (OK, 3 * PART as u32 + 1));
+        assert_eq!(it.bytes(whole[0].0, PART as usize), filled(8192, PART));
+    }
+}
+
 #[test]
 fn a_bad_header_fails_the_request_and_a_bad_status_counts_as_failure() {
     for (lost, expected) in [(HEADER, (IOERR, 1)), (STATUS, (NONE, 0))] {
