@@ -3,6 +3,8 @@
 #
 # LAB_KERNEL=   its kernel package (unset: the newest full-flavour image that is offered; it has
 #               to be a package, as the lab needs the modules that go with the kernel)
+# LAB_MODULES=  its modules, those of the Intel lab for intel.sh
+# LAB_OUT=      a directory in place of target/lab
 #
 # Cheap when nothing has changed, so that every lab run can begin with it.
 set -euo pipefail
@@ -10,11 +12,11 @@ set -euo pipefail
 me=tests/lab/build.sh
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 top=$(cd "$here/../.." && pwd)
-out=$top/target/lab
+out=${LAB_OUT:-$top/target/lab}
 PATH=$PATH:/usr/sbin:/sbin # depmod and modprobe, off an ordinary user's path
 
 # What the lab's root file system, its channels and the tests need; modprobe adds what these need.
-wanted=(virtio_pci virtio_console 9pnet_virtio 9p kvm-amd hwpoison-inject mce-inject tun vhost_net)
+read -ra wanted <<<"${LAB_MODULES:-virtio_pci virtio_console 9pnet_virtio 9p kvm-amd hwpoison-inject mce-inject tun vhost_net}"
 
 say() { printf '%s: %s\n' "$me" "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -25,7 +27,7 @@ version=$(cat "$kernel/version")
 busybox=$(command -v busybox)
 
 # The stamp goes first and comes back last: an interrupted run is then seen as out of date.
-stamp=$({ echo "$kernel"; cat "$here/build.sh" "$here/init" "$here/main" "$busybox"; } | sha256sum)
+stamp=$({ echo "$kernel ${wanted[*]}"; cat "$here/build.sh" "$here/init" "$here/main" "$busybox"; } | sha256sum)
 if [ "$(cat "$out/.stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
@@ -72,4 +74,4 @@ for file in vmlinuz vmlinux version; do
 done
 mv "$tmp/initramfs.cpio" "$out/"
 printf '%s\n' "$stamp" >"$out/.stamp"
-say "target/lab is ready: Linux $version, $(wc -l <"$root/modules/order") modules"
+say "${out#"$top"/} is ready: Linux $version, $(wc -l <"$root/modules/order") modules"

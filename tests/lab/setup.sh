@@ -8,7 +8,12 @@ die() { say "error: $*"; exit 1; }
 PATH=$PATH:/usr/sbin:/sbin # where kmod's tools are, off an ordinary user's path
 
 missing=()
-need() { command -v "$1" >/dev/null || missing+=("$2"); } # COMMAND PACKAGE
+need() { # COMMAND PACKAGE, or FILE PACKAGE
+    case $1 in
+    /*) [ -e "$1" ] || missing+=("$2") ;;
+    *) command -v "$1" >/dev/null || missing+=("$2") ;;
+    esac
+}
 [ -n "${LAB_QEMU:-}" ] || need qemu-system-x86_64 qemu-system-x86
 need cpio cpio
 need depmod kmod
@@ -17,7 +22,7 @@ need xz xz-utils
 need zstd zstd
 need flock util-linux
 need setpriv util-linux
-for one in ${NEED:-}; do # what one command alone wants: COMMAND, or COMMAND:PACKAGE
+for one in ${NEED:-}; do # what one command alone wants: COMMAND, COMMAND:PACKAGE or FILE:PACKAGE
     need "${one%%:*}" "${one##*:}"
 done
 # For the fuzzer of the API, which lives in an environment of its own below target/.
