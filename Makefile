@@ -9,6 +9,7 @@ help:
 	@echo '                    VENDOR=intel|amd; GUEST=debian boots Debian; NATIVE=1 uses this host, and says what that does'
 	@echo 'make test           all three tiers of tests'
 	@echo 'make lab            a shell in the lab;  make lab CMD="…"  runs a command there'
+	@echo '                    HOST=intel CMD="…" runs it on an Intel host, with what LAB_FILES names'
 	@echo 'make soak           hours: large bursts, random poison and touches (SOAK_MINUTES, 10; SOAK_SEED), then'
 	@echo '                    the scenarios over and over (SOAK_ROUNDS, 10)'
 	@echo 'make bench          figures beside QEMU and beside the physical floor (FIGURES="criterion boot …"): target/bench/'
@@ -103,8 +104,14 @@ emulators: build guest-image lab-image
 	tests/lab/emulators.sh $(SUITES)
 
 # CMD is one line for a shell, so that pipes and quotes in it mean what they say.
+ifeq ($(HOST),intel)
+lab: build guest-image
+	@$(if $(CMD),,echo 'make lab HOST=intel wants CMD="…": there is no shell on that host' >&2; exit 2;) \
+		tests/lab/intel.sh target/release/hold sh -c "$$CMD"
+else
 lab: lab-image
 	@tests/lab/run.sh $(if $(CMD),sh -c "$$CMD")
+endif
 export CMD
 
 check:

@@ -147,6 +147,24 @@ in_labs() {
     done
     return "$worst"
 }
+# The lab's other host, an Intel machine: KVM's own machine checks there, LMCE and the rendezvous, and an AMD-style guest.
+# `make intel` runs all that can be run on it.
+intel_names=(ao::intel_two_vcpus_by_rendezvous ao::intel_two_vcpus_by_lmce ar::intel_two_vcpus_by_lmce ar::amd_two_vcpus
+    firmware::amd_two_vcpus)
+in_intel_lab() {
+    local status=0 name
+    printf 'planned: %s\n' "${intel_names[@]/#/$1 }"
+    # shellcheck disable=SC2016 # expanded inside
+    LAB_TIMEOUT=${LAB_TIMEOUT:-600} tests/lab/intel.sh target/release/hold sh -c 'worst=0 binary=$1; shift
+        for name; do echo "binary: $binary $name"; "$binary" --exact "$name" || worst=$?; done; exit $worst' \
+        sh "$1" "${intel_names[@]}" || status=$?
+    [ "$status" = 77 ] || return "$status"
+    for name in "${intel_names[@]}"; do
+        printf 'binary: %s %s\n' "$1" "$name"
+        printf 'SKIPPED %s: needs the Intel host, and so Bochs (Debian: bochs, bochs-term, bochsbios, vgabios, isolinux)\n' "$name (Intel host)"
+        printf 'test result: ok. 0 passed; 0 failed; 1 ignored\n'
+    done
+}
 tier here 'tier 1: pure' all "${pure[@]}"
 tier here 'tier 1: examples in the documentation' examples
 tier here 'tier 2: KVM, cost, bad input, on this machine' all "${kvm[@]}"
@@ -159,6 +177,7 @@ if [ "${NATIVE:-}" = 1 ]; then
 else
     tier lab 'tiers 1 and 2 again, in the lab' in_lab "${again[@]}" "${kvm[@]}"
     tier lab 'tier 3: real poison, in the lab' in_labs "${scenarios[@]}"
+    tier here 'tier 3: real poison, on an Intel host in the lab' in_intel_lab "${scenarios[@]}"
 fi
 
 # Skipped tests by their reason, with their names.

@@ -11,7 +11,7 @@
 # one processor, and no file system of the real machine: what the command names below this checkout is packed with it,
 # programs with their libraries, and nothing comes back but what it prints.
 #
-# Exit status: that of the command (128+N for signal N); 124 time limit; 125 the lab failed.
+# Exit status: that of the command (128+N for signal N); 77 there is no Bochs here; 124 time limit; 125 the lab failed.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -30,14 +30,17 @@ fail() { say "error: $*"; exit 125; }
 [ $# != 0 ] || fail "usage: intel.sh COMMAND [ARGUMENT...]"
 [[ $limit =~ ^[1-9][0-9]*$ ]] || fail "LAB_TIMEOUT=$limit is not a number of seconds above 0"
 NEED="bochs $bios:bochsbios $video:vgabios $isolinux:isolinux $ldlinux:syslinux-common $terminal:bochs-term
-    genisoimage script:bsdutils strip:binutils" "$here/setup.sh" || fail "Bochs and what it needs could not be installed (see above)"
+    genisoimage script:bsdutils strip:binutils" "$here/setup.sh" || {
+    say "error: Bochs and what it needs could not be installed (see above)"
+    exit 77
+}
 LAB_MODULES='kvm-intel hwpoison-inject tun' LAB_OUT=$lab/host "$here/build.sh" || fail "the lab could not be built (see above)"
 mkdir -p "$lab"
 exec 8>"$lab/.lock"
 flock -n 8 || { say "another run is under way in this checkout, waiting for it"; flock 8; }
 SECONDS=0
 
-emulator='' follower=''
+emulator=''
 job=$(mktemp -d "${TMPDIR:-/tmp}/mce-relay-lab.XXXXXX")
 stop() {
     [ -n "$emulator" ] || return 0
@@ -49,7 +52,6 @@ stop() {
 }
 leave() {
     stop
-    [ -z "$follower" ] || kill "$follower" 2>/dev/null || true
     rm -rf "$job"
 }
 trap leave EXIT
@@ -73,13 +75,13 @@ pack() {
     *) cp "$file" "$root$file" ;;
     esac
 }
-mkdir -p "$root$top/target"
+mkdir -p "$root$top/tests" "$root$top/target" # paths lead by way of both
 words=()
 for word; do
     path=$(realpath -s "$word" 2>/dev/null) || path=
     if [ -n "$path" ] && [ -f "$path" ] && [[ $path == "$top"/* ]]; then
         pack "$path"
-        word=$path
+        [ "$PWD" = "$top" ] || word=$path
     fi
     words+=("$word")
 done
@@ -109,7 +111,6 @@ mkdir -p "$job/iso/isolinux"
 cat "$lab/host/initramfs.cpio" "$job/run.cpio" >"$job/iso/initrd"
 cp "$lab/host/vmlinuz" "$job/iso/vmlinuz"
 cp "$isolinux" "$ldlinux" "$job/iso/isolinux/"
-# panic=-1: a kernel that dies starts over, which the watch below sees.
 cat >"$job/iso/isolinux/isolinux.cfg" <<END
 default lab
 label lab
@@ -138,43 +139,54 @@ info: action=ignore
 debug: action=ignore
 END
 echo c >"$job/go"
-: >"$job/serial"
 say "emulator: $MCE_RELAY_LAB_EMULATOR"
-say "starting, which takes a minute (log: ${lab#"$PWD"/}/console.log)"
+
 # Debian's Bochs is built with its debugger, which is told to go on, and shows a screen, which wants a terminal.
-TERM=xterm setsid setpriv --pdeathsig KILL script -qfc "bochs -q -f '$job/bochsrc' -rc '$job/go'" /dev/null \
-    </dev/null >"$lab/screen.log" 2>&1 8>&- &
-emulator=$!
-shown=0
-# Shows what the command has printed since, without the carriage returns of a serial line.
-show() {
+start() {
+    : >"$job/serial"
+    say "starting (log: ${lab#"$PWD"/}/console.log)"
+    TERM=xterm setsid setpriv --pdeathsig KILL script -qfc "bochs -q -f '$job/bochsrc' -rc '$job/go'" /dev/null \
+        </dev/null >"$lab/screen.log" 2>&1 8>&- &
+    emulator=$!
+    begun=$SECONDS ready='' shown=0
+}
+# What the command has printed, without the carriage returns of a serial line.
+printed() { tr -d '\r' <"$job/serial" | sed -n '/^lab: ready$/,/^lab: status /{ /^lab: \(ready$\|status \)/!p }'; }
+show() { # what is new of it, whole lines
     local lines
-    lines=$(tr -d '\r' <"$job/serial" | sed -n '/^lab: ready$/,$p' | grep -c '') || true
+    lines=$(printed | wc -l)
     [ "$lines" -gt "$shown" ] || return 0
-    tr -d '\r' <"$job/serial" | sed -n '/^lab: ready$/,$p' | sed -n "$((shown + 1)),\$p" | grep -vE '^lab: (ready|status [0-9]+)$' || true
+    printed | sed -n "$((shown + 1)),${lines}p"
     shown=$lines
 }
-ready=
-while :; do
-    sleep 0.5
-    over=; kill -0 "$emulator" 2>/dev/null || over=1
-    cp "$job/serial" "$lab/console.log"
-    if [ -z "$ready" ] && grep -qa '^lab: ready' "$job/serial"; then
-        ready=1
-        say "ready after $SECONDS s"
-    fi
-    show
-    status=$(tr -d '\r' <"$job/serial" | sed -n 's/^lab: status \([0-9]*\)$/\1/p')
-    if [ -n "$status" ]; then
-        exit "$status"
-    fi
-    if grep -qa 'Kernel panic' "$job/serial"; then
-        fail "the lab's kernel died: $(grep -aom1 'Kernel panic.*' "$job/serial"); console: $lab/console.log"
-    fi
-    [ -z "$over" ] || fail "Bochs ended without a status; see $lab/bochs.log and $lab/screen.log"
-    if [ "$SECONDS" -ge "$limit" ]; then
-        say "error: ended after $limit s (LAB_TIMEOUT); console: $lab/console.log"
-        exit 124
-    fi
-    [ -n "$ready" ] || [ "$SECONDS" -lt 400 ] || fail "not ready after 400 s; console: $lab/console.log"
+
+# A command is started over once.
+for attempt in 1 2; do
+    start
+    while :; do
+        over=; kill -0 "$emulator" 2>/dev/null || over=1
+        sleep 0.5
+        cp "$job/serial" "$lab/console.log"
+        if [ -z "$ready" ] && grep -qa '^lab: ready' "$job/serial"; then
+            ready=1
+            say "ready after $((SECONDS - begun)) s"
+        fi
+        show
+        status=$(tr -d '\r' <"$job/serial" | sed -n 's/^lab: status \([0-9]*\)$/\1/p')
+        [ -z "$status" ] || exit "$status"
+        if [ "$SECONDS" -ge "$limit" ]; then
+            say "error: ended after $limit s (LAB_TIMEOUT); console: $lab/console.log"
+            exit 124
+        fi
+        if why=$(grep -aom1 '^\[ *[0-9.]*\] Kernel panic.*' "$job/serial" | tr -d '\r'); then break; fi
+        why="Bochs ended without a status"
+        [ -z "$over" ] || break
+        why="it was not ready after 400 s, where it takes a minute"
+        [ -n "$ready" ] || [ $((SECONDS - begun)) -lt 400 ] || break
+    done
+    stop
+    cp "$lab/console.log" "$lab/console.$attempt.log"
+    why="the lab's own kernel died ($why; log: ${lab#"$PWD"/}/console.$attempt.log)"
+    [ "$attempt" = 2 ] || say "$why; starting the lab over"
 done
+fail "the lab's own kernel died 2 times: $why"
