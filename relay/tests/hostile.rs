@@ -41,22 +41,19 @@ fn a_handler_that_is_held_up_leaves_no_scratch_page_that_nobody_knows_of() {
     let marker = marker();
     let memory = shared(16);
     let relay = relay(&memory);
-    marker.poison(devices(&memory, 6), PAGE).unwrap();
-    let (tx, rx) = channel();
-    let slow = {
-        let memory = memory.clone();
-        std::thread::spawn(move || {
-            let view = devices(&memory, 6);
-            tx.send(hold_scratch_of_this_thread()).unwrap();
-            let attempt = Attempt::begin();
-            unsafe { (view as *const u64).read_volatile() };
-            assert!(!attempt.is_clean(), "its own attempt is not clean");
-        })
-    };
+    // The other thread has its slice already when the page is marked; it is refused one afterwards.
     let view = devices(&memory, 6);
+    marker.poison(view, PAGE).unwrap();
+    let (tx, rx) = channel();
+    let slow = std::thread::spawn(move || {
+        tx.send(hold_scratch_of_this_thread()).unwrap();
+        let attempt = Attempt::begin();
+        unsafe { (view as *const u64).read_volatile() };
+        assert!(!attempt.is_clean(), "its own attempt is not clean");
+    });
     let held = rx.recv().unwrap();
     let id = next(&held).unwrap();
-    // It is marked and counted, and the scratch page is not there yet. Another thread, which has its slice already.
+    // It is marked and counted, and the scratch page is not there yet.
     let attempt = Attempt::begin();
     unsafe { (view as *const u64).read_volatile() };
     assert!(!attempt.is_clean());
