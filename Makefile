@@ -76,6 +76,7 @@ endif
 # What reads dumps and images of disks; not having it fails nothing.
 judges: setup
 	@tests/judges/setup.sh
+	@tests/lab/intel.sh --setup || true
 
 test: build guest-image lab-image judges
 	NATIVE=$(NATIVE) tests/run.sh
@@ -104,10 +105,19 @@ emulators: build guest-image lab-image
 	tests/lab/emulators.sh $(SUITES)
 
 # CMD is one line for a shell, so that pipes and quotes in it mean what they say.
-ifeq ($(HOST),intel)
+ifneq ($(filter lab,$(MAKECMDGOALS)),)
+ifeq ($(origin HOST),command line)
+ifeq ($(filter intel amd,$(HOST)),)
+$(error HOST=$(HOST) is not a host of the lab; expected intel or amd)
+endif
+ifeq ($(HOST)$(CMD),intel)
+$(error make lab HOST=intel wants CMD='...': there is no shell on that host)
+endif
+endif
+endif
+ifeq ($(origin HOST) $(HOST),command line intel)
 lab: build guest-image
-	@$(if $(CMD),,echo 'make lab HOST=intel wants CMD="…": there is no shell on that host' >&2; exit 2;) \
-		tests/lab/intel.sh target/release/hold sh -c "$$CMD"
+	@tests/lab/intel.sh target/release/hold sh -c "$$CMD"
 else
 lab: lab-image
 	@tests/lab/run.sh $(if $(CMD),sh -c "$$CMD")

@@ -2,7 +2,8 @@
 # All three tiers, and at the end what was run and what was not.
 #   tier 1  pure: units, properties, the relay with forged signals
 #   tier 2  this machine's /dev/kvm, with payloads of a few instructions; what an exit costs; bad input
-#   tier 3  the lab: tiers 1 (but for loom and histories) and 2 again, then real poison under real guests
+#   tier 3  the lab: tiers 1 (but for loom and histories) and 2 again, then real poison under real guests; some of these on
+#           an Intel host, too
 # MCE_RELAY_CI_RETRY=1 runs what failed in the lab there once more (.ci/run, and nobody else).
 # NATIVE=1 runs tier 3 on this host instead: it poisons this host's memory.
 set -uo pipefail
@@ -147,15 +148,18 @@ in_labs() {
     done
     return "$worst"
 }
-# The lab's other host, an Intel machine: KVM's own machine checks there, LMCE and the rendezvous, and an AMD-style guest.
-# `make intel` runs all that can be run on it.
+# The lab's other host, an Intel machine: KVM's own machine checks there, LMCE and the rendezvous, and AMD-style guests.
 intel_names=(ao::intel_two_vcpus_by_rendezvous ao::intel_two_vcpus_by_lmce ar::intel_two_vcpus_by_lmce ar::amd_two_vcpus
     firmware::amd_two_vcpus)
 in_intel_lab() {
-    local status=0 name
+    local status=0 name known
     printf 'planned: %s\n' "${intel_names[@]/#/$1 }"
+    known=$("$1" --list)
+    for name in "${intel_names[@]}"; do
+        grep -qx "$name: test" <<<"$known" || { echo "there is no scenario $name"; return 1; }
+    done
     # shellcheck disable=SC2016 # expanded inside
-    LAB_TIMEOUT=${LAB_TIMEOUT:-600} tests/lab/intel.sh target/release/hold sh -c 'worst=0 binary=$1; shift
+    LAB_TIMEOUT=${LAB_TIMEOUT:-1200} tests/lab/intel.sh target/release/hold sh -c 'worst=0 binary=$1; shift
         for name; do echo "binary: $binary $name"; "$binary" --exact "$name" || worst=$?; done; exit $worst' \
         sh "$1" "${intel_names[@]}" || status=$?
     [ "$status" = 77 ] || return "$status"

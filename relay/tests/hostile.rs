@@ -45,7 +45,9 @@ fn a_handler_that_is_held_up_leaves_no_scratch_page_that_nobody_knows_of() {
     let view = devices(&memory, 6);
     marker.poison(view, PAGE).unwrap();
     let (tx, rx) = channel();
+    let keeps = memory.clone();
     let slow = std::thread::spawn(move || {
+        let _memory = keeps;
         tx.send(hold_scratch_of_this_thread()).unwrap();
         let attempt = Attempt::begin();
         unsafe { (view as *const u64).read_volatile() };

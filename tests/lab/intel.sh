@@ -2,20 +2,22 @@
 # Runs a command in the lab's other host: an Intel machine with KVM, emulated by Bochs, from Debian's packages.
 #
 # usage: intel.sh COMMAND [ARGUMENT...]
+#        intel.sh --setup      only installs what this needs
 #
 # LAB_TIMEOUT  seconds after which a run is ended (1500)
-# LAB_FILES    more files and directories that the command needs there, besides what it names itself
+# LAB_FILES    more files and directories that the command needs there, with blanks between (none in their names)
 # MCE_RELAY_*, RUST_LOG and RUST_BACKTRACE reach the command. It also finds MCE_RELAY_LAB=1 and MCE_RELAY_LAB_EMULATOR.
 #
 # QEMU emulates no VMX. Bochs does, and no machine checks: hardware errors and mce-inject are the other lab's. There is
-# one processor, and no file system of the real machine: what the command names below this checkout is packed with it,
-# programs with their libraries, and nothing comes back but what it prints.
+# one processor, and no file system of the real machine. What is packed: words of the command that are files of this
+# checkout, what LAB_FILES names, mce-relay, the guest's image, and libraries of all of them. Nothing comes back but what
+# the command prints.
 #
 # Exit status: that of the command (128+N for signal N); 77 there is no Bochs here; 124 time limit; 125 the lab failed.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-top=$(cd "$here/../.." && pwd)
+top=$(cd "$here/../.." && pwd -P)
 lab=$top/target/lab/intel
 limit=${LAB_TIMEOUT:-1500}
 bios=/usr/share/bochs/BIOS-bochs-latest
@@ -34,14 +36,20 @@ NEED="bochs $bios:bochsbios $video:vgabios $isolinux:isolinux $ldlinux:syslinux-
     say "error: Bochs and what it needs could not be installed (see above)"
     exit 77
 }
+for file in "$bios" "$video" "$isolinux" "$ldlinux" "$terminal"; do
+    [ -e "$file" ] || { say "error: there is no $file, which Debian 12's packages have there"; exit 77; }
+done
+[ "$1" != --setup ] || exit 0
 LAB_MODULES='kvm-intel hwpoison-inject tun' LAB_OUT=$lab/host "$here/build.sh" || fail "the lab could not be built (see above)"
 mkdir -p "$lab"
 exec 8>"$lab/.lock"
 flock -n 8 || { say "another run is under way in this checkout, waiting for it"; flock 8; }
 SECONDS=0
 
-emulator=''
-job=$(mktemp -d "${TMPDIR:-/tmp}/mce-relay-lab.XXXXXX")
+emulator='' packed=''
+job=$lab/job
+rm -rf "$job"
+mkdir "$job"
 stop() {
     [ -n "$emulator" ] || return 0
     kill -- "-$emulator" 2>/dev/null || true
@@ -51,8 +59,11 @@ stop() {
     emulator=''
 }
 leave() {
+    local status=$?
     stop
     rm -rf "$job"
+    [ -n "$packed" ] || [ "$status" -ge 125 ] || status=125 # the status is not the command's
+    exit "$status"
 }
 trap leave EXIT
 trap 'exit 129' HUP
@@ -88,7 +99,7 @@ done
 for one in "$top/target/release/mce-relay" "$top"/target/guest-image/{vmlinux,initramfs.cpio,version} ${LAB_FILES:-}; do
     one=$(realpath -s "$one")
     [ -e "$one" ] || fail "$one is not there; make build guest-image"
-    while read -r file; do pack "$file"; done < <(find "$one" -type f)
+    while IFS= read -r file; do pack "$file"; done < <(find -L "$one" -type f)
 done
 
 quote() {
@@ -115,7 +126,7 @@ cat >"$job/iso/isolinux/isolinux.cfg" <<END
 default lab
 label lab
   kernel /vmlinuz
-  append initrd=/initrd console=ttyS0,115200 loglevel=4 panic=-1 oops=panic mitigations=off tsc=reliable audit=0 apparmor=0 cryptomgr.notests rcupdate.rcu_expedited=1
+  append initrd=/initrd console=ttyS1,115200 loglevel=4 panic=-1 oops=panic mitigations=off tsc=reliable audit=0 apparmor=0 cryptomgr.notests rcupdate.rcu_expedited=1
 END
 genisoimage -quiet -R -b isolinux/isolinux.bin -c isolinux/boot.cat -no-emul-boot -boot-load-size 4 -boot-info-table \
     -o "$job/lab.iso" "$job/iso" || fail "genisoimage failed"
@@ -129,36 +140,41 @@ vgaromimage: file=$video
 cpu: model=corei7_haswell_4770, count=1, ips=150000000, reset_on_triple_fault=0, ignore_bad_msrs=1
 clock: sync=none, time0=local
 boot: cdrom
-ata0-master: type=cdrom, path=$job/lab.iso, status=inserted
+ata0-master: type=cdrom, path=lab.iso, status=inserted
 pci: enabled=1, chipset=i440fx
-com1: enabled=1, mode=file, dev=$job/serial
-log: $lab/bochs.log
+com1: enabled=1, mode=file, dev=output
+com2: enabled=1, mode=file, dev=console
+log: bochs.log
 panic: action=fatal
 error: action=ignore
 info: action=ignore
 debug: action=ignore
 END
 echo c >"$job/go"
+packed=1
 say "emulator: $MCE_RELAY_LAB_EMULATOR"
 
-# Debian's Bochs is built with its debugger, which is told to go on, and shows a screen, which wants a terminal.
+# Debian's Bochs is built with its debugger, which is told to go on, and shows a screen, which wants a terminal. Names are
+# relative: what is special in a path is so to Bochs, too.
 start() {
-    : >"$job/serial"
+    : >"$job/output"
+    : >"$job/console"
     say "starting (log: ${lab#"$PWD"/}/console.log)"
-    TERM=xterm setsid setpriv --pdeathsig KILL script -qfc "bochs -q -f '$job/bochsrc' -rc '$job/go'" /dev/null \
+    (cd "$job" && TERM=xterm SHELL=/bin/sh exec setsid setpriv --pdeathsig KILL \
+        script -qfc 'exec setpriv --pdeathsig KILL bochs -q -f bochsrc -rc go' /dev/null) \
         </dev/null >"$lab/screen.log" 2>&1 8>&- &
     emulator=$!
     begun=$SECONDS ready='' shown=0
 }
-# What the command has printed, without the carriage returns of a serial line.
-printed() { tr -d '\r' <"$job/serial" | sed -n '/^lab: ready$/,/^lab: status /{ /^lab: \(ready$\|status \)/!p }'; }
-show() { # what is new of it, whole lines
+show() { # what the command has printed since, whole lines
     local lines
-    lines=$(printed | wc -l)
+    lines=$(wc -l <"$job/output")
     [ "$lines" -gt "$shown" ] || return 0
-    printed | sed -n "$((shown + 1)),${lines}p"
+    sed -n "$((shown + 1)),${lines}p" "$job/output"
     shown=$lines
 }
+# A line of the console's, which has what the kernel and the lab itself say, and nothing of the command.
+console() { tr -d '\r' <"$job/console" | sed -n "s/^$1\$/\\1/p" | head -n 1; }
 
 # A command is started over once.
 for attempt in 1 2; do
@@ -166,25 +182,32 @@ for attempt in 1 2; do
     while :; do
         over=; kill -0 "$emulator" 2>/dev/null || over=1
         sleep 0.5
-        cp "$job/serial" "$lab/console.log"
-        if [ -z "$ready" ] && grep -qa '^lab: ready' "$job/serial"; then
+        if [ -z "$ready" ] && [ -n "$(console 'lab: \(ready\)')" ]; then
             ready=1
             say "ready after $((SECONDS - begun)) s"
         fi
+        # Before what was printed is shown: all of it is there by then.
+        status=$(console 'lab: status \([0-9]*\)')
+        cp "$job/console" "$lab/console.log"
         show
-        status=$(tr -d '\r' <"$job/serial" | sed -n 's/^lab: status \([0-9]*\)$/\1/p')
-        [ -z "$status" ] || exit "$status"
+        if [ -n "$status" ]; then
+            tail -n +$((shown + 1)) "$job/output"
+            [ "$status" != 77 ] || status=1 # it is not for the command to say that there is no Bochs
+            exit "$status"
+        fi
         if [ "$SECONDS" -ge "$limit" ]; then
             say "error: ended after $limit s (LAB_TIMEOUT); console: $lab/console.log"
             exit 124
         fi
-        if why=$(grep -aom1 '^\[ *[0-9.]*\] Kernel panic.*' "$job/serial" | tr -d '\r'); then break; fi
-        why="Bochs ended without a status"
+        why=$(console '\[ *[0-9.]*\] \(Kernel panic.*\)')
+        [ -z "$why" ] || break
+        why="Bochs ended without a status; see ${lab#"$PWD"/}/bochs.log and screen.log"
         [ -z "$over" ] || break
-        why="it was not ready after 400 s, where it takes a minute"
-        [ -n "$ready" ] || [ $((SECONDS - begun)) -lt 400 ] || break
+        why="it was not ready after 200 s, where it takes a minute"
+        [ -n "$ready" ] || [ $((SECONDS - begun)) -lt 200 ] || break
     done
     stop
+    cp "$job/bochs.log" "$lab/bochs.log" || true
     cp "$lab/console.log" "$lab/console.$attempt.log"
     why="the lab's own kernel died ($why; log: ${lab#"$PWD"/}/console.$attempt.log)"
     [ "$attempt" = 2 ] || say "$why; starting the lab over"
