@@ -239,21 +239,10 @@ fn guest_cid(text: &str) -> Result<u32, String> {
 
 #[cfg(test)]
 mod tests {
-    use clap::Parser;
-
     use super::*;
-    use crate::args::commands::{Cli, Command};
-    use crate::args::run::RunArgs;
+    use crate::args::run::tests::parse;
     use mce_relay_vmm::config::DeviceConfig;
     use mce_relay_vmm::outlets::files::LogFile;
-
-    fn parse(more: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
-        let line = ["mce-relay", "run", "--kernel", "/x"].iter().chain(more).copied();
-        match Cli::try_parse_from(line).and_then(|cli| cli.check().map(|()| cli))?.command {
-            Command::Run(args) => Ok(args),
-            _ => unreachable!(),
-        }
-    }
 
     #[test]
     fn serial_forms() {

@@ -450,13 +450,13 @@ impl std::fmt::Display for AoPace {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use clap::Parser;
 
     use super::*;
     use crate::args::commands::{Cli, Command};
 
-    fn parse(more: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
+    pub(in crate::args) fn parse(more: &[&str]) -> Result<Box<RunArgs>, clap::Error> {
         let line = ["mce-relay", "run", "--kernel", "/x"].iter().chain(more).copied();
         match Cli::try_parse_from(line).and_then(|cli| cli.check().map(|()| cli))?.command {
             Command::Run(args) => Ok(args),
