@@ -30,3 +30,12 @@ pub fn from_the_bank_to_the_guests_process() {
     guest.agent.others_intact(&pages, &[bad]);
     guest.power_off();
 }
+
+/// What is said of a guest that does not come up: the registers of the lab's processors.
+pub fn where_the_processors_stand() {
+    const TIMES: usize = 2;
+    let processors = std::thread::available_parallelism().unwrap().get();
+    let said = lab::processors(TIMES);
+    println!("{said}");
+    assert!(said.matches("RIP=").count() >= processors * TIMES, "of {processors}: {said}");
+}

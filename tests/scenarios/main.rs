@@ -198,5 +198,6 @@ fn main() -> ExitCode {
         means::mce_inject needs may_inject_into_the_host,
         rescue::from_the_hardware_down needs may_inject_into_the_host,
         hardware::from_the_bank_to_the_guests_process needs in_lab_with_hardware,
+        hardware::where_the_processors_stand needs in_lab_with_hardware,
     ])
 }

@@ -401,13 +401,14 @@ impl Vmm {
         }
     }
 
-    /// Says what the VMM's threads do.
+    /// Says what the VMM's threads do, and the lab's processors.
     fn look(&self) {
         println!("--- threads of the VMM, twice with a second between");
         for _ in 0..2 {
             println!("{}", lab::threads(self.pid()));
             std::thread::sleep(Duration::from_secs(1));
         }
+        println!("--- the lab's processors, ten times\n{}", lab::processors(10));
     }
 
     fn did_not_come_up(&self, what: &str, error: &str) -> ! {
@@ -724,9 +725,21 @@ impl Guest {
     }
 
     /// Waits for the agent of the next boot, on the connection to that of this one.
+    ///
+    /// As [`boot`](Self::boot) it has the guest boot once more, and counts it, where that stands still.
     pub fn up_again(&mut self) {
-        if let Err(error) = self.agent.next_boot(!self.vmm.options.quiet) {
-            self.vmm.did_not_come_up("the guest did not come up again", &error);
+        const DID_NOT: &str = "the guest did not come up again";
+        let log = !self.vmm.options.quiet;
+        let Err(error) = self.agent.next_boot(log) else { return };
+        if lab::may_poison().is_err() {
+            self.vmm.did_not_come_up(DID_NOT, &error);
+        }
+        self.vmm.look();
+        tell(&self.vmm.dir);
+        println!("BOOTED AGAIN: {DID_NOT}: {error}");
+        self.vmm.command("reset", &[]);
+        if let Err(error) = self.agent.next_boot(log) {
+            self.vmm.did_not_come_up(DID_NOT, &error);
         }
     }
 

@@ -2,14 +2,15 @@
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::marker::PhantomData;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use mce_relay_vmm::host::pagemap::{self, Entry};
 
@@ -41,6 +42,32 @@ pub fn hardware_error(bank: u8, status: u64, mcg_status: u64, addr: u64, misc: u
     let path = std::env::var_os("MCE_RELAY_LAB_MONITOR").expect("the lab's monitor");
     let mut monitor = OpenOptions::new().write(true).open(path).unwrap();
     writeln!(monitor, "mce 0 {bank} {status:#x} {mcg_status:#x} {addr:#x} {misc:#x}").unwrap();
+}
+
+/// Where the lab's emulated processors stand, `times` times: what QEMU's monitor says of their registers, of a processor
+/// in a guest those of the guest. Nothing outside the lab.
+pub fn processors(times: usize) -> String {
+    const SETTLES: Duration = Duration::from_millis(300);
+    let Some(path) = std::env::var_os("MCE_RELAY_LAB_MONITOR") else { return String::new() };
+    let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path);
+    let mut monitor = match open {
+        Ok(monitor) => monitor,
+        Err(error) => return format!("the lab's monitor: {error}"),
+    };
+    let mut said = Vec::new();
+    // What earlier commands have left to read comes first; an end by EAGAIN keeps what was read.
+    let _ = monitor.read_to_end(&mut said);
+    said.clear();
+    for _ in 0..times {
+        if let Err(error) = writeln!(monitor, "info registers -a") {
+            return format!("the lab's monitor: {error}");
+        }
+        std::thread::sleep(SETTLES);
+        let _ = monitor.read_to_end(&mut said);
+    }
+    let said = String::from_utf8_lossy(&said);
+    let wanted = |line: &&str| ["CPU#", "RIP=", "CR3="].iter().any(|what| line.contains(what));
+    said.lines().filter(wanted).flat_map(|line| [line.trim_end(), "\n"]).collect()
 }
 
 /// Makes this host's kernel poll its machine-check banks every `seconds`.
