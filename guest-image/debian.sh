@@ -65,14 +65,19 @@ if [ "$(cat "$packages/.stamp" 2>/dev/null)" != "$packages_stamp" ]; then
     mode=unshare
     [ "$(id -u)" != 0 ] || mode=root
     include=$(IFS=,; echo "${wanted[*]}")
-    mmdebstrap --quiet --mode="$mode" --variant=apt --include="$include" "${reach[@]}" \
-        --aptopt='Apt::Install-Recommends "false"' \
-        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
-        --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
-        --dpkgopt='path-include=/usr/share/doc/*/copyright' --skip=output/dev \
-        --customize-hook="$here/debian/hook.sh" --format=tar \
-        "$release" - - <<<"$sources" >"$tmp/packages.tar" ||
-        die "Debian's packages cannot be had or unpacked (see above)"
+    unpack() { # how much it says
+        mmdebstrap "$1" --mode="$mode" --variant=apt --include="$include" "${reach[@]}" \
+            --aptopt='Apt::Install-Recommends "false"' \
+            --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/info/*' \
+            --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
+            --dpkgopt='path-include=/usr/share/doc/*/copyright' --skip=output/dev \
+            --customize-hook="$here/debian/hook.sh" --format=tar \
+            "$release" - - <<<"$sources" >"$tmp/packages.tar"
+    }
+    unpack --quiet || {
+        say "once more, with all that apt says of it"
+        unpack --verbose
+    } || die "Debian's packages cannot be had or unpacked (see above)"
     zstd -q -3 -T0 --rm "$tmp/packages.tar"
     mv "$tmp/packages.tar.zst" "$packages/"
     printf '%s\n' "$packages_stamp" >"$packages/.stamp"
