@@ -5,6 +5,7 @@
 mod bare;
 mod destat;
 mod embed;
+mod exits;
 mod loops;
 mod pauses;
 mod payload;
@@ -37,6 +38,9 @@ fn main() -> ExitCode {
         destat::the_other_registers_of_scalable_mca_stay_faults needs has_kvm,
         destat::a_guest_of_mce_relay_run_survives needs has_kvm,
         embed::the_example_runs_and_is_short needs has_kvm,
+        exits::come_when_they_were_asked_for needs has_kvm,
+        exits::are_of_the_last_exit needs has_kvm,
+        exits::make_the_same_state needs has_kvm,
         relayed::a_forged_ar_is_told_by_machine_check needs has_kvm,
         relayed::a_forged_ao_to_oneself_is_logged needs has_kvm,
         relayed::an_ao_waits_while_mcip needs has_kvm,

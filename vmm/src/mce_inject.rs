@@ -10,7 +10,7 @@ use kvm_ioctls::VcpuFd;
 use mce_relay::mca::{McaState, Record};
 use mce_relay::{Mca, kvm};
 
-pub use mce_relay::kvm::{GuestMca, MceError, MceSetup, held, supported};
+pub use mce_relay::kvm::{ExitRegisters, GuestMca, MceError, MceSetup, held, supported};
 
 /// A vCPU and what its guest was shown, for one call of `before_run`.
 #[derive(Debug)]
@@ -24,6 +24,12 @@ impl<'a> VcpuMca<'a> {
     #[must_use]
     pub fn new(guest: &'a GuestMca, vcpu: &'a VcpuFd) -> Self {
         Self { in_kvm: guest.on(vcpu), vcpu }
+    }
+
+    /// With the registers that came with the vCPU's last exit, if they did.
+    #[must_use]
+    pub fn after_exit(self, exit: Option<kvm::VcpuValues>) -> Self {
+        Self { in_kvm: self.in_kvm.after_exit(exit), ..self }
     }
 }
 

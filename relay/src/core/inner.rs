@@ -41,6 +41,8 @@ pub(crate) struct Inner {
     pub(crate) gatherings: u64,
     /// The pause before the vCPUs for which something waits are called again.
     pub(crate) retry: Duration,
+    /// By when the relay's thread looks at all this again, whoever wakes it or not.
+    pub(crate) looks_by: Option<Instant>,
     /// Something new waits: call at once.
     pub(crate) news: bool,
     /// Something new waits on the firmware-first channel.
@@ -89,6 +91,16 @@ impl Inner {
     /// The relay's thread is woken when the lock is given back.
     pub(crate) fn wake_relay(&mut self) {
         self.wakes = true;
+    }
+
+    /// The relay's thread is to look for an acknowledgement soon: it is woken unless it does so anyway. For one that told of an
+    /// AO it has set itself a time when it called the vCPU.
+    pub(crate) fn wake_relay_soon(&mut self) {
+        self.retry = RETRY_FIRST;
+        let soon = Instant::now() + RETRY_FIRST;
+        if self.looks_by.is_none_or(|by| by > soon) {
+            self.wake_relay();
+        }
     }
 
     /// An AO for the page at `gpa`, which is new.

@@ -4,7 +4,9 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, RawFd};
 
-use kvm_bindings::{KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED};
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, kvm_vcpu_events,
+};
 
 use super::ioctl;
 use super::smca::is_deferred_msr;
@@ -39,6 +41,14 @@ pub struct VcpuValues {
     pub event_in_flight: bool,
     /// KVM_GET_MP_STATE; `None` where it was not read, which is allowed while RFLAGS.IF and CR4.MCE are both set.
     pub mp_state: Option<u32>,
+}
+
+/// See [`VcpuValues::event_in_flight`].
+pub(super) fn event_in_flight(events: &kvm_vcpu_events) -> bool {
+    events.interrupt.injected != 0
+        || events.nmi.injected != 0
+        || events.exception.injected != 0
+        || events.exception.pending != 0
 }
 
 impl GuestMca {
@@ -125,7 +135,7 @@ impl GuestMca {
 
     /// The back end for `vcpu`, for one call of [`VcpuPort::before_run`](crate::VcpuPort::before_run).
     pub fn on<'a>(&'a self, vcpu: &'a impl AsRawFd) -> VcpuMca<'a> {
-        VcpuMca { guest: self, vcpu: vcpu.as_raw_fd(), _borrowed: PhantomData }
+        VcpuMca { guest: self, vcpu: vcpu.as_raw_fd(), exit: None, _borrowed: PhantomData }
     }
 }
 
@@ -136,13 +146,30 @@ impl GuestMca {
 pub struct VcpuMca<'a> {
     guest: &'a GuestMca,
     vcpu: RawFd,
+    /// What came with the last exit, until it is used: what happens then may change it.
+    exit: Option<VcpuValues>,
     /// The descriptor stays open as long as this.
     _borrowed: PhantomData<&'a ()>,
+}
+
+impl VcpuMca<'_> {
+    /// With what came with the vCPU's last exit ([`ExitRegisters::take`](super::ExitRegisters::take)): where that says all
+    /// there is to know, the first look at the state is KVM_GET_MSRS alone.
+    #[must_use]
+    pub fn after_exit(self, exit: Option<VcpuValues>) -> Self {
+        Self { exit, ..self }
+    }
 }
 
 impl Mca for VcpuMca<'_> {
     fn state(&mut self) -> io::Result<McaState> {
         let vcpu = &self.vcpu;
+        let says_all = |exit: &VcpuValues| exit.rflags & RFLAGS_IF != 0 && exit.cr4 & CR4_MCE != 0;
+        if let Some(exit) = self.exit.take().filter(says_all) {
+            let msrs =
+                ioctl::read_msrs(vcpu, &self.guest.state_msrs()).map_err(|(_, error)| error)?;
+            return Ok(self.guest.state(&msrs, &exit));
+        }
         // A vCPU that takes interrupts does not halt for good, so it need not be asked.
         let mut regs = ioctl::get_regs(vcpu)?;
         let mut mp_state = None;
@@ -161,10 +188,7 @@ impl Mca for VcpuMca<'_> {
             None if cr4 & CR4_MCE == 0 => Some(ioctl::get_mp_state(vcpu)?),
             known => known,
         };
-        let event_in_flight = events.interrupt.injected != 0
-            || events.nmi.injected != 0
-            || events.exception.injected != 0
-            || events.exception.pending != 0;
+        let event_in_flight = event_in_flight(&events);
         let (rflags, rip) = (regs.rflags, regs.rip);
         let values = VcpuValues { cr4, rflags, rip, event_in_flight, mp_state };
         Ok(self.guest.state(&msrs, &values))

@@ -3,7 +3,7 @@
 use log::warn;
 
 use crate::core::host::{BACK_END, ask_host};
-use crate::core::inner::{Inner, RETRY_FIRST};
+use crate::core::inner::Inner;
 use crate::core::locked::Locked;
 use crate::core::shared::Shared;
 use crate::core::transition::Change;
@@ -95,9 +95,7 @@ impl Shared {
             };
             return (inner, verdict);
         };
-        inner.retry = RETRY_FIRST;
-        // The relay's thread may be asleep, and it looks for the acknowledgement.
-        inner.wake_relay();
+        inner.wake_relay_soon();
         let place = Place::Mce { vcpu: index(vcpu), bank: record.bank, form };
         let Change { after_micros, forged, .. } =
             self.set(&mut inner, pending.gpa, State::Injected { place });

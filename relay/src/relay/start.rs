@@ -84,6 +84,7 @@ impl Relay {
                 gathering: None,
                 gatherings: 0,
                 retry: RETRY_FIRST,
+                looks_by: None,
                 news: false,
                 firmware_news: false,
                 rescues: Rescues::new(rescuer.is_some()),

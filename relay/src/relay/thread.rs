@@ -164,6 +164,7 @@ fn call_waiting_vcpus(shared: &Shared, call_at: &mut Option<Instant>) -> Duratio
     let news = std::mem::take(&mut inner.news);
     if inner.delivery.is_idle() {
         *call_at = None;
+        inner.looks_by = Some(Instant::now() + IDLE_TICK);
         return IDLE_TICK;
     }
     let (clock, now) = (Instant::now(), shared.now());
@@ -181,6 +182,7 @@ fn call_waiting_vcpus(shared: &Shared, call_at: &mut Option<Instant>) -> Duratio
     let next = room.map_or(inner.retry, |room| room.clamp(RETRY_FIRST, inner.retry));
     let at = call_at.map_or(clock + next, |at| at.min(clock + next));
     *call_at = Some(at);
+    inner.looks_by = Some(at);
     at - clock
 }
 

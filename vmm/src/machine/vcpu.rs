@@ -192,7 +192,8 @@ impl Runner<'_> {
                 }
             }
             if self.hook.wants_attention() {
-                if self.incomplete {
+                if self.incomplete || self.hook.asks_for_registers() {
+                    self.incomplete = true;
                     self.complete();
                     // Completing the exit set and used the byte, so a kick may have been lost with it: look at
                     // everything again.
@@ -254,6 +255,7 @@ impl Runner<'_> {
     /// Restores the registers from before a load that touched poison.
     fn undo(&mut self) {
         let Some(regs) = self.undo.take() else { return };
+        self.hook.registers_changed();
         if let Err(error) = self.fd.set_regs(&regs) {
             warn!("vCPU {}: goes on behind a load that met poison: {error}", self.index);
         }

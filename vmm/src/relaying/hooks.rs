@@ -27,7 +27,7 @@ use crate::machine::vcpu::hooks::{
     HookError, HookVerdict, RamAccess, RunFailure, VcpuHook, VcpuSetup,
 };
 use crate::machine::vm::hooks::{VmHooks, VmView};
-use crate::mce_inject::{GuestMca, MceError, MceSetup, VcpuMca};
+use crate::mce_inject::{ExitRegisters, GuestMca, MceError, MceSetup, VcpuMca};
 use crate::relaying::error_source;
 use crate::relaying::manual_mce::injector::Injector;
 use crate::relaying::rescue::Owner;
@@ -47,6 +47,8 @@ pub(crate) enum RelayError {
     Start(#[from] StartError),
     #[error("cannot set up the interrupt of the ACPI error source; --ao-channel mce needs none")]
     Source(#[source] std::io::Error),
+    #[error("cannot ask KVM for what its exits come with")]
+    Exits(#[source] std::io::Error),
     #[error("the VM has no relay yet")]
     Early,
 }
@@ -100,6 +102,7 @@ pub(crate) struct RelayHooks<'a> {
 /// Dropped in this order: the relay before the memory whose addresses it has.
 pub(crate) struct Made {
     pub(crate) setup: MceSetup,
+    pub(crate) exits_have_registers: bool,
     pub(crate) relay: Arc<Relay>,
     pub(crate) control: VmControl,
     pub(crate) injector: Injector,
@@ -113,6 +116,7 @@ impl RelayHooks<'_> {
         let lmce = self.config.lmce;
         let setup = MceSetup::new(vm.kvm, vm.vendor, lmce, vm.vendor == Vendor::Amd)?;
         setup.prepare_vm(vm.vm)?;
+        let exits_have_registers = ExitRegisters::are_offered(vm.vm).map_err(RelayError::Exits)?;
         let filters = self.filters.clone();
         let mut relay = Relay::builder(RamMap::new(&vm.ram.regions())?)
             .vcpus(usize::from(vm.cpus))
@@ -150,7 +154,8 @@ impl RelayHooks<'_> {
         let (relay, control) = (Arc::new(relay), vm.control.clone());
         let injector = Injector::new(vm.cpus, setup.caps());
         let button = PowerButton::new(vm.vm);
-        Ok(Made { setup, relay, control, injector, button, _ram: Arc::clone(vm.ram) })
+        let ram = Arc::clone(vm.ram);
+        Ok(Made { setup, exits_have_registers, relay, control, injector, button, _ram: ram })
     }
 }
 
@@ -177,6 +182,7 @@ impl VmHooks for RelayHooks<'_> {
         Ok(Box::new(RelaySetup {
             index,
             setup: made.setup,
+            exits_have_registers: made.exits_have_registers,
             relay: Arc::clone(&made.relay),
             control: made.control.clone(),
             injector: made.injector.clone(),
@@ -191,6 +197,7 @@ impl VmHooks for RelayHooks<'_> {
 struct RelaySetup {
     index: u8,
     setup: MceSetup,
+    exits_have_registers: bool,
     relay: Arc<Relay>,
     control: VmControl,
     injector: Injector,
@@ -207,17 +214,37 @@ impl VcpuSetup for RelaySetup {
 
     fn start(self: Box<Self>, vcpu: &mut VcpuFd) -> Result<Box<dyn VcpuHook>, HookError> {
         let guest = self.guest.ok_or(RelayError::Early)?;
-        let immediate_exit = &raw mut vcpu.get_kvm_run().immediate_exit;
+        let run = &raw mut *vcpu.get_kvm_run();
         let (control, index, on_undeliverable) = (self.control, self.index, self.on_undeliverable);
-        let kick = move || control.kick(index);
+        // SAFETY: the vCPU's owner drops the hook, with these registers and with the port that has the kick, before the
+        // vCPU (see `Vcpu::run`), and nothing else here uses registers that come with an exit.
+        let registers =
+            self.exits_have_registers.then(|| unsafe { ExitRegisters::new(run.cast()) });
+        let request = registers.as_ref().map(ExitRegisters::request);
+        let kick = move || {
+            if let Some(request) = &request {
+                request.ask();
+            }
+            control.kick(index);
+        };
         // SAFETY: the byte lies in the vCPU's kvm_run mapping, and the vCPU's owner drops the hook
         // with the port in it before the vCPU (see `Vcpu::run`).
-        let exit = unsafe { ExitByte::new(immediate_exit) };
+        let exit = unsafe { ExitByte::new(&raw mut (*run).immediate_exit) };
         let port = self.relay.attach(usize::from(index), exit, kick)?;
         let injector = self.injector;
         self.filters.apply(Role::Vcpu)?;
         let handle = self.relay.handle();
-        Ok(Box::new(RelayHook { index, on_undeliverable, guest, port, handle, injector }))
+        let has_asked = false;
+        Ok(Box::new(RelayHook {
+            index,
+            on_undeliverable,
+            guest,
+            port,
+            registers,
+            has_asked,
+            handle,
+            injector,
+        }))
     }
 }
 
@@ -227,21 +254,48 @@ struct RelayHook {
     on_undeliverable: OnUndeliverable,
     guest: GuestMca,
     port: VcpuPort,
+    registers: Option<ExitRegisters>,
+    /// Before this call of `before_run`.
+    has_asked: bool,
     handle: Handle,
     injector: Injector,
 }
 
 impl VcpuHook for RelayHook {
     fn wants_attention(&self) -> bool {
-        self.port.wants_attention() || self.injector.wants(self.index)
+        let wants = self.port.wants_attention() || self.injector.wants(self.index);
+        if !wants {
+            // A kick came for something that was seen to before.
+            self.registers_changed();
+        }
+        wants
+    }
+
+    fn asks_for_registers(&mut self) -> bool {
+        // After a touch of bad memory, which nobody kicks for. One call gives what takes three otherwise.
+        let asks = !std::mem::replace(&mut self.has_asked, true)
+            && self.registers.as_ref().is_some_and(|registers| !registers.are_asked_for());
+        if asks && let Some(registers) = &self.registers {
+            registers.request().ask();
+        }
+        asks
+    }
+
+    fn registers_changed(&self) {
+        if let Some(registers) = &self.registers {
+            registers.take();
+        }
     }
 
     fn before_run(&mut self, vcpu: &mut VcpuFd) -> HookVerdict {
         // First, so that the relay sees the bank as the guest will.
         if self.injector.wants(self.index) {
+            self.registers_changed();
             self.injector.serve(self.index, &mut VcpuMca::new(&self.guest, vcpu));
         }
-        match self.port.before_run(&mut VcpuMca::new(&self.guest, vcpu)) {
+        let exit = self.registers.as_ref().and_then(ExitRegisters::take);
+        self.has_asked = false;
+        match self.port.before_run(&mut VcpuMca::new(&self.guest, vcpu).after_exit(exit)) {
             Verdict::Run => HookVerdict::Run,
             Verdict::Undeliverable { gpa, why, rip } => {
                 let what = Undeliverable { vcpu: self.index, gpa, why: why.to_string(), rip };

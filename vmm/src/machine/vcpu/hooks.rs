@@ -90,6 +90,14 @@ pub trait VcpuHook {
         true
     }
 
+    /// Called before [`VcpuHook::before_run`]; true asks for one KVM_RUN first that does not run the guest.
+    fn asks_for_registers(&mut self) -> bool {
+        false
+    }
+
+    /// The vCPU's registers are not those of its last exit any more.
+    fn registers_changed(&self) {}
+
     /// Called before an entry, with the last exit completed and `immediate_exit` cleared: a kick that comes from here
     /// on makes the entry return at once, and the loop begins anew.
     fn before_run(&mut self, _vcpu: &mut VcpuFd) -> HookVerdict {

@@ -1,0 +1,73 @@
+//! The registers that come with an exit are those of the last exit, and say what KVM says when it is asked.
+
+use mce_relay::Mca;
+use mce_relay::kvm::ExitRegisters;
+
+use crate::payload::{Did, Payload, Start, finish_io};
+
+/// # Panics
+/// KVM has none, which is so for guests whose memory is encrypted only.
+fn of(payload: &mut Payload) -> ExitRegisters {
+    assert!(ExitRegisters::are_offered(&payload.vm).unwrap());
+    let run = &raw mut *payload.vcpu.get_kvm_run();
+    // SAFETY: the tests drop it before the payload, and use what it uses by it alone.
+    unsafe { ExitRegisters::new(run.cast()) }
+}
+
+pub fn come_when_they_were_asked_for() {
+    let mut payload = Payload::new(Start::Beat, true);
+    let registers = of(&mut payload);
+    let request = registers.request();
+    assert_eq!(payload.run(), Did::Beat);
+    assert_eq!(registers.take(), None, "nobody has asked");
+
+    request.ask();
+    assert_eq!(registers.take(), None, "no exit since");
+    request.ask();
+    payload.finish_io();
+    let values = registers.take().unwrap();
+    let (regs, sregs) = (payload.vcpu.get_regs().unwrap(), payload.vcpu.get_sregs().unwrap());
+    assert_eq!((values.rip, values.rflags, values.cr4), (regs.rip, regs.rflags, sregs.cr4));
+    assert!(!values.event_in_flight && values.mp_state.is_none());
+    assert_eq!(registers.take(), None, "they are taken once");
+    assert_eq!(payload.run(), Did::Beat);
+    assert_eq!(registers.take(), None, "nor do they come again unasked");
+}
+
+/// Asked for at one exit and taken at another, they are the later one's.
+pub fn are_of_the_last_exit() {
+    let mut payload = Payload::new(Start::Beat, true);
+    let registers = of(&mut payload);
+    assert_eq!(payload.run(), Did::Beat);
+    registers.request().ask();
+    payload.finish_io();
+    let regs = payload.vcpu.get_regs().unwrap();
+    let elsewhere = regs.rax ^ 1;
+    payload
+        .vcpu
+        .set_regs(&kvm_bindings::kvm_regs { rflags: regs.rflags | 1, rax: elsewhere, ..regs })
+        .unwrap();
+    finish_io(&mut payload.vcpu);
+    assert_eq!(registers.take().unwrap().rflags, regs.rflags | 1);
+}
+
+/// A state that was read with them is the one that KVM is asked for.
+pub fn make_the_same_state() {
+    let mut payload = Payload::new(Start::Beat, true);
+    let registers = of(&mut payload);
+    assert_eq!(payload.run(), Did::Beat);
+    for interrupts in [false, true] {
+        payload.finish_io();
+        let regs = payload.vcpu.get_regs().unwrap();
+        let rflags = if interrupts { regs.rflags | 1 << 9 } else { regs.rflags & !(1 << 9) };
+        payload.vcpu.set_regs(&kvm_bindings::kvm_regs { rflags, ..regs }).unwrap();
+        registers.request().ask();
+        payload.finish_io();
+        let exit = registers.take();
+        assert!(exit.is_some());
+        let mut mca = payload.guest.on(&payload.vcpu).after_exit(exit);
+        let (first, second) = (mca.state().unwrap(), mca.state().unwrap());
+        assert_eq!(first, second, "the second is asked for");
+        assert_eq!(first.interrupts_on, interrupts);
+    }
+}
