@@ -32,11 +32,13 @@ build:
 	$(SAY) 'building mce-relay and its tests'
 	$(CARGO) build --release --locked --workspace --exclude mce-relay-bench --bins --tests --examples
 
-# Static, so that the C library's part is what is used of it; relocations are packed (DT_RELR).
+# Static, so that the C library's part is what is used of it; relocations are packed (DT_RELR); what a running VM does
+# not use is put aside (cli/dist.ld, whose names are those of v0 mangling).
 dist:
 	$(SAY) 'building mce-relay, static and small'
-	$(CARGO) rustc --profile dist --locked -p mce-relay-cli --bin mce-relay -- \
-		-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs
+	RUSTFLAGS="$$RUSTFLAGS -C symbol-mangling-version=v0" \
+		$(CARGO) rustc --profile dist --locked -p mce-relay-cli --bin mce-relay -- \
+		-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs -C link-arg=-Wl,-T,$(CURDIR)/cli/dist.ld
 
 guest-image: setup
 	$(SAY) 'guest image'

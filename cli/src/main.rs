@@ -4,13 +4,15 @@ use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 
 use env_logger::{Target, WriteStyle};
 use log::LevelFilter;
-use mce_relay_cli::args::commands::{self, Command};
+use mce_relay_cli::args::commands::{self, Cli, Command};
 use mce_relay_cli::args::inject::InjectArgs;
 use mce_relay_cli::args::memory::MemoryCommand;
 use mce_relay_cli::args::poison::{MemcgArg, PoisonArgs};
@@ -31,6 +33,7 @@ use mce_relay_cli::poison::target::PageRange;
 use mce_relay_cli::poison::{carry_out, shown, targets};
 use mce_relay_vmm::api::types::{manual_mce, vm};
 use mce_relay_vmm::relaying::manual_mce::injector;
+use mce_relay_vmm::sandbox::allocator;
 use mce_relay_vmm::sandbox::sigbus_fallback;
 use mce_relay_vmm::sandbox::terminal::stops;
 use mce_relay_vmm::session::run;
@@ -46,7 +49,8 @@ fn put(vm: &VmArg, what: &str) -> Outcome {
 }
 
 fn main() -> ExitCode {
-    let cli = commands::parse();
+    allocator::keep_small();
+    let cli = read_command_line();
     screen::look();
     start_log(cli.verbose);
     match carry_out(cli.command) {
@@ -55,6 +59,15 @@ fn main() -> ExitCode {
             eprintln!("mce-relay: {}", words::with_causes(&*error));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Reads the command line on a thread of its own: the stack that it takes, more than a VM's main thread needs, is given
+/// back with the thread.
+fn read_command_line() -> Cli {
+    match thread::Builder::new().spawn(commands::parse) {
+        Ok(reader) => reader.join().unwrap_or_else(|panic| resume_unwind(panic)),
+        Err(_) => commands::parse(),
     }
 }
 

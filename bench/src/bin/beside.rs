@@ -99,7 +99,7 @@ fn boot(qemu: &Path) -> Vec<Figure> {
             what: "memory of the VMM outside guest RAM".into(),
             unit: "MiB".into(),
             series: series(sizes),
-            goal: Goal::AtMost(3.0),
+            goal: Goal::AtMost(2.5),
             command: "make bench FIGURES=boot".into(),
             note: "resident, private and shared, from smaps, with the guest up; mce-relay as `make dist` builds it"
                 .into(),

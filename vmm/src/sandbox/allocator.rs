@@ -31,3 +31,13 @@ pub fn keep_small() {
         }
     }
 }
+
+/// Gives back every free page of the heap, and not only those at its end. It takes the allocator's lock, and
+/// milliseconds where the heap is large.
+pub fn give_back() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it touches only what holds no allocation.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}

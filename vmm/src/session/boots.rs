@@ -21,6 +21,7 @@ use crate::machine::memory::guest_ram::GuestRam;
 use crate::machine::vm::Vm;
 use crate::machine::vm::error::VmError;
 use crate::relaying::hooks::{Made, RelayError, RelayHooks};
+use crate::sandbox::allocator;
 use crate::sandbox::seccomp::Filters;
 use crate::session::config::RunConfig;
 use crate::session::outlets::{Outlets, Session};
@@ -112,6 +113,8 @@ impl Machine<'_> {
             button: made.button.clone(),
         }));
         self.outlets.watch(Some(&relay));
+        // Building a VM takes more memory for a while than it needs in the end.
+        allocator::give_back();
         let begun = Instant::now();
         let reason = vm.run();
         let ran = begun.elapsed();

@@ -21,6 +21,7 @@ use crate::outlets::sockets::BindError;
 use crate::sandbox::allocator;
 use crate::sandbox::role::Role;
 use crate::sandbox::seccomp::{Filters, SeccompError};
+use crate::sandbox::start_up;
 use crate::session::boots::Machine;
 use crate::session::config::RunConfig;
 use crate::session::names::{self, NameError, VmName};
@@ -74,6 +75,7 @@ pub fn run(config: &RunConfig) -> Result<u8, RunError> {
     KillPolicy::Late.set().map_err(RunError::Policy)?;
     let filters = Filters::new(config.seccomp)?;
     filters.apply(Role::Main)?;
+    start_up::give_back();
     files::survive_limits();
     check_files(config)?;
     let monitor_file = open_pipe(config)?;
