@@ -9,7 +9,7 @@ help:
 	@echo '                    VENDOR=intel|amd; GUEST=debian boots Debian; NATIVE=1 uses this host, and says what that does'
 	@echo 'make test           all three tiers of tests'
 	@echo 'make lab            a shell in the lab;  make lab CMD="…"  runs a command there'
-	@echo '                    HOST=intel CMD="…" runs it on an Intel host, with what LAB_FILES names'
+	@echo '                    HOST=intel CMD="…" runs it on an Intel host, with what LAB_FILES names; HOST=aarch64 CMD="…" on an Arm one'
 	@echo 'make soak           hours: large bursts, random poison and touches (SOAK_MINUTES, 10; SOAK_SEED), then'
 	@echo '                    the scenarios over and over (SOAK_ROUNDS, 10)'
 	@echo 'make bench          figures beside QEMU and beside the physical floor (FIGURES="criterion boot …"): target/bench/'
@@ -109,17 +109,22 @@ emulators: build guest-image lab-image
 # CMD is one line for a shell, so that pipes and quotes in it mean what they say.
 ifneq ($(filter lab,$(MAKECMDGOALS)),)
 ifeq ($(origin HOST),command line)
-ifeq ($(filter intel amd,$(HOST)),)
-$(error HOST=$(HOST) is not a host of the lab; expected intel or amd)
+ifeq ($(filter intel amd aarch64,$(HOST)),)
+$(error HOST=$(HOST) is not a host of the lab; expected intel, amd or aarch64)
 endif
-ifeq ($(HOST)$(CMD),intel)
-$(error make lab HOST=intel wants CMD='...': there is no shell on that host)
+ifneq ($(filter intel aarch64,$(HOST)),)
+ifeq ($(CMD),)
+$(error make lab HOST=$(HOST) wants CMD='...': there is no shell on that host)
+endif
 endif
 endif
 endif
 ifeq ($(origin HOST) $(HOST),command line intel)
 lab: build guest-image
 	@tests/lab/intel.sh target/release/hold sh -c "$$CMD"
+else ifeq ($(origin HOST) $(HOST),command line aarch64)
+lab:
+	@tests/lab/aarch64.sh sh -c "$$CMD"
 else
 lab: lab-image
 	@tests/lab/run.sh $(if $(CMD),sh -c "$$CMD")

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Fetches a Debian kernel without installing it, and prints the directory it was unpacked to:
 #   vmlinuz   as the package ships it (not there if a vmlinux file was given)
-#   vmlinux   the same kernel uncompressed: an emulated CPU need not decompress it at every boot
+#   vmlinux   the same kernel uncompressed: an emulated CPU need not decompress it at every boot (x86 only)
 #   version   what `uname -r` will say
 #   root/     the package's files (modules, config); empty for a kernel given as a file
 #
 # usage: kernel.sh default | newest | PACKAGE | FILE
-#   default   what linux-image-amd64 depends on
+#   default   what linux-image-amd64 depends on (or linux-image-arm64)
 #   newest    the highest version of the full flavour that any package source offers
 #   PACKAGE   e.g. linux-image-6.12-amd64 (the newest image it stands for), or an image package
 #   FILE      a vmlinuz or a vmlinux
+#
+# KERNEL_ARCH=arm64: the same for that architecture, packages only. The lists of packages are then some of its own, see
+# foreign.sh.
 #
 # Nothing here knows a kernel version: mirrors drop old ones, so a written-down one stops working.
 set -euo pipefail
@@ -17,7 +20,9 @@ set -euo pipefail
 me=guest-image/kernel.sh
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 store=$top/target/kernels
-flavour='^linux-image-[0-9][^-]*(-[0-9]+)?-amd64$' # leaves out cloud, rt, unsigned and dbg
+arch=${KERNEL_ARCH:-amd64}
+flavour="^linux-image-[0-9][^-]*(-[0-9]+)?-$arch\$" # leaves out cloud, rt, unsigned and dbg
+lists=/var/lib/apt/lists
 
 say() { printf '%s: %s\n' "$me" "$*" >&2; }
 die() { say "error: $*"; exit 1; }
@@ -28,7 +33,7 @@ trap '[ -z "$tmp" ] || rm -rf "$tmp"' EXIT
 # The package lists, fetched anew; a container image usually comes without any.
 update_lists() { # WHY
     say "$1: running apt-get update"
-    if [ "$(id -u)" = 0 ]; then
+    if [ "$(id -u)" = 0 ] || [ -n "${APT_CONFIG:-}" ]; then
         apt-get update -qq >&2
     elif sudo -n true 2>/dev/null; then
         sudo -n apt-get update -qq >&2
@@ -63,7 +68,7 @@ newest() {
 
 resolve() { # the image package for the wish; nothing if the lists do not have it
     case $1 in
-    default) [ -z "$(candidate linux-image-amd64)" ] || image_of linux-image-amd64 ;;
+    default) [ -z "$(candidate "linux-image-$arch")" ] || image_of "linux-image-$arch" ;;
     newest) newest ;;
     *) [ -z "$(candidate "$1")" ] || image_of "$1" ;;
     esac
@@ -108,6 +113,16 @@ finish() { # DIRECTORY: moves what is complete into its place, in one step
 
 [ $# = 1 ] || die "usage: kernel.sh default | newest | PACKAGE | FILE"
 mkdir -p "$store"
+case $arch in
+amd64) ;;
+arm64)
+    [ ! -f "$1" ] || die "KERNEL_ARCH=arm64 takes the name of a package, not the file $1"
+    APT_CONFIG=$("$top/guest-image/foreign.sh" arm64)
+    export APT_CONFIG
+    lists=$(dirname "$APT_CONFIG")/state/lists
+    ;;
+*) die "KERNEL_ARCH=$arch is not an architecture that this knows; expected amd64 or arm64" ;;
+esac
 
 if [ -f "$1" ]; then
     dir=$store/file-$(sha256sum "$1" | cut -c 1-16)
@@ -130,12 +145,11 @@ fi
 case $1 in */*) die "there is no file $1; KERNEL is a package name or the path of a vmlinuz or vmlinux" ;; esac
 command -v apt-cache >/dev/null || die "this machine has no apt; give the path of a vmlinuz or vmlinux instead of '$1'"
 
-
 # What this wish meant last time holds until apt is told something new; asking takes seconds.
-memory=$store/.$1
+memory=$store/.${APT_CONFIG:+$arch.}$1
 known=$store/$(cat "$memory" 2>/dev/null || true)
 [ -s "$memory" ] && [ -e "$known/version" ] || known=
-if [ -n "$known" ] && [ -z "$(find /var/lib/apt/lists /etc/apt -newer "$memory" -print -quit 2>/dev/null)" ]; then
+if [ -n "$known" ] && [ -z "$(find "$lists" /etc/apt -newer "$memory" -print -quit 2>/dev/null)" ]; then
     printf '%s\n' "$known"
     exit 0
 fi
@@ -148,7 +162,7 @@ give_up() {
 }
 
 # Lists that came with a machine's image may be years old, and miss whole kernels.
-if [ -z "$(find /var/lib/apt/lists -maxdepth 0 -mtime -7 2>/dev/null)" ]; then
+if [ -z "$(find "$lists" -maxdepth 0 -mtime -7 2>/dev/null)" ]; then
     update_lists "the package lists are more than a week old" || say "going on with the old ones"
 fi
 image=$(resolve "$1") || true # apt-cache fails where it knows nothing
@@ -175,7 +189,7 @@ if [ ! -e "$dir/version" ]; then
     dpkg-deb -x "$tmp"/deb/*.deb "$tmp/root"
     rm -r "$tmp/deb"
     mv "$tmp"/root/boot/vmlinuz-* "$tmp/vmlinuz"
-    cut_vmlinux "$tmp/vmlinuz" "$tmp/vmlinux"
+    [ "$arch" != amd64 ] || cut_vmlinux "$tmp/vmlinuz" "$tmp/vmlinux"
     basename "$tmp"/root/boot/config-* | sed 's/^config-//' >"$tmp/version"
     chmod 755 "$tmp" # mktemp made it private
     finish "$dir"

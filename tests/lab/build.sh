@@ -3,8 +3,9 @@
 #
 # LAB_KERNEL=   its kernel package (unset: the newest full-flavour image that is offered; it has
 #               to be a package, as the lab needs the modules that go with the kernel)
-# LAB_MODULES=  its modules, those of the Intel lab for intel.sh
+# LAB_MODULES=  its modules, as intel.sh and aarch64.sh have theirs
 # LAB_OUT=      a directory in place of target/lab
+# LAB_ARCH=     arm64: the kernel and busybox are that architecture's, of Debian's packages; there is no vmlinux
 #
 # Cheap when nothing has changed, so that every lab run can begin with it.
 set -euo pipefail
@@ -22,9 +23,21 @@ say() { printf '%s: %s\n' "$me" "$*" >&2; }
 die() { say "error: $*"; exit 1; }
 
 "$here/setup.sh"
-kernel=$("$top/guest-image/kernel.sh" "${LAB_KERNEL:-newest}")
+kernel=$(KERNEL_ARCH=${LAB_ARCH:-amd64} "$top/guest-image/kernel.sh" "${LAB_KERNEL:-newest}")
 version=$(cat "$kernel/version")
 busybox=$(command -v busybox)
+if [ "${LAB_ARCH:-amd64}" != amd64 ]; then
+    store=$top/target/kernels/busybox-$LAB_ARCH
+    busybox=$store/bin/busybox
+    if [ ! -x "$busybox" ]; then
+        APT_CONFIG=$("$top/guest-image/foreign.sh" "$LAB_ARCH")
+        fetched=$(mktemp -d)
+        (cd "$fetched" && APT_CONFIG=$APT_CONFIG apt-get download -qq busybox-static >&2) ||
+            die "cannot download busybox-static for $LAB_ARCH; are this machine's package sources reachable?"
+        dpkg-deb -x "$fetched"/*.deb "$store"
+        rm -r "$fetched"
+    fi
+fi
 
 # The stamp goes first and comes back last: an interrupted run is then seen as out of date.
 stamp=$({ echo "$kernel ${wanted[*]}"; cat "$here/build.sh" "$here/init" "$here/main" "$busybox"; } | sha256sum)
@@ -68,6 +81,7 @@ find "$root" -exec touch -h -d @0 {} +
 (cd "$root" && find . | LC_ALL=C sort | cpio --quiet -o -H newc -R 0:0 --reproducible) >"$tmp/initramfs.cpio"
 
 for file in vmlinuz vmlinux version; do
+    [ -e "$kernel/$file" ] || continue                 # vmlinux, of another architecture
     [ ! "$kernel/$file" -ef "$out/$file" ] || continue # linked there by an earlier build
     cp -l "$kernel/$file" "$tmp/" 2>/dev/null || cp "$kernel/$file" "$tmp/"
     mv "$tmp/$file" "$out/"

@@ -115,7 +115,7 @@ export MCE_RELAY_LAB_EMULATOR="Bochs $(dpkg-query -Wf '${Version}' bochs 2>/dev/
     for word in "${words[@]}"; do printf ' %s' "$(quote "$word")"; done
     printf '\n'
 } >"$root/command"
-install -m 755 "$here/intel-init" "$root/init"
+install -m 755 "$here/bare-init" "$root/init"
 mkdir -p "$job/iso/isolinux"
 # The archives are read one behind the other: what the kernel's package gives, and what this run needs.
 (cd "$root" && find . | cpio --quiet -o -H newc -R 0:0) >"$job/run.cpio"
