@@ -1,6 +1,10 @@
 //! Guest memory that the VMM's own code touches: known pages, copies that end as errors, and scratch pages. A page that is
 //! marked by userfaultfd raises the same SIGBUS as one that has gone bad.
-#![cfg(all(feature = "internals", feature = "vm-memory", target_arch = "x86_64"))]
+#![cfg(all(
+    feature = "internals",
+    feature = "vm-memory",
+    any(target_arch = "x86_64", target_arch = "aarch64")
+))]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test says what it saw by panicking")]
 
 mod forge;
@@ -125,6 +129,7 @@ fn a_device_that_meets_a_bad_page_goes_on_and_lets_nothing_out() {
     let memory = shared();
     let (relay, events) = relay(&memory);
     let handle = relay.handle();
+    until("the relay's first look, which would find the page, too", || handle.scans() > 0);
     assert_ne!(devices(&memory, 3), hva(&memory, 3));
     let attempt = Attempt::begin();
     assert_eq!(memory.read_obj::<u64>(at(3)).unwrap(), 3);

@@ -1,5 +1,9 @@
 //! Attempts to get a byte of a scratch page, or of other memory than the guest's, out of a device with a clean `Attempt`.
-#![cfg(all(feature = "internals", feature = "vm-memory", target_arch = "x86_64"))]
+#![cfg(all(
+    feature = "internals",
+    feature = "vm-memory",
+    any(target_arch = "x86_64", target_arch = "aarch64")
+))]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

@@ -1,5 +1,9 @@
 //! More attempts on marks, waits and views: waits that add up, marks that nobody takes back, zeros that get out.
-#![cfg(all(feature = "internals", feature = "vm-memory", target_arch = "x86_64"))]
+#![cfg(all(
+    feature = "internals",
+    feature = "vm-memory",
+    any(target_arch = "x86_64", target_arch = "aarch64")
+))]
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,

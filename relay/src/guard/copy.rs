@@ -1,16 +1,18 @@
 //! Copies, loads and stores that end as an error where a page is bad.
 //!
-//! They are a few lines of assembly between two labels. A fault in there, at whatever instruction, leaves the number of bytes
-//! still to be copied in RDX (of `rep movsb`: in RCX), and the SIGBUS handler moves RIP to a third label, which returns it.
-//! (OpenVMM's `trycopy` is the model of the idea.) The registers are those of the C calling convention: RDI where to, RSI
-//! where from, RDX how many bytes, R8 and R9 which of the two is the guest's; RAX returns how many were not copied. Only a fault at
-//! the guest's memory ends so: the other operand is the VMM's own.
+//! They are a few lines of assembly between two labels (`x86_64.rs`, `aarch64.rs`). A fault in there, at whatever
+//! instruction, leaves the number of bytes still to be copied in a register, and the SIGBUS handler has the thread go on at a
+//! third label, which returns it. (OpenVMM's `trycopy` is the model of the idea.) The registers are those of the C calling
+//! convention. Only a fault at the guest's memory ends so: the other operand is the VMM's own.
+//!
+//! On other architectures the kernel copies.
 
-#[cfg(target_arch = "x86_64")]
-use std::arch::global_asm;
-
+#[cfg(target_arch = "aarch64")]
+use super::aarch64 as machine;
 use super::areas;
 use super::attempt::wake;
+#[cfg(target_arch = "x86_64")]
+use super::x86_64 as machine;
 
 /// Guest memory could not be reached: a page is bad, or there is no memory behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -22,260 +24,48 @@ pub struct BadMemory {
     pub done: usize,
 }
 
-#[cfg(target_arch = "x86_64")]
-global_asm!(
-    ".pushsection .text.mce_relay_guard, \"ax\", @progbits",
-    ".p2align 4",
-    ".globl mce_relay_guard_begin",
-    ".hidden mce_relay_guard_begin",
-    "mce_relay_guard_begin:",
-    // Copies. Up to 64 bytes by a head and a tail that may overlap, more in steps of 64 with such a tail, and large pieces by
-    // the string instruction, which is quickest for them.
-    ".globl mce_relay_guard_copy",
-    ".hidden mce_relay_guard_copy",
-    "mce_relay_guard_copy:",
-    "cmp rdx, 64",
-    "ja 5f",
-    "cmp rdx, 32",
-    "ja 4f",
-    "cmp rdx, 16",
-    "jae 3f",
-    "cmp rdx, 8",
-    "jae 2f",
-    "test rdx, rdx",
-    "jz 9f",
-    "8: mov al, [rsi]",
-    "mov [rdi], al",
-    "inc rsi",
-    "inc rdi",
-    "dec rdx",
-    "jnz 8b",
-    "9: xor eax, eax",
-    "ret",
-    "2: mov rax, [rsi]",
-    "mov rcx, [rsi + rdx - 8]",
-    "mov [rdi], rax",
-    "mov [rdi + rdx - 8], rcx",
-    "xor eax, eax",
-    "ret",
-    "3: movups xmm0, [rsi]",
-    "movups xmm1, [rsi + rdx - 16]",
-    "movups [rdi], xmm0",
-    "movups [rdi + rdx - 16], xmm1",
-    "xor eax, eax",
-    "ret",
-    "4: movups xmm0, [rsi]",
-    "movups xmm1, [rsi + 16]",
-    "movups xmm2, [rsi + rdx - 32]",
-    "movups xmm3, [rsi + rdx - 16]",
-    "movups [rdi], xmm0",
-    "movups [rdi + 16], xmm1",
-    "movups [rdi + rdx - 32], xmm2",
-    "movups [rdi + rdx - 16], xmm3",
-    "xor eax, eax",
-    "ret",
-    "5: cmp rdx, 1024",
-    "jae 7f",
-    "6: movups xmm0, [rsi]",
-    "movups xmm1, [rsi + 16]",
-    "movups xmm2, [rsi + 32]",
-    "movups xmm3, [rsi + 48]",
-    "movups [rdi], xmm0",
-    "movups [rdi + 16], xmm1",
-    "movups [rdi + 32], xmm2",
-    "movups [rdi + 48], xmm3",
-    "add rsi, 64",
-    "add rdi, 64",
-    "sub rdx, 64",
-    "cmp rdx, 64",
-    "ja 6b",
-    // 1 to 64 are left, behind at least 64 that are done.
-    "movups xmm0, [rsi + rdx - 64]",
-    "movups xmm1, [rsi + rdx - 48]",
-    "movups xmm2, [rsi + rdx - 32]",
-    "movups xmm3, [rsi + rdx - 16]",
-    "movups [rdi + rdx - 64], xmm0",
-    "movups [rdi + rdx - 48], xmm1",
-    "movups [rdi + rdx - 32], xmm2",
-    "movups [rdi + rdx - 16], xmm3",
-    "xor eax, eax",
-    "ret",
-    "7: mov rcx, rdx",
-    ".globl mce_relay_guard_rep",
-    ".hidden mce_relay_guard_rep",
-    "mce_relay_guard_rep:",
-    "rep movsb",
-    "xor eax, eax",
-    "ret",
-    // One access each, as wide as it says. RDX has the width.
-    ".globl mce_relay_guard_move1",
-    ".hidden mce_relay_guard_move1",
-    "mce_relay_guard_move1: mov al, [rsi]",
-    "mov [rdi], al",
-    "xor eax, eax",
-    "ret",
-    ".globl mce_relay_guard_move2",
-    ".hidden mce_relay_guard_move2",
-    "mce_relay_guard_move2: mov ax, [rsi]",
-    "mov [rdi], ax",
-    "xor eax, eax",
-    "ret",
-    ".globl mce_relay_guard_move4",
-    ".hidden mce_relay_guard_move4",
-    "mce_relay_guard_move4: mov eax, [rsi]",
-    "mov [rdi], eax",
-    "xor eax, eax",
-    "ret",
-    ".globl mce_relay_guard_move8",
-    ".hidden mce_relay_guard_move8",
-    "mce_relay_guard_move8: mov rax, [rsi]",
-    "mov [rdi], rax",
-    "xor eax, eax",
-    "ret",
-    // Compares [RDI] with [RSI], and stores RCX there if they are equal; [RSI] gets what was there.
-    ".globl mce_relay_guard_swap1",
-    ".hidden mce_relay_guard_swap1",
-    "mce_relay_guard_swap1: mov al, [rsi]",
-    "lock cmpxchg [rdi], cl",
-    "mov [rsi], al",
-    "xor eax, eax",
-    "ret",
-    ".globl mce_relay_guard_swap2",
-    ".hidden mce_relay_guard_swap2",
-    "mce_relay_guard_swap2: mov ax, [rsi]",
-    "lock cmpxchg [rdi], cx",
-    "mov [rsi], ax",
-    "xor eax, eax",
-    "ret",
-    ".globl mce_relay_guard_swap4",
-    ".hidden mce_relay_guard_swap4",
-    "mce_relay_guard_swap4: mov eax, [rsi]",
-    "lock cmpxchg [rdi], ecx",
-    "mov [rsi], eax",
-    "xor eax, eax",
-    "ret",
-    ".globl mce_relay_guard_swap8",
-    ".hidden mce_relay_guard_swap8",
-    "mce_relay_guard_swap8: mov rax, [rsi]",
-    "lock cmpxchg [rdi], rcx",
-    "mov [rsi], rax",
-    "xor eax, eax",
-    "ret",
-    ".globl mce_relay_guard_end",
-    ".hidden mce_relay_guard_end",
-    "mce_relay_guard_end:",
-    // Where the handler goes on. RDX counts down with each step that is done.
-    ".globl mce_relay_guard_failed",
-    ".hidden mce_relay_guard_failed",
-    "mce_relay_guard_failed:",
-    "mov rax, rdx",
-    "ret",
-    ".globl mce_relay_guard_rep_failed",
-    ".hidden mce_relay_guard_rep_failed",
-    "mce_relay_guard_rep_failed:",
-    "mov rax, rcx",
-    "ret",
-    ".popsection",
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+macro_rules! routines {
+    ($($name:ident),*) => {
+        unsafe extern "C" {
+            fn mce_relay_guard_begin();
+            fn mce_relay_guard_end();
+            $(fn $name(
+                to: *mut u8,
+                from: *const u8,
+                len: usize,
+                new: u64,
+                guest: *const u8,
+                guest_len: usize,
+            ) -> usize;)*
+        }
+    };
+}
+// Each returns how many bytes were not copied. Of an exchange `from` is what has to be there, and gets what was there.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+routines!(
+    mce_relay_guard_copy,
+    mce_relay_guard_move1,
+    mce_relay_guard_move2,
+    mce_relay_guard_move4,
+    mce_relay_guard_move8,
+    mce_relay_guard_swap1,
+    mce_relay_guard_swap2,
+    mce_relay_guard_swap4,
+    mce_relay_guard_swap8
 );
 
-#[cfg(target_arch = "x86_64")]
-unsafe extern "C" {
-    fn mce_relay_guard_begin();
-    fn mce_relay_guard_rep();
-    fn mce_relay_guard_end();
-    fn mce_relay_guard_failed();
-    fn mce_relay_guard_rep_failed();
-    fn mce_relay_guard_copy(
-        to: *mut u8,
-        from: *const u8,
-        len: usize,
-        _: u64,
-        guest: *const u8,
-        guest_len: usize,
-    ) -> usize;
-    fn mce_relay_guard_move1(
-        to: *mut u8,
-        from: *const u8,
-        len: usize,
-        _: u64,
-        guest: *const u8,
-        guest_len: usize,
-    ) -> usize;
-    fn mce_relay_guard_move2(
-        to: *mut u8,
-        from: *const u8,
-        len: usize,
-        _: u64,
-        guest: *const u8,
-        guest_len: usize,
-    ) -> usize;
-    fn mce_relay_guard_move4(
-        to: *mut u8,
-        from: *const u8,
-        len: usize,
-        _: u64,
-        guest: *const u8,
-        guest_len: usize,
-    ) -> usize;
-    fn mce_relay_guard_move8(
-        to: *mut u8,
-        from: *const u8,
-        len: usize,
-        _: u64,
-        guest: *const u8,
-        guest_len: usize,
-    ) -> usize;
-    fn mce_relay_guard_swap1(
-        at: *mut u8,
-        current: *mut u8,
-        len: usize,
-        new: u64,
-        guest: *const u8,
-        guest_len: usize,
-    ) -> usize;
-    fn mce_relay_guard_swap2(
-        at: *mut u8,
-        current: *mut u8,
-        len: usize,
-        new: u64,
-        guest: *const u8,
-        guest_len: usize,
-    ) -> usize;
-    fn mce_relay_guard_swap4(
-        at: *mut u8,
-        current: *mut u8,
-        len: usize,
-        new: u64,
-        guest: *const u8,
-        guest_len: usize,
-    ) -> usize;
-    fn mce_relay_guard_swap8(
-        at: *mut u8,
-        current: *mut u8,
-        len: usize,
-        new: u64,
-        guest: *const u8,
-        guest_len: usize,
-    ) -> usize;
-}
-
-/// Where a thread goes on that a fault stopped at `rip`; `None` where that is not in a copy. What is the guest's of its two
-/// operands begins at R8 and has R9 bytes. Async-signal-safe.
-#[cfg(target_arch = "x86_64")]
-pub(super) fn recovery(rip: usize) -> Option<usize> {
+/// Where a thread goes on that a fault stopped at the instruction `at`; `None` where that is not in a copy.
+/// Async-signal-safe.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) fn recovery(at: usize) -> Option<usize> {
     let begin = mce_relay_guard_begin as *const () as usize;
     let end = mce_relay_guard_end as *const () as usize;
-    if !(begin..end).contains(&rip) {
-        return None;
-    }
-    Some(match rip == mce_relay_guard_rep as *const () as usize {
-        true => mce_relay_guard_rep_failed as *const () as usize,
-        false => mce_relay_guard_failed as *const () as usize,
-    })
+    (begin..end).contains(&at).then(|| machine::behind(at))
 }
 
 /// How many bytes were not copied.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 #[inline]
 unsafe fn copy(to: *mut u8, from: *const u8, len: usize, guest: *const u8) -> usize {
     // SAFETY: as the caller says; a fault at guest memory ends the copy.
@@ -283,7 +73,7 @@ unsafe fn copy(to: *mut u8, from: *const u8, len: usize, guest: *const u8) -> us
 }
 
 /// How many bytes were not copied. The kernel does it, a page at a time.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 unsafe fn copy(to: *mut u8, from: *const u8, len: usize, _: *const u8) -> usize {
     let local = libc::iovec { iov_base: from.cast_mut().cast(), iov_len: len };
     let remote = libc::iovec { iov_base: to.cast(), iov_len: len };
@@ -363,7 +153,7 @@ macro_rules! word {
         impl Word for $word {}
 
         impl sealed::Access for $word {
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             unsafe fn load(at: *const Self) -> Result<Self, BadMemory> {
                 let (mut value, size) = (0, size_of::<Self>());
                 let into = (&raw mut value).cast();
@@ -372,7 +162,7 @@ macro_rules! word {
                 done(size, left).map(|()| value)
             }
 
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             unsafe fn store(at: *mut Self, value: Self) -> Result<(), BadMemory> {
                 let (from, size) = ((&raw const value).cast(), size_of::<Self>());
                 // SAFETY: as above.
@@ -380,7 +170,7 @@ macro_rules! word {
                 done(size, left)
             }
 
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             unsafe fn swap(at: *mut Self, mut current: Self, new: Self) -> Result<Self, BadMemory> {
                 let (was, size) = ((&raw mut current).cast(), size_of::<Self>());
                 // SAFETY: as above.
@@ -388,7 +178,7 @@ macro_rules! word {
                 done(size, left).map(|()| current)
             }
 
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
             unsafe fn load(at: *const Self) -> Result<Self, BadMemory> {
                 let mut bytes = [0; size_of::<Self>()];
                 // SAFETY: guest memory by the caller's contract.
@@ -396,13 +186,13 @@ macro_rules! word {
                 Ok(Self::from_ne_bytes(bytes))
             }
 
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
             unsafe fn store(at: *mut Self, value: Self) -> Result<(), BadMemory> {
                 // SAFETY: as above.
                 unsafe { write(at.cast(), &value.to_ne_bytes()) }
             }
 
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
             unsafe fn swap(at: *mut Self, current: Self, new: Self) -> Result<Self, BadMemory> {
                 // The kernel compares and exchanges nothing for us: whether the page is good is asked first.
                 // SAFETY: guest memory by the caller's contract.
@@ -423,7 +213,7 @@ word!(u16, std::sync::atomic::AtomicU16, mce_relay_guard_move2, mce_relay_guard_
 word!(u32, std::sync::atomic::AtomicU32, mce_relay_guard_move4, mce_relay_guard_swap4);
 word!(u64, std::sync::atomic::AtomicU64, mce_relay_guard_move8, mce_relay_guard_swap8);
 
-/// Loads a word of guest memory as a whole; on x86 also with acquire.
+/// Loads a word of guest memory as a whole; on x86-64 and aarch64 also with acquire.
 ///
 /// # Errors
 /// As of [`read()`].
@@ -439,7 +229,7 @@ pub unsafe fn load<T: Word>(at: *const T) -> Result<T, BadMemory> {
     unsafe { T::load(at) }
 }
 
-/// Stores a word of guest memory as a whole; on x86 also with release.
+/// Stores a word of guest memory as a whole; on x86-64 and aarch64 also with release.
 ///
 /// # Errors
 /// As of [`read()`].

@@ -8,8 +8,9 @@
 //!    vm-memory of which `get_slice()` is an error where a page is marked, and with it everything that vm-memory and
 //!    virtio-queue do. While no page is marked, that is one relaxed load.
 //! 2. **Code that copies by [`read`], [`write()`], [`load`], [`store()`] and [`compare_exchange`]** gets an error where a page
-//!    turns out to be bad that nobody knew of (x86-64; the SIGBUS handler goes on behind the copy). That costs nothing
-//!    while memory is whole, and makes no system call.
+//!    turns out to be bad that nobody knew of (the SIGBUS handler goes on behind the copy). That costs nothing while memory is
+//!    whole, and makes no system call. (On other processors than x86-64 and aarch64 they make one for each piece,
+//!    process_vm_writev(2), and no access is one of a whole word.)
 //! 3. **Code that is not ours** (vm-memory's volatile accesses, virtio-queue) works in a second mapping of shared guest
 //!    memory, the *view* (`GuardedRegion` has one of shared memory). In the view the handler puts a scratch page in the place of the
 //!    bad one: a load gives zeros, a store is lost. So nothing that was read may be let out (to a disk, a wire, or the
@@ -23,6 +24,8 @@
 //! own handler calls [`handle_in`](crate::signal::handle_in), as only that has the registers. A thread that blocks SIGBUS
 //! is ended by the kernel at such an access.
 
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
 pub(crate) mod areas;
 mod attempt;
 mod bits;
@@ -32,6 +35,8 @@ mod doubt;
 mod region;
 mod taken;
 mod view;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 pub use areas::is_bad;
 pub(crate) use areas::{

@@ -1,9 +1,13 @@
 //! What the SIGBUS handler does about a touch by the VMM's own code.
 
+#[cfg(target_arch = "aarch64")]
+use super::aarch64::Registers;
 use super::areas;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use super::copy;
 #[cfg(target_arch = "x86_64")]
+use super::x86_64::Registers;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::types::PAGE_SHIFT;
 
 /// What became of a fault.
@@ -39,34 +43,31 @@ pub(crate) fn recover(addr: u64, lsb: u8, context: *mut libc::c_void) -> Touched
 
 /// Whether the thread was in a copy of ours, and what is bad at `addr` is the guest's part of it; it goes on where that
 /// returns an error.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 fn goes_on_behind_copy(addr: u64, lsb: u8, context: *mut libc::c_void) -> bool {
     // SAFETY: null, or what the kernel passed to the handler on this thread.
     let Some(context) = (unsafe { context.cast::<libc::ucontext_t>().as_mut() }) else {
         return false;
     };
-    let registers = &mut context.uc_mcontext.gregs;
-    // An address is its bits.
-    let value = |at: libc::c_int| registers[at as usize].cast_unsigned();
-    let (start, len) = (value(libc::REG_R8), value(libc::REG_R9));
+    let mut registers = Registers::of(context);
+    let (start, len) = registers.operand();
     // The kernel says where the page is, and not always which byte was touched.
     let size = 1_u64 << lsb.clamp(PAGE_SHIFT, 63);
     let first = addr & !(size - 1);
     let is_guests = start < first.saturating_add(size) && first < start.saturating_add(len);
-    let rip = &mut registers[libc::REG_RIP as usize];
     if !is_guests {
         return false;
     }
-    match usize::try_from(rip.cast_unsigned()).ok().and_then(copy::recovery) {
+    match usize::try_from(registers.at()).ok().and_then(copy::recovery) {
         Some(at) => {
-            *rip = (at as u64).cast_signed();
+            registers.go_on_at(at as u64);
             true
         }
         None => false,
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 fn goes_on_behind_copy(_: u64, _: u8, _: *mut libc::c_void) -> bool {
     false
 }

@@ -13,7 +13,7 @@ use super::last_words::{self, Next, Origin};
 use super::slot::Orphans;
 use super::thread_slot::{self, own_slot, request_exit};
 use crate::guard::{self, Touched};
-use crate::types::{Caught, FailureKind, PAGE_SHIFT};
+use crate::types::{Caught, FailureKind, PAGE_SHIFT, PAGE_SIZE};
 
 thread_local! {
     // As in `thread_slot`: the handler reads it.
@@ -106,8 +106,10 @@ fn process() -> MutexGuard<'static, Setup> {
 /// Makes this process ready for memory failures, once for each of the two modes; later calls do nothing.
 ///
 /// # Errors
-/// `sigaction(2)` fails.
+/// `sigaction(2)` fails, or this host has its memory in pages of another size than 4096 bytes.
 pub fn set_up(signals: Signals) -> io::Result<()> {
+    // SAFETY: takes a number.
+    pages_are_ours(unsafe { libc::sysconf(libc::_SC_PAGESIZE) })?;
     match signals {
         Signals::Install => install(),
         Signals::Host => {
@@ -117,6 +119,16 @@ pub fn set_up(signals: Signals) -> io::Result<()> {
             Ok(())
         }
     }
+}
+
+/// Of other pages (kernels for aarch64 are built with 16 and 64 KiB, too) more is lost with each than is reckoned with here.
+fn pages_are_ours(size: libc::c_long) -> io::Result<()> {
+    if u64::try_from(size) == Ok(PAGE_SIZE) {
+        return Ok(());
+    }
+    Err(io::Error::other(format!(
+        "this host has its memory in pages of {size} bytes, expected {PAGE_SIZE}; run a kernel that is built for those"
+    )))
 }
 
 /// Installs the SIGBUS handler for this process, once; later calls do nothing.
@@ -404,6 +416,15 @@ mod tests {
         assert!(!store(&ar, NONE), "an AR that would loop for ever");
         assert!(slot.take().is_some());
         assert!(store(&ar, NONE), "room again");
+    }
+
+    #[test]
+    fn a_host_with_other_pages_is_refused() {
+        assert!(pages_are_ours(4096).is_ok());
+        for size in [-1, 0, 16 << 10, 64 << 10] {
+            let error = pages_are_ours(size).unwrap_err().to_string();
+            assert!(error.contains(&format!("{size} bytes, expected 4096")), "{error}");
+        }
     }
 
     #[test]
