@@ -12,6 +12,7 @@ help:
 	@echo '                    HOST=intel CMD="…" runs it on an Intel host, with what LAB_FILES names; HOST=aarch64 CMD="…" on an Arm one'
 	@echo 'make soak           hours: large bursts, random poison and touches (SOAK_MINUTES, 10; SOAK_SEED), then'
 	@echo '                    the scenarios over and over (SOAK_ROUNDS, 10)'
+	@echo 'make arm            the component on an emulated aarch64 host: its tests, with real poison'
 	@echo 'make bench          figures beside QEMU and beside the physical floor (FIGURES="criterion boot …"): target/bench/'
 	@echo 'make fuzz           each fuzz target for a minute (FUZZ_SECONDS, 60; TARGETS="siginfo intervals …")'
 	@echo 'make peer           bursts of failures on QEMU, for comparison (PEER_BURSTS, VENDOR=amd|intel)'
@@ -91,6 +92,10 @@ bench: build dist guest-image lab-image
 	$(CARGO) build --release --locked -p mce-relay-bench
 	@NEED=valgrind tests/lab/setup.sh
 	FIGURES='$(FIGURES)' bench/run.sh
+
+# Cross-built, so nothing of `build` is needed.
+arm:
+	tests/arm.sh
 
 fuzz:
 	@NEED=g++ tests/lab/setup.sh # libFuzzer is C++
@@ -172,4 +177,4 @@ drawing:
 clean:
 	rm -rf target
 
-.PHONY: help setup judges build dist guest-image guest-image-debian lab-image run test soak bench fuzz peer lab emulators drawing check tools clean
+.PHONY: help setup judges build dist guest-image guest-image-debian lab-image run test soak arm bench fuzz peer lab emulators drawing check tools clean

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Whether the component builds for another architecture, and with the oldest compiler that Cargo.toml states.
+# Whether the component and its tests build for another architecture (tests/arm.sh runs them there), and the component with
+# the oldest compiler that Cargo.toml states.
 # rustup is asked for what is missing; where it is not to be had the check is skipped, with a word.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,7 +14,10 @@ if ! available; then
 fi
 if available; then
     cargo check --locked --quiet -p mce-relay --all-features --target $triple
-    echo 'the component builds for aarch64'
+    # Feature kvm has nothing in it there, and the example embed needs it.
+    cargo clippy --locked --quiet -p mce-relay --features forge,internals,serde,seccompiler,vm-memory \
+        --lib --tests --examples --target $triple -- -D warnings
+    echo 'the component builds for aarch64, and so do its tests'
 else
     echo "SKIPPED the build for aarch64: this toolchain has no library for it (rustup target add $triple)" >&2
 fi

@@ -3,7 +3,7 @@
 //! The guest is a few instructions in real mode, on two vCPUs: one idles, the other loads from one page again and again;
 //! both have a machine-check handler that takes what is in the banks and goes on with the next page. What the adoption
 //! takes stands between `// relay:` and `// :relay`; all else is there without it. Run it:
-//! `cargo run -p mce-relay --example embed --features kvm,forge`. With `--outside` it does not forge two failures but waits
+//! `cargo run -p mce-relay --example embed --features kvm,forge` (x86-64). With `--outside` it does not forge two failures but waits
 //! for two real ones; with `--late` it hears of what the guest touches only.
 
 use std::error::Error;

@@ -29,7 +29,10 @@
 //! ([`Mca::inject`]). What the VMM owes is said at each call: above all, it calls [`VcpuPort::before_run`] before every KVM_RUN, and obeys the
 //! verdict.
 //!
-//! Optional features: `kvm` (x86-64), `serde` (events and the ledger as data), `seccompiler` and `vm-memory` (their types
+//! Hosts on aarch64 have all of it but the telling: signals, ledger, [`watch`] and [`guard`]. There are no machine checks on
+//! Arm, and [`ErrorSource`] has no notification for what an Arm guest touches.
+//!
+//! Optional features: `kvm` (x86-64; nothing is in it elsewhere), `serde` (events and the ledger as data), `seccompiler` and `vm-memory` (their types
 //! beside plain values), `forge` (memory failures that this process forges, for tests).
 //!
 //! ```
