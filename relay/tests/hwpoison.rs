@@ -1,5 +1,6 @@
-//! Pages that the kernel really takes for bad: the component without KVM and without a guest, on any architecture. Each test
-//! costs the machine a page or a few until it boots again, so that they run where it is meant for that (`make arm`).
+//! Pages that the kernel really takes for bad: the component without a guest, on any architecture, and on aarch64 with a vCPU of
+//! a few instructions. Each test costs the machine a page or a few until it boots again, so they run where it is meant for that
+//! (`make arm`).
 #![cfg(all(feature = "internals", feature = "vm-memory"))]
 #![allow(
     clippy::unwrap_used,
@@ -184,4 +185,73 @@ fn the_cache_of_the_examples_loses_one_entry() {
     wait_for("a is not there");
     wait_for("b = second");
     assert_eq!(cache.0.wait().unwrap().code(), Some(0));
+}
+
+/// A vCPU of KVM's that touches a bad page: the relay has the AR, and the guest, which cannot be told, is not entered again.
+#[test]
+#[cfg(target_arch = "aarch64")]
+#[ignore = "takes a page from this machine: make arm"]
+fn a_vcpu_that_touches_a_bad_page_is_not_entered_again() {
+    use kvm_bindings::{kvm_userspace_memory_region, kvm_vcpu_init};
+    use kvm_ioctls::{Kvm, VcpuExit};
+    use mce_relay::{
+        ExitByte, KillPolicy, NoMachineChecks, RamMap, RamRegion, Relay, State, Verdict,
+    };
+
+    // 1: ldr x1, [x0]; str x1, [x2]; b 1b
+    const CODE: [u32; 3] = [0xf940_0001, 0xf900_0041, 0x17ff_fffe];
+    const DEVICE: u64 = 0x1000; // no RAM is there
+    const X: u64 = 0x6030_0000_0010_0000; // KVM_REG_ARM_CORE, 64 bits: X0, then two for each register
+    const PC: u64 = X + 64;
+
+    let _alone = alone();
+    let memory = memory();
+    unsafe { (hva(&memory, 1) as *mut [u32; 3]).write_volatile(CODE) };
+    let kvm = Kvm::new().unwrap();
+    let vm = kvm.create_vm().unwrap();
+    let region = kvm_userspace_memory_region {
+        guest_phys_addr: GPA,
+        memory_size: 16 * PAGE,
+        userspace_addr: hva(&memory, 0),
+        ..Default::default()
+    };
+    unsafe { vm.set_user_memory_region(region) }.unwrap();
+    let mut vcpu = vm.create_vcpu(0).unwrap();
+    let mut init = kvm_vcpu_init::default();
+    vm.get_preferred_target(&mut init).unwrap();
+    vcpu.vcpu_init(&init).unwrap();
+
+    // Late: there is no AO, and no look at the page tables.
+    let regions = unsafe { RamRegion::all_of(&memory) }.unwrap();
+    let relay = Relay::builder(RamMap::new(&regions).unwrap()).vcpus(1).policy(KillPolicy::Late);
+    let relay = relay.start().unwrap();
+    let exit = unsafe { ExitByte::new(&raw mut vcpu.get_kvm_run().immediate_exit) };
+    let mut port = relay.handle().attach(0, exit, || ()).unwrap();
+    for (register, value) in [(X, GPA + 5 * PAGE), (X + 4, DEVICE), (PC, GPA + PAGE)] {
+        vcpu.set_one_reg(register, &value.to_le_bytes()).unwrap();
+    }
+    let mut enter = || match vcpu.run() {
+        Ok(VcpuExit::MmioWrite(DEVICE, data)) => Ok(data.to_vec()),
+        Ok(other) => panic!("{other:?}"),
+        Err(error) => Err(error.errno()),
+    };
+    port.clear_exit();
+    assert_eq!(port.before_run(&mut NoMachineChecks), Verdict::Run);
+    assert_eq!(enter().unwrap(), 105_u64.to_le_bytes());
+
+    poison(hva(&memory, 5));
+    port.clear_exit();
+    let before = port.before_run(&mut NoMachineChecks);
+    if before == Verdict::Run {
+        assert_eq!(enter().unwrap_err(), libc::EINTR);
+        port.clear_exit();
+    }
+    let verdict = port.before_run(&mut NoMachineChecks);
+    assert!(
+        matches!(verdict, Verdict::Undeliverable { gpa, .. } if gpa == GPA + 5 * PAGE),
+        "{before:?}, then {verdict:?}"
+    );
+    let [page] = &relay.pages()[..] else { panic!("{:?}", relay.pages()) };
+    assert_eq!((page.kind, page.lsb), (FailureKind::ActionRequired, PAGE_SHIFT));
+    assert!(matches!(page.state, State::Undeliverable { .. }), "{:?}", page.state);
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a command in the lab's Arm host: an emulated aarch64 machine with a stock Debian kernel, so with memory failure. Of
+# Runs a command in the lab's Arm host: an emulated aarch64 machine with a stock Debian kernel, so with KVM and memory failure. Of
 # this machine's files it has this checkout, read-only, at the same place.
 #
 # usage: aarch64.sh COMMAND [ARGUMENT...]
@@ -91,7 +91,7 @@ start() {
     # shellcheck disable=SC2054 # the commas are QEMU's
     local args=(
         -nodefaults -no-user-config -display none -no-reboot
-        -machine "virt,gic-version=3" -accel "tcg,thread=multi" -cpu "$cpu" -smp 2 -m "$LAB_MEMORY"
+        -machine "virt,gic-version=3,virtualization=on" -accel "tcg,thread=multi" -cpu "$cpu" -smp 2 -m "$LAB_MEMORY"
         -kernel "$lab/host/vmlinuz" -initrd "$job/initrd"
         -append "console=ttyAMA0 loglevel=4 panic=-1 oops=panic audit=0 apparmor=0 cryptomgr.notests"
         -chardev "file,id=console,path=$out/console.log" -serial chardev:console
@@ -141,7 +141,7 @@ for attempt in 1 2; do
     done
     stop
     cp "$lab/console.log" "$lab/console.$attempt.log"
-    why="the lab's own kernel died ($why; log: ${lab#"$PWD"/}/console.$attempt.log)"
-    [ "$attempt" = 2 ] || say "$why; starting the lab over"
+    why="$why; log: ${lab#"$PWD"/}/console.$attempt.log"
+    [ "$attempt" = 2 ] || say "the lab's own kernel died ($why); starting the lab over"
 done
-fail "the lab's own kernel died 2 times: $why"
+fail "the lab's own kernel died 2 times ($why)"
