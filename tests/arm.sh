@@ -51,6 +51,6 @@ count() { awk -v what="$1" '$1 == what { n += $2 } END { print n + 0 }' <<<"$rep
 failed=$(grep -c '^failed' <<<"$report")
 sed -n 's/^failed\t/failed: /p; s/^skip\t/skipped: /p' <<<"$report"
 echo 'skipped: the examples in the documentation, which rustdoc runs on the machine that builds; feature kvm and the example'
-echo 'skipped: embed, which are of x86-64; all tests with a guest: there is no VMM here for that architecture'
+echo 'skipped: embed, which are of x86-64; all scenarios: there is no VMM here for that architecture'
 echo "$(count passed) passed, $failed failed, $(count skipped) skipped on aarch64 (exit status $status)"
 [ "$status" = 0 ] && [ "$failed" = 0 ] && [ "$(count passed)" != 0 ]
