@@ -505,7 +505,8 @@ fn takes_machine_checks(go: u64) -> Vec<u8> {
 /// The state of a vCPU cannot be read, or a record not be put in, when the guest has touched a bad page: the
 /// policy applies, with the reason. Until then the same guest takes what it is told.
 pub fn an_ar_that_cannot_be_told() {
-    // The MP state of a vCPU with CR4.MCE is known without a call.
+    // The MP state of a vCPU with CR4.MCE is known without a call. This guest has its interrupts off, so what comes with its
+    // exits does not say all.
     let state = [KVM_GET_MSRS, KVM_GET_VCPU_EVENTS, KVM_GET_REGS, KVM_GET_SREGS];
     let reads = state.map(|call| (call, UndeliverableReason::NoState));
     for (call, why) in reads.into_iter().chain([(KVM_X86_SET_MCE, UndeliverableReason::Refused)]) {

@@ -1,9 +1,11 @@
 //! The registers that come with an exit are those of the last exit, and say what KVM says when it is asked.
 
-use mce_relay::Mca;
 use mce_relay::kvm::ExitRegisters;
+use mce_relay::mca::record;
+use mce_relay::{Form, Mca};
+use mce_relay_vmm::mce_inject::set_mce;
 
-use crate::payload::{Did, Payload, Start, finish_io};
+use crate::payload::{Did, Payload, Start, TARGET, finish_io};
 
 /// # Panics
 /// KVM has none, which is so for guests whose memory is encrypted only.
@@ -49,6 +51,32 @@ pub fn are_of_the_last_exit() {
         .unwrap();
     finish_io(&mut payload.vcpu);
     assert_eq!(registers.take().unwrap().rflags, regs.rflags | 1);
+}
+
+/// What came with an exit before somebody began to take them may be of before a reset.
+pub fn of_before_are_dropped() {
+    let mut payload = Payload::new(Start::Beat, true);
+    let registers = of(&mut payload);
+    assert_eq!(payload.run(), Did::Beat);
+    registers.request().ask();
+    payload.finish_io();
+    let again = of(&mut payload);
+    assert_eq!(again.take(), None);
+    again.request().ask();
+    finish_io(&mut payload.vcpu);
+    assert!(again.take().is_some());
+}
+
+/// A machine check that is on its way to the guest is an event in flight.
+pub fn say_what_is_in_flight() {
+    let mut payload = Payload::new(Start::Beat, true);
+    let registers = of(&mut payload);
+    assert_eq!(payload.run(), Did::Beat);
+    payload.finish_io();
+    set_mce(&payload.vcpu, &record(Form::AmdAr, TARGET, 8, false)).unwrap();
+    registers.request().ask();
+    finish_io(&mut payload.vcpu);
+    assert!(registers.take().unwrap().event_in_flight);
 }
 
 /// A state that was read with them is the one that KVM is asked for.

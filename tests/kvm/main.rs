@@ -40,6 +40,8 @@ fn main() -> ExitCode {
         embed::the_example_runs_and_is_short needs has_kvm,
         exits::come_when_they_were_asked_for needs has_kvm,
         exits::are_of_the_last_exit needs has_kvm,
+        exits::of_before_are_dropped needs has_kvm,
+        exits::say_what_is_in_flight needs has_kvm,
         exits::make_the_same_state needs has_kvm,
         relayed::a_forged_ar_is_told_by_machine_check needs has_kvm,
         relayed::a_forged_ao_to_oneself_is_logged needs has_kvm,

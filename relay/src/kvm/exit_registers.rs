@@ -49,14 +49,18 @@ impl ExitRegisters {
         Ok(u32::try_from(offered).is_ok_and(|offered| offered & WANTED == WANTED))
     }
 
-    /// Of the vCPU whose `kvm_run` is at `run`; of a VM whose KVM offers them ([`Self::are_offered`]).
+    /// Of the vCPU whose `kvm_run` is at `run`. What came with exits before this is dropped. Where KVM does not offer them
+    /// ([`Self::are_offered`]) a KVM_RUN that is asked for them fails with EINVAL.
     ///
     /// # Safety
     /// `run` is where the vCPU's descriptor is mapped, and stays mapped until this and all of its requests are dropped. Nobody
-    /// else uses `kvm_valid_regs` and `s` of it.
+    /// else reads or writes the fields `kvm_valid_regs` and `s` of it.
     #[must_use]
     pub unsafe fn new(run: *mut libc::c_void) -> Self {
-        Self { run: run.cast() }
+        let new = Self { run: run.cast() };
+        // They may be of before a reset.
+        new.take();
+        new
     }
 
     /// What a kick asks with.
@@ -73,13 +77,15 @@ impl ExitRegisters {
     }
 
     fn asked(&self) -> &AtomicU64 {
-        // SAFETY: within the mapping, by the promise made to `new`. Only requests use it beside this.
+        // SAFETY: within the mapping, by the promise made to `new`: of the process only this and requests use this field, by
+        // atomic accesses, and the kernel reads it.
         unsafe { AtomicU64::from_ptr(&raw mut (*self.run).kvm_valid_regs) }
     }
 
     /// What came with the last KVM_RUN, if it was asked for and nobody has taken it yet. They do not include the state of a
-    /// vCPU that waits ([`VcpuValues::mp_state`]). Call it on the vCPU's thread, between the KVM_RUN and whatever changes
-    /// the vCPU's registers or events; or call it and drop what it returns.
+    /// vCPU that waits ([`VcpuValues::mp_state`]). Call it on the vCPU's thread in each round of its loop, as KVM goes on storing
+    /// them until somebody does: behind the KVM_RUN that completes an exit's I/O, and before whatever changes the vCPU's
+    /// registers or events; or call it then and drop what it returns.
     pub fn take(&self) -> Option<VcpuValues> {
         if !self.are_asked_for() {
             return None;

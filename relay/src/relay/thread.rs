@@ -59,23 +59,25 @@ impl Work {
     /// be until the next time.
     pub(crate) fn turn(&mut self, shared: &Shared) -> Duration {
         let hint = take_signals(shared, &self.slot) | shared.hinted.swap(false, Ordering::Relaxed);
-        let mut pause = self.tell(shared);
+        let mut next = self.tell(shared);
         // After what is known has been told, as a look through much memory takes its time.
         if let Some(search) = self.search.as_mut() {
             if hint {
                 search.hint();
             }
             let found = search.look(shared);
-            let search = search.pause();
+            let search = Instant::now() + search.pause();
             if found {
-                pause = self.tell(shared);
+                next = self.tell(shared);
             }
-            pause = pause.min(search);
+            next = next.min(search);
         }
-        pause
+        // Not a moment later than was promised (`looks_by`), however long the observer and the look took.
+        next.saturating_duration_since(Instant::now())
     }
 
-    fn tell(&mut self, shared: &Shared) -> Duration {
+    /// By when it has to be called again.
+    fn tell(&mut self, shared: &Shared) -> Instant {
         // First what stops vCPUs until it is done, and says which pages there are to be told of.
         if let Some(rescuer) = self.rescuer.as_mut() {
             rescuer.look(shared);
@@ -87,6 +89,7 @@ impl Work {
         }
         // Before the vCPUs are called: what does not go this way is theirs.
         let firmware = self.source.as_mut().map_or(IDLE_TICK, |source| source.look(shared));
+        let firmware = Instant::now() + firmware;
         call_waiting_vcpus(shared, &mut self.call_at).min(firmware)
     }
 }
@@ -154,9 +157,9 @@ fn take_signals(shared: &Shared, slot: &ThreadSlot) -> bool {
     any
 }
 
-/// Calls every vCPU for which something waits, at once for a new error and otherwise at `call_at`. Returns how long the
-/// thread may sleep before the next call is due.
-fn call_waiting_vcpus(shared: &Shared, call_at: &mut Option<Instant>) -> Duration {
+/// Calls every vCPU for which something waits, at once for a new error and otherwise at `call_at`. Returns when the
+/// next call is due.
+fn call_waiting_vcpus(shared: &Shared, call_at: &mut Option<Instant>) -> Instant {
     let mut inner = shared.lock();
     for vcpu in std::mem::take(&mut inner.to_call) {
         inner.call(vcpu);
@@ -164,8 +167,9 @@ fn call_waiting_vcpus(shared: &Shared, call_at: &mut Option<Instant>) -> Duratio
     let news = std::mem::take(&mut inner.news);
     if inner.delivery.is_idle() {
         *call_at = None;
-        inner.looks_by = Some(Instant::now() + IDLE_TICK);
-        return IDLE_TICK;
+        let at = Instant::now() + IDLE_TICK;
+        inner.looks_by = Some(at);
+        return at;
     }
     let (clock, now) = (Instant::now(), shared.now());
     if news || call_at.is_some_and(|at| at <= clock) {
@@ -183,7 +187,7 @@ fn call_waiting_vcpus(shared: &Shared, call_at: &mut Option<Instant>) -> Duratio
     let at = call_at.map_or(clock + next, |at| at.min(clock + next));
     *call_at = Some(at);
     inner.looks_by = Some(at);
-    at - clock
+    at
 }
 
 impl Shared {

@@ -192,7 +192,9 @@ impl Runner<'_> {
                 }
             }
             if self.hook.wants_attention() {
-                if self.incomplete || self.hook.asks_for_registers() {
+                // They come with the KVM_RUN that completes the exit, if there is one.
+                let asks = self.hook.asks_for_registers();
+                if self.incomplete || asks {
                     self.incomplete = true;
                     self.complete();
                     // Completing the exit set and used the byte, so a kick may have been lost with it: look at
