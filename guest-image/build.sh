@@ -2,8 +2,8 @@
 # Builds the guest: target/guest-image/{vmlinuz,vmlinux,initramfs.cpio,initramfs-crash.cpio,version}.
 # The second initramfs is the first and, below /crash, what the agent loads as crash kernel.
 #
-# KERNEL=            the guest's kernel: a package, or the path of a vmlinuz or vmlinux
-#                    (unset: what linux-image-amd64 depends on)
+# KERNEL=            the guest's kernel: a package, of another suite as SUITE:PACKAGE, or the path of a vmlinuz or vmlinux
+#                    (unset: what linux-image-amd64 depends on); kernel.sh has more
 # GUEST_IMAGE_DIR=   where to put it instead, for a second guest beside the first
 #
 # Cheap when nothing has changed, so that every run of the tests can begin with it.

@@ -5,14 +5,15 @@
 #   version   what `uname -r` will say
 #   root/     the package's files (modules, config); empty for a kernel given as a file
 #
-# usage: kernel.sh default | newest | PACKAGE | FILE
+# usage: kernel.sh default | newest | PACKAGE | FILE | SUITE:default | SUITE:newest | SUITE:PACKAGE
 #   default   what linux-image-amd64 depends on (or linux-image-arm64)
 #   newest    the highest version of the full flavour that any package source offers
 #   PACKAGE   e.g. linux-image-6.12-amd64 (the newest image it stands for), or an image package
 #   FILE      a vmlinuz or a vmlinux
+#   SUITE:    of another suite of Debian, trixie-backports:newest say
 #
-# KERNEL_ARCH=arm64: the same for that architecture, packages only. The lists of packages are then some of its own, see
-# foreign.sh.
+# KERNEL_ARCH=arm64: the same for that architecture, packages only. For that and for other suites the lists of packages are
+# some of their own, see foreign.sh.
 #
 # Nothing here knows a kernel version: mirrors drop old ones, so a written-down one stops working.
 set -euo pipefail
@@ -66,6 +67,14 @@ newest() {
             END { out() }' | sort -V | awk 'END { print $2 }'
 }
 
+# The packages that an image package is made of: itself, and where it is empty those with the kernel and its modules.
+parts_of() { # PACKAGE
+    local version=${1#linux-image-}
+    printf '%s\n' "$1"
+    apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^\(Pre-\)\?Depends: *//p' | tr ',' '\n' | awk '{ print $1 }' |
+        grep -xF -e "linux-binary-$version" -e "linux-modules-$version" || true
+}
+
 resolve() { # the image package for the wish; nothing if the lists do not have it
     case $1 in
     default) [ -z "$(candidate "linux-image-$arch")" ] || image_of "linux-image-$arch" ;;
@@ -111,18 +120,23 @@ finish() { # DIRECTORY: moves what is complete into its place, in one step
     mv -T "$tmp" "$1" 2>/dev/null || [ -e "$1/version" ] || die "cannot create $1"
 }
 
-[ $# = 1 ] || die "usage: kernel.sh default | newest | PACKAGE | FILE"
+[ $# = 1 ] || die "usage: kernel.sh default | newest | PACKAGE | FILE | SUITE:default | SUITE:newest | SUITE:PACKAGE"
 mkdir -p "$store"
 case $arch in
-amd64) ;;
-arm64)
-    [ ! -f "$1" ] || die "KERNEL_ARCH=arm64 takes the name of a package, not the file $1"
-    APT_CONFIG=$("$top/guest-image/foreign.sh" arm64)
-    export APT_CONFIG
-    lists=$(dirname "$APT_CONFIG")/state/lists
-    ;;
+amd64 | arm64) ;;
 *) die "KERNEL_ARCH=$arch is not an architecture that this knows; expected amd64 or arm64" ;;
 esac
+suite=
+if [[ $1 =~ ^([a-z][a-z0-9-]*):(.+)$ ]] && [ ! -f "$1" ]; then
+    suite=${BASH_REMATCH[1]}
+    set -- "${BASH_REMATCH[2]}"
+fi
+if [ "$arch" != amd64 ] || [ -n "$suite" ]; then
+    [ ! -f "$1" ] || die "$1 is a file, and packages alone are of another architecture or suite"
+    APT_CONFIG=$("$top/guest-image/foreign.sh" "$arch" ${suite:+"$suite"}) || die "there is no apt for $arch $suite (see above)"
+    export APT_CONFIG
+    lists=$(dirname "$APT_CONFIG")/state/lists
+fi
 
 if [ -f "$1" ]; then
     dir=$store/file-$(sha256sum "$1" | cut -c 1-16)
@@ -146,7 +160,7 @@ case $1 in */*) die "there is no file $1; KERNEL is a package name or the path o
 command -v apt-cache >/dev/null || die "this machine has no apt; give the path of a vmlinuz or vmlinux instead of '$1'"
 
 # What this wish meant last time holds until apt is told something new; asking takes seconds.
-memory=$store/.${APT_CONFIG:+$arch.}$1
+memory=$store/.${APT_CONFIG:+$arch.}${suite:+$suite.}$1
 known=$store/$(cat "$memory" 2>/dev/null || true)
 [ -s "$memory" ] && [ -e "$known/version" ] || known=
 if [ -n "$known" ] && [ -z "$(find "$lists" /etc/apt -newer "$memory" -print -quit 2>/dev/null)" ]; then
@@ -176,7 +190,11 @@ if [ ! -e "$dir/version" ]; then
     tmp=$(mktemp -d "$store/.new.XXXXXX")
     mkdir "$tmp/deb" "$tmp/root"
     # root would otherwise hand the download to the user _apt, who cannot write here
-    fetch() { (cd "$tmp/deb" && apt-get download -qq -o APT::Sandbox::User=root "$image" >&2); }
+    fetch() {
+        local parts
+        mapfile -t parts < <(parts_of "$image")
+        (cd "$tmp/deb" && apt-get download -qq -o APT::Sandbox::User=root "${parts[@]}" >&2)
+    }
     say "downloading $image"
     if ! fetch; then
         update_lists "the download failed, perhaps because the package lists are old" ||
@@ -186,11 +204,17 @@ if [ ! -e "$dir/version" ]; then
         fetch || give_up "cannot download $image; are this machine's package sources reachable?"
     fi
     say "unpacking $image"
-    dpkg-deb -x "$tmp"/deb/*.deb "$tmp/root"
+    for deb in "$tmp"/deb/*.deb; do dpkg-deb -x "$deb" "$tmp/root"; done
     rm -r "$tmp/deb"
-    mv "$tmp"/root/boot/vmlinuz-* "$tmp/vmlinuz"
+    # The newer packages have nothing in /boot.
+    kernel=$(find "$tmp/root/boot" "$tmp/root/usr/lib/modules" "$tmp/root/lib/modules" -maxdepth 2 -type f -name 'vmlinuz*' -print \
+        -quit 2>/dev/null) || true
+    [ -n "$kernel" ] || die "there is no kernel in $image and what it is made of"
+    mv "$kernel" "$tmp/vmlinuz"
     [ "$arch" != amd64 ] || cut_vmlinux "$tmp/vmlinuz" "$tmp/vmlinux"
-    basename "$tmp"/root/boot/config-* | sed 's/^config-//' >"$tmp/version"
+    find "$tmp/root/usr/lib/modules" "$tmp/root/lib/modules" -mindepth 1 -maxdepth 1 -type d -printf '%f\n' -quit 2>/dev/null \
+        >"$tmp/version" || true
+    [ -s "$tmp/version" ] || die "$image has no modules, and so no version"
     chmod 755 "$tmp" # mktemp made it private
     finish "$dir"
 fi
