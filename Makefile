@@ -147,6 +147,7 @@ check:
 	CUSTOM_LIBFUZZER_PATH=/none/libfuzzer.a CARGO_TARGET_DIR=target/fuzz $(CARGO) check --locked --manifest-path tests/fuzz/Cargo.toml
 	tests/portable.sh
 	tests/layers.py
+	tests/contrib.sh
 	$(CARGO) package --quiet --locked --allow-dirty -p mce-relay
 	# It looks at the crates of all platforms, of which a build fetches only its own.
 	@PATH="$$PWD/target/tools/bin:$$PATH"; \
