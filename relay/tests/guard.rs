@@ -231,6 +231,44 @@ fn a_page_that_is_signalled_by_the_devices_mapping_is_the_guests() {
     assert!(is_refused(memory.read_obj(at(5))));
 }
 
+/// As where the hardware finds poison of which the kernel knew nothing: it names one of the page's mappings, and a device has
+/// touched it by the other.
+#[test]
+fn a_touch_that_is_signalled_by_the_guests_mapping_may_be_a_devices() {
+    let Some(marker) = marker() else { return };
+    let memory = shared();
+    let (relay, _events) = relay(&memory);
+    until("the relay's first look, which would find the page, too", || relay.handle().scans() > 0);
+    // It begins to read, and has no page any more.
+    let slice = memory.get_slice(at(9), 8).unwrap();
+    let attempt = Attempt::begin();
+    lose(&marker, &memory, 9);
+    forge::forge(forge::BUS_MCEERR_AR, hva(&memory, 9), 12);
+    assert_eq!(slice.read_obj::<u64>(0).unwrap(), 0, "a scratch page");
+    assert!(!attempt.is_clean() && is_refused(memory.read_obj(at(9))));
+    until("the page is in the ledger", || !relay.pages().is_empty());
+    assert_eq!(relay.pages()[0].gpa, GPA + 9 * PAGE);
+    // Another thread has come to it at the same time.
+    std::thread::scope(|scope| {
+        scope.spawn(|| forge::forge(forge::BUS_MCEERR_AR, hva(&memory, 9), 12));
+    });
+    // A thread whose own code loads from the guest's mapping gets no further: nothing there is made good.
+    // SAFETY: the child makes system calls that are async-signal-safe, and ends.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // The second is handed on: the default action is in force for the third, which a real touch raises by itself.
+        for _ in 0..3 {
+            forge::forge(forge::BUS_MCEERR_AR, hva(&memory, 11), 12);
+        }
+        // SAFETY: takes a number.
+        unsafe { libc::_exit(0) };
+    }
+    let mut status = 0;
+    // SAFETY: of a child of this process, into a local.
+    assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+    assert!(libc::WIFSIGNALED(status) && libc::WTERMSIG(status) == libc::SIGBUS, "{status:#x}");
+}
+
 /// As where a handler was held up for so long that the page was exchanged meanwhile.
 #[test]
 fn a_page_that_is_good_by_now_is_no_failure() {

@@ -603,18 +603,26 @@ pub(super) fn find_at_rest(addr: u64) -> Option<Found> {
     }
 }
 
-/// Whose memory `addr` is in. Async-signal-safe.
+/// Whose memory `addr` is in; of several areas of the same memory one that has a view. Async-signal-safe.
 pub(super) fn find(addr: u64) -> Option<Found> {
     let within = |start: u64, area: &Reading| {
         let at = addr.checked_sub(start)?;
         (start != 0 && at < area.len.load(Ordering::Relaxed)).then_some(at)
     };
-    areas().find_map(|area| {
-        let by_view = within(area.view.load(Ordering::Relaxed), &area).map(|at| (at, true));
+    let mut without_view = None;
+    for area in areas() {
+        let view = area.view.load(Ordering::Relaxed);
+        let by_view = within(view, &area).map(|at| (at, true));
         let found = by_view
             .or_else(|| within(area.hva.load(Ordering::Relaxed), &area).map(|at| (at, false)));
-        found.map(|(at, in_view)| Found { area, at, in_view })
-    })
+        let Some((at, in_view)) = found else { continue };
+        let found = Found { area, at, in_view };
+        if view != 0 {
+            return Some(found);
+        }
+        without_view.get_or_insert(found);
+    }
+    without_view
 }
 
 /// Where the guest has the memory that devices have at `hva`; `hva` itself where that is no view.
@@ -626,6 +634,22 @@ impl Found {
     /// The host address at which the guest has it. Async-signal-safe.
     pub(super) fn hva(&self) -> u64 {
         self.area.hva.load(Ordering::Relaxed) + self.at
+    }
+
+    /// The other address of the same memory, where there is a view. Async-signal-safe.
+    pub(super) fn other_name(&self) -> Option<u64> {
+        match self.area.view.load(Ordering::Relaxed) {
+            0 => None,
+            _ if self.in_view => Some(self.hva()),
+            view => Some(view + self.at),
+        }
+    }
+
+    /// Whether the page of 4 KiB is marked, and whether a relay has looked at it and knows it to be bad. Async-signal-safe.
+    pub(super) fn is_marked(&self) -> (bool, bool) {
+        let page = number(self.at);
+        let any = |bits: Option<&Bits>| bits.is_some_and(|bits| bits.any(page..page + 1));
+        (any(self.area.bits()), any(self.area.known()))
     }
 
     /// Marks the page of 4 KiB. Async-signal-safe.
@@ -716,6 +740,28 @@ mod tests {
             // SAFETY: as above; it is mapped.
             assert_eq!(unsafe { at(offset).read_volatile() }, byte, "{offset:#x}");
         }
+    }
+
+    /// A relay has an area of its own for the memory, and may come to stand before that of the devices.
+    #[test]
+    #[cfg(feature = "vm-memory")]
+    fn an_address_is_found_where_there_is_a_view() {
+        use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+        // SAFETY: takes a string, and gives a new descriptor, which nobody else owns.
+        let file = unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"ram".as_ptr(), 0)) };
+        // SAFETY: takes numbers only.
+        assert_eq!(unsafe { libc::ftruncate(file.as_raw_fd(), 8192) }, 0);
+        let hvas = HVA << 4..(HVA << 4) + 2 * PAGE;
+        let before = register(&hvas, 12).unwrap();
+        let viewed = register_with_view(&hvas, 12, file.as_raw_fd(), 0).unwrap();
+        let behind = register(&hvas, 12).unwrap();
+        let other = || find(hvas.start + 5000).unwrap().other_name();
+        assert_eq!(other(), viewed.view().map(|view| view + 5000));
+        drop(before);
+        assert!(other().is_some());
+        drop(viewed);
+        assert_eq!(other(), None);
+        drop(behind);
     }
 
     #[test]

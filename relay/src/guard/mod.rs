@@ -48,4 +48,4 @@ pub(crate) use attempt::set_wake;
 pub use copy::{BadMemory, Word, compare_exchange, load, read, store, write};
 #[cfg(feature = "vm-memory")]
 pub use region::GuardedRegion;
-pub(crate) use taken::{Touched, guest_ram, recover};
+pub(crate) use taken::{Touched, guest_ram, recover, recover_by_other_name};

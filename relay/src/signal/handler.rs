@@ -45,12 +45,13 @@ pub enum Handled {
     NotOurs,
 }
 
-/// Shows the relay a SIGBUS. A host's own handler calls it first. Async-signal-safe: a few plain atomic stores, no
-/// system call.
+/// Shows the relay a SIGBUS. A host's own handler calls it first. Async-signal-safe: a few plain atomic stores, and mmap(2) where
+/// a view of guest memory gets a scratch page.
 ///
 /// An AO is always taken, on any thread; one of memory that is not the guest's is reported as the event
 /// [`Outside`](crate::Event::Outside). An AR is taken on a thread that takes part (a vCPU's with its port); on any
-/// other thread nothing could be done about it. If it turns out not to be of guest RAM, the signal is sent to the
+/// other thread only a touch by a view of guest memory or by a copy of [`guard`](crate::guard) can be made good, and where there
+/// is a view an AR that names the guest's own mapping may be one, so the first of a page is taken. If it turns out not to be of guest RAM, the signal is sent to the
 /// thread again, and this returns `NotOurs` for it then. It returns `NotOurs`, too, for an AR that repeats without a
 /// call of [`VcpuPort::before_run`](crate::VcpuPort::before_run) in between: the thread's own code loads from the bad
 /// page. [`handle_in`] can do more for such code.
@@ -224,13 +225,19 @@ fn store(mce: &MceInfo, context: *mut c_void) -> bool {
             process.orphans.store(caught);
             true
         }
+        (FailureKind::ActionRequired, _) => goes_on(guard::recover_by_other_name(addr, lsb), lsb),
         _ => false,
     }
 }
 
-/// Whether the calling thread, which has touched `addr`, goes on all the same: see [`guard`]. A relay looks at the page.
+/// Whether the calling thread, which has touched `addr`, goes on all the same: see [`guard`].
 fn recover(addr: u64, lsb: u8, context: *mut c_void) -> bool {
-    let Touched::GoesOn(hva) = guard::recover(addr, lsb, context) else { return false };
+    goes_on(guard::recover(addr, lsb, context), lsb)
+}
+
+/// Whether the thread goes on. A relay looks at the page.
+fn goes_on(touched: Touched, lsb: u8) -> bool {
+    let Touched::GoesOn(hva) = touched else { return false };
     if let (Some(hva), Some(process)) = (hva, PROCESS.get()) {
         process.orphans.store(Caught { kind: FailureKind::ActionRequired, hva, lsb });
     }
