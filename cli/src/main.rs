@@ -65,7 +65,12 @@ fn main() -> ExitCode {
 /// Reads the command line on a thread of its own: the stack that it takes, more than a VM's main thread needs, is given
 /// back with the thread.
 fn read_command_line() -> Cli {
-    match thread::Builder::new().spawn(commands::parse) {
+    const STACK: usize = 2 << 20; // whatever RUST_MIN_STACK says
+    match thread::Builder::new()
+        .name("command-line".into())
+        .stack_size(STACK)
+        .spawn(commands::parse)
+    {
         Ok(reader) => reader.join().unwrap_or_else(|panic| resume_unwind(panic)),
         Err(_) => commands::parse(),
     }

@@ -1,6 +1,7 @@
 //! Gives back what the start of the program has taken of memory, and a running VM does not need.
 
 use std::io;
+use std::ops::Range;
 
 use super::allocator;
 
@@ -16,35 +17,51 @@ unsafe extern "C" {
 ///
 /// What is used after that is mapped again when it is touched, from the host's page cache, where it has been all the
 /// time. So what read the command line is no part of the process any more, and what the VM uses until its guest runs is
-/// mapped by then. Under a debugger only the heap's memory is given back.
+/// mapped by then. Code that somebody has written to since (a debugger's breakpoints, uprobes) stays as it is, and all of it
+/// where that cannot be seen.
 pub fn give_back() {
     allocator::give_back();
-    if is_traced() {
-        return;
-    }
     let (start, end) = (&raw const __ehdr_start, &raw const etext);
-    // SAFETY: it asks for a constant of the system.
-    let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    let Some(page) = usize::try_from(page).ok().filter(|page| page.is_power_of_two()) else {
-        return;
+    let smaps = match std::fs::read_to_string("/proc/self/smaps") {
+        Ok(smaps) => smaps,
+        Err(error) => {
+            log::debug!("the code that is not used stays mapped: /proc/self/smaps: {error}");
+            return;
+        }
     };
-    // The page of the last byte may have something else behind it.
-    let len = end.addr().saturating_sub(start.addr()) & !(page - 1);
-    // SAFETY: these are mappings of the program's file that nobody writes to (what the start relocates and all
-    // variables are behind them), so the kernel maps the same bytes again. It changes no mapping.
-    let done = unsafe { libc::madvise(start.cast_mut().cast(), len, libc::MADV_DONTNEED) };
-    if done != 0 {
-        log::debug!("the code that is not used stays mapped: {}", io::Error::last_os_error());
+    for mapping in as_in_the_file(&smaps, &(start.addr()..end.addr())) {
+        let len = mapping.end - mapping.start;
+        let at = start.cast_mut().wrapping_add(mapping.start - start.addr());
+        // SAFETY: a mapping of the program's file, of which nobody has written to a byte and which cannot be written to, so
+        // the kernel maps the same bytes again. It changes no mapping.
+        let done = unsafe { libc::madvise(at.cast(), len, libc::MADV_DONTNEED) };
+        if done != 0 {
+            log::debug!("the code that is not used stays mapped: {}", io::Error::last_os_error());
+        }
     }
 }
 
-/// Whether a debugger is at work: it writes its breakpoints into the code, and they would be lost.
-fn is_traced() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix("TracerPid:"))
-        .is_some_and(|pid| pid.trim() != "0")
+/// Of `smaps`, the mappings that are within `range` and have the bytes of a file, none of which is or can be changed.
+fn as_in_the_file(smaps: &str, range: &Range<usize>) -> Vec<Range<usize>> {
+    let mut found = Vec::new();
+    let mut mapping = None;
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match (words.next(), words.next()) {
+            (Some("Anonymous:"), Some("0")) => found.extend(mapping.take()),
+            // Address, rights, offset, device, inode and name.
+            (Some(first), Some(rights)) if !first.ends_with(':') => {
+                let address = |text| usize::from_str_radix(text, 16).ok();
+                mapping = first
+                    .split_once('-')
+                    .and_then(|(start, end)| Some(address(start)?..address(end)?))
+                    .filter(|it| it.start >= range.start && it.start < range.end)
+                    .filter(|_| !rights.contains('w') && words.nth(3).is_some());
+            }
+            _ => {}
+        }
+    }
+    found
 }
 
 #[cfg(test)]
@@ -83,10 +100,28 @@ mod tests {
         let after = mapped();
         assert_eq!(kept, ["CODE", "CONSTANTS", "HEAP"]);
         assert_eq!(WORDS.concat(), "codeconstantsheap");
-        if is_traced() {
-            println!("skipped: a debugger keeps the code mapped");
-        } else {
-            assert!(after < before, "{before} kB before, {after} kB after");
-        }
+        assert!(after < before, "{before} kB before, {after} kB after");
+    }
+
+    #[test]
+    fn what_was_written_to_stays() {
+        let smaps = "\
+55d0a000-55d0b000 r--p 00000000 fe:00 12 /usr/bin/mce-relay
+Rss:                   4 kB
+Anonymous:             0 kB
+55d0b000-55d0d000 r-xp 00001000 fe:00 12 /usr/bin/mce-relay
+Rss:                   8 kB
+Anonymous:             4 kB
+55d0d000-55d0e000 rw-p 00003000 fe:00 12 /usr/bin/mce-relay
+Anonymous:             0 kB
+55d0e000-55d0f000 r-xp 00000000 00:00 0
+Anonymous:             0 kB
+55d0f000-55d10000 r--p 00000000 fe:00 12 /usr/bin/mce-relay
+Anonymous:             0 kB
+";
+        let of = |end| as_in_the_file(smaps, &(0x55d0_a000..end));
+        assert_eq!(of(0x55d0_f000), vec![0x55d0_a000_usize..0x55d0_b000]);
+        assert_eq!(of(0x55d0_f001).len(), 2);
+        assert!(as_in_the_file("", &(0..usize::MAX)).is_empty());
     }
 }
