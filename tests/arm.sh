@@ -17,7 +17,7 @@ available() { [ -d "$(rustc --print target-libdir --target $triple 2>/dev/null)"
 available || timeout 180 rustup target add $triple >/dev/null 2>&1 || true
 available || skip "this toolchain has no library for them (rustup target add $triple)"
 NEED='aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu /usr/aarch64-linux-gnu/lib/libc.a:libc6-dev-arm64-cross' tests/lab/setup.sh ||
-    skip 'the linker gcc-aarch64-linux-gnu could not be installed (see above)'
+    skip 'the linker gcc-aarch64-linux-gnu, or what all labs need, could not be installed (see above)'
 status=0
 tests/lab/aarch64.sh --setup || status=$?
 [ "$status" != 77 ] || skip 'qemu-system-aarch64 or a kernel for it cannot be had (see above)'
@@ -25,7 +25,10 @@ tests/lab/aarch64.sh --setup || status=$?
 
 # Static: that host has no libraries. Feature kvm has nothing in it for that architecture, and the example embed needs it.
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS='-C target-feature=+crt-static'
+# By RUSTFLAGS, which would win over those of the target alone; and where the host finds them, and as is read here.
+unset CARGO_ENCODED_RUSTFLAGS
+export RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static"
+export CARGO_TARGET_DIR=$PWD/target CARGO_TERM_COLOR=never CARGO_TERM_QUIET=false
 what=(--release --locked -p mce-relay --target $triple --features "forge,internals,serde,seccompiler,vm-memory")
 cargo build "${what[@]}" --examples || exit 1 # one of them is run by a test
 built=$(cargo test "${what[@]}" --no-run --lib --tests 2>&1)

@@ -33,8 +33,10 @@ missing() { say "error: $*"; exit 77; }
 [[ ${LAB_MEMORY:=2G} =~ ^[1-9][0-9]*[MG]$ ]] || fail "LAB_MEMORY=$LAB_MEMORY is not a size such as 2G or 2048M"
 NEED="qemu-system-aarch64:qemu-system-arm dpkg-deb:dpkg" "$here/setup.sh" ||
     missing "qemu-system-aarch64 could not be installed (see above)"
+KERNEL_ARCH=arm64 "$top/guest-image/kernel.sh" "${LAB_KERNEL:-newest}" >/dev/null ||
+    missing "a kernel for arm64 could not be had (see above)"
 LAB_ARCH=arm64 LAB_MODULES='9pnet_virtio 9p hwpoison-inject' LAB_OUT=$lab/host "$here/build.sh" ||
-    missing "a kernel for arm64 with memory failure could not be had (see above)"
+    fail "the lab could not be built (see above)"
 [ "$1" != --setup ] || exit 0
 exec 8>"$lab/.lock"
 flock -n 8 || { say "another run is under way in this checkout, waiting for it"; flock 8; }

@@ -28,15 +28,22 @@ version=$(cat "$kernel/version")
 busybox=$(command -v busybox)
 if [ "${LAB_ARCH:-amd64}" != amd64 ]; then
     store=$top/target/kernels/busybox-$LAB_ARCH
-    busybox=$store/bin/busybox
-    if [ ! -x "$busybox" ]; then
+    if [ ! -x "$store/busybox" ]; then
         APT_CONFIG=$("$top/guest-image/foreign.sh" "$LAB_ARCH")
         fetched=$(mktemp -d)
+        trap 'rm -rf "$fetched"' EXIT
         (cd "$fetched" && APT_CONFIG=$APT_CONFIG apt-get download -qq busybox-static >&2) ||
             die "cannot download busybox-static for $LAB_ARCH; are this machine's package sources reachable?"
-        dpkg-deb -x "$fetched"/*.deb "$store"
+        dpkg-deb -x "$fetched"/*.deb "$fetched/root"
+        # In /bin, or in newer packages in /usr/bin.
+        found=$(find "$fetched/root" -path '*/bin/busybox' -type f -print -quit)
+        [ -n "$found" ] || die "busybox-static for $LAB_ARCH has no busybox"
+        mkdir -p "$store"
+        mv "$found" "$store/busybox.new.$$" && mv "$store/busybox.new.$$" "$store/busybox"
         rm -r "$fetched"
+        trap - EXIT
     fi
+    busybox=$store/busybox
 fi
 
 # The stamp goes first and comes back last: an interrupted run is then seen as out of date.
