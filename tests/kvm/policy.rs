@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use mce_relay::State;
+use mce_relay_tests::hooked::SPIN;
 use mce_relay_vmm::api::types::pause::{PauseReason, Undeliverable};
 use serde_json::Value;
 
@@ -12,8 +13,8 @@ use crate::whole::Vmm;
 
 /// The page that the guest touches.
 const GPA: u64 = 0x100_0000;
-/// 1: mov al, [GPA]; jmp 1b.
-const TOUCH: [u8; 7] = [0xa0, 0, 0, 0, 0x01, 0xeb, 0xf9];
+/// 1: mov al, [GPA]; pause; jmp 1b.
+const TOUCH: [u8; 9] = [0xa0, 0, 0, 0, 0x01, 0xf3, 0x90, 0xeb, 0xf7];
 
 /// A guest that touches its page again and again, with that page gone bad. The second vCPU waits for
 /// its start-up IPI. The bad page is bad as long as the second value lives.
@@ -98,7 +99,7 @@ pub fn pause_holds_the_vm_and_resume_tries_again() {
 
 pub fn pause_and_resume_as_often_as_one_likes() {
     // Nothing is bad here: the guest only spins.
-    let mut vmm = Vmm::start(&[0xeb, 0xfe], &["--cpus", "2"]);
+    let mut vmm = Vmm::start(&SPIN, &["--cpus", "2"]);
     vmm.info(|_| true);
     for _ in 0..10 {
         vmm.put("vm.pause");
