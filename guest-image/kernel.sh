@@ -67,12 +67,12 @@ newest() {
             END { out() }' | sort -V | awk 'END { print $2 }'
 }
 
-# The packages that an image package is made of: itself, and where it is empty those with the kernel and its modules.
+# The packages that an image package is made of: itself, and where it is empty those with the kernel, its modules and their lists.
 parts_of() { # PACKAGE
     local version=${1#linux-image-}
     printf '%s\n' "$1"
     apt-cache show --no-all-versions "$1" 2>/dev/null | sed -n 's/^\(Pre-\)\?Depends: *//p' | tr ',' '\n' | awk '{ print $1 }' |
-        grep -xF -e "linux-binary-$version" -e "linux-modules-$version" || true
+        grep -xF -e "linux-binary-$version" -e "linux-modules-$version" -e "linux-base-$version" || true
 }
 
 resolve() { # the image package for the wish; nothing if the lists do not have it
