@@ -12,6 +12,8 @@ help:
 	@echo '                    HOST=intel CMD="…" runs it on an Intel host, with what LAB_FILES names; HOST=aarch64 CMD="…" on an Arm one'
 	@echo 'make soak           hours: large bursts, random poison and touches (SOAK_MINUTES, 10; SOAK_SEED), then'
 	@echo '                    the scenarios over and over (SOAK_ROUNDS, 10)'
+	@echo 'make intel          tier 2 and the scenarios on the emulated Intel host: an hour (TESTS="ao::amd_two_vcpus …")'
+	@echo 'make matrix         a handful of scenarios on each host kernel under each guest kernel, into docs/kernels.md'
 	@echo 'make arm            the component on an emulated aarch64 host: its tests, with real poison'
 	@echo 'make bench          figures beside QEMU and beside the physical floor (FIGURES="criterion boot …"): target/bench/'
 	@echo 'make fuzz           each fuzz target for a minute (FUZZ_SECONDS, 60; TARGETS="siginfo intervals …")'
@@ -92,6 +94,12 @@ bench: build dist guest-image lab-image
 	$(CARGO) build --release --locked -p mce-relay-bench
 	@NEED=valgrind tests/lab/setup.sh
 	FIGURES='$(FIGURES)' bench/run.sh
+
+intel: build guest-image
+	tests/intel.sh $(TESTS)
+
+matrix: build
+	tests/matrix.sh
 
 # Cross-built, so nothing of `build` is needed.
 arm:
@@ -178,4 +186,4 @@ drawing:
 clean:
 	rm -rf target
 
-.PHONY: help setup judges build dist guest-image guest-image-debian lab-image run test soak arm bench fuzz peer lab emulators drawing check tools clean
+.PHONY: help setup judges build dist guest-image guest-image-debian lab-image run test soak intel matrix arm bench fuzz peer lab emulators drawing check tools clean

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What takes too long for `make test`: a minute of 1,000 events a second and random histories, on this machine; then in the lab
 # large bursts, and random poison and touches on guests with four vCPUs; then the scenarios over and over,
-# as what happens once in a hundred times happens here; and the component on an aarch64 host.
+# as what happens once in a hundred times happens here; the component on an aarch64 host; tier 2
+# and the scenarios on an Intel host; and a few of them with every kernel.
 # SOAK_MINUTES   of random poison, for each of its guests (10)
 # SOAK_SEED      for the same random choices as in an earlier run
 # SOAK_ROUNDS    of the scenarios (10); 0 leaves them out
@@ -57,9 +58,11 @@ done
 for ((round = 1; round <= rounds; round++)); do
     LAB_TIMEOUT=3600 in_lab "round $round of $rounds" "$scenarios"
 done
-echo "==== make arm" >&2
-all=$((all + 1))
-tests/arm.sh || { failed=$((failed + 1)); failures+=("make arm"); }
+for other in arm intel matrix; do
+    echo "==== make $other" >&2
+    all=$((all + 1))
+    "tests/$other.sh" || { failed=$((failed + 1)); failures+=("make $other"); }
+done
 [ $failed = 0 ] || printf 'failed: %s\n' "${failures[@]}"
 echo "$((all - failed)) runs passed, $failed failed"
 [ "$failed" = 0 ]
