@@ -16,11 +16,17 @@ fn of(payload: &mut Payload) -> ExitRegisters {
     unsafe { ExitRegisters::new(run.cast()) }
 }
 
-pub fn come_when_they_were_asked_for() {
+/// A payload at its first beat, and the registers of its exits.
+fn at_a_beat() -> (Payload, ExitRegisters) {
     let mut payload = Payload::new(Start::Beat, true);
     let registers = of(&mut payload);
-    let request = registers.request();
     assert_eq!(payload.run(), Did::Beat);
+    (payload, registers)
+}
+
+pub fn come_when_they_were_asked_for() {
+    let (mut payload, registers) = at_a_beat();
+    let request = registers.request();
     assert_eq!(registers.take(), None, "nobody has asked");
 
     request.ask();
@@ -38,26 +44,19 @@ pub fn come_when_they_were_asked_for() {
 
 /// Asked for at one exit and taken at another, they are the later one's.
 pub fn are_of_the_last_exit() {
-    let mut payload = Payload::new(Start::Beat, true);
-    let registers = of(&mut payload);
-    assert_eq!(payload.run(), Did::Beat);
+    let (mut payload, registers) = at_a_beat();
     registers.request().ask();
     payload.finish_io();
     let regs = payload.vcpu.get_regs().unwrap();
-    let elsewhere = regs.rax ^ 1;
-    payload
-        .vcpu
-        .set_regs(&kvm_bindings::kvm_regs { rflags: regs.rflags | 1, rax: elsewhere, ..regs })
-        .unwrap();
+    let changed = kvm_bindings::kvm_regs { rflags: regs.rflags | 1, ..regs };
+    payload.vcpu.set_regs(&changed).unwrap();
     finish_io(&mut payload.vcpu);
     assert_eq!(registers.take().unwrap().rflags, regs.rflags | 1);
 }
 
 /// What came with an exit before somebody began to take them may be of before a reset.
 pub fn of_before_are_dropped() {
-    let mut payload = Payload::new(Start::Beat, true);
-    let registers = of(&mut payload);
-    assert_eq!(payload.run(), Did::Beat);
+    let (mut payload, registers) = at_a_beat();
     registers.request().ask();
     payload.finish_io();
     let again = of(&mut payload);
@@ -69,9 +68,7 @@ pub fn of_before_are_dropped() {
 
 /// A machine check that is on its way to the guest is an event in flight.
 pub fn say_what_is_in_flight() {
-    let mut payload = Payload::new(Start::Beat, true);
-    let registers = of(&mut payload);
-    assert_eq!(payload.run(), Did::Beat);
+    let (mut payload, registers) = at_a_beat();
     payload.finish_io();
     set_mce(&payload.vcpu, &record(Form::AmdAr, TARGET, 8, false)).unwrap();
     registers.request().ask();
@@ -81,9 +78,7 @@ pub fn say_what_is_in_flight() {
 
 /// A state that was read with them is the one that KVM is asked for.
 pub fn make_the_same_state() {
-    let mut payload = Payload::new(Start::Beat, true);
-    let registers = of(&mut payload);
-    assert_eq!(payload.run(), Did::Beat);
+    let (mut payload, registers) = at_a_beat();
     for interrupts in [false, true] {
         payload.finish_io();
         let regs = payload.vcpu.get_regs().unwrap();
