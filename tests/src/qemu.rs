@@ -100,8 +100,8 @@ impl Machine {
         match self {
             Self::Q35 => &KVM,
             Self::Pc => &["-machine", "pc,accel=kvm,memory-backend=ram"],
-            // With the firmware that QEMU means for it; its second serial port is for the agent. Without ACPI:
-            // in the lab its guest stands still with it, before it has a timer.
+            // With the firmware that QEMU means for it; its second serial port is for the agent. Without ACPI, whose
+            // set-up it saves.
             Self::Microvm => &["-machine", "microvm,accel=kvm,memory-backend=ram,rtc=on,acpi=off"],
         }
     }

@@ -18,14 +18,17 @@ use self::disk::{Disk, DiskError};
 use self::reader::Reader;
 use self::request::{MAX_DISCARD_SECTORS, SEGMENT_MAX, Work};
 use super::config_space::ConfigSpace;
-use super::device::{Active, Device, DeviceError, Served, Turn};
+use super::device::{Active, Device, DeviceError, Served, Server, Turn};
+use super::queue::Request;
 use crate::config::DeviceConfig;
+use crate::machine::memory::DeviceMemory;
 use crate::sandbox::role::Role;
 use crate::sandbox::seccomp::Filters;
 
 pub mod buffer;
 pub mod disk;
 mod lock;
+mod places;
 pub mod qcow2;
 mod reader;
 mod request;
@@ -88,7 +91,7 @@ impl Blk {
     /// # Errors
     /// There are no more threads.
     pub fn with_a_second_thread(mut self, filters: &Filters) -> io::Result<Self> {
-        if lock(&self.disk).copies_into_place() {
+        if lock(&self.disk).copied_from().is_some() {
             self.work.set_reader(Reader::of_two(filters)?);
         }
         Ok(self)
@@ -151,19 +154,17 @@ impl Device for Blk {
         // A driver that has not taken it expects each write to be on the disk when it is done.
         let writes_through = !active.has_feature(VIRTIO_BLK_F_FLUSH);
         let mut disk = lock(&self.disk);
-        let work = &mut self.work;
-        let begun = Instant::now();
-        let (mut is_over, mut is_cut) = (false, false);
-        let turn = active.serve(index, |memory, request| {
-            if is_over {
-                is_cut = true;
-                return Ok(Served::Later);
-            }
-            let written = work.serve(&mut disk, memory, request, writes_through);
-            is_over = begun.elapsed() >= TURN;
-            Ok(Served::Done(written))
-        })?;
-        Ok(if is_cut { Turn::Again } else { turn })
+        let _rest = self.work.begin_turn();
+        let mut requests = Requests {
+            disk: &mut disk,
+            work: &mut self.work,
+            writes_through,
+            begun: Instant::now(),
+            is_over: false,
+            is_cut: false,
+        };
+        let turn = active.serve_by(index, &mut requests)?;
+        Ok(if requests.is_cut { Turn::Again } else { turn })
     }
 
     fn stop(&mut self) {
@@ -172,6 +173,38 @@ impl Device for Blk {
         if let Err(error) = lock(&self.disk).settle() {
             log::warn!("virtio-blk: what was written last may be missing on the disk: {error}");
         }
+    }
+}
+
+/// The requests of a turn.
+struct Requests<'a> {
+    disk: &'a mut Disk,
+    work: &'a mut Work,
+    writes_through: bool,
+    begun: Instant,
+    /// No more is begun.
+    is_over: bool,
+    /// There was more.
+    is_cut: bool,
+}
+
+impl Server for Requests<'_> {
+    fn begin(&mut self, memory: &DeviceMemory, request: &Request) -> Result<Served, DeviceError> {
+        if self.is_over {
+            self.is_cut = true;
+            return Ok(Served::Later);
+        }
+        let served = self.work.begin(self.disk, memory, request, self.writes_through);
+        self.is_over = self.begun.elapsed() >= TURN;
+        Ok(served)
+    }
+
+    fn is_full(&self) -> bool {
+        self.work.is_full()
+    }
+
+    fn finish(&mut self, memory: &DeviceMemory) -> Option<(Request, u32)> {
+        self.work.finish(self.disk, memory)
     }
 }
 

@@ -52,6 +52,8 @@ pub enum Served {
     Done(u32),
     /// It stays in the queue, and the device has itself called by [`Device::waits_for`] when it can go on.
     Later,
+    /// It is given back by [`Server::finish`].
+    InHand,
 }
 
 /// A descriptor to wait for, or what has come of it.
@@ -187,24 +189,50 @@ impl Active {
     pub fn serve(
         &mut self,
         index: usize,
-        mut handle: impl FnMut(&DeviceMemory, &Request) -> Result<Served, DeviceError>,
+        handle: impl FnMut(&DeviceMemory, &Request) -> Result<Served, DeviceError>,
+    ) -> Result<Turn, DeviceError> {
+        self.serve_by(index, &mut OneByOne(handle))
+    }
+
+    /// As [`Self::serve`], by a server that may have several requests in hand.
+    ///
+    /// # Errors
+    /// As there. The server may have requests in hand then.
+    pub fn serve_by(
+        &mut self,
+        index: usize,
+        server: &mut impl Server,
     ) -> Result<Turn, DeviceError> {
         let Self { memory, interrupt, queues, .. } = self;
         let Some(Some(queue)) = queues.get_mut(index) else { return Ok(Turn::Done) };
         let (mut used, mut waits) = (false, false);
         queue.disable_kicks(memory)?;
-        for _ in 0..queue.entries() {
-            let Some(request) = queue.pop(memory)? else { break };
-            match handle(memory, &request)? {
-                Served::Done(written) => {
-                    queue.push(memory, &request, written)?;
-                    used = true;
+        let mut left = queue.entries();
+        loop {
+            let request = if left > 0 && !waits { queue.pop(memory)? } else { None };
+            if let Some(request) = request {
+                left -= 1;
+                match server.begin(memory, &request)? {
+                    Served::Done(written) => {
+                        queue.push(memory, &request, written)?;
+                        used = true;
+                    }
+                    Served::Later => {
+                        queue.put_back();
+                        waits = true;
+                    }
+                    Served::InHand => {}
                 }
-                Served::Later => {
-                    queue.put_back();
-                    waits = true;
-                    break;
+                if !server.is_full() {
+                    continue;
                 }
+            }
+            let Some((request, written)) = server.finish(memory) else { break };
+            queue.push(memory, &request, written)?;
+            // The driver gets its next one ready while the others are worked on.
+            used = !queue.needs_interrupt(memory)?;
+            if !used {
+                interrupt.used();
             }
         }
         if used && queue.needs_interrupt(memory)? {
@@ -212,5 +240,36 @@ impl Active {
         }
         let more = queue.enable_kicks(memory)?;
         Ok(if more && !waits { Turn::Again } else { Turn::Done })
+    }
+}
+
+/// What serves the requests of a queue.
+pub trait Server {
+    /// Does what `request` asks for, or begins with it.
+    ///
+    /// # Errors
+    /// The device cannot go on.
+    fn begin(&mut self, memory: &DeviceMemory, request: &Request) -> Result<Served, DeviceError>;
+
+    /// Whether one in hand is to be finished before the next is begun.
+    fn is_full(&self) -> bool {
+        false
+    }
+
+    /// Works on those in hand until the oldest is done, also if it failed; so many bytes were written to its buffers.
+    /// `None` if there is none.
+    fn finish(&mut self, _memory: &DeviceMemory) -> Option<(Request, u32)> {
+        None
+    }
+}
+
+struct OneByOne<F>(F);
+
+impl<F> Server for OneByOne<F>
+where
+    F: FnMut(&DeviceMemory, &Request) -> Result<Served, DeviceError>,
+{
+    fn begin(&mut self, memory: &DeviceMemory, request: &Request) -> Result<Served, DeviceError> {
+        (self.0)(memory, request)
     }
 }

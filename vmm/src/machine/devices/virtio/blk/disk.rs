@@ -7,15 +7,11 @@ use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::buffer::Buffer;
 use super::lock::{self, Locked};
 use super::qcow2;
-use super::reader::Reader;
 use crate::config::{DiskConfig, ImageType};
-use crate::machine::devices::virtio::queue::Segment;
-use crate::machine::memory::DeviceMemory;
 
 /// Bytes in a sector of the protocol.
 const SECTOR: u64 = 512;
@@ -216,34 +212,14 @@ impl Disk {
         &self.id
     }
 
-    /// Whether the kernel can put what is read into the guest's memory by itself. Not by direct I/O: it
+    /// The file, if the kernel can put what is read into the guest's memory by itself. Not by direct I/O: it
     /// writes to the pages that were there when the read began, and a huge page may be replaced meanwhile.
     #[must_use]
-    pub fn copies_into_place(&self) -> bool {
-        matches!(self.image, Image::Raw { .. }) && !self.direct
-    }
-
-    /// Has `reader` read what is at `at` into the first `len` bytes of `segments`.
-    ///
-    /// # Errors
-    /// The disk's, EFAULT where a page is bad; some may have been read.
-    pub(super) fn read_into(
-        &self,
-        at: u64,
-        memory: &DeviceMemory,
-        segments: &[Segment],
-        len: u64,
-        reader: &mut Reader,
-    ) -> io::Result<()> {
-        let Image::Raw { file, .. } = &self.image else {
-            return Err(io::ErrorKind::Unsupported.into());
-        };
-        let places = host_places(memory, segments, len)?;
-        reader.read(file, at, &places).inspect_err(|error| {
-            if error.raw_os_error() == Some(libc::EFAULT) {
-                find_bad_page(&places);
-            }
-        })
+    pub fn copied_from(&self) -> Option<&File> {
+        match &self.image {
+            Image::Raw { file, .. } if !self.direct => Some(file),
+            _ => None,
+        }
     }
 
     /// Reads what is at `at` into `bytes`.
@@ -473,30 +449,6 @@ fn punch(file: &File, at: u64, len: u64) -> io::Result<()> {
     fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, at, len)
 }
 
-/// The host addresses at which the guest has the first `len` bytes of `segments`.
-fn host_places(
-    memory: &DeviceMemory,
-    segments: &[Segment],
-    len: u64,
-) -> io::Result<Vec<libc::iovec>> {
-    let (mut places, mut left) = (Vec::new(), len);
-    for segment in segments {
-        let (mut addr, mut rest) = (segment.addr.0, u64::from(segment.len).min(left));
-        left -= rest;
-        while rest > 0 {
-            let not_ram = || io::Error::from_raw_os_error(libc::EFAULT);
-            let (region, at) = memory.to_region_addr(GuestAddress(addr)).ok_or_else(not_ram)?;
-            let some = rest.min(region.len() - at.0);
-            let iov_base = region.get_host_address(at).map_err(io::Error::other)?.cast();
-            let iov_len = usize::try_from(some).map_err(io::Error::other)?;
-            places.push(libc::iovec { iov_base, iov_len });
-            addr += some;
-            rest -= some;
-        }
-    }
-    if left == 0 { Ok(places) } else { Err(io::ErrorKind::InvalidInput.into()) }
-}
-
 /// The image at `path`, whoever has it open.
 #[cfg(test)]
 pub(super) fn tests_only_open(path: &Path) -> imago::FormatAccess<imago::file::File> {
@@ -505,27 +457,4 @@ pub(super) fn tests_only_open(path: &Path) -> imago::FormatAccess<imago::file::F
     let file = imago::file::File::try_from(file).unwrap();
     let builder = imago::qcow2::Qcow2::<imago::file::File>::builder(file).write(true);
     imago::FormatAccess::new(builder.open(imago::DenyImplicitOpenGate::default()).unwrap())
-}
-
-/// Whether the page may be read at all, be it bad: a stretch that was taken out of guest memory may not.
-fn is_mapped(page: *const u8) -> bool {
-    // SAFETY: advice on a page of guest memory, which changes nothing.
-    let asked = unsafe { libc::madvise(page.cast_mut().cast(), 1, libc::MADV_POPULATE_READ) };
-    asked == 0 || io::Error::last_os_error().raw_os_error() == Some(libc::EHWPOISON)
-}
-
-/// The kernel did not say which page it was, nor whom it told: each is touched, so that the relay learns of it.
-fn find_bad_page(places: &[libc::iovec]) {
-    const PAGE: usize = 4096;
-    for place in places {
-        let start: *const u8 = place.iov_base.cast();
-        let first = start.map_addr(|addr| addr & !(PAGE - 1));
-        for at in (0..place.iov_len + PAGE).step_by(PAGE) {
-            let page = first.wrapping_add(at);
-            if page.addr() < start.addr() + place.iov_len && is_mapped(page) {
-                // SAFETY: a byte of guest memory, within the page that the place begins or goes on in; it may be read.
-                let _ = unsafe { mce_relay::guard::read(page, &mut [0]) };
-            }
-        }
-    }
 }

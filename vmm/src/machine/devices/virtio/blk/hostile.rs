@@ -18,6 +18,8 @@ use mce_relay::signal::{Signals, set_up};
 use virtio_bindings::virtio_mmio::VIRTIO_MMIO_STATUS;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::places::host_places;
+use super::reader::read_now;
 use super::tests::device_of;
 use super::*;
 use crate::config::{DiskConfig, ImageType, MemoryZone};
@@ -232,7 +234,9 @@ fn a_read_into_memory_that_was_taken_out_fails() {
     let status = child(|| {
         let disk = Disk::open(&config(&image, ImageType::Raw)).unwrap();
         let segment = Segment { addr: GuestAddress(gone), len: 512 };
-        i32::from(disk.read_into(0, ram.devices(), &[segment], 512, &mut Reader::default()).is_ok())
+        let places = host_places(ram.devices(), &[segment], 512).unwrap();
+        let done = read_now(disk.copied_from().unwrap(), 0, &places);
+        i32::from(request::found(done, &places).is_ok())
     });
     assert_eq!(status, 0, "wait status: signal {}", status & 0x7f);
 }

@@ -1,9 +1,11 @@
-//! Reads long stretches of a file into guest memory by two threads: the kernel's copy of one of them is what such a read
-//! takes, when the file is in the page cache.
+//! Reads a file into guest memory by two threads, several reads at a time: the kernel's copy of one of them is what a long
+//! read takes, when the file is in the page cache.
 //!
-//! Whichever thread is free takes the next piece. So where the second one gets no processor, the first does what the second
-//! has not begun with. Both are at rest when the read is over, and so when the device stops or the VM is paused.
+//! Reads are cut into pieces, and whichever thread is free takes the next piece. So where the second one gets no processor,
+//! the first does what the second has not begun with, and none waits for the other between two reads. Both are at rest when
+//! a turn of the device is over, and so when the device stops or the VM is paused.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,14 +17,17 @@ use crate::machine::devices::virtio::panics;
 use crate::sandbox::role::Role;
 use crate::sandbox::seccomp::Filters;
 
-/// Bytes of a piece, at least.
-const PIECE: usize = 128 << 10;
+/// Bytes of a piece, at least. A shorter read is not worth another thread.
+pub(super) const PIECE: usize = 128 << 10;
 /// As many as preadv(2) takes.
 const IOV_MAX: usize = 1024;
 
 /// Where bytes go: addresses of guest memory in this process.
 #[derive(Debug)]
 struct Piece {
+    /// The number of the read that it is a part of.
+    read: u64,
+    file: RawFd,
     at: u64,
     places: Vec<libc::iovec>,
 }
@@ -30,28 +35,43 @@ struct Piece {
 // SAFETY: the addresses are the kernel's to write to, on any thread.
 unsafe impl Send for Piece {}
 
+/// A read that has been begun.
+#[derive(Debug, Default)]
+struct Progress {
+    /// Pieces that are not done.
+    left: usize,
+    error: Option<io::Error>,
+}
+
 #[derive(Debug, Default)]
 struct State {
-    file: RawFd,
-    /// Those that nobody has begun with.
-    pieces: Vec<Piece>,
-    /// The second thread has one.
+    /// Those that nobody has begun with, the oldest first.
+    pieces: VecDeque<Piece>,
+    /// In the order in which they were begun.
+    reads: VecDeque<Progress>,
+    /// The number of the first of `reads`.
+    first: u64,
+    /// The second thread has a piece.
     busy: bool,
-    error: Option<io::Error>,
     end: bool,
 }
 
 impl State {
-    fn take(&mut self) -> Option<(RawFd, Piece)> {
-        self.pieces.pop().map(|piece| (self.file, piece))
-    }
-
-    fn note(&mut self, done: io::Result<()>) {
+    /// A piece of `read` has been done.
+    fn note(&mut self, read: u64, done: io::Result<()>) {
+        // It is gone if the turn was given up meanwhile.
+        let Some(at) = read.checked_sub(self.first).and_then(|at| usize::try_from(at).ok()) else {
+            return;
+        };
+        let Some(progress) = self.reads.get_mut(at) else { return };
+        progress.left -= 1;
         let Err(error) = done else { return };
-        self.pieces.clear();
+        let before = self.pieces.len();
+        self.pieces.retain(|piece| piece.read != read);
+        progress.left -= before - self.pieces.len();
         // A bad page is looked for, whatever else was wrong.
-        if self.error.is_none() || error.raw_os_error() == Some(libc::EFAULT) {
-            self.error = Some(error);
+        if progress.error.is_none() || error.raw_os_error() == Some(libc::EFAULT) {
+            progress.error = Some(error);
         }
     }
 }
@@ -69,15 +89,6 @@ impl Desk {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns when nobody reads, with what went wrong; nobody has the file or guest memory in use any more.
-    fn at_rest(&self) -> Option<io::Error> {
-        let mut state = self.state();
-        state.pieces.clear();
-        let waits = |state: &mut State| state.busy;
-        state = self.done.wait_while(state, waits).unwrap_or_else(PoisonError::into_inner);
-        state.error.take()
-    }
-
     fn second(&self) {
         panics::be_brief();
         let mut state = self.state();
@@ -87,14 +98,15 @@ impl Desk {
             if state.end {
                 return;
             }
-            let Some((file, piece)) = state.take() else { continue };
+            let Some(piece) = state.pieces.pop_front() else { continue };
             state.busy = true;
             drop(state);
-            let done = catch_unwind(AssertUnwindSafe(|| read_all(file, piece)));
+            let read = piece.read;
+            let done = catch_unwind(AssertUnwindSafe(|| read_all(piece)));
             let done = done.unwrap_or_else(|_| Err(io::Error::other("the second thread panicked")));
             state = self.state();
             state.busy = false;
-            state.note(done);
+            state.note(read, done);
             self.done.notify_one();
         }
     }
@@ -117,38 +129,62 @@ impl Reader {
         Ok(Self { desk, thread: Some(thread) })
     }
 
-    /// Reads from `at` on until all of `places` is full, which are guest memory.
+    /// Begins to read from `at` on until all of `places` is full, which are guest memory. Before `file` or the memory goes,
+    /// all that was begun has to be at rest: see [`Self::until_rest`].
+    pub(super) fn begin(&mut self, file: &File, at: u64, places: &[libc::iovec]) {
+        let mut state = self.desk.state();
+        let read = state.first + state.reads.len() as u64;
+        let before = state.pieces.len();
+        state.pieces.extend(pieces(read, file.as_raw_fd(), at, places));
+        let left = state.pieces.len() - before;
+        state.reads.push_back(Progress { left, error: None });
+        // One piece alone is the caller's own.
+        if self.thread.is_some() && state.pieces.len() > 1 {
+            self.desk.work.notify_one();
+        }
+    }
+
+    /// Reads until the oldest that was begun is done; `None` if there is none.
     ///
     /// # Errors
     /// The file's, EFAULT where a page is bad; some may have been read.
-    pub(super) fn read(&mut self, file: &File, at: u64, places: &[libc::iovec]) -> io::Result<()> {
-        let mut pieces = pieces(at, places);
-        if self.thread.is_none() || pieces.len() < 2 {
-            return pieces.into_iter().try_for_each(|piece| read_all(file.as_raw_fd(), piece));
-        }
-        // The first one is taken first.
-        pieces.reverse();
-        let _reading = Reading(&self.desk);
+    pub(super) fn finish(&mut self) -> Option<io::Result<()>> {
         let mut state = self.desk.state();
-        (state.file, state.pieces) = (file.as_raw_fd(), pieces);
-        self.desk.work.notify_one();
-        while let Some((file, piece)) = state.take() {
+        while state.reads.front()?.left > 0 {
+            let Some(piece) = state.pieces.pop_front() else {
+                // The second thread has the last one.
+                state = self.desk.done.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
             drop(state);
-            let done = read_all(file, piece);
+            let read = piece.read;
+            let done = read_all(piece);
             state = self.desk.state();
-            state.note(done);
+            state.note(read, done);
         }
-        drop(state);
-        self.desk.at_rest().map_or(Ok(()), Err)
+        let Progress { error, .. } = state.reads.pop_front()?;
+        state.first += 1;
+        Some(error.map_or(Ok(()), Err))
+    }
+
+    /// When this is dropped nobody reads any more, and what was begun and not finished is forgotten.
+    pub(super) fn until_rest(&self) -> UntilRest {
+        UntilRest(Arc::clone(&self.desk))
     }
 }
 
-/// Also a read that ends by a panic leaves nobody at it.
-struct Reading<'a>(&'a Desk);
+/// See [`Reader::until_rest`].
+pub(super) struct UntilRest(Arc<Desk>);
 
-impl Drop for Reading<'_> {
+impl Drop for UntilRest {
     fn drop(&mut self) {
-        let _ = self.0.at_rest();
+        let Self(desk) = self;
+        let mut state = desk.state();
+        state.pieces.clear();
+        let waits = |state: &mut State| state.busy;
+        state = desk.done.wait_while(state, waits).unwrap_or_else(PoisonError::into_inner);
+        state.first += state.reads.len() as u64;
+        state.reads.clear();
     }
 }
 
@@ -165,15 +201,16 @@ impl Drop for Reader {
 }
 
 /// Cuts a read into pieces, between two places.
-fn pieces(mut at: u64, places: &[libc::iovec]) -> Vec<Piece> {
+fn pieces(read: u64, file: RawFd, mut at: u64, places: &[libc::iovec]) -> Vec<Piece> {
+    let piece = |at| Piece { read, file, at, places: Vec::new() };
     let mut pieces = Vec::new();
-    let (mut rest, mut len) = (Piece { at, places: Vec::new() }, 0);
+    let (mut rest, mut len) = (piece(at), 0);
     for place in places {
         rest.places.push(*place);
         len += place.iov_len;
         if len >= PIECE {
             at += len as u64;
-            pieces.push(std::mem::replace(&mut rest, Piece { at, places: Vec::new() }));
+            pieces.push(std::mem::replace(&mut rest, piece(at)));
             len = 0;
         }
     }
@@ -183,9 +220,17 @@ fn pieces(mut at: u64, places: &[libc::iovec]) -> Vec<Piece> {
     pieces
 }
 
+/// Reads from `at` on until all of `places` is full, which are guest memory, on this thread.
+///
+/// # Errors
+/// As of [`Reader::finish`].
+pub(super) fn read_now(file: &File, at: u64, places: &[libc::iovec]) -> io::Result<()> {
+    read_all(Piece { read: 0, file: file.as_raw_fd(), at, places: places.to_vec() })
+}
+
 /// Reads until all of the piece is full.
-fn read_all(file: RawFd, piece: Piece) -> io::Result<()> {
-    let Piece { mut at, mut places } = piece;
+fn read_all(piece: Piece) -> io::Result<()> {
+    let Piece { file, mut at, mut places, .. } = piece;
     let mut rest = places.as_mut_slice();
     while let [first, ..] = rest {
         if first.iov_len == 0 {
@@ -194,8 +239,8 @@ fn read_all(file: RawFd, piece: Piece) -> io::Result<()> {
         }
         let count = libc::c_int::try_from(rest.len().min(IOV_MAX)).unwrap_or(1);
         let offset = libc::off_t::try_from(at).map_err(io::Error::other)?;
-        // SAFETY: the kernel writes to guest memory, as far as the places go, which no Rust reference leads to; it is
-        // mapped as long as the device has it. The file is open as long as `Reader::read` has not returned.
+        // SAFETY: the kernel writes to guest memory, as far as the places go, which no Rust reference leads to. It
+        // is mapped as long as the device has it, and the file is open, until the turn is over (`UntilRest`).
         let read = unsafe { libc::preadv(file, rest.as_ptr(), count, offset) };
         let mut read = match usize::try_from(read) {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -270,7 +315,9 @@ mod tests {
                 let len: usize = lens.iter().sum();
                 let mut into = vec![0xee; len + 1];
                 let at = round * 777;
-                reader.read(&file, at as u64, &places(&mut into, lens)).unwrap();
+                reader.begin(&file, at as u64, &places(&mut into, lens));
+                reader.finish().unwrap().unwrap();
+                assert!(reader.finish().is_none());
                 assert_eq!(into[..len], bytes[at..at + len]);
                 assert_eq!(into[len], 0xee);
             }
@@ -285,13 +332,46 @@ mod tests {
                 let mut into = vec![0; 1 << 20];
                 let mut places = places(&mut into, &[PIECE; 8]);
                 places[bad].iov_base = std::ptr::without_provenance_mut(4096);
-                let error = reader.read(&file, 0, &places).unwrap_err();
+                let mut others = vec![0; 2 << 20];
+                let (before, after) = others.split_at_mut(1 << 20);
+                reader.begin(&file, 5, &self::places(before, &[PIECE; 8]));
+                reader.begin(&file, 0, &places);
+                reader.begin(&file, 9, &self::places(after, &[PIECE; 8]));
+                reader.begin(&file, LEN as u64 - (1 << 19), &self::places(&mut into, &[PIECE; 8]));
+                reader.finish().unwrap().unwrap();
+                let error = reader.finish().unwrap().unwrap_err();
                 assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
-                let places = self::places(&mut into, &[PIECE; 8]);
-                reader.read(&file, 9, &places).unwrap();
-                assert_eq!(into, bytes[9..9 + (1 << 20)]);
-                let error = reader.read(&file, LEN as u64 - (1 << 19), &places).unwrap_err();
+                reader.finish().unwrap().unwrap();
+                let error = reader.finish().unwrap().unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+                assert!(reader.finish().is_none());
+                assert_eq!(before, &bytes[5..5 + (1 << 20)]);
+                assert_eq!(after, &bytes[9..9 + (1 << 20)]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_turn_that_is_given_up_leaves_nobody_reading_and_the_next_one_whole() {
+        let (file, bytes) = file();
+        for mut reader in readers() {
+            for round in 0..50 {
+                let mut into = vec![0; 3 << 20];
+                let rest = reader.until_rest();
+                for begun in into.chunks_mut(1 << 20).take(round % 4) {
+                    reader.begin(&file, 0, &places(begun, &[PIECE; 8]));
+                }
+                if round % 3 == 0 {
+                    let _ = reader.finish();
+                }
+                drop(rest);
+                into.fill(0xee);
+                let mut next = vec![0; 1 << 20];
+                reader.begin(&file, 3, &places(&mut next, &[PIECE; 8]));
+                reader.finish().unwrap().unwrap();
+                assert!(reader.finish().is_none());
+                assert_eq!(next, bytes[3..3 + (1 << 20)]);
+                assert!(into.iter().all(|byte| *byte == 0xee));
             }
         }
     }

@@ -1,5 +1,6 @@
 //! One request: what it asks for, and what it gets.
 
+use std::collections::VecDeque;
 use std::io;
 
 use virtio_bindings::virtio_blk::{
@@ -10,8 +11,10 @@ use virtio_bindings::virtio_blk::{
 
 use super::buffer::Buffer;
 use super::disk::Disk;
-use super::reader::Reader;
+use super::places::{find_bad_page, host_places};
+use super::reader::{PIECE, Reader, UntilRest, read_now};
 use crate::machine::devices::virtio::attempt::checked;
+use crate::machine::devices::virtio::device::Served;
 use crate::machine::devices::virtio::queue::Request;
 use crate::machine::memory::DeviceMemory;
 
@@ -49,13 +52,30 @@ impl From<io::Error> for Failed {
 /// How many failures of the host's are told between a reset and the next: a guest can cause as many as it likes.
 const MOST_WARNINGS: u32 = 8;
 
+/// So many bytes are read at once; one more request may be begun as long as there are fewer.
+const AT_ONCE: u64 = 4 << 20;
+
 /// What requests are worked on with.
 #[derive(Debug, Default)]
 pub(super) struct Work {
     buffer: Buffer,
     reader: Reader,
+    /// What `reader` has begun, in its order.
+    in_hand: VecDeque<InHand>,
     warnings: u32,
 }
+
+/// A read.
+#[derive(Debug)]
+struct InHand {
+    request: Request,
+    /// Where its data goes, and how much.
+    places: Vec<libc::iovec>,
+    len: u64,
+}
+
+// SAFETY: the addresses are the kernel's to write to, on any thread.
+unsafe impl Send for InHand {}
 
 /// `struct virtio_blk_outhdr`.
 struct Header {
@@ -74,18 +94,56 @@ impl Work {
         (self.buffer, self.warnings) = (Buffer::default(), 0);
     }
 
-    /// Does what `request` asks for, and tells the driver; how many bytes were written to its buffers.
-    pub(super) fn serve(
+    /// A turn begins. It is over when what is returned is dropped: guest memory and the disk are not used any more then.
+    pub(super) fn begin_turn(&mut self) -> UntilRest {
+        // What a turn that was given up had begun is not given back: the device asks for a reset.
+        self.in_hand.clear();
+        self.reader.until_rest()
+    }
+
+    /// Whether no more is to be begun before something is finished.
+    pub(super) fn is_full(&self) -> bool {
+        self.in_hand.iter().map(|read| read.len).sum::<u64>() >= AT_ONCE
+    }
+
+    /// Does what `request` asks for, and tells the driver, or begins with it.
+    pub(super) fn begin(
         &mut self,
         disk: &mut Disk,
         memory: &DeviceMemory,
         request: &Request,
         writes_through: bool,
-    ) -> u32 {
+    ) -> Served {
         // The status is the last byte that the device may write. Without one nothing can be told, and so nothing is done.
-        let Some(status_at) = request.writable_len().checked_sub(1) else { return 0 };
+        let Some(status_at) = request.writable_len().checked_sub(1) else {
+            return Served::Done(0);
+        };
         let done = self.carry_out(disk, memory, request, status_at, writes_through);
         self.buffer.shrink();
+        match done.transpose() {
+            Some(done) => Served::Done(self.tell(disk, memory, request, done)),
+            None => Served::InHand,
+        }
+    }
+
+    /// Works on what was begun until the oldest request is done, and tells the driver; how many bytes were written to its
+    /// buffers.
+    pub(super) fn finish(&mut self, disk: &Disk, memory: &DeviceMemory) -> Option<(Request, u32)> {
+        let done = self.reader.finish()?;
+        let InHand { request, places, len } = self.in_hand.pop_front()?;
+        let done = found(done, &places).map(|()| len).map_err(Failed::from);
+        let written = self.tell(disk, memory, &request, done);
+        Some((request, written))
+    }
+
+    /// Writes the status of a request for which `done` bytes of data were written; how many were written with it.
+    fn tell(
+        &mut self,
+        disk: &Disk,
+        memory: &DeviceMemory,
+        request: &Request,
+        done: Result<u64, Failed>,
+    ) -> u32 {
         let (status, written) = match done {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
             Err(Failed::Unsupported) => (VIRTIO_BLK_S_UNSUPP, 0),
@@ -97,6 +155,7 @@ impl Work {
         };
         // A status is one byte.
         let status = [status.to_le_bytes()[0]];
+        let status_at = request.writable_len().saturating_sub(1);
         match checked(|| request.write(memory, status_at, &status)) {
             Ok(1) => u32::try_from(written + 1).unwrap_or(u32::MAX),
             // Who cannot be told that a request is done takes it for failed.
@@ -119,7 +178,7 @@ impl Work {
         }
     }
 
-    /// How many bytes of data were written to the request's buffers.
+    /// How many bytes of data were written to the request's buffers; `None` if that was begun.
     fn carry_out(
         &mut self,
         disk: &mut Disk,
@@ -127,13 +186,13 @@ impl Work {
         request: &Request,
         status_at: u64,
         writes_through: bool,
-    ) -> Result<u64, Failed> {
+    ) -> Result<Option<u64>, Failed> {
         let Header { kind, sector } = header(memory, request)?;
         match kind {
             VIRTIO_BLK_T_IN => {
                 let at = place(disk, sector, status_at)?;
-                self.read(disk, memory, request, at, status_at)?;
-                Ok(status_at)
+                let is_done = self.read(disk, memory, request, at, status_at)?;
+                Ok(is_done.then_some(status_at))
             }
             VIRTIO_BLK_T_OUT => {
                 let len = request.readable_len() - HEADER_LEN as u64;
@@ -144,9 +203,9 @@ impl Work {
                 if writes_through {
                     disk.flush()?;
                 }
-                Ok(0)
+                Ok(Some(0))
             }
-            VIRTIO_BLK_T_FLUSH => Ok(disk.flush().map(|()| 0)?),
+            VIRTIO_BLK_T_FLUSH => Ok(disk.flush().map(|()| Some(0))?),
             VIRTIO_BLK_T_GET_ID => {
                 let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
                 for (to, from) in id.iter_mut().zip(disk.id().bytes()) {
@@ -154,20 +213,21 @@ impl Work {
                 }
                 let room = usize::try_from(status_at).unwrap_or(id.len()).min(id.len());
                 let written = checked(|| request.write(memory, 0, &id[..room]));
-                written.map(|written| written as u64).map_err(|_| Failed::Io)
+                written.map(|written| Some(written as u64)).map_err(|_| Failed::Io)
             }
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 clear(disk, memory, request, kind == VIRTIO_BLK_T_DISCARD)?;
                 if writes_through {
                     disk.flush()?;
                 }
-                Ok(0)
+                Ok(Some(0))
             }
             _ => Err(Failed::Unsupported),
         }
     }
 
-    /// Fills the first `len` bytes of the request's buffers with what the disk has at `at`.
+    /// Fills the first `len` bytes of the request's buffers with what the disk has at `at`, or begins to; whether it is
+    /// done.
     fn read(
         &mut self,
         disk: &mut Disk,
@@ -175,17 +235,33 @@ impl Work {
         request: &Request,
         at: u64,
         len: u64,
-    ) -> Result<(), Failed> {
-        if disk.copies_into_place() {
-            return Ok(disk.read_into(at, memory, request.writable(), len, &mut self.reader)?);
+    ) -> Result<bool, Failed> {
+        if let Some(file) = disk.copied_from() {
+            let places = host_places(memory, request.writable(), len)?;
+            if len < PIECE as u64 {
+                found(read_now(file, at, &places), &places)?;
+                return Ok(true);
+            }
+            self.reader.begin(file, at, &places);
+            self.in_hand.push_back(InHand { request: request.clone(), places, len });
+            return Ok(false);
         }
         let bytes = self.buffer.of(usize::try_from(len).map_err(|_| Failed::Io)?);
         disk.read(at, bytes)?;
         match checked(|| request.write(memory, 0, bytes)) {
-            Ok(written) if written == bytes.len() => Ok(()),
+            Ok(written) if written == bytes.len() => Ok(true),
             _ => Err(Failed::Io),
         }
     }
+}
+
+/// Of a bad page the kernel does not say which it is; it is found here, so that the relay learns of it.
+pub(super) fn found(done: io::Result<()>, places: &[libc::iovec]) -> io::Result<()> {
+    done.inspect_err(|error| {
+        if error.raw_os_error() == Some(libc::EFAULT) {
+            find_bad_page(places);
+        }
+    })
 }
 
 /// Length of the header.

@@ -309,6 +309,48 @@ fn a_long_read_into_a_bad_page_fails_and_its_other_pages_can_be_read() {
     }
 }
 
+/// Reads that are in hand together, with short requests between them: each has its own end.
+#[test]
+fn of_several_long_reads_at_once_only_the_one_into_a_bad_page_fails() {
+    const LONG: u64 = 0x8_0000;
+    const LEN: u32 = 0x2_0000;
+    const BAD: u64 = 2;
+    let data = |nth: u64| if nth < 4 { LONG + nth * u64::from(LEN) } else { DATA };
+    for round in 0..20 {
+        let mut it = Setup::new(KINDS[0], false).unwrap();
+        if !it.lose(data(BAD) + 0x1000 * (round % 32)) {
+            return;
+        }
+        // The last one is short, and done while the others are in hand.
+        let requests = [LEN, LEN, LEN, LEN, 4096];
+        for (nth, len) in (0..).zip(requests) {
+            let memory = &it.driver.memory;
+            memory.write_obj(VIRTIO_BLK_T_IN, GuestAddress(HEADER + nth * 16)).unwrap();
+            memory.write_obj(8 + nth, GuestAddress(HEADER + nth * 16 + 8)).unwrap();
+            memory.write_obj(NONE, GuestAddress(STATUS + nth)).unwrap();
+            let buffers =
+                [(HEADER + nth * 16, 16, false), (data(nth), len, true), (STATUS + nth, 1, true)];
+            it.driver.add(0, nth as u16 * 3, &buffers);
+        }
+        it.driver.wait_used(0, requests.len() as u16);
+        for (nth, len) in (0..).zip(requests) {
+            let status: u8 = it.driver.memory.read_obj(GuestAddress(STATUS + nth)).unwrap();
+            let came_back = (0..requests.len() as u16).map(|at| it.driver.used_entry(0, at));
+            let written: Vec<u32> = came_back
+                .filter_map(|(head, written)| (u64::from(head) == nth * 3).then_some(written))
+                .collect();
+            if nth == BAD {
+                assert_eq!((status, &written[..]), (IOERR, &[1][..]), "{round}");
+                continue;
+            }
+            assert_eq!((status, &written[..]), (OK, &[len + 1][..]), "{round}: {nth}");
+            let expected = filled((8 + nth) * 512, len.into());
+            assert_eq!(it.bytes(data(nth), len as usize), expected, "{round}: {nth}");
+        }
+        assert!(!it.driver.needs_reset());
+    }
+}
+
 #[test]
 fn a_bad_header_fails_the_request_and_a_bad_status_counts_as_failure() {
     for (lost, expected) in [(HEADER, (IOERR, 1)), (STATUS, (NONE, 0))] {
