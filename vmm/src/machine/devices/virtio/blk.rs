@@ -38,7 +38,7 @@ const QUEUE_SIZE: u16 = 256;
 /// The most segments of a request: what the queue takes beside the header and the status.
 const SEGMENTS_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
-/// After this long a turn ends with the request that is being worked on: a reset, a pause and an end wait for no more.
+/// After this long a turn ends with the requests that are being worked on: a reset, a pause and an end wait for no more.
 const TURN: Duration = Duration::from_millis(10);
 
 /// A disk that outlives the boots of a guest.
@@ -195,7 +195,7 @@ impl Server for Requests<'_> {
             return Ok(Served::Later);
         }
         let served = self.work.begin(self.disk, memory, request, self.writes_through);
-        self.is_over = self.begun.elapsed() >= TURN;
+        self.look_at_the_clock();
         Ok(served)
     }
 
@@ -204,7 +204,15 @@ impl Server for Requests<'_> {
     }
 
     fn finish(&mut self, memory: &DeviceMemory) -> Option<(Request, u32)> {
-        self.work.finish(self.disk, memory)
+        let finished = self.work.finish(self.disk, memory);
+        self.look_at_the_clock();
+        finished
+    }
+}
+
+impl Requests<'_> {
+    fn look_at_the_clock(&mut self) {
+        self.is_over |= self.begun.elapsed() >= TURN;
     }
 }
 

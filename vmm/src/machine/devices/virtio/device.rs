@@ -209,8 +209,8 @@ impl Active {
         queue.disable_kicks(memory)?;
         let mut left = queue.entries();
         loop {
-            let request = if left > 0 && !waits { queue.pop(memory)? } else { None };
-            if let Some(request) = request {
+            let takes = left > 0 && !waits && !server.is_full();
+            if takes && let Some(request) = queue.pop(memory)? {
                 left -= 1;
                 match server.begin(memory, &request)? {
                     Served::Done(written) => {
@@ -223,9 +223,7 @@ impl Active {
                     }
                     Served::InHand => {}
                 }
-                if !server.is_full() {
-                    continue;
-                }
+                continue;
             }
             let Some((request, written)) = server.finish(memory) else { break };
             queue.push(memory, &request, written)?;
@@ -251,7 +249,7 @@ pub trait Server {
     /// The device cannot go on.
     fn begin(&mut self, memory: &DeviceMemory, request: &Request) -> Result<Served, DeviceError>;
 
-    /// Whether one in hand is to be finished before the next is begun.
+    /// Whether one in hand is to be finished before the next is begun; there is one then.
     fn is_full(&self) -> bool {
         false
     }
@@ -271,5 +269,78 @@ where
 {
     fn begin(&mut self, memory: &DeviceMemory, request: &Request) -> Result<Served, DeviceError> {
         (self.0)(memory, request)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::*;
+    use crate::machine::devices::virtio::testing::{Driver, SIZE};
+
+    /// Has at most two requests in hand; those of one byte are done at once.
+    #[derive(Default)]
+    struct Pairs(VecDeque<Request>);
+
+    impl Server for Pairs {
+        fn begin(&mut self, _: &DeviceMemory, request: &Request) -> Result<Served, DeviceError> {
+            assert!(!self.is_full(), "it was given a third one");
+            if request.writable_len() == 1 {
+                return Ok(Served::Done(1));
+            }
+            self.0.push_back(request.clone());
+            Ok(Served::InHand)
+        }
+
+        fn is_full(&self) -> bool {
+            self.0.len() == 2
+        }
+
+        fn finish(&mut self, _: &DeviceMemory) -> Option<(Request, u32)> {
+            self.0.pop_front().map(|request| (request, 4))
+        }
+    }
+
+    struct Pairing;
+
+    impl Device for Pairing {
+        fn id(&self) -> u32 {
+            77
+        }
+
+        fn name(&self) -> &'static str {
+            "pairing"
+        }
+
+        fn role(&self) -> Role {
+            Role::VirtioRng
+        }
+
+        fn queue_sizes(&self) -> &[u16] {
+            &[SIZE]
+        }
+
+        fn kicked(&mut self, index: usize, active: &mut Active) -> Result<Turn, DeviceError> {
+            active.serve_by(index, &mut Pairs::default())
+        }
+    }
+
+    #[test]
+    fn a_server_has_no_more_in_hand_than_it_takes_and_gives_each_back_once() {
+        let mut driver = Driver::ready(Box::new(Pairing), 1);
+        let short = |nth: u16| nth % 5 == 4;
+        for nth in 0..SIZE {
+            driver.add(0, nth, &[(0x8000, if short(nth) { 1 } else { 4 }, true)]);
+        }
+        driver.wait_used(0, SIZE);
+        let mut came: Vec<_> = (0..SIZE).map(|nth| driver.used_entry(0, nth)).collect();
+        let long: Vec<u32> =
+            came.iter().filter(|(_, len)| *len == 4).map(|(head, _)| *head).collect();
+        assert!(long.is_sorted(), "{came:?}");
+        came.sort_unstable();
+        let expected = (0..SIZE).map(|nth| (nth.into(), if short(nth) { 1 } else { 4 }));
+        assert!(came.iter().copied().eq(expected), "{came:?}");
+        assert!(!driver.needs_reset() && driver.take_interrupt().is_some());
     }
 }

@@ -92,6 +92,7 @@ impl Work {
     /// What was kept of the requests of before is given back.
     pub(super) fn reset(&mut self) {
         (self.buffer, self.warnings) = (Buffer::default(), 0);
+        self.in_hand = VecDeque::new();
     }
 
     /// A turn begins. It is over when what is returned is dropped: guest memory and the disk are not used any more then.
