@@ -13,7 +13,7 @@ read -ra wishes <<<"${MATRIX_KERNELS:-default newest trixie-backports:newest}"
 only=${1:-}
 columns=('AMD-style: AO' ao::amd_two_vcpus 'AR' ar::amd_two_vcpus 'burst' burst::amd 'firmware-first' firmware::amd_two_vcpus
     'Intel-style: AO' ao::intel_two_vcpus_by_lmce 'AR' ar::intel_two_vcpus_by_lmce 'burst' burst::intel_by_lmce
-    'firmware-first' firmware::intel_two_vcpus 'reboot' firmware::reboot 'huge page' memory::hugetlb)
+    'firmware-first' firmware::intel_two_vcpus 'reboot' firmware::reboot 'huge page: AO' rescue::of_2_mib 'AR' rescue::by_a_touch 'lost whole' memory::hugetlb)
 names=() heads=()
 for ((i = 0; i < ${#columns[@]}; i += 2)); do heads+=("${columns[i]}") names+=("${columns[i + 1]}"); done
 

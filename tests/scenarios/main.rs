@@ -58,6 +58,15 @@ fn may_crash_and_soak() -> Result<(), String> {
     may_soak().and_then(|()| mce_relay_tests::guest::has_crash_kernel())
 }
 
+/// All of a huge page, untold.
+fn may_lose_a_huge_page() -> Result<(), String> {
+    may_poison().and_then(|()| mce_relay_tests::guest::splits_unread())
+}
+
+fn may_rescue() -> Result<(), String> {
+    may_poison().and_then(|()| mce_relay_tests::lab::has_lists_of_bad_frames())
+}
+
 fn in_lab_with_hardware() -> Result<(), String> {
     may_poison().and_then(|()| has_hardware())
 }
@@ -142,16 +151,16 @@ fn main() -> ExitCode {
         memory::anonymous needs may_poison,
         memory::thp needs may_poison,
         memory::file needs may_poison,
-        memory::hugetlb needs may_poison,
+        memory::hugetlb needs may_lose_a_huge_page,
         memory::a_huge_page_that_cannot_be_replaced needs may_poison,
         memory::core needs may_poison,
         memory::dump needs may_poison,
         memory::the_vmms_own_touch needs may_poison,
         memory::while_paused needs may_poison,
-        rescue::of_2_mib needs may_poison,
+        rescue::of_2_mib needs may_rescue,
         rescue::and_no_huge_page_to_spare needs may_poison,
         rescue::of_1_gib needs may_poison,
-        rescue::by_a_touch needs may_poison,
+        rescue::by_a_touch needs may_rescue,
         rescue::several_frames needs may_poison,
         rescue::not_where_it_cannot_be needs may_poison,
         rescue::within_a_memory_cgroup needs may_poison,

@@ -159,10 +159,11 @@ impl Options {
         Self { quiet: true, ..self }
     }
 
-    /// MCE_RELAY_GUEST_IMAGE has every scenario boot another guest, but for those about Debian.
     fn file(&self, name: &str) -> PathBuf {
-        let other = std::env::var("MCE_RELAY_GUEST_IMAGE").ok().filter(|_| self.image != DEBIAN);
-        below_target(other.as_deref().unwrap_or(self.image)).join(name)
+        match self.image {
+            DEBIAN => below_target(DEBIAN).join(name),
+            other => small(other).join(name),
+        }
     }
 
     fn kernel_words(&self) -> String {
@@ -248,6 +249,29 @@ pub fn binary() -> PathBuf {
 /// The directory `dir` of what was built.
 pub fn below_target(dir: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target").join(dir)
+}
+
+/// The directory of a small guest: MCE_RELAY_GUEST_IMAGE has every scenario boot another one than its own, `image`.
+fn small(image: &str) -> PathBuf {
+    let other = std::env::var("MCE_RELAY_GUEST_IMAGE");
+    below_target(other.as_deref().unwrap_or(image))
+}
+
+/// Whether the small guest's kernel splits a huge page of its own without a look at all of it. Since Linux 6.12 it looks for
+/// pages of zeros there (`try_to_map_unused_to_zeropage`, mm/migrate.c), also when it splits the page because a part
+/// of it is bad: where the others are bad as well and it was not told of them yet, that is its end.
+pub fn splits_unread() -> Result<(), String> {
+    let words = std::fs::read_to_string(small(IMAGE).join("version"));
+    let words =
+        words.map_err(|error| format!("the guest image does not say its kernel: {error}"))?;
+    let mut numbers = words.split('.').map_while(|number| number.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) if (major, minor) < (6, 12) => Ok(()),
+        _ => Err(format!(
+            "Linux {} reads all of a huge page of its own when it splits it, and panics where all of it is bad",
+            words.trim()
+        )),
+    }
 }
 
 /// A file of the guest image.

@@ -29,6 +29,19 @@ pub fn has_kvm() -> Result<(), String> {
     kvm_ioctls::Kvm::new().map(drop).map_err(|error| format!("needs /dev/kvm: {error}"))
 }
 
+/// Whether the host keeps a list of the bad frames of a huge page, and its file gives the others.
+pub fn has_lists_of_bad_frames() -> Result<(), String> {
+    let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = host.split('.').map_while(|number| number.parse::<u32>().ok());
+    match (numbers.next(), numbers.next()) {
+        (Some(major), Some(minor)) if (major, minor) >= (6, 6) => Ok(()),
+        _ => Err(format!(
+            "Linux {} as the host gives nothing of a huge page with a bad frame",
+            host.trim()
+        )),
+    }
+}
+
 /// Whether the lab's emulated hardware can be asked for machine checks.
 pub fn has_hardware() -> Result<(), String> {
     match std::env::var_os("MCE_RELAY_LAB_MONITOR") {
