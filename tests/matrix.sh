@@ -13,7 +13,7 @@ read -ra wishes <<<"${MATRIX_KERNELS:-default newest trixie-backports:newest}"
 only=${1:-}
 columns=('AMD-style: AO' ao::amd_two_vcpus 'AR' ar::amd_two_vcpus 'burst' burst::amd 'firmware-first' firmware::amd_two_vcpus
     'Intel-style: AO' ao::intel_two_vcpus_by_lmce 'AR' ar::intel_two_vcpus_by_lmce 'burst' burst::intel_by_lmce
-    'firmware-first' firmware::intel_two_vcpus 'reboot' firmware::reboot 'huge page: AO' rescue::of_2_mib 'AR' rescue::by_a_touch 'lost whole' memory::hugetlb)
+    'firmware-first' firmware::intel_two_vcpus 'reboot' firmware::reboot 'huge page: AO' rescue::of_2_mib 'AR' rescue::by_a_touch 'lost whole' memory::hugetlb 'guest_memfd' memory::guest_memfd)
 names=() heads=()
 for ((i = 0; i < ${#columns[@]}; i += 2)); do heads+=("${columns[i]}") names+=("${columns[i + 1]}"); done
 
@@ -41,6 +41,14 @@ done
 
 out=target/tests/matrix
 mkdir -p "$out"
+
+reasons=()
+note() { # a reason: its number is left in $noted
+    local i
+    for ((i = 0; i < ${#reasons[@]}; i++)); do [ "${reasons[i]}" != "$1" ] || break; done
+    reasons[i]=$1
+    noted=$((i + 1))
+}
 cells=$((${#kernels[@]} * ${#kernels[@]}))
 [ -z "$only" ] || [[ $only =~ ^[1-9][0-9]*$ && $only -le $cells ]] || die "CELL=$only is not a number from 1 to $cells"
 failed=0 number=0 table=()
@@ -67,9 +75,11 @@ for ((host = 0; host < ${#kernels[@]}; host++)); do
         for name in "${names[@]}"; do
             # What was run again after the lab had died counts as it ended.
             if grep -q "^SKIPPED $name: " "$log" 2>/dev/null; then
-                row+=" skipped: $(sed -n "s/^SKIPPED $name: //p" "$log" | tail -1) |"
+                note "$(sed -n "s/^SKIPPED $name: //p" "$log" | tail -1)"
+                row+=" skipped ($noted) |"
             elif [ -n "$why" ]; then
-                row+=" - $why |"
+                note "$why"
+                row+=" not run ($noted) |"
                 failed=$((failed + 1))
             elif [ "$(grep "^cell: $name " "$log" | tail -1)" = "cell: $name passed" ]; then
                 row+=' ✓ |'
@@ -94,6 +104,7 @@ page=docs/kernels.md
     printf '|---|---|'; for _ in "${heads[@]}"; do printf '%s' '---|'; done; echo
     printf '%s\n' "${table[@]}"
     echo
+    for ((i = 0; i < ${#reasons[@]}; i++)); do printf '(%s) %s.\n\n' $((i + 1)) "${reasons[i]}"; done
     printf 'Run on %s, in the emulator: %s.\n' "$(date -u +%F)" \
         "$(sed -n 's/^lab: emulator: //p' "$out"/*.log 2>/dev/null | sort -u | head -1)"
 } >"$page"

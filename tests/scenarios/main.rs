@@ -63,6 +63,10 @@ fn may_lose_a_huge_page() -> Result<(), String> {
     may_poison().and_then(|()| mce_relay_tests::guest::splits_unread())
 }
 
+fn may_map_a_guest_memfd() -> Result<(), String> {
+    may_poison().and_then(|()| mce_relay_tests::lab::has_guest_memfd())
+}
+
 fn may_rescue() -> Result<(), String> {
     may_poison().and_then(|()| mce_relay_tests::lab::has_lists_of_bad_frames())
 }
@@ -151,6 +155,7 @@ fn main() -> ExitCode {
         memory::anonymous needs may_poison,
         memory::thp needs may_poison,
         memory::file needs may_poison,
+        memory::guest_memfd needs may_map_a_guest_memfd,
         memory::hugetlb needs may_lose_a_huge_page,
         memory::a_huge_page_that_cannot_be_replaced needs may_poison,
         memory::core needs may_poison,

@@ -29,6 +29,17 @@ pub fn has_kvm() -> Result<(), String> {
     kvm_ioctls::Kvm::new().map(drop).map_err(|error| format!("needs /dev/kvm: {error}"))
 }
 
+/// Whether KVM has guest memory of its own that can be mapped.
+pub fn has_guest_memfd() -> Result<(), String> {
+    /// KVM_CAP_GUEST_MEMFD_FLAGS (include/uapi/linux/kvm.h), and its flags MMAP and INIT_SHARED.
+    const FLAGS: (std::ffi::c_ulong, i32) = (244, 0b11);
+    let kvm = kvm_ioctls::Kvm::new().map_err(|error| format!("needs /dev/kvm: {error}"))?;
+    match kvm.check_extension_raw(FLAGS.0) & FLAGS.1 == FLAGS.1 {
+        true => Ok(()),
+        false => Err("KVM has no guest_memfd that can be mapped, as Linux 6.18 has".to_owned()),
+    }
+}
+
 /// Whether the host keeps a list of the bad frames of a huge page, and its file gives the others.
 pub fn has_lists_of_bad_frames() -> Result<(), String> {
     let host = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();

@@ -162,6 +162,8 @@ pub struct MemoryZone {
     /// Whether devices are to have a mapping of their own, in which a page that goes bad under their hands does not end the
     /// VMM. It takes a file: without one it is a memfd then.
     pub viewed: bool,
+    /// Whether it is KVM's own: a guest_memfd, made anew for each boot. It has no view for devices.
+    pub guest_memfd: bool,
     /// Whether it may be a file of which the host loses bad pages without a signal: a shared one on a disk.
     pub lossy: bool,
 }
@@ -178,6 +180,7 @@ impl MemoryZone {
             prefault: false,
             file: None,
             viewed: false,
+            guest_memfd: false,
             lossy: false,
         }
     }

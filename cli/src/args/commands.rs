@@ -84,6 +84,14 @@ impl Cli {
                              or give it as size=0";
                 Err(wrong("run", ErrorKind::ArgumentConflict, words))
             }
+            Command::Run(args)
+                if !args.devices().is_empty()
+                    && args.zones().iter().any(|zone| zone.guest_memfd) =>
+            {
+                let words = "guest_memfd=on is for a guest without virtio devices (--disk, --rng, --net, --vsock, \
+                             --console): of a page that goes bad under a device's hands the VMM would end";
+                Err(wrong("run", ErrorKind::ArgumentConflict, words))
+            }
             Command::Poison(args) => {
                 args.check().map_err(|(kind, words)| wrong("poison", kind, words))
             }

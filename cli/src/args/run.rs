@@ -43,7 +43,8 @@ pub struct RunArgs {
     /// where shared=on is given, and otherwise private; on hugetlbfs it comes in huge pages. What a
     /// shared file holds is lost when the guest starts over. A shared file has to be on tmpfs, hugetlbfs or
     /// DAX: of another one the host drops a bad page and reads it again as it once was, without a word to
-    /// anybody, which lossy=on accepts.
+    /// anybody, which lossy=on accepts. guest_memfd=on: the memory is KVM's own file (Linux 6.18); the host signals only
+    /// pages that the VMM has mapped, which with prefault=on are all, and not with virtio devices.
     #[arg(long, value_name = "size=SIZE,...")]
     pub memory: Option<Memory>,
     /// Guest RAM in several zones, each with the keys of --memory (and id=NAME, which is only for you);
@@ -319,7 +320,7 @@ impl RunArgs {
     }
 
     /// The virtio devices, in the order of their windows.
-    fn devices(&self) -> Vec<DeviceConfig> {
+    pub(crate) fn devices(&self) -> Vec<DeviceConfig> {
         let rng = self.rng.iter().map(|rng| DeviceConfig::Rng { src: rng.0.clone() });
         let net = self.net.iter().map(|net| DeviceConfig::Net(net.0.clone()));
         let disks = self.disk.iter().map(|disk| DeviceConfig::Disk(disk.0.clone()));
@@ -355,7 +356,8 @@ impl FromStr for Memory {
 
     fn from_str(text: &str) -> Result<Self, String> {
         const KEYS: &str = "size=SIZE, shared=on|off, hugepages=on|off, hugepage_size=2M|1G, \
-                            thp=on|off, prefault=on|off, file=PATH, lossy=on|off, id=NAME";
+                            thp=on|off, prefault=on|off, file=PATH, lossy=on|off, \
+                            guest_memfd=on|off, id=NAME";
         if !text.contains('=') {
             return parse_number(text).map(|size| Self(MemoryZone::new(size)));
         }
@@ -372,6 +374,7 @@ impl FromStr for Memory {
                 "thp" => zone.thp = switch()?,
                 "prefault" => zone.prefault = switch()?,
                 "lossy" => zone.lossy = switch()?,
+                "guest_memfd" => zone.guest_memfd = switch()?,
                 "hugepage_size" => {
                     hugepage_size = Some(match parse_number(value) {
                         Ok(size) if size == PageSize::Size2M.bytes() => PageSize::Size2M,
@@ -387,6 +390,12 @@ impl FromStr for Memory {
         let is_given = |key| parts.iter().any(|part| part.key() == key);
         if !is_given("size") {
             return Err(format!("size is missing; expected size=SIZE and, if wanted, of {KEYS}"));
+        }
+        let others = ["hugepages", "file", "shared", "thp"];
+        if let Some(other) = others.iter().find(|other| zone.guest_memfd && is_given(other)) {
+            return Err(format!(
+                "guest_memfd=on and {other} exclude each other: the memory is KVM's own file, in ordinary pages"
+            ));
         }
         match (hugepages, hugepage_size) {
             (false, Some(_)) => {
@@ -496,6 +505,9 @@ pub(super) mod tests {
         assert_eq!(parse("size=1G,hugepages=on"), Ok(huge));
         let huge = MemoryZone { page_size: PageSize::Size1G, prefault: true, ..zone.clone() };
         assert_eq!(parse("prefault=on,hugepage_size=1G,hugepages=on,size=1G"), Ok(huge));
+        let own = MemoryZone { guest_memfd: true, prefault: true, ..zone.clone() };
+        assert_eq!(parse("size=1G,guest_memfd=on,prefault=on"), Ok(own));
+        assert_eq!(parse("size=1G,guest_memfd=off,thp=on"), Ok(zone.clone()));
         let file = MemoryZone { file: Some("/a=b,c".into()), thp: false, ..zone };
         assert_eq!(parse("id=x,size=1G,file=/a=b,,c,thp=off"), Ok(file));
         for (bad, named) in [
@@ -508,6 +520,9 @@ pub(super) mod tests {
             ("size=1G,hugepages=on,hugepage_size=4M", "hugepage_size is \"4M\""),
             ("size=1G,hugepages=on,file=/x", "exclude each other"),
             ("size=1G,hugepages=on,thp=on", "exclude each other"),
+            ("size=1G,guest_memfd=on,shared=off", "guest_memfd=on and shared exclude each other"),
+            ("size=1G,guest_memfd=on,hugepages=on", "guest_memfd=on and hugepages"),
+            ("size=1G,guest_memfd=yes", "guest_memfd is \"yes\"; expected on or off"),
             ("size=1G,size=2G", "size is given twice"),
             ("size=1G,id=a,id=b", "id is given twice"),
             ("size=1G,file=/a,b", "\"b\" is not understood"),
@@ -533,6 +548,11 @@ pub(super) mod tests {
         assert_eq!(sizes(&[&["--memory", "size=0"], &two[..]].concat()), [1024, 2048]);
         let error = zones(&[&["--memory", "64M"], &two[..]].concat()).unwrap_err().to_string();
         assert!(error.contains("--memory-zone"), "{error}");
+        let own = ["--memory", "size=64M,guest_memfd=on"];
+        assert!(zones(&own).unwrap()[0].guest_memfd);
+        let error = zones(&[&own[..], &["--rng", "src=/dev/urandom"]].concat());
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("without virtio devices"), "{error}");
     }
 
     #[test]

@@ -28,16 +28,20 @@ pub(super) struct Opened {
     /// In bytes.
     pub(super) page_size: u64,
     memfd: bool,
+    guest_memfd: bool,
 }
 
 /// Opens what `zone` is to be made of.
 pub(super) fn open(zone: &MemoryZone) -> Result<Opened, MemoryError> {
     let page_size = zone.page_size.bytes();
+    if zone.guest_memfd {
+        return Ok(Opened { file: None, page_size: PAGE_SIZE, memfd: false, guest_memfd: true });
+    }
     let Some(path) = &zone.file else {
         // Of huge pages, too, so that the good part of one that goes bad can be read: `relaying::rescue`.
         let memfd_backed = zone.shared || zone.viewed || page_size > PAGE_SIZE;
         let file = if memfd_backed { Some(Arc::new(memfd(zone.page_size)?)) } else { None };
-        return Ok(Opened { file, page_size, memfd: memfd_backed });
+        return Ok(Opened { file, page_size, memfd: memfd_backed, guest_memfd: false });
     };
     let error = |source| MemoryError::File { path: path.clone(), source };
     // Looked at before it is opened: opening a FIFO would wait for its other end.
@@ -59,7 +63,7 @@ pub(super) fn open(zone: &MemoryZone) -> Result<Opened, MemoryError> {
         let _ = file.sync_data();
     }
     let page_size = page_size_of(&file).map_err(error)?;
-    Ok(Opened { file: Some(Arc::new(file)), page_size, memfd: false })
+    Ok(Opened { file: Some(Arc::new(file)), page_size, memfd: false, guest_memfd: false })
 }
 
 /// Checks that no two zones are the same memory: each zone of a file begins at the file's beginning, so a bad page
@@ -180,6 +184,8 @@ pub(super) struct Backing {
     /// `None` where the pages are none that the host could join.
     thp: Option<bool>,
     prefault: bool,
+    /// A guest_memfd takes its place when there is a VM: see [`Self::become_guest_memfd`].
+    guest_memfd: bool,
 }
 
 impl Backing {
@@ -199,8 +205,9 @@ impl Backing {
             memfd: opened.memfd,
             shared: zone.shared || opened.memfd,
             for_others: zone.shared,
-            thp: (page_size == PAGE_SIZE).then_some(zone.thp),
+            thp: (page_size == PAGE_SIZE && !opened.guest_memfd).then_some(zone.thp),
             prefault: zone.prefault,
+            guest_memfd: opened.guest_memfd,
         };
         let error = |source: io::Error| MemoryError::Map { bytes: len, page: page_size, source };
         backing.hva = reserve(len, page_size.max(ALIGNMENT)).map_err(error)?;
@@ -291,8 +298,7 @@ impl Backing {
 
     /// The kind of this mapping, and no mapping.
     fn copy(&self) -> Self {
-        let Self { page_size, memfd, shared, for_others, thp, prefault, .. } = *self;
-        Self { hva: 0, len: 0, page_size, file: None, memfd, shared, for_others, thp, prefault }
+        Self { hva: 0, len: 0, file: None, ..*self }
     }
 
     /// Puts a mapping that nobody can use at `start..start + len`, so that nothing else of this
@@ -342,10 +348,32 @@ impl Backing {
 
     /// Gives a part of it memory, if that was asked for.
     pub(super) fn prefault(&self, start: u64, len: u64) -> io::Result<()> {
-        match self.prefault {
+        // Before there is a VM a guest_memfd's place is empty, and after it the memory is the last one's.
+        match self.prefault && !self.guest_memfd {
             true => self.advise(start, len, libc::MADV_POPULATE_WRITE),
             false => Ok(()),
         }
+    }
+
+    /// Puts `file`, a guest_memfd as long as this mapping, in its place. The mapping keeps it alive.
+    pub(super) fn become_guest_memfd(&self, file: &File) -> io::Result<()> {
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
+        // SAFETY: as in `map_at`.
+        let at =
+            unsafe { libc::mmap(self.at(0), size(self.len)?, prot, flags, file.as_raw_fd(), 0) };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        match self.prefault {
+            true => self.advise(0, self.len, libc::MADV_POPULATE_WRITE),
+            false => Ok(()),
+        }
+    }
+
+    /// Whether it is a guest_memfd, as long as there is a VM.
+    pub(super) fn is_guest_memfd(&self) -> bool {
+        self.guest_memfd
     }
 
     /// As vm-memory takes it; the mapping stays this value's.

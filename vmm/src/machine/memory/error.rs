@@ -44,6 +44,27 @@ pub enum MemoryError {
     /// The host's memory size could not be read.
     #[error("cannot read the host's memory size from /proc/meminfo")]
     HostSize(#[source] procfs::ProcError),
+    /// KVM has no guest_memfd that can be mapped.
+    #[error(
+        "guest_memfd=on needs KVM of Linux 6.18 or newer, which gives guest memory that can be mapped and begins as \
+         shared: KVM_CAP_GUEST_MEMFD_FLAGS says {found:#x}, expected the bits {expected:#x}; guest memory without \
+         guest_memfd=on needs none"
+    )]
+    NoGuestMemfd {
+        /// What KVM says.
+        found: u64,
+        /// The flags that it should have.
+        expected: u64,
+    },
+    /// KVM refused a guest_memfd.
+    #[error("KVM_CREATE_GUEST_MEMFD of {bytes} bytes")]
+    GuestMemfd {
+        /// What was asked for.
+        bytes: u64,
+        /// The cause.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     /// memfd_create failed.
     #[error("cannot create a memfd for guest memory ({page}-byte pages)")]
     MemFd {

@@ -26,6 +26,7 @@ use crate::machine::memory::block::{
     self, HOLE_END, HOLE_START, MIN_RAM, Piece, RamBlock, region, split,
 };
 use crate::machine::memory::error::MemoryError;
+use crate::machine::memory::guest_memfd;
 
 /// All RAM of one guest.
 #[derive(Debug)]
@@ -87,7 +88,7 @@ impl GuestRam {
                 |source| MemoryError::Map { bytes: len, page: opened.page_size, source };
             #[cfg(not(mce_relay_unguarded))]
             guarded.push(
-                match zone.viewed {
+                match zone.viewed && !zone.guest_memfd {
                     true => GuardedRegion::over(region()?),
                     false => GuardedRegion::without_view(region()?),
                 }
@@ -206,7 +207,15 @@ impl GuestRam {
     /// # Errors
     /// What KVM refused.
     pub fn register(&self, vm: &VmFd) -> Result<(), MemoryError> {
-        for (slot, block) in (0..).zip(&self.blocks) {
+        for (slot, (block, backing)) in (0..).zip(self.blocks.iter().zip(&self.backings)) {
+            if backing.is_guest_memfd() {
+                let file = guest_memfd::create(vm, block.len)?;
+                let (bytes, page) = (block.len, block.page_size);
+                let error = |source| MemoryError::Map { bytes, page, source };
+                backing.become_guest_memfd(&file).map_err(error)?;
+                guest_memfd::register(vm, slot, block, &file)?;
+                continue;
+            }
             let region = kvm_userspace_memory_region {
                 slot,
                 flags: 0,

@@ -47,6 +47,11 @@ impl GuestRam {
                 gone.iter().any(|(gpa, len)| (*gpa..gpa + len).contains(&(block.gpa + start)))
             };
             pages.retain(|start| !is_gone(*start));
+            if backing.is_guest_memfd() {
+                // The next VM brings another one.
+                healing.healed.extend(pages.iter().map(|start| block.gpa + start));
+                continue;
+            }
             let page_size = backing.page_size();
             let small = self.heal_stand_ins(block, backing);
             let is_small = |start: u64| small.iter().any(|range| range.contains(&start));

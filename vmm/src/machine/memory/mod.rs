@@ -4,6 +4,7 @@ pub mod backing;
 pub mod block;
 pub mod error;
 pub mod extents;
+mod guest_memfd;
 pub mod guest_ram;
 pub mod heal;
 pub mod pool;
