@@ -3,7 +3,7 @@
 #   tier 1  pure: units, properties, the relay with forged signals
 #   tier 2  this machine's /dev/kvm, with payloads of a few instructions; what an exit costs; bad input
 #   tier 3  the lab: tiers 1 (but for loom and histories) and 2 again, then real poison under real guests; some of these on
-#           an Intel host, too
+#           an Intel host, and with the newest kernel on host and guest, too
 # MCE_RELAY_CI_RETRY=1 runs what failed in the lab there once more (.ci/run, and nobody else).
 # NATIVE=1 runs tier 3 on this host instead: it poisons this host's memory.
 set -uo pipefail
@@ -170,6 +170,26 @@ in_intel_lab() {
         printf 'test result: ok. 0 passed; 0 failed; 1 ignored\n'
     done
 }
+# The newest kernel that is offered, as host and as guest; `make matrix` has all combinations.
+newest=trixie-backports:newest
+newest_names=(ao::amd_two_vcpus ar::amd_two_vcpus firmware::reboot rescue::by_a_touch memory::guest_memfd)
+in_newest_lab() {
+    local name image=guest-image-matrix-newest
+    printf 'planned: %s\n' "${newest_names[@]/#/$1 }"
+    if ! guest-image/kernel.sh "$newest" >/dev/null; then
+        for name in "${newest_names[@]}"; do
+            printf 'binary: %s %s\n' "$1" "$name"
+            printf 'SKIPPED %s: the kernel %s cannot be had (see above)\n' "$name (newest kernel)" "$newest"
+            printf 'test result: ok. 0 passed; 0 failed; 1 ignored\n'
+        done
+        return
+    fi
+    KERNEL=$newest GUEST_IMAGE_DIR=$PWD/target/$image guest-image/build.sh || return
+    # shellcheck disable=SC2016 # expanded inside
+    LAB_KERNEL=$newest MCE_RELAY_GUEST_IMAGE=$image tests/lab/run.sh target/release/hold sh -c 'worst=0 binary=$1; shift
+        for name; do echo "binary: $binary $name"; "$binary" --exact "$name" || worst=$?; done; exit $worst' \
+        sh "$1" "${newest_names[@]}"
+}
 tier here 'tier 1: pure' all "${pure[@]}"
 tier here 'tier 1: examples in the documentation' examples
 tier here 'tier 2: KVM, cost, bad input, on this machine' all "${kvm[@]}"
@@ -183,6 +203,8 @@ else
     tier lab 'tiers 1 and 2 again, in the lab' in_lab "${again[@]}" "${kvm[@]}"
     tier lab 'tier 3: real poison, in the lab' in_labs "${scenarios[@]}"
     tier here 'tier 3: real poison, on an Intel host in the lab' in_intel_lab "${scenarios[@]}"
+    # Not tried again where it fails: that would be in the other lab.
+    tier here 'tier 3: real poison, with the newest kernel' in_newest_lab "${scenarios[@]}"
 fi
 
 # Skipped tests by their reason, with their names.
