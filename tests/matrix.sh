@@ -6,7 +6,7 @@
 # MATRIX_KERNELS   what kernel.sh is asked for, for hosts and guests (default newest trixie-backports:newest); two that turn out
 #                  to be the same count once
 #
-# Exit status: 0 if each cell that could be run passed.
+# Exit status: 0 if each scenario of each cell passed, or was skipped for a reason of its own; 1 also where a cell was not run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 read -ra wishes <<<"${MATRIX_KERNELS:-default newest trixie-backports:newest}"
@@ -50,6 +50,7 @@ note() { # a reason: its number is left in $noted
     noted=$((i + 1))
 }
 cells=$((${#kernels[@]} * ${#kernels[@]}))
+[ -n "$only" ] || rm -f "$out"/*.log
 [ -z "$only" ] || [[ $only =~ ^[1-9][0-9]*$ && $only -le $cells ]] || die "CELL=$only is not a number from 1 to $cells"
 failed=0 number=0 table=()
 for ((host = 0; host < ${#kernels[@]}; host++)); do
@@ -59,6 +60,7 @@ for ((host = 0; host < ${#kernels[@]}; host++)); do
         row="| ${versions[host]} | ${versions[guest]} |"
         why=${missing[host]:-${missing[guest]}}
         log=$out/$number.log
+        rm -f "$log"
         if [ -z "$why" ]; then
             say "$number of $cells: host Linux ${versions[host]}, guest Linux ${versions[guest]}"
             image=guest-image-matrix-$guest
@@ -68,19 +70,19 @@ for ((host = 0; host < ${#kernels[@]}; host++)); do
             # shellcheck disable=SC2016 # expanded inside
             LAB_KERNEL=${kernels[host]} LAB_TIMEOUT=${LAB_TIMEOUT:-900} MCE_RELAY_GUEST_IMAGE=$image \
                 tests/lab/run.sh target/release/hold sh -c 'echo "host: $(uname -r)"; binary=$1; shift
-                    for name; do if "$binary" --exact "$name"; then echo "cell: $name passed"; else echo "cell: $name failed"; fi; done' \
+                    for name; do echo "cell: $name begun"; if "$binary" --exact "$name"; then echo "cell: $name passed"; else echo "cell: $name failed"; fi; done' \
                 sh "$scenarios" "${names[@]}" >"$log" 2>&1
             grep -qx "host: ${versions[host]}" "$log" || why='the lab does not start on this host kernel'
         fi
         for name in "${names[@]}"; do
             # What was run again after the lab had died counts as it ended.
-            if grep -q "^SKIPPED $name: " "$log" 2>/dev/null; then
-                note "$(sed -n "s/^SKIPPED $name: //p" "$log" | tail -1)"
-                row+=" skipped ($noted) |"
-            elif [ -n "$why" ]; then
+            if [ -n "$why" ]; then
                 note "$why"
                 row+=" not run ($noted) |"
                 failed=$((failed + 1))
+            elif grep -q "^SKIPPED $name: " "$log"; then
+                note "$(sed -n "s/^SKIPPED $name: //p" "$log" | tail -1)"
+                row+=" skipped ($noted) |"
             elif [ "$(grep "^cell: $name " "$log" | tail -1)" = "cell: $name passed" ]; then
                 row+=' ✓ |'
             else

@@ -53,7 +53,7 @@ pub fn hugetlb() {
 /// KVM's own file: the guest's touch of a bad page is no signal but the end of KVM_RUN. The page of the AO is signalled, as
 /// the VMM has all of it mapped.
 pub fn guest_memfd() {
-    heals("size=256M,guest_memfd=on,prefault=on", 4096);
+    heals("size=256M,guest_memfd=on", 4096);
 }
 
 pub fn file() {

@@ -34,9 +34,10 @@ pub fn has_guest_memfd() -> Result<(), String> {
     /// KVM_CAP_GUEST_MEMFD_FLAGS (include/uapi/linux/kvm.h), and its flags MMAP and INIT_SHARED.
     const FLAGS: (std::ffi::c_ulong, i32) = (244, 0b11);
     let kvm = kvm_ioctls::Kvm::new().map_err(|error| format!("needs /dev/kvm: {error}"))?;
-    match kvm.check_extension_raw(FLAGS.0) & FLAGS.1 == FLAGS.1 {
-        true => Ok(()),
-        false => Err("KVM has no guest_memfd that can be mapped, as Linux 6.18 has".to_owned()),
+    match kvm.check_extension_raw(FLAGS.0) {
+        // Not of an error, which is negative.
+        found if found > 0 && found & FLAGS.1 == FLAGS.1 => Ok(()),
+        _ => Err("KVM has no guest_memfd that can be mapped, as Linux 6.18 has".to_owned()),
     }
 }
 

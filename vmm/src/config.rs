@@ -162,7 +162,8 @@ pub struct MemoryZone {
     /// Whether devices are to have a mapping of their own, in which a page that goes bad under their hands does not end the
     /// VMM. It takes a file: without one it is a memfd then.
     pub viewed: bool,
-    /// Whether it is KVM's own: a guest_memfd, made anew for each boot. It has no view for devices.
+    /// Whether it is KVM's own: a guest_memfd, made anew for each boot. All of it is allocated before the guest starts, and
+    /// it has no view for devices.
     pub guest_memfd: bool,
     /// Whether it may be a file of which the host loses bad pages without a signal: a shared one on a disk.
     pub lossy: bool,

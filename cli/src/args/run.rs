@@ -43,8 +43,8 @@ pub struct RunArgs {
     /// where shared=on is given, and otherwise private; on hugetlbfs it comes in huge pages. What a
     /// shared file holds is lost when the guest starts over. A shared file has to be on tmpfs, hugetlbfs or
     /// DAX: of another one the host drops a bad page and reads it again as it once was, without a word to
-    /// anybody, which lossy=on accepts. guest_memfd=on: the memory is KVM's own file (Linux 6.18); the host signals only
-    /// pages that the VMM has mapped, which with prefault=on are all, and not with virtio devices.
+    /// anybody, which lossy=on accepts. guest_memfd=on: the memory is KVM's own file (Linux 6.18), in
+    /// ordinary pages that all get memory before the guest starts; not with virtio devices.
     #[arg(long, value_name = "size=SIZE,...")]
     pub memory: Option<Memory>,
     /// Guest RAM in several zones, each with the keys of --memory (and id=NAME, which is only for you);
@@ -391,10 +391,11 @@ impl FromStr for Memory {
         if !is_given("size") {
             return Err(format!("size is missing; expected size=SIZE and, if wanted, of {KEYS}"));
         }
-        let others = ["hugepages", "file", "shared", "thp"];
+        let others = ["hugepages", "file", "shared", "thp", "prefault"];
         if let Some(other) = others.iter().find(|other| zone.guest_memfd && is_given(other)) {
             return Err(format!(
-                "guest_memfd=on and {other} exclude each other: the memory is KVM's own file, in ordinary pages"
+                "guest_memfd=on and {other} exclude each other: the memory is KVM's own file, in ordinary pages that \
+                 all get memory before the guest starts"
             ));
         }
         match (hugepages, hugepage_size) {
@@ -505,8 +506,8 @@ pub(super) mod tests {
         assert_eq!(parse("size=1G,hugepages=on"), Ok(huge));
         let huge = MemoryZone { page_size: PageSize::Size1G, prefault: true, ..zone.clone() };
         assert_eq!(parse("prefault=on,hugepage_size=1G,hugepages=on,size=1G"), Ok(huge));
-        let own = MemoryZone { guest_memfd: true, prefault: true, ..zone.clone() };
-        assert_eq!(parse("size=1G,guest_memfd=on,prefault=on"), Ok(own));
+        let own = MemoryZone { guest_memfd: true, ..zone.clone() };
+        assert_eq!(parse("size=1G,guest_memfd=on"), Ok(own));
         assert_eq!(parse("size=1G,guest_memfd=off,thp=on"), Ok(zone.clone()));
         let file = MemoryZone { file: Some("/a=b,c".into()), thp: false, ..zone };
         assert_eq!(parse("id=x,size=1G,file=/a=b,,c,thp=off"), Ok(file));
@@ -521,6 +522,7 @@ pub(super) mod tests {
             ("size=1G,hugepages=on,file=/x", "exclude each other"),
             ("size=1G,hugepages=on,thp=on", "exclude each other"),
             ("size=1G,guest_memfd=on,shared=off", "guest_memfd=on and shared exclude each other"),
+            ("size=1G,guest_memfd=on,prefault=off", "guest_memfd=on and prefault"),
             ("size=1G,guest_memfd=on,hugepages=on", "guest_memfd=on and hugepages"),
             ("size=1G,guest_memfd=yes", "guest_memfd is \"yes\"; expected on or off"),
             ("size=1G,size=2G", "size is given twice"),

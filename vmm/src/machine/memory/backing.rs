@@ -362,13 +362,13 @@ impl Backing {
         // SAFETY: as in `map_at`.
         let at =
             unsafe { libc::mmap(self.at(0), size(self.len)?, prot, flags, file.as_raw_fd(), 0) };
-        if at == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        match self.prefault {
-            true => self.advise(0, self.len, libc::MADV_POPULATE_WRITE),
-            false => Ok(()),
-        }
+        if at == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Maps all of a guest_memfd: of what this process has not mapped the host signals nothing, and nobody sees whether there
+    /// is anything.
+    pub(super) fn map_all(&self) -> io::Result<()> {
+        self.advise(0, self.len, libc::MADV_POPULATE_WRITE)
     }
 
     /// Whether it is a guest_memfd, as long as there is a VM.

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -47,6 +48,8 @@ pub struct GuestRam {
     /// /proc/self/pagemap. Opened here, since the threads that look into it may open nothing; who does not
     /// look need not have it.
     pub(super) pagemap: io::Result<File>,
+    /// There was a VM that had all of it.
+    has_begun: AtomicBool,
 }
 
 impl GuestRam {
@@ -106,8 +109,19 @@ impl GuestRam {
         let (removed, pagemap) = (Mutex::default(), File::open(block::PAGEMAP));
         let flags = PageFlags::open().ok();
         let stand_ins = Mutex::default();
-        let ram =
-            Self { memory, devices, blocks, map, backings, removed, stand_ins, flags, pagemap };
+        let has_begun = AtomicBool::new(false);
+        let ram = Self {
+            memory,
+            devices,
+            blocks,
+            map,
+            backings,
+            removed,
+            stand_ins,
+            flags,
+            pagemap,
+            has_begun,
+        };
         ram.prefault()?;
         Ok(ram)
     }
@@ -214,6 +228,18 @@ impl GuestRam {
                 let error = |source| MemoryError::Map { bytes, page, source };
                 backing.become_guest_memfd(&file).map_err(error)?;
                 guest_memfd::register(vm, slot, block, &file)?;
+                let gpa = block.gpa;
+                let error = |source| MemoryError::Prefault { gpa, bytes, source };
+                match backing.map_all().map_err(error) {
+                    // As other memory, which the guest of a later boot gets as it uses it.
+                    Err(error) if self.has_begun.load(Ordering::Relaxed) => {
+                        log::warn!(
+                            "{error}; the guest gets it as it uses it, and the host says nothing of errors in \
+                             what this process has not mapped"
+                        );
+                    }
+                    done => done?,
+                }
                 continue;
             }
             let region = kvm_userspace_memory_region {
@@ -231,6 +257,7 @@ impl GuestRam {
                 source,
             })?;
         }
+        self.has_begun.store(true, Ordering::Relaxed);
         Ok(())
     }
 }
