@@ -20,11 +20,14 @@ help:
 	@echo 'make peer           bursts of failures on QEMU, for comparison (PEER_BURSTS, VENDOR=amd|intel)'
 	@echo 'make build          target/release/mce-relay'
 	@echo 'make dist           target/dist/mce-relay: the same for other machines, static and small'
+	@echo 'make deb            target/deb/mce-relay_VERSION_amd64.deb: that, and a unit of systemd that runs VMs'
+	@echo 'make release        target/release-files/: the program, the package, the list of crates (SBOM=off: without), SHA256SUMS'
 	@echo 'make guest-image    the guest (KERNEL=package or file)'
 	@echo 'make guest-image-debian  a guest with systemd, rasdaemon, sshd, stress-ng and fio (KERNEL=package)'
 	@echo 'make emulators      the lab under each QEMU that it is meant for (SUITES="trixie-backports ...")'
 	@echo 'make drawing        docs/way-of-one-error.svg, from the text beside it'
-	@echo 'make check          formatting, lints, documentation, portability, packing, licences'
+	@echo 'make check          formatting, lints, documentation, portability, packing, the unit of systemd, licences'
+	@echo 'make deb-check      the package: what is in it, that it installs in a chroot, and its unit under a systemd of its own'
 	@echo 'make tools          cargo-deny for make check, below target/tools'
 	@echo 'make clean          remove target/'
 
@@ -42,6 +45,20 @@ dist:
 	RUSTFLAGS="$$RUSTFLAGS -C symbol-mangling-version=v0" \
 		$(CARGO) rustc --profile dist --locked -p mce-relay-cli --bin mce-relay -- \
 		-C target-feature=+crt-static -C link-arg=-Wl,-z,pack-relative-relocs -C link-arg=-Wl,-T,$(CURDIR)/cli/dist.ld
+
+deb: dist
+	$(SAY) 'Debian package'
+	packaging/deb.sh
+
+deb-check: dist
+	$(SAY) 'the Debian package, in a chroot and under systemd'
+	tests/deb.sh
+
+# Without the tool for the list of crates release.sh says what to do.
+release: dist
+	@[ "$(or $(SBOM),on)" = off ] || $(MAKE) target/tools/bin/cargo-cyclonedx || true
+	$(SAY) 'files of a release'
+	SBOM=$(or $(SBOM),on) packaging/release.sh
 
 guest-image: setup
 	$(SAY) 'guest image'
@@ -156,6 +173,7 @@ check:
 	tests/portable.sh
 	tests/layers.py
 	tests/contrib.sh
+	tests/service.sh
 	$(CARGO) package --quiet --locked --allow-dirty -p mce-relay
 	# It looks at the crates of all platforms, of which a build fetches only its own.
 	@PATH="$$PWD/target/tools/bin:$$PATH"; \
@@ -166,16 +184,17 @@ check:
 		echo 'SKIPPED licences and duplicate crates: cargo-deny is not installed (make tools)'; \
 	fi
 
-# What `make check` needs and a toolchain does not bring. It works for a second, so it is not optimised, which
-# halves the time to build it.
-DENY_VERSION := 0.20.2
+# What `make check` and `make release` need and a toolchain does not bring. They work for a second, so they are not
+# optimised, which halves the time to build them.
+TOOL_cargo-deny := 0.20.2
+TOOL_cargo-cyclonedx := 0.5.9
 tools: target/tools/bin/cargo-deny
-target/tools/bin/cargo-deny:
-	$(SAY) 'building cargo-deny'
+target/tools/bin/cargo-%:
+	$(SAY) 'building cargo-$*'
 	mkdir -p target/tools
 	CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_LTO=off CARGO_PROFILE_RELEASE_DEBUG=0 \
 		CARGO_PROFILE_RELEASE_CODEGEN_UNITS=256 \
-		$(CARGO) install cargo-deny --quiet --locked --version $(DENY_VERSION) --root target/tools
+		$(CARGO) install cargo-$* --quiet --locked --version $(TOOL_cargo-$*) --root target/tools
 
 # The text has the positions, so neato only draws. Without its version in the picture, a newer one changes less of it.
 drawing:
@@ -186,4 +205,4 @@ drawing:
 clean:
 	rm -rf target
 
-.PHONY: help setup judges build dist guest-image guest-image-debian lab-image run test soak intel matrix arm bench fuzz peer lab emulators drawing check tools clean
+.PHONY: help setup judges build dist deb deb-check release guest-image guest-image-debian lab-image run test soak intel matrix arm bench fuzz peer lab emulators drawing check tools clean
