@@ -174,7 +174,8 @@ check:
 	tests/layers.py
 	tests/contrib.sh
 	tests/service.sh
-	$(CARGO) package --quiet --locked --allow-dirty -p mce-relay
+	# Each builds from what is packed of it, beside the others as they are packed (cargo 1.90).
+	$(CARGO) package --quiet --locked --allow-dirty -p mce-relay -p mce-relay-vmm -p mce-relay-cli
 	# It looks at the crates of all platforms, of which a build fetches only its own.
 	@PATH="$$PWD/target/tools/bin:$$PATH"; \
 	if $(CARGO) deny --version >/dev/null 2>&1; then \

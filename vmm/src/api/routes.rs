@@ -26,9 +26,10 @@ use crate::words;
 /// take part in may hold back a vCPU (five seconds).
 const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 
-/// The API's OpenAPI document. It has a name for the linker (cli/dist.ld): few VMs are ever asked for it.
-static OPENAPI: [u8; include_bytes!("../../../docs/openapi.json").len()] =
-    *include_bytes!("../../../docs/openapi.json");
+/// The API's OpenAPI document, by a link to docs/, so that it is packed with the crate. It has a name for the linker
+/// (cli/dist.ld): few VMs are ever asked for it.
+static OPENAPI: [u8; include_bytes!("../../openapi.json").len()] =
+    *include_bytes!("../../openapi.json");
 
 pub(super) const JSON: &str = "application/json";
 const BYTES: &str = "application/octet-stream";
