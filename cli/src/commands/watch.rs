@@ -322,6 +322,13 @@ mod tests {
     }
 
     #[test]
+    fn numbers_that_cannot_be_are_shown_all_the_same() {
+        let rescued = include_str!("../../../tests/fuzz/seeds/events/rescued-any");
+        let shown = Timeline::new(false).line(rescued);
+        assert!(shown.contains("rescued: of the"), "{shown}");
+    }
+
+    #[test]
     fn times_that_cannot_be_are_shown_all_the_same() {
         for line in [
             include_str!("../../../tests/fuzz/seeds/events/far-future"),

@@ -36,7 +36,7 @@ impl fmt::Display for Rescued {
             f,
             "of the {} KiB at GPA {gpa:#x} (HVA {hva:#x}) the guest keeps {kept} of {} pages; it took {micros} us",
             extent >> 10,
-            kept + gone
+            kept.saturating_add(gone)
         )?;
         match held_micros {
             Some(held) => write!(f, ", for {held} of which a vCPU stood still"),
