@@ -16,6 +16,7 @@ use mce_relay_cli::args::commands::{self, Cli, Command};
 use mce_relay_cli::args::inject::InjectArgs;
 use mce_relay_cli::args::memory::MemoryCommand;
 use mce_relay_cli::args::poison::{MemcgArg, PoisonArgs};
+use mce_relay_cli::args::report::ReportArgs;
 use mce_relay_cli::args::values;
 use mce_relay_cli::args::vm::VmArg;
 use mce_relay_cli::client::life::Life;
@@ -23,6 +24,7 @@ use mce_relay_cli::client::{agent, error, requests};
 use mce_relay_cli::commands::check::report;
 use mce_relay_cli::commands::dump::{form, job, stretch};
 use mce_relay_cli::commands::list::list;
+use mce_relay_cli::commands::report::{command, save, source};
 use mce_relay_cli::commands::{ending, inject, manual, map, pages, retire, status, watch};
 use mce_relay_cli::output::{print, progress, screen};
 use mce_relay_cli::poison::host::filter::Filter;
@@ -156,6 +158,7 @@ fn carry_out(command: Command) -> Outcome {
             watch::events(&vm.socket()?, follow, json)?;
             ExitCode::SUCCESS
         }
+        Command::Report(args) => make_report(&args)?,
         Command::Pages { vm, map: true, json, .. } => {
             map::print_map(&map::map(&vm.socket()?)?, json)
         }
@@ -200,6 +203,22 @@ fn carry_out(command: Command) -> Outcome {
             ExitCode::SUCCESS
         }
     })
+}
+
+fn make_report(args: &ReportArgs) -> Outcome {
+    let ReportArgs { of, output, json } = args;
+    let output = output.as_deref().unwrap_or(std::path::Path::new("-"));
+    // Checked before anything is read.
+    let target = save::Target::check(output, of.events.as_deref(), !json)?;
+    let vm = of.vm();
+    let material = match &of.events {
+        Some(file) => source::file(file)?,
+        None => match vm.record() {
+            Some(record) => source::record(&record),
+            None => source::vm(&vm.socket()?)?,
+        },
+    };
+    Ok(command::report(material, &target, *json)?)
 }
 
 fn memory(command: MemoryCommand) -> Outcome {

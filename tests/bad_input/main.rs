@@ -14,6 +14,7 @@ mod host;
 mod jobs;
 mod midway;
 mod not_ours;
+mod reports;
 mod schema;
 mod seccomp;
 mod silent;
@@ -212,6 +213,12 @@ fn main() -> ExitCode {
         followers::three_of_them_one_stuck needs once,
         followers::places_come_back_with_their_clients_end needs has_kvm,
         watching::followers_end_with_their_reader needs has_kvm,
+        reports::that_cannot_be_made needs anywhere,
+        reports::of_files_that_are_no_events needs anywhere,
+        reports::of_a_pipe needs anywhere,
+        reports::of_many_events needs anywhere,
+        reports::of_a_vm_that_runs needs has_kvm,
+        reports::of_a_vm_with_a_name needs has_kvm,
         schema::events needs once_anywhere,
         schema::pages needs once_anywhere,
         schema::the_api needs has_kvm,

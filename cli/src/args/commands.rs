@@ -10,6 +10,7 @@ use mce_relay::AoChannel;
 use crate::args::inject::InjectArgs;
 use crate::args::memory::MemoryCommand;
 use crate::args::poison::PoisonArgs;
+use crate::args::report::ReportArgs;
 use crate::args::run::RunArgs;
 use crate::args::values::{Frames, parse_seconds};
 use crate::args::vm::VmArg;
@@ -208,6 +209,14 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Write what has happened to a VM's memory as a page for a browser: the bad pages, what became of each, and when.
+    ///
+    /// The page is one file that needs no network: a map of the memory, every bad page with its timeline, how long it took
+    /// to tell the guest, and the events themselves. docs/report.md says what is in it.
+    ///
+    /// Events of a newer version are counted, and so are lines that are no events; neither is an error. Exit status 1
+    /// when the events cannot be read or the report cannot be written; a report that was there is left as it is then.
+    Report(ReportArgs),
     /// Show what the host has behind guest pages, and what the ledger says of them.
     ///
     /// Page frames, flags and counts are root's to see; everything else is shown to whoever may use

@@ -7,6 +7,7 @@ pub mod mca_status;
 pub mod memory;
 mod parts;
 pub mod poison;
+pub mod report;
 pub mod run;
 pub mod values;
 pub mod vm;

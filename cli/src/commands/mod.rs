@@ -8,6 +8,7 @@ pub mod list;
 pub mod manual;
 pub mod map;
 pub mod pages;
+pub mod report;
 pub mod retire;
 pub mod status;
 pub mod watch;

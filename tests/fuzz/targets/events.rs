@@ -1,9 +1,12 @@
 //! Any line as an event, as the tools read it from a VM: what is understood says the same when it is written
-//! and read again, and everything can be shown to people.
+//! and read again, and everything can be shown to people, in a terminal and on a page.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use mce_relay::Event;
+use mce_relay_cli::commands::report::builder::Builder;
+use mce_relay_cli::commands::report::html;
+use mce_relay_cli::commands::report::raw::Raw;
 use mce_relay_cli::commands::watch::Timeline;
 use mce_relay_vmm::api::types::vm::Status;
 use mce_relay_vmm::api::types::vm_event::VmEvent;
@@ -22,6 +25,13 @@ fuzz_target!(|text: &str| {
             timeline.line(line);
         }
     }
+    let (mut builder, mut raw) = (Builder::default(), Raw::default());
+    for line in text.lines().take(20) {
+        builder.line(line);
+        raw.push(line);
+    }
+    let page = html::page(&builder.finish(Default::default(), None, 0.0), &raw);
+    assert_eq!(page.matches("<script").count(), 2, "nothing of the text is an element");
     let Ok(value) = serde_json::from_str::<Value>(text) else { return };
     let typed = json!({ "event": value["event"], "properties": value["properties"] });
     if let Ok(event) = serde_json::from_value::<Event>(typed.clone()) {
