@@ -48,7 +48,7 @@ pub fn what_works_and_what_does_not() {
         Err(_) => refused(&out, 1, &["userfaultfd", "6.6"]),
     }
 
-    for via in ["hwpoison-inject", "mce-inject", "madvise", "soft-offline"] {
+    for via in ["hwpoison-inject", "mce-inject", "einj", "madvise", "soft-offline"] {
         let out = vm.command("poison", &["--via", via, "--gpa", "0xb000"]);
         let words = String::from_utf8_lossy(&out.stderr).into_owned();
         assert!(

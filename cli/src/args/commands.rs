@@ -162,7 +162,7 @@ pub enum Command {
     /// Take host pages that software poisoned back into use.
     ///
     /// Needs root and the hwpoison-inject module. The kernel refuses it from the first real
-    /// hardware error on, and mce-inject counts as one. End the VM first: a page that is still in use
+    /// hardware error on, and einj and mce-inject count as one. End the VM first: a page that is still in use
     /// cannot be given back.
     Unpoison {
         /// The host's page frame numbers, as `poison` prints them, and ranges of them: 0x and digits, or decimal;

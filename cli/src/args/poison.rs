@@ -201,6 +201,9 @@ pub enum MeansArg {
     /// The mce-inject module: the host's own machine-check code is made to believe in an error of the
     /// page. The VMM gets an AO. Root; `unpoison` is off from then on.
     MceInject,
+    /// The host's firmware, which makes a real error of memory (ACPI's EINJ, the module einj). The VMM gets
+    /// an AO. Root; `unpoison` is off from then on.
+    Einj,
     /// UFFDIO_POISON, by the VMM on its own memory. Nothing is signalled until somebody touches the
     /// page; then it is an AR. No privileges, no CONFIG_MEMORY_FAILURE (Linux 6.6).
     Uffd,
@@ -216,6 +219,7 @@ impl From<MeansArg> for Means {
             MeansArg::Madvise => Self::Madvise,
             MeansArg::SoftOffline => Self::SoftOffline,
             MeansArg::MceInject => Self::MceInject,
+            MeansArg::Einj => Self::Einj,
             MeansArg::Uffd => Self::Uffd,
             MeansArg::Signal => Self::Signal,
         }

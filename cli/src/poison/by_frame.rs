@@ -18,6 +18,7 @@ use super::error::PoisonError;
 use super::look::Looked;
 use super::order::{FilterChoice, Order};
 use super::target::Target;
+use crate::poison::host::einj;
 use crate::poison::host::filter::{Filter, FilterInForce};
 use crate::poison::host::host_mce_injector::X86Injector;
 use crate::poison::host::hwpoison_inject::Injector;
@@ -34,6 +35,7 @@ pub(super) enum Poisoner {
         filter: Option<FilterInForce>,
     },
     Mce(X86Injector),
+    Einj(einj::Injector),
     /// For the process `pid`, with the files of its memory that have been opened.
     Madvise {
         pid: u32,
@@ -182,6 +184,7 @@ impl Poisoner {
             Means::Madvise => madvise(libc::MADV_HWPOISON),
             Means::SoftOffline => madvise(libc::MADV_SOFT_OFFLINE),
             Means::MceInject => Ok(Self::Mce(X86Injector::open()?)),
+            Means::Einj => Ok(Self::Einj(einj::Injector::open()?)),
             Means::HwpoisonInject | Means::Uffd | Means::Signal => {
                 let injector = Injector::open()?;
                 let filter = filter.map(|filter| filter.apply()).transpose()?;
@@ -194,6 +197,7 @@ impl Poisoner {
         match self {
             Self::Inject { injector, .. } => Ok(injector.corrupt(pfn)?),
             Self::Mce(injector) => Ok(injector.inject(pfn)?),
+            Self::Einj(injector) => Ok(injector.inject(pfn)?),
             Self::Madvise { pid, advice, files } => {
                 // Without a descriptor the VMM is asked to do it.
                 let fd = target.fd.unwrap_or(-1);

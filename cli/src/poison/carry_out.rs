@@ -87,7 +87,7 @@ impl Prepared<'_> {
             Means::Uffd | Means::Signal => true,
             // The VMM's private memory, which no other process can map.
             Means::Madvise | Means::SoftOffline => targets.iter().any(|target| target.fd.is_none()),
-            Means::HwpoisonInject | Means::MceInject => false,
+            Means::HwpoisonInject | Means::MceInject | Means::Einj => false,
         };
         // Before anything on the host is changed.
         let interrupted = interrupted::Interrupted::new();

@@ -14,7 +14,7 @@ use crate::poison::burst::Poisoned;
 use crate::poison::error::PoisonError;
 use crate::poison::forecast;
 use crate::poison::frame::{self, FrameError, Frames};
-use crate::poison::host::host_mce_injector;
+use crate::poison::host::{einj, host_mce_injector};
 use crate::poison::target::PAGE_SHIFT;
 use crate::poison::target::Target;
 
@@ -35,8 +35,10 @@ impl Looked {
         if !Path::new(memory_failure::EARLY_KILL_SYSCTL).exists() {
             return Err(PoisonError::NoMemoryFailure);
         }
-        if via == Means::MceInject {
-            host_mce_injector::check_processor()?;
+        match via {
+            Means::MceInject => host_mce_injector::check_processor()?,
+            Means::Einj => einj::check(Path::new(einj::DIR))?,
+            _ => {}
         }
         Ok(Self::Whole(Frames::open(pid)?))
     }

@@ -32,11 +32,20 @@ pub enum HostError {
     #[error(
         "mce-inject is for processors of AMD's make (AuthenticAMD, HygonGenuine), and this host's are {vendor}: \
          their machine checks go to all of them, and the kernel would wait for the others and panic; \
-         use --via hwpoison-inject"
+         use --via hwpoison-inject, or --via einj where the firmware has it"
     )]
     Processor {
         /// As /proc/cpuinfo has it.
         vendor: String,
+    },
+    /// Firmware that injects no errors of memory.
+    #[error(
+        "this host's firmware injects no \"Memory Uncorrectable non-fatal\" errors ({} has those that it does); \
+         use --via hwpoison-inject", path.display()
+    )]
+    ErrorTypes {
+        /// The file that lists them.
+        path: PathBuf,
     },
     /// There is no such page frame.
     #[error("this host has no page frame {pfn:#x}")]

@@ -90,7 +90,9 @@ pub fn poison(running: &Running, asked: &Poison) -> Result<Vec<Poisoning>, Insid
         known || place.is_bad()
     };
     match asked.via {
-        Means::HwpoisonInject | Means::MceInject => Err(InsideError::Outside(asked.via)),
+        Means::HwpoisonInject | Means::MceInject | Means::Einj => {
+            Err(InsideError::Outside(asked.via))
+        }
         Means::Signal => {
             let vcpu =
                 (asked.kind == FailureKind::ActionRequired).then_some(usize::from(asked.vcpu));

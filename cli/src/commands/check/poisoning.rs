@@ -2,13 +2,14 @@
 
 use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 use mce_relay_vmm::relaying::uffd::Uffd;
 
 use super::gap::{Found, Gap, read, sysctl, there};
 use super::section::{Section, Standing};
 use super::{failure, privileges};
-use crate::poison::host::{filter, host_mce_injector, hwpoison_inject};
+use crate::poison::host::{einj, filter, host_mce_injector, hwpoison_inject};
 
 const MCELOG: &str = "/dev/mcelog";
 const MCE_INJECT: &str = "/sys/kernel/debug/mce-inject";
@@ -60,6 +61,16 @@ pub(super) fn look(section: &mut Section<'_>) {
         }
     };
     section.add("mce-inject", survives.and_then(|()| there(MCE_INJECT)), Missing, mend);
+    let offers = |dir| match einj::check(Path::new(einj::DIR)) {
+        Ok(()) => Ok(dir),
+        Err(error) => Err(Gap::of("einj", &error)),
+    };
+    section.add(
+        "einj",
+        there(einj::DIR).and_then(offers),
+        Missing,
+        "optional: a host whose firmware has ACPI's EINJ; as root: modprobe einj",
+    );
     section.add(
         MCELOG,
         there(MCELOG),

@@ -22,7 +22,7 @@ pub enum UnpoisonError {
     /// The kernel does not do it any more.
     #[error(
         "page frame {pfn:#x} stays out of use: since this host's boot there was a hardware error of its \
-         memory (or what mce-inject made the kernel take for one), and from then on the kernel gives \
+         memory (or one of --via einj, or what mce-inject made the kernel take for one), and from then on the kernel gives \
          nothing back before it is booted again; \"Unpoison\" in its log says more"
     )]
     Hardware {

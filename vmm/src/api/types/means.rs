@@ -17,6 +17,9 @@ pub enum Means {
     /// The mce-inject module, which makes the host's own machine-check code handle an error of the page. The VMM gets
     /// an AO. Root; the host's `unpoison` is off from then on.
     MceInject,
+    /// The host's firmware, which makes a real error (ACPI's EINJ). The VMM gets an AO. Root; the host's `unpoison` is off
+    /// from then on.
+    Einj,
     /// UFFDIO_POISON, by the VMM on its own memory. Nothing is signalled before the page is touched; the touch raises
     /// an AR. No privileges, no CONFIG_MEMORY_FAILURE (Linux 6.6).
     Uffd,
@@ -32,6 +35,7 @@ impl std::fmt::Display for Means {
             Self::Madvise => "madvise",
             Self::SoftOffline => "soft-offline",
             Self::MceInject => "mce-inject",
+            Self::Einj => "einj",
             Self::Uffd => "uffd",
             Self::Signal => "signal",
         })
