@@ -206,6 +206,45 @@ pub fn sighup_has_them_opened_again() {
     }
 }
 
+/// One that comes while guest memory is made waits until there is a VM.
+pub fn a_sighup_during_the_start_does_not_end_it() {
+    let place = Place::new(&talks("word\n"));
+    let (console, api) = (place.argument("file", "console"), place.argument("path", "api"));
+    let mut command = place.command(&["run", "--memory", "size=256M,prefault=on", "--kernel"]);
+    command.arg(place.path("kernel")).args(["--serial", &console, "--api-socket", &api]);
+    // SAFETY: it is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            libc::setsid();
+            Ok(())
+        });
+    }
+    let mut child = command.spawn().unwrap();
+    let holds = |pid: u32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:"));
+        let mask = u64::from_str_radix(mask.unwrap_or("0").trim(), 16).unwrap_or(0);
+        // Alone: all of them are held while a thread is being made.
+        mask == 1 << (libc::SIGHUP - 1)
+    };
+    let start = Instant::now();
+    while !holds(child.id()) {
+        assert!(start.elapsed() < Duration::from_secs(30), "it does not hold SIGHUP back");
+        std::hint::spin_loop();
+    }
+    // SAFETY: takes numbers only; the child is ours and was not waited for.
+    assert_eq!(unsafe { libc::kill(child.id().cast_signed(), libc::SIGHUP) }, 0);
+    let socket = place.path("api");
+    while requests::get::<mce_relay_vmm::api::types::vm::VmInfo>(&socket, "vm.info").is_err() {
+        assert_eq!(child.try_wait().unwrap(), None, "it has ended");
+        assert!(start.elapsed() < Duration::from_secs(30), "it does not run");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!holds(child.id()));
+    requests::put(&socket, "vm.shutdown").unwrap();
+    child.wait().unwrap();
+}
+
 /// The terminal goes: so does a VM that was started on it, in the foreground or not.
 pub fn a_terminal_that_goes_ends_it() {
     for serial in ["tty", "file"] {

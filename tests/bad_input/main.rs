@@ -185,6 +185,7 @@ fn main() -> ExitCode {
         files::who_is_refused_touches_nothing needs has_kvm,
         files::a_long_file_is_put_aside needs once,
         files::sighup_has_them_opened_again needs has_kvm,
+        files::a_sighup_during_the_start_does_not_end_it needs has_kvm,
         files::a_terminal_that_goes_ends_it needs has_kvm,
         files::one_vm_writes_to_a_file needs has_kvm,
         files::a_file_that_was_moved_away_is_not_put_aside needs has_kvm,

@@ -5,8 +5,11 @@
 //! longer there. A process that was started with SIGHUP ignored (nohup) runs on in either case.
 
 use std::fs::OpenOptions;
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::OnceLock;
+
+use vmm_sys_util::signal;
 
 use crate::sandbox::terminal;
 
@@ -19,6 +22,32 @@ static HAD_TERMINAL: OnceLock<bool> = OnceLock::new();
 pub fn is_ignored() -> bool {
     HAD_TERMINAL.get_or_init(has_terminal);
     ignores(libc::SIGHUP)
+}
+
+/// Has a SIGHUP wait until [`let_go`]: one that comes while guest memory is made, say, would end the process before anybody
+/// could look what it means. For the thread that calls, and those that it starts. It also notes whether there is a terminal.
+///
+/// # Errors
+/// The kernel's.
+pub fn hold() -> io::Result<()> {
+    HAD_TERMINAL.get_or_init(has_terminal);
+    match signal::block_signal(libc::SIGHUP) {
+        Err(signal::Error::SignalAlreadyBlocked(_)) => Ok(()),
+        done => done.map_err(in_words),
+    }
+}
+
+/// There is a handler now. For the thread that calls.
+///
+/// # Errors
+/// The kernel's.
+pub fn let_go() -> io::Result<()> {
+    signal::unblock_signal(libc::SIGHUP).map_err(in_words)
+}
+
+/// vmm-sys-util's errors are none of the standard library's.
+fn in_words(error: signal::Error) -> io::Error {
+    io::Error::other(error.to_string())
 }
 
 /// Whether this process ignores `signal`, which it may have inherited.

@@ -19,6 +19,7 @@ use crate::machine::vm::error::VmError;
 use crate::outlets::files::{self, Appended, LogFile};
 use crate::outlets::sockets::BindError;
 use crate::sandbox::allocator;
+use crate::sandbox::hangup;
 use crate::sandbox::role::Role;
 use crate::sandbox::seccomp::{Filters, SeccompError};
 use crate::sandbox::start_up;
@@ -62,6 +63,9 @@ pub enum RunError {
     /// The memory-failure policy.
     #[error("cannot set the memory-failure policy (prctl PR_MCE_KILL)")]
     Policy(#[source] std::io::Error),
+    /// SIGHUP cannot be held back.
+    #[error("cannot have SIGHUP wait until there is a VM")]
+    Signal(#[source] std::io::Error),
 }
 
 /// Boots the guest, and again after each reset; returns the exit status that says how it ended.
@@ -69,6 +73,7 @@ pub enum RunError {
 /// # Errors
 /// The guest could not be started.
 pub fn run(config: &RunConfig) -> Result<u8, RunError> {
+    hangup::hold().map_err(RunError::Signal)?;
     // This and what follows is done before any thread is started.
     allocator::keep_small();
     // The threads inherit late kill, and only the relay's own thread takes AOs.

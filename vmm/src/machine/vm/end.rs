@@ -33,6 +33,7 @@ pub(crate) fn termination_pipes() -> io::Result<[(i32, RawFd); 3]> {
     };
     let made = [pipe(SIGTERM)?, pipe(SIGINT)?, pipe(SIGHUP)?];
     *pipes = Some(made);
+    hangup::let_go()?;
     Ok(made)
 }
 
