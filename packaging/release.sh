@@ -46,7 +46,7 @@ chmod 644 "$files/$name-x86_64-linux.debug"
 if [ "${SBOM:-on}" = on ]; then
     # It writes beside every Cargo.toml of the workspace, so it is given a copy, whose place it then names.
     mkdir "$tmp/copy"
-    git ls-files -z -- Cargo.toml Cargo.lock '*/Cargo.toml' '*.rs' | xargs -0 cp --parents -t "$tmp/copy"
+    find . -path ./target -prune -o \( -name Cargo.toml -o -path ./Cargo.lock -o -name '*.rs' \) -print0 | xargs -0 cp --parents -t "$tmp/copy"
     copy=$(realpath "$tmp/copy")
     cargo-cyclonedx cyclonedx --quiet --manifest-path "$copy/cli/Cargo.toml" --format json --spec-version 1.5 \
         --describe binaries --no-build-deps --target x86_64-unknown-linux-gnu

@@ -3,6 +3,7 @@
 # /root/mce-relay.deb is the package: whether a VM has all it needs within the unit's limits, and nothing else. The guest is two
 # instructions, so any KVM will do. As root: `tests/service-live.sh DIR`.
 set -euo pipefail
+umask 022
 
 die() { printf 'tests/service-live.sh: error: %s\n' "$*" >&2; exit 1; }
 
@@ -175,10 +176,10 @@ OPTIONS="--kernel /srv/vm1/kernel --memory size=64M --serial off --disk path=/da
 END
 inside systemctl start mce-relay@vm2 || true
 for _ in {1..50}; do
-    journal vm2 | grep -q 'Read-only file system' && break
+    grep -q 'Read-only file system' <<<"$(journal vm2)" && break
     sleep 0.2
 done
-journal vm2 | grep -q 'cannot open the disk /data/disk.*Read-only file system' || die "vm2 says: $(journal vm2)"
+grep -q 'cannot open the disk /data/disk.*Read-only file system' <<<"$(journal vm2)" || die "vm2 says: $(journal vm2)"
 inside systemctl stop mce-relay@vm2
 inside sh -ec 'mkdir /run/systemd/system/mce-relay@vm2.service.d
     printf "[Service]\nReadWritePaths=/data\n" >/run/systemd/system/mce-relay@vm2.service.d/disk.conf
