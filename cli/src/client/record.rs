@@ -103,6 +103,17 @@ impl Record {
         }
     }
 
+    /// How many bad, predicted and past pages of the ledger are not kept.
+    #[must_use]
+    pub fn left_out(&self) -> Counts {
+        let Some(Kept { in_all, status, .. }) = &self.ledger else { return Counts::default() };
+        Counts {
+            pages: in_all.pages.saturating_sub(status.pages.len()),
+            predicted: in_all.predicted.saturating_sub(status.predicted.len()),
+            past: in_all.past.saturating_sub(status.past.len()),
+        }
+    }
+
     /// A line about the ledger: its time, and what is missing in it.
     #[must_use]
     pub fn about_the_ledger(&self) -> Option<String> {

@@ -1,18 +1,20 @@
 //! Makes a report of the lines of a file of events, one after another.
 
-use mce_relay::{FailureKind, State};
 use mce_relay_vmm::api::types::vm::{Extent, Status};
 use mce_relay_vmm::api::types::vm_event::VmEvent;
 
 use super::latency::{Latencies, Spread};
+use super::ledger;
 use super::line::{Line, Said};
-use super::memory_map::{Mark, MemoryMap};
-use super::model::{
-    Boot, Broken, Happened, Log, LostTo, Origin, Page, Report, Totals, Toucher, Vmm,
-};
+use super::memory_map::MemoryMap;
+use super::model::{Boot, Broken, Happened, Lacks, Log, Origin, Report, Vmm};
 use super::pages::{Now, Pages};
+use super::totals::{lost_to, marks, totals};
 
-const PAGE_SIZE: u64 = 4096;
+/// What is told of words that somebody else wrote, in bytes: the rest is cut.
+const WORDS: usize = 300;
+/// How a boot ended of which only the next one is known.
+const NO_WORD: &str = "unknown: another one followed, and no event says why";
 
 /// A report in the making.
 #[derive(Debug, Default)]
@@ -25,6 +27,8 @@ pub struct Builder {
     line: u64,
     /// The last VMM has ended.
     ended: bool,
+    /// How the boot ended whose beginning is in no event.
+    unknown_end: Option<String>,
 }
 
 impl Builder {
@@ -43,13 +47,18 @@ impl Builder {
     /// Counts a line that is no event, and why it is none.
     pub fn broken(&mut self, why: String) {
         self.log.broken += 1;
-        self.log.first_broken.get_or_insert(Broken { line: self.line, why });
+        self.log.first_broken.get_or_insert(Broken { line: self.line, why: cut(why) });
     }
 
     /// The same for a line that was not read as a whole.
     pub fn too_long(&mut self, why: String) {
         self.line += 1;
         self.broken(why);
+    }
+
+    /// So many entries of the ledger are not in the VM's record.
+    pub fn lacks(&mut self, lacks: Lacks) {
+        self.log.ledger_lacks = lacks;
     }
 
     fn take(&mut self, Line { at, said }: Line) {
@@ -67,7 +76,7 @@ impl Builder {
                 }
             }
             Said::Vm(event) => self.of_vm(&event, now),
-            Said::Unknown(name) => *self.log.unknown.entry(name).or_default() += 1,
+            Said::Unknown(name) => *self.log.unknown.entry(cut(name)).or_default() += 1,
             Said::Missed(_) => {}
         }
     }
@@ -85,40 +94,64 @@ impl Builder {
             at < vmm.last || first_again || self.ended
         });
         if another {
+            if let Some(boot) = self.vmms.last_mut().and_then(|vmm| vmm.boots.last_mut()) {
+                boot.end.get_or_insert_with(|| NO_WORD.to_owned());
+            }
             self.vmms.push(Vmm::default());
             self.pages.another_vmm();
+            self.unknown_end = None;
             self.ended = false;
         }
         let index = self.vmms.len() - 1;
         let vmm = &mut self.vmms[index];
         vmm.last = at;
-        Now { at, vmm: index, boot: vmm.boots.last().map_or(0, |boot| boot.boot) }
+        Now { at, vmm: index, boot: vmm.boots.last().map(|boot| boot.boot) }
     }
 
     fn of_vm(&mut self, event: &VmEvent, now: Now) {
         self.happens(now, event.to_string());
-        let vmm = &mut self.vmms[now.vmm];
-        let end = |vmm: &mut Vmm, words: &str| {
-            if let Some(boot) = vmm.boots.last_mut() {
-                boot.end.get_or_insert(words.to_owned());
-            }
-        };
         match event {
             VmEvent::Booting { boot, unix_time, vendor, .. } => {
+                self.boots_before(now.vmm, *boot);
+                let vmm = &mut self.vmms[now.vmm];
                 vmm.began = Some(unix_time - seconds(now.at)).filter(|began| began.is_finite());
+                if let Some(last) = vmm.boots.last_mut() {
+                    last.end.get_or_insert_with(|| NO_WORD.to_owned());
+                }
                 vmm.boots.push(Boot {
                     boot: *boot,
-                    at: now.at,
-                    vendor: vendor.to_string(),
+                    at: Some(now.at),
+                    vendor: Some(vendor.to_string()),
                     end: None,
                 });
+                self.pages.started_over();
             }
-            VmEvent::Reset { reason, .. } => end(vmm, reason),
+            VmEvent::Reset { reason, .. } => self.ends(now.vmm, reason.clone()),
             VmEvent::Ended { how, status } => {
-                end(vmm, &format!("{how} (exit status {status})"));
+                self.ends(now.vmm, format!("{how} (exit status {status})"));
                 self.ended = true;
             }
             _ => {}
+        }
+    }
+
+    fn ends(&mut self, vmm: usize, words: String) {
+        match self.vmms[vmm].boots.last_mut() {
+            Some(boot) => boot.end.get_or_insert(words),
+            None => self.unknown_end.get_or_insert(words),
+        };
+    }
+
+    /// The events before the first boot that is known are of the one before it, or before all of them.
+    fn boots_before(&mut self, vmm: usize, boot: u32) {
+        if !self.vmms[vmm].boots.is_empty() {
+            return;
+        }
+        let (end, before) = (self.unknown_end.take(), boot.saturating_sub(1).max(1));
+        let any = self.pages.of_boot(vmm, before);
+        if boot > 1 && (any || end.is_some()) {
+            let end = end.or_else(|| Some(NO_WORD.to_owned()));
+            self.vmms[vmm].boots.push(Boot { boot: before, at: None, vendor: None, end });
         }
     }
 
@@ -132,31 +165,21 @@ impl Builder {
         if let Some(status) = status {
             self.add_ledger(status);
         }
-        let Self { log, vmms, pages: Pages { mut list, huge, rescued, predicted, .. }, .. } = self;
-        for page in &mut list {
+        let Self { log, vmms, pages, happened, .. } = self;
+        let Pages { list: mut pages, huge, rescued, predicted, .. } = pages;
+        let huge = huge.list;
+        for page in &mut pages {
             // A signal is known to be of a page only when the relay has looked at it.
             page.steps.sort_by_key(|step| step.at);
             page.lost_to = lost_to(page);
         }
-        let rest = || huge.iter().map(|huge| (huge, huge.rest()));
-        let mut totals = Totals::default();
-        list.iter().for_each(|page| count(&mut totals, page));
-        for (_, (pages, there)) in rest() {
-            totals.bad += pages;
-            *(if there { &mut totals.waiting } else { &mut totals.removed }) += pages;
-            if pages > 0 {
-                *totals.lost_to.entry(LostTo::Nobody).or_default() += pages;
-            }
-        }
-        totals.bytes = totals.bad.saturating_mul(PAGE_SIZE);
-        let of_huge = rest().filter(|(_, (pages, _))| *pages > 0).map(|(huge, (_, there))| {
-            (huge.gpa, huge.len / PAGE_SIZE, if there { Mark::Waiting } else { Mark::Removed })
-        });
-        let marks = list.iter().map(|page| (page.gpa, 1, mark(page))).chain(of_huge).collect();
         let ram = status.map(|status| {
             status.vm.memory.iter().map(|block| Extent { gpa: block.gpa, len: block.len }).collect()
         });
-        let told = || list.iter().flat_map(|page| &page.told);
+        let told = || {
+            let real = pages.iter().filter(|page| !page.forged).flat_map(|page| &page.told);
+            real.filter(|told| !told.forged)
+        };
         let latencies = Latencies {
             injected: Spread::of(told().filter_map(|told| told.after).collect()),
             acknowledged: Spread::of(told().filter_map(|told| told.taken_after).collect()),
@@ -167,95 +190,45 @@ impl Builder {
             of,
             log,
             vmms,
-            totals,
-            memory: MemoryMap::new(ram, marks),
+            totals: totals(&pages, &huge),
+            memory: MemoryMap::new(ram, marks(&pages, &huge)),
             latencies,
-            pages: list,
+            pages,
             huge,
             rescued,
-            predicted,
-            happened: self.happened,
+            predicted: predicted.list,
+            happened,
         }
     }
 
-    /// Adds those pages of the ledger whose events are no longer kept.
     fn add_ledger(&mut self, status: &Status) {
-        if status.pages.is_empty() {
-            return;
-        }
         if self.vmms.is_empty() {
             self.vmms.push(Vmm::default());
         }
-        let vmm = self.vmms.len() - 1;
-        let now = Now { at: self.vmms[vmm].last, vmm, boot: status.vm.boot };
-        for page in &status.pages {
-            self.log.by_ledger += u64::from(self.pages.add_ledgered(page, now));
+        let last = self.vmms.len() - 1;
+        if self.vmms[last].boots.is_empty() {
+            // None has begun since the ledger was written, or an event would say it.
+            let (boot, vendor) = (status.vm.boot, Some(status.vm.vendor.to_string()));
+            self.pages.of_boot(last, boot);
+            let end = self.unknown_end.take();
+            self.vmms[last].boots.push(Boot { boot, at: None, vendor, end });
         }
+        let merged = ledger::merge(&mut self.pages, status, &self.vmms[last], last);
+        (self.log.by_ledger, self.log.filled) = (merged.added, merged.filled);
     }
+}
+
+/// Cuts words that somebody else wrote.
+fn cut(mut words: String) -> String {
+    if words.len() > WORDS {
+        let at = (0..=WORDS).rev().find(|at| words.is_char_boundary(*at)).unwrap_or_default();
+        words.truncate(at);
+        words.push('…');
+    }
+    words
 }
 
 #[allow(clippy::cast_precision_loss, reason = "it is shown to the millisecond")]
 fn seconds(micros: u64) -> f64 {
     micros as f64 / 1e6
-}
-
-/// Whether the guest could not be told of it the last time that it was to be, whatever became of it later.
-fn is_undeliverable(page: &Page) -> bool {
-    let tried = ["injected", "acknowledged", "undeliverable"];
-    let last = page.steps.iter().rev().find(|step| tried.contains(&step.what));
-    match last {
-        Some(step) => step.what == "undeliverable",
-        None => matches!(page.state, State::Undeliverable { .. }),
-    }
-}
-
-fn lost_to(page: &Page) -> LostTo {
-    let by_guest = page.touched_by.iter().any(|by| *by != Toucher::Vmm);
-    let untold = is_undeliverable(page);
-    match page.touched_by.is_empty() {
-        false if by_guest && untold && page.kind == FailureKind::ActionRequired => {
-            LostTo::GuestUntold
-        }
-        false if by_guest => LostTo::Guest,
-        false => LostTo::Vmm,
-        true if page.told.is_empty() && page.state.is_untold() => LostTo::Nobody,
-        true if page.told.is_empty() && matches!(page.state, State::Healed | State::Removed) => {
-            LostTo::Nobody
-        }
-        true => LostTo::Told,
-    }
-}
-
-fn count(totals: &mut Totals, page: &Page) {
-    if page.forged {
-        totals.forged += 1;
-        return;
-    }
-    let acknowledged = matches!(page.state, State::Acknowledged { .. });
-    totals.bad += 1;
-    totals.told += u64::from(
-        !page.told.is_empty() || acknowledged || matches!(page.state, State::Injected { .. }),
-    );
-    totals.acknowledged +=
-        u64::from(acknowledged || page.told.iter().any(|told| told.taken_after.is_some()));
-    totals.undeliverable += u64::from(is_undeliverable(page));
-    *totals.lost_to.entry(page.lost_to).or_default() += 1;
-    match page.state {
-        State::Seen | State::Waiting { .. } => totals.waiting += 1,
-        State::Healed => totals.healed += 1,
-        State::Removed => totals.removed += 1,
-        State::Injected { .. } | State::Acknowledged { .. } | State::Undeliverable { .. } => {}
-    }
-}
-
-fn mark(page: &Page) -> Mark {
-    match page.state {
-        State::Removed => Mark::Removed,
-        _ if page.forged => Mark::Forged,
-        State::Seen | State::Waiting { .. } => Mark::Waiting,
-        State::Injected { .. } => Mark::Injected,
-        State::Acknowledged { .. } => Mark::Acknowledged,
-        State::Undeliverable { .. } => Mark::Undeliverable,
-        State::Healed => Mark::Healed,
-    }
 }

@@ -1,5 +1,7 @@
 //! The guest's memory in rows, and where it is bad.
 
+use std::collections::BTreeMap;
+
 use mce_relay_vmm::api::types::vm::Extent;
 use serde::Serialize;
 
@@ -11,7 +13,8 @@ const ROWS: u128 = 16;
 const LEAST_ROW: u128 = 1 << 20;
 /// What is drawn of a guest whose memory is not known ends at a multiple of this.
 const UNKNOWN_STEP: u128 = 128 << 20;
-const PAGE_SIZE: u64 = 4096;
+/// Length of a page in bytes.
+pub const PAGE_SIZE: u64 = 4096;
 
 /// How bad a page is, from harmless to worst.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -169,17 +172,27 @@ fn fraction(part: u128, of: u128) -> f64 {
 }
 
 /// Adjacent pages with the same mark as one, by address; of several marks of a page the worst.
-fn stretches(mut pages: Vec<(u64, u64, Mark)>) -> Vec<Stretch> {
-    // The worst first, so that it is kept of pages that are there twice.
-    pages.sort_unstable_by_key(|(gpa, pages, mark)| (*gpa, std::cmp::Reverse((*mark, *pages))));
-    let mut all: Vec<Stretch> = Vec::new();
-    for (gpa, pages, worst) in pages {
+fn stretches(pages: Vec<(u64, u64, Mark)>) -> Vec<Stretch> {
+    // Where one begins or ends, and how many there are of each mark from there on.
+    let mut steps: Vec<(u128, Mark, bool)> = Vec::new();
+    for (gpa, pages, mark) in pages {
+        let (start, len) = (u128::from(gpa), u128::from(pages) * u128::from(PAGE_SIZE));
+        steps.push((start, mark, true));
+        steps.push((start + len, mark, false));
+    }
+    steps.sort_unstable();
+    let (mut all, mut open) = (Vec::<Stretch>::new(), BTreeMap::<Mark, u64>::new());
+    for (at, (start, mark, begins)) in steps.iter().enumerate() {
+        let count = open.entry(*mark).or_default();
+        // One may end where another begins, and is counted first then.
+        *count = if *begins { count.wrapping_add(1) } else { count.wrapping_sub(1) };
+        let Some((end, ..)) = steps.get(at + 1) else { break };
+        let worst = open.iter().rev().find(|(_, count)| **count > 0).map(|(mark, _)| *mark);
+        let (Some(worst), Ok(gpa)) = (worst, u64::try_from(*start)) else { continue };
+        let Ok(pages) = u64::try_from((end - start) / u128::from(PAGE_SIZE)) else { continue };
         match all.last_mut() {
-            Some(last) if last.gpa == gpa && last.pages >= pages => {}
-            Some(last) if end_of(last) == u128::from(gpa) && last.worst == worst => {
-                last.pages += pages;
-            }
-            Some(last) if u128::from(gpa) < end_of(last) && last.worst >= worst => {}
+            _ if pages == 0 => {}
+            Some(last) if end_of(last) == *start && last.worst == worst => last.pages += pages,
             _ => all.push(Stretch { gpa, pages, worst }),
         }
     }
@@ -242,6 +255,26 @@ mod tests {
         assert_eq!(map.row_bytes, 8 * MIB, "128 MiB, where it is not known");
         assert_eq!(map.rows[0].bad, [Bin { at: 0, stretches: 2, worst: Mark::Undeliverable }]);
         assert_eq!(map.rows[8].bad.len(), 64, "2 MiB");
+    }
+
+    /// The sum of all stretches is the number of pages, however they overlap.
+    #[test]
+    fn a_page_is_in_one_stretch() {
+        let pages = vec![
+            (0, 512, Mark::Waiting),
+            (0, 1, Mark::Undeliverable),
+            (0x5000, 3, Mark::Removed),
+            (0x6000, 1, Mark::Healed),
+        ];
+        let map = MemoryMap::new(None, pages);
+        let all: Vec<_> = map.stretches.iter().map(|one| (one.gpa, one.pages, one.worst)).collect();
+        let expected = [
+            (0, 1, Mark::Undeliverable),
+            (0x1000, 4, Mark::Waiting),
+            (0x5000, 3, Mark::Removed),
+            (0x8000, 504, Mark::Waiting),
+        ];
+        assert_eq!(all, expected);
     }
 
     #[test]

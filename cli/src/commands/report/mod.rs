@@ -7,16 +7,22 @@
 //! its own.
 
 pub mod builder;
+mod clock;
 pub mod command;
 pub mod error;
 pub mod html;
+pub mod huge;
 pub mod latency;
+mod ledger;
 pub mod line;
 pub mod memory_map;
 pub mod model;
 mod pages;
+mod predicted;
 pub mod raw;
 pub mod save;
+mod signals;
 pub mod source;
 #[cfg(test)]
 mod tests;
+mod totals;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use mce_relay::{FailureKind, FoundBy, Place, State};
 use serde::Serialize;
 
+use super::huge::Huge;
 use super::latency::Latencies;
 use super::memory_map::MemoryMap;
 
@@ -66,6 +67,21 @@ pub struct Log {
     pub missed: u64,
     /// Pages that are in the ledger and of which there are no events any more.
     pub by_ledger: u64,
+    /// Pages of which a part is from the ledger, as their first events are missing or their last ones.
+    pub filled: u64,
+    /// Entries of the ledger that the VM's record has left out.
+    pub ledger_lacks: Lacks,
+}
+
+/// How many entries of the ledger are not in a VM's record.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Lacks {
+    /// Of bad pages.
+    pub pages: usize,
+    /// Of predicted pages.
+    pub predicted: usize,
+    /// Of pages that were bad once.
+    pub past: usize,
 }
 
 /// A line that is no event.
@@ -93,11 +109,11 @@ pub struct Vmm {
 pub struct Boot {
     /// Its number; 1 for the first.
     pub boot: u32,
-    /// When it began.
-    pub at: u64,
-    /// The vendor that the guest sees.
-    pub vendor: String,
-    /// How it ended, in words; `None` while it has not.
+    /// When it began; `None` if that event is missing.
+    pub at: Option<u64>,
+    /// The vendor that the guest sees; `None` if that is not known.
+    pub vendor: Option<String>,
+    /// How it ended, in words; `None` if no end of it is known.
     pub end: Option<String>,
 }
 
@@ -120,6 +136,8 @@ pub struct Totals {
     pub healed: u64,
     /// No longer part of the guest's memory.
     pub removed: u64,
+    /// Their first events are missing, so that nobody knows whether the guest was told of them.
+    pub unknown: u64,
     /// Whole: all their signals were forged.
     pub forged: u64,
     /// Pages by whom they were lost to.
@@ -140,12 +158,16 @@ pub enum LostTo {
     Told,
     /// Nobody is known to have touched it, and the guest does not know.
     Nobody,
+    /// The first events of it are missing, and those that are there say nothing of it.
+    Unknown,
+    /// Nothing was lost: it was forged. Such a page is in none of [`Totals::lost_to`].
+    Nothing,
 }
 
 impl LostTo {
-    /// All of them.
-    pub const ALL: [Self; 5] =
-        [Self::GuestUntold, Self::Guest, Self::Vmm, Self::Told, Self::Nobody];
+    /// All to whom a page can be lost.
+    pub const ALL: [Self; 6] =
+        [Self::GuestUntold, Self::Guest, Self::Vmm, Self::Told, Self::Nobody, Self::Unknown];
 
     /// In a few words.
     #[must_use]
@@ -156,6 +178,8 @@ impl LostTo {
             Self::Vmm => "VMM",
             Self::Told => "nobody: told before",
             Self::Nobody => "nobody yet",
+            Self::Unknown => "unknown: the events begin later",
+            Self::Nothing => "nothing: forged",
         }
     }
 }
@@ -172,13 +196,29 @@ pub enum Toucher {
     Vmm,
 }
 
+/// How much of a page's course the events have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Course {
+    /// From when it became known.
+    Whole,
+    /// The first of them are missing.
+    Late,
+    /// There are none: it is in the ledger.
+    Ledger,
+}
+
 /// One page that went bad.
 #[derive(Debug, Clone, Serialize)]
 pub struct Page {
     /// Its VMM's index in [`Report::vmms`].
     pub vmm: usize,
-    /// The boot in which it became known; 0 before the first.
-    pub boot: u32,
+    /// The boot in which it became known, which before the first is that one; `None` if no event has said it.
+    pub boot: Option<u32>,
+    /// How much of its course the events have.
+    pub course: Course,
+    /// The ledger has said some of it.
+    pub by_ledger: bool,
     /// Guest-physical address.
     #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
@@ -200,10 +240,70 @@ pub struct Page {
     pub touched_by: Vec<Toucher>,
     /// To whom it was lost.
     pub lost_to: LostTo,
-    /// Each time that the guest was told.
+    /// Each time that the guest was told of which there is an event.
     pub told: Vec<Telling>,
+    /// The guest was told at least once at a time of which there is no event.
+    pub told_before: bool,
+    /// The guest has taken a record at least once of which [`Self::told`] does not have it.
+    pub taken_before: bool,
+    /// By the ledger, the guest could not be told the last time.
+    #[serde(skip)]
+    pub untold_before: bool,
     /// Everything that happened to it.
     pub steps: Vec<Step>,
+}
+
+impl Page {
+    /// A page of which nothing else is known yet.
+    pub(super) fn new(
+        vmm: usize,
+        boot: Option<u32>,
+        gpa: u64,
+        kind: FailureKind,
+        forged: bool,
+    ) -> Self {
+        Self {
+            vmm,
+            boot,
+            course: Course::Late,
+            by_ledger: false,
+            gpa,
+            hva: None,
+            first_kind: kind,
+            kind,
+            found_by: None,
+            forged,
+            state: State::Seen,
+            touched_by: Vec::new(),
+            lost_to: LostTo::Nobody,
+            told: Vec::new(),
+            told_before: false,
+            taken_before: false,
+            untold_before: false,
+            steps: Vec::new(),
+        }
+    }
+
+    /// The name of its state, as JSON has it.
+    #[must_use]
+    pub fn state_name(&self) -> &'static str {
+        match self.state {
+            State::Seen => "seen",
+            State::Waiting { .. } => "waiting",
+            State::Injected { .. } => "injected",
+            State::Acknowledged { .. } => "acknowledged",
+            State::Undeliverable { .. } => "undeliverable",
+            State::Healed => "healed",
+            State::Removed => "removed",
+        }
+    }
+
+    /// Notes who has touched it.
+    pub(super) fn touched(&mut self, by: Toucher) {
+        if !self.touched_by.contains(&by) {
+            self.touched_by.push(by);
+        }
+    }
 }
 
 /// The guest was told of a page once.
@@ -219,6 +319,8 @@ pub struct Telling {
     pub injected: u64,
     /// From then until the guest had taken it: microseconds.
     pub taken_after: Option<u64>,
+    /// All signals of the page had been forged until then.
+    pub forged: bool,
 }
 
 /// One step of a page.
@@ -232,52 +334,13 @@ pub struct Step {
     pub words: String,
 }
 
-/// A huge page that was lost as a whole.
-#[derive(Debug, Clone, Serialize)]
-pub struct Huge {
-    /// Its VMM's index in [`Report::vmms`].
-    pub vmm: usize,
-    /// The boot in which it became known; 0 before the first.
-    pub boot: u32,
-    /// Guest-physical address of its first byte.
-    #[serde(with = "mce_relay::hex")]
-    pub gpa: u64,
-    /// Host virtual address of its first byte.
-    #[serde(with = "mce_relay::hex")]
-    pub hva: u64,
-    /// Its length in bytes.
-    pub len: u64,
-    /// The kind of its signal.
-    pub kind: FailureKind,
-    /// How it became known.
-    pub found_by: FoundBy,
-    /// Pages that became known with it.
-    pub pages: u64,
-    /// Those of them that are in [`Report::pages`].
-    pub listed: u64,
-    /// How many bytes of it are no longer part of the guest's memory.
-    pub removed: u64,
-    /// When it was caught; `None` if no signal named it.
-    pub caught: Option<u64>,
-    /// When it became known.
-    pub seen: u64,
-}
-
-impl Huge {
-    /// The pages of it of which nothing more is known, and whether they are still part of the guest's memory.
-    #[must_use]
-    pub fn rest(&self) -> (u64, bool) {
-        (self.pages.saturating_sub(self.listed), self.removed < self.len)
-    }
-}
-
 /// A huge page that was rescued.
 #[derive(Debug, Clone, Serialize)]
 pub struct Rescue {
     /// Its VMM's index in [`Report::vmms`].
     pub vmm: usize,
-    /// When.
-    pub at: u64,
+    /// When; `None` if only the ledger has it.
+    pub at: Option<u64>,
     /// What was lost and kept.
     #[serde(flatten)]
     pub what: mce_relay::Rescued,
@@ -291,10 +354,12 @@ pub struct Predicted {
     /// Guest-physical address.
     #[serde(with = "mce_relay::hex")]
     pub gpa: u64,
-    /// When it was asked for.
-    pub at: u64,
-    /// When it came to its present state.
-    pub last: u64,
+    /// When it was asked for; `None` if that is not known.
+    pub at: Option<u64>,
+    /// When it came to its present state; `None` if that is not known.
+    pub last: Option<u64>,
+    /// The guest started over, or had the page no longer, before it was told: the prediction was dropped.
+    pub dropped: bool,
     /// What became of it.
     #[serde(flatten)]
     pub state: State,

@@ -1,14 +1,17 @@
 //! What became of each page, from the events of one page after another.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use mce_relay::{
-    Event, FailureKind, FoundBy, Injection, Page as Ledgered, Place, SignalledThread, State,
+    Event, FailureKind, Form, FoundBy, Injection, Page as Ledgered, Place, SignalledThread, State,
 };
 
-use super::model::{Huge, LostTo, Page, Predicted, Rescue, Step, Telling, Toucher};
+use super::huge::{Huge, HugePages};
+use super::memory_map::PAGE_SIZE;
+use super::model::{Course, Page, Rescue, Step, Telling, Toucher};
+use super::predicted::Predictions;
+use super::signals::{About, Signal, Signals};
 
-const PAGE_SIZE: u64 = 4096;
 /// What can be lost at once.
 const HUGE: [u64; 2] = [2 << 20, 1 << 30];
 
@@ -19,39 +22,22 @@ pub(super) struct Now {
     pub at: u64,
     /// Which VMM.
     pub vmm: usize,
-    /// Which boot.
-    pub boot: u32,
-}
-
-/// A signal whose page is not known yet.
-#[derive(Debug, Clone)]
-struct Signal {
-    at: u64,
-    kind: FailureKind,
-    forged: bool,
-    thread: SignalledThread,
-    lsb: u8,
+    /// Which boot, if an event has said it.
+    pub boot: Option<u32>,
 }
 
 /// All pages.
 #[derive(Debug, Default)]
 pub(super) struct Pages {
     pub list: Vec<Page>,
-    pub huge: Vec<Huge>,
+    pub huge: HugePages,
     pub rescued: Vec<Rescue>,
-    pub predicted: Vec<Predicted>,
+    pub predicted: Predictions,
     /// Pages that are bad now, by address.
     open: BTreeMap<u64, usize>,
     /// Pages that were removed.
     gone: HashMap<u64, usize>,
-    /// Huge pages that are bad now, by address.
-    open_huge: BTreeMap<u64, usize>,
-    /// Predicted pages, by address.
-    open_predicted: HashMap<u64, usize>,
-    /// Signals that no event has given a page yet, by host virtual address.
-    signals: BTreeMap<u64, Vec<Signal>>,
-    /// When the pages were signalled that were lost with a rescued huge page, by its address.
-    rescues: BTreeMap<u64, (u64, Option<Signal>)>,
+    signals: Signals,
     /// Since when the guest is to be told of a page, by its index.
     asked: HashMap<usize, u64>,
 }
@@ -64,20 +50,38 @@ fn extent_of(extent: u64) -> u64 {
 impl Pages {
     /// Another VMM: nothing that follows is about these pages.
     pub fn another_vmm(&mut self) {
-        let Self { list, huge, rescued, predicted, .. } = std::mem::take(self);
+        let Self { list, mut huge, rescued, mut predicted, .. } = std::mem::take(self);
+        huge.close();
+        predicted.close();
         *self = Self { list, huge, rescued, predicted, ..Self::default() };
+    }
+
+    /// The guest starts over: what it was to be told of pages that are whole it is not told.
+    pub fn started_over(&mut self) {
+        self.predicted.drop_untold(0..u64::MAX);
+        self.predicted.close();
+    }
+
+    /// What became known in this VMM before the first boot that is known was in `boot`; returns whether there is any.
+    pub fn of_boot(&mut self, vmm: usize, boot: u32) -> bool {
+        let pages = self.list.iter_mut().map(|page| (page.vmm, &mut page.boot));
+        let huge = self.huge.list.iter_mut().map(|huge| (huge.vmm, &mut huge.boot));
+        let mut any = false;
+        for (_, known) in pages.chain(huge).filter(|(of, known)| *of == vmm && known.is_none()) {
+            (*known, any) = (Some(boot), true);
+        }
+        any
     }
 
     /// Takes in an event of memory; returns whether it was about pages.
     pub fn take(&mut self, event: &Event, now: Now) -> bool {
         match event {
             Event::Caught { kind, hva, lsb, thread, forged } => {
-                let signal =
-                    Signal { at: now.at, kind: *kind, forged: *forged, thread: *thread, lsb: *lsb };
-                self.signals.entry(*hva & !(PAGE_SIZE - 1)).or_default().push(signal);
+                let (at, kind, forged, thread, lsb) = (now.at, *kind, *forged, *thread, *lsb);
+                self.signals.caught(*hva, Signal { at, kind, forged, thread, lsb });
             }
             Event::Outside { hva, .. } => {
-                self.signals.remove(&(*hva & !(PAGE_SIZE - 1)));
+                self.signals.outside(*hva);
                 return false;
             }
             Event::Seen { gpa, hva, kind, found_by, extent, pages } => {
@@ -87,6 +91,7 @@ impl Pages {
             Event::Waiting { gpa, kind, wait, forged } => {
                 let at = self.find(*gpa, *kind, *forged, now);
                 self.list[at].state = State::Waiting { wait: *wait };
+                self.said_kind(at, *kind, Toucher::Guest);
                 self.step(at, now, "waiting", wait.to_string());
             }
             Event::Injected { gpa, by, after_micros, forged } => {
@@ -94,10 +99,14 @@ impl Pages {
             }
             Event::Acknowledged { gpa, place, forged, .. } => {
                 let at = self.find(*gpa, FailureKind::ActionOptional, *forged, now);
+                self.told_at(at, *place);
                 let page = &mut self.list[at];
                 page.state = State::Acknowledged { place: *place };
-                if let Some(last) = page.told.last_mut() {
-                    last.taken_after.get_or_insert(now.at.saturating_sub(last.injected));
+                match page.told.last_mut() {
+                    Some(told) => {
+                        told.taken_after.get_or_insert(now.at.saturating_sub(told.injected));
+                    }
+                    None => (page.told_before, page.taken_before) = (true, true),
                 }
                 self.step(at, now, "acknowledged", place.to_string());
             }
@@ -105,8 +114,10 @@ impl Pages {
                 let at = self.find(*gpa, *kind, *forged, now);
                 let rip = rip.map(|rip| format!(", RIP {rip:#x}")).unwrap_or_default();
                 self.list[at].state = State::Undeliverable { why: *why };
+                self.said_kind(at, *kind, Toucher::Vcpu(*vcpu as u64));
                 self.step(at, now, "undeliverable", format!("{kind} on vCPU {vcpu}{rip}: {why}"));
             }
+            Event::Healed { gpa, .. } if self.huge.heal(*gpa) => {}
             Event::Healed { gpa, forged } => {
                 let at = self.find(*gpa, FailureKind::ActionOptional, *forged, now);
                 self.list[at].state = State::Healed;
@@ -119,12 +130,10 @@ impl Pages {
                 self.removed(*gpa, gpa.saturating_add(*len), now);
                 return false;
             }
-            Event::Predicted { gpa, state } => self.predicted(*gpa, state, now),
+            Event::Predicted { gpa, state } => self.predicted.take(*gpa, state, now.vmm, now.at),
             Event::Rescued(what) => {
-                let end = what.hva.saturating_add(extent_of(what.extent));
-                let signal = self.signals_in(what.hva, end).into_iter().next();
-                self.rescues.insert(what.hva, (end, signal));
-                self.rescued.push(Rescue { vmm: now.vmm, at: now.at, what: *what });
+                self.signals.rescued(what.hva, extent_of(what.extent), what.gone);
+                self.rescued.push(Rescue { vmm: now.vmm, at: Some(now.at), what: *what });
                 return false;
             }
             Event::NotRescued { .. } | Event::Overrun { .. } | Event::Scanned { .. } => {
@@ -132,16 +141,6 @@ impl Pages {
             }
         }
         true
-    }
-
-    /// Takes the signals for addresses from `start` to before `end`, in the order in which they came.
-    fn signals_in(&mut self, start: u64, end: u64) -> Vec<Signal> {
-        let addresses: Vec<u64> =
-            self.signals.range(start..end.max(start)).map(|(at, _)| *at).collect();
-        let mut all: Vec<Signal> =
-            addresses.iter().filter_map(|at| self.signals.remove(at)).flatten().collect();
-        all.sort_by_key(|signal| signal.at);
-        all
     }
 
     fn seen(
@@ -153,90 +152,104 @@ impl Pages {
         (extent, pages): (u64, u64),
         now: Now,
     ) {
-        let (extent, page) = (extent_of(extent), hva & !(PAGE_SIZE - 1));
-        let mut signals = self.signals_in(page, page.saturating_add(PAGE_SIZE));
-        if signals.is_empty() && extent > PAGE_SIZE {
-            let start = hva & !(extent - 1);
-            signals = self.signals_in(start, start.saturating_add(extent));
-        }
-        if signals.is_empty() && found_by == FoundBy::Signal {
-            // The signal named the huge page that was rescued.
-            let rescue = self.rescues.range(..=hva).next_back().map(|(_, rescue)| rescue);
-            signals.extend(
-                rescue.filter(|(end, _)| hva < *end).and_then(|(_, signal)| signal.clone()),
-            );
-        }
+        let extent = extent_of(extent);
+        let about = self.signals.of_known(hva, extent, found_by == FoundBy::Signal);
+        let whole = gpa & !(extent - 1);
+        let lost = if pages > 1 {
+            whole..whole.saturating_add(extent)
+        } else {
+            gpa..gpa.saturating_add(1)
+        };
+        self.predicted.went_bad(lost.clone(), now.at);
+        let named = self.open.range(lost).map(|(gpa, _)| *gpa);
+        let named: BTreeSet<u64> = named.chain([gpa]).collect();
         let at = self.add(gpa, kind, found_by == FoundBy::Forged, now);
         if pages > 1 && extent > PAGE_SIZE {
-            let start = gpa & !(extent - 1);
-            self.open_huge.insert(start, self.huge.len());
-            self.huge.push(Huge {
+            self.huge.add(Huge {
                 vmm: now.vmm,
                 boot: now.boot,
-                gpa: start,
+                gpa: whole,
                 hva: hva & !(extent - 1),
                 len: extent,
                 kind,
                 found_by,
                 pages: pages.min(extent / PAGE_SIZE),
                 listed: 1,
+                healed: 0,
                 removed: 0,
-                caught: signals.first().map(|signal| signal.at),
+                caught: about.first(),
                 seen: now.at,
+                named,
+                healed_pages: BTreeSet::new(),
+                rest_removed: 0,
             });
         }
         let page = &mut self.list[at];
-        (page.hva, page.found_by) = (Some(hva), Some(found_by));
-        self.signalled(at, &signals, kind, now);
+        (page.hva, page.found_by, page.course) = (Some(hva), Some(found_by), Course::Whole);
+        self.signalled(at, &about, kind, now);
         self.step(at, now, "seen", format!("by {found_by}"));
     }
 
     /// Puts the signals of a page among its steps.
-    fn signalled(&mut self, at: usize, signals: &[Signal], kind: FailureKind, now: Now) {
-        self.asked.insert(at, signals.first().map_or(now.at, |signal| signal.at));
+    fn signalled(&mut self, at: usize, about: &About, kind: FailureKind, now: Now) {
+        self.asked.insert(at, about.first().unwrap_or(now.at));
         let page = &mut self.list[at];
-        for Signal { at, kind, forged, thread, lsb } in signals {
-            let label = if *forged { "FORGED " } else { "" };
-            let lost = if *lsb > 12 {
-                format!(", {} KiB lost", (1_u64 << (*lsb).min(63)) >> 10)
-            } else {
-                String::new()
-            };
-            let words = format!("{label}{kind}, on {thread}{lost}");
-            page.steps.push(Step { at: *at, what: "caught", words });
-            if *kind == FailureKind::ActionRequired {
-                touched(
-                    page,
-                    match thread {
-                        SignalledThread::Vcpu(vcpu) => Toucher::Vcpu(*vcpu as u64),
-                        SignalledThread::Relay => Toucher::Guest,
-                        SignalledThread::Other | SignalledThread::Caller => Toucher::Vmm,
-                    },
-                );
+        if let (true, Some(at)) = (about.own.is_empty(), about.with) {
+            let words = "with its huge page".to_owned();
+            page.steps.push(Step { at, what: "caught", words });
+        }
+        for signal in &about.own {
+            page.steps.push(signal.step());
+            // Nobody has touched what was forged.
+            if signal.kind == FailureKind::ActionRequired && !signal.forged {
+                let by = match signal.thread {
+                    SignalledThread::Vcpu(vcpu) => Toucher::Vcpu(vcpu as u64),
+                    SignalledThread::Relay => Toucher::Guest,
+                    SignalledThread::Other | SignalledThread::Caller => Toucher::Vmm,
+                };
+                page.touched(by);
             }
         }
         if page.found_by == Some(FoundBy::Access) {
-            touched(page, Toucher::Vmm);
-        } else if kind == FailureKind::ActionRequired && page.touched_by.is_empty() {
-            touched(page, Toucher::Guest);
+            page.touched(Toucher::Vmm);
+        } else if kind == FailureKind::ActionRequired && page.touched_by.is_empty() && !page.forged
+        {
+            page.touched(Toucher::Guest);
+        }
+    }
+
+    /// An event says of what kind the page's signal was that the guest is, or was to be, told of. Of a page whose first
+    /// events are missing that may be all that says that it was touched.
+    fn said_kind(&mut self, at: usize, kind: FailureKind, by: Toucher) {
+        let page = &mut self.list[at];
+        if kind == FailureKind::ActionRequired && !page.forged {
+            page.kind = kind;
+            if page.touched_by.is_empty() {
+                page.touched(by);
+            }
+        }
+    }
+
+    /// The same of a record's form: it is that of an AR where the page was touched.
+    fn told_at(&mut self, at: usize, place: Place) {
+        if let Place::Mce { vcpu, form: Form::Srar | Form::AmdAr, .. } = place {
+            self.said_kind(at, FailureKind::ActionRequired, Toucher::Vcpu(vcpu.into()));
         }
     }
 
     fn again(&mut self, gpa: u64, kind: FailureKind, forged: bool, now: Now) {
         let at = self.find(gpa, kind, forged, now);
-        let signals = match self.list[at].hva {
-            Some(hva) => {
-                let page = hva & !(PAGE_SIZE - 1);
-                self.signals_in(page, page.saturating_add(PAGE_SIZE))
-            }
-            None => Vec::new(),
-        };
+        let own = self.list[at].hva.map(|hva| self.signals.of_page(hva)).unwrap_or_default();
         let page = &mut self.list[at];
         page.kind = kind;
-        page.forged &= forged;
+        if page.forged && !forged {
+            // It has really gone bad now. That no signal was caught does not say how that was found.
+            page.forged = false;
+            page.found_by = own.iter().any(|signal| !signal.forged).then_some(FoundBy::Signal);
+        }
         let untold = page.state.is_untold() && page.told.is_empty();
         let asked = self.asked.get(&at).copied();
-        self.signalled(at, &signals, kind, now);
+        self.signalled(at, &About { own, with: None }, kind, now);
         // An AO is not told again, and what was not told yet has waited since its first signal, unless it was touched.
         match asked {
             Some(asked) if untold && kind == FailureKind::ActionOptional => {
@@ -265,9 +278,11 @@ impl Pages {
             Some(asked) => Some(now.at.saturating_sub(asked)),
             None => micros,
         };
+        self.told_at(at, place);
         let page = &mut self.list[at];
         page.state = State::Injected { place };
-        page.told.push(Telling { place, after, injected: now.at, taken_after: None });
+        let (injected, forged) = (now.at, forged && page.forged);
+        page.told.push(Telling { place, after, injected, taken_after: None, forged });
         self.step(at, now, "injected", words);
     }
 
@@ -280,52 +295,24 @@ impl Pages {
             self.list[at].state = State::Removed;
             self.step(at, now, "removed", "no longer part of the guest's memory".to_owned());
         }
-        let before = self.open_huge.range(..start).next_back();
-        let huge: Vec<(u64, usize)> = before
-            .into_iter()
-            .chain(self.open_huge.range(start..end))
-            .map(|(gpa, at)| (*gpa, *at))
-            .collect();
-        for (gpa, at) in huge {
-            let huge = &mut self.huge[at];
-            let (from, to) = (start.max(gpa), end.min(gpa.saturating_add(huge.len)));
-            huge.removed += to.saturating_sub(from);
-            if huge.removed >= huge.len {
-                self.open_huge.remove(&gpa);
-            }
-        }
-    }
-
-    fn predicted(&mut self, gpa: u64, state: &State, now: Now) {
-        match self.open_predicted.get(&gpa) {
-            Some(at) if !matches!(state, State::Seen) => {
-                let page = &mut self.predicted[*at];
-                (page.state, page.last) = (*state, now.at);
-            }
-            _ => {
-                self.open_predicted.insert(gpa, self.predicted.len());
-                let (at, state) = (now.at, *state);
-                self.predicted.push(Predicted { vmm: now.vmm, gpa, at, last: at, state });
-            }
-        }
+        self.huge.remove(start, end);
+        self.predicted.drop_untold(start..end.max(start));
     }
 
     /// The page at `gpa`, which is added if it became known with others, or the event is missing that made it known.
-    fn find(&mut self, gpa: u64, kind: FailureKind, forged: bool, now: Now) -> usize {
+    pub fn find(&mut self, gpa: u64, kind: FailureKind, forged: bool, now: Now) -> usize {
         if let Some(at) = self.open.get(&gpa).or_else(|| self.gone.get(&gpa)) {
             return *at;
         }
         let at = self.add(gpa, kind, forged, now);
-        let huge = self.open_huge.range(..=gpa).next_back().map(|(_, at)| &mut self.huge[*at]);
-        if let Some(huge) =
-            huge.filter(|huge| gpa - huge.gpa < huge.len && huge.listed < huge.pages)
-        {
+        if let Some(huge) = self.huge.unnamed(gpa) {
             huge.listed += 1;
+            huge.named.insert(gpa);
             let page = &mut self.list[at];
             // No signal named it.
             page.first_kind = FailureKind::ActionOptional;
             (page.boot, page.found_by) = (huge.boot, Some(huge.found_by));
-            page.hva = huge.hva.checked_add(gpa - huge.gpa);
+            (page.hva, page.course) = (huge.hva.checked_add(gpa - huge.gpa), Course::Whole);
             let words = format!("with the {} KiB at {:#x}", huge.len >> 10, huge.gpa);
             let caught = huge.caught.map(|at| Step { at, what: "caught", words: words.clone() });
             page.steps.extend(caught);
@@ -335,55 +322,32 @@ impl Pages {
         at
     }
 
-    /// Adds a page.
-    fn add(&mut self, gpa: u64, kind: FailureKind, forged: bool, now: Now) -> usize {
+    /// Adds a page of which the events begin later.
+    pub fn add(&mut self, gpa: u64, kind: FailureKind, forged: bool, now: Now) -> usize {
         let at = self.list.len();
-        self.list.push(Page {
-            vmm: now.vmm,
-            boot: now.boot,
-            gpa,
-            hva: None,
-            first_kind: kind,
-            kind,
-            found_by: None,
-            forged,
-            state: State::Seen,
-            touched_by: Vec::new(),
-            lost_to: LostTo::Nobody,
-            told: Vec::new(),
-            steps: Vec::new(),
-        });
+        self.list.push(Page::new(now.vmm, now.boot, gpa, kind, forged));
         self.gone.remove(&gpa);
         self.open.insert(gpa, at);
         at
     }
 
-    /// Adds a page of the ledger unless there were events of it; returns whether it did.
-    pub fn add_ledgered(&mut self, page: &Ledgered, now: Now) -> bool {
-        let known = self.open.contains_key(&page.gpa) || self.gone.contains_key(&page.gpa);
-        let huge = self.open_huge.range(..=page.gpa).next_back().map(|(_, at)| &self.huge[*at]);
-        if known || huge.is_some_and(|huge| page.gpa - huge.gpa < huge.len) {
-            return false;
+    /// The page of the ledger of which there is no event: added, or taken out of its huge page.
+    pub fn add_ledgered(&mut self, page: &Ledgered, now: Now) -> usize {
+        if matches!(page.state, State::Healed | State::Removed) {
+            // It is not bad now, so that the next one at its address is another.
+            self.list.push(Page::new(now.vmm, now.boot, page.gpa, page.kind, page.is_forged()));
+            let at = self.list.len() - 1;
+            self.list[at].course = Course::Ledger;
+            return at;
         }
-        let at = self.add(page.gpa, page.kind, page.is_forged(), now);
-        let added = &mut self.list[at];
-        (added.hva, added.found_by) = (Some(page.hva), Some(page.found_by));
-        added.state = page.state;
-        if page.found_by == FoundBy::Access {
-            touched(added, Toucher::Vmm);
-        } else if page.kind == FailureKind::ActionRequired {
-            touched(added, Toucher::Guest);
+        let at = self.find(page.gpa, page.kind, page.is_forged(), now);
+        if self.list[at].steps.is_empty() {
+            self.list[at].course = Course::Ledger;
         }
-        true
+        at
     }
 
-    fn step(&mut self, at: usize, now: Now, what: &'static str, words: String) {
+    pub fn step(&mut self, at: usize, now: Now, what: &'static str, words: String) {
         self.list[at].steps.push(Step { at: now.at, what, words });
-    }
-}
-
-fn touched(page: &mut Page, by: Toucher) {
-    if !page.touched_by.contains(&by) {
-        page.touched_by.push(by);
     }
 }

@@ -5,10 +5,11 @@ use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use mce_relay_vmm::api::types::vm::Status;
+use mce_relay_vmm::session::record::Counts;
 
 use super::builder::Builder;
 use super::error::ReportError;
-use super::model::Origin;
+use super::model::{Lacks, Origin};
 use super::raw::Raw;
 use crate::client::error::ClientError;
 use crate::client::record::Record;
@@ -44,7 +45,7 @@ impl Material {
 /// # Errors
 /// The VM does not answer.
 pub fn vm(socket: &Path) -> Result<Material, ReportError> {
-    // The ledger first: the events then say of each page at least what it says. Between two boots there is none.
+    // The ledger first: events are the newer ones then, as they are in a record. Between two boots there is none.
     let status = match requests::get::<Status>(socket, "relay.status") {
         Ok(status) => Some(status),
         Err(ClientError::Refused { status: 503, .. }) => None,
@@ -71,6 +72,8 @@ pub fn vm(socket: &Path) -> Result<Material, ReportError> {
 #[must_use]
 pub fn record(record: &Record) -> Material {
     let mut read = Material { status: record.status().cloned(), ..Material::default() };
+    let Counts { pages, predicted, past } = record.left_out();
+    read.builder.lacks(Lacks { pages, predicted, past });
     for line in record.events() {
         read.line(&line);
     }

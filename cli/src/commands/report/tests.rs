@@ -2,13 +2,16 @@
 
 use std::fmt::Write;
 
-use mce_relay::{FailureKind, FoundBy, State};
-use mce_relay_vmm::api::types::vm::Status;
+use mce_relay::{FailureKind, State};
 use serde_json::{Value, json};
 
 use super::builder::Builder;
 use super::model::{LostTo, Origin, Page, Report, Toucher};
-use crate::testing::an_info;
+
+mod extents;
+mod forged;
+mod ledger;
+mod midway;
 
 const FIXTURE: &str = include_str!("../../../../tests/report/events.jsonl");
 
@@ -66,7 +69,7 @@ fn one_page_from_caught_to_acknowledged() {
     ]));
     let [page] = &report.pages[..] else { panic!("{:#?}", report.pages) };
     assert_eq!(steps(page), ["caught", "seen", "waiting", "injected", "acknowledged"]);
-    assert_eq!((page.gpa, page.hva, page.boot), (0x5000, Some(0x7f00_0000_5000), 1));
+    assert_eq!((page.gpa, page.hva, page.boot), (0x5000, Some(0x7f00_0000_5000), Some(1)));
     let told = &page.told[0];
     assert_eq!((told.after, told.taken_after), (Some(1000), Some(3000)));
     assert_eq!((page.lost_to, page.forged), (LostTo::Told, false));
@@ -138,7 +141,7 @@ fn several_boots() {
         (300, "seen", seen("0x5000", "0x5000", "AR", "signal")),
     ]));
     let lives: Vec<_> = report.pages.iter().map(|page| (page.boot, page.state)).collect();
-    assert_eq!(lives, [(0, State::Healed), (2, State::Seen)]);
+    assert_eq!(lives, [(Some(1), State::Healed), (Some(2), State::Seen)]);
     let boots = &report.vmms[0].boots;
     assert_eq!((boots.len(), boots[0].end.as_deref()), (2, Some("the guest reset itself")));
     assert_eq!((report.totals.healed, report.totals.waiting, report.vmms.len()), (1, 1, 1));
@@ -165,60 +168,6 @@ fn several_vmms() {
 }
 
 #[test]
-fn a_rescued_huge_page() {
-    let report = report_of(&events(&[
-        (100, "caught", caught("AO", "0x7f0000200000", json!("relay"))),
-        (
-            2000,
-            "rescued",
-            json!({"gpa": "0x200000", "hva": "0x7f0000200000", "extent": 2_097_152, "kept": 510,
-            "gone": 2, "micros": 1834, "held_micros": null}),
-        ),
-        (2001, "seen", seen("0x291000", "0x7f0000291000", "AO", "signal")),
-        (2002, "seen", seen("0x292000", "0x7f0000292000", "AO", "signal")),
-        (2100, "injected", injected("0x291000")),
-        (3000, "seen", seen("0x400000", "0x7f0000400000", "AO", "signal")),
-    ]));
-    assert_eq!((report.rescued.len(), report.rescued[0].what.kept), (1, 510));
-    let first: Vec<_> = report.pages.iter().map(|page| page.steps[0].at).collect();
-    assert_eq!(first, [100, 100, 3000], "the signal named the huge page");
-    assert_eq!(report.pages[0].told[0].after, Some(2000));
-    assert_eq!((report.totals.bad, report.huge.len()), (3, 0));
-}
-
-#[test]
-fn a_huge_page_that_was_lost() {
-    let text = events(&[
-        (100, "caught", caught("AR", "0x7f0000203000", json!({"vcpu": 1}))),
-        (
-            110,
-            "seen",
-            json!({"gpa": "0x203000", "hva": "0x7f0000203000", "kind": "AR", "found_by": "signal",
-            "extent": 2_097_152, "pages": 512}),
-        ),
-        (120, "injected", injected("0x203000")),
-        (130, "injected", injected("0x204000")),
-    ]);
-    let report = report_of(&text);
-    assert_eq!((report.pages.len(), report.huge[0].rest()), (2, (510, true)));
-    let totals = &report.totals;
-    assert_eq!((totals.bad, totals.told, totals.waiting), (512, 2, 510));
-    let [named, other] = &report.pages[..] else { panic!() };
-    assert_eq!((named.lost_to, other.lost_to), (LostTo::Guest, LostTo::Told));
-    assert_eq!(
-        (named.kind, other.first_kind),
-        (FailureKind::ActionRequired, FailureKind::ActionOptional)
-    );
-    assert_eq!((steps(other), other.told[0].after), (vec!["caught", "seen", "injected"], Some(30)));
-    assert_eq!((other.hva, other.found_by), (Some(0x7f00_0020_4000), Some(FoundBy::Signal)));
-    assert_eq!(report.memory.stretches.iter().map(|one| one.pages).max(), Some(512));
-
-    let gone = events(&[(200, "removed", json!({"gpa": "0x200000", "len": 2_097_152}))]);
-    let totals = report_of(&(text + &gone)).totals;
-    assert_eq!((totals.bad, totals.waiting, totals.removed), (512, 0, 512));
-}
-
-#[test]
 fn to_whom_it_was_lost() {
     let cannot = json!({"gpa": "0x3000", "kind": "AR", "vcpu": 0, "why": {"reason": "no-form"}, "rip": null});
     let report = report_of(&events(&[
@@ -234,53 +183,6 @@ fn to_whom_it_was_lost() {
     assert_eq!(whom, [LostTo::Vmm, LostTo::Nobody, LostTo::GuestUntold]);
     assert_eq!((report.totals.undeliverable, report.happened.len()), (1, 1));
     assert_eq!(report.totals.lost_to[&LostTo::GuestUntold], 1);
-}
-
-#[test]
-fn what_is_forged_is_counted_apart_until_it_is_not() {
-    let forged = events(&[(1, "seen", seen("0x1000", "0x1000", "AO", "forged"))]);
-    let report = report_of(&forged);
-    assert_eq!((report.totals.bad, report.totals.forged), (0, 1));
-    let again = events(&[(2, "again", json!({"gpa": "0x1000", "kind": "AO", "forged": false}))]);
-    let report = report_of(&(forged + &again));
-    assert_eq!((report.totals.bad, report.totals.forged, report.pages.len()), (1, 0, 1));
-}
-
-/// The first events are gone, as they are in a ring or after `tail`.
-#[test]
-fn a_file_that_begins_in_the_middle() {
-    let report = report_of(&events(&[
-        (100, "acknowledged", acknowledged("0x1000")),
-        (200, "injected", injected("0x2000")),
-        (300, "healed", json!({"gpa": "0x3000"})),
-    ]));
-    assert_eq!((report.pages.len(), report.totals.told, report.totals.acknowledged), (3, 2, 1));
-    assert_eq!(report.pages[1].told[0].after, Some(900), "as the event has it");
-    assert_eq!(report.vmms[0].began, None);
-}
-
-#[test]
-fn the_ledger_has_what_events_no_longer_have() {
-    let page = |gpa: &str| {
-        json!({"gpa": gpa, "hva": gpa, "lsb": 12, "kind": "AR", "found_by": "signal", "signals": 1,
-        "state": "acknowledged", "channel": "ghes", "record": 1, "times": {"seen": 1e9, "waiting": null,
-        "injected": null, "acknowledged": 1e9, "undeliverable": null, "healed": null, "removed": null}})
-    };
-    let status = Status {
-        vm: an_info(),
-        pages: serde_json::from_value(json!([page("0x1000"), page("0x2000")])).unwrap(),
-        predicted: Vec::new(),
-        past: Vec::new(),
-        rescued: Vec::new(),
-    };
-    let mut builder = Builder::default();
-    builder.line(&events(&[(1, "seen", seen("0x1000", "0x1000", "AO", "scan"))]));
-    let report = builder.finish(Origin::default(), Some(&status), 1e9);
-    assert_eq!((report.pages.len(), report.log.by_ledger), (2, 1));
-    let added = &report.pages[1];
-    assert_eq!((added.gpa, added.steps.len(), added.lost_to), (0x2000, 0, LostTo::Guest));
-    assert_eq!((report.totals.bad, report.totals.told, report.totals.acknowledged), (2, 1, 1));
-    assert!(report.memory.ram.is_some());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use mce_relay_vmm::words::counted;
 
 use super::escape::Text;
 use super::words::{size, time_of_day, when};
-use crate::commands::report::model::{Broken, Report, Totals};
+use crate::commands::report::model::{Broken, Course, Lacks, Report, Totals, Vmm};
 
 /// More types of events that are not known are not named.
 const TYPES: usize = 20;
@@ -20,12 +20,7 @@ pub(super) fn write(out: &mut String, report: &Report) -> fmt::Result {
     if let Some(stands) = &of.stands {
         fact("State", stands)?;
     }
-    let boots = vmms.iter().map(|vmm| vmm.boots.len() as u64).sum();
-    let boots = match vmms.len() {
-        0 | 1 => counted(boots, "boot"),
-        vmms => format!("{} of {vmms} VMs, one after another", counted(boots, "boot")),
-    };
-    fact("Boots", &boots)?;
+    fact("Boots", &boots(vmms))?;
     if let (Some(first), Some(last)) = (vmms.first(), vmms.last()) {
         let words = format!("{} to {}", when(Some(first), 0), when(Some(last), last.last));
         fact("Time", &words)?;
@@ -35,6 +30,26 @@ pub(super) fn write(out: &mut String, report: &Report) -> fmt::Result {
     out.push_str("</dl>\n");
     notes(out, report)?;
     totals(out, &report.totals)
+}
+
+fn boots(vmms: &[Vmm]) -> String {
+    let known: u64 = vmms.iter().map(|vmm| vmm.boots.len() as u64).sum();
+    match vmms {
+        [] => "none is known".to_owned(),
+        [vmm] => match vmm.boots.last().map(|last| u64::from(last.boot)) {
+            None => "unknown: no event says it".to_owned(),
+            // They are numbered from 1.
+            Some(all) if all > known => {
+                format!("{}; something is known of {known}", counted(all, "boot"))
+            }
+            Some(_) => counted(known, "boot"),
+        },
+        vmms => {
+            let unknown = vmms.iter().any(|vmm| vmm.boots.is_empty());
+            let more = if unknown { ", and others that no event names" } else { "" };
+            format!("{}{more}, of {} VMs, one after another", counted(known, "boot"), vmms.len())
+        }
+    }
 }
 
 fn notes(out: &mut String, report: &Report) -> fmt::Result {
@@ -56,6 +71,25 @@ fn notes(out: &mut String, report: &Report) -> fmt::Result {
     if log.by_ledger > 0 {
         let pages = counted(log.by_ledger, "page");
         notes.push(format!("The events of {pages} are no longer kept; what is shown of them is what the ledger has."));
+    }
+    if log.filled > 0 {
+        let pages = counted(log.filled, "page");
+        notes.push(format!(
+            "The events of {pages} are not all there; what they lack is what the ledger has."
+        ));
+    }
+    let Lacks { pages, predicted, past } = log.ledger_lacks;
+    for (lacks, what) in
+        [(pages, "bad pages"), (predicted, "predicted pages"), (past, "past pages")]
+    {
+        if lacks > 0 {
+            notes.push(format!("The record has left out {lacks} {what} of the ledger: those that no event names are not here, and in none of the figures."));
+        }
+    }
+    let late = report.pages.iter().filter(|page| page.course == Course::Late && !page.by_ledger);
+    match late.count() as u64 {
+        0 => {}
+        late => notes.push(format!("The first events of {} are missing: what happened before, and whether the guest was told then, is unknown.", counted(late, "page"))),
     }
     for (name, count) in log.unknown.iter().take(TYPES) {
         let events = counted(*count, "event");
@@ -86,6 +120,7 @@ fn totals(out: &mut String, totals: &Totals) -> fmt::Result {
         healed,
         removed,
         forged,
+        unknown,
         ..
     } = totals;
     out.push_str("<h2>Totals, in pages of 4 KiB</h2>\n<dl class=\"totals\">\n");
@@ -100,6 +135,9 @@ fn totals(out: &mut String, totals: &Totals) -> fmt::Result {
     tile(undeliverable, "undeliverable: could not be told")?;
     tile(healed, "healed by a start over")?;
     tile(removed, "removed from its memory")?;
+    if *unknown > 0 {
+        tile(unknown, "unknown whether told: their first events are missing")?;
+    }
     if *forged > 0 {
         tile(forged, "forged: whole, and in none of the other figures")?;
     }

@@ -3,18 +3,20 @@
 use std::collections::BTreeSet;
 use std::fmt::{self, Write};
 
-use mce_relay::State;
+use mce_relay::{FoundBy, State};
+use mce_relay_vmm::words::counted;
 
 use super::escape::Text;
-use super::words::{duration, when};
-use crate::commands::report::model::{Huge, Page, Report, Step, Toucher};
+use super::words::{duration, size, when};
+use crate::commands::report::huge::Huge;
+use crate::commands::report::model::{Course, LostTo, Page, Report, Step, Toucher};
 
 /// With more rows than this the timelines are folded.
 const MANY: usize = 100;
 
 pub(super) fn write(out: &mut String, report: &Report) -> fmt::Result {
     out.push_str("<section aria-labelledby=\"h-pages\">\n<h2 id=\"h-pages\">Bad pages</h2>\n");
-    let rest = || report.huge.iter().filter(|huge| huge.rest().0 > 0);
+    let rest = || report.huge.iter().filter(|huge| huge.rest().pages() > 0);
     let rows = report.pages.len() + rest().count();
     if rows == 0 {
         out.push_str("<p>None.</p>\n</section>\n");
@@ -45,8 +47,8 @@ pub(super) fn write(out: &mut String, report: &Report) -> fmt::Result {
 
 /// Shown by the script, as nothing comes of them without it.
 fn filter(out: &mut String, report: &Report, rows: usize) -> fmt::Result {
-    let mut outcomes: BTreeSet<&str> = report.pages.iter().map(outcome).collect();
-    outcomes.extend(report.huge.iter().filter(|huge| huge.rest().0 > 0).map(outcome_of_huge));
+    let mut outcomes: BTreeSet<&str> = report.pages.iter().map(Page::state_name).collect();
+    outcomes.extend(report.huge.iter().filter(|huge| huge.rest().pages() > 0).map(outcome_of_huge));
     out.push_str(
         "<div class=\"filter\" id=\"filter\" role=\"search\" aria-label=\"Rows of the table\" hidden>\n\
          <label for=\"filter-text\">Words in a row<input id=\"filter-text\" type=\"search\" autocomplete=\"off\" spellcheck=\"false\"></label>\n\
@@ -63,27 +65,19 @@ fn filter(out: &mut String, report: &Report, rows: usize) -> fmt::Result {
     )
 }
 
-/// The name of a page's state, as JSON has it.
-fn outcome(page: &Page) -> &'static str {
-    match page.state {
-        State::Seen => "seen",
-        State::Waiting { .. } => "waiting",
-        State::Injected { .. } => "injected",
-        State::Acknowledged { .. } => "acknowledged",
-        State::Undeliverable { .. } => "undeliverable",
-        State::Healed => "healed",
-        State::Removed => "removed",
-    }
-}
-
 fn outcome_of_huge(huge: &Huge) -> &'static str {
-    if huge.rest().1 { "seen" } else { "removed" }
+    let rest = huge.rest();
+    match (rest.waiting, rest.removed) {
+        (1.., _) => "seen",
+        (0, 1..) => "removed",
+        (0, 0) => "healed",
+    }
 }
 
 fn one(out: &mut String, report: &Report, page: &Page, open: bool) -> fmt::Result {
     let (first, last) = (page.first_kind.to_string(), page.kind.to_string());
     let kinds = if first == last { first.clone() } else { format!("{first} {last}") };
-    let outcome = outcome(page);
+    let outcome = page.state_name();
     let gpa = page.gpa;
     write!(
         out,
@@ -92,12 +86,17 @@ fn one(out: &mut String, report: &Report, page: &Page, open: bool) -> fmt::Resul
         kinds.replace(' ', ", then "),
         page.found_by.map_or_else(|| "?".to_owned(), |by| by.to_string()),
     )?;
-    if let Some(told) = page.told.last() {
-        let again = match page.told.len() {
-            1 => String::new(),
-            times => format!(", {times} times in all"),
-        };
-        write!(out, "{}{again}", Text(told.place))?;
+    match page.told.last() {
+        Some(told) => {
+            let again = match page.told.len() {
+                1 => String::new(),
+                times => format!(", {times} times in all"),
+            };
+            write!(out, "{}{again}", Text(told.place))?;
+        }
+        None if page.told_before => out.push_str("told, no event says by what"),
+        None if page.course == Course::Late && !page.by_ledger => out.push_str("unknown"),
+        None => {}
     }
     write!(out, "</td><td>{}{}</td>", page.lost_to.words(), Text(touchers(page)))?;
     let forged = if page.forged { "FORGED, the page is whole; " } else { "" };
@@ -129,18 +128,28 @@ fn touchers(page: &Page) -> String {
 }
 
 /// The boot, with the VMM where there are several.
-fn boot(report: &Report, vmm: usize, boot: u32) -> String {
+fn boot(report: &Report, vmm: usize, boot: Option<u32>) -> String {
+    let boot = boot.map_or_else(|| "unknown".to_owned(), |boot| boot.to_string());
     match report.vmms.len() {
-        0 | 1 => boot.to_string(),
+        0 | 1 => boot,
         _ => format!("{boot} of VM {}", vmm + 1),
     }
 }
 
 fn timeline(out: &mut String, report: &Report, page: &Page, open: bool) -> fmt::Result {
     let Some(first) = page.steps.first() else {
-        out.push_str("its events are no longer kept");
+        out.push_str("its events are no longer kept: this is what the ledger has");
         return Ok(());
     };
+    match (page.course, page.by_ledger) {
+        (Course::Late, true) => {
+            out.push_str("<p>its first events are missing; the ledger has filled this in</p>")
+        }
+        (Course::Late, false) => {
+            out.push_str("<p>unknown before: its first events are missing</p>")
+        }
+        (Course::Whole | Course::Ledger, _) => {}
+    }
     let open = if open { " open" } else { "" };
     let start = when(report.vmms.get(page.vmm), first.at);
     write!(out, "<details{open}><summary>{start}</summary><ol class=\"steps\">")?;
@@ -154,18 +163,27 @@ fn timeline(out: &mut String, report: &Report, page: &Page, open: bool) -> fmt::
 
 /// Those pages of a huge page of which nothing more is known.
 fn of_huge(out: &mut String, report: &Report, huge: &Huge) -> fmt::Result {
-    let (outcome, (pages, there)) = (outcome_of_huge(huge), huge.rest());
-    let words = if there { State::Seen } else { State::Removed };
+    let (outcome, rest) = (outcome_of_huge(huge), huge.rest());
+    let states =
+        [(rest.waiting, State::Seen), (rest.healed, State::Healed), (rest.removed, State::Removed)];
+    let states = states.iter().filter(|(pages, _)| *pages > 0);
+    let words: Vec<String> =
+        states.map(|(pages, state)| format!("{}: {state}", counted(*pages, "page"))).collect();
+    let (forged, lost_to) = match huge.found_by == FoundBy::Forged {
+        true => ("FORGED, the pages are whole; ", LostTo::Nothing),
+        false => ("", LostTo::Nobody),
+    };
     let start = when(report.vmms.get(huge.vmm), huge.caught.unwrap_or(huge.seen));
     writeln!(
         out,
         "<tr data-kinds=\"AO\" data-outcome=\"{outcome}\"><th scope=\"row\"><code>{:#x}</code></th><td>{}</td>\
-         <td>AO</td><td>{}</td><td></td><td>nobody yet</td><td><span class=\"mark {outcome}\">{pages} pages of a huge page of {}: {}</span></td>\
+         <td>AO</td><td>{}</td><td></td><td>{}</td><td><span class=\"mark {outcome}\">{forged}of a huge page of {}, {}</span></td>\
          <td class=\"n\"></td><td class=\"n\"></td><td>{start}: lost with the page that the host named</td></tr>",
         huge.gpa,
         boot(report, huge.vmm, huge.boot),
         huge.found_by,
-        super::words::size(huge.len),
-        Text(words)
+        lost_to.words(),
+        size(huge.len),
+        Text(words.join("; "))
     )
 }

@@ -3,11 +3,19 @@
 use std::collections::HashMap;
 use std::fmt::{self, Write};
 
+use mce_relay::FoundBy;
 use mce_relay_vmm::words::counted;
 
 use super::escape::Text;
 use super::words::{duration, size, when};
-use crate::commands::report::model::{LostTo, Report};
+use crate::commands::report::model::{LostTo, Report, Vmm};
+
+/// What no event has said.
+const UNKNOWN: &str = "unknown";
+
+fn time(vmm: Option<&Vmm>, at: Option<u64>) -> String {
+    at.map_or_else(|| UNKNOWN.to_owned(), |at| when(vmm, at))
+}
 
 /// Begins a section with a table in it.
 fn begin(out: &mut String, id: &str, title: &str, columns: &[&str]) -> fmt::Result {
@@ -61,6 +69,9 @@ pub(super) fn lost(out: &mut String, report: &Report) -> fmt::Result {
             LostTo::Nobody => {
                 "no touch is known, and the guest does not know of the page, or was started over before it did"
             }
+            LostTo::Unknown | LostTo::Nothing => {
+                "the first events of the page are missing, and what is there does not say whether it was touched"
+            }
         };
         row(out, &[&whom.words(), &pages, &meaning])?;
     }
@@ -80,7 +91,7 @@ pub(super) fn rescued(out: &mut String, report: &Report) -> fmt::Result {
         let gpa = format!("{:#x}", what.gpa);
         let held = what.held_micros.map_or_else(|| "no".to_owned(), duration);
         let pages = |pages| counted(pages, "page");
-        let at = when(report.vmms.get(rescue.vmm), rescue.at);
+        let at = time(report.vmms.get(rescue.vmm), rescue.at);
         let (kept, gone) = (pages(what.kept), pages(what.gone));
         row(out, &[&gpa, &size(what.extent), &kept, &gone, &duration(what.micros), &held, &at])?;
     }
@@ -95,8 +106,15 @@ pub(super) fn predicted(out: &mut String, report: &Report) -> fmt::Result {
     }
     begin(out, "h-predicted", "Predicted to fail", &["GPA", "asked for", "outcome", "after that"])?;
     for page in &report.predicted {
-        let (gpa, asked) = (format!("{:#x}", page.gpa), when(report.vmms.get(page.vmm), page.at));
-        row(out, &[&gpa, &asked, &page.state, &duration(page.last.saturating_sub(page.at))])?;
+        let (gpa, asked) = (format!("{:#x}", page.gpa), time(report.vmms.get(page.vmm), page.at));
+        let dropped = if page.dropped {
+            " (dropped: the guest started over, or no longer has it)"
+        } else {
+            ""
+        };
+        let outcome = format!("{}{dropped}", page.state);
+        let after = page.last.zip(page.at).map(|(last, at)| duration(last.saturating_sub(at)));
+        row(out, &[&gpa, &asked, &outcome, &after.unwrap_or_else(|| UNKNOWN.to_owned())])?;
     }
     end(out);
     Ok(())
@@ -107,10 +125,11 @@ pub(super) fn boots(out: &mut String, report: &Report) -> fmt::Result {
     if report.vmms.iter().all(|vmm| vmm.boots.is_empty()) {
         return Ok(());
     }
-    let mut pages: HashMap<(usize, u32), u64> = HashMap::new();
+    let mut pages: HashMap<(usize, Option<u32>), u64> = HashMap::new();
     let listed =
         report.pages.iter().filter(|page| !page.forged).map(|page| (page.vmm, page.boot, 1));
-    let rest = report.huge.iter().map(|huge| (huge.vmm, huge.boot, huge.rest().0));
+    let huge = report.huge.iter().filter(|huge| huge.found_by != FoundBy::Forged);
+    let rest = huge.map(|huge| (huge.vmm, huge.boot, huge.rest().pages()));
     for (vmm, boot, count) in listed.chain(rest) {
         *pages.entry((vmm, boot)).or_default() += count;
     }
@@ -121,10 +140,16 @@ pub(super) fn boots(out: &mut String, report: &Report) -> fmt::Result {
                 1 => boot.boot.to_string(),
                 _ => format!("{} of VM {}", boot.boot, index + 1),
             };
-            let bad = pages.get(&(index, boot.boot)).copied().unwrap_or_default();
-            let end = boot.end.as_deref().unwrap_or("has not ended, as far as is known");
-            row(out, &[&number, &when(Some(vmm), boot.at), &boot.vendor, &bad, &end])?;
+            let bad = pages.remove(&(index, Some(boot.boot))).unwrap_or_default();
+            let end = boot.end.as_deref().unwrap_or("no end of it is known");
+            let vendor = boot.vendor.as_deref().unwrap_or(UNKNOWN);
+            row(out, &[&number, &time(Some(vmm), boot.at), &vendor, &bad, &end])?;
         }
+    }
+    // So that the column is all of them.
+    let others: u64 = pages.values().sum();
+    if others > 0 {
+        row(out, &[&UNKNOWN, &UNKNOWN, &UNKNOWN, &others, &UNKNOWN])?;
     }
     end(out);
     Ok(())
