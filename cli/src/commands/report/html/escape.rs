@@ -42,11 +42,29 @@ fn replaced(char: char) -> bool {
         || is_format(char)
 }
 
-/// Whether it is one of Unicode's characters that change the text around them, or are nothing.
+/// Whether it is one of Unicode's characters that change the text around them, or that are not seen
+/// (Default_Ignorable_Code_Point, and the blank ones that are no space).
 fn is_format(char: char) -> bool {
     matches!(
         char,
-        '\u{ad}' | '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+        '\u{ad}'
+            | '\u{34f}'
+            | '\u{61c}'
+            | '\u{115f}'..='\u{1160}'
+            | '\u{17b4}'..='\u{17b5}'
+            | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}'
+            | '\u{2800}'
+            | '\u{3164}'
+            | '\u{fe00}'..='\u{fe0f}'
+            | '\u{feff}'
+            | '\u{ffa0}'
+            | '\u{fff0}'..='\u{fffb}'
+            | '\u{1bca0}'..='\u{1bca3}'
+            | '\u{1d173}'..='\u{1d17a}'
+            | '\u{e0000}'..='\u{e0fff}'
     )
 }
 
@@ -90,6 +108,9 @@ mod tests {
             Text("a\0b\u{1b}[1m\u{202e}\u{200b}\n").to_string(),
             "a\\u{0}b\\u{1b}[1m\\u{202e}\\u{200b}\n"
         );
+        for char in ['\u{e0041}', '\u{3164}', '\u{180e}', '\u{115f}', '\u{fe0f}', '\u{2800}'] {
+            assert_eq!(Text(char).to_string(), char.escape_unicode().to_string());
+        }
     }
 
     #[test]
