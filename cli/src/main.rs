@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
@@ -58,7 +58,8 @@ fn main() -> ExitCode {
     match carry_out(cli.command) {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("mce-relay: {}", words::with_causes(&*error));
+            // Nobody can be told where stderr cannot be written; the exit status says it.
+            let _ = writeln!(io::stderr(), "mce-relay: {}", words::with_causes(&*error));
             ExitCode::FAILURE
         }
     }

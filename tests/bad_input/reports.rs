@@ -61,6 +61,30 @@ pub fn that_cannot_be_made() {
     refused(&done(command), 1, &["cannot write the result", "No space left"]);
 }
 
+/// A line that is no event is told in a few words, and where nobody can be told there is a report all the same.
+pub fn of_a_broken_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("events");
+    fs::write(&file, format!("{{\"timestamp\":\"{}\"}}\n", "x".repeat(500_000))).unwrap();
+    let path = file.display().to_string();
+    let out = done(report(&["--events", &path, "--json"]));
+    assert!(out.status.success() && out.stderr.len() < 1000, "{} bytes", out.stderr.len());
+    let why = json_of(&out)["log"]["first_broken"]["why"].as_str().unwrap().to_owned();
+    assert!(why.starts_with("invalid type") && why.ends_with('…'), "{why}");
+
+    let full = || File::options().write(true).open("/dev/full").unwrap();
+    let mut command = report(&["--events", &path, "-o", "-"]);
+    command.stdout(Stdio::piped()).stderr(full());
+    let out = done(command);
+    assert!(out.status.success() && out.stdout.ends_with(b"</html>\n"), "{:?}", out.status);
+    let mut command = report(&["--events", &path, "-o", "-"]);
+    command.stdout(full()).stderr(full());
+    assert_eq!(done(command).status.code(), Some(1));
+    let mut command = report(&["--events", "/nowhere", "-o", "-"]);
+    command.stdout(Stdio::piped()).stderr(full());
+    assert_eq!(done(command).status.code(), Some(1));
+}
+
 /// A file without events, one that is cut short, one with other bytes: a report, and words on stderr.
 pub fn of_files_that_are_no_events() {
     let dir = tempfile::tempdir().unwrap();

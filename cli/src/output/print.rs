@@ -13,7 +13,8 @@ pub(crate) fn output(write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Ex
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("mce-relay: cannot write the result: {error}");
+            // Nobody can be told where stderr cannot be written either.
+            let _ = writeln!(io::stderr(), "mce-relay: cannot write the result: {error}");
             ExitCode::FAILURE
         }
     }

@@ -1,5 +1,6 @@
 //! The command itself: reads, makes the report, writes it.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::SystemTime;
 
@@ -36,11 +37,16 @@ fn tell(report: &Report) {
     let log = &report.log;
     if let Some(Broken { line, why }) = &log.first_broken {
         let lines = counted(log.broken, "line");
-        eprintln!(
-            "mce-relay: note: {lines} could not be read as events and were passed over; the first is line {line}: {why}"
-        );
+        note(&format!(
+            "{lines} could not be read as events and were passed over; the first is line {line}: {why}"
+        ));
     }
     if log.events == 0 {
-        eprintln!("mce-relay: note: there are no events {}", report.of.events);
+        note(&format!("there are no events {}", report.of.events));
     }
+}
+
+/// Nobody reads it where stderr cannot be written; the report has it, too.
+fn note(words: &str) {
+    let _ = writeln!(io::stderr(), "mce-relay: note: {words}");
 }
