@@ -215,6 +215,7 @@ fn main() -> ExitCode {
         followers::places_come_back_with_their_clients_end needs has_kvm,
         watching::followers_end_with_their_reader needs has_kvm,
         reports::that_cannot_be_made needs anywhere,
+        reports::that_is_cut_short needs anywhere,
         reports::of_a_broken_line needs anywhere,
         reports::of_files_that_are_no_events needs anywhere,
         reports::of_a_pipe needs anywhere,

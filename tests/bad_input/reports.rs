@@ -1,6 +1,8 @@
 //! Reports that cannot be made, and one of a VM that runs and that has ended.
 
 use std::fs::{self, File};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -55,10 +57,39 @@ pub fn that_cannot_be_made() {
     let mut command = report(&["-o", "-", "--events", &events]);
     command.stdout(terminal.stdio()).stderr(Stdio::piped());
     refused(&done(command), 1, &["stdout is a terminal", "--json"]);
+    // The file that is read is on stdin, or on stdout, too.
+    let stdin = || File::open(&events).unwrap();
+    let mut command = report(&["--events", "-", "-o", &events]);
+    command.stdin(stdin());
+    refused(&done(command), 1, &["is the file of events that is read"]);
+    let mut command = report(&["--events", "-", "-o", "-"]);
+    command.stdin(stdin()).stdout(File::options().append(true).open(&events).unwrap());
+    command.stderr(Stdio::piped());
+    refused(&done(command), 1, &["is the file of events that is read"]);
+    assert_eq!(fs::read(&events).unwrap(), fs::read(EVENTS).unwrap());
+
     let full = File::options().write(true).open("/dev/full").unwrap();
     let mut command = report(&["-o", "-", "--events", &events]);
     command.stdout(full).stderr(Stdio::piped());
     refused(&done(command), 1, &["cannot write the result", "No space left"]);
+}
+
+/// Nothing is left of a report that was cut short, and what was there is still there.
+pub fn that_is_cut_short() {
+    let dir = tempfile::tempdir().unwrap();
+    if File::options().write(true).custom_flags(libc::O_TMPFILE).open(dir.path()).is_err() {
+        return println!("SKIPPED: needs a file system with O_TMPFILE at {}", dir.path().display());
+    }
+    let page = dir.path().join("page");
+    fs::write(&page, "the last one").unwrap();
+    let mut command = Command::new("sh");
+    // In blocks of 512 or 1024 bytes; a longer file is ended by SIGXFSZ.
+    command.args(["-c", "ulimit -c 0; ulimit -f 4; exec \"$@\"", "sh"]).arg(binary());
+    command.args(["report", "--events", EVENTS, "-o"]).arg(&page).stdin(Stdio::null());
+    let out = done(command);
+    assert_eq!(out.status.signal(), Some(libc::SIGXFSZ), "{out:?}");
+    assert_eq!(fs::read_to_string(&page).unwrap(), "the last one");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was left behind");
 }
 
 /// A line that is no event is told in a few words, and where nobody can be told there is a report all the same.
