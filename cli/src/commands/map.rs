@@ -6,12 +6,12 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use console::Style;
-use mce_relay::{Page, State};
 use mce_relay_vmm::api::types::vm::{Extent, Status, VmInfo};
 use mce_relay_vmm::words::counted;
 use serde::Serialize;
 
 use crate::client::requests;
+use crate::commands::mark::Mark;
 use crate::commands::pages::PagesError;
 use crate::output::print::{output, write_json};
 use crate::output::screen;
@@ -24,59 +24,7 @@ const ROWS: u64 = 32;
 /// Columns of an address and what is behind it.
 const ADDRESS: usize = 16;
 
-/// What a cell shows: the worst state in it; from harmless to worst.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mark {
-    /// No memory behind it.
-    Empty,
-    /// In use and whole.
-    Whole,
-    /// Bad in an earlier boot, and good now.
-    Healed,
-    /// Whole and predicted to fail.
-    Predicted,
-    /// Whole: the signal that named it was forged.
-    Forged,
-    /// The guest has taken the page's error.
-    Acknowledged,
-    /// The guest was told and has not taken it yet.
-    Injected,
-    /// Known, and the guest has not been told yet.
-    Waiting,
-    /// No longer part of the guest's memory.
-    Removed,
-    /// The guest cannot be told.
-    Undeliverable,
-}
-
 impl Mark {
-    const ALL: [Self; 10] = [
-        Self::Empty,
-        Self::Whole,
-        Self::Healed,
-        Self::Predicted,
-        Self::Forged,
-        Self::Acknowledged,
-        Self::Injected,
-        Self::Waiting,
-        Self::Removed,
-        Self::Undeliverable,
-    ];
-
-    fn of(page: &Page) -> Self {
-        match page.state {
-            // Whatever the guest was told: a removed page is not part of its memory.
-            State::Removed => Self::Removed,
-            _ if page.is_forged() => Self::Forged,
-            State::Seen | State::Waiting { .. } => Self::Waiting,
-            State::Injected { .. } => Self::Injected,
-            State::Acknowledged { .. } => Self::Acknowledged,
-            State::Undeliverable { .. } => Self::Undeliverable,
-            State::Healed => Self::Healed,
-        }
-    }
-
     /// Its character, distinct from the others also without colour.
     fn char(self) -> char {
         match self {
@@ -161,7 +109,7 @@ pub fn map(socket: &Path) -> Result<Map, PagesError> {
         .filter(|page| !page.is_forged())
         .map(|page| (page.gpa, Mark::Healed))
         .chain(status.predicted.iter().map(|page| (page.gpa, Mark::Predicted)))
-        .chain(status.pages.iter().map(|page| (page.gpa, Mark::of(page))));
+        .chain(status.pages.iter().map(|page| (page.gpa, Mark::of(page.state, page.is_forged()))));
     Ok(Map::new(&status.vm, &extents, marks))
 }
 

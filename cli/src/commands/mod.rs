@@ -7,6 +7,7 @@ pub mod inject;
 pub mod list;
 pub mod manual;
 pub mod map;
+pub mod mark;
 pub mod pages;
 pub mod report;
 pub mod retire;

@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use mce_relay_vmm::api::types::vm::Extent;
 use serde::Serialize;
 
+use crate::commands::mark::Mark;
+
 /// Parts of a row that are told apart.
 pub const BINS: u64 = 256;
 /// Approximate number of rows.
@@ -15,53 +17,6 @@ const LEAST_ROW: u128 = 1 << 20;
 const UNKNOWN_STEP: u128 = 128 << 20;
 /// Length of a page in bytes.
 pub const PAGE_SIZE: u64 = 4096;
-
-/// How bad a page is, from harmless to worst.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mark {
-    /// Good memory is there now.
-    Healed,
-    /// Whole: all its signals were forged.
-    Forged,
-    /// The guest has taken the record.
-    Acknowledged,
-    /// The guest was told.
-    Injected,
-    /// The guest was not told yet.
-    Waiting,
-    /// No longer part of the guest's memory.
-    Removed,
-    /// The guest cannot be told.
-    Undeliverable,
-}
-
-impl Mark {
-    /// All of them.
-    pub const ALL: [Self; 7] = [
-        Self::Healed,
-        Self::Forged,
-        Self::Acknowledged,
-        Self::Injected,
-        Self::Waiting,
-        Self::Removed,
-        Self::Undeliverable,
-    ];
-
-    /// Its name.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Healed => "healed",
-            Self::Forged => "forged",
-            Self::Acknowledged => "acknowledged",
-            Self::Injected => "injected",
-            Self::Waiting => "waiting",
-            Self::Removed => "removed",
-            Self::Undeliverable => "undeliverable",
-        }
-    }
-}
 
 /// Adjacent bad pages.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]

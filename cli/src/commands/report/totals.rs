@@ -3,8 +3,9 @@
 use mce_relay::{FailureKind, FoundBy, State};
 
 use super::huge::Huge;
-use super::memory_map::{Mark, PAGE_SIZE};
+use super::memory_map::PAGE_SIZE;
 use super::model::{Course, LostTo, Page, Totals, Toucher};
+use crate::commands::mark::Mark;
 
 /// Whether the guest could not be told of it the last time that it was to be, whatever became of it later.
 fn is_undeliverable(page: &Page) -> bool {
@@ -92,7 +93,8 @@ fn count(totals: &mut Totals, page: &Page) {
 
 /// What is drawn of them: addresses, numbers of pages, and how bad they are.
 pub(super) fn marks(pages: &[Page], huge: &[Huge]) -> Vec<(u64, u64, Mark)> {
-    let mut all: Vec<_> = pages.iter().map(|page| (page.gpa, 1, mark(page))).collect();
+    let mut all: Vec<_> =
+        pages.iter().map(|page| (page.gpa, 1, Mark::of(page.state, page.forged))).collect();
     for huge in huge.iter().filter(|huge| huge.rest().pages() > 0) {
         let forged = huge.found_by == FoundBy::Forged;
         let there = match huge.rest().waiting {
@@ -116,16 +118,4 @@ pub(super) fn marks(pages: &[Page], huge: &[Huge]) -> Vec<(u64, u64, Mark)> {
         }
     }
     all
-}
-
-fn mark(page: &Page) -> Mark {
-    match page.state {
-        State::Removed => Mark::Removed,
-        _ if page.forged => Mark::Forged,
-        State::Seen | State::Waiting { .. } => Mark::Waiting,
-        State::Injected { .. } => Mark::Injected,
-        State::Acknowledged { .. } => Mark::Acknowledged,
-        State::Undeliverable { .. } => Mark::Undeliverable,
-        State::Healed => Mark::Healed,
-    }
 }

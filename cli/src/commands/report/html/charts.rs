@@ -6,8 +6,9 @@ use mce_relay_vmm::words::counted;
 
 use super::escape::Text;
 use super::words::{duration, size};
+use crate::commands::mark::Mark;
 use crate::commands::report::latency::Spread;
-use crate::commands::report::memory_map::{BINS, Mark, MemoryMap, Row};
+use crate::commands::report::memory_map::{BINS, MemoryMap, Row};
 
 /// Width of an address at the left.
 const LEFT: u64 = 150;
